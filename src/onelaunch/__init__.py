@@ -1,0 +1,40 @@
+"""onelaunch: small transformers, launched as little as pays.
+
+Names are loaded when first used, so importing the package costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ModelConfig": "onelaunch.config",
+    "PRESETS": "onelaunch.config",
+    "preset": "onelaunch.config",
+    "OnelaunchError": "onelaunch.errors",
+    "Model": "onelaunch.model",
+    "Sampling": "onelaunch.engines.engine",
+    "load": "onelaunch.checkpoints",
+    "save": "onelaunch.checkpoints",
+}
+__all__ = ["PRESETS", "Model", "ModelConfig", "OnelaunchError", "Sampling", "load", "preset", "save"]
+
+if TYPE_CHECKING:
+    from onelaunch.checkpoints import load, save
+    from onelaunch.config import PRESETS, ModelConfig, preset
+    from onelaunch.engines.engine import Sampling
+    from onelaunch.errors import OnelaunchError
+    from onelaunch.model import Model
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'onelaunch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

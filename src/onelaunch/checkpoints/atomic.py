@@ -1,0 +1,122 @@
+"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from onelaunch.errors import BadInput
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and run again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "no permission to write here; choose another place",
+    errno.EPERM: "no permission to write here; choose another place",
+    errno.EFBIG: "the file would be larger than this system allows",
+}
+
+
+def write_error(path: Path | str, error: OSError) -> BadInput:
+    """The one line for a write that the system refused."""
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return BadInput(f"{path}: cannot write: {reason}")
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file that replaces `path` when the block ends without an error.
+
+    Raises BadInput where the disk is full or the place cannot be written; `path` is then as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """A temporary folder that becomes `path` (which must not exist) when the block ends well.
+
+    The files in it must have been written and synced; `atomic_file` does both.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_directory(temporary)
+        os.rename(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename inside `path` durable. Not every system can open a folder; then it is a hint."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Atomically replace a text file (UTF-8)."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path | str, data: Any) -> None:
+    """Atomically replace a JSON file."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: Path | str, limit: int = 64 << 20) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes; raises BadInput naming the file."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
+    if len(raw) > limit:
+        raise BadInput(f"{path}: larger than {limit} bytes; this is not a configuration file")
+    try:
+        data = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}: must hold a JSON object")
+    return data
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

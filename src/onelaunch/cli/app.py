@@ -1,0 +1,34 @@
+"""The verbs. Importing this loads no torch, numpy or numba: each verb imports when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from onelaunch import __version__
+from onelaunch.cli.common import Debug
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"onelaunch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def onelaunch(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Small transformers, launched as little as pays."""

@@ -1,0 +1,39 @@
+"""Options that several verbs share, and how they speak on standard error."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+debug = False
+"""Whether an error shows its traceback; set by `--debug`."""
+
+
+def _set_debug(value: bool) -> bool:
+    global debug
+    debug = debug or value
+    return value
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .bin file, a Hugging Face folder, a run folder, or a preset with --random.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A line for the user, on standard error."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)

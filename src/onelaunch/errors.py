@@ -1,0 +1,27 @@
+"""The package's own errors. The command line prints each as one line and exits with its code."""
+
+
+class OnelaunchError(Exception):
+    """Something the user can mend. The message names the file or flag, what is wrong, the mend."""
+
+    exit_code = 2
+
+
+class BadInput(OnelaunchError, ValueError):
+    """A file, flag, recipe or text that cannot be used."""
+
+
+class RunFailed(OnelaunchError):
+    """The input was good, the run was not."""
+
+    exit_code = 1
+
+
+class MissingExtra(OnelaunchError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package}, which is not installed; "
+            f"install it with: pip install 'onelaunch[{extra}]'"
+        )
