@@ -20,7 +20,16 @@ _HOMES = {
     "load": "onelaunch.checkpoints",
     "save": "onelaunch.checkpoints",
 }
-__all__ = ["PRESETS", "Model", "ModelConfig", "OnelaunchError", "Sampling", "load", "preset", "save"]
+__all__ = [
+    "PRESETS",
+    "Model",
+    "ModelConfig",
+    "OnelaunchError",
+    "Sampling",
+    "load",
+    "preset",
+    "save",
+]
 
 if TYPE_CHECKING:
     from onelaunch.checkpoints import load, save

@@ -6,6 +6,7 @@ Pure data: no torch, no files.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ RopeLayout = Literal["interleaved", "half"]
 # Far beyond any model in reach; a header that claims more is damaged or hostile.
 MAX_EXTENT = 1 << 24
 MAX_LAYERS = 1 << 10
+_LARGEST_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def _extent(name: str, value: object, limit: int) -> None:
 def _positive_float(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadInput(f"{name} must be a number, not {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not (0 < value <= _LARGEST_FLOAT):  # false for nan; a whole number may be beyond any float
         raise BadInput(f"{name} must be positive and finite, not {value!r}")
 
 

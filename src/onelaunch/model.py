@@ -10,7 +10,7 @@ and entering its `__call__` cost about as much as a small matrix-vector product 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,8 @@ class Layer(nn.Module):
 
     def weights(self) -> LayerWeights:
         """The parameters as one tuple."""
-        a, m = self.self_attn, self.mlp
+        a: Any = self.self_attn  # a ModuleDict's members are typed as Module, their weights unknown
+        m: Any = self.mlp
         qk_norm = "q_norm" in a
         return LayerWeights(
             self.input_layernorm.weight,
@@ -256,8 +257,10 @@ class Model(nn.Module):
         """Cosine and sine for every position, (max_seq_len, E/2), made once."""
         key = (device, dtype)
         if key not in self._rope:
-            cos, sin = rope_tables(self.config)
-            self._rope[key] = (cos.to(device, dtype), sin.to(device, dtype))
+            # Tables made in inference mode could not be used in training afterwards.
+            with torch.inference_mode(False):
+                cos, sin = rope_tables(self.config)
+                self._rope[key] = (cos.to(device, dtype), sin.to(device, dtype))
         return self._rope[key]
 
     def hidden(

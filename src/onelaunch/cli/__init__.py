@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from onelaunch.errors import OnelaunchError
@@ -11,7 +13,11 @@ from onelaunch.errors import OnelaunchError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit: 0 done, 1 a run failed, 2 bad input, 128+n ended by signal n."""
-    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+    try:
+        code = run(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -21,34 +27,74 @@ def run(argv: list[str]) -> int:
     from onelaunch.cli import common
     from onelaunch.cli.app import app
 
-    usage_errors = tuple(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    usage_errors: tuple[type[Exception], ...] = tuple(
+        kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+    )
     common.debug = False
+    _mend_standard_output()
+    command = typer.main.get_command(app)
     try:
-        command = typer.main.get_command(app)
-        outcome = command.main(args=argv, prog_name="onelaunch", standalone_mode=False)
+        try:
+            # `command.main` would turn a broken pipe and an interrupt into its own exits.
+            with command.make_context("onelaunch", argv or ["--help"]) as context:
+                outcome = command.invoke(context)
+        except typer.Exit as leaving:
+            outcome = leaving.exit_code
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except OnelaunchError as error:
         return _fail(str(error), error.exit_code, error)
     except usage_errors as error:
-        return _fail(f"{error.format_message()} (see: onelaunch --help)", 2, error)  # type: ignore
+        verb = next((word for word in argv if not word.startswith("-")), "")
+        topic = f"onelaunch {verb}" if verb in getattr(command, "commands", {}) else "onelaunch"
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return _fail(f"{message} (see: {topic} --help)", 2, error)
     except BrokenPipeError:
         # The reader of our standard output left, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_standard_output()
         return 0
     except OSError as error:
+        _discard_standard_output()
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 2, error)
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except MemoryError as error:
-        return _fail("not enough memory", 1, error)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail("not enough memory; take a smaller model, or another device", 1, error)
+
+
+def _mend_standard_output() -> None:
+    """Never fail for a character that the terminal cannot show, or for want of an output."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _discard_standard_output() -> None:
+    """What is still buffered cannot be written; Python would complain about it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int, error: BaseException) -> int:
     from onelaunch.cli import common
 
     if common.debug:
-        raise error
-    print(f"onelaunch: {' '.join(message.split())}", file=sys.stderr)
+        traceback.print_exception(error)
+    else:
+        print(f"onelaunch: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """PyTorch raises RuntimeError where a CPU allocation fails, and a kind of it on a GPU."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )

@@ -7,11 +7,18 @@ from typing import Annotated
 import typer
 
 from onelaunch import __version__
+from onelaunch.cli.bench import bench
 from onelaunch.cli.common import Debug
+from onelaunch.cli.doctor import doctor
+from onelaunch.cli.evaluate import evaluate
+from onelaunch.cli.export import export
+from onelaunch.cli.generate import generate
+from onelaunch.cli.inspect import inspect
+from onelaunch.cli.prepare import prepare
+from onelaunch.cli.train import train
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,3 +39,16 @@ def onelaunch(
     debug: Debug = False,
 ) -> None:
     """Small transformers, launched as little as pays."""
+
+
+for name, verb in (
+    ("prepare", prepare),
+    ("train", train),
+    ("eval", evaluate),
+    ("generate", generate),
+    ("export", export),
+    ("inspect", inspect),
+    ("bench", bench),
+    ("doctor", doctor),
+):
+    app.command(name)(verb)

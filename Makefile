@@ -1,0 +1,50 @@
+# Two commands do all the set-up: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: install run test lint types unit soak test-gpu clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt src/onelaunch/__init__.py
+	@sh tools/check_host.sh "$(PYTHON)" "$(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+# The tests need the extras; CI also Triton, for the interpreter and compile-only tests.
+$(VENV)/.installed-dev: $(VENV)/.installed constraints-ci.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,dev]' \
+		$(if $(filter true,$(CI)),-c constraints-ci.txt triton)
+	@touch $@
+
+run: install
+	@$(BIN)/onelaunch train quickstart --run $(RUN)
+	@$(BIN)/onelaunch eval $(RUN) --data stories
+	@echo "One story, from the first token on:"
+	@$(BIN)/onelaunch generate $(RUN) --temperature 0.5 --seed 4
+
+test: lint types unit
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests
+
+# What takes long: every kill, the whole fuzz, Shakespeare. Leaves records in benchmarks/records.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python tests/soak.py
+
+# On a machine with a GPU and the packages already there.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,141 @@
+"""generation-speed: the reference engine against a bare PyTorch loop with a KV cache.
+
+The bare loop is written for speed and nothing else: plain functions, weights in tuples, a
+preallocated cache, greedy, batch one. Both write the same tokens; texts are timed in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onelaunch.bench.record import Row
+from onelaunch.config import ModelConfig, preset
+from onelaunch.engines.engine import Sampling
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import RunFailed
+from onelaunch.model import Model, rope_tables
+
+UNIT = "tokens/s"
+CASES = {"stories260k": 200, "stories15m": 100, "stories110m": 24}
+QUICK = ("stories260k", "stories15m")
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
+    """Time every case; returns one row each, higher is better."""
+    rows = []
+    for name, n in CASES.items():
+        if quick and name not in QUICK:
+            continue
+        rows.append(_compare(name, n, device, blocks=9 if quick else 25, say=say))
+    return rows
+
+
+def _compare(name: str, n: int, device: str, blocks: int, say: Callable[[str], None]) -> Row:
+    config = preset(name)
+    weights = dict(Model(config).init_weights(1).state_dict())
+    engine = ReferenceEngine(config, weights, device=device)
+    placed = {k: v.to(engine.device, engine.dtype) for k, v in weights.items()}
+    bare = BareLoop(config, placed)
+    expected = bare.generate([1], n)
+    if engine.generate([[1]], n, Sampling())[0] != expected:
+        raise RunFailed(f"{name}: the bare loop and the engine write different tokens")
+    texts = max(1, round(50 / n)) if name == "stories260k" else 1
+    ours, theirs, ratios = [], [], []
+    for block in range(blocks):
+        pair: list[tuple[str, Callable[[], object]]] = [
+            ("ours", lambda: engine.generate([[1]], n, Sampling())),
+            ("bare", lambda: bare.generate([1], n)),
+        ]
+        rates = {}
+        for who, generate in pair if block % 2 else pair[::-1]:
+            start = time.perf_counter()
+            for _ in range(texts):
+                generate()
+            rates[who] = texts * n / (time.perf_counter() - start)
+        ours.append(rates["ours"])
+        theirs.append(rates["bare"])
+        ratios.append(rates["ours"] / rates["bare"])
+    case = f"{name} greedy {n}"
+    peer = Row.of(case, theirs).ours
+    ratio = Row.of(case, ratios)
+    say(
+        f"{case}: ours {Row.of(case, ours).ours:,.1f} tokens/s, bare loop {peer:,.1f}; "
+        f"median of {blocks} paired ratios {ratio.ours:.3f}"
+    )
+    notes = {
+        "ratio": round(ratio.ours, 4),
+        "ratio_spread": [round(v, 4) for v in ratio.spread or ()],
+        "threads": torch.get_num_threads(),
+    }
+    return Row.of(case, ours, peers={"bare loop": peer}, notes=notes)
+
+
+class BareLoop:
+    """What a careful user writes by hand for one model and one text."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+        self.config = config
+        self.embedding = weights["embed_tokens.weight"]
+        self.norm = weights["norm.weight"]
+        names = (
+            "input_layernorm",
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "post_attention_layernorm",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+        self.layers = [
+            tuple(weights[f"layers.{i}.{name}.weight"] for name in names)
+            for i in range(config.n_layers)
+        ]
+        cos, sin = rope_tables(config)
+        self.cos, self.sin = cos.to(self.embedding), sin.to(self.embedding)
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], n: int) -> list[int]:
+        """Greedy continuation of one prompt by n tokens."""
+        c = self.config
+        length = len(prompt) + n
+        shape = (c.n_layers, 2, 1, c.n_kv_heads, length, c.head_dim)
+        cache = torch.zeros(shape, device=self.embedding.device, dtype=self.embedding.dtype)
+        token = prompt[0]
+        out = []
+        for position in range(length - 1):
+            token_next = int(self._step(token, position, cache).argmax())
+            if position + 1 < len(prompt):
+                token = prompt[position + 1]
+                continue
+            token = token_next
+            out.append(token)
+        return out
+
+    def _step(self, token: int, position: int, cache: Tensor) -> Tensor:
+        c = self.config
+        H, K, E = c.n_heads, c.n_kv_heads, c.head_dim
+        x = self.embedding[token].view(1, 1, c.dim)
+        cos, sin = self.cos[position], self.sin[position]
+
+        def rotate(heads: Tensor) -> Tensor:
+            a, b = heads.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+        for i, (norm1, wq, wk, wv, wo, norm2, gate, up, down) in enumerate(self.layers):
+            h = F.rms_norm(x, (c.dim,), norm1, c.norm_eps)
+            q = rotate(F.linear(h, wq).view(1, 1, H, E).transpose(1, 2))
+            cache[i, 0, :, :, position] = rotate(F.linear(h, wk).view(1, K, E))
+            cache[i, 1, :, :, position] = F.linear(h, wv).view(1, K, E)
+            keys, values = cache[i, 0, :, :, : position + 1], cache[i, 1, :, :, : position + 1]
+            y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=H != K)
+            x = x + F.linear(y.view(1, 1, H * E), wo)
+            h = F.rms_norm(x, (c.dim,), norm2, c.norm_eps)
+            x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+        return F.linear(F.rms_norm(x, (c.dim,), self.norm, c.norm_eps), self.embedding)

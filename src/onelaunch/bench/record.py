@@ -1,0 +1,147 @@
+"""Records: measured figures with what is needed to repeat them, one JSON file per experiment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from onelaunch.checkpoints.atomic import read_json, write_json
+from onelaunch.errors import BadInput
+
+SCHEMA = 1
+DEFAULT_FOLDER = Path("benchmarks/records")
+
+
+@dataclass
+class Row:
+    """One case: the median of ours with its 20th and 80th percentile, n samples, peers' medians."""
+
+    case: str
+    ours: float
+    spread: tuple[float, float] | None = None
+    n: int = 1
+    peers: dict[str, float] = field(default_factory=dict)
+    floor: float | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, case: str, samples: Sequence[float], **rest: Any) -> Row:
+        """Median and spread of samples."""
+        return cls(case, statistics.median(samples), percentiles(samples), len(samples), **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "case": self.case,
+            "ours": _rounded(self.ours),
+            "spread": [_rounded(v) for v in self.spread] if self.spread else None,
+            "n": self.n,
+            "peers": {name: _rounded(value) for name, value in self.peers.items()},
+            "floor": self.floor,
+            **self.notes,
+        }
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float]:
+    """The 20th and the 80th percentile (of one sample: itself)."""
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    cuts = statistics.quantiles(samples, n=5, method="inclusive")
+    return cuts[0], cuts[3]
+
+
+def write_record(
+    experiment: str, unit: str, rows: Sequence[Row], folder: Path, device: str
+) -> Path:
+    """Add rows to an experiment's record under `folder/<slug of device>/`; a row of a case that is
+    there already replaces it, other rows stay."""
+    path = folder / slug(device) / f"{experiment}.json"
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        old = read_json(path)
+        if old.get("schema") != SCHEMA:
+            raise BadInput(f"{path}: its schema is not {SCHEMA}; move it away")
+        new = {row.case for row in rows}
+        kept = [row for row in old["rows"] if row["case"] not in new]
+    stamp = {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    record = {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        **stamp,
+        "device": device,
+        "versions": versions(),
+        "unit": unit,
+        "rows": [*kept, *({**row.to_dict(), **stamp} for row in rows)],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return path
+
+
+def cpu_name() -> str:
+    """Vendor, model and number of cores of this machine's processor."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            found = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+        name = found[1].strip() if found else name
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def device_name(device: str) -> str:
+    """The name under which a device's records are kept."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def slug(device: str) -> str:
+    """A device's folder name: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("onelaunch", "torch", "triton", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the working tree, with `-dirty` where sources differ from it."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", ":/src"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return "unknown"
+    if head.returncode:
+        return os.environ.get("ONELAUNCH_COMMIT", "unknown")
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

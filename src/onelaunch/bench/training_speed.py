@@ -1,0 +1,118 @@
+"""training-speed: the trainer, telemetry and all, against a bare PyTorch loop of the same model.
+
+The bare loop has what a careful user writes by hand: fused AdamW with decay groups, clipping, no
+telemetry, no display, batches that lie ready in memory. Blocks of updates are timed in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from onelaunch.bench.record import Row
+from onelaunch.bench.rig import trainer as timed_trainer
+from onelaunch.model import Model
+from onelaunch.training.loop import Trainer
+from onelaunch.training.recipe import Recipe
+
+UNIT = "tokens/s"
+
+CASES: dict[str, dict[str, object]] = {
+    "stories260k 32x128": {"model.preset": "stories260k", "model.max_seq_len": 128},
+    "shakespeare-char 12x64": {
+        "model.dim": 128,
+        "model.n_layers": 4,
+        "model.n_heads": 4,
+        "model.hidden_dim": 352,
+        "model.max_seq_len": 64,
+        "train.batch_size": 12,
+    },
+    "stories15m 4x256": {"model.preset": "stories15m", "train.batch_size": 4},
+}
+QUICK = ("stories260k 32x128", "shakespeare-char 12x64")
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
+    """Time every case; returns one row each, higher is better."""
+    rows = []
+    for case, settings in CASES.items():
+        if quick and case not in QUICK:
+            continue
+        recipe = Recipe().with_settings({**settings, "train.updates": 10**6}, "bench")
+        with timed_trainer(recipe, device) as trainer:
+            row = _compare(case, trainer, blocks=9 if quick else 25, say=say)
+        rows.append(row)
+    return rows
+
+
+def _compare(case: str, trainer: Trainer, blocks: int, say: Callable[[str], None]) -> Row:
+    tokens = trainer.recipe.train.batch_size * trainer.seq_len
+    bare = bare_updates(trainer)
+    ours_update = trainer._update
+    for _ in range(3):
+        bare()
+        ours_update()
+    start = time.perf_counter()
+    bare()
+    # blocks long enough that the clock's start and end do not count
+    per_block = max(1, round(0.5 / (time.perf_counter() - start)))
+    ours, theirs, ratios = [], [], []
+    for block in range(blocks):
+        # which goes first alternates, so that a drift of the machine favours neither
+        pair = [("ours", ours_update), ("bare", bare)]
+        rates = {}
+        for name, update in pair if block % 2 else pair[::-1]:
+            start = time.perf_counter()
+            for _ in range(per_block):
+                update()
+            rates[name] = per_block * tokens / (time.perf_counter() - start)
+        ours.append(rates["ours"])
+        theirs.append(rates["bare"])
+        ratios.append(rates["ours"] / rates["bare"])
+    peer = Row.of(case, theirs).ours
+    ratio = Row.of(case, ratios)
+    say(
+        f"{case}: ours {Row.of(case, ours).ours:,.0f} tokens/s, bare loop {peer:,.0f}; "
+        f"median of {blocks} paired ratios {ratio.ours:.3f}"
+    )
+    notes = {
+        "ratio": round(ratio.ours, 4),
+        "ratio_spread": [round(v, 4) for v in ratio.spread or ()],
+        "updates_per_block": per_block,
+        "threads": torch.get_num_threads(),
+    }
+    return Row.of(case, ours, peers={"bare loop": peer}, notes=notes)
+
+
+def bare_updates(trainer: Trainer) -> Callable[[], None]:
+    """One update of a hand-written loop of the same model on the same kind of batch."""
+    recipe, device = trainer.recipe, trainer.device
+    o = recipe.optimizer
+    model = Model(trainer.engine.config).init_weights(0).to(device)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True)
+    sampler = trainer.data.train(trainer.seq_len, seed=1)
+    batches = [
+        tuple(torch.from_numpy(a).to(device) for a in sampler.next(recipe.train.batch_size))
+        for _ in range(32)
+    ]
+    position = 0
+
+    def update() -> None:
+        nonlocal position
+        tokens, targets = batches[position % len(batches)]
+        position += 1
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return update

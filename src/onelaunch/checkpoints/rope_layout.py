@@ -1,0 +1,42 @@
+"""Reordering q and k between the two rotary layouts.
+
+Rotary embedding turns pairs of a head's elements. "interleaved" (llama2.c) pairs neighbours,
+(2i, 2i+1); "half" (Hugging Face) pairs (i, i + E/2). A model moves from one to the other by
+reordering the rows that produce a head's elements; the attention scores stay the same, because q
+and k are reordered alike.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from onelaunch.config import ModelConfig, RopeLayout
+
+
+def to_layout(
+    config: ModelConfig, weights: dict[str, Tensor], layout: RopeLayout
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same model with its heads in the given rotary layout.
+
+    `weights` has canonical names; the tensors that do not change are passed on without a copy.
+    With QK-norm its weights, one per element of a head, are reordered too.
+    """
+    if layout == config.rope_layout:
+        return config, weights
+    moved = dict(weights)
+    for i in range(config.n_layers):
+        for short in ("q", "k"):
+            kinds = ("proj", "norm") if config.qk_norm else ("proj",)
+            for kind in kinds:
+                name = f"layers.{i}.self_attn.{short}_{kind}.weight"
+                moved[name] = _reorder(weights[name], config.head_dim, layout)
+    return config.with_(rope_layout=layout), moved
+
+
+def _reorder(tensor: Tensor, head_dim: int, layout: RopeLayout) -> Tensor:
+    """Reorder the leading axis, (heads x E, ...), within each head."""
+    if layout == "half":
+        pairs = (head_dim // 2, 2)
+    else:
+        pairs = (2, head_dim // 2)
+    return tensor.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2).contiguous()

@@ -1,0 +1,227 @@
+"""Run folders: what `onelaunch train` leaves behind, readable as a model.
+
+    RUN/run.json                        what is trained: configuration, data, versions
+    RUN/recipe.toml                     the resolved recipe
+    RUN/metrics.jsonl                   telemetry
+    RUN/tokenizer.*                     the data's tokenizer
+    RUN/best.json                       which checkpoint has the lowest validation loss
+    RUN/checkpoints/update-00000100/    model, optimizer, perhaps gradients (.safetensors), state.json
+
+A checkpoint appears by one rename, after every file in it was synced; state.json holds the sha256 of
+the others. A damaged one is recognised and never trusted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onelaunch.checkpoints.atomic import (
+    atomic_directory,
+    read_json,
+    sha256_file,
+    sync_directory,
+    write_error,
+    write_json,
+)
+from onelaunch.checkpoints.weights import LoadedModel, check_weights
+from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput
+
+SCHEMA = 1
+MODEL_FILE = "model.safetensors"
+_NAME = re.compile(r"update-(\d{8,})(?:-micro-(\d{4,}))?")
+
+
+def checkpoint_name(update: int, micro: int) -> str:
+    """The folder's name: updates done, and micro-steps of the next where it stopped mid-way."""
+    return f"update-{update:08d}" + (f"-micro-{micro:04d}" if micro else "")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first. Unfinished ones have another name."""
+    found = []
+    with suppress(OSError):
+        for path in (run / "checkpoints").iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match:
+                found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def write_checkpoint(
+    run: Path, state: dict[str, Any], files: Mapping[str, dict[str, Tensor]]
+) -> Path:
+    """Write one checkpoint atomically.
+
+    `files` maps file names to their tensors; `state` must hold `update` and `micro` and be plain
+    JSON data. Raises BadInput where the place cannot be written; nothing that was there is touched.
+    """
+    target = run / "checkpoints" / checkpoint_name(state["update"], state["micro"])
+    if target.exists():
+        # A damaged one of the same progress: it could not be resumed from.
+        shutil.rmtree(target, ignore_errors=True)
+    with atomic_directory(target) as folder:
+        sums = {}
+        for name, tensors in files.items():
+            _write_tensors(folder / name, tensors)
+            sums[name] = sha256_file(folder / name)
+        write_json(folder / "state.json", {"schema": SCHEMA, **state, "sha256": sums})
+    return target
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(ready, path)
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise write_error(path, OSError(code, os.strerror(code))) from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json; raises BadInput where it is missing or not of this schema."""
+    path = checkpoint / "state.json"
+    state = read_json(path)
+    if state.get("schema") != SCHEMA:
+        raise BadInput(f"{path}: schema {state.get('schema')!r} is not {SCHEMA}, the one read here")
+    for name in ("update", "micro"):
+        if type(state.get(name)) is not int or not 0 <= state[name] < 1 << 53:
+            raise BadInput(f"{path}: {name} is not a count")
+    sums = state.get("sha256")
+    if not isinstance(sums, dict) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in sums.items()
+    ):
+        raise BadInput(f"{path}: the checksums are missing")
+    return state
+
+
+def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """One file's tensors, its checksum verified first; raises BadInput where it is damaged."""
+    path = checkpoint / name
+    expected = state["sha256"].get(name)
+    try:
+        if expected is None or sha256_file(path) != expected:
+            raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
+        return load_file(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise BadInput(f"{path}: not a valid safetensors file ({error})") from error
+
+
+def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest checkpoint whose files all match their checksums, and a line for each one passed
+    over. Raises BadInput where there is none."""
+    passed_over: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run)):
+        try:
+            state = read_state(checkpoint)
+            for name, expected in state["sha256"].items():
+                path = checkpoint / Path(name).name
+                if not path.is_file() or sha256_file(path) != expected:
+                    raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
+        except (BadInput, OSError) as error:
+            passed_over.append(f"passed over a damaged checkpoint: {error}")
+            continue
+        return checkpoint, state, passed_over
+    hint = f" ({passed_over[0]})" if passed_over else ""
+    raise BadInput(f"{run}: no whole checkpoint to read{hint}")
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` and the best; leftovers of killed writes too."""
+    best = best_checkpoint(run)
+    for checkpoint in list_checkpoints(run)[:-keep]:
+        if checkpoint != best:
+            # Renamed first, so that a kill in the middle leaves no half checkpoint behind.
+            doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+            with suppress(OSError):
+                checkpoint.rename(doomed)
+    with suppress(OSError):
+        for leftover in (run / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    sync_directory(run / "checkpoints")
+
+
+def set_best(run: Path, checkpoint: Path, update: int, val_loss: float) -> None:
+    """Point best.json at a checkpoint."""
+    best = {"schema": SCHEMA, "checkpoint": checkpoint.name, "update": update, "val_loss": val_loss}
+    write_json(run / "best.json", best)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that best.json points at, if it is there."""
+    if not (run / "best.json").is_file():
+        return None
+    name = read_json(run / "best.json").get("checkpoint")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return None
+    path = run / "checkpoints" / name
+    return path if path.is_dir() else None
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json, its schema checked."""
+    data = read_json(run / "run.json")
+    if data.get("schema") != SCHEMA:
+        raise BadInput(f"{run / 'run.json'}: schema {data.get('schema')!r} is not {SCHEMA}")
+    return data
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a run folder, or one checkpoint of it."""
+    return path.is_dir() and ((path / "run.json").is_file() or (path / "state.json").is_file())
+
+
+def read(path: Path) -> LoadedModel:
+    """The best checkpoint of a run folder (the newest whole one if no evaluation has chosen yet or
+    the best is damaged), or the given checkpoint."""
+    if (path / "state.json").is_file():
+        return _read_checkpoint(path)
+    run = read_run(path)
+    best = best_checkpoint(path)
+    if best is not None:
+        with suppress(BadInput):
+            return _read_checkpoint(best, path)
+    if not list_checkpoints(path):
+        raise BadInput(f"{path}: this run has no checkpoint yet (it was to be {run.get('name')})")
+    return _read_checkpoint(newest_whole_checkpoint(path)[0], path)
+
+
+def _read_checkpoint(checkpoint: Path, source: Path | None = None) -> LoadedModel:
+    state = read_state(checkpoint)
+    config = ModelConfig.from_dict(state.get("config"), str(checkpoint / "state.json"))
+    weights = read_tensors(checkpoint, MODEL_FILE, state)
+    check_weights(config, weights, checkpoint / MODEL_FILE)
+    bos = state.get("bos_id", 1)
+    stops = state.get("stop_ids", [1, 2])
+    if not (bos is None or type(bos) is int) or not (
+        isinstance(stops, list) and all(type(stop) is int for stop in stops)
+    ):
+        raise BadInput(f"{checkpoint / 'state.json'}: bos_id or stop_ids are not token ids")
+    return LoadedModel(
+        config=config,
+        weights={name: weights[name].to(torch.float32) for name in config.weight_shapes()},
+        source=source or checkpoint.parent.parent,
+        format="run",
+        bos_id=bos,
+        stop_ids=tuple(stops),
+    )

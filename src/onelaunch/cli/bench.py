@@ -1,0 +1,44 @@
+"""`onelaunch bench`."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onelaunch.bench.experiments import EXPERIMENTS
+from onelaunch.cli.common import Debug, Device, Quiet, say
+from onelaunch.errors import BadInput
+
+
+def bench(
+    experiment: Annotated[
+        str, typer.Argument(metavar="EXPERIMENT", help=f"One of: {', '.join(EXPERIMENTS)}.")
+    ],
+    device: Device = "cpu",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the record goes, by device.")
+    ] = Path("benchmarks/records"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and samples.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time ours beside its peers in one run, and leave a record."""
+    if experiment not in EXPERIMENTS:
+        close = difflib.get_close_matches(experiment, EXPERIMENTS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EXPERIMENTS)}"
+        raise BadInput(f"unknown experiment {experiment!r}; {hint}")
+    import importlib
+
+    from onelaunch.bench.record import device_name, write_record
+    from onelaunch.engines.reference import resolve_device
+
+    place = str(resolve_device(device))
+    module = importlib.import_module(f"onelaunch.bench.{experiment.replace('-', '_')}")
+    say(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
+    rows = module.run(place, quick, lambda line: say(line, quiet))
+    path = write_record(experiment, module.UNIT, rows, out, device_name(place))
+    say(f"record: {path}", quiet)
+    print(path)

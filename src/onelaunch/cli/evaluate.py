@@ -1,0 +1,87 @@
+"""`onelaunch eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Annotated
+
+import typer
+
+from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, say
+from onelaunch.errors import BadInput
+
+BATCH_TOKENS = 8192
+
+
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", metavar="DIR", help="A folder made by `onelaunch prepare`, or: stories."
+        ),
+    ],
+    device: Device = "auto",
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Validation loss over the whole validation split, in non-overlapping windows."""
+    from onelaunch import checkpoints
+    from onelaunch.checkpoints.tokenizers import find_tokenizer
+    from onelaunch.engines.reference import ReferenceEngine
+    from onelaunch.training.data import open_data
+    from onelaunch.training.evaluate import evaluate as evaluate_batches
+
+    loaded = checkpoints.load(model)
+    tokens = open_data(data, seed=0)
+    config = loaded.config
+    if tokens.vocab_size != config.vocab_size:
+        raise BadInput(
+            f"--data {data}: its tokenizer has {tokens.vocab_size} ids, "
+            f"but {model} has a vocabulary of {config.vocab_size}; prepare the text with its own"
+        )
+    own = find_tokenizer(loaded)
+    if own is not None and own.fingerprint != tokens.tokenizer.fingerprint:
+        raise BadInput(
+            f"--data {data}: was made with another tokenizer than {model}'s; "
+            "prepare the text with the model's own (onelaunch prepare --tokenizer)"
+        )
+    engine = ReferenceEngine(config, loaded.weights, device=device, dtype="float32")
+    window = config.max_seq_len
+    batches = tokens.eval_batches("val", window, max(1, BATCH_TOKENS // window))
+    total = tokens.n_tokens("val")
+    live = sys.stderr.isatty() and not quiet
+
+    def progress(done: int) -> None:
+        if live:
+            share = f" of {total:,}" if total else ""
+            print(f"\r{done:,}{share} tokens", end="", file=sys.stderr, flush=True)
+
+    result = evaluate_batches(engine, batches, progress=progress)
+    if live:
+        print("\r\033[K", end="", file=sys.stderr)
+    n_bytes = tokens.bytes_of("val")
+    per_byte = result.loss * result.tokens / n_bytes if n_bytes else None
+    if json_:
+        figures = {
+            "loss": result.loss,
+            "perplexity": math.exp(min(result.loss, 700.0)),
+            "nats_per_byte": per_byte,
+            "tokens": result.tokens,
+            "window": window,
+            "data": tokens.label,
+            "synthetic": tokens.synthetic,
+        }
+        print(json.dumps(figures))
+        return
+    print(f"validation loss {result.loss:.4f} nats per token")
+    print(f"perplexity      {math.exp(min(result.loss, 700.0)):.3f}")
+    if per_byte is not None:
+        print(f"per byte        {per_byte:.4f} nats")
+    say(
+        f"{result.tokens:,} tokens of {tokens.label}, in non-overlapping windows of {window}",
+        quiet,
+    )

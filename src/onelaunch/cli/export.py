@@ -1,0 +1,99 @@
+"""`onelaunch export`: a model from one format into another, its tokenizer with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onelaunch.checkpoints import writable_formats
+from onelaunch.cli.common import ModelArgument, Quiet, say
+from onelaunch.errors import BadInput, MissingExtra
+
+if TYPE_CHECKING:
+    from onelaunch.checkpoints.tokenizers import Tokenizer
+
+
+def export(
+    model: ModelArgument,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file or folder to write; must not exist yet.")
+    ],
+    format: Annotated[
+        str, typer.Option("--format", help=f"One of {', '.join(writable_formats())}.")
+    ],
+    random: Annotated[
+        bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model to another format, and copy its tokenizer beside it."""
+    if format not in writable_formats():
+        raise BadInput(f"--format {format}: must be one of {', '.join(writable_formats())}")
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists already; nothing was written: choose another name for OUT")
+    from onelaunch.checkpoints import load, random_model, save
+    from onelaunch.checkpoints.tokenizers import find_tokenizer
+
+    loaded = random_model(model) if random else load(model)
+    missing = f"no tokenizer found beside {model}; none was written"
+    try:
+        tokenizer = find_tokenizer(loaded)
+    except MissingExtra as error:
+        tokenizer, missing = None, f"the tokenizer was not copied: {error}"
+    save(loaded, out, format)
+    say(f"wrote {out} ({format}, {_bytes_in(out):,} bytes)", quiet)
+    if format == "llama2c" and (loaded.bos_id, loaded.stop_ids) != (1, (1, 2)):
+        say(
+            f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
+            f"and stop at 1 and 2; this model has BOS {loaded.bos_id} and stops at "
+            f"{', '.join(map(str, loaded.stop_ids)) or 'none'}",
+            quiet,
+        )
+    if tokenizer is None:
+        say(missing, quiet)
+    elif out.is_dir():
+        _save_inside(tokenizer, out, quiet)
+    else:
+        _save_beside(tokenizer, out, quiet)
+
+
+def _save_inside(tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
+    """Put the tokenizer into a Hugging Face folder: its own file, and one for transformers."""
+    from onelaunch.checkpoints.tokenizer_export import save_for_transformers
+    from onelaunch.checkpoints.tokenizers import BytesTokenizer, Llama2cTokenizer
+
+    say(f"wrote {tokenizer.save(folder)}", quiet)
+    if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
+        say(f"wrote {save_for_transformers(tokenizer, folder)}, for transformers", quiet)
+
+
+def _save_beside(tokenizer: Tokenizer, out: Path, quiet: bool) -> None:
+    """Put the tokenizer into the folder of `out`, where another model's may already be."""
+    import tempfile
+
+    from onelaunch.checkpoints.atomic import atomic_file
+
+    with tempfile.TemporaryDirectory(prefix="onelaunch-") as folder:
+        made = tokenizer.save(Path(folder))
+        name, content = made.name, made.read_bytes()
+    target = out.parent / name
+    if not os.path.lexists(target):
+        with atomic_file(target) as file:
+            file.write(content)
+        say(f"wrote {target}", quiet)
+    elif target.is_file() and target.read_bytes() == content:
+        say(f"{target} is this model's tokenizer already", quiet)
+    else:
+        say(
+            f"{target} belongs to another model and was kept; this model's tokenizer was not "
+            f"written: export into a folder of its own to carry it along",
+            quiet,
+        )
+
+
+def _bytes_in(out: Path) -> int:
+    files = out.rglob("*") if out.is_dir() else [out]
+    return sum(file.stat().st_size for file in files if file.is_file())

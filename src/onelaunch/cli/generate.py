@@ -1,0 +1,289 @@
+"""`onelaunch generate`: text out of a model, as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, say
+from onelaunch.errors import BadInput, MissingExtra
+
+if TYPE_CHECKING:
+    from onelaunch.checkpoints.tokenizers import Tokenizer
+    from onelaunch.checkpoints.weights import LoadedModel
+    from onelaunch.engines.engine import Engine, Sampling
+    from onelaunch.generation.text import Completion, Prompt
+
+ENGINES = ("auto", "reference")
+
+# Far more text than any context holds; a prompt beyond it is a mistake, such as @/dev/zero.
+_LARGEST_PROMPT = 64 << 20
+
+
+def generate(
+    model: ModelArgument,
+    random: Annotated[
+        bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where none lies beside the model."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT|@FILE|-",
+            help="How the text begins: itself, a file, or - for standard input; one final line "
+            "end of a file is dropped. May be given several times. Without it the text begins "
+            "at BOS.",
+        ),
+    ] = None,
+    no_echo: Annotated[
+        bool, typer.Option("--no-echo", help="The continuation alone, without the prompt.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="The most tokens to add.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the most likely token each time.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw among the K most likely; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="P", help="Draw among the likeliest that add up to P; 1: all."),
+    ] = 0.9,
+    min_p: Annotated[
+        float,
+        typer.Option(metavar="P", help="Draw among those P times as likely as the best; 0: all."),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(metavar="S", help="The same seed draws the same text again.")
+    ] = 0,
+    engine: Annotated[
+        str, typer.Option(metavar="ENGINE", help=f"{' or '.join(ENGINES)}.")
+    ] = "auto",
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, bfloat16 or float16; bfloat16 on a CUDA GPU and float32 elsewhere "
+            "unless given.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="CPU threads; PyTorch's choice unless given."),
+    ] = None,
+    ids: Annotated[
+        bool,
+        typer.Option("--ids", help="Token ids instead of text, without BOS and the final stop id."),
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write text: the prompt, if any, and its continuation, as it comes."""
+    if engine not in ENGINES:
+        raise BadInput(f"--engine {engine}: must be {' or '.join(ENGINES)}")
+    texts = _read_prompts(prompt or [])
+
+    from onelaunch.checkpoints import load, random_model
+    from onelaunch.engines.engine import Sampling
+    from onelaunch.engines.reference import ReferenceEngine
+    from onelaunch.generation.text import complete
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    loaded = random_model(model) if random else load(model)
+    found = _tokenizer(tokenizer, loaded, model, needed=bool(texts) or not ids)
+    prompts = _prompts(texts, loaded, found, model)
+    runner = ReferenceEngine(loaded.config, loaded.weights, device, dtype, threads)
+    stop = sorted({*loaded.stop_ids, *(found.stop_ids if found else ())})
+    out = _Output(prompts, _bos_ids(loaded, found), echo=not no_echo, ids=ids)
+    completions = complete(
+        runner, prompts, max_new_tokens, sampling, stop, found, None if json_ else out.piece
+    )
+    if json_:
+        print(_as_json(model, runner, sampling, max_new_tokens, completions))
+    else:
+        out.finish()
+    say(_summary(runner, completions, max_new_tokens), quiet)
+
+
+def _read_prompts(given: list[str]) -> list[str]:
+    """The texts that --prompt names; raises BadInput for one that cannot be read."""
+    if given.count("-") > 1:
+        raise BadInput("--prompt -: standard input can be read once only")
+    return [_read_prompt(prompt) for prompt in given]
+
+
+def _read_prompt(prompt: str) -> str:
+    if prompt == "-":
+        return _decode(sys.stdin.buffer.read(_LARGEST_PROMPT + 1), "--prompt - (standard input)")
+    if prompt.startswith("@"):
+        try:
+            with open(prompt[1:], "rb") as file:
+                return _decode(file.read(_LARGEST_PROMPT + 1), f"--prompt {prompt}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise BadInput(
+                f"--prompt {prompt}: cannot read the file: {reason} "
+                "(a text that begins with @ can come from standard input: --prompt -)"
+            ) from error
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadInput("--prompt: the text is not UTF-8") from None
+    return prompt
+
+
+def _decode(raw: bytes, name: str) -> str:
+    """UTF-8 text without one final line end, which editors and `echo` add."""
+    if len(raw) > _LARGEST_PROMPT:
+        raise BadInput(f"{name}: more than {_LARGEST_PROMPT >> 20} MiB; no context holds so much")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}: not UTF-8 text (byte {error.start})") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _tokenizer(spec: str | None, loaded: LoadedModel, model: str, needed: bool) -> Tokenizer | None:
+    """The one named, else the one found for the model; None only where none is needed."""
+    from onelaunch.checkpoints.tokenizers import check_tokenizer, find_tokenizer, load_tokenizer
+
+    if spec is not None:
+        tokenizer = load_tokenizer(spec)
+        check_tokenizer(tokenizer, loaded.config, spec)
+        return tokenizer
+    try:
+        found = find_tokenizer(loaded)
+    except MissingExtra:
+        if needed:
+            raise
+        return None
+    if found is None and needed:
+        raise BadInput(
+            f"{model}: no tokenizer found for it; name one with --tokenizer FILE, "
+            "or print token ids with --ids and no --prompt"
+        )
+    return found
+
+
+def _prompts(
+    texts: list[str], loaded: LoadedModel, tokenizer: Tokenizer | None, model: str
+) -> list[Prompt]:
+    from onelaunch.generation.text import Prompt, encode_prompts
+
+    if texts and tokenizer is not None:
+        return encode_prompts(tokenizer, texts)
+    bos_id = loaded.bos_id
+    if bos_id is None and tokenizer is not None:
+        bos_id = tokenizer.bos_id
+    if bos_id is None:
+        raise BadInput(f"{model}: the model names no BOS to begin with; give it a --prompt")
+    return [Prompt("", [bos_id])]
+
+
+def _bos_ids(loaded: LoadedModel, tokenizer: Tokenizer | None) -> set[int | None]:
+    return {loaded.bos_id, tokenizer.bos_id if tokenizer else None}
+
+
+class _Output:
+    """Standard output: texts one after another, a blank line between them, flushed as they come."""
+
+    def __init__(
+        self, prompts: list[Prompt], bos_ids: set[int | None], echo: bool, ids: bool
+    ) -> None:
+        self._prompts, self._bos_ids, self._echo, self._ids = prompts, bos_ids, echo, ids
+        self._begun = 0
+        self._space = ""
+
+    def piece(self, index: int, token: int | None, text: str) -> None:
+        """One more token of a text; nothing is written before the first."""
+        self._begin(index)
+        if not self._ids:
+            sys.stdout.write(text)
+        elif token is not None:
+            self._write_id(token)
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """End the last text's line, after the prompts that nothing was added to."""
+        self._begin(len(self._prompts) - 1)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _begin(self, index: int) -> None:
+        while self._begun <= index:
+            if self._begun:
+                sys.stdout.write("\n\n")
+            prompt = self._prompts[self._begun]
+            self._begun += 1
+            self._space = ""
+            if self._echo and self._ids:
+                for token in prompt.ids[prompt.ids[0] in self._bos_ids :]:
+                    self._write_id(token)
+            elif self._echo:
+                sys.stdout.write(prompt.text)
+
+    def _write_id(self, token: int) -> None:
+        sys.stdout.write(f"{self._space}{token}")
+        self._space = " "
+
+
+def _as_json(
+    model: str, engine: Engine, sampling: Sampling, n: int, completions: list[Completion]
+) -> str:
+    from dataclasses import asdict
+
+    from onelaunch.generation.text import tokens_per_second
+
+    def entry(completion: Completion) -> dict[str, Any]:
+        return {
+            "prompt": completion.prompt.text,
+            "prompt_ids": completion.prompt.ids,
+            "text": completion.text,
+            "ids": completion.ids,
+            "first_token_seconds": completion.first_token_seconds,
+            "seconds": completion.seconds,
+        }
+
+    return json.dumps(
+        {
+            "model": model,
+            "engine": engine.describe(),
+            "sampling": asdict(sampling) | {"max_new_tokens": n},
+            "texts": [entry(completion) for completion in completions],
+            "tokens_per_second": tokens_per_second(completions),
+        }
+    )
+
+
+def _summary(engine: Engine, completions: list[Completion], n: int) -> str:
+    """Tokens and speed, and why a text is shorter than asked where the context is."""
+    from onelaunch.generation.text import tokens_per_second
+
+    about = engine.describe()
+    new = sum(len(completion.ids) for completion in completions)
+    read = sum(len(completion.prompt.ids) for completion in completions)
+    parts = [f"{new} new token{'s' * (new != 1)}"]
+    rate = tokens_per_second(completions)
+    if rate is not None:
+        parts[0] += f" at {rate:.1f} tokens/s"
+    first = completions[0].first_token_seconds
+    if first is not None:
+        parts.append(f"the first after {first * 1000:.1f} ms")
+    parts.append(f"{read} prompt token{'s' * (read != 1)}")
+    parts.append(f"{about['engine']} engine on {about['device']} in {about['dtype']}")
+    context = engine.config.max_seq_len
+    if any(len(c.prompt.ids) + len(c.ids) > context and len(c.ids) < n for c in completions):
+        parts.append(f"ended by the model's context of {context} tokens")
+    return "; ".join(parts)

@@ -1,0 +1,102 @@
+"""`onelaunch train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onelaunch.cli.common import Debug, Quiet, say
+from onelaunch.errors import BadInput
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe file, or a built-in one: quickstart (the default), shakespeare-char.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", metavar="NAME", help="Train this shape.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="DIR", help="A folder made by `onelaunch prepare`, or: stories."
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Run folder; default: a new one under runs/."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --run, exactly.")
+    ] = False,
+    accum: Annotated[
+        int | None,
+        typer.Option("--accum", metavar="N", help="Micro-steps per update, 1 to 1000."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change one key of the recipe; repeatable."),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Train a model, or continue a run."""
+    from onelaunch.training.recipe import MAX_ACCUM, Recipe, parse_setting
+
+    settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
+    if accum is not None:
+        if not 1 <= accum <= MAX_ACCUM:
+            raise BadInput(f"--accum {accum}: must be from 1 to {MAX_ACCUM}")
+        settings["train.accum"] = accum
+    if device is not None:
+        settings["train.device"] = device
+    given: Recipe | None = None
+    if recipe is not None:
+        given = Recipe.load(recipe)
+    elif preset is not None:
+        given = Recipe()
+    elif not resume:
+        given = Recipe.load("quickstart")
+    named = {"model.preset": preset, "data.path": data}
+    chosen = {key: value for key, value in named.items() if value is not None}
+
+    from onelaunch.training.run import default_run_folder, start
+    from onelaunch.training.run import resume as resume_run
+
+    if resume:
+        if run is None:
+            raise BadInput("--resume needs --run DIR, the run to continue")
+        if given is not None:
+            given = given.with_settings(chosen | settings, "--set")
+        if data is not None:
+            settings["data.path"] = data
+        outcome = resume_run(run, settings, given, quiet)
+    else:
+        assert given is not None
+        name = Path(recipe).stem if recipe else preset or "quickstart"
+        run = run or default_run_folder(name)
+        outcome = start(given.with_settings(chosen | settings, "--set"), run, quiet)
+    at = outcome.progress
+    where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")
+    if outcome.signal is not None:
+        say(f"stopped; saved at {where}; continue: onelaunch train --resume --run {run}")
+        return 128 + outcome.signal
+    best = ""
+    if at.best_val_loss is not None:
+        best = f"; best validation loss {at.best_val_loss:.4f} at update {at.best_update}"
+    say(f"done: {where}{best}", quiet)
+    say(f"run folder: {run}", quiet)
+    say("next:", quiet)
+    say(f"  onelaunch generate {run}", quiet)
+    say(f"  onelaunch eval {run} --data {outcome.recipe.data.path}", quiet)
+    say(f"  onelaunch export {run} model.bin --format llama2c", quiet)
+    return 0

@@ -1,0 +1,270 @@
+"""The reference engine: the model's definition, run by PyTorch on whatever device it knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.engine import OnToken, Sampling
+from onelaunch.engines.sampling import draw, uniforms
+from onelaunch.errors import BadInput, RunFailed
+from onelaunch.model import KVCache, Model
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device that a name means here: auto, cpu, cuda, cuda:N or mps.
+
+    auto is the GPU where there is one, else the CPU. Raises BadInput where it does not exist.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise BadInput(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        return _cuda_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("device mps: this machine or this PyTorch has no Apple GPU; use cpu")
+    return torch.device(device.type)
+
+
+def _cuda_device(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        reason = "this PyTorch is built without CUDA" if not torch.version.cuda else "no GPU found"
+        raise BadInput(f"device {device}: {reason}; use cpu or auto")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise BadInput(f"device {device}: the GPUs here are numbered 0 to {last}")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of a name; None means bfloat16 on a CUDA GPU and float32 elsewhere."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class ReferenceEngine:
+    """Runs a model with PyTorch's own operators; see `Engine` and `TrainableEngine`.
+
+    `weights` are used as they are where device and dtype fit. With `train` they are copied to
+    float32 tensors that take gradients, `dtype` is then what autocast computes in, `dropout` acts
+    in `loss_and_gradients` only, and `compile` gives that method to torch.compile.
+    `threads` sets PyTorch's CPU threads for the whole process. Raises BadInput for a device, dtype
+    or number of threads that cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        device: str = "auto",
+        dtype: str | None = None,
+        threads: int | None = None,
+        dropout: float = 0.0,
+        compile: bool = False,
+        train: bool = False,
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.trains = train
+        if threads is not None:
+            if threads < 1:
+                raise BadInput(f"threads {threads}: must be at least 1")
+            torch.set_num_threads(threads)
+        if train and self.dtype == torch.float16:
+            raise BadInput("dtype float16 cannot train here; use bfloat16 or float32")
+        stored = torch.float32 if train else self.dtype
+        placed = {
+            name: _place(tensor, self.device, stored, copy=train)
+            for name, tensor in weights.items()
+        }
+        self.model = Model.from_weights(config, placed)
+        self.model.dropout = dropout
+        self.model.requires_grad_(train)
+        self._layers = self.model.layer_weights()
+        self._head_VD = self.model.head_weight()
+        # Made here because a table made in inference mode could not take part in training later.
+        self.model.rope(self.model.norm.weight.device, self.dtype)
+        self._loss = torch.compile(self.model.loss) if compile else self.model.loss
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of every position, (B, S, V), float32.
+
+        Raises BadInput for more positions than the context or an id beyond the vocabulary.
+        """
+        length = tokens_BS.shape[1]
+        if length > self._context:
+            raise BadInput(f"{length} tokens do not fit the model's context of {self._context}")
+        tokens_BS = tokens_BS.to(self.device, torch.int64)
+        if tokens_BS.numel():
+            self._check_range(int(tokens_BS.min()), int(tokens_BS.max()), "the tokens")
+        with torch.no_grad(), self._autocast():
+            return self.model(tokens_BS)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        stop: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`.
+
+        A prompt of P tokens in a context of C leaves room for C - P + 1 new ones, as the last
+        one need not be read back. Prompt i draws with its own numbers, made from the seed and i.
+        Raises RunFailed where the logits are not finite.
+        """
+        if n < 0:
+            raise BadInput(f"{n} new tokens: must not be negative")
+        for index, prompt in enumerate(prompts):
+            self._check_prompt(index, prompt)
+        stop_ids = frozenset(stop)
+        texts: list[list[int]] = []
+        for index, prompt in enumerate(prompts):
+            report = None if on_token is None else _bind(on_token, index)
+            texts.append(self._continue(prompt, n, sampling, index, report, stop_ids))
+        return texts
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, device, dtype, bytes of weights."""
+        parameters = self.model.parameters()
+        return {
+            "engine": "reference",
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+        }
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The float32 tensors to be updated, by canonical name."""
+        self._check_trains()
+        return dict(self.model.named_parameters())
+
+    def loss_and_gradients(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float = 1.0,
+        mark: Callable[[str], None] = lambda part: None,
+    ) -> Tensor:
+        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainableEngine`."""
+        self._check_trains()
+        self.model.training = True  # the root alone reads it
+        try:
+            with self._autocast():
+                loss = self._loss(tokens_BS.to(self.device), targets_BS.to(self.device))
+            mark("forward")
+            (loss * scale).backward()
+            mark("backward")
+        finally:
+            self.model.training = False
+        return loss.detach()
+
+    @torch.inference_mode()
+    def _continue(
+        self,
+        prompt: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        index: int,
+        report: Callable[[int], None] | None,
+        stop_ids: frozenset[int],
+    ) -> list[int]:
+        """The new ids of one text."""
+        n = min(n, self._context - len(prompt) + 1)
+        if n == 0:
+            return []
+        capacity = len(prompt) + n - 1
+        cache = KVCache(self.config, 1, capacity, self.device, self.dtype)
+        uniforms_N = None
+        if not sampling.greedy:
+            uniforms_N = uniforms(sampling.seed, index, n).to(self.device)
+        tokens_1S = torch.tensor([prompt], device=self.device)
+        new: list[int] = []
+        with self._autocast():
+            for i in range(n):
+                hidden_1SD = self.model.hidden(tokens_1S, cache, self._layers)
+                logits_V = F.linear(hidden_1SD[0, -1], self._head_VD).float()
+                best, token = logits_V.max(-1)
+                if not math.isfinite(best.item()):
+                    raise self._not_finite(cache.length - 1)
+                if uniforms_N is not None:
+                    token = draw(logits_V, sampling, uniforms_N[i : i + 1])
+                chosen = int(token.item())
+                if chosen in stop_ids:
+                    break
+                new.append(chosen)
+                if report is not None:
+                    report(chosen)
+                tokens_1S = token.view(1, 1)
+        return new
+
+    @property
+    def _context(self) -> int:
+        return self.config.max_seq_len
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.trains and self.dtype != torch.float32:
+            return torch.autocast(self.device.type, self.dtype)
+        return nullcontext()
+
+    def _check_trains(self) -> None:
+        if not self.trains:
+            raise RuntimeError("this engine was made without train=True")
+
+    def _check_prompt(self, index: int, prompt: Sequence[int]) -> None:
+        name = f"prompt {index + 1}"
+        if not prompt:
+            raise BadInput(f"{name} is empty; it needs one token at least, such as BOS")
+        if len(prompt) > self._context:
+            raise BadInput(
+                f"{name} has {len(prompt)} tokens, the model's context holds {self._context}; "
+                "shorten the prompt"
+            )
+        self._check_range(min(prompt), max(prompt), name)
+
+    def _check_range(self, least: int, largest: int, name: str) -> None:
+        wrong = least if least < 0 else largest
+        if not 0 <= wrong < self.config.vocab_size:
+            raise BadInput(
+                f"{name}: id {wrong} is outside the model's vocabulary of "
+                f"{self.config.vocab_size}; is this the model's own tokenizer?"
+            )
+
+    def _not_finite(self, position: int) -> RunFailed:
+        mend = "the weights are damaged"
+        if self.dtype != torch.float32:
+            mend += f" or too large for {str(self.dtype).removeprefix('torch.')}; try float32"
+        return RunFailed(f"the logits at position {position} are not finite numbers: {mend}")
+
+
+def _bind(on_token: OnToken, index: int) -> Callable[[int], None]:
+    return lambda token: on_token(index, token)
+
+
+def _place(tensor: Tensor, device: torch.device, dtype: torch.dtype, copy: bool) -> Tensor:
+    return tensor.detach().to(device, dtype, copy=copy).contiguous()

@@ -1,0 +1,130 @@
+"""Continuing texts: encode, generate, decode as the tokens come, and say how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from onelaunch.checkpoints.tokenizers import Tokenizer
+from onelaunch.engines.engine import Engine, Sampling
+
+OnPiece = Callable[[int, int | None, str], None]
+"""Called with (index of the prompt, new token id, text that it completes); the id is None for text
+that is left over when the last token has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a text begins with. `ids` holds BOS where the model wants one."""
+
+    text: str
+    ids: list[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """A prompt and its continuation. `text` is None where there was no tokenizer.
+
+    Seconds run from when the text before was done: to the first new token, and to the last.
+    """
+
+    prompt: Prompt
+    ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
+    """The texts with their token ids, BOS included."""
+    return [Prompt(text, tokenizer.encode(text)) for text in texts]
+
+
+def complete(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    n: int,
+    sampling: Sampling,
+    stop: Sequence[int] = (),
+    tokenizer: Tokenizer | None = None,
+    on_piece: OnPiece | None = None,
+) -> list[Completion]:
+    """Continue each prompt by up to `n` tokens; `on_piece` hears of each as it is chosen.
+
+    A character of several tokens is handed on when it is whole. Raises BadInput for an empty
+    prompt, one beyond the model's context, or ids beyond its vocabulary, before any token.
+    """
+    completions = [Completion(prompt) for prompt in prompts]
+    if not completions:
+        return []
+    report = on_piece or _nobody
+    decoders = [_Decoder(tokenizer, prompt.ids) for prompt in prompts]
+    last = 0
+    start = time.perf_counter()
+
+    def on_token(index: int, token: int) -> None:
+        nonlocal last, start
+        completion = completions[index]
+        while last < index:
+            _hand_on(last, None, decoders[last].finish())
+            last += 1
+            start += completions[last - 1].seconds
+        completion.seconds = time.perf_counter() - start
+        if completion.first_token_seconds is None:
+            completion.first_token_seconds = completion.seconds
+        _hand_on(index, token, decoders[index].push(token))
+
+    def _hand_on(index: int, token: int | None, piece: str) -> None:
+        if token is not None or piece:
+            report(index, token, piece)
+
+    texts = engine.generate([prompt.ids for prompt in prompts], n, sampling, on_token, stop)
+    for index in range(last, len(prompts)):
+        _hand_on(index, None, decoders[index].finish())
+    for completion, decoder, ids in zip(completions, decoders, texts, strict=True):
+        completion.ids = ids
+        completion.text = None if tokenizer is None else decoder.text
+    return completions
+
+
+def tokens_per_second(completions: Sequence[Completion]) -> float | None:
+    """New tokens per second, each text's first one, which reads the prompt, left out.
+
+    None where no text has two.
+    """
+    tokens, seconds = 0, 0.0
+    for completion in completions:
+        if completion.first_token_seconds is not None:
+            tokens += len(completion.ids) - 1
+            seconds += completion.seconds - completion.first_token_seconds
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def _nobody(index: int, token: int | None, piece: str) -> None:
+    pass
+
+
+class _Decoder:
+    """Decodes a continuation and keeps its text; silent without a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: list[int]) -> None:
+        self._stream = None if tokenizer is None else tokenizer.decoder()
+        self._pieces: list[str] = []
+        if self._stream is not None:
+            for token in prompt_ids:  # so that it knows it is no longer at a text's beginning
+                self._stream.push(token)
+
+    def push(self, token: int) -> str:
+        return "" if self._stream is None else self._keep(self._stream.push(token))
+
+    def finish(self) -> str:
+        return "" if self._stream is None else self._keep(self._stream.finish())
+
+    def _keep(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)

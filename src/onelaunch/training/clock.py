@@ -1,0 +1,70 @@
+"""Where a step's wall time goes, measured part by part."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+PARTS = ("data", "forward", "backward", "optimizer", "display", "checkpoint", "evaluation")
+
+
+class StepClock:
+    """Splits the time between `begin` and `end` among named parts.
+
+    On a CPU each `mark` reads the host's clock. On CUDA it records an event, so that a part is
+    the device's own time from one mark to the next, gaps in which the device waits for the host
+    included; the events are read once, at `end`, the only place that waits for the device. On mps,
+    which has no such events here, each `mark` waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._pool: list[torch.cuda.Event] = []
+        self._events: list[tuple[str | None, torch.cuda.Event]] = []
+        self._seconds: dict[str, float] = {}
+        self._begin = self._last = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a new span here."""
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._begin = self._last = time.perf_counter()
+        if self._cuda:
+            self._pool.extend(event for _, event in self._events)
+            self._events = []
+            self._record(None)
+
+    def mark(self, part: str) -> None:
+        """What happened since the last mark (or `skip`, or `begin`) was `part`."""
+        if self._cuda:
+            self._record(part)
+            return
+        if self._device.type == "mps":
+            torch.mps.synchronize()
+        now = time.perf_counter()
+        self._seconds[part] += now - self._last
+        self._last = now
+
+    def skip(self) -> None:
+        """What happened since the last mark belongs to no part."""
+        if self._cuda:
+            self._record(None)
+        self._last = time.perf_counter()
+
+    def end(self) -> dict[str, float]:
+        """Seconds of each part, of the whole (`wall`), and what none explains (`unexplained`)."""
+        if self._cuda:
+            self._events[-1][1].synchronize()
+            for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
+                if part is not None:
+                    self._seconds[part] += before.elapsed_time(after) * 1e-3
+        wall = time.perf_counter() - self._begin
+        explained = sum(self._seconds.values())
+        return {**self._seconds, "wall": wall, "unexplained": wall - explained}
+
+    def _record(self, part: str | None) -> None:
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append((part, event))

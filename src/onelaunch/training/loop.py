@@ -1,0 +1,261 @@
+"""The training loop: gradient accumulation, exact resume, measured telemetry.
+
+One update is `accum` micro-steps, each the forward and backward of one batch, and one optimizer
+step on their averaged gradient. Between updates come evaluation and checkpoints; between
+micro-steps, and only there, the run can be told to stop: it then saves the gradients so far.
+
+The order of all batches is fixed by the recipe, and a micro-step's gradient is scaled by 1/accum
+wherever it is computed; several processes can therefore share one update's micro-steps by taking
+every n-th of them and summing gradients before the optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onelaunch.checkpoints.run_folder import prune_checkpoints, set_best
+from onelaunch.engines.engine import TrainableEngine
+from onelaunch.errors import BadInput
+from onelaunch.training import state as saved
+from onelaunch.training.clock import StepClock
+from onelaunch.training.data import Sampler, TokenData
+from onelaunch.training.display import Display
+from onelaunch.training.evaluate import evaluate
+from onelaunch.training.metrics import MetricsWriter
+from onelaunch.training.recipe import Recipe
+from onelaunch.training.signals import StopSignals
+
+
+@dataclass
+class Progress:
+    """Where a run is; all of it is saved. Losses are in nats per token."""
+
+    update: int = 0
+    micro: int = 0
+    loss_sum: float = 0.0
+    tokens: int = 0
+    evaluated: int = 0
+    val_loss: float | None = None
+    best_update: int = 0
+    best_val_loss: float | None = None
+
+
+@dataclass
+class Outcome:
+    """How `train` ended: finished, or stopped by a signal with everything saved."""
+
+    recipe: Recipe
+    progress: Progress
+    signal: int | None = None
+
+
+@dataclass
+class Trainer:
+    """One run in one process. `train()` is the loop; the rest are its steps.
+
+    `checkpoint` is the newest one, on the way in where the run is a resumed one.
+    """
+
+    recipe: Recipe
+    run: Path
+    engine: TrainableEngine
+    data: TokenData
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    metrics: MetricsWriter
+    stop: StopSignals
+    display: Display | None = None
+    progress: Progress = field(default_factory=Progress)
+    checkpoint: Path | None = None
+    seq_len: int = 0
+
+    def __post_init__(self) -> None:
+        self.parameters = self.engine.parameters()
+        self.device = next(iter(self.parameters.values())).device
+        self.seq_len = self.seq_len or self.recipe.train.seq_len or self.engine.config.max_seq_len
+        self._clock = StepClock(self.device)
+        self._loss_sum = torch.tensor(self.progress.loss_sum, device=self.device)
+        at = (self.progress.update, self.progress.micro)
+        self._saved_at = at if self.checkpoint is not None else None
+        self._saved_time = time.monotonic()
+
+    def train(self) -> Outcome:
+        """Run to the recipe's last update, or to a stop signal."""
+        progress, total = self.progress, self.recipe.train.updates
+        self._clock.begin()
+        while True:
+            if progress.micro == 0:
+                self._between_updates(last=progress.update >= total)
+            if self.stop.received is not None or progress.update >= total:
+                break
+            self._update()
+        if self.stop.received is not None:
+            self._save()
+        self._record({"kind": "end", "update": progress.update, "seconds": self._clock.end()})
+        return Outcome(self.recipe, progress, self.stop.received)
+
+    def _between_updates(self, last: bool) -> None:
+        progress, recipe = self.progress, self.recipe
+        at = progress.update
+
+        def due(every: int) -> bool:
+            return at > 0 and (last or (every > 0 and at % every == 0))
+
+        is_best = False
+        if due(recipe.eval.every) and progress.evaluated < at:
+            is_best = self._evaluate()
+        minutes = (time.monotonic() - self._saved_time) / 60
+        overdue = at > 0 and minutes >= recipe.checkpoint.minutes
+        if (due(recipe.checkpoint.every) or overdue or is_best) and self.stop.received is None:
+            self._save(is_best)
+
+    def _update(self) -> None:
+        """Micro-steps up to the update's last, or to a stop; then the optimizer step."""
+        progress, accum = self.progress, self.recipe.train.accum
+        started_at = progress.micro
+        while progress.micro < accum:
+            self._micro_step()
+            if self.stop.received is not None and progress.micro < accum:
+                return
+            self._save_if_overdue()
+        lr = self.recipe.learning_rate(progress.update)
+        self._clock.skip()
+        grad_norm = self._optimizer_step(lr)
+        loss = self._loss_sum.item() / accum
+        self._clock.mark("optimizer")
+        progress.update += 1
+        progress.micro, progress.loss_sum = 0, 0.0
+        self._loss_sum.zero_()
+        seconds = self._clock.end()
+        self._clock.begin()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.metrics.push({"kind": "diverged", "update": progress.update})
+            raise self._diverged(loss, grad_norm)
+        record = {
+            "kind": "update",
+            "update": progress.update,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "micro_steps": accum,
+            "tokens": progress.tokens,
+            "seconds": seconds,
+            "time": time.time(),
+        }
+        if started_at:
+            # what came before was timed by the process that was stopped
+            record["resumed_at_micro"] = started_at
+        self._record(record)
+
+    def _micro_step(self) -> None:
+        progress, clock, recipe = self.progress, self._clock, self.recipe
+        clock.skip()
+        tokens_BS, targets_BS = self.sampler.next(recipe.train.batch_size)
+        tokens = torch.from_numpy(tokens_BS).to(self.device, non_blocking=True)
+        targets = torch.from_numpy(targets_BS).to(self.device, non_blocking=True)
+        clock.mark("data")
+        scale = 1.0 / recipe.train.accum
+        loss = self.engine.loss_and_gradients(tokens, targets, scale, clock.mark)
+        self._loss_sum += loss
+        progress.micro += 1
+        progress.tokens += tokens_BS.size
+        if self.display is not None:
+            self.display.progress(progress.update, progress.micro)
+
+    def _optimizer_step(self, lr: float) -> float:
+        """Clip, step, clear; returns the norm of the averaged gradient."""
+        clip = self.recipe.optimizer.grad_clip
+        parameters = list(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the fixed batches; returns whether the loss is the lowest so far."""
+        progress, recipe = self.progress, self.recipe
+        batches = self.data.eval_batches(
+            "val", self.seq_len, recipe.train.batch_size, recipe.eval.batches
+        )
+        with self._timed("evaluation"):
+            result = evaluate(self.engine, batches, stop=lambda: self.stop.received is not None)
+        if not result.whole:
+            return False  # the resumed run does it again
+        if not math.isfinite(result.loss):
+            raise self._diverged(result.loss, None)
+        progress.evaluated, progress.val_loss = progress.update, result.loss
+        is_best = progress.best_val_loss is None or result.loss < progress.best_val_loss
+        if is_best:
+            progress.best_update, progress.best_val_loss = progress.update, result.loss
+        self._record(
+            {
+                "kind": "eval",
+                "update": progress.update,
+                "loss": result.loss,
+                "tokens": result.tokens,
+                "best": is_best,
+            }
+        )
+        self._notice(f"update {progress.update}: validation loss {result.loss:.4f}")
+        return is_best
+
+    def _save(self, is_best: bool = False) -> None:
+        """Write a checkpoint of this moment, once; records of what led here go to disk first."""
+        progress = self.progress
+        at = (progress.update, progress.micro)
+        with self._timed("checkpoint"):
+            if self._saved_at != at:
+                self.metrics.flush()
+                progress.loss_sum = self._loss_sum.item()
+                self.checkpoint = saved.save(self)
+            if is_best and self.checkpoint is not None:
+                set_best(self.run, self.checkpoint, progress.update, progress.val_loss or 0.0)
+            prune_checkpoints(self.run, self.recipe.checkpoint.keep)
+        self._saved_at, self._saved_time = at, time.monotonic()
+
+    def _save_if_overdue(self) -> None:
+        """Updates of many micro-steps are saved inside, too."""
+        inside = 0 < self.progress.micro < self.recipe.train.accum
+        if inside and time.monotonic() - self._saved_time >= self.recipe.checkpoint.minutes * 60:
+            self._save()
+
+    def _diverged(self, loss: float, grad_norm: float | None) -> BadInput:
+        norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
+        kept = f"the last good checkpoint is {self.checkpoint}"
+        if self.checkpoint is None:
+            kept = "there was no checkpoint yet"
+        return BadInput(
+            f"{self.run}: the loss is {loss}{norm} at update {self.progress.update}; stopped; "
+            f"{kept}; try a lower optimizer.lr or a longer optimizer.warmup"
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """Hand a record to the writer and the display; neither waits."""
+        with self._timed("display"):
+            self.metrics.push(record)
+            if self.display is not None:
+                self.display.progress(self.progress.update, self.progress.micro)
+                self.display.push(record)
+        if self.metrics.error is not None:
+            raise self.metrics.error
+
+    def _notice(self, text: str) -> None:
+        if self.display is not None:
+            self.display.notice(text)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Count the block as one part; blocks do not nest."""
+        self._clock.skip()
+        yield
+        self._clock.mark(part)

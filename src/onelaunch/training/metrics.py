@@ -1,0 +1,127 @@
+"""metrics.jsonl: one JSON object a line, written by a thread that training never waits for.
+
+docs/metrics.md describes the records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from onelaunch.checkpoints.atomic import atomic_file, write_error
+from onelaunch.errors import BadInput
+
+SCHEMA = 1
+QUEUE_RECORDS = 10_000
+
+
+class MetricsWriter:
+    """Appends records to a file from its own thread.
+
+    The queue is bounded: where the disk stalls so long that it is full, records are dropped,
+    counted in `dropped`, and the count is written once the disk answers again.
+    """
+
+    def __init__(self, path: Path, queue_records: int = QUEUE_RECORDS) -> None:
+        self.path = path
+        self.dropped = 0
+        self.error: BadInput | None = None
+        self._said_dropped = 0
+        self._queue: queue.Queue[dict[str, Any] | threading.Event | None] = queue.Queue(
+            queue_records
+        )
+        try:
+            # Raw: a line is one write, and no lock of Python's is held while the disk stalls.
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise write_error(path, error) from error
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def push(self, record: dict[str, Any]) -> None:
+        """Queue a record; never waits."""
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+    def flush(self, seconds: float = 5.0) -> bool:
+        """Wait until everything queued so far is on the disk, at most `seconds`."""
+        done = threading.Event()
+        deadline = time.monotonic() + seconds
+        try:
+            self._queue.put(done, timeout=seconds)
+        except queue.Full:
+            return False
+        return done.wait(max(0.0, deadline - time.monotonic()))
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Write what is queued and end the thread; gives up after `seconds`."""
+        self.flush(seconds)
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=seconds)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while True:
+            items = [self._queue.get()]
+            with suppress(queue.Empty):
+                while len(items) < 256:
+                    items.append(self._queue.get_nowait())
+            self._write(items)
+            if None in items:
+                return
+
+    def _write(self, items: list[dict[str, Any] | threading.Event | None]) -> None:
+        records = [item for item in items if isinstance(item, dict)]
+        if self.dropped > self._said_dropped:
+            self._said_dropped = self.dropped
+            records.append({"kind": "dropped", "count": self._said_dropped})
+        waiting = [item for item in items if isinstance(item, threading.Event)]
+        if self.error is None:
+            try:
+                data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+                if waiting:
+                    os.fsync(self._descriptor)
+            except OSError as error:
+                self.error = write_error(self.path, error)
+        for done in waiting:
+            done.set()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a file; a last line torn by a kill is left out."""
+    records = []
+    with open(path, "rb") as file:
+        for line in file:
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records.append(record)
+    return records
+
+
+def drop_after(path: Path, update: int, eval_done: int) -> None:
+    """Forget records of work that a resume will do again: updates after `update`, evaluations
+    after `eval_done`, and a torn last line."""
+    if not path.exists():
+        return
+    limits = {"update": update, "eval": eval_done}
+    with atomic_file(path) as out, open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                kind, at = record.get("kind"), record.get("update", 0)
+            except (ValueError, AttributeError):
+                continue
+            if not line.endswith(b"\n") or at > limits.get(kind, at):
+                continue
+            out.write(line)

@@ -1,0 +1,211 @@
+"""Built-in synthetic stories: an endless, seeded grammar of small children's stories.
+
+A story follows one child, one thing with one colour, and one animal through a setting, a problem,
+help and a moral. Each is chosen once and then repeated, so that a model that writes well must keep
+track of the name, the pronoun, the thing, its colour and the animal. All the text is our own.
+`story(seed, index)` is pure integer arithmetic: the same on every Python and every machine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from onelaunch.training.shuffle import mix64
+
+STORIES_LABEL = "built-in synthetic stories"
+
+# Part of a sampler's saved state: raise it whenever the text of any story changes.
+GRAMMAR_VERSION = 1
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+# name, kind, He, he, his, him
+_CHILDREN = (
+    *((name, "girl", "She", "she", "her", "her") for name in ("Mia", "Lily", "Anna")),
+    *((name, "boy", "He", "he", "his", "him") for name in ("Tom", "Ben", "Sam")),
+)
+_COLOURS = ("red", "blue", "green", "pink", "white")
+_TRAITS = ("big", "little", "kind", "small")
+
+
+class _Plot(NamedTuple):
+    """What a plot may be about, and its sentences: one alternative is drawn for each step.
+
+    `pairs` ties an animal to the spot where it belongs: a duck swims, a bird flies.
+    """
+
+    things: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    steps: tuple[tuple[str, ...], ...]
+
+
+_TOYS = ("ball", "boat", "kite", "hat", "car", "book")
+_FOODS = ("cake", "pie", "bun", "pear")
+_ANIMALS = ("dog", "cat", "bird", "duck", "fox", "bear")
+_SPOTS = ("tree", "rock", "log", "box")
+_PLACES = ("park", "farm", "hill", "lake")
+
+_OPENING = (
+    "Once there was a {kind} named {name}.",
+    "There was a {kind} named {name}.",
+)
+_OWNS = ("{name} had a {colour} {thing}.", "{name} loved {his} {colour} {thing}.")
+_SAD = ("{name} was very sad.", "{name} sat down and cried.")
+_MEETS = ("{name} met a {trait} {animal}.", "A {trait} {animal} saw {name}.")
+_THANKS = ('{name} said, "Thank you, {animal}!"', "{name} gave the {animal} a big hug.")
+
+_LOST = _Plot(
+    things=_TOYS,
+    pairs=tuple((animal, spot) for animal in _ANIMALS for spot in _SPOTS),
+    steps=(
+        _OPENING,
+        _OWNS,
+        (
+            "One day, {he} took the {colour} {thing} to the {place}.",
+            "One day, {name} went to the {place}.",
+        ),
+        ("But then the {colour} {thing} was gone!", "But then {he} lost the {colour} {thing}!"),
+        _SAD,
+        _MEETS,
+        (
+            'The {animal} said, "I can help you, {name}."',
+            'The {animal} said, "Do not be sad, {name}."',
+        ),
+        ("The {animal} looked under a {spot}.", "{name} and the {animal} looked under a {spot}."),
+        ("There was the {colour} {thing}!", "The {animal} saw the {colour} {thing}!"),
+        _THANKS,
+        ("A good friend will help you.", "It is good to have a friend."),
+    ),
+)
+
+_STUCK = _Plot(
+    things=("ball", "kite", "hat", "boat"),
+    pairs=(("bird", "tree"), ("cat", "tree"), ("duck", "lake"), ("frog", "lake")),
+    steps=(
+        _OPENING,
+        _OWNS,
+        (
+            "One day, {name} lost the {colour} {thing} in a {spot}.",
+            "One day, the wind took the {colour} {thing} to a {spot}.",
+        ),
+        ("{name} could not get it.", "{name} tried, but {he} could not get it."),
+        _MEETS,
+        (
+            '{name} said, "I want my {colour} {thing}."',
+            '{name} said, "Can you help me, {animal}?"',
+        ),
+        ('The {animal} said, "I can help you, {name}."', "The {animal} went to the {spot}."),
+        (
+            "The {animal} got the {colour} {thing}.",
+            "The {animal} gave {name} the {colour} {thing}.",
+        ),
+        _THANKS,
+        ("It is good to ask for help.", "A good friend will help you."),
+    ),
+)
+
+_SHARE = _Plot(
+    things=_FOODS,
+    pairs=tuple((animal, spot) for animal in _ANIMALS for spot in ("tree", "rock")),
+    steps=(
+        _OPENING,
+        _OWNS,
+        ("One day, {name} took the {colour} {thing} to the {place}.",),
+        _MEETS,
+        ('The {animal} said, "Can I eat the {colour} {thing}?"', "The {animal} had no food."),
+        ('{name} said, "No, it is my {colour} {thing}!"', "{name} did not want to share."),
+        ("The {animal} was very sad.", "The {animal} sat down and cried."),
+        (
+            "Then {name} gave the {animal} some of the {colour} {thing}.",
+            "Then {name} and the {animal} ate the {colour} {thing}.",
+        ),
+        ("The {animal} was very happy.", 'The {animal} said, "Thank you, {name}!"'),
+        ("It is good to share.", "It is good to have a friend."),
+    ),
+)
+
+_BROKEN = _Plot(
+    things=("boat", "kite", "car", "book"),
+    pairs=tuple((animal, spot) for animal in _ANIMALS for spot in ("rock", "tree", "box")),
+    steps=(
+        _OPENING,
+        _OWNS,
+        ("One day, {name} ran too fast and hit a {spot}.", "One day, {name} ran and fell."),
+        ("The {colour} {thing} broke!", "Oh no, the {colour} {thing} broke!"),
+        _SAD,
+        _MEETS,
+        (
+            'The {animal} said, "I can help you, {name}."',
+            'The {animal} said, "I can fix the {colour} {thing}."',
+        ),
+        ("{name} and the {animal} sat under a tree.", "The {animal} looked at the {thing}."),
+        ("Then the {colour} {thing} was like new!", "Then {name} had the {colour} {thing} again!"),
+        _THANKS,
+        ("Do not run too fast.", "It is good to ask for help."),
+    ),
+)
+
+_HOME = _Plot(
+    things=("hat", "coat", "cap"),
+    pairs=(
+        ("duck", "lake"),
+        ("frog", "lake"),
+        ("bird", "tree"),
+        ("fox", "hill"),
+        ("bear", "hill"),
+        ("cat", "farm"),
+        ("dog", "farm"),
+    ),
+    steps=(
+        _OPENING,
+        _OWNS,
+        ("One day, {name} went to play in the rain.", "One day, {name} went for a walk."),
+        ("{name} met a little {animal}.", "{name} saw a little {animal}."),
+        ("The {animal} was lost and cold.", "The {animal} was cold and very sad."),
+        ('The {animal} said, "I want my mom."', 'The {animal} said, "Can you help me, {name}?"'),
+        (
+            "{name} gave the {animal} {his} {colour} {thing}.",
+            "{name} put the {colour} {thing} on the {animal}.",
+        ),
+        ("Then they went to the {spot}.", "{name} and the {animal} went to the {spot}."),
+        ("There was the mom of the {animal}!", "The mom of the {animal} was there!"),
+        ("The {animal} was very happy.", 'The {animal} said, "Thank you, {name}!"'),
+        ("It is good to help.", "It is good to have a friend."),
+    ),
+)
+
+_PLOTS = (_LOST, _STUCK, _SHARE, _BROKEN, _HOME)
+
+
+def story(seed: int, index: int) -> str:
+    """The story with this number in the endless series that belongs to `seed`: one line of text.
+
+    Series with different seeds are independent draws from the same grammar.
+    """
+    state = mix64(mix64(seed) + index)
+
+    def below(n: int) -> int:
+        nonlocal state
+        state = (state + _GAMMA) & _MASK
+        return ((mix64(state) >> 32) * n) >> 32
+
+    plot = _PLOTS[below(len(_PLOTS))]
+    name, kind, subject, he, his, him = _CHILDREN[below(len(_CHILDREN))]
+    animal, spot = plot.pairs[below(len(plot.pairs))]
+    slots = {
+        "name": name,
+        "kind": kind,
+        "He": subject,
+        "he": he,
+        "his": his,
+        "His": his.capitalize(),
+        "him": him,
+        "animal": animal,
+        "spot": spot,
+        "thing": plot.things[below(len(plot.things))],
+        "colour": _COLOURS[below(len(_COLOURS))],
+        "trait": _TRAITS[below(len(_TRAITS))],
+        "place": _PLACES[below(len(_PLACES))],
+    }
+    return " ".join(step[below(len(step))].format_map(slots) for step in plot.steps)

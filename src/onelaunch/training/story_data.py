@@ -1,0 +1,111 @@
+"""Token data from the built-in synthetic stories: made as it is read, never the end of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from onelaunch.checkpoints.tokenizers import Llama2cTokenizer, Tokenizer
+from onelaunch.errors import BadInput
+from onelaunch.training.batches import Batch, check_request, check_state, split_rows, spread
+from onelaunch.training.shuffle import mix64
+from onelaunch.training.stories import GRAMMAR_VERSION, STORIES_LABEL, story
+
+STORIES_TOKENIZER_SHA256 = "db793ae26cd22d5ac3fb31fa6cfe2e02c761975ab107ccfef3a088484fa8441f"
+
+# Evaluation uses this many rows, always the same ones.
+STORIES_EVAL_ROWS = 256
+_TAGS = {"train": 0x747261696E, "val": 0x76616C}
+
+
+@cache
+def stories_tokenizer() -> Llama2cTokenizer:
+    """The 512-piece tokenizer that the package ships for its stories."""
+    data = files("onelaunch.training").joinpath("stories_tokenizer.bin").read_bytes()
+    tokenizer = Llama2cTokenizer.from_bytes(data, "stories_tokenizer.bin")
+    if tokenizer.fingerprint != STORIES_TOKENIZER_SHA256:
+        raise BadInput("stories_tokenizer.bin: is not the one of this version; install again")
+    return tokenizer
+
+
+class StorySampler:
+    """Rows of stories in order. A row begins with a story's BOS, as a text to be generated does,
+    and is filled with the stories that follow; what is left of the last one is skipped."""
+
+    def __init__(self, seq_len: int, seed: int, split: str, fingerprint: str) -> None:
+        self._same = {"kind": "stories", "data": fingerprint, "seq_len": seq_len, "seed": seed}
+        self._series = mix64(mix64(seed) ^ _TAGS[split])
+        self._seq_len = seq_len
+        self._story = 0
+        self._tokenizer = stories_tokenizer()
+
+    def next(self, batch_size: int) -> Batch:
+        """(tokens_BS, targets_BS) of the next rows."""
+        rows_BR = np.empty((batch_size, self._seq_len + 1), np.int64)
+        for row_R in rows_BR:
+            row_R[:] = self._row()
+        return split_rows(rows_BR)
+
+    def _row(self) -> list[int]:
+        ids: list[int] = []
+        while len(ids) <= self._seq_len:
+            ids += self._tokenizer.encode(story(self._series, self._story))
+            self._story += 1
+        return ids[: self._seq_len + 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Data, seed, sequence length and the next story's number."""
+        return {**self._same, "story": self._story}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state of the same grammar, seed and sequence length."""
+        check_state(state, self._same, ("story",))
+        self._story = state["story"]
+
+
+class StoryData:
+    """The endless stories. Train and val are different series drawn from the same grammar: a val
+    story may happen to occur in train too, though tens of millions of stories make that rare."""
+
+    def __init__(self, seed: int) -> None:
+        """`seed` is that of the train series where it is evaluated; val is the same for all."""
+        self.tokenizer: Tokenizer = stories_tokenizer()
+        self.label = STORIES_LABEL
+        self.synthetic = True
+        self.vocab_size = self.tokenizer.vocab_size
+        self.bos_id = self.tokenizer.bos_id
+        identity = f"stories {GRAMMAR_VERSION} {self.tokenizer.fingerprint}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self._seeds = {"train": seed, "val": 0}
+
+    def train(self, seq_len: int, seed: int) -> StorySampler:
+        """Rows of the train series."""
+        check_request("train", seq_len, 1)
+        return StorySampler(seq_len, seed, "train", self.fingerprint)
+
+    def eval_batches(
+        self, split: str, seq_len: int, batch_size: int, max_batches: int | None = None
+    ) -> Iterator[Batch]:
+        """The first STORIES_EVAL_ROWS rows of the split, or `max_batches` of their batches."""
+        check_request(split, seq_len, batch_size)
+        return self._eval_batches(split, seq_len, batch_size, max_batches)
+
+    def _eval_batches(
+        self, split: str, seq_len: int, batch_size: int, max_batches: int | None
+    ) -> Iterator[Batch]:
+        sampler = StorySampler(seq_len, self._seeds[split], split, self.fingerprint)
+        tokens_NS, targets_NS = sampler.next(STORIES_EVAL_ROWS)
+        for i in spread(-(-STORIES_EVAL_ROWS // batch_size), max_batches):
+            rows = slice(i * batch_size, (i + 1) * batch_size)
+            yield tokens_NS[rows], targets_NS[rows]
+
+    def n_tokens(self, split: str) -> None:
+        """None: the stories do not end."""
+
+    def bytes_of(self, split: str) -> None:
+        """None: the stories do not end."""

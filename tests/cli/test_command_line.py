@@ -1,0 +1,226 @@
+"""The command line as a whole: what it offers, what it loads, how it refuses."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from onelaunch import __version__, cli
+from onelaunch.cli import app as app_module
+from onelaunch.cli import doctor
+from onelaunch.errors import BadInput, RunFailed
+
+# What people type and scripts rely on. A change here is a change for them: it belongs into the
+# commit message.
+LISTING = """\
+onelaunch [--version] [--debug]
+prepare TEXT... --out DIR [--vocab-size N] [--tokenizer FILE] [--quiet] [--debug]
+train [RECIPE] [--preset NAME] [--data DIR] [--run DIR] [--resume] [--accum N] [--device VALUE]
+    [--set A.B=C...] [--quiet] [--debug]
+eval MODEL --data DIR [--device DEVICE] [--json] [--quiet] [--debug]
+generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
+    [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--min-p P] [--seed S]
+    [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--ids] [--json] [--quiet]
+    [--debug]
+export MODEL OUT --format VALUE [--random] [--quiet]
+inspect MODEL [--random] [--json]
+bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--quiet] [--debug]
+doctor [--json] [--debug]
+"""
+
+
+def listing() -> str:
+    """Every verb with its arguments and options."""
+    command = typer.main.get_command(app_module.app)
+    lines = [_line("onelaunch", command.params)]
+    lines += [_line(name, verb.params) for name, verb in command.commands.items()]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _line(name, params) -> str:
+    words = [name]
+    for param in params:
+        word = param.metavar or ("VALUE" if param.param_type_name == "option" else param.name)
+        if param.param_type_name == "option":
+            word = "|".join(param.opts) + ("" if param.is_flag else f" {word}")
+        if param.nargs == -1 or getattr(param, "multiple", False):
+            word = word.removesuffix("...") + "..."
+        words.append(word if param.required else f"[{word.strip('[]')}]")
+    return textwrap.fill(" ".join(words), 96, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def test_the_command_line_is_as_frozen_here():
+    assert listing() == LISTING
+
+
+@pytest.fixture
+def onelaunch(capsys):
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = cli.run(list(argv))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_version_and_import_load_nothing_heavy():
+    """In a process of its own: this one has everything loaded."""
+    verbs = list(typer.main.get_command(app_module.app).commands)
+    code = f"""
+import sys
+import onelaunch
+assert "typer" not in sys.modules
+from onelaunch.cli import run
+for argv in [["--version"], ["--help"], ["-h"], []] + [[verb, "--help"] for verb in {verbs}]:
+    assert run(argv) == 0, argv
+heavy = {{"torch", "numpy", "numba", "safetensors", "transformers"}} & set(sys.modules)
+print("heavy:", sorted(heavy))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[0] == f"onelaunch {__version__}"
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    assert done.stderr == ""
+
+
+def test_help_is_plain_text(onelaunch):
+    for argv in ([], ["--help"], ["generate", "-h"]):
+        code, out, err = onelaunch(*argv)
+        assert (code, err) == (0, "")
+        assert out.startswith("Usage: onelaunch")
+        assert out.isascii()
+        assert "\x1b" not in out
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "onelaunch", "--version"], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.decode().strip()) == (0, f"onelaunch {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["generat"], "'generate'"),
+        (["xyzzy"], "'xyzzy'"),
+        (["--nope"], "--nope"),
+        (["generate"], "'MODEL'"),
+        (["generate", "a", "b"], "(b)"),
+        (["generate", "a", "--temprature", "1"], "--temperature"),
+        (["generate", "a", "--seed"], "--seed"),
+        (["generate", "a", "--seed", "x"], "--seed"),
+        (["generate", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "a", "--json=yes"], "--json"),
+        (["export", "a", "b"], "--format"),
+        (["doctor", "extra"], "extra"),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_are_one_line_and_exit_2(onelaunch, argv, named):
+    code, out, err = onelaunch(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("onelaunch: ")
+    assert err.count("\n") == 1
+    assert named in err
+    verb = f"onelaunch {argv[0]}" if argv[0] in ("generate", "export", "doctor") else "onelaunch"
+    assert f"(see: {verb} --help)" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BadInput("x.bin: too\n  short"), 2, "onelaunch: x.bin: too short"),
+        (RunFailed("the loss is not a number"), 1, "onelaunch: the loss is not a number"),
+        (FileNotFoundError(2, "No such file", "y"), 2, "onelaunch: y: No such file"),
+        (OSError(28, "No space left on device"), 2, "onelaunch: No space left on device"),
+        (MemoryError(), 1, "onelaunch: not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "memory"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(32, "Broken pipe"), 0, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_error_has_its_line_and_code(onelaunch, monkeypatch, error, code, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    outcome, out, err = onelaunch("doctor")
+    assert (outcome, out) == (code, "")
+    assert line in err
+    assert err.count("\n") == bool(line)
+
+
+def test_an_error_of_ours_is_not_hidden(onelaunch, monkeypatch):
+    def fail():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        onelaunch("doctor")
+
+
+@pytest.mark.parametrize("argv", [["--debug", "doctor"], ["doctor", "--debug"]], ids=" ".join)
+def test_debug_shows_the_traceback_and_keeps_the_code(onelaunch, monkeypatch, argv):
+    def fail():
+        raise BadInput("x.bin: bad")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    code, _, err = onelaunch(*argv)
+    assert code == 2
+    assert "Traceback" in err
+    assert "in fail" in err
+    assert onelaunch("doctor")[2] == "onelaunch: x.bin: bad\n"
+
+
+def test_a_full_disk_behind_standard_output():
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "onelaunch", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == "onelaunch: No space left on device\n"
+
+
+def test_doctor_tells_what_is_here(onelaunch):
+    code, out, err = onelaunch("doctor", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["versions"]["onelaunch"] == __version__
+    assert facts["versions"]["torch"]
+    assert facts["cpu"]["usable_cores"] >= 1
+    assert facts["engines"]["reference"]["auto_device"] in ("cpu", "cuda")
+    assert bool(facts["cuda"]["devices"]) == (facts["cuda"]["missing"] is None)
+    code, out, err = onelaunch("doctor")
+    assert (code, err) == (0, "")
+    for word in ("torch", "memory", "cuda", "mps", "extra hf", "reference"):
+        assert word in out
+
+
+def test_doctor_knows_every_extra():
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    named = {
+        extra: tuple(requirement.split(">")[0] for requirement in requirements)
+        for extra, requirements in extras.items()
+        if extra != "dev"
+    }
+    assert named == doctor.EXTRAS
+
+
+def test_doctor_says_how_to_get_what_is_missing(onelaunch, monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"hf": ("no-such-package",)})
+    _, out, _ = onelaunch("doctor")
+    assert "without no-such-package; pip install 'onelaunch[hf]'" in out

@@ -1,0 +1,182 @@
+import json
+import re
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from onelaunch.checkpoints import load, save
+from onelaunch.checkpoints.tokenizers import BytesTokenizer
+from onelaunch.checkpoints.weights import LoadedModel
+from onelaunch.cli.export import export
+from onelaunch.cli.inspect import inspect
+from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.model import Model
+
+app = typer.Typer()
+app.command()(export)
+app.command()(inspect)
+
+
+def _run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def _weights(config):
+    return Model(config).init_weights(0).state_dict()
+
+
+@pytest.fixture
+def bin_file(tmp_path):
+    """A byte-level model with its tokenizer beside it, in a folder of its own."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    config = ModelConfig(
+        dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=259, max_seq_len=8
+    )
+    save(LoadedModel(config, _weights(config)), folder / "model.bin", "llama2c")
+    BytesTokenizer().save(folder)
+    return folder / "model.bin"
+
+
+def test_there_and_back_with_the_tokenizer(bin_file, tmp_path):
+    hf = tmp_path / "hf"
+    result = _run("export", bin_file, hf, "--format", "hf")
+    assert result.stdout == ""
+    tokenizer = {"tokenizer.bytes", "tokenizer.json", "tokenizer_config.json"}
+    size = sum(f.stat().st_size for f in hf.iterdir() if f.name not in tokenizer)
+    assert result.stderr.splitlines() == [
+        f"wrote {hf} (hf, {size:,} bytes)",
+        f"wrote {hf / 'tokenizer.bytes'}",
+        f"wrote {hf / 'tokenizer.json'}, for transformers",
+    ]
+    assert tokenizer <= {f.name for f in hf.iterdir()}
+
+    out = tmp_path / "again" / "model.bin"
+    out.parent.mkdir()
+    result = _run("export", hf, out, "--format", "llama2c")
+    assert out.read_bytes() == bin_file.read_bytes()
+    assert (out.parent / "tokenizer.bytes").read_text() == "bytes"
+
+
+def test_a_tokenizer_that_is_there_already_is_kept(bin_file, tmp_path):
+    first = _run("export", bin_file, bin_file.parent / "same.bin", "--format", "llama2c")
+    assert "is this model's tokenizer already" in first.stderr
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.bytes").write_text("something else")
+    result = _run("export", bin_file, other / "model.bin", "--format", "llama2c")
+    assert "belongs to another model and was kept" in result.stderr
+    assert (other / "tokenizer.bytes").read_text() == "something else"
+    assert (other / "model.bin").read_bytes() == bin_file.read_bytes()
+
+
+def test_nothing_that_exists_is_overwritten(bin_file, tmp_path):
+    before = bin_file.read_bytes()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    for out in (bin_file, tmp_path / "empty", tmp_path / "dangling"):
+        for format in ("llama2c", "hf"):
+            with pytest.raises(BadInput, match="exists already"):
+                _run("export", bin_file, out, "--format", format)
+    assert bin_file.read_bytes() == before
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_bad_flags_write_nothing(bin_file, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(BadInput, match="--format gguf: must be one of llama2c, hf"):
+        _run("export", bin_file, out, "--format", "gguf")
+    with pytest.raises(BadInput, match="add --random"):
+        _run("export", "stories260k", out, "--format", "hf")
+    with pytest.raises(BadInput, match="unknown preset"):
+        _run("export", bin_file, out, "--format", "hf", "--random")
+    assert not out.exists()
+    assert CliRunner().invoke(app, ["export", str(bin_file), str(out)]).exit_code == 2
+
+
+def test_a_model_that_the_format_cannot_express(tmp_path):
+    config = ModelConfig(
+        dim=16, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=9, max_seq_len=4, qk_norm=True
+    )
+    save(LoadedModel(config, _weights(config)), tmp_path / "qwen", "hf")
+    with pytest.raises(BadInput, match="qk_norm"):
+        _run("export", tmp_path / "qwen", tmp_path / "a.bin", "--format", "llama2c")
+    assert not (tmp_path / "a.bin").exists()
+
+
+def test_without_the_library_of_its_tokenizer(tmp_path, monkeypatch):
+    def find(model):
+        raise MissingExtra("tokenizers", "hf", "reading tokenizer.json")
+
+    monkeypatch.setattr("onelaunch.checkpoints.tokenizers.find_tokenizer", find)
+    out = tmp_path / "a.bin"
+    result = _run("export", "stories260k", out, "--format", "llama2c", "--random")
+    assert out.is_file()
+    assert "the tokenizer was not copied: reading tokenizer.json needs" in result.stderr
+    result = _run("inspect", out, "--json")
+    assert json.loads(result.stdout)["tokenizer"] is None
+    assert "the tokenizer cannot be read: reading tokenizer.json needs" in result.stderr
+
+
+def test_random_preset_and_quiet(tmp_path):
+    out = tmp_path / "random.bin"
+    result = _run("export", "stories260k", out, "--format", "llama2c", "--random")
+    assert f"wrote {out} (llama2c, 1,056,540 bytes)" in result.stderr
+    assert "no tokenizer found" in result.stderr
+    quiet = tmp_path / "quiet.bin"
+    result = _run("export", "stories260k", quiet, "--format", "llama2c", "--random", "--quiet")
+    assert (result.stdout, result.stderr) == ("", "")
+    assert quiet.read_bytes() == out.read_bytes()
+
+
+def test_special_ids_that_are_lost_are_told(tmp_path):
+    config = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=9, max_seq_len=4)
+    model = LoadedModel(config, _weights(config), bos_id=5, stop_ids=(6, 7))
+    save(model, tmp_path / "hf", "hf")
+    result = _run("export", tmp_path / "hf", tmp_path / "a.bin", "--format", "llama2c")
+    assert "this model has BOS 5 and stops at" in result.stderr
+
+
+def test_inspect_json(bin_file):
+    facts = json.loads(_run("inspect", bin_file, "--json").stdout)
+    model = load(bin_file)
+    assert facts["config"] == model.config.to_dict()
+    assert ModelConfig.from_dict(facts["config"]) == model.config
+    assert facts["parameters"] == model.config.n_params
+    assert facts["bytes"] == 4 * facts["parameters"]
+    assert (facts["format"], facts["dtype"], facts["model"]) == (
+        "llama2c",
+        "float32",
+        str(bin_file),
+    )
+    assert facts["tokenizer"]["kind"] == "bytes"
+    assert facts["tokenizer"]["vocab_size"] == 259
+    assert (facts["bos_id"], facts["stop_ids"]) == (1, [1, 2])
+
+
+def test_inspect_table(bin_file):
+    result = _run("inspect", bin_file)
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+    assert rows["parameters"] == f"{load(bin_file).config.n_params:,}"
+    assert rows["tokenizer"] == "bytes, 259 tokens"
+    assert rows["stop ids"] == "1, 2"
+    assert rows["rope scaling"] == "none"
+    assert rows["rope theta"] == "10000"
+    assert rows["norm eps"] == "1e-05"
+    assert rows["tied embeddings"] == "yes"
+    columns = {line.index(re.split(r"  +", line, maxsplit=1)[1], 10) for line in lines}
+    assert len(columns) == 1  # aligned
+
+
+def test_inspect_random_preset_has_no_tokenizer():
+    result = _run("inspect", "stories260k", "--random")
+    assert re.search(r"^parameters +260,032$", result.stdout, re.M)
+    assert re.search(r"^tokenizer +none$", result.stdout, re.M)

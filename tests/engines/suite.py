@@ -1,0 +1,198 @@
+"""What every engine must pass: derive from `EngineSuite` and say how to make the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onelaunch.config import ModelConfig, RopeScaling
+from onelaunch.engines.engine import Engine, Sampling
+from onelaunch.errors import BadInput, RunFailed
+from onelaunch.model import Model
+
+SMALL = ModelConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=61, max_seq_len=24)
+
+SHAPES = {
+    "plain": SMALL,
+    "interleaved-gqa": SMALL.with_(rope_layout="interleaved", n_kv_heads=2),
+    "one-kv-head-untied": SMALL.with_(n_kv_heads=1, tied_embeddings=False),
+    "qk-norm-wide-heads": SMALL.with_(head_dim=16, qk_norm=True, n_kv_heads=2, norm_eps=1e-6),
+    "scaled-rope": SMALL.with_(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), rope_theta=100.0),
+}
+
+every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+
+
+@cache
+def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights, large enough that the model's choices differ from token to token."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in config.weight_shapes().items():
+        noise = torch.randn(shape, generator=generator)
+        # norms off one, so that forgetting a norm's weight shows
+        weights[name] = 1 + 0.3 * noise if len(shape) == 1 else 2 * noise / shape[-1] ** 0.5
+    return weights
+
+
+def exact_logits(config: ModelConfig, weights: dict[str, Tensor], tokens_BS: Tensor) -> Tensor:
+    """The definition in float64, (B, S, V)."""
+    model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
+    return F.linear(model.hidden(tokens_BS), model.head_weight())
+
+
+def greedy_by_recomputing(
+    config: ModelConfig, weights: dict[str, Tensor], prompt: Sequence[int], n: int
+) -> list[int]:
+    """Greedy tokens without any cache, in float64: the whole text is read anew for each."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(exact_logits(config, weights, torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+class EngineSuite:
+    """The contract of `Engine`, checked on small random models."""
+
+    def make(self, config: ModelConfig, weights: dict[str, Tensor]) -> Engine:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        return self.make(SMALL, weights_of(SMALL))
+
+    @every_shape
+    @pytest.mark.parametrize("size", [(1, 1), (3, 7), (2, SMALL.max_seq_len)])
+    def test_logits_are_as_exact_as_plain_pytorch(self, config, size):
+        weights = weights_of(config)
+        tokens = torch.randint(0, config.vocab_size, size, generator=torch.manual_seed(1))
+        exact = exact_logits(config, weights, tokens)
+        logits = self.make(config, weights).logits(tokens)
+        assert logits.dtype == torch.float32
+        assert logits.shape == exact.shape
+        plain = Model.from_weights(config, weights)(tokens)
+        assert relative_error(logits, exact) <= 1.5 * relative_error(plain, exact)
+
+    @every_shape
+    def test_greedy_equals_reading_the_whole_text_anew(self, config):
+        weights = weights_of(config)
+        prompt = [5, 17, 3]
+        expected = greedy_by_recomputing(config, weights, prompt, 12)
+        assert len(set(expected)) > 3, "the model must say more than one thing for this to tell"
+        assert self.make(config, weights).generate([prompt], 12, Sampling()) == [expected]
+
+    def test_prompts_together_equal_prompts_alone(self, engine):
+        prompts = [[1], [4, 9, 2, 33], [7] * 11, [60, 0]]
+        together = engine.generate(prompts, 9, Sampling())
+        assert together == [engine.generate([p], 9, Sampling())[0] for p in prompts]
+
+    def test_draws_do_not_depend_on_the_other_prompts(self, engine):
+        sampling = Sampling(temperature=1.0, seed=3)
+        one = engine.generate([[1], [2]], 8, sampling, stop=[5])
+        other = engine.generate([[8, 8, 8, 8], [2]], 8, sampling, stop=[5])
+        assert one[1] == other[1]
+        assert engine.generate([[2], [2]], 8, sampling)[0] != one[1]
+
+    def test_the_same_seed_draws_the_same_and_another_seed_another(self, engine):
+        def text(seed: int) -> list[int]:
+            return engine.generate([[1]], 12, Sampling(temperature=1.0, seed=seed))[0]
+
+        assert text(5) == text(5)
+        assert len({tuple(text(seed)) for seed in (0, 1, -1, 2**70)}) == 4
+
+    def test_sampling_leaves_the_global_random_state_alone(self, engine):
+        before = torch.get_rng_state()
+        engine.generate([[1]], 4, Sampling(temperature=1.0))
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_a_stop_id_ends_the_text_and_is_not_returned(self, engine):
+        (free,) = engine.generate([[1]], 10, Sampling())
+        stop = free[4]
+        seen: list[tuple[int, int]] = []
+        texts = engine.generate(
+            [[1], [1]], 10, Sampling(), lambda i, token: seen.append((i, token)), stop=[stop, 999]
+        )
+        expected = free[: free.index(stop)]
+        assert texts == [expected, expected]
+        assert seen == [(0, token) for token in expected] + [(1, token) for token in expected]
+
+    def test_a_stop_id_in_the_prompt_does_not_end_the_text(self, engine):
+        (free,) = engine.generate([[1, 2]], 3, Sampling())
+        assert engine.generate([[1, 2]], 3, Sampling(), stop=[2]) == [
+            free[: free.index(2)] if 2 in free else free
+        ]
+
+    @pytest.mark.parametrize(("length", "n", "expected"), [(1, 24, 24), (1, 25, 24), (1, 99, 24)])
+    def test_the_text_ends_where_the_context_is_full(self, engine, length, n, expected):
+        assert len(engine.generate([[3] * length], n, Sampling())[0]) == expected
+
+    def test_a_prompt_may_fill_the_context_but_not_pass_it(self, engine):
+        full = [3] * SMALL.max_seq_len
+        assert len(engine.generate([full], 5, Sampling())[0]) == 1
+        with pytest.raises(BadInput, match=r"prompt 2 has 25 tokens.* 24"):
+            engine.generate([[1], [*full, 3]], 5, Sampling())
+
+    def test_nothing_is_generated_where_nothing_is_asked(self, engine):
+        assert engine.generate([[1], [2]], 0, Sampling()) == [[], []]
+        assert engine.generate([], 5, Sampling()) == []
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ([[1], []], "prompt 2 is empty"),
+            ([[0, 61]], "prompt 1: id 61"),
+            ([[-1, 60]], "prompt 1: id -1"),
+        ],
+    )
+    def test_bad_prompts_are_refused_before_any_token(self, engine, prompts, message):
+        seen: list[int] = []
+        with pytest.raises(BadInput, match=message):
+            engine.generate(prompts, 5, Sampling(), lambda i, token: seen.append(token))
+        assert not seen
+
+    @pytest.mark.parametrize("bad", [-1, SMALL.vocab_size])
+    def test_logits_refuse_ids_beyond_the_vocabulary(self, engine, bad):
+        with pytest.raises(BadInput, match=f"id {bad} "):
+            engine.logits(torch.tensor([[0, bad]]))
+
+    def test_logits_refuse_more_than_the_context(self, engine):
+        engine.logits(torch.zeros(1, SMALL.max_seq_len, dtype=torch.int64))
+        with pytest.raises(BadInput, match="context of 24"):
+            engine.logits(torch.zeros(1, SMALL.max_seq_len + 1, dtype=torch.int64))
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_logits_that_are_not_finite_stop_the_run(self, value, temperature):
+        weights = dict(weights_of(SMALL))
+        weights["norm.weight"] = weights["norm.weight"].clone()
+        weights["norm.weight"][0] = value
+        with pytest.raises(RunFailed, match="not finite"):
+            self.make(SMALL, weights).generate([[1]], 3, Sampling(temperature))
+
+    def test_an_exception_in_on_token_comes_through(self, engine):
+        def leave(index: int, token: int) -> None:
+            raise BrokenPipeError
+
+        with pytest.raises(BrokenPipeError):
+            engine.generate([[1]], 3, Sampling(), leave)
+        assert engine.generate([[1]], 3, Sampling()) == engine.generate([[1]], 3, Sampling())
+
+    def test_the_weights_given_are_not_changed(self):
+        weights = weights_of(SMALL)
+        before = {name: w.clone() for name, w in weights.items()}
+        self.make(SMALL, weights).generate([[1]], 5, Sampling(temperature=1.0))
+        assert all(torch.equal(before[name], w) for name, w in weights.items())
+
+    def test_it_describes_itself(self, engine):
+        about = engine.describe()
+        assert about["weight_bytes"] > 0
+        assert {"engine", "device", "dtype"} <= set(about)

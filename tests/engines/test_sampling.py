@@ -1,0 +1,161 @@
+"""Top-k, min-p and top-p against a plain NumPy oracle, and what the draws amount to."""
+
+import numpy as np
+import pytest
+import torch
+
+from onelaunch.engines.engine import Sampling
+from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, uniforms
+from onelaunch.errors import BadInput
+
+
+def oracle(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The probability of every token, in float64, one filter after another."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    kept = order[: sampling.top_k] if sampling.top_k else order
+    kept = [i for i in kept if p[i] >= sampling.min_p * p[order[0]]]
+    mass = sum(p[i] for i in kept)
+    nucleus, reached = [], 0.0
+    for i in kept:
+        nucleus.append(i)
+        reached += p[i] / mass
+        if reached >= sampling.top_p:
+            break
+    result = np.zeros_like(p)
+    result[nucleus] = p[nucleus] / p[nucleus].sum()
+    return result
+
+
+def drawn(logits: np.ndarray, sampling: Sampling, n: int = 4000) -> np.ndarray:
+    """Shares of the tokens drawn by n equally spaced numbers: the distribution to within 1/n."""
+    tensor = torch.from_numpy(logits.astype(np.float32))
+    counts = np.zeros(len(logits))
+    for i in range(n):
+        counts[draw(tensor, sampling, torch.tensor([(i + 0.5) / n])).item()] += 1
+    return counts / n
+
+
+LOGITS = np.random.default_rng(0).normal(0, 2, 40)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.5),
+        Sampling(3.0),
+        Sampling(1.0, top_k=1),
+        Sampling(1.0, top_k=7),
+        Sampling(1.0, top_k=40),
+        Sampling(1.0, top_k=41),
+        Sampling(1.0, top_p=0.9),
+        Sampling(1.0, top_p=0.3),
+        Sampling(1.0, top_p=1e-6),
+        Sampling(1.0, top_p=0.999999),
+        Sampling(1.0, min_p=0.1),
+        Sampling(1.0, min_p=1.0),
+        Sampling(2.0, top_k=20, min_p=0.05, top_p=0.8),
+        Sampling(0.7, top_k=20, top_p=0.95),
+        Sampling(1.5, min_p=0.02, top_p=0.7),
+    ],
+    ids=str,
+)
+def test_the_drawn_shares_are_the_oracles(sampling):
+    expected = oracle(LOGITS, sampling)
+    shares = drawn(LOGITS, sampling)
+    # Each token owns one interval of [0, 1), and equally spaced numbers miss by one at each end.
+    assert np.abs(shares - expected).max() <= 2 / 4000
+    assert not shares[expected == 0].any()
+
+
+@pytest.mark.parametrize("vocab", [2, 512, 5000])
+@pytest.mark.parametrize("seed", range(6))
+def test_exactly_the_oracles_tokens_can_be_drawn(vocab, seed):
+    """First and last of what is left, found by the smallest and the largest number drawn."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, rng.uniform(0.1, 5), vocab).astype(np.float32)
+    sampling = Sampling(
+        temperature=rng.uniform(0.2, 2),
+        top_k=int(rng.choice([0, 1, 50])),
+        top_p=rng.uniform(0.05, 0.95),
+        min_p=float(rng.choice([0.0, 0.01])),
+    )
+    kept = np.flatnonzero(oracle(logits, sampling))
+    by_weight = sorted(kept, key=lambda i: (-logits[i], i))
+    tensor = torch.from_numpy(logits)
+    largest = torch.tensor([LARGEST_UNIFORM])
+    assert draw(tensor, sampling, torch.zeros(1)).item() == by_weight[0]
+    assert draw(tensor, sampling, largest).item() == by_weight[-1]
+
+
+def test_ties_keep_the_lower_ids():
+    logits = np.zeros(10)
+    assert np.flatnonzero(drawn(logits, Sampling(1.0, top_k=3), 100)).tolist() == [0, 1, 2]
+    assert np.flatnonzero(drawn(logits, Sampling(1.0, top_p=0.35), 100)).tolist() == [0, 1, 2, 3]
+    logits[5] = 1.0
+    assert np.flatnonzero(drawn(logits, Sampling(1.0, top_k=3), 100)).tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
+def test_a_token_that_cannot_be_is_never_drawn(filters):
+    logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")])
+    sampling = Sampling(1.0, **filters)
+    for u in (0.0, 0.25, 0.5, 0.75, LARGEST_UNIFORM):
+        assert draw(logits, sampling, torch.tensor([u])).item() in (1, 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-30, 1e-3])
+def test_cold_is_greedy(temperature):
+    for u in (0.0, 0.5, LARGEST_UNIFORM):
+        token = draw(torch.from_numpy(LOGITS).float(), Sampling(temperature), torch.tensor([u]))
+        assert token.item() == LOGITS.argmax()
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
+def test_hot_is_uniform(temperature):
+    shares = drawn(LOGITS, Sampling(temperature), 400)
+    assert np.abs(shares - 1 / 40).max() <= 2 / 400
+
+
+def test_the_largest_number_never_falls_off_the_end():
+    """u x total rounds; it must stay below the total for every total."""
+    largest = torch.tensor([LARGEST_UNIFORM])
+    for seed in range(200):
+        logits = torch.randn(97, generator=torch.Generator().manual_seed(seed))
+        assert draw(logits, Sampling(1.0), largest).item() < 97
+
+
+def test_uniforms_depend_on_seed_and_prompt_alone():
+    assert torch.equal(uniforms(1, 2, 10), uniforms(1, 2, 10))
+    assert torch.equal(uniforms(1, 2, 10)[:4], uniforms(1, 2, 4))
+    firsts = {uniforms(seed, prompt, 1).item() for seed in range(-9, 9) for prompt in range(9)}
+    assert len(firsts) > 160
+    many = uniforms(0, 0, 20000)
+    assert many.dtype == torch.float32
+    assert 0 < many.min() < many.max() <= LARGEST_UNIFORM
+    # mean of n uniforms: standard deviation 1/sqrt(12 n), here 0.002
+    assert abs(many.mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(BadInput, match=next(iter(bad)).replace("_", "-")):
+        Sampling(**bad)

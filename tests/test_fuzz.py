@@ -1,0 +1,70 @@
+"""Every readable format under mutation, a process each; `make soak` runs more of the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import fuzz
+
+FUZZ = Path(__file__).with_name("fuzz.py")
+
+
+def _run(*command):
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300
+    )
+    lines = result.stdout.splitlines() or [result.stderr]
+    return result, json.loads(lines[-1]) if lines[-1].startswith("{") else {}
+
+
+@pytest.mark.parametrize("name", fuzz.FORMATS)
+def test_damaged_files_raise_only_our_own_error(name):
+    result, told = _run(FUZZ, "--format", name, "--examples", 200, "--seed", 0)
+    assert result.returncode == 0, result.stdout + result.stderr
+    # Both sides of the reader's judgement were exercised.
+    assert 0 < told["accepted"] < told["read"]
+    assert told["read"] >= 200
+
+
+# Readers that must be caught. They stand in for llama2c's; the rest of the harness is as it is.
+_BAD_READERS = {
+    "foreign exception": ("raise KeyError('vocab')", "KeyError"),
+    "not even an Exception": ("raise BaseException('panic')", "panic"),
+    "memory": ("use.hoard = bytearray(b'x') * (300 << 20)", "memory grow"),
+    "absurd allocation": ("bytearray(1 << 40)", "MemoryError"),
+}
+
+
+@pytest.mark.parametrize(("body", "said"), _BAD_READERS.values(), ids=_BAD_READERS)
+def test_the_harness_catches(body, said, tmp_path):
+    code = f"""
+import sys, dataclasses
+sys.path.insert(0, {str(FUZZ.parent)!r})
+import fuzz
+row = fuzz.FORMATS["llama2c"]
+def use(path):
+    if len(path.read_bytes()) != use.size:
+        {body}
+use.size = 0
+def make(folder):
+    path = row.make(folder)
+    use.size = len(path.read_bytes())
+    return path
+fuzz.FORMATS["llama2c"] = dataclasses.replace(row, make=make, use=use)
+sys.exit(fuzz.main(["--format", "llama2c", "--examples", "40"]))
+"""
+    result, told = _run("-c", code)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert said in told["failure"]
+    kept = Path(told["kept"])
+    assert kept.is_file()
+    kept.unlink()
+
+
+def test_a_batch_ends_with_the_examples_asked_for(tmp_path):
+    told = fuzz.fuzz("llama2c", fuzz._BATCH + 30, 0, tmp_path)
+    assert told["failure"] is None
+    assert fuzz._BATCH + 30 <= told["read"] <= fuzz._BATCH + 60

@@ -1,0 +1,332 @@
+"""The loop: what it computes, exact resume, accumulation, stops, and what ends it badly."""
+
+import errno
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onelaunch.checkpoints import run_folder
+from onelaunch.checkpoints.run_folder import (
+    best_checkpoint,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    read_state,
+)
+from onelaunch.errors import BadInput
+from onelaunch.model import Model
+from onelaunch.training import run as runs
+from onelaunch.training.clock import PARTS
+from onelaunch.training.data import open_data
+from onelaunch.training.loop import Trainer
+from onelaunch.training.metrics import read_metrics
+from onelaunch.training.recipe import Recipe
+from tests.kills import SETTINGS, outcome
+
+
+def recipe(**changed) -> Recipe:
+    settings = SETTINGS | {"train.updates": 6, "train.accum": 3, "eval.every": 2}
+    settings |= {"checkpoint.every": 2}
+    settings |= {key.replace("__", "."): value for key, value in changed.items()}
+    return Recipe().with_settings(settings, "test")
+
+
+def updates(run):
+    return [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "update"]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Ask for a stop by a real signal while the n-th micro-step runs."""
+    micro_step = Trainer._micro_step
+
+    def arrange(n: int, number: int = signal.SIGTERM) -> None:
+        count = 0
+
+        def counted(self):
+            nonlocal count
+            count += 1
+            if count == n:
+                os.kill(os.getpid(), number)
+            micro_step(self)
+
+        monkeypatch.setattr(Trainer, "_micro_step", counted)
+
+    return arrange
+
+
+def test_losses_equal_a_plain_loop(tmp_path):
+    """The same batches through a loop written out here: AdamW, clipping, averaging, schedule."""
+    r = recipe(train__dropout=0.0, eval__every=0)
+    runs.start(r, tmp_path / "run", quiet=True)
+    data = open_data("stories", r.train.seed)
+    sampler = data.train(32, r.train.seed)
+    model = Model(r.model_config(512)).init_weights(r.train.seed)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for record in updates(tmp_path / "run"):
+        losses = []
+        for _ in range(3):
+            tokens, targets = (torch.from_numpy(a) for a in sampler.next(4))
+            logits = model(tokens)
+            loss = F.cross_entropy(logits.view(-1, 512), targets.view(-1))
+            (loss / 3).backward()
+            losses.append(loss.item())
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in named.values()]))
+        for p in named.values():
+            p.grad *= min(1.0, 1.0 / norm.item())
+        for group in optimizer.param_groups:
+            group["lr"] = r.learning_rate(record["update"] - 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert record["lr"] == r.learning_rate(record["update"] - 1)
+    assert len(updates(tmp_path / "run")) == 6
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    """Four micro-steps of 2 sequences are one of 8, up to rounding."""
+    small = recipe(train__accum=4, train__batch_size=2, train__dropout=0.0, train__updates=4)
+    large = recipe(train__accum=1, train__batch_size=8, train__dropout=0.0, train__updates=4)
+    runs.start(small, tmp_path / "small", quiet=True)
+    runs.start(large, tmp_path / "large", quiet=True)
+    for a, b in zip(updates(tmp_path / "small"), updates(tmp_path / "large"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["tokens"] == b["tokens"] == a["update"] * 8 * 32
+        assert (a["micro_steps"], b["micro_steps"]) == (4, 1)
+
+
+@pytest.mark.parametrize("micro_step", [1, 2, 3, 7, 8, 12])
+def test_resume_is_exact_wherever_it_stopped(tmp_path, stop_after, micro_step, monkeypatch):
+    r = recipe()
+    runs.start(r, tmp_path / "whole", quiet=True)
+    stop_after(micro_step)
+    stopped = runs.start(r, tmp_path / "cut", quiet=True)
+    assert stopped.signal == signal.SIGTERM
+    assert stopped.progress.update == micro_step // 3
+    assert stopped.progress.micro == micro_step % 3
+    has_gradients = (
+        "gradients.safetensors" in read_state(list_checkpoints(tmp_path / "cut")[-1])["sha256"]
+    )
+    assert has_gradients == bool(micro_step % 3)
+    monkeypatch.undo()
+    torch.manual_seed(0)  # a resume must not depend on what was drawn before it
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_a_stop_during_evaluation_is_made_up_for(tmp_path, monkeypatch):
+    r = recipe()
+    runs.start(r, tmp_path / "whole", quiet=True)
+    evaluate = Trainer._evaluate
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    stopped = runs.start(r, tmp_path / "cut", quiet=True)
+    assert (stopped.signal, stopped.progress.evaluated) == (signal.SIGINT, 0)
+    monkeypatch.undo()
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert best_checkpoint(tmp_path / "cut").name == best_checkpoint(tmp_path / "whole").name
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    runs.start(recipe(), tmp_path / "run", quiet=True)
+    done = runs.resume(tmp_path / "run", {"train.updates": 8}, quiet=True)
+    assert done.progress.update == 8
+    assert [r["update"] for r in updates(tmp_path / "run")] == list(range(1, 9))
+    assert Recipe.load(str(tmp_path / "run" / "recipe.toml")).train.updates == 8
+    again = runs.resume(tmp_path / "run", {}, quiet=True)
+    assert again.progress.update == 8
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    r = recipe()
+    runs.start(r, tmp_path / "whole", quiet=True)
+    runs.start(r, tmp_path / "cut", quiet=True)
+    newest = list_checkpoints(tmp_path / "cut")[-1]
+    damaged = bytearray((newest / "optimizer.safetensors").read_bytes())
+    damaged[-5] ^= 1
+    (newest / "optimizer.safetensors").write_bytes(damaged)
+    assert newest_whole_checkpoint(tmp_path / "cut")[0] == list_checkpoints(tmp_path / "cut")[-2]
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+    evaluate = runs_evaluate()
+
+    def scripted(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        return type(result)(next(losses), result.tokens)
+
+    monkeypatch.setattr("onelaunch.training.loop.evaluate", scripted)
+    r = recipe(train__updates=6, train__accum=1, eval__every=1, checkpoint__every=1)
+    result = runs.start(r, tmp_path / "run", quiet=True)
+    names = [path.name for path in list_checkpoints(tmp_path / "run")]
+    assert names == ["update-00000002", "update-00000005", "update-00000006"]
+    assert best_checkpoint(tmp_path / "run").name == "update-00000002"
+    assert (result.progress.best_update, result.progress.best_val_loss) == (2, 2.0)
+    loaded = run_folder.read(tmp_path / "run")
+    best = run_folder.read(tmp_path / "run" / "checkpoints" / "update-00000002")
+    assert torch.equal(loaded.weights["norm.weight"], best.weights["norm.weight"])
+
+
+def runs_evaluate():
+    from onelaunch.training.evaluate import evaluate
+
+    return evaluate
+
+
+def test_telemetry_explains_the_wall_time(tmp_path):
+    runs.start(recipe(train__updates=20, train__accum=2), tmp_path / "run", quiet=True)
+    records = updates(tmp_path / "run")
+    for part in (*PARTS, "wall"):
+        assert all(r["seconds"][part] >= 0 for r in records), part
+    for part in ("data", "forward", "backward", "optimizer", "wall"):
+        assert all(r["seconds"][part] > 0 for r in records), part
+    assert sum(r["seconds"]["evaluation"] for r in records) > 0
+    assert sum(r["seconds"]["checkpoint"] for r in records) > 0
+    wall = sum(r["seconds"]["wall"] for r in records)
+    unexplained = sum(r["seconds"]["unexplained"] for r in records)
+    assert abs(unexplained) < 0.02 * wall
+    backward = sum(r["seconds"]["backward"] for r in records)
+    forward = sum(r["seconds"]["forward"] for r in records)
+    assert 0.2 < backward / forward < 20  # measured, each on its own
+
+
+def test_metrics_are_plain_json_with_a_schema(tmp_path):
+    runs.start(recipe(), tmp_path / "run", quiet=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records[0]["kind"] == "run"
+    assert records[0]["schema"] == 1
+    assert records[0]["synthetic"] is True
+    assert {r["kind"] for r in records} == {"run", "update", "eval", "end"}
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    r = recipe()
+    sampler_next = {}
+
+    def poisoned(self):
+        sampler_next["n"] = sampler_next.get("n", 0) + 1
+        if sampler_next["n"] == 14:
+            with torch.no_grad():
+                self.parameters["norm.weight"].fill_(math.nan)
+        micro_step(self)
+
+    micro_step = Trainer._micro_step
+    monkeypatch.setattr(Trainer, "_micro_step", poisoned)
+    with pytest.raises(BadInput, match="at update 5; stopped; the last good checkpoint is"):
+        runs.start(r, tmp_path / "run", quiet=True)
+    assert list_checkpoints(tmp_path / "run")[-1].name == "update-00000004"
+    good = run_folder.read(tmp_path / "run")
+    assert all(t.isfinite().all() for t in good.weights.values())
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1] == {"kind": "diverged", "update": 5}
+    monkeypatch.undo()
+    runs.start(r, tmp_path / "whole", quiet=True)
+    runs.resume(tmp_path / "run", {}, quiet=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    r = recipe()
+    save_file = run_folder.save_file
+
+    def full(tensors, path):
+        if "update-00000004" in str(path) and "optimizer" in str(path):
+            save_file(tensors, path)
+            raise run_folder.SafetensorError(f"I/O error: no space (os error {errno.ENOSPC})")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(run_folder, "save_file", full)
+    with pytest.raises(BadInput, match="the disk is full"):
+        runs.start(r, tmp_path / "run", quiet=True)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["update-00000002"]
+    monkeypatch.undo()
+    runs.start(r, tmp_path / "whole", quiet=True)
+    runs.resume(tmp_path / "run", {}, quiet=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    r = recipe(train__updates=1, train__accum=1)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match="is a file"):
+        runs.start(r, tmp_path / "file", quiet=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="already holds files"):
+        runs.start(r, tmp_path / "full", quiet=True)
+    with pytest.raises(BadInput, match="nothing to resume"):
+        runs.resume(tmp_path / "full", {}, quiet=True)
+    with pytest.raises(BadInput, match="cannot write"):
+        runs.start(r, tmp_path / "file" / "below", quiet=True)
+    with pytest.raises(BadInput, match="beyond the model's context"):
+        runs.start(recipe(train__seq_len=33), tmp_path / "long", quiet=True)
+    assert not (tmp_path / "long").exists()
+
+
+def test_resume_refuses_another_model_other_data_and_a_changed_unfinished_update(
+    tmp_path, stop_after, monkeypatch
+):
+    run = tmp_path / "run"
+    stop_after(4)
+    runs.start(recipe(), run, quiet=True)
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="another model"):
+        runs.resume(run, {"model.dim": 64}, quiet=True)
+    with pytest.raises(BadInput, match="another model"):
+        runs.resume(run, {}, recipe(model__n_layers=1), quiet=True)
+    with pytest.raises(BadInput, match="same accum"):
+        runs.resume(run, {"train.accum": 5}, quiet=True)
+    state = json.loads((list_checkpoints(run)[-1] / "state.json").read_text())
+    state["data"] = "another"
+    (list_checkpoints(run)[-1] / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput, match="resume needs the same"):
+        runs.resume(run, {}, quiet=True)
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    run = tmp_path / "run"
+    runs.start(recipe(train__updates=1, train__accum=1), run, quiet=True)
+    with runs._only_here(run), pytest.raises(BadInput, match="another process"):
+        runs.resume(run, {}, quiet=True)
+
+
+def test_checkpoints_by_the_clock_fall_inside_long_updates(tmp_path, stop_after, monkeypatch):
+    r = recipe(train__accum=6, train__updates=1, checkpoint__minutes=0.01, eval__every=0)
+    now = [0.0]
+
+    def clock():
+        now[0] += 0.25
+        return now[0]
+
+    monkeypatch.setattr("onelaunch.training.loop.time.monotonic", clock)
+    names = []
+    write = run_folder.write_checkpoint
+
+    def noted(*args):
+        names.append(write(*args).name)
+        return args[0] / "checkpoints" / names[-1]
+
+    monkeypatch.setattr("onelaunch.training.state.write_checkpoint", noted)
+    runs.start(r, tmp_path / "run", quiet=True)
+    assert any("micro" in name for name in names)
+    assert names[-1] == "update-00000001"
