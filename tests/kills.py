@@ -80,7 +80,7 @@ def interrupt_until_done(
     """Interrupt a run `interruptions` times at random moments, then let it finish.
 
     Moments are drawn over the whole life of a process, its start included. Returns, for each
-    interruption, the seconds it ran, its exit code, and the checkpoint that was found after it.
+    interruption, the seconds it ran, its exit code, and the updates that will be done again.
     """
     rng = random.Random(seed)
     story = []
@@ -97,12 +97,11 @@ def interrupt_until_done(
         time.sleep(rng.random() * 0.5)
         os.kill(process.pid, number) if process.poll() is None else None
         code = process.wait(timeout=120)
-        checkpoints = list_checkpoints(run)
         story.append(
             {
                 "seconds": round(time.monotonic() - started, 2),
                 "exit": code,
-                "checkpoint": checkpoints[-1].name if checkpoints else None,
+                "updates_lost": _updates_lost(run),
             }
         )
         finished = code == 0
@@ -111,6 +110,16 @@ def interrupt_until_done(
     if not finished:
         subprocess.run(train_command(run, bool(list_checkpoints(run)), **changed), check=True)
     return story
+
+
+def _updates_lost(run: Path) -> int:
+    """Updates that telemetry knows of and the newest checkpoint does not hold."""
+    checkpoints = list_checkpoints(run)
+    path = run / "metrics.jsonl"
+    done = (
+        [r["update"] for r in read_metrics(path) if r["kind"] == "update"] if path.exists() else []
+    )
+    return max(done, default=0) - (read_state(checkpoints[-1])["update"] if checkpoints else 0)
 
 
 def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:

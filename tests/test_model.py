@@ -17,7 +17,7 @@ from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import PRESETS, ModelConfig, RopeScaling, preset
 from onelaunch.errors import BadInput
-from onelaunch.model import KVCache, Model, rope_tables
+from onelaunch.model import KVCache, Model, rope_tables, widen_rope
 
 SMALL = ModelConfig(
     dim=48, n_layers=3, n_heads=6, n_kv_heads=2, hidden_dim=80, vocab_size=97, max_seq_len=64
@@ -408,9 +408,10 @@ def test_autocast_keeps_the_rotary_tables_exact() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model = Model(SMALL).init_weights(0)
         logits = model(random_tokens(SMALL))
-        cos, sin = model.rope(torch.device("cpu"), torch.float32)
+        tables = model.rope(torch.device("cpu"), torch.float32)
     assert logits.dtype == torch.float32
-    for table, expected in zip((cos, sin), rope_tables(SMALL), strict=True):
+    interleaved = SMALL.rope_layout == "interleaved"
+    for table, expected in zip(tables, widen_rope(*rope_tables(SMALL), interleaved), strict=True):
         assert torch.equal(table, expected)
 
 

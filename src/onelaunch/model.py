@@ -92,13 +92,23 @@ def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor,
     return torch.cos(angles), torch.sin(angles)
 
 
-def apply_rope(x_BHSE: Tensor, cos_SP: Tensor, sin_SP: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the pairs of each head; P = E/2, the pair axis of the tables."""
+def widen_rope(cos_SP: Tensor, sin_SP: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The tables for whole heads, (S, E); the sine of a pair's first element is negated."""
+    pair_axis = -1 if interleaved else -2
+    cos_SE = torch.stack((cos_SP, cos_SP), dim=pair_axis).flatten(-2)
+    return cos_SE, torch.stack((-sin_SP, sin_SP), dim=pair_axis).flatten(-2)
+
+
+def apply_rope(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the pairs of each head: x cos + (the pair's other element) sin.
+
+    Written over whole heads, as half as many operations as over the two elements of each pair.
+    """
     if interleaved:
-        a, b = x_BHSE.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos_SP - b * sin_SP, b * cos_SP + a * sin_SP), dim=-1).flatten(-2)
-    a, b = x_BHSE.chunk(2, dim=-1)
-    return torch.cat((a * cos_SP - b * sin_SP, b * cos_SP + a * sin_SP), dim=-1)
+        other = x_BHSE.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        other = torch.cat(x_BHSE.chunk(2, dim=-1)[::-1], dim=-1)
+    return torch.addcmul(x_BHSE * cos_SE, other, sin_SE)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -254,12 +264,13 @@ class Model(nn.Module):
         return [layer.weights() for layer in self.layers]  # type: ignore[operator,union-attr]
 
     def rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for every position, (max_seq_len, E/2), made once."""
+        """`apply_rope`'s tables for every position, (max_seq_len, E), made once."""
         key = (device, dtype)
         if key not in self._rope:
             # Tables made in inference mode could not be used in training afterwards.
             with torch.inference_mode(False):
-                cos, sin = rope_tables(self.config)
+                interleaved = self.config.rope_layout == "interleaved"
+                cos, sin = widen_rope(*rope_tables(self.config), interleaved)
                 self._rope[key] = (cos.to(device, dtype), sin.to(device, dtype))
         return self._rope[key]
 

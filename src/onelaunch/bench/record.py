@@ -127,20 +127,16 @@ def commit() -> str:
     """The commit of the working tree, with `-dirty` where sources differ from it."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", ":/src"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return "unknown"
-    if head.returncode:
+        head = _git(here, "rev-parse", "--short=12", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--", ":/src")
+    except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ONELAUNCH_COMMIT", "unknown")
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+    return head + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _rounded(value: float) -> float:

@@ -1,8 +1,8 @@
 """terminal-io: what it costs a training step to be watched on a slow terminal.
 
 Blocks of updates are timed in turn, unwatched and with the package's display; then one long block
-with a line printed at every update, as trainers do. The terminal is a pseudo-terminal that takes few bytes a
-second, as one over a poor line does.
+with a line printed at every update, as trainers do. The terminal is a pseudo-terminal that takes
+few bytes a second, as one over a poor line does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onelaunch.training.recipe import Recipe
 
 UNIT = "ms/update"
 BYTES_PER_SECOND = 8000
-# A pseudo-terminal here takes about 20 kB at once, then nothing until most of that was read: what is
+# A pseudo-terminal takes about 20 kB at once, then nothing until most of that was read: what is
 # printed must be several times that before its speed is the terminal's.
 NAIVE_UPDATES = 660
 

@@ -105,7 +105,7 @@ class ReferenceEngine:
         self.model.requires_grad_(train)
         self._layers = self.model.layer_weights()
         self._head_VD = self.model.head_weight()
-        # Made here because a table made in inference mode could not take part in training later.
+        # Made here, so that torch.compile finds it made and does not trace into the making.
         self.model.rope(self.model.norm.weight.device, self.dtype)
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
 

@@ -26,7 +26,7 @@ from onelaunch.checkpoints.run_folder import (
 )
 from onelaunch.checkpoints.weights import check_weights
 from onelaunch.config import ModelConfig
-from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
 from onelaunch.model import Model
 from onelaunch.training import metrics as telemetry
@@ -49,6 +49,8 @@ def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
         raise BadInput(
             f"{run}: already holds files; --resume continues a run, --run names a new folder"
         )
+    # everything that can be wrong is asked before the folder is made
+    resolve_device(recipe.train.device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     data = open_data(recipe.data.path, recipe.train.seed)

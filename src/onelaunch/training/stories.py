@@ -50,10 +50,10 @@ _OPENING = (
     "Once there was a {kind} named {name}.",
     "There was a {kind} named {name}.",
 )
-_OWNS = ("{name} had a {colour} {thing}.", "{name} loved {his} {colour} {thing}.")
+_OWNS = ("{He} had a {colour} {thing}.", "{name} loved {his} {colour} {thing}.")
 _SAD = ("{name} was very sad.", "{name} sat down and cried.")
 _MEETS = ("{name} met a {trait} {animal}.", "A {trait} {animal} saw {name}.")
-_THANKS = ('{name} said, "Thank you, {animal}!"', "{name} gave the {animal} a big hug.")
+_THANKS = ('"Thank you!" said {name}.', "{name} gave the {animal} a big hug.")
 
 _LOST = _Plot(
     things=_TOYS,
@@ -62,18 +62,21 @@ _LOST = _Plot(
         _OPENING,
         _OWNS,
         (
-            "One day, {he} took the {colour} {thing} to the {place}.",
+            "One day, {name} took {his} {colour} {thing} to the {place}.",
             "One day, {name} went to the {place}.",
         ),
-        ("But then the {colour} {thing} was gone!", "But then {he} lost the {colour} {thing}!"),
+        (
+            "But then {his} {colour} {thing} was gone!",
+            "But then {name} lost {his} {colour} {thing}!",
+        ),
         _SAD,
         _MEETS,
         (
-            'The {animal} said, "I can help you, {name}."',
-            'The {animal} said, "Do not be sad, {name}."',
+            '"I can help you," said the {animal}.',
+            '"Do not be sad," said the {animal}.',
         ),
         ("The {animal} looked under a {spot}.", "{name} and the {animal} looked under a {spot}."),
-        ("There was the {colour} {thing}!", "The {animal} saw the {colour} {thing}!"),
+        ("There was {his} {colour} {thing}!", "The {animal} saw {his} {colour} {thing}!"),
         _THANKS,
         ("A good friend will help you.", "It is good to have a friend."),
     ),
@@ -86,19 +89,19 @@ _STUCK = _Plot(
         _OPENING,
         _OWNS,
         (
-            "One day, {name} lost the {colour} {thing} in a {spot}.",
-            "One day, the wind took the {colour} {thing} to a {spot}.",
+            "One day, {name} lost {his} {colour} {thing} in a {spot}.",
+            "One day, the wind took {his} {colour} {thing} to a {spot}.",
         ),
         ("{name} could not get it.", "{name} tried, but {he} could not get it."),
         _MEETS,
         (
-            '{name} said, "I want my {colour} {thing}."',
-            '{name} said, "Can you help me, {animal}?"',
+            '"I want my {colour} {thing}," said {name}.',
+            '"Can you help me?" said {name}.',
         ),
-        ('The {animal} said, "I can help you, {name}."', "The {animal} went to the {spot}."),
+        ('"I can help you," said the {animal}.', "The {animal} went to the {spot}."),
         (
-            "The {animal} got the {colour} {thing}.",
-            "The {animal} gave {name} the {colour} {thing}.",
+            "The {animal} got {his} {colour} {thing}.",
+            "The {animal} gave {name} {his} {colour} {thing}.",
         ),
         _THANKS,
         ("It is good to ask for help.", "A good friend will help you."),
@@ -111,16 +114,16 @@ _SHARE = _Plot(
     steps=(
         _OPENING,
         _OWNS,
-        ("One day, {name} took the {colour} {thing} to the {place}.",),
+        ("One day, {name} took {his} {colour} {thing} to the {place}.",),
         _MEETS,
-        ('The {animal} said, "Can I eat the {colour} {thing}?"', "The {animal} had no food."),
-        ('{name} said, "No, it is my {colour} {thing}!"', "{name} did not want to share."),
+        ('"Can I have some?" said the {animal}.', '"I have no food," said the {animal}.'),
+        ('"No, it is my {colour} {thing}!" said {name}.', "{name} did not want to share."),
         ("The {animal} was very sad.", "The {animal} sat down and cried."),
         (
-            "Then {name} gave the {animal} some of the {colour} {thing}.",
-            "Then {name} and the {animal} ate the {colour} {thing}.",
+            "Then {name} gave the {animal} some of {his} {colour} {thing}.",
+            "Then {name} and the {animal} ate {his} {colour} {thing}.",
         ),
-        ("The {animal} was very happy.", 'The {animal} said, "Thank you, {name}!"'),
+        ("The {animal} was very happy.", '"Thank you!" said the {animal}.'),
         ("It is good to share.", "It is good to have a friend."),
     ),
 )
@@ -132,15 +135,21 @@ _BROKEN = _Plot(
         _OPENING,
         _OWNS,
         ("One day, {name} ran too fast and hit a {spot}.", "One day, {name} ran and fell."),
-        ("The {colour} {thing} broke!", "Oh no, the {colour} {thing} broke!"),
+        ("Then {his} {colour} {thing} broke!", "Oh no, {his} {colour} {thing} broke!"),
         _SAD,
         _MEETS,
         (
-            'The {animal} said, "I can help you, {name}."',
-            'The {animal} said, "I can fix the {colour} {thing}."',
+            '"I can help you," said the {animal}.',
+            '"I can fix it," said the {animal}.',
         ),
-        ("{name} and the {animal} sat under a tree.", "The {animal} looked at the {thing}."),
-        ("Then the {colour} {thing} was like new!", "Then {name} had the {colour} {thing} again!"),
+        (
+            "{name} and the {animal} sat under a tree.",
+            "The {animal} looked at {his} {colour} {thing}.",
+        ),
+        (
+            "Then {his} {colour} {thing} was like new!",
+            "Then {name} had {his} {colour} {thing} again!",
+        ),
         _THANKS,
         ("Do not run too fast.", "It is good to ask for help."),
     ),
@@ -163,14 +172,14 @@ _HOME = _Plot(
         ("One day, {name} went to play in the rain.", "One day, {name} went for a walk."),
         ("{name} met a little {animal}.", "{name} saw a little {animal}."),
         ("The {animal} was lost and cold.", "The {animal} was cold and very sad."),
-        ('The {animal} said, "I want my mom."', 'The {animal} said, "Can you help me, {name}?"'),
+        ('"I want my mom," said the {animal}.', '"Can you help me?" said the {animal}.'),
         (
             "{name} gave the {animal} {his} {colour} {thing}.",
-            "{name} put the {colour} {thing} on the {animal}.",
+            "{name} put {his} {colour} {thing} on the {animal}.",
         ),
         ("Then they went to the {spot}.", "{name} and the {animal} went to the {spot}."),
         ("There was the mom of the {animal}!", "The mom of the {animal} was there!"),
-        ("The {animal} was very happy.", 'The {animal} said, "Thank you, {name}!"'),
+        ("The {animal} was very happy.", '"Thank you!" said the {animal}.'),
         ("It is good to help.", "It is good to have a friend."),
     ),
 )

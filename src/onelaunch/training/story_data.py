@@ -16,7 +16,7 @@ from onelaunch.training.batches import Batch, check_request, check_state, split_
 from onelaunch.training.shuffle import mix64
 from onelaunch.training.stories import GRAMMAR_VERSION, STORIES_LABEL, story
 
-STORIES_TOKENIZER_SHA256 = "db793ae26cd22d5ac3fb31fa6cfe2e02c761975ab107ccfef3a088484fa8441f"
+STORIES_TOKENIZER_SHA256 = "addd374ccd08b03e6cebdcf679d7bcdc84bce261d4a20173dab2ecff8cc534cd"
 
 # Evaluation uses this many rows, always the same ones.
 STORIES_EVAL_ROWS = 256

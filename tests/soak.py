@@ -1,0 +1,128 @@
+"""What takes long: every kill, the whole fuzz, Shakespeare. Leaves records in benchmarks/records.
+
+python tests/soak.py [kills] [fuzz] [shakespeare]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from onelaunch.bench.record import Row, cpu_name, write_record  # noqa: E402
+from tests.kills import interrupt_until_done, outcome, run_to_the_end  # noqa: E402
+
+RECORDS = ROOT / "benchmarks" / "records"
+TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+KILLS = 50
+EXAMPLES = 10_000
+
+
+def kills() -> bool:
+    """Kill a run with SIGKILL at 50 random moments; its losses must be those of one left alone."""
+    # long enough that it is still running after the last kill
+    long = {"train__updates": 6000, "checkpoint__every": 20}
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        run_to_the_end(whole, **long)
+        story = interrupt_until_done(killed, KILLS, seed=7, **long)
+        equal = outcome(killed) == outcome(whole)
+    did = sum(part["exit"] == -9 for part in story)
+    lost = max(part["updates_lost"] for part in story)
+    print(f"kills: {did} of {KILLS} killed; every loss as in the run left alone: {equal}")
+    print(f"kills: at most {lost} updates were done again after a kill; a checkpoint every 20")
+    row = Row(
+        f"kill -9 at {KILLS} random moments",
+        did if equal else 0,
+        n=len(story),
+        notes={
+            "losses_and_last_checkpoint_identical": equal,
+            "most_updates_lost": lost,
+            "checkpoint_every": 20,
+            "seconds_run": [part["seconds"] for part in story],
+        },
+    )
+    _write("soak-kills", "exact resumes", [row])
+    return equal and did == KILLS and lost <= 20
+
+
+def fuzz() -> bool:
+    """10,000 mutants of every readable format, one process each."""
+    from tests.fuzz import FORMATS
+
+    rows, good = [], True
+    for name in FORMATS:
+        started = time.monotonic()
+        command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--format", name]
+        command += ["--examples", str(EXAMPLES), "--seed", "1"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        good &= done.returncode == 0
+        print(f"fuzz: {result} in {time.monotonic() - started:.0f} s", flush=True)
+        notes = {key: result[key] for key in ("accepted", "failure", "peak_growth_mb")}
+        rows.append(Row(name, result["read"], n=result["read"], notes=notes))
+    _write("soak-fuzz", "mutants read without a foreign error", rows)
+    return good
+
+
+def shakespeare() -> bool:
+    """Train shakespeare-char through the command line; eval must print at most 1.70 nats."""
+    if not TEXT.exists():
+        print("shakespeare: skipped: tinyshakespeare.txt is not here")
+        return True
+    losses, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        _onelaunch("prepare", TEXT, "--out", data, "--quiet")
+        for seed in (1337, 1338, 1339):
+            run = Path(folder) / f"run-{seed}"
+            started = time.monotonic()
+            _onelaunch(
+                "train", "shakespeare-char", "--data", data, "--run", run, "--quiet",
+                "--device", "cpu", "--set", f"train.seed={seed}",
+            )  # fmt: skip
+            seconds.append(time.monotonic() - started)
+            printed = json.loads(_onelaunch("eval", run, "--data", data, "--json"))
+            losses.append(printed["loss"])
+            print(f"shakespeare: seed {seed}: {printed} after {seconds[-1]:.0f} s", flush=True)
+    row = Row.of(
+        "shakespeare-char 2000 updates",
+        losses,
+        peers={"nanoGPT, same budget": 1.88, "plain PyTorch, same shape": 1.666},
+        notes={
+            "tokens": printed["tokens"],
+            "window": printed["window"],
+            "losses": losses,
+            "training_seconds": round(statistics.median(seconds), 1),
+        },
+    )
+    _write("shakespeare-char", "nats per character", [row])
+    return max(losses) <= 1.70
+
+
+def _onelaunch(*words: object) -> str:
+    command = [sys.executable, "-m", "onelaunch", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _write(experiment: str, unit: str, rows: list[Row]) -> None:
+    print(f"record: {write_record(experiment, unit, rows, RECORDS, cpu_name())}", flush=True)
+
+
+def main(names: list[str]) -> int:
+    parts = {"kills": kills, "fuzz": fuzz, "shakespeare": shakespeare}
+    results = {name: parts[name]() for name in names or parts}
+    passed = sum(results.values())
+    print(f"{passed} passed, {len(results) - passed} failed")
+    return 0 if passed == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
