@@ -30,6 +30,8 @@ from typing import Any
 os.environ.setdefault(
     "HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "onelaunch-hypothesis")
 )
+# A caught panic's backtrace would fill the screen, and its symbols the memory that is measured.
+os.environ["RUST_BACKTRACE"] = "0"
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st

@@ -39,7 +39,7 @@ _BAD_READERS = {
 
 
 @pytest.mark.parametrize(("body", "said"), _BAD_READERS.values(), ids=_BAD_READERS)
-def test_the_harness_catches(body, said, tmp_path):
+def test_the_harness_catches(body, said):
     code = f"""
 import sys, dataclasses
 sys.path.insert(0, {str(FUZZ.parent)!r})
@@ -64,7 +64,8 @@ sys.exit(fuzz.main(["--format", "llama2c", "--examples", "40"]))
     kept.unlink()
 
 
-def test_a_batch_ends_with_the_examples_asked_for(tmp_path):
-    told = fuzz.fuzz("llama2c", fuzz._BATCH + 30, 0, tmp_path)
+def test_more_than_one_batch_reads_the_examples_asked_for():
+    asked = fuzz._BATCH + 30
+    told = _run(FUZZ, "--format", "llama2c", "--examples", asked)[1]
     assert told["failure"] is None
-    assert fuzz._BATCH + 30 <= told["read"] <= fuzz._BATCH + 60
+    assert asked <= told["read"] <= asked + 30

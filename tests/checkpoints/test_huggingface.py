@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onelaunch.checkpoints import huggingface
+from onelaunch.checkpoints import huggingface, tensors
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.errors import BadInput
@@ -496,7 +496,7 @@ class TestWrite:
                 f"Error while serializing: I/O error: No space (os error {errno.ENOSPC})"
             )
 
-        monkeypatch.setattr(huggingface, "save_file", full)
+        monkeypatch.setattr(tensors, "save_file", full)
         with pytest.raises(BadInput, match="the disk is full"):
             huggingface.write(LoadedModel(CONFIG, random_weights(CONFIG)), tmp_path / "out")
         assert not any(tmp_path.iterdir())

@@ -276,8 +276,23 @@ def test_epsilon_rounded_to_float32_is_the_same_epsilon(tmp_path):
 def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(BadInput, match="is a folder"):
         llama2c.write(_model(), tmp_path)
-    with pytest.raises(BadInput, match="cannot write"):
+    with pytest.raises(BadInput, match="absent does not exist"):
         llama2c.write(_model(), tmp_path / "absent" / "a.bin")
+
+
+def test_a_write_that_the_system_stops_leaves_what_was_there(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = _file(tmp_path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1, hard))
+    try:
+        with pytest.raises(BadInput, match=r"model\.bin: cannot write"):
+            llama2c.write(_model(seed=1), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_matches(tmp_path):

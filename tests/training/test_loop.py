@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onelaunch.checkpoints import run_folder
+from onelaunch.checkpoints import run_folder, tensors
 from onelaunch.checkpoints.run_folder import (
     best_checkpoint,
     list_checkpoints,
@@ -246,15 +246,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     r = recipe()
-    save_file = run_folder.save_file
+    save_file = tensors.save_file
 
-    def full(tensors, path):
+    def full(values, path, metadata):
+        save_file(values, path, metadata)
         if "update-00000004" in str(path) and "optimizer" in str(path):
-            save_file(tensors, path)
-            raise run_folder.SafetensorError(f"I/O error: no space (os error {errno.ENOSPC})")
-        save_file(tensors, path)
+            raise tensors.SafetensorError(f"I/O error: no space (os error {errno.ENOSPC})")
 
-    monkeypatch.setattr(run_folder, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(BadInput, match="the disk is full"):
         runs.start(r, tmp_path / "run", quiet=True)
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

@@ -74,7 +74,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable. Not every system can open a folder; then it is a hint."""
+    """Make a rename inside `path` durable, where the system can open a folder."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -7,8 +7,6 @@ Hugging Face's without `model.`.
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from onelaunch.checkpoints.atomic import atomic_directory, read_json, write_error, write_json
+from onelaunch.checkpoints.atomic import atomic_directory, read_json, write_json
 from onelaunch.checkpoints.rope_layout import to_layout
+from onelaunch.checkpoints.tensors import write_tensors
 from onelaunch.checkpoints.weights import LoadedModel, check_weights
 from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.errors import BadInput
@@ -274,7 +272,7 @@ def write(model: LoadedModel, out: Path) -> None:
             folder / "generation_config.json",
             {"bos_token_id": model.bos_id, "eos_token_id": _one_or_list(list(model.stop_ids))},
         )
-        _save(tensors, folder / _WEIGHTS)
+        write_tensors(folder / _WEIGHTS, tensors)
 
 
 def config_json(
@@ -327,15 +325,3 @@ def _rope_scaling_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _one_or_list(ids: list[int]) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else ids or None
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library tells the system's refusal in words only: "... (os error 28)".
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise write_error(file, OSError(number, os.strerror(number))) from error
-    with open(file, "rb+") as written:
-        os.fsync(written.fileno())

@@ -95,6 +95,8 @@ def write(model: LoadedModel, out: Path) -> None:
     _check_expressible(model.config)
     if out.is_dir():
         raise BadInput(f"{out}: is a folder; give the name of the file to write, such as model.bin")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out}: the folder {out.parent} does not exist; make it first")
     config, weights = to_layout(model.config, model.weights, "interleaved")
     tensors = weights | _tables(config, model.extras)
     with atomic_file(out) as file:

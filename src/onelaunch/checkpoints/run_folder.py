@@ -1,20 +1,18 @@
 """Run folders: what `onelaunch train` leaves behind, readable as a model.
 
-    RUN/run.json                        what is trained: configuration, data, versions
-    RUN/recipe.toml                     the resolved recipe
-    RUN/metrics.jsonl                   telemetry
-    RUN/tokenizer.*                     the data's tokenizer
-    RUN/best.json                       which checkpoint has the lowest validation loss
-    RUN/checkpoints/update-00000100/    model, optimizer, perhaps gradients (.safetensors), state.json
+    RUN/run.json                      what is trained: configuration, data, versions
+    RUN/recipe.toml                   the resolved recipe
+    RUN/metrics.jsonl                 telemetry
+    RUN/tokenizer.*                   the data's tokenizer
+    RUN/best.json                     which checkpoint has the lowest validation loss
+    RUN/checkpoints/update-00000100/  model, optimizer, perhaps gradients (.safetensors); state.json
 
-A checkpoint appears by one rename, after every file in it was synced; state.json holds the sha256 of
-the others. A damaged one is recognised and never trusted.
+A checkpoint appears by one rename, after every file in it was synced; state.json holds the sha256
+of the others. A damaged one is recognised and never trusted.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from onelaunch.checkpoints.atomic import (
@@ -32,9 +30,9 @@ from onelaunch.checkpoints.atomic import (
     read_json,
     sha256_file,
     sync_directory,
-    write_error,
     write_json,
 )
+from onelaunch.checkpoints.tensors import write_tensors
 from onelaunch.checkpoints.weights import LoadedModel, check_weights
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
@@ -75,25 +73,10 @@ def write_checkpoint(
     with atomic_directory(target) as folder:
         sums = {}
         for name, tensors in files.items():
-            _write_tensors(folder / name, tensors)
+            write_tensors(folder / name, tensors)
             sums[name] = sha256_file(folder / name)
         write_json(folder / "state.json", {"schema": SCHEMA, **state, "sha256": sums})
     return target
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(ready, path)
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise write_error(path, OSError(code, os.strerror(code))) from error
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

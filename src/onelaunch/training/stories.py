@@ -25,7 +25,22 @@ _CHILDREN = (
     *((name, "girl", "She", "she", "her", "her") for name in ("Mia", "Lily", "Anna")),
     *((name, "boy", "He", "he", "his", "him") for name in ("Tom", "Ben", "Sam")),
 )
-_COLOURS = ("red", "blue", "green", "pink", "white")
+# A thing comes in some colours only: what goes with a colour tells it apart from the others, and a
+# small model learns to repeat it sooner (with five colours for everything it had not in 200 updates).
+_COLOURS = {
+    "ball": ("red", "blue", "green"),
+    "boat": ("red", "blue", "white"),
+    "book": ("red", "green", "pink"),
+    "bun": ("white", "pink"),
+    "cake": ("white", "pink", "green"),
+    "cap": ("blue", "green", "red"),
+    "car": ("red", "green", "blue"),
+    "coat": ("white", "blue", "green"),
+    "hat": ("pink", "white", "red"),
+    "kite": ("blue", "pink", "green"),
+    "pear": ("green", "red"),
+    "pie": ("red", "blue", "white"),
+}
 _TRAITS = ("big", "little", "kind", "small")
 
 
@@ -202,6 +217,8 @@ def story(seed: int, index: int) -> str:
     plot = _PLOTS[below(len(_PLOTS))]
     name, kind, subject, he, his, him = _CHILDREN[below(len(_CHILDREN))]
     animal, spot = plot.pairs[below(len(plot.pairs))]
+    thing = plot.things[below(len(plot.things))]
+    colours = _COLOURS[thing]
     slots = {
         "name": name,
         "kind": kind,
@@ -212,8 +229,8 @@ def story(seed: int, index: int) -> str:
         "him": him,
         "animal": animal,
         "spot": spot,
-        "thing": plot.things[below(len(plot.things))],
-        "colour": _COLOURS[below(len(_COLOURS))],
+        "thing": thing,
+        "colour": colours[below(len(colours))],
         "trait": _TRAITS[below(len(_TRAITS))],
         "place": _PLACES[below(len(_PLACES))],
     }
