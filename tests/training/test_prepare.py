@@ -389,16 +389,10 @@ def test_progress_is_said_seldom(tmp_path, monkeypatch):
 
 
 def verb(*args: object) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import sys, typer, onelaunch.cli.app as a\n"
-        "from onelaunch.cli.prepare import prepare\n"
-        "if 'prepare' not in [c.name for c in a.app.registered_commands]:\n"
-        "    a.app.command('prepare')(prepare)\n"
-        "from onelaunch.cli import main\n"
-        "main(sys.argv[1:])\n"
-    )
     return subprocess.run(
-        [sys.executable, "-c", code, "prepare", *map(str, args)], capture_output=True, text=True
+        [sys.executable, "-m", "onelaunch", "prepare", *map(str, args)],
+        capture_output=True,
+        text=True,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,9 @@ from onelaunch.training.stories import story
 from onelaunch.training.story_data import STORIES_TOKENIZER_SHA256, stories_tokenizer
 
 N = 3000
-GIRLS = {name for name, kind, *_ in stories._CHILDREN if kind == "girl"}
-BOYS = {name for name, kind, *_ in stories._CHILDREN if kind == "boy"}
+GIRLS = {name for name, words, _ in stories._CHILDREN if words is stories._GIRL}
+BOYS = {name for name, words, _ in stories._CHILDREN if words is stories._BOY}
+COLOURS = {colour for colours in stories._COLOURS.values() for colour in colours}
 ANIMALS = {animal for plot in stories._PLOTS for animal, _ in plot.pairs}
 THINGS = {thing for plot in stories._PLOTS for thing in plot.things}
 
@@ -36,11 +39,22 @@ def test_a_story_is_the_same_everywhere():
     assert story(-1, 5) == story(2**64 - 1, 5)
 
 
-FIRST = ""
-FAR = ""
+FIRST = (
+    "There was a girl named Anna. She had a blue cap. One day, Anna went for a walk. "
+    "Anna met a little frog. The frog was cold and very sad. "
+    '"Can you help me?" said the frog. Anna put her blue cap on the frog. '
+    "Anna and the frog went to the lake. The mom of the frog was there! "
+    "The frog was very happy. It is good to have a friend."
+)
+FAR = (
+    "Once there was a boy named Ben. He had a pink kite. One day, Ben took his pink kite to the "
+    "farm. But then Ben lost his pink kite! Ben was very sad. Ben met a small duck. "
+    '"I can help you," said the duck. The duck looked under a tree. '
+    "The duck saw his pink kite! Ben gave the duck a big hug. It is good to have a friend."
+)
 
 
-@pytest.mark.parametrize("group", [GIRLS | BOYS, ANIMALS, THINGS, set(stories._COLOURS)])
+@pytest.mark.parametrize("group", [GIRLS | BOYS, ANIMALS, THINGS, COLOURS])
 def test_a_story_has_one_of_each_and_repeats_it(texts, group):
     for text in texts:
         found = [word for word in words(text) if word in group]
@@ -56,14 +70,27 @@ def test_pronouns_match_the_child(texts):
         assert bool(said & {"boy", "he", "his", "him"}) != girl, text
 
 
-def test_animals_are_where_they_belong(texts):
+def test_animals_and_colours_are_where_they_belong(texts):
+    met = {name: set(animals) for name, _, animals in stories._CHILDREN}
+    homes: dict[str, set[str]] = {}
+    for animal, spot in stories._HOME.pairs:
+        homes.setdefault(animal, set()).add(spot)
     for text in texts:
-        spots = {animal: spot for plot in stories._PLOTS for animal, spot in plot.pairs}
+        found = words(text)
+        name = next(word for word in found if word in met)
+        animal = next(word for word in found if word in ANIMALS)
+        thing = next(word for word in found if word in THINGS)
+        colour = next(word for word in found if word in COLOURS)
+        assert animal in met[name], text
+        assert colour in stories._COLOURS[thing], text
         if "mom of the" in text:
-            animal = next(word for word in words(text) if word in ANIMALS)
-            home = {spot for pair, spot in stories._HOME.pairs if pair == animal}
-            assert home & set(words(text)), text
-        assert spots
+            assert homes[animal] & set(found), text
+
+
+def test_every_child_can_be_in_every_plot():
+    for _, _, animals in stories._CHILDREN:
+        for plot in stories._PLOTS:
+            assert {animal for animal, _ in plot.pairs} & set(animals)
 
 
 def test_articles_and_punctuation_are_right(texts):
@@ -73,15 +100,15 @@ def test_articles_and_punctuation_are_right(texts):
         assert text.count('"') % 2 == 0
         assert text[-1] == "."
         assert text.isascii()
-        for sentence in re.findall(r"[^.!?]+[.!?]", text.replace('"', "")):
-            assert sentence.strip()[0].isupper(), text
+        for sentence in re.split(r"(?<=[.!?]) ", text):
+            assert sentence.lstrip('"')[0].isupper(), text
 
 
 def test_stories_fit_a_context_of_128_with_their_bos(texts):
     tokenizer = stories_tokenizer()
     lengths = [len(tokenizer.encode(text)) for text in texts]
     assert min(lengths) >= 60
-    assert max(lengths) <= 116
+    assert max(lengths) <= 112
 
 
 def test_there_are_many_stories_from_few_words(texts):
@@ -94,7 +121,6 @@ def test_there_are_many_stories_from_few_words(texts):
 
 def test_every_plot_and_alternative_is_used(texts):
     joined = " ".join(texts)
-    assert len({text.split(". ")[-1] for text in texts}) >= 8
     for plot in stories._PLOTS:
         for step in plot.steps:
             for alternative in step:
@@ -117,25 +143,18 @@ def test_the_shipped_tokenizer_is_the_one_we_know(texts, tmp_path):
 
 def test_names_animals_and_colours_are_single_pieces():
     tokenizer = stories_tokenizer()
-    for word in [*GIRLS, *BOYS, *stories._COLOURS]:
+    for word in [*GIRLS, *BOYS, *COLOURS]:
         assert len(tokenizer.encode(word, bos=False)) == 1, word
 
 
 def test_the_tokenizer_is_what_its_tool_makes(tmp_path, monkeypatch):
     pytest.importorskip("sentencepiece")
-    import importlib.util
-    from pathlib import Path
-
     path = Path(__file__).parents[2] / "tools" / "train_stories_tokenizer.py"
-    spec = importlib.util.spec_from_file_location("train_stories_tokenizer", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    shipped = tool.TARGET.read_bytes()
-    monkeypatch.setattr(tool, "TARGET", tmp_path / "tokenizer.bin")
-    tool.main()
-    # sentencepiece may break ties another way in another version; the sizes must not move
-    made = load_tokenizer(tmp_path / "tokenizer.bin")
-    assert made.vocab_size == 512
-    overlap = set(made.pieces) & set(load_tokenizer(tool.TARGET).pieces)
-    assert len(overlap) > 480
-    assert shipped
+    tool = runpy.run_path(str(path))
+    # fewer stories than the tool takes, and sentencepiece may order equals in another way: the
+    # pieces must be nearly the same, not the scores
+    made = tool["train"](2000)
+    shipped = stories_tokenizer()
+    assert made.vocab_size == shipped.vocab_size
+    assert len(set(made.pieces) & set(shipped.pieces)) > 480
+    assert tool["TARGET"].read_bytes() == shipped.to_bytes()

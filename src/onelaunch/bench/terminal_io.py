@@ -8,6 +8,7 @@ few bytes a second, as one over a poor line does.
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
 
 UNIT = "ms/update"
-BYTES_PER_SECOND = 8000
+BYTES_PER_SECOND = 4000
 # A pseudo-terminal takes about 20 kB at once, then nothing until most of that was read: what is
 # printed must be several times that before its speed is the terminal's.
 NAIVE_UPDATES = 660
@@ -82,7 +83,11 @@ def _row(
 
 
 def watch(
-    trainer: Trainer, rate: int | None, blocks: int, seconds: float
+    trainer: Trainer,
+    rate: int | None,
+    blocks: int,
+    seconds: float,
+    naive_updates: int = NAIVE_UPDATES,
 ) -> dict[str, list[float]]:
     """Milliseconds per update of each block, by how it was watched: none, ours, naive (one long
     block), on a terminal that takes `rate` bytes a second (None: all at once)."""
@@ -96,7 +101,9 @@ def watch(
         for block in range(blocks):
             for how in ("none", "ours") if block % 2 else ("ours", "none"):
                 samples[how].append(_block(trainer, how, per_block, descriptor) * 1e3)
-        samples["naive"].append(_block(trainer, "naive", NAIVE_UPDATES, descriptor) * 1e3)
+        if rate is not None:
+            _fill(descriptor)
+        samples["naive"].append(_block(trainer, "naive", naive_updates, descriptor) * 1e3)
     return samples
 
 
@@ -134,25 +141,33 @@ def terminal(bytes_per_second: int | None = None) -> Iterator[int]:
 
     def read() -> None:
         while not closing.is_set():
-            if bytes_per_second is not None:
+            if bytes_per_second is None:
+                select.select([master], [], [], 0.1)
+                quota = 65536
+            else:
                 closing.wait(0.02)
-            os.read(master, 65536 if bytes_per_second is None else max(1, bytes_per_second // 50))
+                quota = bytes_per_second // 50
+            # one read may return a few bytes only, however many wait
+            while quota > 0 and select.select([master], [], [], 0)[0]:
+                quota -= len(os.read(master, quota))
 
     if bytes_per_second is not None:
-        os.set_blocking(slave, False)
-        with suppress(BlockingIOError):
-            while True:
-                os.write(slave, b"." * 99 + b"\n")
-        os.set_blocking(slave, True)
+        _fill(slave)
     reader = threading.Thread(target=read, name="terminal", daemon=True)
     reader.start()
     try:
         yield slave
     finally:
         closing.set()
-        reader.join(0.1)
-        if reader.is_alive():
-            os.write(slave, b"\n")  # lets a waiting read return
-            reader.join(2.0)
+        reader.join()
         os.close(slave)
         os.close(master)
+
+
+def _fill(descriptor: int) -> None:
+    """Write until the terminal takes no more."""
+    os.set_blocking(descriptor, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(descriptor, b"." * 99 + b"\n")
+    os.set_blocking(descriptor, True)

@@ -20,13 +20,21 @@ GRAMMAR_VERSION = 1
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
-# name, kind, He, he, his, him
+# What goes with a name or a colour tells it apart from its like: a child meets some of the animals,
+# a thing comes in some of the colours. So a small model soon learns that they are to be repeated.
+
+# kind, He, he, his, him
+_GIRL = ("girl", "She", "she", "her", "her")
+_BOY = ("boy", "He", "he", "his", "him")
+# name, the above, and the animals that the child meets
 _CHILDREN = (
-    *((name, "girl", "She", "she", "her", "her") for name in ("Mia", "Lily", "Anna")),
-    *((name, "boy", "He", "he", "his", "him") for name in ("Tom", "Ben", "Sam")),
+    ("Mia", _GIRL, ("cat", "duck", "bear", "dog")),
+    ("Lily", _GIRL, ("bird", "fox", "frog", "dog")),
+    ("Anna", _GIRL, ("cat", "frog", "bear", "fox")),
+    ("Tom", _BOY, ("bird", "bear", "frog", "cat")),
+    ("Ben", _BOY, ("duck", "fox", "dog", "bear")),
+    ("Sam", _BOY, ("cat", "bird", "dog", "duck")),
 )
-# A thing comes in some colours only: what goes with a colour tells it apart from the others, and a
-# small model learns to repeat it sooner (with five colours for everything it had not in 200 updates).
 _COLOURS = {
     "ball": ("red", "blue", "green"),
     "boat": ("red", "blue", "white"),
@@ -57,7 +65,7 @@ class _Plot(NamedTuple):
 
 _TOYS = ("ball", "boat", "kite", "hat", "car", "book")
 _FOODS = ("cake", "pie", "bun", "pear")
-_ANIMALS = ("dog", "cat", "bird", "duck", "fox", "bear")
+_ANIMALS = ("dog", "cat", "bird", "duck", "fox", "bear", "frog")
 _SPOTS = ("tree", "rock", "log", "box")
 _PLACES = ("park", "farm", "hill", "lake")
 
@@ -215,8 +223,9 @@ def story(seed: int, index: int) -> str:
         return ((mix64(state) >> 32) * n) >> 32
 
     plot = _PLOTS[below(len(_PLOTS))]
-    name, kind, subject, he, his, him = _CHILDREN[below(len(_CHILDREN))]
-    animal, spot = plot.pairs[below(len(plot.pairs))]
+    name, (kind, subject, he, his, him), animals = _CHILDREN[below(len(_CHILDREN))]
+    pairs = [pair for pair in plot.pairs if pair[0] in animals]
+    animal, spot = pairs[below(len(pairs))]
     thing = plot.things[below(len(plot.things))]
     colours = _COLOURS[thing]
     slots = {
@@ -225,7 +234,6 @@ def story(seed: int, index: int) -> str:
         "He": subject,
         "he": he,
         "his": his,
-        "His": his.capitalize(),
         "him": him,
         "animal": animal,
         "spot": spot,

@@ -53,7 +53,7 @@ class TokenFile:
         """Fill a contiguous array with the tokens from `start` on."""
         try:
             self._file.seek(start * out_R.itemsize)
-            n = self._file.readinto(out_R.view(np.uint8))
+            n = self._file.readinto(out_R.view(np.uint8).data)
         except OSError as error:
             raise BadInput(f"{self.path}: cannot read: {error.strerror or error}") from error
         if n != out_R.nbytes:
