@@ -25,6 +25,8 @@ run: install
 	@$(BIN)/onelaunch eval $(RUN) --data stories
 	@echo "One story, from the first token on:"
 	@$(BIN)/onelaunch generate $(RUN) --temperature 0.5 --seed 4
+	@echo "It was written by what lies in $(RUN). Another one:"
+	@echo "  $(BIN)/onelaunch generate $(RUN) --seed 5 --prompt 'Once there was a boy'"
 
 test: lint types unit
 

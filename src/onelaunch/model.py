@@ -240,15 +240,18 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> Model:
-        """GPT-2's initialization: normal(0, 0.02), the two residual projections narrower by
-        sqrt(2 layers); norms one. The same seed gives the same weights on every device."""
+        """Normal with deviation 1/sqrt(dim), the two residual projections narrower by
+        sqrt(2 layers), as in GPT-2; norms one. GPT-2's own 0.02 is right near 2,500 wide and too
+        little for narrow models: docs/log.md has figures. The same seed gives the same weights on
+        every device."""
         generator = torch.Generator().manual_seed(seed)
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        base_std = self.config.dim**-0.5
+        residual_std = base_std / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else base_std
             values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
             parameter.copy_(values)
         return self

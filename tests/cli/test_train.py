@@ -47,7 +47,7 @@ def test_train_says_what_it_does_and_what_to_try_next(finished):
         "updates/s",
         "tokens/s",
         f"run folder: {run}",
-        f"onelaunch generate {run}",
+        f" generate {run}",
     ):
         assert words in done.stderr
     assert "\x1b" not in done.stderr  # not a terminal: plain lines
@@ -113,7 +113,7 @@ def test_sigterm_saves_partial_gradients_says_how_to_go_on_and_resumes_exactly(t
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"onelaunch train --resume --run {run}" in said
+    assert f" train --resume --run {run}" in said
     newest = list_checkpoints(run)[-1]
     assert "-micro-" in newest.name
     assert (newest / "gradients.safetensors").exists()

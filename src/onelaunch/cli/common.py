@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Annotated
 
@@ -39,3 +40,11 @@ def say(text: str, quiet: bool = False) -> None:
     """A line for the user, on standard error."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+def program() -> str:
+    """How to call this program from here: by name where that finds it, else as it was called."""
+    called = sys.argv[0]
+    if shutil.which("onelaunch") or not called.endswith("onelaunch"):
+        return "onelaunch"
+    return called

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Debug, Quiet, say
+from onelaunch.cli.common import Debug, Quiet, program, say
 from onelaunch.errors import BadInput
 
 
@@ -88,7 +88,7 @@ def train(
     at = outcome.progress
     where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")
     if outcome.signal is not None:
-        say(f"stopped; saved at {where}; continue: onelaunch train --resume --run {run}")
+        say(f"stopped; saved at {where}; continue: {program()} train --resume --run {run}")
         return 128 + outcome.signal
     best = ""
     if at.best_val_loss is not None:
@@ -96,7 +96,7 @@ def train(
     say(f"done: {where}{best}", quiet)
     say(f"run folder: {run}", quiet)
     say("next:", quiet)
-    say(f"  onelaunch generate {run}", quiet)
-    say(f"  onelaunch eval {run} --data {outcome.recipe.data.path}", quiet)
-    say(f"  onelaunch export {run} model.bin --format llama2c", quiet)
+    say(f"  {program()} generate {run}", quiet)
+    say(f"  {program()} eval {run} --data {outcome.recipe.data.path}", quiet)
+    say(f"  {program()} export {run} model.bin --format llama2c", quiet)
     return 0
