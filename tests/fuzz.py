@@ -268,6 +268,93 @@ def _use_tokenizer(path: Path) -> None:
     stream.finish()
 
 
+def _make_data(maker: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        return getattr(_token_folders(), maker)(folder)
+
+    return make
+
+
+def _use_data(path: Path) -> None:
+    _token_folders().use(path)
+
+
+def _use_tokens(path: Path) -> None:
+    """With the manifest's digest made to fit, so that what the digest hides is read as well."""
+    from onelaunch.checkpoints.atomic import sha256_file
+
+    manifest_file = path.with_name("manifest.json")
+    manifest = json.loads(manifest_file.read_text())
+    manifest["splits"]["train"]["sha256"] = sha256_file(path)
+    manifest_file.write_text(json.dumps(manifest))
+    _token_folders().use(path)
+
+
+def _token_folders() -> Any:
+    # A test's own module, found whether this file runs by its path or as part of the tests.
+    root = str(Path(__file__).resolve().parents[1])
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    from tests.training import token_folders
+
+    return token_folders
+
+
+def _make_recipe(folder: Path) -> Path:
+    from onelaunch.training.recipe import Recipe
+
+    path = folder / "recipe.toml"
+    path.write_text("# a comment\n" + Recipe.load("quickstart").to_toml())
+    return path
+
+
+def _use_recipe(path: Path) -> None:
+    from onelaunch.training.recipe import Recipe
+
+    recipe = Recipe.load(str(path))
+    recipe.model_config(512)
+    recipe.learning_rate(3)
+
+
+def _make_run(name: str) -> Callable[[Path], Path]:
+    """A run folder with one checkpoint that stopped inside an update."""
+
+    def make(folder: Path) -> Path:
+        from onelaunch.checkpoints import run_folder
+        from onelaunch.checkpoints.atomic import write_json
+
+        model, run = _small_model(), folder / "run"
+        (run / "checkpoints").mkdir(parents=True)
+        write_json(run / "run.json", {"schema": 1, "config": model.config.to_dict()})
+        state = {
+            "update": 3, "micro": 2, "loss_sum": 1.5, "tokens": 96, "evaluated": 0,
+            "val_loss": None, "best_update": 3, "best_val_loss": 2.5, "sampler": {},
+            "config": model.config.to_dict(), "bos_id": 1, "stop_ids": [1, 2],
+        }  # fmt: skip
+        checkpoint = run_folder.write_checkpoint(run, state, {run_folder.MODEL_FILE: model.weights})
+        run_folder.set_best(run, checkpoint, 3, 2.5)
+        return run / name if (run / name).exists() else checkpoint / name
+
+    return make
+
+
+def _use_run(path: Path) -> None:
+    from onelaunch.checkpoints import run_folder
+    from onelaunch.checkpoints.atomic import sha256_file
+    from onelaunch.training.state import read_progress
+
+    run = path.parents[2] if path.parent.name.startswith("update-") else path.parent
+    if path.name == run_folder.MODEL_FILE:
+        # Damage that a checksum does not show, as made by whoever writes both.
+        state_file = path.with_name("state.json")
+        state = json.loads(state_file.read_text())
+        state["sha256"][path.name] = sha256_file(path)
+        state_file.write_text(json.dumps(state))
+    _touch(run_folder.read(run))
+    checkpoint, state, _ = run_folder.newest_whole_checkpoint(run)
+    read_progress(state, checkpoint)
+
+
 FORMATS: dict[str, Fuzzed] = {
     "llama2c": Fuzzed(_make_llama2c, _use_llama2c, mutated_bytes),
     "hf-config": Fuzzed(_make_hf("config.json"), _use_hf, mutated_json),
@@ -275,6 +362,13 @@ FORMATS: dict[str, Fuzzed] = {
     "hf-index": Fuzzed(_make_hf_index, _use_hf, mutated_json),
     "tokenizer-bin": Fuzzed(_make_tokenizer_bin, _use_tokenizer, mutated_bytes),
     "tokenizer-json": Fuzzed(_make_tokenizer_json, _use_tokenizer, mutated_json),
+    "manifest": Fuzzed(_make_data("make_manifest"), _use_data, mutated_json),
+    "tokens": Fuzzed(_make_data("make_tokens"), _use_tokens, mutated_bytes),
+    "recipe": Fuzzed(_make_recipe, _use_recipe, mutated_bytes),
+    "run": Fuzzed(_make_run("run.json"), _use_run, mutated_json),
+    "run-best": Fuzzed(_make_run("best.json"), _use_run, mutated_json),
+    "checkpoint-state": Fuzzed(_make_run("state.json"), _use_run, mutated_json),
+    "checkpoint-model": Fuzzed(_make_run("model.safetensors"), _use_run, mutated_safetensors),
 }
 
 

@@ -327,7 +327,7 @@ def test_init_weights_repeatable(qk_norm: bool) -> None:
             continue
         assert not torch.equal(tensor, other[name])
         narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * config.n_layers) if narrow else 0.02
+        std = config.dim**-0.5 / (math.sqrt(2 * config.n_layers) if narrow else 1)
         assert abs(float(tensor.std()) / std - 1) < 0.05
         assert abs(float(tensor.mean())) < 4 * std / math.sqrt(tensor.numel())
 

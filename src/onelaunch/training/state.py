@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,24 @@ def save(trainer: Trainer) -> Path:
 
 
 def read_progress(state: dict[str, Any], source: Path) -> Progress:
-    """The progress part of a checkpoint's state; raises BadInput where a field is missing."""
+    """The progress part of a checkpoint's state; raises BadInput where a field is missing or is
+    no number of its kind."""
     from onelaunch.training.loop import Progress
 
-    try:
-        return Progress(**{f.name: state[f.name] for f in fields(Progress)})
-    except KeyError as error:
-        raise BadInput(f"{source}: {error} is missing from the checkpoint's state") from error
+    values = {}
+    for field in fields(Progress):
+        value = state.get(field.name)
+        if isinstance(field.default, int):
+            good = type(value) is int and 0 <= value < 1 << 53
+        else:
+            absent = value is None and field.default is None
+            good = absent or (type(value) in (int, float) and math.isfinite(value))
+        if not good:
+            raise BadInput(
+                f"{source / 'state.json'}: {field.name} is {value!r}, not what it counts"
+            )
+        values[field.name] = value
+    return Progress(**values)
 
 
 def restore(trainer: Trainer, checkpoint: Path, state: dict[str, Any]) -> None:
