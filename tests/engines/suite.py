@@ -57,7 +57,8 @@ def greedy_by_recomputing(
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.double().cpu(), b.double().cpu()
+    return float((a - b).norm() / b.norm())
 
 
 class EngineSuite:

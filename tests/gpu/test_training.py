@@ -76,8 +76,8 @@ def test_it_learns(tmp_path):
     outcome = runs.start(recipe(**changed, eval__every=50), tmp_path / "run", quiet=True)
     losses = [r["loss"] for r in of_kind(tmp_path / "run", "update")]
     assert losses[0] > 6.0
-    assert losses[-1] < 3.5
-    assert outcome.progress.val_loss < 3.5
+    assert losses[-1] < 4.5
+    assert outcome.progress.val_loss < 4.5
 
 
 def test_a_stop_inside_an_update_is_made_up_for(tmp_path, monkeypatch):

@@ -165,6 +165,7 @@ class Trainer:
         scale = 1.0 / recipe.train.accum
         loss = self.engine.loss_and_gradients(tokens, targets, scale, clock.mark)
         self._loss_sum += loss
+        clock.mark("forward")
         progress.micro += 1
         progress.tokens += tokens_BS.size
         if self.display is not None:
