@@ -5,6 +5,7 @@ python tests/soak.py [kills] [fuzz] [shakespeare]
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -16,16 +17,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from onelaunch.bench.record import Row, cpu_name, write_record  # noqa: E402
+from onelaunch.bench.record import Row, cpu_name, device_name, write_record  # noqa: E402
 from tests.kills import interrupt_until_done, outcome, run_to_the_end  # noqa: E402
 
-RECORDS = ROOT / "benchmarks" / "records"
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 KILLS = 50
 EXAMPLES = 10_000
 
 
-def kills() -> bool:
+def quickstart(out: Path) -> bool:
+    """What `make run` does after the installation, each verb a process of its own."""
+    from onelaunch.engines.reference import resolve_device
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        started = time.monotonic()
+        _onelaunch("train", "quickstart", "--run", run, "--quiet")
+        trained = time.monotonic() - started
+        loss = json.loads(_onelaunch("eval", run, "--data", "stories", "--json"))["loss"]
+        words = ("generate", run, "--temperature", 0.5, "--seed", 4, "--quiet")
+        story = _onelaunch(*words)
+        seconds = time.monotonic() - started
+        same = story == _onelaunch(*words)
+    print(f"quickstart: {seconds:.1f} s, validation loss {loss:.4f}\n{story}", flush=True)
+    notes = {"training_seconds": round(trained, 1), "validation_loss": loss, "story": story.strip()}
+    row = Row("train, eval, generate", seconds, notes=notes)
+    _write("quickstart", "s", [row], out, device_name(str(resolve_device("auto"))))
+    return same and seconds < 150
+
+
+def kills(out: Path) -> bool:
     """Kill a run with SIGKILL at 50 random moments; its losses must be those of one left alone."""
     # long enough that it is still running after the last kill
     long = {"train__updates": 6000, "checkpoint__every": 20}
@@ -49,11 +70,11 @@ def kills() -> bool:
             "seconds_run": [part["seconds"] for part in story],
         },
     )
-    _write("soak-kills", "exact resumes", [row])
+    _write("soak-kills", "exact resumes", [row], out)
     return equal and did == KILLS and lost <= 20
 
 
-def fuzz() -> bool:
+def fuzz(out: Path) -> bool:
     """10,000 mutants of every readable format, one process each."""
     from tests.fuzz import FORMATS
 
@@ -68,11 +89,11 @@ def fuzz() -> bool:
         print(f"fuzz: {result} in {time.monotonic() - started:.0f} s", flush=True)
         notes = {key: result[key] for key in ("accepted", "failure", "peak_growth_mb")}
         rows.append(Row(name, result["read"], n=result["read"], notes=notes))
-    _write("soak-fuzz", "mutants read without a foreign error", rows)
+    _write("soak-fuzz", "mutants read without a foreign error", rows, out)
     return good
 
 
-def shakespeare() -> bool:
+def shakespeare(out: Path) -> bool:
     """Train shakespeare-char through the command line; eval must print at most 1.70 nats."""
     if not TEXT.exists():
         print("shakespeare: skipped: tinyshakespeare.txt is not here")
@@ -103,7 +124,7 @@ def shakespeare() -> bool:
             "training_seconds": round(statistics.median(seconds), 1),
         },
     )
-    _write("shakespeare-char", "nats per character", [row])
+    _write("shakespeare-char", "nats per character", [row], out)
     return max(losses) <= 1.70
 
 
@@ -112,17 +133,27 @@ def _onelaunch(*words: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def _write(experiment: str, unit: str, rows: list[Row]) -> None:
-    print(f"record: {write_record(experiment, unit, rows, RECORDS, cpu_name())}", flush=True)
+def _write(
+    experiment: str, unit: str, rows: list[Row], out: Path, device: str | None = None
+) -> None:
+    path = write_record(experiment, unit, rows, out, device or cpu_name())
+    print(f"record: {path}", flush=True)
 
 
-def main(names: list[str]) -> int:
-    parts = {"kills": kills, "fuzz": fuzz, "shakespeare": shakespeare}
-    results = {name: parts[name]() for name in names or parts}
+def main() -> int:
+    parts = {"quickstart": quickstart, "kills": kills, "fuzz": fuzz, "shakespeare": shakespeare}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "records")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.parts if name not in parts]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]}")
+    results = {name: parts[name](arguments.out) for name in arguments.parts or parts}
     passed = sum(results.values())
     print(f"{passed} passed, {len(results) - passed} failed")
     return 0 if passed == len(results) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
