@@ -1,6 +1,8 @@
-"""What takes long: every kill, the whole fuzz, Shakespeare. Leaves records in benchmarks/records.
+"""What takes long: every kill, the whole fuzz, Shakespeare; and the quickstart, timed.
 
-python tests/soak.py [kills] [fuzz] [shakespeare]
+python tests/soak.py [--out DIR] [quickstart] [kills] [fuzz] [shakespeare]
+
+Leaves records under --out, benchmarks/records by default.
 """
 
 from __future__ import annotations

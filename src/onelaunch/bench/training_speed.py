@@ -61,7 +61,7 @@ def _compare(case: str, trainer: Trainer, blocks: int, say: Callable[[str], None
     ours, theirs, ratios = [], [], []
     for block in range(blocks):
         # which goes first alternates, so that a drift of the machine favours neither
-        pair = [("ours", ours_update), ("bare", bare)]
+        pair: list[tuple[str, Callable[[], object]]] = [("ours", ours_update), ("bare", bare)]
         rates = {}
         for name, update in pair if block % 2 else pair[::-1]:
             start = time.perf_counter()
@@ -86,8 +86,9 @@ def _compare(case: str, trainer: Trainer, blocks: int, say: Callable[[str], None
     return Row.of(case, ours, peers={"bare loop": peer}, notes=notes)
 
 
-def bare_updates(trainer: Trainer) -> Callable[[], None]:
-    """One update of a hand-written loop of the same model on the same kind of batch."""
+def bare_updates(trainer: Trainer) -> Callable[[], float]:
+    """A hand-written loop of the same model on the same kind of batch; each call is one update and
+    returns its loss."""
     recipe, device = trainer.recipe, trainer.device
     o = recipe.optimizer
     model = Model(trainer.engine.config).init_weights(0).to(device)
@@ -104,7 +105,7 @@ def bare_updates(trainer: Trainer) -> Callable[[], None]:
     ]
     position = 0
 
-    def update() -> None:
+    def update() -> float:
         nonlocal position
         tokens, targets = batches[position % len(batches)]
         position += 1
@@ -113,6 +114,6 @@ def bare_updates(trainer: Trainer) -> Callable[[], None]:
         torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        return loss.item()
 
     return update
