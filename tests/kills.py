@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,10 +87,10 @@ def interrupt_until_done(
     story = []
     finished = False
     for _ in range(interruptions):
-        resume = (run / "run.json").exists() and bool(list_checkpoints(run))
-        if not resume and run.exists():
-            # killed before its first checkpoint: there is nothing to lose and nothing to resume
-            subprocess.run(["rm", "-rf", str(run)], check=True)
+        resume = (run / "run.json").exists()
+        if not resume:
+            # killed while the folder was being made
+            shutil.rmtree(run, ignore_errors=True)
         started = time.monotonic()
         process = subprocess.Popen(train_command(run, resume, **changed))
         if rng.random() < 0.8:
@@ -108,7 +109,7 @@ def interrupt_until_done(
         if finished:
             break
     if not finished:
-        subprocess.run(train_command(run, bool(list_checkpoints(run)), **changed), check=True)
+        subprocess.run(train_command(run, resume=True, **changed), check=True)
     return story
 
 

@@ -166,6 +166,44 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(trainer):
+        raise Killed
+
+    r = recipe()
+    runs.start(r, tmp_path / "whole", quiet=True)
+    monkeypatch.setattr("onelaunch.training.state.save", killed)
+    with pytest.raises(Killed):
+        runs.start(r, tmp_path / "cut", quiet=True)
+    monkeypatch.undo()
+    assert updates(tmp_path / "cut") != []
+    torch.manual_seed(0)
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert [u["update"] for u in updates(tmp_path / "cut")] == list(range(1, 7))
+
+
+def test_a_kill_between_the_best_checkpoint_and_its_mark_is_made_up_for(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr("onelaunch.training.loop.set_best", killed)
+    with pytest.raises(Killed):
+        runs.start(recipe(), tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    assert best_checkpoint(tmp_path / "run") is None
+    monkeypatch.setattr(Trainer, "_update", killed)
+    with pytest.raises(Killed):
+        runs.resume(tmp_path / "run", {}, quiet=True)
+    assert best_checkpoint(tmp_path / "run").name == "update-00000002"
+
+
 def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
     evaluate = runs_evaluate()

@@ -19,10 +19,12 @@ from onelaunch.checkpoints.atomic import write_error, write_json, write_text
 from onelaunch.checkpoints.run_folder import (
     MODEL_FILE,
     SCHEMA,
+    list_checkpoints,
     newest_whole_checkpoint,
     prune_checkpoints,
     read_run,
     read_tensors,
+    set_best,
 )
 from onelaunch.checkpoints.weights import check_weights
 from onelaunch.config import ModelConfig
@@ -56,8 +58,7 @@ def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
     data = open_data(recipe.data.path, recipe.train.seed)
     config = recipe.model_config(data.vocab_size)
     _check_lengths(recipe, config)
-    weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
-    torch.manual_seed(recipe.train.seed)
+    weights = _begin(recipe, config)
     try:
         (run / "checkpoints").mkdir(parents=True)
     except OSError as error:
@@ -93,6 +94,13 @@ def resume(
             "or leave out what changes the model"
         )
     with _only_here(run):
+        if settings:
+            _check_unfinished(run, recipe, saved_recipe)
+            write_text(run / "recipe.toml", recipe.to_toml())
+        if not list_checkpoints(run):
+            # stopped before its first: the recipe alone says how it begins
+            weights = _begin(recipe, described)
+            return _train(recipe, run, described, weights, data, quiet)
         checkpoint, state, passed_over = newest_whole_checkpoint(run)
         config = ModelConfig.from_dict(state.get("config"), str(checkpoint / "state.json"))
         if config != described:
@@ -101,16 +109,28 @@ def resume(
             raise BadInput(
                 f"{run}: its data is not {recipe.data.path} as it is now; resume needs the same"
             )
-        if state["micro"] and recipe.train.accum != saved_recipe.train.accum:
-            raise BadInput(
-                f"--accum: {run} stopped after {state['micro']} of "
-                f"{saved_recipe.train.accum} micro-steps; finish that update with the same accum"
-            )
         weights = read_tensors(checkpoint, MODEL_FILE, state)
         check_weights(config, weights, checkpoint / MODEL_FILE)
-        if settings:
-            write_text(run / "recipe.toml", recipe.to_toml())
         return _train(recipe, run, config, weights, data, quiet, (checkpoint, state, passed_over))
+
+
+def _check_unfinished(run: Path, recipe: Recipe, before: Recipe) -> None:
+    """An update that has begun must end with the accumulation it began with."""
+    if recipe.train.accum == before.train.accum or not list_checkpoints(run):
+        return
+    micro = newest_whole_checkpoint(run)[1]["micro"]
+    if micro:
+        raise BadInput(
+            f"--accum {recipe.train.accum}: {run} stopped after {micro} of {before.train.accum} "
+            "micro-steps of an update; finish it with the same accum first"
+        )
+
+
+def _begin(recipe: Recipe, config: ModelConfig) -> dict[str, Tensor]:
+    """The first weights; leaves PyTorch's random state as a run begins."""
+    weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
+    torch.manual_seed(recipe.train.seed)
+    return weights
 
 
 def _train(
@@ -133,8 +153,10 @@ def _train(
         train=True,
     )
     progress = saved.read_progress(resumed[1], resumed[0]) if resumed else Progress()
-    if resumed:
-        telemetry.drop_after(run / "metrics.jsonl", progress.update, progress.evaluated)
+    telemetry.drop_after(run / "metrics.jsonl", progress.update, progress.evaluated)
+    if resumed and progress.best_update == progress.update and progress.micro == 0:
+        # the kill may have come between the checkpoint and best.json
+        set_best(run, resumed[0], progress.update, progress.best_val_loss or 0.0)
     seq_len = train.seq_len or config.max_seq_len
     writer = telemetry.MetricsWriter(run / "metrics.jsonl")
     display: Display | None = None

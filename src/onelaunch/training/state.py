@@ -55,14 +55,14 @@ def read_progress(state: dict[str, Any], source: Path) -> Progress:
     no number of its kind."""
     from onelaunch.training.loop import Progress
 
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(Progress):
         value = state.get(field.name)
         if isinstance(field.default, int):
             good = type(value) is int and 0 <= value < 1 << 53
         else:
             absent = value is None and field.default is None
-            good = absent or (type(value) in (int, float) and math.isfinite(value))
+            good = absent or (isinstance(value, int | float) and math.isfinite(value))
         if not good:
             raise BadInput(
                 f"{source / 'state.json'}: {field.name} is {value!r}, not what it counts"
