@@ -170,7 +170,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    def killed(trainer):
+    def killed(*args):
         raise Killed
 
     r = recipe()

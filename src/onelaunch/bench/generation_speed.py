@@ -6,7 +6,6 @@ preallocated cache, greedy, batch one. Both write the same tokens; texts are tim
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.record import Row
+from onelaunch.bench.rig import in_turn, row_beside
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
@@ -44,35 +44,10 @@ def _compare(name: str, n: int, device: str, blocks: int, say: Callable[[str], N
     expected = bare.generate([1], n)
     if engine.generate([[1]], n, Sampling())[0] != expected:
         raise RunFailed(f"{name}: the bare loop and the engine write different tokens")
-    texts = max(1, round(50 / n)) if name == "stories260k" else 1
-    ours, theirs, ratios = [], [], []
-    for block in range(blocks):
-        pair: list[tuple[str, Callable[[], object]]] = [
-            ("ours", lambda: engine.generate([[1]], n, Sampling())),
-            ("bare", lambda: bare.generate([1], n)),
-        ]
-        rates = {}
-        for who, generate in pair if block % 2 else pair[::-1]:
-            start = time.perf_counter()
-            for _ in range(texts):
-                generate()
-            rates[who] = texts * n / (time.perf_counter() - start)
-        ours.append(rates["ours"])
-        theirs.append(rates["bare"])
-        ratios.append(rates["ours"] / rates["bare"])
-    case = f"{name} greedy {n}"
-    peer = Row.of(case, theirs).ours
-    ratio = Row.of(case, ratios)
-    say(
-        f"{case}: ours {Row.of(case, ours).ours:,.1f} tokens/s, bare loop {peer:,.1f}; "
-        f"median of {blocks} paired ratios {ratio.ours:.3f}"
+    samples = in_turn(
+        lambda: engine.generate([[1]], n, Sampling()), lambda: bare.generate([1], n), n, 1, blocks
     )
-    notes = {
-        "ratio": round(ratio.ours, 4),
-        "ratio_spread": [round(v, 4) for v in ratio.spread or ()],
-        "threads": torch.get_num_threads(),
-    }
-    return Row.of(case, ours, peers={"bare loop": peer}, notes=notes)
+    return row_beside(f"{name} greedy {n}", samples, "bare loop", say)
 
 
 class BareLoop:

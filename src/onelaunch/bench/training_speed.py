@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from onelaunch.bench.record import Row
+from onelaunch.bench.rig import in_turn, row_beside
 from onelaunch.bench.rig import trainer as timed_trainer
 from onelaunch.model import Model
 from onelaunch.training.loop import Trainer
@@ -57,33 +58,9 @@ def _compare(case: str, trainer: Trainer, blocks: int, say: Callable[[str], None
     start = time.perf_counter()
     bare()
     # blocks long enough that the clock's start and end do not count
-    per_block = max(1, round(0.5 / (time.perf_counter() - start)))
-    ours, theirs, ratios = [], [], []
-    for block in range(blocks):
-        # which goes first alternates, so that a drift of the machine favours neither
-        pair: list[tuple[str, Callable[[], object]]] = [("ours", ours_update), ("bare", bare)]
-        rates = {}
-        for name, update in pair if block % 2 else pair[::-1]:
-            start = time.perf_counter()
-            for _ in range(per_block):
-                update()
-            rates[name] = per_block * tokens / (time.perf_counter() - start)
-        ours.append(rates["ours"])
-        theirs.append(rates["bare"])
-        ratios.append(rates["ours"] / rates["bare"])
-    peer = Row.of(case, theirs).ours
-    ratio = Row.of(case, ratios)
-    say(
-        f"{case}: ours {Row.of(case, ours).ours:,.0f} tokens/s, bare loop {peer:,.0f}; "
-        f"median of {blocks} paired ratios {ratio.ours:.3f}"
-    )
-    notes = {
-        "ratio": round(ratio.ours, 4),
-        "ratio_spread": [round(v, 4) for v in ratio.spread or ()],
-        "updates_per_block": per_block,
-        "threads": torch.get_num_threads(),
-    }
-    return Row.of(case, ours, peers={"bare loop": peer}, notes=notes)
+    repeats = max(1, round(0.5 / (time.perf_counter() - start)))
+    samples = in_turn(ours_update, bare, tokens, repeats, blocks)
+    return row_beside(case, samples, "bare loop", say, updates_per_block=repeats)
 
 
 def bare_updates(trainer: Trainer) -> Callable[[], float]:

@@ -32,20 +32,7 @@ from onelaunch.training.evaluate import evaluate
 from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.signals import StopSignals
-
-
-@dataclass
-class Progress:
-    """Where a run is; all of it is saved. Losses are in nats per token."""
-
-    update: int = 0
-    micro: int = 0
-    loss_sum: float = 0.0
-    tokens: int = 0
-    evaluated: int = 0
-    val_loss: float | None = None
-    best_update: int = 0
-    best_val_loss: float | None = None
+from onelaunch.training.state import Progress
 
 
 @dataclass
@@ -218,7 +205,9 @@ class Trainer:
             if self._saved_at != at:
                 self.metrics.flush()
                 progress.loss_sum = self._loss_sum.item()
-                self.checkpoint = saved.save(self)
+                self.checkpoint = saved.save(
+                    self.run, progress, self.engine, self.optimizer, self.data, self.sampler
+                )
             if is_best and self.checkpoint is not None:
                 set_best(self.run, self.checkpoint, progress.update, progress.val_loss or 0.0)
             prune_checkpoints(self.run, self.recipe.checkpoint.keep)

@@ -35,9 +35,10 @@ from onelaunch.training import metrics as telemetry
 from onelaunch.training import state as saved
 from onelaunch.training.data import TokenData, open_data
 from onelaunch.training.display import Display, Header
-from onelaunch.training.loop import Outcome, Progress, Trainer
+from onelaunch.training.loop import Outcome, Trainer
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.signals import StopSignals
+from onelaunch.training.state import Progress
 
 
 def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
@@ -176,7 +177,13 @@ def _train(
                 seq_len=seq_len,
             )
             if resumed:
-                saved.restore(trainer, resumed[0], resumed[1])
+                saved.restore(
+                    resumed[0],
+                    resumed[1],
+                    trainer.parameters,
+                    trainer.optimizer,
+                    trainer.sampler,
+                )
             writer.push(_run_record(recipe, config, data, trainer.device, progress))
             if not quiet:
                 display = Display(
