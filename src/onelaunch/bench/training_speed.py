@@ -81,12 +81,15 @@ def bare_updates(trainer: Trainer) -> Callable[[], float]:
         for _ in range(32)
     ]
     position = 0
+    # what ours computes in: bfloat16 on a GPU
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def update() -> float:
         nonlocal position
         tokens, targets = batches[position % len(batches)]
         position += 1
-        loss = model.loss(tokens, targets)
+        with autocast:
+            loss = model.loss(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
         optimizer.step()

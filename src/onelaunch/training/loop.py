@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from onelaunch.checkpoints.run_folder import prune_checkpoints, set_best
 from onelaunch.engines.engine import TrainableEngine
@@ -115,8 +116,10 @@ class Trainer:
             self._save_if_overdue()
         lr = self.recipe.learning_rate(progress.update)
         self._clock.skip()
-        grad_norm = self._optimizer_step(lr)
-        loss = self._loss_sum.item() / accum
+        norm = self._optimizer_step(lr)
+        # one wait for the device per update
+        loss_sum, grad_norm = torch.stack((self._loss_sum, norm)).tolist()
+        loss = loss_sum / accum
         self._clock.mark("optimizer")
         progress.update += 1
         progress.micro, progress.loss_sum = 0, 0.0
@@ -158,16 +161,16 @@ class Trainer:
         if self.display is not None:
             self.display.progress(progress.update, progress.micro)
 
-    def _optimizer_step(self, lr: float) -> float:
-        """Clip, step, clear; returns the norm of the averaged gradient."""
+    def _optimizer_step(self, lr: float) -> Tensor:
+        """Clip, step, clear; returns the norm of the averaged gradient, on the device."""
         clip = self.recipe.optimizer.grad_clip
-        parameters = list(self.parameters.values())
+        parameters = self.parameters.values()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def _evaluate(self) -> bool:
         """Evaluate on the fixed batches; returns whether the loss is the lowest so far."""
