@@ -28,7 +28,10 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Validation loss over the whole validation split, in non-overlapping windows."""
+    """Measure the loss on the validation split.
+
+    The whole split, in non-overlapping windows of the model's context.
+    """
     from onelaunch import checkpoints
     from onelaunch.checkpoints.tokenizers import find_tokenizer
     from onelaunch.engines.reference import ReferenceEngine

@@ -29,7 +29,10 @@ def export(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a model to another format, and copy its tokenizer beside it."""
+    """Convert a model to another format.
+
+    Its tokenizer is copied beside it.
+    """
     if format not in writable_formats():
         raise BadInput(f"--format {format}: must be one of {', '.join(writable_formats())}")
     if os.path.lexists(out):

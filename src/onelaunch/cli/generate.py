@@ -88,7 +88,10 @@ def generate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write text: the prompt, if any, and its continuation, as it comes."""
+    """Write text.
+
+    The prompt, if any, and its continuation go to standard output as they come.
+    """
     if engine not in ENGINES:
         raise BadInput(f"--engine {engine}: must be {' or '.join(ENGINES)}")
     texts = _read_prompts(prompt or [])

@@ -20,7 +20,7 @@ def inspect(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print a model's configuration, size, format, tokenizer and special ids."""
+    """Show a model's configuration and size."""
     import json as json_module
 
     from onelaunch.checkpoints import load, random_model

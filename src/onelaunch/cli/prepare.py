@@ -39,7 +39,10 @@ def prepare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Turn text into token files, the last tenth for validation."""
+    """Turn text into token files.
+
+    The last tenth is for validation.
+    """
     from onelaunch.training.prepare import prepare as prepare_texts
 
     if vocab_size is not None and tokenizer is not None:
