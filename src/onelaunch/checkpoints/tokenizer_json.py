@@ -19,10 +19,9 @@ _SETTINGS_BYTES = 4 << 20
 # character are not text, and waiting longer would make each further id dearer.
 _LONGEST_WAIT = 16
 
-# No model of the Llama family has this in its BPE. Where it does not fit the merges, the library
-# panics, and Rust writes a line of its own to standard error.
+# No model of the Llama family has one. Where it does not fit a BPE's merges the library panics, and
+# Rust writes a line of its own to standard error.
 _SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
-_BPE = re.compile(rb'"type"\s*:\s*"BPE"')
 
 _T = TypeVar("_T")
 
@@ -41,8 +40,8 @@ class JsonTokenizer:
         """Raises BadInput naming the file, MissingExtra without the tokenizers library."""
         path = Path(path)
         self._bytes = _read(path, MAX_FILE_BYTES)
-        if _SUBWORD_PREFIX.search(self._bytes) and _BPE.search(self._bytes):
-            raise BadInput(f"{path}: a BPE with a continuing_subword_prefix is not read here")
+        if _SUBWORD_PREFIX.search(self._bytes):
+            raise BadInput(f"{path}: a model with a continuing_subword_prefix is not read here")
         self.fingerprint = hashlib.sha256(self._bytes).hexdigest()
         self._tokenizer = _guarded(lambda: _library().Tokenizer.from_buffer(self._bytes), path)
         self._tokenizer.no_truncation()
