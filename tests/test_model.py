@@ -408,7 +408,7 @@ def test_autocast_keeps_the_rotary_tables_exact() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model = Model(SMALL).init_weights(0)
         logits = model(random_tokens(SMALL))
-        tables = model.rope(torch.device("cpu"), torch.float32)
+        tables = model.rope(torch.device("cpu"), torch.float32, 1)
     assert logits.dtype == torch.float32
     interleaved = SMALL.rope_layout == "interleaved"
     for table, expected in zip(tables, widen_rope(*rope_tables(SMALL), interleaved), strict=True):
@@ -498,3 +498,16 @@ def test_from_dict_names_its_source(data: Any, message: str) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(BadInput, match="known: stories260k"):
         preset("gpt-5")
+
+
+def test_a_context_of_millions_costs_what_is_used_of_it() -> None:
+    """Tables grow with the positions asked for, and stay the same where they were."""
+    config = SMALL.with_(max_seq_len=1 << 24)
+    model = Model(config).init_weights(0).eval()
+    device = torch.device("cpu")
+    first = model.rope(device, torch.float32, 10)[0]
+    assert first.shape[0] == 4096
+    later = model.rope(device, torch.float32, 5000)[0]
+    assert later.shape[0] == 10000
+    assert torch.equal(later[:4096], first)
+    assert model.rope(device, torch.float32, 4097)[0] is later

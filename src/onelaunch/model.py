@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from onelaunch.config import ModelConfig, RopeScaling
 
+# Rotary tables are made for so many positions at once where the context is longer.
+ROPE_POSITIONS = 4096
+
 
 class LayerWeights(NamedTuple):
     """One layer's tensors; projections are (out, in)."""
@@ -266,14 +269,16 @@ class Model(nn.Module):
         """Every layer's parameters; decoding loops take them once instead of at each token."""
         return [layer.weights() for layer in self.layers]  # type: ignore[operator,union-attr]
 
-    def rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`apply_rope`'s tables for every position, (max_seq_len, E), made once."""
+    def rope(self, device: torch.device, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
+        """`apply_rope`'s tables, (positions, E), for at least `length` positions. They are kept
+        and grow when asked for more: a context of millions costs what is used of it."""
         key = (device, dtype)
-        if key not in self._rope:
+        if key not in self._rope or self._rope[key][0].shape[0] < length:
+            positions = min(self.config.max_seq_len, max(ROPE_POSITIONS, 2 * length))
             # Tables made in inference mode could not be used in training afterwards.
             with torch.inference_mode(False):
                 interleaved = self.config.rope_layout == "interleaved"
-                cos, sin = widen_rope(*rope_tables(self.config), interleaved)
+                cos, sin = widen_rope(*rope_tables(self.config, positions), interleaved)
                 self._rope[key] = (cos.to(device, dtype), sin.to(device, dtype))
         return self._rope[key]
 
@@ -290,9 +295,9 @@ class Model(nn.Module):
         compute = x_BSD.dtype
         if torch.is_autocast_enabled(x_BSD.device.type):
             compute = torch.get_autocast_dtype(x_BSD.device.type)
-        cos, sin = self.rope(x_BSD.device, compute)
         start = cache.length if cache is not None else 0
         end = start + tokens_BS.shape[1]
+        cos, sin = self.rope(x_BSD.device, compute, end)
         rope = (cos[start:end], sin[start:end])
         x_BSD = F.dropout(x_BSD, dropout) if dropout else x_BSD
         for i, w in enumerate(layers if layers is not None else self.layer_weights()):

@@ -180,3 +180,23 @@ def test_inspect_random_preset_has_no_tokenizer():
     result = _run("inspect", "stories260k", "--random")
     assert re.search(r"^parameters +260,032$", result.stdout, re.M)
     assert re.search(r"^tokenizer +none$", result.stdout, re.M)
+
+
+def test_a_llama2c_file_must_be_named_as_one(bin_file, tmp_path):
+    with pytest.raises(BadInput, match=r"must end in \.bin"):
+        export(str(bin_file), tmp_path / "plain", "llama2c")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_an_export_without_room_for_the_tokenizer_leaves_nothing(bin_file, tmp_path, monkeypatch):
+    from onelaunch.checkpoints import tokenizers
+
+    class Unwritable:
+        def save(self, folder):
+            raise BadInput(f"{folder}: cannot write: the disk is full")
+
+    monkeypatch.setattr(tokenizers, "find_tokenizer", lambda model: Unwritable())
+    for name, format in (("out", "hf"), ("out.bin", "llama2c")):
+        with pytest.raises(BadInput, match="the disk is full"):
+            export(str(bin_file), tmp_path / name, format)
+        assert not (tmp_path / name).exists()

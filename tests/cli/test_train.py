@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,3 +154,24 @@ def wait_for(path, text, process, seconds=60):
             return
         time.sleep(0.02)
     raise AssertionError(f"{path} never held {text}: {process.communicate()}")
+
+
+def test_a_closed_standard_error_stops_nothing(tmp_path):
+    command = " ".join(map(shlex.quote, train_command(tmp_path / "run", train__updates=2)))
+    command = command.replace(" --quiet", "")
+    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert list_checkpoints(tmp_path / "run")
+
+
+def test_sigterm_during_prepare_leaves_nothing(tmp_path):
+    (tmp_path / "text.txt").write_text("a word or two\n" * 2_000_000)
+    command = [sys.executable, "-m", "onelaunch", "prepare", "text.txt", "--out", "data"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".data.*.tmp")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -367,3 +367,139 @@ def test_checkpoints_by_the_clock_fall_inside_long_updates(tmp_path, stop_after,
     runs.start(r, tmp_path / "run", quiet=True)
     assert any("micro" in name for name in names)
     assert names[-1] == "update-00000001"
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    run = tmp_path / "run"
+    runs.start(recipe(), run, quiet=True)
+    before = (run / "recipe.toml").read_bytes()
+    for settings, words in (
+        ({"train.seq_len": 33}, "beyond the model's context"),
+        ({"train.seq_len": 16}, "seq_len is 32, here it is 16"),
+        ({"train.device": "cuda:77"}, "cuda"),
+        ({"model.dim": 64}, "another model"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            runs.resume(run, settings, quiet=True)
+        assert (run / "recipe.toml").read_bytes() == before
+    runs.resume(run, {}, quiet=True)
+
+
+def test_damaged_checkpoints_are_set_aside_and_never_push_out_whole_ones(tmp_path):
+    r = recipe(train__updates=8, eval__every=0, checkpoint__keep=3)
+    runs.start(r, tmp_path / "whole", quiet=True)
+    run = tmp_path / "cut"
+    runs.start(r, run, quiet=True)
+    for checkpoint in list_checkpoints(run)[-2:]:
+        with open(checkpoint / "model.safetensors", "ab") as file:
+            file.write(b"x")
+    assert len(list_checkpoints(run)) == 3
+    done = runs.resume(run, {"checkpoint.keep": 1, "checkpoint.every": 1}, quiet=True)
+    assert done.progress.update == 8
+    assert newest_whole_checkpoint(run)[0].name == "update-00000008"
+    assert len(list((run / "checkpoints").glob("*.damaged"))) == 2
+    a, b = outcome(run), outcome(tmp_path / "whole")
+    assert (a["losses"], a["sha256"]) == (b["losses"], b["sha256"])
+
+
+def test_partial_checkpoints_do_not_push_out_whole_updates(tmp_path, monkeypatch):
+    r = recipe(train__updates=2, train__accum=6, eval__every=0, checkpoint__every=1)
+    monkeypatch.setattr(Trainer, "_save_if_overdue", lambda self: self._save())
+    kept = []
+    prune = run_folder.prune_checkpoints
+
+    def pruned(run, keep):
+        prune(run, keep)
+        kept.append([path.name for path in list_checkpoints(run)])
+
+    monkeypatch.setattr("onelaunch.training.loop.prune_checkpoints", pruned)
+    runs.start(r, tmp_path / "run", quiet=True)
+    assert kept[0] == ["update-00000000-micro-0001"]
+    assert ["update-00000001", "update-00000001-micro-0005"] in kept
+    assert kept[-1] == ["update-00000001", "update-00000002"]
+
+
+def test_gradients_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    r = recipe(train__updates=4, eval__every=0, checkpoint__every=1)
+    micro_step, count = Trainer._micro_step, 0
+
+    def poisoned(self):
+        nonlocal count
+        count += 1
+        micro_step(self)
+        if count == 8:
+            self.parameters["norm.weight"].grad.fill_(math.inf)
+            self._save()
+
+    monkeypatch.setattr(Trainer, "_micro_step", poisoned)
+    with pytest.raises(BadInput, match="at update 3; stopped"):
+        runs.start(r, tmp_path / "run", quiet=True)
+    assert list_checkpoints(tmp_path / "run")[-1].name == "update-00000002"
+
+
+def test_an_edited_accumulation_inside_an_update_is_refused(tmp_path, stop_after, monkeypatch):
+    run = tmp_path / "run"
+    stop_after(5)
+    runs.start(recipe(), run, quiet=True)
+    monkeypatch.undo()
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("accum = 3", "accum = 2", 1))
+    with pytest.raises(BadInput, match="stopped after 2 of 3 micro-steps"):
+        runs.resume(run, {}, quiet=True)
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    from tests.training.token_folders import make_folder
+
+    data = make_folder(tmp_path / "data", n_train=20, n_val=20)
+    short = recipe(data__path=str(data))
+    with pytest.raises(BadInput, match="sequence"):
+        runs.start(short, tmp_path / "a" / "run", quiet=True)
+    assert not (tmp_path / "a").exists()
+
+    def full(path, data):
+        raise BadInput(f"{path}: cannot write: the disk is full")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    with pytest.raises(BadInput, match="the disk is full"):
+        runs.start(recipe(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="the disk is full"):
+        runs.start(recipe(), tmp_path / "empty", quiet=True)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_folder_that_a_killed_start_left_is_used(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.toml").write_text("")
+    (run / ".recipe.toml.77.tmp").write_text("")
+    runs.start(recipe(train__updates=1, train__accum=1), run, quiet=True)
+    assert (run / "run.json").exists()
+
+
+def test_a_damaged_best_json_falls_back_to_the_newest(tmp_path):
+    run = tmp_path / "run"
+    runs.start(recipe(), run, quiet=True)
+    (run / "best.json").write_text("{")
+    assert best_checkpoint(run) is None
+    newest = run_folder.read(list_checkpoints(run)[-1])
+    assert torch.equal(run_folder.read(run).weights["norm.weight"], newest.weights["norm.weight"])
+    runs.resume(run, {"train.updates": 7}, quiet=True)
+
+
+def test_a_stop_before_the_loop_begins_is_saved(tmp_path, monkeypatch):
+    opened = runs.open_data
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return opened(*args)
+
+    monkeypatch.setattr(runs, "open_data", interrupted)
+    stopped = runs.start(recipe(), tmp_path / "cut", quiet=True)
+    assert (stopped.signal, stopped.progress.update) == (signal.SIGTERM, 0)
+    monkeypatch.undo()
+    runs.start(recipe(), tmp_path / "whole", quiet=True)
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")

@@ -83,3 +83,13 @@ def test_drop_after_forgets_what_will_be_done_again(tmp_path):
     assert read_metrics(path) == [records[i] for i in (0, 1, 2, 3, 6)]
     assert path.read_bytes().endswith(b"\n")
     drop_after(tmp_path / "none.jsonl", 0, 0)
+
+
+def test_drop_after_forgets_what_is_no_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"kind": "update", "update": 1}\n'
+    odd = ['{"kind": "update", "update": "x"}', '{"kind": []}', "[" * 200_000, "3", "\x00"]
+    path.write_text("\n".join(odd) + "\n" + good)
+    assert read_metrics(path)[-1] == {"kind": "update", "update": 1}
+    drop_after(path, update=1, eval_done=0)
+    assert path.read_text() == good

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,10 @@ def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str
         raise BadInput(f"{path}: not a valid safetensors file ({error})") from error
 
 
-def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint whose files all match their checksums, and a line for each one passed
-    over. Raises BadInput where there is none."""
-    passed_over: list[str] = []
+def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
+    """The newest checkpoint whose files all match their checksums, its state, and each damaged one
+    that was passed over with a line about it. Raises BadInput where there is none."""
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             state = read_state(checkpoint)
@@ -122,18 +122,28 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]
                 if not path.is_file() or sha256_file(path) != expected:
                     raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
         except (BadInput, OSError) as error:
-            passed_over.append(f"passed over a damaged checkpoint: {error}")
+            damaged[checkpoint] = f"passed over a damaged checkpoint: {error}"
             continue
-        return checkpoint, state, passed_over
-    hint = f" ({passed_over[0]})" if passed_over else ""
-    raise BadInput(f"{run}: no whole checkpoint to read{hint}")
+        return checkpoint, state, damaged
+    hint = next(iter(damaged.values()), "it has none")
+    raise BadInput(f"{run}: no whole checkpoint to read ({hint}); train anew in another folder")
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints, so that they no longer count as checkpoints."""
+    for checkpoint in damaged:
+        with suppress(OSError):
+            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` and the best; leftovers of killed writes too."""
-    best = best_checkpoint(run)
-    for checkpoint in list_checkpoints(run)[:-keep]:
-        if checkpoint != best:
+    """Delete all but the newest, the newest `keep` of whole updates, and the best; leftovers of
+    killed writes too."""
+    found = list_checkpoints(run)
+    kept = {*found[-1:], *[path for path in found if "-micro-" not in path.name][-keep:]}
+    kept.add(best_checkpoint(run) or run)
+    for checkpoint in found:
+        if checkpoint not in kept:
             # Renamed first, so that a kill in the middle leaves no half checkpoint behind.
             doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
             with suppress(OSError):
@@ -154,7 +164,10 @@ def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint that best.json points at, if it is there."""
     if not (run / "best.json").is_file():
         return None
-    name = read_json(run / "best.json").get("checkpoint")
+    try:
+        name = read_json(run / "best.json").get("checkpoint")
+    except BadInput:
+        return None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return None
     path = run / "checkpoints" / name
@@ -203,7 +216,7 @@ def _read_checkpoint(checkpoint: Path, source: Path | None = None) -> LoadedMode
     return LoadedModel(
         config=config,
         weights={name: weights[name].to(torch.float32) for name in config.weight_shapes()},
-        source=source or checkpoint.parent.parent,
+        source=source or checkpoint.resolve().parent.parent,
         format="run",
         bos_id=bos,
         stop_ids=tuple(stops),

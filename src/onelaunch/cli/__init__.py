@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from onelaunch.errors import OnelaunchError
 
@@ -31,12 +33,15 @@ def run(argv: list[str]) -> int:
         kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
     )
     common.debug = False
-    _mend_standard_output()
+    _mend_standard_streams()
     command = typer.main.get_command(app)
     try:
         try:
             # `command.main` would turn a broken pipe and an interrupt into its own exits.
-            with command.make_context("onelaunch", argv or ["--help"]) as context:
+            with (
+                _signals_unwind(),
+                command.make_context("onelaunch", argv or ["--help"]) as context,
+            ):
                 outcome = command.invoke(context)
         except typer.Exit as leaving:
             outcome = leaving.exit_code
@@ -59,16 +64,49 @@ def run(argv: list[str]) -> int:
         return _fail(f"{where}{error.strerror or error}", 2, error)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except _Terminated as terminated:
+        return 128 + terminated.number
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         return _fail("not enough memory; take a smaller model, or another device", 1, error)
 
 
-def _mend_standard_output() -> None:
-    """Never fail for a character that the terminal cannot show, or for want of an output."""
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP: leaves through every `finally`, so that no half-made file stays."""
+
+    def __init__(self, number: int, frame: object) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, _raise_terminated)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise_terminated(number: int, frame: object) -> None:
+    raise _Terminated(number, frame)
+
+
+def _mend_standard_streams() -> None:
+    """Never fail for a character that the terminal cannot show, or for a stream that is closed."""
+    # Python has None for a closed one; a file opened later would take its place.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 

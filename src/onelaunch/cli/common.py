@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from typing import Annotated
@@ -39,7 +40,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 def say(text: str, quiet: bool = False) -> None:
     """A line for the user, on standard error."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        # standard error may be gone: what is being done matters more
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def program() -> str:

@@ -12,7 +12,11 @@ import typer
 from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, say
 from onelaunch.errors import BadInput
 
+# Longer contexts are read in windows of this; the window is printed.
+MAX_WINDOW = 2048
 BATCH_TOKENS = 8192
+# logits of a batch, 0.5 GB in float32; one window may need more
+BATCH_LOGITS = 1 << 27
 
 
 def evaluate(
@@ -30,10 +34,10 @@ def evaluate(
 ) -> None:
     """Measure the loss on the validation split.
 
-    The whole split, in non-overlapping windows of the model's context.
+    The whole split, in non-overlapping windows of the model's context, 2,048 at most.
     """
     from onelaunch import checkpoints
-    from onelaunch.checkpoints.tokenizers import find_tokenizer
+    from onelaunch.checkpoints.tokenizers import check_tokenizer, find_tokenizer
     from onelaunch.engines.reference import ReferenceEngine
     from onelaunch.training.data import open_data
     from onelaunch.training.evaluate import evaluate as evaluate_batches
@@ -41,11 +45,13 @@ def evaluate(
     loaded = checkpoints.load(model)
     tokens = open_data(data, seed=0)
     config = loaded.config
-    if tokens.vocab_size != config.vocab_size:
+    try:
+        check_tokenizer(tokens.tokenizer, config, model)
+    except BadInput as error:
         raise BadInput(
             f"--data {data}: its tokenizer has {tokens.vocab_size} ids, "
             f"but {model} has a vocabulary of {config.vocab_size}; prepare the text with its own"
-        )
+        ) from error
     own = find_tokenizer(loaded)
     if own is not None and own.fingerprint != tokens.tokenizer.fingerprint:
         raise BadInput(
@@ -53,8 +59,9 @@ def evaluate(
             "prepare the text with the model's own (onelaunch prepare --tokenizer)"
         )
     engine = ReferenceEngine(config, loaded.weights, device=device, dtype="float32")
-    window = config.max_seq_len
-    batches = tokens.eval_batches("val", window, max(1, BATCH_TOKENS // window))
+    window = min(config.max_seq_len, MAX_WINDOW)
+    batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size)
+    batches = tokens.eval_batches("val", window, max(1, batch_tokens // window))
     total = tokens.n_tokens("val")
     live = sys.stderr.isatty() and not quiet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +38,8 @@ def export(
         raise BadInput(f"--format {format}: must be one of {', '.join(writable_formats())}")
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already; nothing was written: choose another name for OUT")
+    if format == "llama2c" and out.suffix != ".bin":
+        raise BadInput(f"{out}: a llama2.c file is known by its name: OUT must end in .bin")
     from onelaunch.checkpoints import load, random_model, save
     from onelaunch.checkpoints.tokenizers import find_tokenizer
 
@@ -57,10 +60,16 @@ def export(
         )
     if tokenizer is None:
         say(missing, quiet)
-    elif out.is_dir():
-        _save_inside(tokenizer, out, quiet)
-    else:
-        _save_beside(tokenizer, out, quiet)
+        return
+    try:
+        if out.is_dir():
+            _save_inside(tokenizer, out, quiet)
+        else:
+            _save_beside(tokenizer, out, quiet)
+    except BaseException:
+        # all of it or nothing: OUT was not there before
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        raise
 
 
 def _save_inside(tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:

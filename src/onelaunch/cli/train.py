@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +77,7 @@ def train(
         if run is None:
             raise BadInput("--resume needs --run DIR, the run to continue")
         if given is not None:
-            given = given.with_settings(chosen | settings, "--set")
+            given = given.with_settings(chosen, "train").with_settings(settings, "--set")
         if data is not None:
             settings["data.path"] = data
         outcome = resume_run(run, settings, given, quiet)
@@ -84,11 +85,12 @@ def train(
         assert given is not None
         name = Path(recipe).stem if recipe else preset or "quickstart"
         run = run or default_run_folder(name)
-        outcome = start(given.with_settings(chosen | settings, "--set"), run, quiet)
-    at = outcome.progress
+        given = given.with_settings(chosen, "train").with_settings(settings, "--set")
+        outcome = start(given, run, quiet)
+    at, folder = outcome.progress, shlex.quote(str(run))
     where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")
     if outcome.signal is not None:
-        say(f"stopped; saved at {where}; continue: {program()} train --resume --run {run}")
+        say(f"stopped; saved at {where}; continue: {program()} train --resume --run {folder}")
         return 128 + outcome.signal
     best = ""
     if at.best_val_loss is not None:
@@ -96,7 +98,7 @@ def train(
     say(f"done: {where}{best}", quiet)
     say(f"run folder: {run}", quiet)
     say("next:", quiet)
-    say(f"  {program()} generate {run}", quiet)
-    say(f"  {program()} eval {run} --data {outcome.recipe.data.path}", quiet)
-    say(f"  {program()} export {run} model.bin --format llama2c", quiet)
+    say(f"  {program()} generate {folder}", quiet)
+    say(f"  {program()} eval {folder} --data {shlex.quote(outcome.recipe.data.path)}", quiet)
+    say(f"  {program()} export {folder} model.bin --format llama2c", quiet)
     return 0

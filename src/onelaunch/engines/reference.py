@@ -18,6 +18,8 @@ from onelaunch.engines.sampling import draw, uniforms
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.model import KVCache, Model
 
+MAX_THREADS = 1024
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -91,8 +93,8 @@ class ReferenceEngine:
         self.dtype = resolve_dtype(dtype, self.device)
         self.trains = train
         if threads is not None:
-            if threads < 1:
-                raise BadInput(f"threads {threads}: must be at least 1")
+            if not 1 <= threads <= MAX_THREADS:
+                raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
             torch.set_num_threads(threads)
         if train and self.dtype == torch.float16:
             raise BadInput("dtype float16 cannot train here; use bfloat16 or float32")
@@ -107,7 +109,7 @@ class ReferenceEngine:
         self._layers = self.model.layer_weights()
         self._head_VD = self.model.head_weight()
         # Made here, so that torch.compile finds it made and does not trace into the making.
-        self.model.rope(self.model.norm.weight.device, self.dtype)
+        self.model.rope(self.model.norm.weight.device, self.dtype, 1)
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
 
     def logits(self, tokens_BS: Tensor) -> Tensor:

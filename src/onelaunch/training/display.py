@@ -94,12 +94,12 @@ class Display:
             closing = self._closing.wait(1.0 / DRAWS_PER_SECOND)
             self._note_speed()
             due = time.monotonic() >= next_line and self._progress != shown
+            while self._notices:
+                self._terminal.write(self._notices.popleft() + "\n")
             if due or (closing and self._record is not None and self._progress != shown):
                 shown = self._progress
                 next_line = time.monotonic() + PLAIN_SECONDS
                 self._terminal.write(self.status_line() + "\n")
-            while self._notices:
-                self._terminal.write(self._notices.popleft() + "\n")
             if closing:
                 return
 

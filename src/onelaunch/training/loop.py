@@ -102,7 +102,8 @@ class Trainer:
             is_best = self._evaluate()
         minutes = (time.monotonic() - self._saved_time) / 60
         overdue = at > 0 and minutes >= recipe.checkpoint.minutes
-        if (due(recipe.checkpoint.every) or overdue or is_best) and self.stop.received is None:
+        regular = (due(recipe.checkpoint.every) or overdue) and self.stop.received is None
+        if is_best or regular:
             self._save(is_best)
 
     def _update(self) -> None:
@@ -128,7 +129,7 @@ class Trainer:
         self._clock.begin()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.metrics.push({"kind": "diverged", "update": progress.update})
-            raise self._diverged(loss, grad_norm)
+            raise self._diverged(loss, grad_norm, progress.update)
         record = {
             "kind": "update",
             "update": progress.update,
@@ -183,7 +184,7 @@ class Trainer:
         if not result.whole:
             return False  # the resumed run does it again
         if not math.isfinite(result.loss):
-            raise self._diverged(result.loss, None)
+            raise self._diverged(result.loss, None, progress.update)
         progress.evaluated, progress.val_loss = progress.update, result.loss
         is_best = progress.best_val_loss is None or result.loss < progress.best_val_loss
         if is_best:
@@ -208,13 +209,30 @@ class Trainer:
             if self._saved_at != at:
                 self.metrics.flush()
                 progress.loss_sum = self._loss_sum.item()
+                self._check_partial()
                 self.checkpoint = saved.save(
-                    self.run, progress, self.engine, self.optimizer, self.data, self.sampler
+                    self.run,
+                    progress,
+                    self.engine,
+                    self.optimizer,
+                    self.data,
+                    self.sampler,
+                    self.recipe.train.accum,
                 )
             if is_best and self.checkpoint is not None:
                 set_best(self.run, self.checkpoint, progress.update, progress.val_loss or 0.0)
             prune_checkpoints(self.run, self.recipe.checkpoint.keep)
         self._saved_at, self._saved_time = at, time.monotonic()
+
+    def _check_partial(self) -> None:
+        """Gradients of an unfinished update are saved only where they are worth it."""
+        if not self.progress.micro:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not (math.isfinite(self.progress.loss_sum) and math.isfinite(norm)):
+            self.metrics.push({"kind": "diverged", "update": self.progress.update + 1})
+            raise self._diverged(self.progress.loss_sum, norm, self.progress.update + 1)
 
     def _save_if_overdue(self) -> None:
         """Updates of many micro-steps are saved inside, too."""
@@ -222,13 +240,13 @@ class Trainer:
         if inside and time.monotonic() - self._saved_time >= self.recipe.checkpoint.minutes * 60:
             self._save()
 
-    def _diverged(self, loss: float, grad_norm: float | None) -> BadInput:
+    def _diverged(self, loss: float, grad_norm: float | None, update: int) -> BadInput:
         norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
         kept = f"the last good checkpoint is {self.checkpoint}"
         if self.checkpoint is None:
             kept = "there was no checkpoint yet"
         return BadInput(
-            f"{self.run}: the loss is {loss}{norm} at update {self.progress.update}; stopped; "
+            f"{self.run}: the loss is {loss}{norm} at update {update}; stopped; "
             f"{kept}; try a lower optimizer.lr or a longer optimizer.warmup"
         )
 

@@ -6,6 +6,7 @@ docs/metrics.md describes the records.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import threading
@@ -67,6 +68,8 @@ class MetricsWriter:
         with suppress(queue.Full):
             self._queue.put(None, timeout=seconds)
         self._thread.join(seconds)
+        if not self._thread.is_alive():
+            os.close(self._descriptor)
 
     def _run(self) -> None:
         while True:
@@ -102,7 +105,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     with open(path, "rb") as file:
         for line in file:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record, dict):
                     records.append(record)
@@ -119,9 +122,8 @@ def drop_after(path: Path, update: int, eval_done: int) -> None:
         for line in file:
             try:
                 record = json.loads(line)
-                kind, at = record.get("kind"), record.get("update", 0)
-            except (ValueError, AttributeError):
-                continue
-            if not line.endswith(b"\n") or at > limits.get(kind, at):
-                continue
-            out.write(line)
+                again = record.get("update", 0) > limits.get(record.get("kind"), math.inf)
+            except (ValueError, AttributeError, TypeError, RecursionError):
+                continue  # not a record of ours
+            if line.endswith(b"\n") and not again:
+                out.write(line)

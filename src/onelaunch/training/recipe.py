@@ -128,7 +128,7 @@ class Recipe:
         _within("train.accum", t.accum, 1, MAX_ACCUM)
         _within("train.dropout", t.dropout, 0.0, 0.95)
         _within("train.seed", t.seed, 0, 2**63 - 1)
-        _within("train.threads", t.threads, 0, 4096)
+        _within("train.threads", t.threads, 0, 1024)
         _one_of("train.dtype", t.dtype, ("auto", "float32", "bfloat16"))
         _within("optimizer.lr", o.lr, 1e-12, 1e3)
         _within("optimizer.beta1", o.beta1, 0.0, 1.0 - 1e-9)
@@ -215,7 +215,7 @@ class Recipe:
         """Read a recipe file, or a built-in recipe by name."""
         path = Path(name)
         built_in = BUILT_IN / f"{name}.toml"
-        if not path.exists() and path.name == name and built_in.exists():
+        if not path.is_file() and path.name == name and built_in.exists():
             path = built_in
         try:
             with open(path, "rb") as file:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from onelaunch.checkpoints.run_folder import (
     prune_checkpoints,
     read_run,
     read_tensors,
+    set_aside,
     set_best,
 )
+from onelaunch.checkpoints.tokenizers import FILE_NAMES
 from onelaunch.checkpoints.weights import check_weights
 from onelaunch.config import ModelConfig
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
@@ -33,12 +37,35 @@ from onelaunch.errors import BadInput
 from onelaunch.model import Model
 from onelaunch.training import metrics as telemetry
 from onelaunch.training import state as saved
-from onelaunch.training.data import TokenData, open_data
+from onelaunch.training.data import Sampler, TokenData, open_data
 from onelaunch.training.display import Display, Header
 from onelaunch.training.loop import Outcome, Trainer
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.signals import StopSignals
 from onelaunch.training.state import Progress
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, each part checked, before anything is written."""
+
+    recipe: Recipe
+    run: Path
+    data: TokenData
+    engine: ReferenceEngine
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """Where a resumed run goes on, and what its user should know."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+    progress: Progress
+    notices: tuple[str, ...]
 
 
 def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
@@ -48,27 +75,17 @@ def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
     """
     if run.exists() and not run.is_dir():
         raise BadInput(f"{run}: is a file; choose another --run folder")
-    if run.is_dir() and any(run.iterdir()):
+    if run.is_dir() and any(run.iterdir()) and not _only_begun(run):
         raise BadInput(
             f"{run}: already holds files; --resume continues a run, --run names a new folder"
         )
-    # everything that can be wrong is asked before the folder is made
-    resolve_device(recipe.train.device)
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    data = open_data(recipe.data.path, recipe.train.seed)
-    config = recipe.model_config(data.vocab_size)
-    _check_lengths(recipe, config)
-    weights = _begin(recipe, config)
-    try:
-        (run / "checkpoints").mkdir(parents=True)
-    except OSError as error:
-        raise write_error(run, error) from error
-    write_text(run / "recipe.toml", recipe.to_toml())
-    data.tokenizer.save(run)
-    write_json(run / "run.json", _describe(run, config, data))
-    with _only_here(run):
-        return _train(recipe, run, config, weights, data, quiet)
+    with StopSignals() as stop:
+        data = _open_data(recipe)
+        config = recipe.model_config(data.vocab_size)
+        parts = _first_parts(recipe, run, config, data)
+        _make_folder(parts)
+        with _only_here(run):
+            return _train(parts, stop, quiet)
 
 
 def resume(
@@ -77,73 +94,99 @@ def resume(
     """Continue a run from its newest whole checkpoint, exactly where it was.
 
     `settings` change the saved recipe, save for the model and the data. `given`, a recipe named
-    again, must describe the same model. Raises BadInput where it does not.
+    again, must describe the same model. Raises BadInput where it does not; the run is then as it
+    was.
     """
     if not (run / "run.json").is_file():
         raise BadInput(f"{run}: is not a run folder (no run.json), so there is nothing to resume")
-    saved_recipe = Recipe.load(str(run / "recipe.toml"))
-    recipe = saved_recipe.with_settings(settings, "--set") if settings else saved_recipe
-    described = ModelConfig.from_dict(read_run(run).get("config"), str(run / "run.json"))
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    data = open_data(recipe.data.path, recipe.train.seed)
-    if recipe.model_config(data.vocab_size) != described or (
-        given is not None and given.model_config(data.vocab_size) != described
-    ):
-        raise BadInput(
-            f"{run}: is a run of another model; choose another --run folder, "
-            "or leave out what changes the model"
-        )
-    with _only_here(run):
-        if settings:
-            _check_unfinished(run, recipe, saved_recipe)
-            write_text(run / "recipe.toml", recipe.to_toml())
+    with StopSignals() as stop, _only_here(run):
+        saved_recipe = Recipe.load(str(run / "recipe.toml"))
+        recipe = saved_recipe.with_settings(settings, "--set")
+        config = ModelConfig.from_dict(read_run(run).get("config"), str(run / "run.json"))
+        data = _open_data(recipe)
+        if recipe.model_config(data.vocab_size) != config or (
+            given is not None and given.model_config(data.vocab_size) != config
+        ):
+            raise BadInput(
+                f"{run}: is a run of another model; choose another --run folder, "
+                "or leave out what changes the model"
+            )
+        changed = recipe if recipe != saved_recipe else None
         if not list_checkpoints(run):
             # stopped before its first: the recipe alone says how it begins
-            weights = _begin(recipe, described)
-            return _train(recipe, run, described, weights, data, quiet)
-        checkpoint, state, passed_over = newest_whole_checkpoint(run)
-        config = ModelConfig.from_dict(state.get("config"), str(checkpoint / "state.json"))
-        if config != described:
-            raise BadInput(f"{checkpoint}: is a checkpoint of another model than {run}'s")
-        if state.get("data") != data.fingerprint:
-            raise BadInput(
-                f"{run}: its data is not {recipe.data.path} as it is now; resume needs the same"
-            )
+            return _train(_first_parts(recipe, run, config, data), stop, quiet, changed=changed)
+        checkpoint, state, damaged = newest_whole_checkpoint(run)
+        _check_state(run, checkpoint, state, recipe, config, data)
         weights = read_tensors(checkpoint, MODEL_FILE, state)
         check_weights(config, weights, checkpoint / MODEL_FILE)
-        return _train(recipe, run, config, weights, data, quiet, (checkpoint, state, passed_over))
+        parts = _build(recipe, run, config, weights, data)
+        progress = saved.read_progress(state, checkpoint)
+        parameters = parts.engine.parameters()
+        saved.restore(checkpoint, state, parameters, parts.optimizer, parts.sampler)
+        notices = [*damaged.values(), f"resumed from {checkpoint.name}"]
+        if state.get("threads") != torch.get_num_threads():
+            notices.append(
+                f"PyTorch had {state.get('threads')} threads, now {torch.get_num_threads()}: the "
+                "last bits of what follows may differ from an uninterrupted run"
+            )
+        if given is not None and given != recipe:
+            notices.append(
+                "the run's own recipe is used; --set changes it, a named recipe does not"
+            )
+        set_aside(damaged)
+        resumed = _Resumed(checkpoint, state, progress, tuple(notices))
+        return _train(parts, stop, quiet, resumed, changed)
 
 
-def _check_unfinished(run: Path, recipe: Recipe, before: Recipe) -> None:
-    """An update that has begun must end with the accumulation it began with."""
-    if recipe.train.accum == before.train.accum or not list_checkpoints(run):
-        return
-    micro = newest_whole_checkpoint(run)[1]["micro"]
-    if micro:
+def _open_data(recipe: Recipe) -> TokenData:
+    resolve_device(recipe.train.device)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    return open_data(recipe.data.path, recipe.train.seed)
+
+
+def _check_state(
+    run: Path,
+    checkpoint: Path,
+    state: dict[str, Any],
+    recipe: Recipe,
+    config: ModelConfig,
+    data: TokenData,
+) -> None:
+    """Raise BadInput unless a checkpoint goes on with this recipe, model and data."""
+    source = str(checkpoint / "state.json")
+    if ModelConfig.from_dict(state.get("config"), source) != config:
+        raise BadInput(f"{checkpoint}: is a checkpoint of another model than {run}'s")
+    if state.get("data") != data.fingerprint:
         raise BadInput(
-            f"--accum {recipe.train.accum}: {run} stopped after {micro} of {before.train.accum} "
-            "micro-steps of an update; finish it with the same accum first"
+            f"{run}: its data is not {recipe.data.path} as it is now; resume needs the same"
+        )
+    if state["micro"] and state.get("accum") != recipe.train.accum:
+        raise BadInput(
+            f"--accum {recipe.train.accum}: {run} stopped after {state['micro']} of "
+            f"{state.get('accum')} micro-steps of an update; finish it with the same accum first"
         )
 
 
-def _begin(recipe: Recipe, config: ModelConfig) -> dict[str, Tensor]:
-    """The first weights; leaves PyTorch's random state as a run begins."""
+def _first_parts(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData) -> _Parts:
+    """A run at its beginning; leaves PyTorch's random state as it begins."""
     weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
+    parts = _build(recipe, run, config, weights, data)
     torch.manual_seed(recipe.train.seed)
-    return weights
+    return parts
 
 
-def _train(
-    recipe: Recipe,
-    run: Path,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    data: TokenData,
-    quiet: bool,
-    resumed: tuple[Path, dict[str, Any], list[str]] | None = None,
-) -> Outcome:
+def _build(
+    recipe: Recipe, run: Path, config: ModelConfig, weights: dict[str, Tensor], data: TokenData
+) -> _Parts:
     train = recipe.train
+    if train.seq_len > config.max_seq_len:
+        raise BadInput(
+            f"train.seq_len is {train.seq_len}, beyond the model's context of "
+            f"{config.max_seq_len}; lower it, or raise model.max_seq_len"
+        )
+    seq_len = train.seq_len or config.max_seq_len
+    sampler = data.train(seq_len, train.seed)
     engine = ReferenceEngine(
         config,
         weights,
@@ -153,55 +196,84 @@ def _train(
         compile=train.compile,
         train=True,
     )
-    progress = saved.read_progress(resumed[1], resumed[0]) if resumed else Progress()
+    optimizer = make_optimizer(engine.parameters(), recipe)
+    return _Parts(recipe, run, data, engine, optimizer, sampler, seq_len)
+
+
+def _only_begun(run: Path) -> bool:
+    """Whether a folder holds no more than a start that was killed leaves before run.json."""
+    begun = {"checkpoints", "recipe.toml", ".lock", *FILE_NAMES}
+    made = run / "checkpoints"
+    entries = {path.name for path in run.iterdir() if not path.name.endswith(".tmp")}
+    return made.is_dir() and not any(made.iterdir()) and entries <= begun
+
+
+def _make_folder(parts: _Parts) -> None:
+    """Write what a run folder begins with, run.json last; on an error nothing is left behind."""
+    run, existed = parts.run, parts.run.is_dir()
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text(run / "recipe.toml", parts.recipe.to_toml())
+        parts.data.tokenizer.save(run)
+        write_json(run / "run.json", _describe(run, parts.engine.config, parts.data))
+    except BaseException as error:
+        for path in run.iterdir() if run.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if run.is_dir() and not existed:
+            run.rmdir()
+        if isinstance(error, OSError):
+            raise write_error(run, error) from error
+        raise
+
+
+def _train(
+    parts: _Parts,
+    stop: StopSignals,
+    quiet: bool,
+    resumed: _Resumed | None = None,
+    changed: Recipe | None = None,
+) -> Outcome:
+    """Run the loop, with telemetry. `changed` is written over the run's recipe."""
+    run = parts.run
+    progress = resumed.progress if resumed else Progress()
+    if changed is not None:
+        write_text(run / "recipe.toml", changed.to_toml())
     telemetry.drop_after(run / "metrics.jsonl", progress.update, progress.evaluated)
-    if resumed and progress.best_update == progress.update and progress.micro == 0:
+    if resumed and progress.best_update == progress.update > 0 and progress.micro == 0:
         # the kill may have come between the checkpoint and best.json
-        set_best(run, resumed[0], progress.update, progress.best_val_loss or 0.0)
-    seq_len = train.seq_len or config.max_seq_len
+        set_best(run, resumed.checkpoint, progress.update, progress.best_val_loss or 0.0)
     writer = telemetry.MetricsWriter(run / "metrics.jsonl")
     display: Display | None = None
     try:
-        with StopSignals() as stop:
-            trainer = Trainer(
-                recipe=recipe,
-                run=run,
-                engine=engine,
-                data=data,
-                sampler=data.train(seq_len, train.seed),
-                optimizer=make_optimizer(engine.parameters(), recipe),
-                metrics=writer,
-                stop=stop,
-                progress=progress,
-                checkpoint=resumed[0] if resumed else None,
-                seq_len=seq_len,
-            )
-            if resumed:
-                saved.restore(
-                    resumed[0],
-                    resumed[1],
-                    trainer.parameters,
-                    trainer.optimizer,
-                    trainer.sampler,
-                )
-            writer.push(_run_record(recipe, config, data, trainer.device, progress))
-            if not quiet:
-                display = Display(
-                    _header(recipe, run, config, data, trainer.device, seq_len),
-                    (progress.update, progress.micro),
-                )
-                for line in resumed[2] if resumed else []:
-                    display.notice(line)
-                if resumed:
-                    display.notice(f"resumed from {resumed[0].name}")
-                trainer.display = display
-            return trainer.train()
+        trainer = Trainer(
+            recipe=parts.recipe,
+            run=run,
+            engine=parts.engine,
+            data=parts.data,
+            sampler=parts.sampler,
+            optimizer=parts.optimizer,
+            metrics=writer,
+            stop=stop,
+            progress=progress,
+            checkpoint=resumed.checkpoint if resumed else None,
+            seq_len=parts.seq_len,
+        )
+        writer.push(_run_record(parts, progress))
+        if not quiet:
+            display = Display(_header(parts), (progress.update, progress.micro))
+            for line in resumed.notices if resumed else ():
+                display.notice(line)
+            trainer.display = display
+        outcome = trainer.train()
     finally:
         writer.close()
         if display is not None:
             if writer.dropped:
                 display.notice(f"{writer.dropped} telemetry records were dropped: a slow disk")
             display.close()
+    if writer.error is not None:
+        raise writer.error
+    return outcome
 
 
 def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
@@ -220,14 +292,6 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
 def default_run_folder(name: str) -> Path:
     """runs/NAME-DATE-TIME."""
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _check_lengths(recipe: Recipe, config: ModelConfig) -> None:
-    if recipe.train.seq_len > config.max_seq_len:
-        raise BadInput(
-            f"train.seq_len is {recipe.train.seq_len}, beyond the model's context of "
-            f"{config.max_seq_len}; lower it, or raise model.max_seq_len"
-        )
 
 
 def _describe(run: Path, config: ModelConfig, data: TokenData) -> dict[str, Any]:
@@ -252,45 +316,36 @@ def _describe(run: Path, config: ModelConfig, data: TokenData) -> dict[str, Any]
     }
 
 
-def _run_record(
-    recipe: Recipe, config: ModelConfig, data: TokenData, device: torch.device, at: Progress
-) -> dict[str, Any]:
+def _run_record(parts: _Parts, at: Progress) -> dict[str, Any]:
     return {
         "kind": "run",
         "schema": telemetry.SCHEMA,
         "update": at.update,
         "micro": at.micro,
-        "updates": recipe.train.updates,
-        "accum": recipe.train.accum,
-        "parameters": config.n_params,
-        "data": data.label,
-        "synthetic": data.synthetic,
-        "device": str(device),
+        "updates": parts.recipe.train.updates,
+        "accum": parts.recipe.train.accum,
+        "parameters": parts.engine.config.n_params,
+        "data": parts.data.label,
+        "synthetic": parts.data.synthetic,
+        "device": str(parts.engine.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "time": time.time(),
     }
 
 
-def _header(
-    recipe: Recipe,
-    run: Path,
-    config: ModelConfig,
-    data: TokenData,
-    device: torch.device,
-    seq_len: int,
-) -> Header:
-    train = recipe.train
-    per_micro = train.batch_size * seq_len
+def _header(parts: _Parts) -> Header:
+    train, config, device = parts.recipe.train, parts.engine.config, parts.engine.device
+    per_micro = train.batch_size * parts.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return Header(
-        title=f"onelaunch train: {run}",
+        title=f"onelaunch train: {parts.run}",
         lines=(
             f"model  {config.n_params / 1e6:.2f} million parameters: dim {config.dim}, "
             f"{config.n_layers} layers, {config.n_heads} heads, vocabulary {config.vocab_size}",
-            f"data   {data.label}",
+            f"data   {parts.data.label}",
             f"update {train.accum} micro-step{'s' if train.accum > 1 else ''} of "
-            f"{train.batch_size} x {seq_len} = {per_micro * train.accum:,} tokens; on {name}",
+            f"{train.batch_size} x {parts.seq_len} = {per_micro * train.accum:,} tokens; on {name}",
         ),
         updates=train.updates,
         accum=train.accum,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+# A terminal and a wrapper may both pass on one Ctrl-C; a second one from a person comes later.
+PATIENCE_SECONDS = 1.0
 
 
 class StopSignals:
@@ -15,6 +19,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -37,6 +42,8 @@ class StopSignals:
         self._before.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > PATIENCE_SECONDS:
             raise KeyboardInterrupt
-        self.received = number

@@ -40,6 +40,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     data: TokenData,
     sampler: Sampler,
+    accum: int,
 ) -> Path:
     """Write a checkpoint: weights, AdamW's moments, gradients of an unfinished update, random
     states, the sampler's position, and the progress."""
@@ -59,6 +60,7 @@ def save(
         files[GRADIENTS_FILE] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     state: dict[str, Any] = {
         **asdict(progress),
+        "accum": accum,
         "config": engine.config.to_dict(),
         "bos_id": data.bos_id,
         "stop_ids": list(data.tokenizer.stop_ids),
