@@ -503,3 +503,19 @@ def test_a_stop_before_the_loop_begins_is_saved(tmp_path, monkeypatch):
     runs.start(recipe(), tmp_path / "whole", quiet=True)
     runs.resume(tmp_path / "cut", {}, quiet=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_of_two_starts_at_once_one_gets_the_folder(tmp_path, monkeypatch):
+    run, r = tmp_path / "run", recipe(train__updates=1, train__accum=1)
+    opened = runs.open_data
+
+    def the_other_was_faster(*args):
+        monkeypatch.undo()
+        runs.start(r, run, quiet=True)
+        return opened(*args)
+
+    monkeypatch.setattr(runs, "open_data", the_other_was_faster)
+    with pytest.raises(BadInput, match="already holds files"):
+        runs.start(recipe(train__updates=3), run, quiet=True)
+    assert Recipe.load(str(run / "recipe.toml")) == r
+    assert list_checkpoints(run)[-1].name == "update-00000001"

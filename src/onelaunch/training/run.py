@@ -75,15 +75,14 @@ def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
     """
     if run.exists() and not run.is_dir():
         raise BadInput(f"{run}: is a file; choose another --run folder")
-    if run.is_dir() and any(run.iterdir()) and not _only_begun(run):
-        raise BadInput(
-            f"{run}: already holds files; --resume continues a run, --run names a new folder"
-        )
+    begun = run.is_dir() and _only_begun(run)
+    if run.is_dir() and any(run.iterdir()) and not begun:
+        raise _holds_files(run)
     with StopSignals() as stop:
         data = _open_data(recipe)
         config = recipe.model_config(data.vocab_size)
         parts = _first_parts(recipe, run, config, data)
-        _make_folder(parts)
+        _make_folder(parts, begun)
         with _only_here(run):
             return _train(parts, stop, quiet)
 
@@ -208,18 +207,32 @@ def _only_begun(run: Path) -> bool:
     return made.is_dir() and not any(made.iterdir()) and entries <= begun
 
 
-def _make_folder(parts: _Parts) -> None:
+def _holds_files(run: Path) -> BadInput:
+    return BadInput(
+        f"{run}: already holds files; --resume continues a run, --run names a new folder"
+    )
+
+
+def _make_folder(parts: _Parts, begun: bool) -> None:
     """Write what a run folder begins with, run.json last; on an error nothing is left behind."""
     run, existed = parts.run, parts.run.is_dir()
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if begun:
+            (run / "checkpoints").rmdir()
+        # of two starts at once, one makes it
+        (run / "checkpoints").mkdir(parents=True)
+    except FileExistsError:
+        raise _holds_files(run) from None
+    except OSError as error:
+        raise write_error(run, error) from error
+    try:
         write_text(run / "recipe.toml", parts.recipe.to_toml())
         parts.data.tokenizer.save(run)
         write_json(run / "run.json", _describe(run, parts.engine.config, parts.data))
     except BaseException as error:
-        for path in run.iterdir() if run.is_dir() else ():
+        for path in run.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if run.is_dir() and not existed:
+        if not existed:
             run.rmdir()
         if isinstance(error, OSError):
             raise write_error(run, error) from error
