@@ -16,8 +16,10 @@ _HOMES = {
     "preset": "onelaunch.config",
     "OnelaunchError": "onelaunch.errors",
     "Model": "onelaunch.model",
+    "RMSNorm": "onelaunch.operators.rms_norm",
     "Sampling": "onelaunch.engines.engine",
     "load": "onelaunch.checkpoints",
+    "rms_norm": "onelaunch.operators.rms_norm",
     "save": "onelaunch.checkpoints",
 }
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "Model",
     "ModelConfig",
     "OnelaunchError",
+    "RMSNorm",
     "Sampling",
     "load",
     "preset",
+    "rms_norm",
     "save",
 ]
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from onelaunch.engines.engine import Sampling
     from onelaunch.errors import OnelaunchError
     from onelaunch.model import Model
+    from onelaunch.operators.rms_norm import RMSNorm, rms_norm
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,1 @@
+"""Differentiable functions on tensors, each usable alone: a folder per operator."""

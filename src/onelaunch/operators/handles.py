@@ -1,0 +1,101 @@
+"""Compiled Triton kernels, launched through their handles.
+
+`kernel[grid](...)` of Triton 3.6 costs about 13 us of Python a launch; handing pointers to the
+compiled kernel's own launcher costs about 0.4. The launcher's arguments are not a public interface,
+so this is done with the versions it was run with, and everywhere else the slow way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+data_ptr = Tensor.data_ptr
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+# Versions of Triton whose launcher was called in this way, on a device.
+KNOWN_LAUNCHERS = ("3.6",)
+
+
+def bind(
+    kernel: Any,
+    grid: int,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int | float],
+    constants: dict[str, Any],
+    warps: int,
+    dependent: bool = False,
+) -> Callable[..., None]:
+    """A function that launches `kernel` on other tensors of the same dtypes and alignment to 16
+    bytes, on their device and its current stream.
+
+    A kernel's arguments are its tensors, its numbers and its constants, in this order; tensors that
+    are None come last and are left out of the calls. `dependent` lets it be scheduled before the
+    kernel ahead of it has ended; it must wait for that itself.
+    """
+    options: dict[str, Any] = {"num_warps": warps}
+    if dependent:
+        options["launch_pdl"] = True
+    device = next(t for t in tensors if t is not None).device
+    given = sum(t is not None for t in tensors)
+    assert all(t is None for t in tensors[given:]), "tensors that are missing come last"
+    rest = (*tensors[given:], *numbers)
+
+    def launch(*tensors: Tensor) -> None:
+        with _guard(device):
+            kernel[(grid,)](*tensors, *rest, **constants, **options)
+
+    if not _handles(device):
+        return launch
+    index = device.index
+    with torch.cuda.device(index):
+        compiled = kernel.warmup(*tensors, *numbers, grid=(1,), **constants, **options)
+        launcher = compiled.run
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return launch
+    # In this order: stream and function between the grid and these, then two scratch buffers, the
+    # kernel's metadata, the launch's, two hooks.
+    flags = (False, dependent, None, None, compiled.packed_metadata, None, None, None)
+    numbers_and_constants = (*rest, *constants.values())
+    call, function = launcher.launch, compiled.function
+
+    def launch_handle(*tensors: Tensor) -> None:
+        pointers = map(data_ptr, tensors)
+        if current_device() == index:
+            stream = current_stream(index)
+            call(grid, 1, 1, stream, function, *flags, *pointers, *numbers_and_constants)
+            return
+        with torch.cuda.device(index):
+            stream = current_stream(index)
+            call(grid, 1, 1, stream, function, *flags, *pointers, *numbers_and_constants)
+
+    return launch_handle
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may be scheduled before the one ahead of it has ended: NVIDIA from 9.0."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return _capability(device)[0] >= 9
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _handles(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2]) in KNOWN_LAUNCHERS
+
+
+def _guard(device: torch.device) -> Any:
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

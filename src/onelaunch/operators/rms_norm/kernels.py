@@ -1,0 +1,317 @@
+"""Triton kernels of RMSNorm. N rows, C columns, R rows a tile.
+
+Forward, of one row:   y = x * rstd * scale,   rstd = 1 / sqrt(mean(x^2) + eps)
+Backward:              m = dy * scale,   n = x * rstd
+                       dx = rstd * (m - n * mean(m * n))
+                       dscale = sum over rows of dy * n
+(Zhang and Sennrich, 1910.07467). The scale is weight + offset, or 1.
+
+The forward stores no rstd: the backward must read x anyway and adds its squares beside m * x, in
+one reduction; that costs no time (docs/log.md) and saves the writes, the reads and the tensor.
+
+Rows lie at any stride: LAYOUT 0 is contiguous, 1 one stride between rows, 2 two strides, row i at
+(i // inner) * outer_stride + (i % inner) * inner_stride, as the heads of packed projections do.
+Offsets of rows are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LLAMA, GEMMA, NONE = 0, 1, 2
+CONTIGUOUS, STRIDED, NESTED = 0, 1, 2
+
+
+@triton.jit
+def _row_offsets(row, inner, outer_stride, inner_stride, C: tl.constexpr, LAYOUT: tl.constexpr):
+    """Offsets of the rows' first elements. `row` is int64, of any shape."""
+    if LAYOUT == 0:
+        offsets = row * C
+    elif LAYOUT == 1:
+        offsets = row * outer_stride
+    else:
+        # A 64-bit division is slow; where rows are nested there are fewer than 2^31 of them.
+        row32 = row.to(tl.int32)
+        outer = row32 // inner
+        offsets = outer.to(tl.int64) * outer_stride + (row32 - outer * inner) * inner_stride
+    return offsets
+
+
+@triton.jit
+def _scale(w_ptr, columns, mask, offset, x_dtype: tl.constexpr, CASTING: tl.constexpr):
+    """weight + offset in float32, rounded as the casting says."""
+    w = tl.load(w_ptr + columns, mask=mask, other=0.0)
+    if CASTING == 2:
+        w = w.to(x_dtype)
+    scale = w.to(tl.float32) + offset
+    if CASTING != 1:
+        scale = scale.to(w.dtype).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    y_ptr,
+    w_ptr,
+    rows: tl.int64,
+    inner: tl.int32,
+    x_outer,
+    x_inner,
+    y_outer,
+    y_inner,
+    eps: tl.float32,
+    offset: tl.float32,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    CASTING: tl.constexpr,
+):
+    """One tile of R rows a program: row and block forward."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    in_row = columns < C
+    first = tl.program_id(0).to(tl.int64) * R
+    local = tl.arange(0, R)[:, None]
+    mask = in_row
+    if R > 1:
+        mask = in_row & (first + local < rows)
+    if LAYOUT == 0:
+        # One 64-bit address a program, 32-bit offsets within its tile.
+        x_ptr += first * C
+        y_ptr += first * C
+        x_offsets = local * C + columns
+        y_offsets = x_offsets
+    else:
+        row = first + local
+        x_offsets = _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT) + columns
+        y_offsets = _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT) + columns
+    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
+    x32 = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x32 * x32, 1, keep_dims=True) / C + eps)
+    y = x32 * rstd
+    if CASTING != 1:
+        y = y.to(x.dtype).to(tl.float32)
+    if HAS_WEIGHT:
+        y *= _scale(w_ptr, columns, in_row, offset, x.dtype, CASTING)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + y_offsets, y, mask=mask)
+
+
+@triton.jit
+def forward_chunked_kernel(
+    x_ptr,
+    y_ptr,
+    w_ptr,
+    rows: tl.int64,
+    inner: tl.int32,
+    x_outer,
+    x_inner,
+    y_outer,
+    y_inner,
+    eps: tl.float32,
+    offset: tl.float32,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    CASTING: tl.constexpr,
+):
+    """One row a program, read twice, BLOCK columns at a time; the second time from the L2."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT)
+    y_ptr += _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, C, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+        squares += x * x
+    rstd = tl.rsqrt(tl.sum(squares, 0) / C + eps)
+    for start in range(0, C, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        in_row = columns < C
+        x = tl.load(x_ptr + columns, mask=in_row, other=0.0)
+        y = x.to(tl.float32) * rstd
+        if CASTING != 1:
+            y = y.to(x.dtype).to(tl.float32)
+        if HAS_WEIGHT:
+            y *= _scale(w_ptr, columns, in_row, offset, x.dtype, CASTING)
+        tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=in_row)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    w_ptr,
+    partials_ptr,
+    rows: tl.int64,
+    inner: tl.int32,
+    dy_outer,
+    dy_inner,
+    x_outer,
+    x_inner,
+    dx_outer,
+    dx_inner,
+    eps: tl.float32,
+    offset: tl.float32,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    CASTING: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """Every grid-th tile of R rows: dX, and this program's row of dW partials, kept as R x BLOCK
+    float32 numbers in registers and added once at the end. dX may lie over dY."""
+    program = tl.program_id(0)
+    if DEPENDENT_LAUNCH:
+        # The kernel that adds the partials may be scheduled now; it waits for this one's end.
+        gdc_launch_dependents()
+    columns = tl.arange(0, BLOCK)[None, :]
+    in_row = columns < C
+    if HAS_WEIGHT:
+        scale = _scale(w_ptr, columns, in_row, offset, x_ptr.dtype.element_ty, CASTING)
+    if WEIGHT_GRADIENT:
+        dscale = tl.zeros([R, BLOCK], tl.float32)
+    tiles = tl.cdiv(rows, R).to(tl.int32)
+    for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[:, None]
+        in_rows = row < rows
+        mask = in_row & in_rows
+        x_offsets = _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT)
+        dy_offsets = _row_offsets(row, inner, dy_outer, dy_inner, C, LAYOUT)
+        # Both are read for the last time.
+        x = tl.load(
+            x_ptr + x_offsets + columns, mask=mask, other=0.0, eviction_policy="evict_first"
+        ).to(tl.float32)
+        dy = tl.load(
+            dy_ptr + dy_offsets + columns, mask=mask, other=0.0, eviction_policy="evict_first"
+        ).to(tl.float32)
+        m = dy
+        if HAS_WEIGHT:
+            m = dy * scale
+        squares, dot = tl.reduce((x * x, x * m), 1, _add_pairs, keep_dims=True)
+        # Where eps is 0 the rows beyond the last would give 0 * inf.
+        rstd = tl.where(in_rows, tl.rsqrt(squares / C + eps), 0.0)
+        n = x * rstd
+        dx = rstd * (m - n * (rstd * dot / C))
+        if WEIGHT_GRADIENT:
+            dscale += dy * n
+        dx_offsets = _row_offsets(row, inner, dx_outer, dx_inner, C, LAYOUT)
+        tl.store(dx_ptr + dx_offsets + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if WEIGHT_GRADIENT:
+        column = tl.arange(0, BLOCK)
+        total = tl.sum(dscale, 0).to(partials_ptr.dtype.element_ty)
+        tl.store(partials_ptr + program * C + column, total, mask=column < C)
+
+
+@triton.jit
+def backward_chunked_kernel(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    w_ptr,
+    partials_ptr,
+    rows: tl.int64,
+    inner: tl.int32,
+    dy_outer,
+    dy_inner,
+    x_outer,
+    x_inner,
+    dx_outer,
+    dx_inner,
+    eps: tl.float32,
+    offset: tl.float32,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    CASTING: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """As `backward_kernel` for rows that do not fit: each tile is walked twice, BLOCK columns at a
+    time, and the partials are added up in memory, each by the program that owns them."""
+    program = tl.program_id(0)
+    if DEPENDENT_LAUNCH:
+        gdc_launch_dependents()
+    tiles = tl.cdiv(rows, R).to(tl.int32)
+    for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=1):
+        row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[:, None]
+        in_rows = row < rows
+        x_offsets = _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT)
+        dy_offsets = _row_offsets(row, inner, dy_outer, dy_inner, C, LAYOUT)
+        dx_offsets = _row_offsets(row, inner, dx_outer, dx_inner, C, LAYOUT)
+        squares = tl.zeros([R, BLOCK], tl.float32)
+        dots = tl.zeros([R, BLOCK], tl.float32)
+        for start in tl.range(0, C, BLOCK, num_stages=1):
+            columns = start + tl.arange(0, BLOCK)[None, :]
+            in_row = columns < C
+            mask = in_row & in_rows
+            x = tl.load(x_ptr + x_offsets + columns, mask=mask, other=0.0).to(tl.float32)
+            m = tl.load(dy_ptr + dy_offsets + columns, mask=mask, other=0.0).to(tl.float32)
+            if HAS_WEIGHT:
+                m *= _scale(w_ptr, columns, in_row, offset, x_ptr.dtype.element_ty, CASTING)
+            squares += x * x
+            dots += x * m
+        rstd = tl.where(in_rows, tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / C + eps), 0.0)
+        mean = rstd * tl.sum(dots, 1, keep_dims=True) / C
+        for start in tl.range(0, C, BLOCK, num_stages=1):
+            columns = start + tl.arange(0, BLOCK)[None, :]
+            in_row = columns < C
+            mask = in_row & in_rows
+            x = tl.load(x_ptr + x_offsets + columns, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + dy_offsets + columns, mask=mask, other=0.0).to(tl.float32)
+            m = dy
+            if HAS_WEIGHT:
+                m = dy * _scale(w_ptr, columns, in_row, offset, x_ptr.dtype.element_ty, CASTING)
+            n = x * rstd
+            dx = rstd * (m - n * mean)
+            tl.store(dx_ptr + dx_offsets + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if WEIGHT_GRADIENT:
+                column = start + tl.arange(0, BLOCK)
+                partial = partials_ptr + program.to(tl.int64) * C + column
+                # The first tile begins the sum, so nothing has to be cleared before.
+                so_far = tl.load(partial, mask=(column < C) & (tile != program), other=0.0)
+                total = so_far.to(tl.float32) + tl.sum(dy * n, 0)
+                tl.store(partial, total.to(partials_ptr.dtype.element_ty), mask=column < C)
+
+
+@triton.jit
+def reduce_kernel(
+    partials_ptr,
+    dw_ptr,
+    partials: tl.int32,
+    C: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """dW of BLOCK_COLUMNS columns: the (partials, C) float32 partials added in a fixed order."""
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    if DEPENDENT_LAUNCH:
+        gdc_wait()
+    total = tl.zeros([BLOCK_PARTIALS, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, partials, BLOCK_PARTIALS):
+        row = start + tl.arange(0, BLOCK_PARTIALS)[:, None]
+        mask = (row < partials) & (columns[None, :] < C)
+        offsets = row.to(tl.int64) * C + columns[None, :]
+        total += tl.load(partials_ptr + offsets, mask=mask, other=0.0)
+    dw = tl.sum(total, 0).to(dw_ptr.dtype.element_ty)
+    tl.store(dw_ptr + columns, dw, mask=columns < C)

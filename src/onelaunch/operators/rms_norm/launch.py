@@ -1,0 +1,375 @@
+"""Runs the kernels on tensors.
+
+What a shape needs is worked out once: the plan, the layout of its rows, the compiled kernels. Every
+later call looks it up by shape, dtype, strides and alignment and launches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.operators.devices import multiprocessors
+from onelaunch.operators.handles import bind, dependent_launch
+from onelaunch.operators.rms_norm.plan import (
+    MAX_COLUMNS,
+    ROW_MODES,
+    RULES,
+    Plan,
+    backward_plan,
+    forward_plan,
+    reduce_plan,
+)
+from onelaunch.operators.rms_norm.reference import CASTINGS
+from onelaunch.operators.rms_norm.rows import RowLayout, row_layout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+empty_like, new_empty = torch.empty_like, Tensor.new_empty
+HAS_TRITON = find_spec("triton") is not None
+# Triton decides while it is imported; kernels then run on a CPU's tensors too, slowly.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+# So many shapes are remembered; sequences of every length would otherwise fill the memory.
+MAX_REMEMBERED = 4096
+
+
+@dataclass(eq=False)
+class Settings:
+    """What a call fixes besides its tensors, checked, and what was worked out for it by shape."""
+
+    eps: float
+    casting: str
+    offset: float
+    in_place: bool
+    row_mode: str
+    rule: str
+    prepared: dict[Any, Prepared] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("casting", self.casting, CASTINGS),
+            ("row_mode", self.row_mode, ROW_MODES),
+            ("rule", self.rule, RULES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        for name, number in (("eps", self.eps), ("offset", self.offset)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name} must be a number, not {number!r}")
+        if not self.eps >= 0:
+            raise ValueError(f"eps must be 0 or more, not {self.eps}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (self.eps, self.casting, self.offset, self.in_place, self.row_mode, self.rule)
+        return settings, values  # copies and pickles leave the remembered kernels behind
+
+
+def settings(
+    eps: float, casting: str, offset: float, in_place: bool, row_mode: str, rule: str
+) -> Settings:
+    """The settings of these values; raises ValueError or TypeError naming the wrong one."""
+    key = (eps, casting, offset, in_place, row_mode, rule)
+    found = _settings.get(key)
+    if found is None:
+        found = Settings(*key)
+        _remember(_settings, key, found)
+    return found
+
+
+_settings: dict[tuple[object, ...], Settings] = {}
+
+
+def check(x: Tensor, weight: Tensor | None, s: Settings) -> None:
+    """Raise TypeError or ValueError, in words, where the operator is not defined."""
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor is None and name == "weight":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"rms_norm: {name} must be a tensor, not {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"rms_norm: {name} must be of a floating dtype, not {tensor.dtype}")
+    if x.dim() == 0:
+        raise ValueError("rms_norm: x has no axis to normalize")
+    if x.shape[-1] == 0:
+        raise ValueError(f"rms_norm: x of shape {tuple(x.shape)} has empty rows")
+    if weight is None:
+        if s.offset:
+            raise ValueError("rms_norm: an offset is added to a weight, and there is none")
+        return
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}, x rows of {x.shape[-1]} elements"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"rms_norm: x is on {x.device}, weight on {weight.device}")
+
+
+def available(device: torch.device) -> bool:
+    """Whether there is a kernel for a device: Triton is installed, and the device is a GPU of
+    NVIDIA, AMD or Intel, or Triton interprets."""
+    if device.type == "cpu":
+        return INTERPRETED
+    return device.type in ("cuda", "xpu") and HAS_TRITON
+
+
+def supported(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the kernels compute these tensors; the plain form computes all others."""
+    if not available(x.device) or x.dtype not in DTYPES or x.shape[-1] > MAX_COLUMNS:
+        return False
+    return weight is None or weight.dtype in DTYPES
+
+
+class Prepared:
+    """What one shape, dtype and layout of x and weight need: `forward(x, weight)` launches, and
+    `backward` remembers what the gradients' layouts need."""
+
+    __slots__ = ("backward", "forward", "s")
+
+    def __init__(self, s: Settings, forward: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        self.s = s
+        self.forward = forward
+        self.backward: dict[Any, Any] = {}
+
+
+def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
+    """What x and weight need, or None where there is no kernel for them; raises TypeError and
+    ValueError where they do not fit together."""
+    if weight is None:
+        key: Any = (
+            x.shape,
+            x.dtype,
+            x.is_contiguous() or x.stride(),
+            x.get_device(),
+            x.data_ptr() & 15,
+        )
+    else:
+        key = (
+            x.shape,
+            x.dtype,
+            x.is_contiguous() or x.stride(),
+            x.get_device(),
+            (x.data_ptr() | weight.data_ptr()) & 15,
+            weight.shape,
+            weight.dtype,
+            weight.is_contiguous(),
+            weight.get_device(),
+        )
+    found: Prepared | None = s.prepared.get(key)
+    if found is not None:
+        return found
+    check(x, weight, s)
+    if not supported(x, weight):
+        return None
+    prepared = Prepared(s, _forward_launch(x, weight, s))
+    _remember(s.prepared, key, prepared)
+    return prepared
+
+
+def forward(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
+    """y of tensors that `supported` lets pass. One launch, none for no rows."""
+    prepared = prepare(x, weight, s)
+    assert prepared is not None
+    return prepared.forward(x, weight)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dX, dW) of tensors that `supported` lets pass; dW is None where it is not needed."""
+    prepared = prepare(x, weight, s)
+    assert prepared is not None
+    return backward_of(prepared, dy, x, weight, need_dw)
+
+
+def backward_of(
+    prepared: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, need_dw: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`backward` where the forward's preparation is at hand. Two launches, one where no dW is
+    needed or one program holds it all.
+
+    x and weight may be other tensors than the forward's, of the same shape and dtype: hooks on
+    saved tensors and checkpointing bring their own.
+    """
+    if weight is None:
+        key: Any = (
+            dy.is_contiguous() or dy.stride(),
+            x.is_contiguous() or x.stride(),
+            (dy.data_ptr() | x.data_ptr()) & 15,
+        )
+    else:
+        key = (
+            dy.is_contiguous() or dy.stride(),
+            x.is_contiguous() or x.stride(),
+            (dy.data_ptr() | x.data_ptr() | weight.data_ptr()) & 15,
+            weight.is_contiguous(),
+            need_dw,
+        )
+    launch = prepared.backward.get(key)
+    if launch is None:
+        launch = _backward_launch(dy, x, weight, prepared.s, need_dw)
+        _remember(prepared.backward, key, launch)
+    found: tuple[Tensor, Tensor | None] = launch(dy, x, weight)
+    return found
+
+
+def _remember(store: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(store) >= MAX_REMEMBERED:
+        store.clear()
+    store[key] = value
+
+
+def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[..., Tensor]:
+    if x.numel() == 0:
+        return lambda x, weight: torch.empty_like(x)
+    y = torch.empty_like(x)
+    layout = row_layout(x.shape, (x.stride(), y.stride()))
+    if layout is None or (weight is not None and not weight.is_contiguous()):
+        return lambda x, weight: forward(_dense(x, x), _compact(weight), s)
+    from onelaunch.operators.rms_norm import kernels
+
+    plan = _plan(forward_plan, x, s)
+    run = bind(
+        kernels.forward_chunked_kernel if plan.kernel == "chunked" else kernels.forward_kernel,
+        plan.grid,
+        (x, y, weight),
+        (_rows(x), *_strides(layout), s.eps, s.offset),
+        _constants(x, weight, plan, layout, s),
+        plan.warps,
+    )
+
+    def launch(x: Tensor, weight: Tensor | None) -> Tensor:
+        y = empty_like(x)
+        run(x, y, weight)
+        return y
+
+    def launch_without_weight(x: Tensor, weight: Tensor | None) -> Tensor:
+        y = empty_like(x)
+        run(x, y)
+        return y
+
+    return launch_without_weight if weight is None else launch
+
+
+def _backward_launch(
+    dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if x.numel() == 0:
+        return lambda dy, x, weight: (
+            torch.empty_like(x),
+            torch.zeros_like(weight) if weight is not None and need_dw else None,
+        )
+    in_place = s.in_place and not _overlaps(dy)
+    dx = dy if in_place else torch.empty_like(x)
+    layout = row_layout(x.shape, (x.stride(), dy.stride(), dx.stride()))
+    if layout is None or (weight is not None and not weight.is_contiguous()):
+        # dX has the strides that it always has: those of x, without gaps.
+        return lambda dy, x, weight: backward(
+            _dense(dy, x), _dense(x, x), _compact(weight), s, need_dw
+        )
+    from onelaunch.operators.rms_norm import kernels
+
+    need_dw = need_dw and weight is not None
+    plan = _plan(backward_plan, x, s)
+    columns = x.shape[-1]
+    # One program holds all of dW; the chunked kernel adds it up in memory, so in float32.
+    direct = need_dw and plan.grid == 1 and plan.kernel != "chunked"
+    float32 = x.new_empty(0, dtype=torch.float32)
+    partials_of = weight if direct else float32
+    reduces = need_dw and not direct
+    partials_size = plan.partials * columns
+    dependent = reduces and dependent_launch(x.device)
+    (dy_steps, x_steps, dx_steps) = (layout.strides[1], layout.strides[0], layout.strides[2])
+    run = bind(
+        kernels.backward_chunked_kernel if plan.kernel == "chunked" else kernels.backward_kernel,
+        plan.grid,
+        (dy, x, dx, weight, partials_of if need_dw else None),
+        (_rows(x), layout.inner, *dy_steps, *x_steps, *dx_steps, s.eps, s.offset),
+        _constants(x, weight, plan, layout, s)
+        | {"STAGES": plan.stages, "WEIGHT_GRADIENT": need_dw, "DEPENDENT_LAUNCH": dependent},
+        plan.warps,
+    )
+    if reduces:
+        adding = reduce_plan(plan.partials, columns)
+        add = bind(
+            kernels.reduce_kernel,
+            adding.grid,
+            (partials_of, weight),
+            (plan.partials,),
+            {
+                "C": columns,
+                "BLOCK_PARTIALS": adding.block_partials,
+                "BLOCK_COLUMNS": adding.block_columns,
+                "DEPENDENT_LAUNCH": dependent,
+            },
+            adding.warps,
+            dependent=dependent,
+        )
+
+    def launch(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dx = dy if in_place else empty_like(x)
+        assert weight is not None
+        dw = empty_like(weight)
+        if direct:
+            run(dy, x, dx, weight, dw)
+            return dx, dw
+        partials = new_empty(float32, partials_size)
+        run(dy, x, dx, weight, partials)
+        add(partials, dw)
+        return dx, dw
+
+    def launch_for_dx(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dx = dy if in_place else empty_like(x)
+        if weight is None:
+            run(dy, x, dx)
+        else:
+            run(dy, x, dx, weight)
+        return dx, None
+
+    return launch if need_dw else launch_for_dx
+
+
+def _dense(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy without gaps, its axes in the order of `like`'s strides: one stride walks its rows."""
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _compact(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share an address: an expanded gradient cannot be written over."""
+    return any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _plan(make: Callable[..., Plan], x: Tensor, s: Settings) -> Plan:
+    units = multiprocessors(x.device)
+    return make(_rows(x), x.shape[-1], x.element_size(), units, s.row_mode, s.rule)
+
+
+def _strides(layout: RowLayout) -> tuple[int, ...]:
+    return (layout.inner, *(step for pair in layout.strides for step in pair))
+
+
+def _constants(
+    x: Tensor, weight: Tensor | None, plan: Plan, layout: RowLayout, s: Settings
+) -> dict[str, Any]:
+    return {
+        "C": x.shape[-1],
+        "R": plan.rows_per_tile,
+        "BLOCK": plan.block_columns,
+        "LAYOUT": layout.kind,
+        "HAS_WEIGHT": weight is not None,
+        "CASTING": CASTINGS.index(s.casting),
+    }
