@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEXT := .venv-triton-next
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: install run test lint types unit soak test-gpu clean
+.PHONY: install run test lint types unit soak test-convergence test-gpu test-triton-next clean
 
 install: $(VENV)/.installed
 
@@ -16,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt src/onelaunch/__init__.py
 
 # The tests need the extras; CI also Triton, for the interpreter and compile-only tests.
 $(VENV)/.installed-dev: $(VENV)/.installed constraints-ci.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,dev]' \
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,bench,dev]' \
 		$(if $(filter true,$(CI)),-c constraints-ci.txt triton)
 	@touch $@
 
@@ -38,15 +39,34 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m 'not soak'
 
-# What takes long: every kill, the whole fuzz, Shakespeare. Leaves records in benchmarks/records.
+# What takes long: the tests so marked, every kill, the whole fuzz, Shakespeare. Leaves records in
+# benchmarks/records.
 soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests -m soak
 	$(BIN)/python tests/soak.py
+
+# A small Llama with PyTorch's norm and with the operator: on a GPU with the packages that $(PYTHON)
+# has there, else in $(VENV), through Triton's interpreter.
+test-convergence:
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/convergence/run.py
 
 # On a machine with a GPU and the packages already there.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
+# The operators' kernels, compiled and interpreted, with the Triton that torch 2.13's CUDA build
+# brings: outside CI, in an environment of its own.
+test-triton-next: $(NEXT)/.installed
+	$(NEXT)/bin/python -c 'import triton; print("Triton", triton.__version__)'
+	$(NEXT)/bin/python -m pytest tests/operators -k 'compiled or interpreter'
+
+$(NEXT)/.installed: pyproject.toml constraints.txt constraints-triton-next.txt
+	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install -q -c constraints.txt -c constraints-triton-next.txt \
+		-e '.[dev]' triton
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

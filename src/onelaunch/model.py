@@ -10,6 +10,7 @@ and entering its `__call__` cost about as much as a small matrix-vector product 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from onelaunch.config import ModelConfig, RopeScaling
 
 # Rotary tables are made for so many positions at once where the context is longer.
 ROPE_POSITIONS = 4096
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+"""(x (..., C), weight (C,), eps) -> x normalized over C: the formula of `rms_norm` below."""
 
 
 class LayerWeights(NamedTuple):
@@ -127,6 +131,7 @@ def attention(
     dropout: float = 0.0,
     cache: KVCache | None = None,
     layer: int = 0,
+    norm: Norm = rms_norm,
 ) -> Tensor:
     """Causal grouped-query attention with rotary embedding, output projection included."""
     B, S, _ = x_BSD.shape
@@ -135,8 +140,8 @@ def attention(
     k_BKSE = F.linear(x_BSD, w.k_proj).view(B, S, config.n_kv_heads, E).transpose(1, 2)
     v_BKSE = F.linear(x_BSD, w.v_proj).view(B, S, config.n_kv_heads, E).transpose(1, 2)
     if w.q_norm_E is not None and w.k_norm_E is not None:
-        q_BHSE = rms_norm(q_BHSE, w.q_norm_E, config.norm_eps)
-        k_BKSE = rms_norm(k_BKSE, w.k_norm_E, config.norm_eps)
+        q_BHSE = norm(q_BHSE, w.q_norm_E, config.norm_eps)
+        k_BKSE = norm(k_BKSE, w.k_norm_E, config.norm_eps)
     interleaved = config.rope_layout == "interleaved"
     q_BHSE = apply_rope(q_BHSE, *rope, interleaved)
     k_BKSE = apply_rope(k_BKSE, *rope, interleaved)
@@ -219,13 +224,15 @@ class Model(nn.Module):
     """A Llama-family decoder. Its state dict has exactly `config.weight_shapes()`'s names.
 
     `dropout` acts on the embedding, the attention weights and both residual branches while
-    training, as in llama2.c.
+    training, as in llama2.c. `norm` computes every norm, those of queries and keys too; the
+    `nn.RMSNorm` modules only hold weights.
     """
 
-    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, dropout: float = 0.0, norm: Norm = rms_norm) -> None:
         super().__init__()
         self.config = config
         self.dropout = dropout
+        self.norm_function = norm  # `norm` is a name of the state dict
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -234,10 +241,16 @@ class Model(nn.Module):
         self._rope: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def from_weights(cls, config: ModelConfig, weights: dict[str, Tensor]) -> Model:
+    def from_weights(
+        cls,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        dropout: float = 0.0,
+        norm: Norm = rms_norm,
+    ) -> Model:
         """A model that uses the given tensors as they are, without a copy."""
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, dropout, norm)
         model.load_state_dict(weights, strict=True, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -289,7 +302,7 @@ class Model(nn.Module):
         layers: list[LayerWeights] | None = None,
     ) -> Tensor:
         """The last layer's normalized output, (B, S, D); appends to `cache` where one is given."""
-        config = self.config
+        config, norm = self.config, self.norm_function
         dropout = self.dropout if self.training else 0.0
         x_BSD = F.embedding(tokens_BS, self.embed_tokens.weight)
         compute = x_BSD.dtype
@@ -301,14 +314,14 @@ class Model(nn.Module):
         rope = (cos[start:end], sin[start:end])
         x_BSD = F.dropout(x_BSD, dropout) if dropout else x_BSD
         for i, w in enumerate(layers if layers is not None else self.layer_weights()):
-            normed = rms_norm(x_BSD, w.input_norm_D, config.norm_eps)
-            branch = attention(normed, w, config, rope, dropout, cache, i)
+            normed = norm(x_BSD, w.input_norm_D, config.norm_eps)
+            branch = attention(normed, w, config, rope, dropout, cache, i, norm)
             x_BSD = x_BSD + (F.dropout(branch, dropout) if dropout else branch)
-            branch = feed_forward(rms_norm(x_BSD, w.post_norm_D, config.norm_eps), w)
+            branch = feed_forward(norm(x_BSD, w.post_norm_D, config.norm_eps), w)
             x_BSD = x_BSD + (F.dropout(branch, dropout) if dropout else branch)
         if cache is not None:
             cache.length = end
-        return rms_norm(x_BSD, self.norm.weight, config.norm_eps)
+        return norm(x_BSD, self.norm.weight, config.norm_eps)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits of every position, (B, S, V), in float32."""

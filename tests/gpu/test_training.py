@@ -1,4 +1,4 @@
-"""Training on a GPU: what it computes, how its time is split, stops and resumes."""
+"""Training on a GPU: what it computes, with either norm, how its time is split, stops, resumes."""
 
 import os
 import signal
@@ -31,16 +31,21 @@ def error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+either_norm = pytest.mark.parametrize("norm", ["torch", "onelaunch"])
+
+
+@either_norm
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("name", ["stories260k", "stories15m"])
-def test_bf16_gradients_are_as_near_to_float64_as_plain_autocast(name):
-    config = preset(name)
+def test_bf16_gradients_are_as_near_to_float64_as_plain_autocast(name, qk_norm, norm):
+    config = preset(name).with_(qk_norm=qk_norm)
     torch.manual_seed(3)
     weights = {k: torch.randn(s) * 0.05 for k, s in config.weight_shapes().items()}
     tokens, targets = torch.randint(0, config.vocab_size, (2, 4, 128)).unbind(0)
     exact = Model.from_weights(config, {k: v.double() for k, v in weights.items()})
     exact.requires_grad_(True)
     exact.loss(tokens, targets).backward()
-    engine = ReferenceEngine(config, weights, device="cuda", train=True)
+    engine = ReferenceEngine(config, weights, device="cuda", train=True, norm=norm)
     loss = engine.loss_and_gradients(tokens, targets)
     assert loss.item() == pytest.approx(exact.loss(tokens, targets).item(), rel=1e-2)
     for key, parameter in exact.named_parameters():
@@ -104,13 +109,44 @@ def test_a_stop_inside_an_update_is_made_up_for(tmp_path, monkeypatch):
     assert cut == pytest.approx(whole, rel=2e-3)
 
 
-def test_torch_compile_gives_the_same_losses(tmp_path):
-    plain = recipe(train__updates=5, train__dropout=0.0, train__dtype="float32")
-    compiled = recipe(
-        train__updates=5, train__dropout=0.0, train__dtype="float32", train__compile=True
-    )
-    runs.start(plain, tmp_path / "plain", quiet=True)
+@either_norm
+def test_torch_compile_gives_the_same_losses(tmp_path, norm):
+    same = {"train__updates": 5, "train__dropout": 0.0, "train__dtype": "float32"}
+    runs.start(recipe(**same, train__norm=norm), tmp_path / "plain", quiet=True)
+    compiled = recipe(**same, train__norm=norm, train__compile=True)
     runs.start(compiled, tmp_path / "compiled", quiet=True)
     a = [r["loss"] for r in of_kind(tmp_path / "plain", "update")]
     b = [r["loss"] for r in of_kind(tmp_path / "compiled", "update")]
     assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_the_operator_is_the_default_here_and_gives_the_same_losses(tmp_path):
+    """`make test-convergence` holds more of the same against one another, in bfloat16 too."""
+    same = {"train__updates": 20, "train__dropout": 0.0, "train__dtype": "float32"}
+    for norm in ("torch", "auto"):
+        runs.start(recipe(**same, train__norm=norm), tmp_path / norm, quiet=True)
+    assert [r["norm"] for r in of_kind(tmp_path / "auto", "run")] == ["onelaunch"]
+    a, b = ([r["loss"] for r in of_kind(tmp_path / n, "update")] for n in ("torch", "auto"))
+    assert b == pytest.approx(a, rel=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_operator_compiles_in_one_graph_with_its_gradients(dtype, qk_norm):
+    config = preset("stories260k").with_(qk_norm=qk_norm)
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    tokens, targets = torch.randint(0, 512, (2, 4, 64), device="cuda").unbind(0)
+    engine = ReferenceEngine(
+        config, weights, device="cuda", dtype=dtype, train=True, norm="onelaunch"
+    )
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            engine._loss = torch.compile(engine.model.loss, fullgraph=True)
+        loss = engine.loss_and_gradients(tokens, targets)
+        gradients.append({k: p.grad.clone() for k, p in engine.parameters().items()})
+        gradients[-1]["loss"] = loss
+        engine.model.zero_grad(set_to_none=True)
+    for name, expected in gradients[0].items():
+        assert error(gradients[1][name], expected) < (1e-5 if dtype == "float32" else 0.03), name

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.engine import OnToken, Sampling
+from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
 from onelaunch.engines.sampling import draw, uniforms
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.model import KVCache, Model
@@ -72,9 +73,10 @@ class ReferenceEngine:
 
     `weights` are used as they are where device and dtype fit. With `train` they are copied to
     float32 tensors that take gradients, `dtype` is then what autocast computes in, `dropout` acts
-    in `loss_and_gradients` only, and `compile` gives that method to torch.compile.
-    `threads` sets PyTorch's CPU threads for the whole process. Raises BadInput for a device, dtype
-    or number of threads that cannot be had.
+    in `loss_and_gradients` only, and `compile` gives that method to torch.compile. `norm` is one of
+    `engines.norm.NORMS`; the attribute says which of them "auto" was.
+    `threads` sets PyTorch's CPU threads for the whole process. Raises BadInput for a device, dtype,
+    norm or number of threads that cannot be had.
     """
 
     def __init__(
@@ -87,10 +89,13 @@ class ReferenceEngine:
         dropout: float = 0.0,
         compile: bool = False,
         train: bool = False,
+        norm: str = "torch",
     ) -> None:
         self.config = config
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
+        has_kernel = has_norm_kernel(self.device)
+        self.norm = choose_norm(norm, has_kernel, compile)
         self.trains = train
         if threads is not None:
             if not 1 <= threads <= MAX_THREADS:
@@ -103,13 +108,16 @@ class ReferenceEngine:
             name: _place(tensor, self.device, stored, copy=train)
             for name, tensor in weights.items()
         }
-        self.model = Model.from_weights(config, placed)
-        self.model.dropout = dropout
+        self.model = Model.from_weights(config, placed, dropout, norm_function(self.norm))
         self.model.requires_grad_(train)
         self._layers = self.model.layer_weights()
         self._head_VD = self.model.head_weight()
         # Made here, so that torch.compile finds it made and does not trace into the making.
         self.model.rope(self.model.norm.weight.device, self.dtype, 1)
+        if self.norm == "onelaunch" and not has_kernel:
+            # Without a kernel the operator says so once: now, rather than amid what is printed.
+            weight_D = self.model.norm.weight.detach()
+            self.model.norm_function(weight_D, weight_D, config.norm_eps)
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
@@ -152,12 +160,13 @@ class ReferenceEngine:
         return texts
 
     def describe(self) -> dict[str, Any]:
-        """Engine, device, dtype, bytes of weights."""
+        """Engine, device, dtype, norm, bytes of weights."""
         parameters = self.model.parameters()
         return {
             "engine": "reference",
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "norm": self.norm,
             "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }

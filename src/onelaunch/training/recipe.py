@@ -55,6 +55,7 @@ class TrainSection:
     """One update is `accum` micro-steps of `batch_size` sequences of `seq_len` tokens.
 
     `seq_len` 0 is the model's context. `dtype` "auto" is bfloat16 autocast on CUDA, float32
+    elsewhere. `norm` "auto" is this package's operator on a GPU that runs its kernel, PyTorch's
     elsewhere. `threads` 0 leaves torch's choice.
     """
 
@@ -66,6 +67,7 @@ class TrainSection:
     seed: int = 1337
     device: str = "auto"
     dtype: str = "auto"
+    norm: str = "auto"
     compile: bool = False
     threads: int = 0
 
@@ -130,6 +132,7 @@ class Recipe:
         _within("train.seed", t.seed, 0, 2**63 - 1)
         _within("train.threads", t.threads, 0, 1024)
         _one_of("train.dtype", t.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("train.norm", t.norm, ("auto", "torch", "onelaunch"))
         _within("optimizer.lr", o.lr, 1e-12, 1e3)
         _within("optimizer.beta1", o.beta1, 0.0, 1.0 - 1e-9)
         _within("optimizer.beta2", o.beta2, 0.0, 1.0 - 1e-9)

@@ -128,6 +128,12 @@ def resume(
                 f"PyTorch had {state.get('threads')} threads, now {torch.get_num_threads()}: the "
                 "last bits of what follows may differ from an uninterrupted run"
             )
+        # a checkpoint that names no norm was made before there was a choice
+        if (norm := state.get("norm", "torch")) != parts.engine.norm:
+            notices.append(
+                f"the norm was {norm}, now it is {parts.engine.norm}: the last bits of what "
+                f"follows may differ; --set train.norm={norm} keeps it"
+            )
         if given is not None and given != recipe:
             notices.append(
                 "the run's own recipe is used; --set changes it, a named recipe does not"
@@ -194,6 +200,7 @@ def _build(
         dropout=train.dropout,
         compile=train.compile,
         train=True,
+        norm=train.norm,
     )
     optimizer = make_optimizer(engine.parameters(), recipe)
     return _Parts(recipe, run, data, engine, optimizer, sampler, seq_len)
@@ -341,6 +348,7 @@ def _run_record(parts: _Parts, at: Progress) -> dict[str, Any]:
         "data": parts.data.label,
         "synthetic": parts.data.synthetic,
         "device": str(parts.engine.device),
+        "norm": parts.engine.norm,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "time": time.time(),
@@ -351,6 +359,7 @@ def _header(parts: _Parts) -> Header:
     train, config, device = parts.recipe.train, parts.engine.config, parts.engine.device
     per_micro = train.batch_size * parts.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    where = f"on {name}, norm {parts.engine.norm}"
     return Header(
         title=f"onelaunch train: {parts.run}",
         lines=(
@@ -358,7 +367,7 @@ def _header(parts: _Parts) -> Header:
             f"{config.n_layers} layers, {config.n_heads} heads, vocabulary {config.vocab_size}",
             f"data   {parts.data.label}",
             f"update {train.accum} micro-step{'s' if train.accum > 1 else ''} of "
-            f"{train.batch_size} x {parts.seq_len} = {per_micro * train.accum:,} tokens; on {name}",
+            f"{train.batch_size} x {parts.seq_len} = {per_micro * train.accum:,} tokens; {where}",
         ),
         updates=train.updates,
         accum=train.accum,

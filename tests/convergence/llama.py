@@ -1,0 +1,124 @@
+"""A small Llama trained with one norm and with another: how far apart the losses may be.
+
+Every run of a size has the same data, the same initial weights and the same settings; only the
+function that computes its norms differs. A run's result is its loss at each update.
+
+float32: every loss equals that of the run with PyTorch's norm to 1e-5 of itself.
+
+bfloat16: the loss of a plain run is itself uncertain. `PLAIN_RUNS` runs with PyTorch's norm, whose
+initial weights differ from one another by one unit in the last place of float32, show by how much:
+a run's distance is the root mean square, over its updates, of its loss minus the mean loss of the
+(other) plain runs. The operator's distance may be no larger than the mean distance of a plain run
+and three of its standard deviations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.model import Model, Norm
+from onelaunch.training.data import open_data
+from onelaunch.training.recipe import Recipe
+from onelaunch.training.run import make_optimizer
+
+TOLERANCE = 1e-5
+PLAIN_RUNS = 8
+SEED = 11
+GQA = {"n_layers": 4, "vocab_size": 512, "tied_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape and how it is trained: `batch` sequences as long as the model's context."""
+
+    config: ModelConfig
+    batch: int
+    updates: int = 100
+
+    def with_qk_norm(self) -> Size:
+        """The same with norms of queries and keys."""
+        return Size(self.config.with_(qk_norm=True), self.batch, self.updates)
+
+
+# For a GPU: 4,096 rows of 256, and 32,768 and 8,192 rows of 32 where queries and keys are normed.
+LARGE = Size(
+    ModelConfig(dim=256, n_heads=8, n_kv_heads=2, hidden_dim=688, max_seq_len=128, **GQA), batch=32
+)
+# For a CPU.
+SMALL = Size(
+    ModelConfig(dim=64, n_heads=8, n_kv_heads=2, hidden_dim=176, max_seq_len=32, **GQA), batch=4
+)
+# For Triton's interpreter, where a tile of 64 x 16 takes 60 ms backward: two tiles, one not full,
+# and widths that are no powers of two.
+TINY = Size(
+    ModelConfig(dim=12, n_heads=4, n_kv_heads=2, head_dim=6, hidden_dim=24, max_seq_len=8, **GQA),
+    batch=9,
+)
+
+
+def losses(
+    size: Size, norm: str | Norm, device: str = "cpu", dtype: str = "float32", noise: int = 0
+) -> Tensor:
+    """The loss at every update, (updates,) in float64.
+
+    `norm` is one of `engines.norm.NORMS`, or a function in its place. Each `noise` but 0 moves the
+    initial weights by one unit in the last place, up or down by its own draw.
+    """
+    name = norm if isinstance(norm, str) else "torch"
+    weights = dict(Model(size.config).init_weights(SEED).state_dict())
+    if noise:
+        weights = {key: _moved(weight, noise) for key, weight in weights.items()}
+    engine = ReferenceEngine(
+        size.config, weights, device=device, dtype=dtype, train=True, norm=name
+    )
+    if not isinstance(norm, str):
+        engine.model.norm_function = norm
+    settings = {"optimizer.lr": 1e-3, "optimizer.warmup": 10, "train.updates": size.updates}
+    recipe = Recipe().with_settings(settings, "convergence")
+    optimizer = make_optimizer(engine.parameters(), recipe)
+    sampler = open_data("stories", SEED).train(size.config.max_seq_len, SEED)
+    result = []
+    for update in range(size.updates):
+        tokens_BS, targets_BS = (torch.from_numpy(ids) for ids in sampler.next(size.batch))
+        result.append(engine.loss_and_gradients(tokens_BS, targets_BS))
+        torch.nn.utils.clip_grad_norm_(engine.parameters().values(), recipe.optimizer.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(update)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(result).double().cpu()
+
+
+def _moved(weight: Tensor, seed: int) -> Tensor:
+    """Every element's neighbour in float32, above or below."""
+    up = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    limit = torch.where(up, torch.inf, -torch.inf)
+    return torch.nextafter(weight, limit)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| / |b| at every update."""
+    return (a - b).abs() / b.abs()
+
+
+def distance(run: Tensor, others: Sequence[Tensor]) -> float:
+    """Root mean square, over the updates, of a run's loss minus the mean of the others'."""
+    return (run - torch.stack(list(others)).mean(0)).square().mean().sqrt().item()
+
+
+def plain_distances(plain: Sequence[Tensor]) -> Tensor:
+    """Each plain run's distance from the other plain runs."""
+    others = [[b for b in plain if b is not a] for a in plain]
+    return torch.tensor([distance(a, rest) for a, rest in zip(plain, others, strict=True)])
+
+
+def limit(plain: Sequence[Tensor]) -> float:
+    """The largest distance from the plain runs that is still within their spread."""
+    distances = plain_distances(plain)
+    return (distances.mean() + 3 * distances.std()).item()
