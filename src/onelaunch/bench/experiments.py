@@ -4,4 +4,7 @@ EXPERIMENTS = {
     "training-speed": "the trainer against a bare PyTorch loop",
     "generation-speed": "the reference engine against a bare PyTorch loop with a KV cache",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
+    "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",
+    "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",
+    "rms-norm-training": "a training step with our RMSNorm and with PyTorch's",
 }

@@ -18,6 +18,10 @@ from onelaunch.checkpoints.atomic import read_json, write_json
 from onelaunch.errors import BadInput
 
 SCHEMA = 1
+# What else figures may depend on: peers, and what PyTorch's own RMSNorm may be replaced through.
+PACKAGES = ("onelaunch", "torch", "triton", "numpy")
+PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+SWITCHES = ("TORCH_DISABLE_NATIVE_JIT", "TORCH_NATIVE_SKIP_VERSION_CHECK")
 DEFAULT_FOLDER = Path("benchmarks/records")
 
 
@@ -113,14 +117,14 @@ def slug(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on."""
+    """What the figures depend on: packages that are there, switches that are set."""
     found = {"python": platform.python_version()}
-    for package in ("onelaunch", "torch", "triton", "numpy"):
+    for package in (*PACKAGES, *PEERS):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {name: os.environ[name] for name in SWITCHES if name in os.environ}
 
 
 def commit() -> str:

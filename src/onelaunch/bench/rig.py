@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,12 +63,25 @@ def row_beside(
 
 
 @contextmanager
-def trainer(recipe: Recipe, device: str = "cpu") -> Iterator[Trainer]:
-    """The loop as `onelaunch train` makes it, telemetry written to a temporary file."""
+def trainer(
+    recipe: Recipe, device: str = "cpu", vocab_size: int | None = None
+) -> Iterator[Trainer]:
+    """The loop as `onelaunch train` makes it, telemetry written to a temporary file.
+
+    `vocab_size` widens the model's vocabulary beyond the data's, to that of a preset.
+    """
     data = open_data(recipe.data.path, recipe.train.seed)
     config = recipe.model_config(data.vocab_size)
+    config = replace(config, vocab_size=vocab_size or config.vocab_size)
     weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
-    engine = ReferenceEngine(config, weights, device=device, train=True)
+    engine = ReferenceEngine(
+        config,
+        weights,
+        device=device,
+        compile=recipe.train.compile,
+        train=True,
+        norm=recipe.train.norm,
+    )
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsWriter(Path(folder) / "metrics.jsonl")
         try:
@@ -76,11 +90,11 @@ def trainer(recipe: Recipe, device: str = "cpu") -> Iterator[Trainer]:
                 run=Path(folder),
                 engine=engine,
                 data=data,
-                sampler=data.train(config.max_seq_len, recipe.train.seed),
+                sampler=data.train(recipe.train.seq_len or config.max_seq_len, recipe.train.seed),
                 optimizer=make_optimizer(engine.parameters(), recipe),
                 metrics=metrics,
                 stop=StopSignals(),
-                seq_len=config.max_seq_len,
+                seq_len=recipe.train.seq_len or config.max_seq_len,
             )
         finally:
             metrics.close()

@@ -30,15 +30,10 @@ def bench(
         close = difflib.get_close_matches(experiment, EXPERIMENTS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EXPERIMENTS)}"
         raise BadInput(f"unknown experiment {experiment!r}; {hint}")
-    import importlib
-
-    from onelaunch.bench.record import device_name, write_record
+    from onelaunch.bench.record import device_name
+    from onelaunch.bench.runner import conduct
     from onelaunch.engines.reference import resolve_device
 
     place = str(resolve_device(device))
-    module = importlib.import_module(f"onelaunch.bench.{experiment.replace('-', '_')}")
     say(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
-    rows = module.run(place, quick, lambda line: say(line, quiet))
-    path = write_record(experiment, module.UNIT, rows, out, device_name(place))
-    say(f"record: {path}", quiet)
-    print(path)
+    print(conduct(experiment, place, quick, out, lambda line: say(line, quiet)))

@@ -13,7 +13,11 @@ from onelaunch import __version__
 from onelaunch.cli.common import Debug, Json
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich")
-EXTRAS = {"hf": ("transformers", "tokenizers"), "tokenizer": ("sentencepiece",)}
+EXTRAS = {
+    "hf": ("transformers", "tokenizers"),
+    "tokenizer": ("sentencepiece",),
+    "bench": ("matplotlib",),
+}
 
 
 def doctor(json_: Json = False, debug: Debug = False) -> None:

@@ -1,0 +1,269 @@
+"""One shape of RMSNorm on one device: its buffers, its three passes, its float64 result, and the
+times of several contenders on it.
+
+Passes: `forward` (nothing needs a gradient), `full` (forward, then the gradients of x and weight
+through autograd), `backward` (the gradients alone, from a forward made beforehand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onelaunch.bench.peers.rms_norm import EPS, Contender, Norm
+from onelaunch.bench.timing import (
+    Call,
+    Replay,
+    buffer_sets,
+    calls_in_turn,
+    capture,
+    graph_calls,
+    replays_in_turn,
+    synchronizer,
+)
+
+PASSES = ("forward", "full", "backward")
+
+# Tensors of x's size that a pass must read or write: x and y; x and dy and dx; both passes.
+TENSORS_MOVED = {"forward": 2, "backward": 3, "full": 5}
+# Tensors of x's size that one set of buffers holds, outputs included.
+TENSORS_HELD = {"forward": 2, "backward": 3, "full": 4}
+# What a call takes at least, for the length of a graph: launches, and a memory of 4 TB/s.
+LAUNCH_US = {"forward": 2.0, "backward": 6.0, "full": 8.0}
+BYTES_PER_US = 4e6
+
+# No contender is timed on a result further from float64 than this. Two roundings to bfloat16 are
+# about 0.003; whatever is wrong, a row, a mask, a missing weight, is above 0.03.
+ERROR_BOUNDS = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5}
+
+
+class WrongResult(Exception):
+    """A contender's result is not what it should be."""
+
+
+class Oracle(NamedTuple):
+    """Float64 results on the first set of buffers."""
+
+    y: Tensor
+    dx: Tensor
+    dw: Tensor
+
+
+def bytes_moved(rows: int, columns: int, pass_: str, element_bytes: int) -> int:
+    """What a pass must read and write at least, the weight's few bytes left out."""
+    return TENSORS_MOVED[pass_] * rows * columns * element_bytes
+
+
+class Cell:
+    """Buffers of one shape. `sets` of None: as many as exceed the device's L2."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        sets: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.rows, self.columns, self.dtype, self.device = rows, columns, dtype, device
+        self._l2_bytes = l2_bytes(device)
+        if sets is None:
+            # The pass that holds least needs most sets.
+            sets = buffer_sets(self.set_bytes("forward"), self._l2_bytes)
+        self.sets = sets
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        # Near one: a contender that writes dX over the gradient multiplies by the weight at each
+        # use of a buffer, and must stay finite between two calls of `restore`.
+        weight = (1 + 0.1 * normal(columns).float()).clamp(0.7, 1.3).to(dtype)
+        self.weight = weight.requires_grad_()
+        self.x = [normal(rows, columns).requires_grad_() for _ in range(sets)]
+        self.dy = [normal(rows, columns) for _ in range(sets)]
+        self._dy_as_made = [dy.clone() for dy in self.dy]
+        self._oracle: Oracle | None = None
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    def set_bytes(self, pass_: str) -> int:
+        """Bytes of one set of buffers."""
+        return TENSORS_HELD[pass_] * self.rows * self.columns * self.dtype.itemsize
+
+    def sets_for(self, pass_: str) -> int:
+        """How many sets a pass walks."""
+        return min(self.sets, buffer_sets(self.set_bytes(pass_), self._l2_bytes))
+
+    def in_cache(self, pass_: str) -> bool:
+        """Whether all sets together fit the L2: the memory's floor is then none."""
+        return self.sets_for(pass_) * self.set_bytes(pass_) <= self._l2_bytes
+
+    def graph_calls(self, pass_: str) -> int:
+        """Calls in one graph of this pass."""
+        moved = bytes_moved(self.rows, self.columns, pass_, self.dtype.itemsize)
+        return graph_calls(LAUNCH_US[pass_] + moved / BYTES_PER_US, self.sets_for(pass_))
+
+    def call(self, pass_: str, norm: Norm) -> Call:
+        """A pass as a call on the i-th set. Its outputs: y; y, dx, dw; dx, dw."""
+        x, dy, weight = self.x, self.dy, self.weight
+        if pass_ == "forward":
+            # Without requires_grad at all: under no_grad some peers would still keep what only a
+            # backward pass needs.
+            plain_x, plain_weight = [one.detach() for one in x], weight.detach()
+            return lambda i: (norm(plain_x[i], plain_weight),)
+        if pass_ == "full":
+
+            def full(i: int) -> tuple[Tensor, ...]:
+                y = norm(x[i], weight)
+                return y, *torch.autograd.grad(y, (x[i], weight), dy[i])
+
+            return full
+        ys = [norm(one, weight) for one in x[: self.sets_for(pass_)]]
+        return lambda i: torch.autograd.grad(ys[i], (x[i], weight), dy[i], retain_graph=True)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the gradients that an in-place contender wrote over."""
+        for dy, as_made in zip(self.dy, self._dy_as_made, strict=True):
+            dy.copy_(as_made)
+
+    @property
+    @torch.no_grad()
+    def oracle(self) -> Oracle:
+        if self._oracle is None:
+            x, dy, w = (t.double() for t in (self.x[0], self._dy_as_made[0], self.weight))
+            rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+            x_hat = x * rstd
+            g = dy * w
+            dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+            self._oracle = Oracle(x_hat * w, dx, (dy * x_hat).sum(0))
+        return self._oracle
+
+    @torch.no_grad()
+    def check(self, pass_: str, outputs: Sequence[Tensor]) -> None:
+        """Raise WrongResult unless the outputs on the first set are within the bound."""
+        names = {"forward": ("y",), "full": ("y", "dx", "dw"), "backward": ("dx", "dw")}[pass_]
+        for name, output in zip(names, outputs, strict=True):
+            expected = getattr(self.oracle, name)
+            error = ((output.double() - expected).norm() / expected.norm()).item()
+            if not error <= ERROR_BOUNDS[self.dtype]:
+                raise WrongResult(f"{name} is {error:.2g} off float64")
+
+
+def l2_bytes(device: torch.device) -> int:
+    """A GPU's L2; for a CPU 32 MB, a usual last-level cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 32 << 20
+
+
+def kernel_times(
+    cell: Cell,
+    pass_: str,
+    contenders: Sequence[Contender],
+    norms: Mapping[str, Norm],
+    samples: int,
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Microseconds a call by replay, of every contender that gives the right result. To be called
+    on a stream that is not the default one. A contender that cannot be captured, or is wrong, is
+    said and left out."""
+    in_place = {c.name for c in contenders if c.in_place}
+    replays: dict[str, Replay] = {}
+    for name, norm in norms.items():
+        try:
+            call = cell.call(pass_, norm)
+            _check_replayed(cell, pass_, call)
+            replays[name] = capture(call, cell.sets_for(pass_), cell.graph_calls(pass_))
+        except Exception as error:
+            if not _known(name, pass_, error):
+                say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
+
+    def before(name: str) -> None:
+        if name in in_place and pass_ != "forward":
+            cell.restore()
+
+    if not replays:
+        return {}
+    return replays_in_turn(replays, samples, before)
+
+
+def _check_replayed(cell: Cell, pass_: str, call: Call) -> None:
+    """Check what a graph of one call writes over NaNs: a contender that launches its kernels
+    elsewhere than on the captured stream would be timed on nothing."""
+    replay = capture(call, 1, 1)
+    outputs = replay.kept[0]
+    for output in outputs:
+        output.detach().fill_(float("nan"))
+    cell.restore()
+    replay.graph.replay()
+    synchronizer(cell.device)()
+    cell.check(pass_, outputs)
+    cell.restore()
+
+
+def _known(name: str, pass_: str, error: Exception) -> bool:
+    """Failures that need no line: torch.compile's backward pass gives buffers away, and refuses to
+    run twice; a forced form of ours refuses widths that it does not have."""
+    if name == "torch.compile" and pass_ == "backward":
+        return True
+    return name != "ours" and isinstance(error, ValueError)
+
+
+def host_times(
+    cell: Cell,
+    pass_: str,
+    contenders: Sequence[Contender],
+    norms: Mapping[str, Norm],
+    repeats: int,
+    samples: int,
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Microseconds a call, the host's part included, of every contender that gives the right
+    result; `repeats` calls a sample."""
+    in_place = {c.name for c in contenders if c.in_place}
+    calls: dict[str, Call] = {}
+    for name, norm in norms.items():
+        try:
+            call = cell.call(pass_, norm)
+            cell.restore()
+            cell.check(pass_, call(0))
+            calls[name] = call
+        except Exception as error:
+            say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
+
+    def before(name: str) -> None:
+        if name in in_place:
+            cell.restore()
+
+    if not calls:
+        return {}
+    wait = synchronizer(cell.device)
+    return calls_in_turn(calls, cell.sets_for(pass_), repeats, samples, wait, before)
+
+
+def peak_bytes(cell: Cell, norm: Norm) -> int:
+    """What a forward and backward pass adds to the allocated memory at its height (CUDA)."""
+    call = cell.call("full", norm)
+    call(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(cell.device)
+    torch.cuda.reset_peak_memory_stats(cell.device)
+    outputs = call(0)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated(cell.device) - before
+    del outputs
+    cell.restore()
+    return peak
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"

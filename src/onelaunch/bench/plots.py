@@ -1,0 +1,66 @@
+"""Pictures of records: what several experiments draw, and the file they go to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onelaunch.checkpoints.atomic import atomic_file
+from onelaunch.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHADES = "RdYlGn"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches. Raises MissingExtra where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "bench", "the plot") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def heat_map(
+    axes: Axes,
+    speeds: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str,
+) -> Any:
+    """Speeds relative to something as colours, green above 1 and red below, to a factor of 4 either
+    way; None is blank. `texts` stand in the cells. Returns the image, for a colour bar."""
+    shades = [
+        [math.nan if s is None else max(-2.0, min(2.0, math.log2(s))) for s in row]
+        for row in speeds
+    ]
+    image = axes.imshow(shades, aspect="auto", cmap=SHADES, vmin=-2, vmax=2)
+    axes.set_xticks(range(len(column_names)), column_names, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(length=0)
+    for i, row in enumerate(texts):
+        for j, text in enumerate(row):
+            dark = abs(shades[i][j]) > 1.6
+            color = "white" if dark else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
+    return image
+
+
+def color_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
+    """The scale of `heat_map`'s colours."""
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.set_label(label, fontsize=8)

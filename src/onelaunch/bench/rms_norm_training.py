@@ -1,0 +1,166 @@
+"""rms-norm-training: a training step with our RMSNorm and with PyTorch's.
+
+Forward, backward, clipping and AdamW, as the trainer does them, telemetry included; eager and
+through torch.compile. The models have their presets' vocabularies, whatever the data's is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onelaunch.bench import plots
+from onelaunch.bench.peers.rms_norm import without_kernel
+from onelaunch.bench.record import Row
+from onelaunch.bench.rig import in_turn
+from onelaunch.bench.rig import trainer as timed_trainer
+from onelaunch.bench.tables import figure as digits
+from onelaunch.bench.tables import markdown
+from onelaunch.config import preset
+from onelaunch.training.loop import Trainer
+from onelaunch.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNIT = "ms/step"
+
+Case = tuple[str, int, int, bool]
+"""Preset, batch, sequence, whether compiled."""
+
+CASES: tuple[Case, ...] = tuple(
+    (name, batch, 256, compiled)
+    for name in ("stories15m", "stories110m")
+    for batch in (64, 1)
+    for compiled in (False, True)
+)
+QUICK: tuple[Case, ...] = (("stories15m", 1, 256, False), ("stories15m", 1, 256, True))
+CPU_CASES: tuple[Case, ...] = (("stories260k", 8, 128, False), ("stories260k", 1, 128, False))
+CPU_QUICK: tuple[Case, ...] = CPU_CASES[:1]
+
+WARM_STEPS = 5
+BLOCK_SECONDS = 0.4
+BLOCKS, QUICK_BLOCKS = 15, 9
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Time every case; yields a row each, lower is better."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        cases = QUICK if quick else CASES
+    else:
+        without_kernel(say)
+        say("a small model, eager alone")
+        cases = CPU_QUICK if quick else CPU_CASES
+    for case in cases:
+        yield _compare(case, device, QUICK_BLOCKS if quick else BLOCKS, say)
+
+
+def _compare(case: Case, device: str, blocks: int, say: Callable[[str], None]) -> Row:
+    name, batch, seq_len, compiled = case
+    vocab_size = preset(name).vocab_size
+    # a second shape of one function would be compiled for any shape
+    torch.compiler.reset()
+    with ExitStack() as stack:
+        trainers = {
+            norm: stack.enter_context(
+                timed_trainer(_recipe(case, norm), device, vocab_size=vocab_size)
+            )
+            for norm in ("onelaunch", "torch")
+        }
+        for trainer in trainers.values():
+            _warm(trainer)
+        ours, torch_ = trainers["onelaunch"], trainers["torch"]
+        seconds = min(_seconds(ours), _seconds(torch_))
+        repeats = max(1, round(BLOCK_SECONDS / seconds))
+        rates = in_turn(ours._update, torch_._update, 1, repeats, blocks)
+    ours_ms, torch_ms = ([1e3 / rate for rate in samples] for samples in rates[:2])
+    ratio = Row.of("", [1 / r for r in rates[2]])
+    how = "compiled" if compiled else "eager"
+    row = Row.of(
+        f"{name} {batch}x{seq_len} {how}",
+        ours_ms,
+        peers={"torch": Row.of("", torch_ms).ours},
+        notes={
+            "ratio": round(ratio.ours, 4),
+            "ratio_spread": [round(v, 4) for v in ratio.spread or ()],
+            "steps_per_block": repeats,
+            "vocab_size": vocab_size,
+            "dtype": str(ours.engine.describe()["dtype"]),
+        },
+    )
+    say(
+        f"{row.case}: {row.ours:.2f} ms a step with ours, {row.peers['torch']:.2f} with PyTorch's; "
+        f"median of {ratio.n} paired ratios {ratio.ours:.3f}"
+    )
+    return row
+
+
+def _recipe(case: Case, norm: str) -> Recipe:
+    name, batch, seq_len, compiled = case
+    settings: dict[str, object] = {
+        "model.preset": name,
+        "train.batch_size": batch,
+        "train.seq_len": seq_len,
+        "train.compile": compiled,
+        "train.norm": norm,
+        "train.updates": 10**6,
+    }
+    return Recipe().with_settings(settings, "bench")
+
+
+def _warm(trainer: Trainer) -> None:
+    for _ in range(WARM_STEPS):
+        trainer._update()
+
+
+def _seconds(trainer: Trainer) -> float:
+    start = time.perf_counter()
+    trainer._update()
+    return time.perf_counter() - start
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown: milliseconds a step with either norm."""
+    lines = [
+        [
+            row["case"],
+            digits(row["ours"]),
+            "-".join(digits(v) for v in row["spread"]),
+            digits(row["peers"]["torch"]),
+            f"{row['ratio']:.3f}",
+            "-".join(f"{v:.3f}" for v in row["ratio_spread"]),
+        ]
+        for row in record["rows"]
+    ]
+    header = ["model, batch x sequence", "ours, ms", "p20-p80", "torch, ms", "ours / torch"]
+    header.append("p20-p80 of pairs")
+    title = f"# A training step with our RMSNorm and with PyTorch's, on {record['device']}"
+    return f"{title}\n\n{markdown(header, lines)}\n"
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Bars: time of ours over time of torch, with the spread of the pairs."""
+    rows = record["rows"]
+    if not rows:
+        return None
+    figure = plots.new_figure(8, 1.4 + 0.4 * len(rows))
+    axes = figure.subplots()
+    ratios = [row["ratio"] for row in rows]
+    low = [max(0.0, row["ratio"] - row["ratio_spread"][0]) for row in rows]
+    high = [max(0.0, row["ratio_spread"][1] - row["ratio"]) for row in rows]
+    places = range(len(rows))
+    axes.barh(places, ratios, xerr=[low, high], height=0.6, color="#4878a8", ecolor="black")
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(places, [row["case"] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    for at, row in zip(places, rows, strict=True):
+        text = f"{digits(row['ours'])} / {digits(row['peers']['torch'])} ms"
+        axes.text(0.01, at, text, va="center", fontsize=7, color="white")
+    axes.set_xlabel("step time, ours / torch (lines: 20th to 80th percentile of pairs)", fontsize=8)
+    axes.set_title(f"Training step by RMSNorm on {record['device']}", fontsize=10)
+    return figure

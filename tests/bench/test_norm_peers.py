@@ -1,0 +1,83 @@
+"""RMSNorm's peers: what is missing is said, and Liger's copy differs in its two conditions."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from onelaunch.bench.peers import rms_norm as peers
+from onelaunch.operators.rms_norm.reference import rms_norm as plain
+
+MODULE = """
+import inspect
+{lines}
+
+def where():
+    return __name__
+"""
+CONDITION = f"    if {peers.LIGER_CONDITION}:\n        return 'row'\n    return 'block'\n"
+SIGNATURE = "(BLOCK_SIZE, n_rows, row_mode=None):\n"
+
+
+def a_module(tmp_path, monkeypatch, places):
+    name = f"a_liger_{places}"
+    lines = "".join(f"def path{i}{SIGNATURE}{CONDITION}" for i in range(places))
+    (tmp_path / f"{name}.py").write_text(MODULE.format(lines=lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(name)
+
+
+def test_the_copy_takes_the_published_rule_and_the_original_keeps_its_own(tmp_path, monkeypatch):
+    released = a_module(tmp_path, monkeypatch, 2)
+    patched = peers.with_source_rule(released)
+    assert patched is not released
+    for path in ("path0", "path1"):
+        before, after = getattr(released, path), getattr(patched, path)
+        assert [before(256, n) for n in (4096 * 8 - 1, 4096 * 8)] == ["row", "block"]
+        assert [after(512, n) for n in (4095, 4096)] == ["row", "block"]
+        assert after(1024, 65536) == "row"
+        assert after(64, 65536, True) == "row"
+
+
+@pytest.mark.parametrize("places", [0, 1, 3])
+def test_a_liger_that_looks_otherwise_is_not_patched(tmp_path, monkeypatch, places):
+    with pytest.raises(ValueError, match=f"stands in {places} places"):
+        peers.with_source_rule(a_module(tmp_path, monkeypatch, places))
+
+
+def test_missing_peers_are_said(monkeypatch):
+    for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.rms_norm", "quack"):
+        monkeypatch.setitem(sys.modules, name, None)
+    lines = []
+    found = peers.peers(torch.device("cuda"), lines.append)
+    assert [contender.name for contender in found] == ["torch", "torch.compile"]
+    assert [line.split(":")[0] for line in lines] == ["without Liger", "without QuACK"]
+
+
+def test_a_cpu_has_no_more_than_pytorch():
+    lines = []
+    found = peers.peers(torch.device("cpu"), lines.append)
+    assert [contender.name for contender in found] == ["torch", "torch.compile"]
+    assert lines == []
+
+
+def test_pytorchs_norm_and_ours_do_the_same_work():
+    x, weight = torch.randn(33, 40), torch.rand(40) + 0.5
+    expected = plain(x, weight, peers.EPS)
+    forms = {c.name: c.fresh() for c in peers.ours()}
+    assert list(forms) == ["ours", "row", "block", "source"]
+    norms = [*forms.values(), peers.peers(torch.device("cpu"), print)[0].fresh()]
+    for norm in norms:
+        torch.testing.assert_close(norm(x, weight), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_whether_pytorch_may_run_quack(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("TORCH_DISABLE_NATIVE_JIT", raising=False)
+    assert peers.torch_may_run_quack()
+    monkeypatch.setenv("TORCH_DISABLE_NATIVE_JIT", "1")
+    assert not peers.torch_may_run_quack()
+    monkeypatch.setenv("TORCH_DISABLE_NATIVE_JIT", "0")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert not peers.torch_may_run_quack()

@@ -1,0 +1,94 @@
+"""The runner: what an experiment found is kept, however the run ends."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from onelaunch.bench import runner
+from onelaunch.bench.record import Row
+from onelaunch.bench.runner import conduct
+from onelaunch.errors import RunFailed
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a made-up experiment; returns the lines said, and its folder."""
+    lines = []
+
+    def conducted(rows, **views):
+        module = SimpleNamespace(UNIT="us", run=lambda device, quick, say: rows, **views)
+        monkeypatch.setitem(sys.modules, "onelaunch.bench.made_up", module)
+        return conduct("made-up", "cpu", True, tmp_path, lines.append)
+
+    conducted.lines, conducted.folder = lines, tmp_path
+    return conducted
+
+
+def cases(run):
+    (path,) = run.folder.glob("*/made-up.json")
+    return {row["case"]: row["ours"] for row in json.loads(path.read_text())["rows"]}
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_rows_come_as_a_list_or_one_by_one(run, kind):
+    path = run(kind([Row("a", 1.0), Row("b", 2.0)]))
+    assert cases(run) == {"a": 1.0, "b": 2.0}
+    assert run.lines == [f"record: {path}"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError("a device fell off")])
+@pytest.mark.parametrize("every", [0.0, 1e9])
+def test_a_run_that_ends_early_leaves_what_it_had(run, monkeypatch, end, every):
+    monkeypatch.setattr(runner, "SAVE_SECONDS", every)
+
+    def rows():
+        yield Row("a", 1.0)
+        yield Row("b", 2.0)
+        raise end
+
+    with pytest.raises(end if isinstance(end, type) else RuntimeError):
+        run(rows(), table=lambda record: f"{len(record['rows'])} rows\n")
+    assert cases(run) == {"a": 1.0, "b": 2.0}
+    assert next(run.folder.glob("*/made-up.md")).read_text() == "2 rows\n"
+
+
+def test_rows_are_on_disk_before_the_run_ends(run, monkeypatch):
+    monkeypatch.setattr(runner, "SAVE_SECONDS", 0.0)
+    seen = []
+
+    def rows():
+        yield Row("a", 1.0)
+        yield Row("b", 2.0)
+        seen.append(cases(run))
+
+    run(rows())
+    assert seen == [{"a": 1.0, "b": 2.0}]
+
+
+def test_views_are_of_the_whole_record(run):
+    run([Row("a", 1.0)])
+    run([Row("b", 2.0)], table=lambda r: " ".join(row["case"] for row in r["rows"]))
+    assert next(run.folder.glob("*/made-up.md")).read_text() == "a b"
+    assert "a b" in run.lines
+
+
+def test_without_matplotlib_the_record_stays_and_one_line_names_the_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run([Row("a", 1.0)], draw=lambda record: runner.plots.new_figure(3, 2))
+    assert cases(run) == {"a": 1.0}
+    assert [line for line in run.lines if "onelaunch[bench]" in line]
+    assert not list(run.folder.glob("*/*.png"))
+
+
+def test_a_picture_lies_beside_the_record(run):
+    pytest.importorskip("matplotlib")
+    run([Row("a", 1.0)], draw=lambda record: runner.plots.new_figure(3, 2))
+    assert next(run.folder.glob("*/made-up.png")).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_row_failed(run):
+    with pytest.raises(RunFailed, match="no case"):
+        run([])
+    assert not list(run.folder.iterdir())
