@@ -37,8 +37,8 @@ def norms(run):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("has_kernel", [False, True])
-def test_auto_is_the_operator_where_it_has_a_kernel(has_kernel, compiled):
-    chosen = "onelaunch" if has_kernel else "torch"
+def test_auto_is_the_operator_where_it_has_a_kernel_and_nothing_is_compiled(has_kernel, compiled):
+    chosen = "onelaunch" if has_kernel and not compiled else "torch"
     assert choose_norm("auto", has_kernel, compiled) == chosen
     assert choose_norm("torch", has_kernel, compiled) == "torch"
     assert choose_norm("onelaunch", has_kernel, compiled) == "onelaunch"

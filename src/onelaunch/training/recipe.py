@@ -56,7 +56,7 @@ class TrainSection:
 
     `seq_len` 0 is the model's context. `dtype` "auto" is bfloat16 autocast on CUDA, float32
     elsewhere. `norm` "auto" is this package's operator on a GPU that runs its kernel, PyTorch's
-    elsewhere. `threads` 0 leaves torch's choice.
+    elsewhere and with `compile`. `threads` 0 leaves torch's choice.
     """
 
     updates: int = 1000

@@ -177,7 +177,13 @@ def _forward_op(
     if launch.supported(x, weight):
         return launch.forward(x, weight, s)
     launch.check(x, weight, s)
-    return reference.rms_norm(x, weight, eps, casting, offset)
+    return _as_promised(reference.rms_norm(x, weight, eps, casting, offset), x)
+
+
+def _as_promised(result: Tensor, x: Tensor) -> Tensor:
+    """A result with the strides that the fake form says."""
+    promised = torch.empty_like(x)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 def _backward_op(
@@ -196,6 +202,7 @@ def _backward_op(
         dx, dw = launch.backward(dy, x, weight, s, need_dw)
     else:
         dx, dw = reference.rms_norm_backward(dy, x, weight, eps, casting, offset)
+        dx = _as_promised(dx, x)
     return dx, dw if need_dw and dw is not None else x.new_empty(0)
 
 

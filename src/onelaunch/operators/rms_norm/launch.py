@@ -229,7 +229,7 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
     y = torch.empty_like(x)
     layout = row_layout(x.shape, (x.stride(), y.stride()))
     if layout is None or (weight is not None and not weight.is_contiguous()):
-        return lambda x, weight: forward(_dense(x, x), _compact(weight), s)
+        return lambda x, weight: _forward_on_copies(x, weight, s)
     from onelaunch.operators.rms_norm import kernels
 
     plan = _plan(forward_plan, x, s)
@@ -267,10 +267,7 @@ def _backward_launch(
     dx = dy if in_place else torch.empty_like(x)
     layout = row_layout(x.shape, (x.stride(), dy.stride(), dx.stride()))
     if layout is None or (weight is not None and not weight.is_contiguous()):
-        # dX has the strides that it always has: those of x, without gaps.
-        return lambda dy, x, weight: backward(
-            _dense(dy, x), _dense(x, x), _compact(weight), s, need_dw
-        )
+        return lambda dy, x, weight: _backward_on_copies(dy, x, weight, s, need_dw)
     from onelaunch.operators.rms_norm import kernels
 
     need_dw = need_dw and weight is not None
@@ -333,9 +330,23 @@ def _backward_launch(
     return launch if need_dw else launch_for_dx
 
 
-def _dense(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy without gaps, its axes in the order of `like`'s strides: one stride walks its rows."""
-    return torch.empty_like(like).copy_(tensor)
+def _forward_on_copies(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
+    """y of a layout that the kernels do not walk, with the strides that it always has."""
+    dense = torch.empty_like(x)
+    if dense.stride(-1) == 1:
+        return forward(dense.copy_(x), _compact(weight), s)
+    return dense.copy_(forward(x.contiguous(), _compact(weight), s))
+
+
+def _backward_on_copies(
+    dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
+) -> tuple[Tensor, Tensor | None]:
+    dense = torch.empty_like(x)
+    if dense.stride(-1) == 1:
+        dy = torch.empty_like(x).copy_(dy)
+        return backward(dy, dense.copy_(x), _compact(weight), s, need_dw)
+    dx, dw = backward(dy.contiguous(), x.contiguous(), _compact(weight), s, need_dw)
+    return dense.copy_(dx), dw
 
 
 def _compact(tensor: Tensor | None) -> Tensor | None:

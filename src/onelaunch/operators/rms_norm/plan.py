@@ -73,6 +73,7 @@ MAX_TILE_COLUMNS = 16384
 CHUNK_COLUMNS = 8192
 CHUNKED_BACKWARD = (2, 4096, 8)  # rows a tile, columns a chunk, warps
 MAX_COLUMNS = 262_144
+MAX_PROGRAMS = 2**31 - 1
 MAX_WARPS = 16
 
 # The second backward launch adds the partials: columns a program, partials read at a time, warps.
@@ -194,6 +195,8 @@ def _source_warps(width: int) -> int:
 
 
 def _by_blocks(row_mode: str, rows: int, multiprocessors: int) -> bool:
+    if rows > MAX_PROGRAMS:
+        return True
     if row_mode != "auto":
         return row_mode == "block"
     return rows >= BLOCK_MIN_ROWS_PER_MULTIPROCESSOR * multiprocessors

@@ -68,7 +68,7 @@ def rms_norm_backward(
     dx = rstd * (m - n * (m * n).mean(-1, keepdim=True))
     if weight is None:
         return dx.to(x.dtype), None
-    return dx.to(x.dtype), (dy_wide * n).flatten(0, -2).sum(0).to(weight.dtype)
+    return dx.to(x.dtype), (dy_wide * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
 def _scale(
