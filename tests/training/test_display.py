@@ -141,8 +141,8 @@ def test_watching_costs_little_where_printing_each_step_costs_much(rate):
     with bench_trainer(Recipe().with_settings(settings, "test"), "cpu") as trainer:
         samples = watch(trainer, rate, blocks=9, seconds=0.4, naive_updates=330)
     none = statistics.median(samples["none"])
-    ours = [a / b for a, b in zip(samples["ours"], samples["none"], strict=True)]
-    assert statistics.median(ours) < 1.03, f"ours {samples['ours']}, unwatched {samples['none']}"
+    # The least of each: other work on the machine only adds.
+    assert min(samples["ours"]) < 1.03 * min(samples["none"]), samples
     if rate is not None:
         assert samples["naive"][0] > 1.5 * none, "the terminal was to be slow"
 

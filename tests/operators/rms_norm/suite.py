@@ -211,7 +211,8 @@ def _with_gradients(y: Tensor, x: Tensor, weight: Tensor | None, dy: Tensor) -> 
 
 
 def exact(case: Case, x: Tensor, weight: Tensor | None, dy: Tensor) -> tuple[Results, dict]:
-    """The closed form in float64, and the sizes against which errors are held: a result's own where none is named.
+    """The closed form in float64, and the sizes against which errors are held, by name; a result
+    that is not named is held against its own.
 
     With r = 1 / sqrt(mean(x^2) + eps) and m = dY * (weight + offset):
     y = x r (weight + offset), dX = r (m - x r mean(m x r)), dW = sum over rows of dY x r.
