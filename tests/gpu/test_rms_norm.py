@@ -10,6 +10,7 @@ import torch
 
 from onelaunch import rms_norm
 from onelaunch.operators.rms_norm.plan import MAX_COLUMNS, MAX_TILE_COLUMNS
+from tests.operators.rms_norm.edge_suite import EdgeSuite
 from tests.operators.rms_norm.kernel_suite import KernelSuite, every_row_mode
 from tests.operators.rms_norm.suite import Case, Results, check, inputs, run
 
@@ -18,7 +19,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 GIB = 2**30
 
 
-class TestOnCuda(KernelSuite):
+class TestOnCuda(KernelSuite, EdgeSuite):
     device = CUDA
     dtypes = ((BF16, F32), (F16, F32), (F32, BF16))
     main_dtypes = (BF16, F32)
@@ -60,10 +61,6 @@ class TestOnCuda(KernelSuite):
         for dtype in (BF16, F32):
             kernel = "row" if columns <= MAX_TILE_COLUMNS else "chunked"
             self.verify(Case((rows, columns), dtype, dtype, row_mode="row"), kernel)
-
-    @pytest.mark.parametrize("columns", [1024, 2048])
-    def test_the_published_tile_on_rows_wider_than_its_own(self, columns):
-        self.verify(Case((37, columns), BF16, BF16, row_mode="block", rule="source"), "block")
 
     def test_beyond_the_widest_the_plain_form_runs(self):
         case = Case((2, MAX_COLUMNS + 1), BF16, BF16)

@@ -31,12 +31,12 @@ def bind(
     warps: int,
     dependent: bool = False,
 ) -> Callable[..., None]:
-    """A function that launches `kernel` on other tensors of the same dtypes and alignment to 16
-    bytes, on their device and its current stream.
+    """A function that launches `kernel` on other tensors of the same dtypes, each aligned to 16
+    bytes where its predecessor was, on their device and its current stream.
 
-    A kernel's arguments are its tensors, its numbers and its constants, in this order; tensors that
-    are None come last and are left out of the calls. `dependent` lets it be scheduled before the
-    kernel ahead of it has ended; it must wait for that itself.
+    A kernel's arguments are its tensors, its numbers and its constants, in this order, the
+    constants by name; tensors that are None come last and are left out of the calls. `dependent`
+    lets it be scheduled before the kernel ahead of it has ended; it must wait for that itself.
     """
     options: dict[str, Any] = {"num_warps": warps}
     if dependent:
@@ -50,7 +50,7 @@ def bind(
         with _guard(device):
             kernel[(grid,)](*tensors, *rest, **constants, **options)
 
-    if not _handles(device):
+    if not _handles(kernel, device):
         return launch
     index = device.index
     with torch.cuda.device(index):
@@ -89,10 +89,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _handles(device: torch.device) -> bool:
+def _handles(kernel: Any, device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     import triton
+
+    if not isinstance(kernel, triton.JITFunction):
+        return False  # interpreted
 
     return ".".join(triton.__version__.split(".")[:2]) in KNOWN_LAUNCHERS
 

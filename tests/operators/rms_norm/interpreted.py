@@ -21,6 +21,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from onelaunch.operators.rms_norm import kernels, launch, plan  # noqa: E402
 from tests.operators.rms_norm import suite  # noqa: E402
+from tests.operators.rms_norm.edge_suite import FAR_ELEMENTS, EdgeSuite  # noqa: E402
 from tests.operators.rms_norm.kernel_suite import KernelSuite  # noqa: E402
 from tests.operators.rms_norm.suite import Case  # noqa: E402
 
@@ -63,7 +64,7 @@ slow_reduce = interpreter.ReduceOps.generic_reduce
 interpreter.ReduceOps.generic_reduce = _add_pairs_at_once(slow_reduce)
 
 
-class TestInterpreted(KernelSuite):
+class TestInterpreted(KernelSuite, EdgeSuite):
     device = torch.device("cpu")
     dtypes = ((torch.float32, torch.float16), (torch.float16, torch.float32))
     main_dtypes = (torch.float32, torch.float16)
@@ -72,6 +73,11 @@ class TestInterpreted(KernelSuite):
     source_row_mode = "block"
     row_counts = (1, 7, 40, 60)
     independent_widths = (96,)
+
+    def far_storage(self, tmp_path):
+        """A file that is nearly all hole."""
+        file = str(tmp_path / "far")
+        return torch.from_file(file, shared=True, size=FAR_ELEMENTS, dtype=torch.float16)
 
     def test_the_sources_row_count_reaches_its_block_kernel(self):
         self.verify(Case((4099, 7), rule="source"), "block")

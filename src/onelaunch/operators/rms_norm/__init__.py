@@ -11,12 +11,13 @@ backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
 
-from onelaunch.operators.rms_norm.autograd import apply
-from onelaunch.operators.rms_norm.launch import settings
+from onelaunch.operators.rms_norm.autograd import apply, traced
+from onelaunch.operators.rms_norm.launch import Settings, settings
 
 __all__ = ["RMSNorm", "rms_norm"]
 
@@ -44,19 +45,26 @@ def rms_norm(
     long as `row_mode` or the rule gives them the same path.
 
     `in_place` lets the backward write dX over the gradient that came in: less memory, for graphs in
-    which nobody else reads that gradient. Only eager calls on a device with a kernel heed it.
+    which nobody else reads that gradient. Not where y is added to something, as in x + rms_norm(x):
+    both branches of a sum are given one and the same gradient. Only eager calls on a device with a
+    kernel heed it.
     `row_mode` forces one row a program (`row`) or several (`block`); `rule` is ours (`tuned`) or
     the published one (`source`).
 
-    Where there is no kernel (CPU, float64, rows beyond 262,144 columns) the plain PyTorch form
-    runs. Raises TypeError and ValueError where the arguments do not fit together, RuntimeError
-    where a gradient is to be differentiated again.
+    Where there is no kernel (CPU, float64, rows beyond 262,144 columns, forward-mode
+    differentiation) the plain PyTorch form runs. Raises TypeError and ValueError where the
+    arguments do not fit together, RuntimeError where a kernel's gradient is to be differentiated
+    again.
     """
+    if torch.compiler.is_compiling():
+        Settings(eps, casting, offset, in_place, row_mode, rule)  # checks
+        return traced(x, weight, eps, casting, offset, row_mode, rule)
     return apply(x, weight, settings(eps, casting, offset, in_place, row_mode, rule))
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its weight, in the place of `torch.nn.RMSNorm` over the last axis.
+    """`rms_norm` with its weight, in the place of `torch.nn.RMSNorm` over the last axis; of its
+    roundings too with casting="gemma". `eps` is a number, never None.
 
     The weight starts at 1 - offset, so that the norm begins as x / rms(x). Other arguments are
     those of `rms_norm`.
@@ -77,8 +85,8 @@ class RMSNorm(nn.Module):
         rule: str = "tuned",
     ) -> None:
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-        self.normalized_shape = tuple(shape)
+        shape = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        self.normalized_shape = tuple(map(index, shape))
         if len(self.normalized_shape) != 1:
             raise ValueError(f"RMSNorm normalizes the last axis, not {self.normalized_shape}")
         if offset and not elementwise_affine:
@@ -92,6 +100,11 @@ class RMSNorm(nn.Module):
         else:
             self.register_parameter("weight", None)
         self.reset_parameters()
+
+    @property
+    def eps(self) -> float:
+        """What is added to the mean of squares."""
+        return self.settings.eps
 
     def reset_parameters(self) -> None:
         """Weight 1 - offset."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -25,6 +26,8 @@ TWICE = (
     "use onelaunch.operators.rms_norm.reference.rms_norm where second derivatives are needed"
 )
 _PLAIN = (Tensor, Parameter)
+# Subclasses that take operators by their own tables, which do not hold ours.
+_WITHOUT_RULE = ("torch.distributed", "torch.nested")
 _said: set[str] = {"meta"}  # device types of which it was said that there is no kernel
 
 
@@ -40,8 +43,13 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
         # A batch of gradients (is_grads_batched) is a plain tensor without storage.
-        plain = type(dy) is Tensor and _has_storage(dy) and not _transformed()
-        if torch.is_grad_enabled() or not plain:
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or type(dy) is not Tensor
+            or not _has_storage(dy)
+            or _transformed()
+        ):
             s = ctx.prepared.s
             dx, dw = torch.ops.onelaunch.rms_norm_backward(
                 dy, x, weight, s.eps, s.casting, s.offset, need_dw, s.row_mode, s.rule
@@ -51,8 +59,8 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
-# Function.apply itself first looks for functorch's transforms and unwraps dead wrappers; apply()
-# below has looked already.
+# Function.apply itself first looks for functorch's transforms and for dead wrappers; apply() below
+# looks for the first before, and for the others where they are in the way.
 _apply = super(torch.autograd.Function, _RMSNorm).apply  # type: ignore[misc]
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -62,13 +70,16 @@ _has_storage = torch._C._has_storage
 def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
     """rms_norm by whichever way serves these tensors."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        launch.check(x, weight, s)
-        # The kernels have no forward-mode derivative.
-        if launch.supported(x, weight) and forward_ad._current_level < 0:
-            return _through_operator(x, weight, s)
-        return reference.rms_norm(x, weight, s.eps, s.casting, s.offset)
+        return traced(x, weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
     if type(x) in _PLAIN and (weight is None or type(weight) in _PLAIN) and not _transformed():
-        prepared = launch.prepare(x, weight, s)
+        try:
+            prepared = launch.prepare(x, weight, s)
+        except RuntimeError:
+            # functorch's transforms leave wrappers behind, which have no address any more.
+            alive_x, alive_weight = unwrap_dead_wrappers((x, weight))
+            if alive_x is x and alive_weight is weight:
+                raise
+            return apply(alive_x, alive_weight, s)
         if prepared is None:
             return _plain(x, weight, s)
         if torch.is_grad_enabled() and (
@@ -76,8 +87,31 @@ def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
         ):
             return _apply(x, weight, prepared)
         return prepared.forward(x, weight)
-    launch.check(x, weight, s)
+    launch.check(x, weight, s.offset)
+    if type(x).__module__.startswith(_WITHOUT_RULE):
+        return reference.rms_norm(x, weight, s.eps, s.casting, s.offset)
     return _through_transforms(x, weight, s)
+
+
+def traced(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    casting: str,
+    offset: float,
+    row_mode: str,
+    rule: str,
+) -> Tensor:
+    """The form that torch.compile sees: the operator where there is a kernel, else the plain form.
+
+    The plain form too under functorch's transforms, which torch.compile traces through, and under
+    forward-mode differentiation, for which the kernels have no rule.
+    """
+    launch.check(x, weight, offset)
+    plain = forward_ad._current_level >= 0 or _functorch_active()
+    if plain or not launch.supported(x, weight):
+        return reference.rms_norm(x, weight, eps, casting, offset)
+    return torch.ops.onelaunch.rms_norm(x, weight, eps, casting, offset, row_mode, rule)
 
 
 def _transformed() -> bool:
@@ -176,7 +210,7 @@ def _forward_op(
     s = launch.settings(eps, casting, offset, False, row_mode, rule)
     if launch.supported(x, weight):
         return launch.forward(x, weight, s)
-    launch.check(x, weight, s)
+    launch.check(x, weight, offset)
     return _as_promised(reference.rms_norm(x, weight, eps, casting, offset), x)
 
 
@@ -197,16 +231,21 @@ def _backward_op(
     row_mode: str,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
+    launch.check_gradient(dy, x)
     s = launch.settings(eps, casting, offset, False, row_mode, rule)
     if launch.supported(x, weight):
         dx, dw = launch.backward(dy, x, weight, s, need_dw)
     else:
+        launch.check(x, weight, offset)
         dx, dw = reference.rms_norm_backward(dy, x, weight, eps, casting, offset)
         dx = _as_promised(dx, x)
     return dx, dw if need_dw and dw is not None else x.new_empty(0)
 
 
-def _fake_forward(x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, eps: float, casting: str, offset: float, *rest: Any
+) -> Tensor:
+    launch.check(x, weight, offset)
     return torch.empty_like(x)
 
 

@@ -35,7 +35,8 @@ def _row_offsets(row, inner, outer_stride, inner_stride, C: tl.constexpr, LAYOUT
         # A 64-bit division is slow; where rows are nested there are fewer than 2^31 of them.
         row32 = row.to(tl.int32)
         outer = row32 // inner
-        offsets = outer.to(tl.int64) * outer_stride + (row32 - outer * inner) * inner_stride
+        within = row32 - outer * inner
+        offsets = outer.to(tl.int64) * outer_stride + within.to(tl.int64) * inner_stride
     return offsets
 
 

@@ -7,6 +7,7 @@ later call looks it up by shape, dtype, strides and alignment and launches.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -33,7 +34,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 empty_like, new_empty = torch.empty_like, Tensor.new_empty
 HAS_TRITON = find_spec("triton") is not None
 # Triton decides while it is imported; kernels then run on a CPU's tensors too, slowly.
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+_TRUE = ("1", "true", "yes", "on", "y")
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE
 # So many shapes are remembered; sequences of every length would otherwise fill the memory.
 MAX_REMEMBERED = 4096
 
@@ -84,7 +86,7 @@ def settings(
 _settings: dict[tuple[object, ...], Settings] = {}
 
 
-def check(x: Tensor, weight: Tensor | None, s: Settings) -> None:
+def check(x: Tensor, weight: Tensor | None, offset: float) -> None:
     """Raise TypeError or ValueError, in words, where the operator is not defined."""
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor is None and name == "weight":
@@ -98,7 +100,7 @@ def check(x: Tensor, weight: Tensor | None, s: Settings) -> None:
     if x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x of shape {tuple(x.shape)} has empty rows")
     if weight is None:
-        if s.offset:
+        if offset:
             raise ValueError("rms_norm: an offset is added to a weight, and there is none")
         return
     if weight.shape != x.shape[-1:]:
@@ -124,6 +126,14 @@ def supported(x: Tensor, weight: Tensor | None) -> bool:
     return weight is None or weight.dtype in DTYPES
 
 
+def check_gradient(dy: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless dy can be the gradient of y."""
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+        raise ValueError(
+            f"rms_norm: the gradient is {_said_of(dy)}, x is {_said_of(x)}: they must agree"
+        )
+
+
 class Prepared:
     """What one shape, dtype and layout of x and weight need: `forward(x, weight)` launches, and
     `backward` remembers what the gradients' layouts need."""
@@ -146,6 +156,7 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
             x.is_contiguous() or x.stride(),
             x.get_device(),
             x.data_ptr() & 15,
+            x.is_neg(),
         )
     else:
         key = (
@@ -153,7 +164,8 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
             x.dtype,
             x.is_contiguous() or x.stride(),
             x.get_device(),
-            (x.data_ptr() | weight.data_ptr()) & 15,
+            x.data_ptr() & 15 | (weight.data_ptr() & 15) << 4,
+            x.is_neg(),
             weight.shape,
             weight.dtype,
             weight.is_contiguous(),
@@ -162,12 +174,27 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
     found: Prepared | None = s.prepared.get(key)
     if found is not None:
         return found
-    check(x, weight, s)
-    if not supported(x, weight):
+    check(x, weight, s.offset)
+    if not supported(x, weight) or x.device in _failed or torch._C._get_tracing_state():
         return None
-    prepared = Prepared(s, _forward_launch(x, weight, s))
+    try:
+        prepared = Prepared(s, _forward_launch(x, weight, s))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, an old device: whatever Triton raises
+        _failed.add(x.device)
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"rms_norm: its kernel does not compile for {x.device} ({why}); the plain PyTorch form "
+            "runs",
+            stacklevel=4,
+        )
+        return None
     _remember(s.prepared, key, prepared)
     return prepared
+
+
+_failed: set[torch.device] = set()
 
 
 def forward(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
@@ -192,20 +219,29 @@ def backward_of(
     """`backward` where the forward's preparation is at hand. Two launches, one where no dW is
     needed or one program holds it all.
 
-    x and weight may be other tensors than the forward's, of the same shape and dtype: hooks on
-    saved tensors and checkpointing bring their own.
+    x and weight may be other tensors than the forward's: hooks on saved tensors and checkpointing
+    bring their own. Raises ValueError where the three do not fit together.
     """
     if weight is None:
         key: Any = (
             dy.is_contiguous() or dy.stride(),
             x.is_contiguous() or x.stride(),
-            (dy.data_ptr() | x.data_ptr()) & 15,
+            x.shape,
+            x.dtype,
+            x.get_device(),
+            dy.data_ptr() & 15 | (x.data_ptr() & 15) << 4,
+            dy.is_neg(),
         )
     else:
         key = (
             dy.is_contiguous() or dy.stride(),
             x.is_contiguous() or x.stride(),
-            (dy.data_ptr() | x.data_ptr() | weight.data_ptr()) & 15,
+            x.shape,
+            x.dtype,
+            x.get_device(),
+            dy.data_ptr() & 15 | (x.data_ptr() & 15) << 4 | (weight.data_ptr() & 15) << 8,
+            dy.is_neg(),
+            weight.dtype,
             weight.is_contiguous(),
             need_dw,
         )
@@ -228,7 +264,9 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
         return lambda x, weight: torch.empty_like(x)
     y = torch.empty_like(x)
     layout = row_layout(x.shape, (x.stride(), y.stride()))
-    if layout is None or (weight is not None and not weight.is_contiguous()):
+    if weight is not None and not weight.is_contiguous():
+        return lambda x, weight: forward(x, _compact(weight), s)
+    if layout is None or x.is_neg():
         return lambda x, weight: _forward_on_copies(x, weight, s)
     from onelaunch.operators.rms_norm import kernels
 
@@ -258,15 +296,19 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
 def _backward_launch(
     dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    check_gradient(dy, x)
+    check(x, weight, s.offset)
     if x.numel() == 0:
         return lambda dy, x, weight: (
             torch.empty_like(x),
             torch.zeros_like(weight) if weight is not None and need_dw else None,
         )
-    in_place = s.in_place and not _overlaps(dy)
+    in_place = s.in_place and _can_be_written_over(dy)
     dx = dy if in_place else torch.empty_like(x)
     layout = row_layout(x.shape, (x.stride(), dy.stride(), dx.stride()))
-    if layout is None or (weight is not None and not weight.is_contiguous()):
+    if weight is not None and not weight.is_contiguous():
+        return lambda dy, x, weight: backward(dy, x, _compact(weight), s, need_dw)
+    if layout is None or dy.is_neg():
         return lambda dy, x, weight: _backward_on_copies(dy, x, weight, s, need_dw)
     from onelaunch.operators.rms_norm import kernels
 
@@ -308,7 +350,7 @@ def _backward_launch(
         )
 
     def launch(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        dx = dy if in_place else empty_like(x)
+        dx = written_over(dy) if in_place else empty_like(x)
         assert weight is not None
         dw = empty_like(weight)
         if direct:
@@ -320,7 +362,7 @@ def _backward_launch(
         return dx, dw
 
     def launch_for_dx(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        dx = dy if in_place else empty_like(x)
+        dx = written_over(dy) if in_place else empty_like(x)
         if weight is None:
             run(dy, x, dx)
         else:
@@ -334,30 +376,40 @@ def _forward_on_copies(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
     """y of a layout that the kernels do not walk, with the strides that it always has."""
     dense = torch.empty_like(x)
     if dense.stride(-1) == 1:
-        return forward(dense.copy_(x), _compact(weight), s)
-    return dense.copy_(forward(x.contiguous(), _compact(weight), s))
+        return forward(dense.copy_(x), weight, s)
+    return dense.copy_(forward(x.contiguous(), weight, s))
 
 
 def _backward_on_copies(
     dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dense = torch.empty_like(x)
-    if dense.stride(-1) == 1:
-        dy = torch.empty_like(x).copy_(dy)
-        return backward(dy, dense.copy_(x), _compact(weight), s, need_dw)
-    dx, dw = backward(dy.contiguous(), x.contiguous(), _compact(weight), s, need_dw)
-    return dense.copy_(dx), dw
+    """The same of the backward. Where x can be walked only dY is copied, to lie as x does."""
+    like_x = torch.empty_like(x)
+    if like_x.stride(-1) == 1:
+        if row_layout(x.shape, (x.stride(), like_x.stride())) is None:
+            x = torch.empty_like(x).copy_(x)
+        return backward(like_x.copy_(dy), x, weight, s, need_dw)
+    dx, dw = backward(dy.contiguous(), x.contiguous(), weight, s, need_dw)
+    return like_x.copy_(dx), dw
 
 
 def _compact(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share an address: an expanded gradient cannot be written over."""
-    return any(
-        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+def _can_be_written_over(dy: Tensor) -> bool:
+    """Whether no two of its elements share an address, for certain."""
+    return torch._debug_has_internal_overlap(dy) == 0
+
+
+def written_over(dy: Tensor) -> Tensor:
+    """dy, and autograd told that it changes: where something else has saved it, it will say so."""
+    torch.autograd.graph.increment_version(dy)
+    return dy
+
+
+def _said_of(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 
 def _rows(x: Tensor) -> int:

@@ -7,11 +7,11 @@ program's registers and is walked twice, piece by piece.
 
 Two rules stand side by side. `source` is the block-row rule as published
 (linkedin/Liger-Kernel, pull request 1238): 16 rows a tile and 4 warps where the padded width is at
-most 512 and there are 4,096 rows or more, one program a multiprocessor backward. `tuned` is ours:
-blocks from a number of rows for each multiprocessor on, a tile that depends on the width alone, so
-that a row's bits do not depend on the rows beside it as long as the path is the same, and a
-backward grid of a few programs a multiprocessor. Forcing `block` on a width whose tile is one row
-gives that tile.
+most 512 and there are 4,096 rows or more, one program a multiprocessor backward; rows beyond 16,384
+columns are chunked as ours are. `tuned` is ours: blocks from a number of rows for each
+multiprocessor on, a tile that depends on the width alone, so that a row's bits do not depend on the
+rows beside it as long as the path is the same, and a backward grid of a few programs a
+multiprocessor. Forcing `block` on a width whose tile is one row gives that tile.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BLOCK_ROW_MIN_ROWS = 4096
 BLOCK_ROW = 16
 SOURCE_WARPS = ((32768, 32), (8192, 16), (2048, 8), (0, 4))
 
-# Ours. Tuned on an H200 (132 multiprocessors), bfloat16, 28 shapes; what was tried is in
-# docs/log.md, what it gives in benchmarks/records/nvidia-h200/rms-norm.json.
+# Ours. Tuned on an H200 (132 multiprocessors), 2026-11-21, bfloat16, 28 shapes; what was tried is
+# in docs/log.md, what it gives in benchmarks/records/nvidia-h200/rms-norm.json.
 # Each entry: the padded width up to which it holds, then rows a tile and warps.
 FORWARD_BLOCK = (
     (64, (16, 4)),
@@ -185,9 +185,9 @@ def _check(rows: int, columns: int, row_mode: str, rule: str) -> int:
 
 
 def _source_block(rows: int, width: int, row_mode: str) -> bool:
-    if row_mode != "auto":
-        return row_mode == "block"
-    return width <= BLOCK_ROW_MAX_BLOCK_SIZE and rows >= BLOCK_ROW_MIN_ROWS
+    if row_mode == "row" or width > BLOCK_ROW_MAX_BLOCK_SIZE:
+        return False
+    return row_mode == "block" or rows >= BLOCK_ROW_MIN_ROWS
 
 
 def _source_warps(width: int) -> int:
