@@ -47,10 +47,17 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m soak
 	$(BIN)/python tests/soak.py
 
-# A small Llama with PyTorch's norm and with the operator: on a GPU with the packages that $(PYTHON)
-# has there, else in $(VENV), through Triton's interpreter.
+# A small Llama with PyTorch's norm and with the operator: with the packages that $(PYTHON) has where
+# these see a GPU, else in $(VENV) through Triton's interpreter.
 test-convergence:
-	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/convergence/run.py
+	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
+		PYTHONPATH=src $(PYTHON) tests/convergence/run.py; \
+	else \
+		$(MAKE) $(VENV)/.installed-dev && \
+		{ $(BIN)/python -c 'import triton' 2>/dev/null || \
+		  $(BIN)/python -m pip install -q -c constraints.txt -c constraints-ci.txt triton numpy; } && \
+		$(BIN)/python tests/convergence/run.py; \
+	fi
 
 # On a machine with a GPU and the packages already there.
 test-gpu:

@@ -10,6 +10,11 @@ initial weights differ from one another by one unit in the last place of float32
 a run's distance is the root mean square, over its updates, of its loss minus the mean loss of the
 (other) plain runs. The operator's distance may be no larger than the mean distance of a plain run
 and three of its standard deviations.
+
+Under autocast the residual stream is float32, and bfloat16 reaches only the norms of queries and
+keys. So a third kind of run, `bfloat16 weights`, holds the whole model in bfloat16, without
+autocast: every norm's input and weight are then bfloat16. Its plain runs differ from one another by
+one unit in the last place of bfloat16 in one initial weight of 256.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from onelaunch.training.run import make_optimizer
 
 TOLERANCE = 1e-5
 PLAIN_RUNS = 8
+HELD = "bfloat16-weights"
 SEED = 11
 GQA = {"n_layers": 4, "vocab_size": 512, "tied_embeddings": True}
 
@@ -67,18 +73,22 @@ def losses(
 ) -> Tensor:
     """The loss at every update, (updates,) in float64.
 
-    `norm` is one of `engines.norm.NORMS`, or a function in its place. Each `noise` but 0 moves the
-    initial weights by one unit in the last place, up or down by its own draw.
+    `norm` is one of `engines.norm.NORMS`, or a function in its place; `dtype` float32, bfloat16
+    (autocast) or `HELD`. Each `noise` but 0 moves the initial weights by one unit in the last
+    place, up or down by its own draw.
     """
     name = norm if isinstance(norm, str) else "torch"
     weights = dict(Model(size.config).init_weights(SEED).state_dict())
     if noise:
-        weights = {key: _moved(weight, noise) for key, weight in weights.items()}
+        weights = {key: _moved(weight, noise, dtype == HELD) for key, weight in weights.items()}
+    autocast = "float32" if dtype == HELD else dtype
     engine = ReferenceEngine(
-        size.config, weights, device=device, dtype=dtype, train=True, norm=name
+        size.config, weights, device=device, dtype=autocast, train=True, norm=name
     )
     if not isinstance(norm, str):
         engine.model.norm_function = norm
+    if dtype == HELD:
+        engine.model.bfloat16()
     settings = {"optimizer.lr": 1e-3, "optimizer.warmup": 10, "train.updates": size.updates}
     recipe = Recipe().with_settings(settings, "convergence")
     optimizer = make_optimizer(engine.parameters(), recipe)
@@ -95,11 +105,13 @@ def losses(
     return torch.stack(result).double().cpu()
 
 
-def _moved(weight: Tensor, seed: int) -> Tensor:
-    """Every element's neighbour in float32, above or below."""
-    up = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    limit = torch.where(up, torch.inf, -torch.inf)
-    return torch.nextafter(weight, limit)
+def _moved(weight: Tensor, seed: int, held: bool) -> Tensor:
+    """Every element's neighbour in float32, above or below; or one's of 256 in bfloat16."""
+    draw = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+    if held:
+        narrow = weight.bfloat16()
+        return torch.where(draw < 1 / 256, (narrow * (1 + 2**-7)).to(narrow.dtype), narrow).float()
+    return torch.nextafter(weight, torch.where(draw < 0.5, torch.inf, -torch.inf))
 
 
 def relative_difference(a: Tensor, b: Tensor) -> Tensor:

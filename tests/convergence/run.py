@@ -32,7 +32,7 @@ from onelaunch.operators.rms_norm import launch, reference  # noqa: E402
 from tests.convergence import llama  # noqa: E402
 
 SHOWN = 11  # rows of a table
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", llama.HELD)
 MODELS = {"gqa": "GQA", "qk-norm": "GQA and QK-norm"}
 
 
@@ -51,15 +51,13 @@ def float32(title: str, size: llama.Size, device: str) -> bool:
     return good
 
 
-def bfloat16(title: str, size: llama.Size, device: str, norm: str | llama.Norm) -> bool:
+def bfloat16(title: str, size: llama.Size, device: str, norm: str | llama.Norm, dtype: str) -> bool:
     """The losses with `norm` are within the spread of `llama.PLAIN_RUNS` runs with PyTorch's."""
     started = time.monotonic()
-    plain = [
-        llama.losses(size, "torch", device, "bfloat16", noise) for noise in range(llama.PLAIN_RUNS)
-    ]
-    ours = llama.losses(size, norm, device, "bfloat16")
+    plain = [llama.losses(size, "torch", device, dtype, noise) for noise in range(llama.PLAIN_RUNS)]
+    ours = llama.losses(size, norm, device, dtype)
     mean = torch.stack(plain).mean(0)
-    _table(f"{title}, bfloat16 (torch: mean of {len(plain)} runs)", mean, ours, started)
+    _table(f"{title}, {dtype} (torch: mean of {len(plain)} runs)", mean, ours, started)
     distances, allowed = llama.plain_distances(plain), llama.limit(plain)
     found = llama.distance(ours, plain)
     good = found <= allowed
@@ -108,11 +106,12 @@ def main() -> int:
         title, size = f"{MODELS[model]}, {where}", sized(llama.LARGE if ON_GPU else llama.TINY)
         if "float32" in options.dtype:
             good &= float32(title, size, device.type)
-        if "bfloat16" in options.dtype and ON_GPU:
-            good &= bfloat16(title, size, device.type, "onelaunch")
-        elif "bfloat16" in options.dtype:
-            title = f"{MODELS[model]}, the operator's plain form"
-            good &= bfloat16(title, sized(llama.SMALL), device.type, _plain_form)
+        for dtype in (d for d in options.dtype if d != "float32"):
+            if ON_GPU:
+                good &= bfloat16(title, size, device.type, "onelaunch", dtype)
+            else:
+                plain_title = f"{MODELS[model]}, the operator's plain form"
+                good &= bfloat16(plain_title, sized(llama.SMALL), "cpu", _plain_form, dtype)
     return 0 if good else 1
 
 
