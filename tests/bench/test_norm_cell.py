@@ -161,11 +161,22 @@ def test_host_times_leave_out_what_is_wrong(cell):
     assert lines[0].startswith("  37x48 full without peer: WrongResult: y is")
 
 
-def test_what_is_known_to_fail_is_not_said(cell, fake_device):
-    def refuses(x, weight):
-        raise ValueError("no such path")
-
-    there, norms = contenders(ours=refuses, block=refuses)
+def test_the_same_reason_is_said_once_and_another_again():
     lines = []
-    assert kernel_times(cell, "forward", there, norms, 1, lines.append) == {}
-    assert [line.split(":")[0] for line in lines] == ["  37x48 forward without ours"]
+    say = norm_cell.each_reason_once(lines.append)
+    for line in ("a", "  8x8 full without p: No: c", "  8x9 forward without p: No: c", "a"):
+        say(line)
+    say("  8x9 full without q: No: c")
+    assert lines == ["a", "  8x8 full without p: No: c", "a", "  8x9 full without q: No: c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_wrong_row_of_many_is_found(dtype):
+    """Of the whole it is a hundredth: the distance of all rows together would let it pass."""
+    cell = Cell(12_000, 8, dtype, CPU, sets=2)
+    for at, pass_ in ((0, "forward"), (1, "full"), (0, "backward")):
+        outputs = [output.detach().clone() for output in cell.call(pass_, right)(0)]
+        cell.check(pass_, outputs)
+        outputs[at][7777] *= 0.5
+        with pytest.raises(WrongResult, match="off float64"):
+            cell.check(pass_, outputs)

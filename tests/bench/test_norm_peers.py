@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from onelaunch.bench.peers import rms_norm as peers
+from onelaunch.errors import BadInput
 from onelaunch.operators.rms_norm.reference import rms_norm as plain
 
 MODULE = """
@@ -72,12 +73,61 @@ def test_pytorchs_norm_and_ours_do_the_same_work():
         torch.testing.assert_close(norm(x, weight), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_whether_pytorch_may_run_quack(monkeypatch):
+@pytest.fixture
+def with_quack(monkeypatch):
+    """A PyTorch that runs QuACK's kernels; called, changes one thing about it and asks."""
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.delenv("TORCH_DISABLE_NATIVE_JIT", raising=False)
-    assert peers.torch_may_run_quack()
-    monkeypatch.setenv("TORCH_DISABLE_NATIVE_JIT", "1")
-    assert not peers.torch_may_run_quack()
-    monkeypatch.setenv("TORCH_DISABLE_NATIVE_JIT", "0")
+
+    def asked(torch_version="2.12.0+cu130", cutlass="4.5.2", **switches):
+        monkeypatch.setattr(peers.torch, "__version__", torch_version)
+        monkeypatch.setattr(peers.metadata, "version", lambda name: cutlass)
+        for name in ("TORCH_DISABLE_NATIVE_JIT", "TORCH_NATIVE_SKIP_VERSION_CHECK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in switches.items():
+            monkeypatch.setenv(name, value)
+        return peers.torch_may_run_quack()
+
+    return asked
+
+
+def test_whether_pytorch_may_run_quack(with_quack, monkeypatch):
+    assert with_quack()
+    assert with_quack(TORCH_DISABLE_NATIVE_JIT="0")
+    assert not with_quack(TORCH_DISABLE_NATIVE_JIT="1")
+    assert not with_quack(torch_version="2.11.0")
+    assert with_quack(torch_version="3.0.0")
+    assert not with_quack(cutlass="4.7.0")
+    assert with_quack(cutlass="4.7.0", TORCH_NATIVE_SKIP_VERSION_CHECK="1")
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert not peers.torch_may_run_quack()
+    assert not with_quack()
+
+
+def test_the_compiled_norm_for_backward_passes_is_compiled_without_donated_buffers(monkeypatch):
+    config = pytest.importorskip("torch._functorch.config")
+    seen = []
+
+    def compiled(x, weight):
+        seen.append(config.donated_buffer)
+        return x * weight
+
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled)
+    there = {c.name: c for c in peers.peers(torch.device("cpu"), print)}
+    before = config.donated_buffer
+    norm = there["torch.compile"].fresh_backward()
+    norm(torch.ones(2, 3), torch.ones(3))
+    assert seen == [False]
+    assert config.donated_buffer == before
+    assert there["torch"].fresh_backward() is None
+
+
+def test_interpreted_kernels_and_devices_without_triton_are_refused(monkeypatch):
+    lines = []
+    assert not peers.has_kernel(torch.device("cpu"), lines.append)
+    assert "no kernel on this device" in lines[0]
+    monkeypatch.setattr(peers.launch, "available", lambda device: device.type == "xpu")
+    for device in ("cuda", "xpu"):
+        with pytest.raises(BadInput, match=f"device {device}"):
+            peers.has_kernel(torch.device(device), print)
+    monkeypatch.setattr(peers.launch, "INTERPRETED", True)
+    with pytest.raises(BadInput, match="TRITON_INTERPRET"):
+        peers.has_kernel(torch.device("cpu"), print)

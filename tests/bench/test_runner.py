@@ -9,7 +9,7 @@ import pytest
 from onelaunch.bench import runner
 from onelaunch.bench.record import Row
 from onelaunch.bench.runner import conduct
-from onelaunch.errors import RunFailed
+from onelaunch.errors import BadInput, RunFailed
 
 
 @pytest.fixture
@@ -91,4 +91,57 @@ def test_a_picture_lies_beside_the_record(run):
 def test_a_run_without_a_row_failed(run):
     with pytest.raises(RunFailed, match="no case"):
         run([])
-    assert not list(run.folder.iterdir())
+    assert not list(run.folder.glob("*/*"))
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"schema": 99}', '{"schema": 1, "rows": [3]}'])
+def test_a_broken_record_is_an_error_before_anything_runs(run, broken):
+    path = run([Row("a", 1.0)])
+    path.write_text(broken)
+    ran = []
+
+    def rows():
+        ran.append(True)
+        yield Row("b", 1.0)
+
+    with pytest.raises(BadInput, match="made-up.json"):
+        run(rows())
+    assert not ran
+    assert path.read_text() == broken
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_runs(run, monkeypatch):
+    monkeypatch.setattr(runner, "device_name", lambda device: "a device")
+    (run.folder / "a-device").write_text("a file")
+    ran = []
+
+    def rows():
+        ran.append(True)
+        yield Row("a", 1.0)
+
+    with pytest.raises(BadInput, match="cannot be made"):
+        run(rows())
+    assert not ran
+
+
+def broken_view(record):
+    raise KeyError("ratio")
+
+
+def test_a_view_that_fails_is_said_and_its_old_picture_does_not_stay(run):
+    path = run([Row("a", 1.0)])
+    path.with_suffix(".png").write_bytes(b"old")
+    assert run([Row("b", 2.0)], table=broken_view, draw=broken_view) == path
+    assert [line for line in run.lines if line.startswith("without a table: KeyError")]
+    assert [line for line in run.lines if line.startswith("without a picture: KeyError")]
+    assert not path.with_suffix(".png").exists()
+    assert cases(run) == {"a": 1.0, "b": 2.0}
+
+
+def test_a_view_that_fails_does_not_hide_why_the_run_ended(run):
+    def rows():
+        yield Row("a", 1.0)
+        raise RuntimeError("a device fell off")
+
+    with pytest.raises(RuntimeError, match="fell off"):
+        run(rows(), table=broken_view, draw=broken_view)

@@ -26,7 +26,7 @@ def test_a_graph_walks_every_set_equally_often(estimate, sets, calls):
     assert calls % sets == 0
 
 
-def test_contenders_take_turns_and_each_begins_equally_often():
+def test_contenders_take_turns_in_orders_that_differ_and_come_again():
     log = []
     calls = {name: lambda i, name=name: log.append((name, i)) for name in "abc"}
     waits = []
@@ -36,7 +36,10 @@ def test_contenders_take_turns_and_each_begins_equally_often():
     assert all(t > 0 for samples in times.values() for t in samples)
     block = timing.WARM_CALLS + 4
     order = [name for name, _ in log[::block]]
-    assert order == list("abcbcacababcbcacab")
+    turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert all(sorted(turn) == list("abc") for turn in turns)
+    assert len({turn[0] for turn in turns}) > 1
+    assert turns == ["".join(turn) for turn in timing._orders(list("abc"), 6)]
     assert restored == order
     assert [i for _, i in log[timing.WARM_CALLS : block]] == [0, 1, 0, 1]
     # one wait before the clock starts and one before it stops, none in between
@@ -93,8 +96,29 @@ def test_replays_are_timed_by_the_second_of_two(monkeypatch):
 
     times = replays_in_turn(replays, 4, before)
     assert times == {"a": [pytest.approx(3.0)] * 4, "b": [pytest.approx(2.0)] * 4}
-    assert log[:6] == ["before a", "a", "a", "before b", "b", "b"]
-    assert log[6:9] == ["before b", "b", "b"]
+    blocks = [tuple(log[i : i + 3]) for i in range(0, len(log), 3)]
+    assert sorted(blocks) == [(f"before {n}", n, n) for n in "ab" for _ in range(4)]
+
+
+def test_a_capture_that_fails_says_its_own_error(monkeypatch):
+    class Broken:
+        def capture_begin(self, capture_error_mode):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+
+    def call(i):
+        calls.append(i)
+        if len(calls) > timing.WARM_CALLS:
+            raise ValueError("no such path")
+
+    with pytest.raises(ValueError, match="no such path"):
+        timing.capture(call, 1, 2)
 
 
 def test_a_cpu_needs_no_wait():

@@ -8,3 +8,6 @@ EXPERIMENTS = {
     "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",
     "rms-norm-training": "a training step with our RMSNorm and with PyTorch's",
 }
+
+# Those that run on the GPU where there is one, unless told otherwise; the others run on the CPU.
+ON_THE_GPU = frozenset(name for name in EXPERIMENTS if name.startswith("rms-norm"))

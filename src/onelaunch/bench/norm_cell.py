@@ -35,9 +35,11 @@ TENSORS_HELD = {"forward": 2, "backward": 3, "full": 4}
 LAUNCH_US = {"forward": 2.0, "backward": 6.0, "full": 8.0}
 BYTES_PER_US = 4e6
 
-# No contender is timed on a result further from float64 than this. Two roundings to bfloat16 are
-# about 0.003; whatever is wrong, a row, a mask, a missing weight, is above 0.03.
-ERROR_BOUNDS = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5}
+# No contender is timed on a result further from float64 than this. y and dX: the worst row's
+# distance, relative to that row; two or three roundings to bfloat16 make 0.003 to 0.01 of it, one
+# wrong row among any number about 1. dW, where no row stands alone: that of the whole.
+ROW_BOUNDS = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 3e-5}
+WHOLE_BOUNDS = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5}
 
 
 class WrongResult(Exception):
@@ -102,8 +104,9 @@ class Cell:
         return min(self.sets, buffer_sets(self.set_bytes(pass_), self._l2_bytes))
 
     def in_cache(self, pass_: str) -> bool:
-        """Whether all sets together fit the L2: the memory's floor is then none."""
-        return self.sets_for(pass_) * self.set_bytes(pass_) <= self._l2_bytes
+        """Whether the sets hold less than twice the L2, as MAX_SETS of small ones do: calls then
+        find input in it, and the memory's floor is none."""
+        return self.sets_for(pass_) * self.set_bytes(pass_) < 2 * self._l2_bytes
 
     def graph_calls(self, pass_: str) -> int:
         """Calls in one graph of this pass."""
@@ -152,8 +155,13 @@ class Cell:
         names = {"forward": ("y",), "full": ("y", "dx", "dw"), "backward": ("dx", "dw")}[pass_]
         for name, output in zip(names, outputs, strict=True):
             expected = getattr(self.oracle, name)
-            error = ((output.double() - expected).norm() / expected.norm()).item()
-            if not error <= ERROR_BOUNDS[self.dtype]:
+            off = output.double() - expected
+            if name == "dw":
+                error, bound = (off.norm() / expected.norm()).item(), WHOLE_BOUNDS[self.dtype]
+            else:
+                by_row = off.norm(dim=-1) / expected.norm(dim=-1)
+                error, bound = by_row.max().item(), ROW_BOUNDS[self.dtype]
+            if not error <= bound:
                 raise WrongResult(f"{name} is {error:.2g} off float64")
 
 
@@ -183,8 +191,7 @@ def kernel_times(
             _check_replayed(cell, pass_, call)
             replays[name] = capture(call, cell.sets_for(pass_), cell.graph_calls(pass_))
         except Exception as error:
-            if not _known(name, pass_, error):
-                say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
+            say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
 
     def before(name: str) -> None:
         if name in in_place and pass_ != "forward":
@@ -207,14 +214,6 @@ def _check_replayed(cell: Cell, pass_: str, call: Call) -> None:
     synchronizer(cell.device)()
     cell.check(pass_, outputs)
     cell.restore()
-
-
-def _known(name: str, pass_: str, error: Exception) -> bool:
-    """Failures that need no line: torch.compile's backward pass gives buffers away, and refuses to
-    run twice; a forced form of ours refuses widths that it does not have."""
-    if name == "torch.compile" and pass_ == "backward":
-        return True
-    return name != "ours" and isinstance(error, ValueError)
 
 
 def host_times(
@@ -250,18 +249,37 @@ def host_times(
 
 
 def peak_bytes(cell: Cell, norm: Norm) -> int:
-    """What a forward and backward pass adds to the allocated memory at its height (CUDA)."""
+    """What a forward and backward pass adds to the memory at its height, as asked for: without
+    what the allocator adds to each piece, where it counts that apart (CUDA)."""
     call = cell.call("full", norm)
     call(0)
+    cell.restore()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(cell.device)
     torch.cuda.reset_peak_memory_stats(cell.device)
+    counted = torch.cuda.memory_stats(cell.device)
+    kind = "requested" if "requested_bytes.all.peak" in counted else "allocated"
+    before = counted[f"{kind}_bytes.all.current"]
     outputs = call(0)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated(cell.device) - before
+    peak = torch.cuda.memory_stats(cell.device)[f"{kind}_bytes.all.peak"] - before
     del outputs
     cell.restore()
     return peak
+
+
+def each_reason_once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Lets a line that says who is left out pass only when who and why are new: a missing compiler
+    is missing at every shape."""
+    seen: set[str] = set()
+
+    def say_new(line: str) -> None:
+        _, left_out, why = line.partition(" without ")
+        if left_out and why in seen:
+            return
+        seen.add(why)
+        say(line)
+
+    return say_new
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHADES = "RdYlGn"
+SHADES_TO = 2.0  # times as fast, or as slow, as what has the middle colour
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -40,20 +41,21 @@ def heat_map(
     column_names: Sequence[str],
     title: str,
 ) -> Any:
-    """Speeds relative to something as colours, green above 1 and red below, to a factor of 4 either
+    """Speeds relative to something as colours, green above 1 and red below, to SHADES_TO either
     way; None is blank. `texts` stand in the cells. Returns the image, for a colour bar."""
+    ends = math.log2(SHADES_TO)
     shades = [
-        [math.nan if s is None else max(-2.0, min(2.0, math.log2(s))) for s in row]
+        [math.nan if s is None else max(-ends, min(ends, math.log2(s))) for s in row]
         for row in speeds
     ]
-    image = axes.imshow(shades, aspect="auto", cmap=SHADES, vmin=-2, vmax=2)
+    image = axes.imshow(shades, aspect="auto", cmap=SHADES, vmin=-ends, vmax=ends)
     axes.set_xticks(range(len(column_names)), column_names, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.tick_params(length=0)
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
-            dark = abs(shades[i][j]) > 1.6
+            dark = abs(shades[i][j]) > 0.8 * ends
             color = "white" if dark else "black"
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     return image
@@ -62,5 +64,5 @@ def heat_map(
 def color_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
     """The scale of `heat_map`'s colours."""
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
-    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["1/2 or less", "0.71", "1", "1.41", "2 or more"])
     bar.set_label(label, fontsize=8)

@@ -67,14 +67,9 @@ def write_record(
 ) -> Path:
     """Add rows to an experiment's record under `folder/<slug of device>/`; a row of a case that is
     there already replaces it, other rows stay."""
-    path = folder / slug(device) / f"{experiment}.json"
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        old = read_json(path)
-        if old.get("schema") != SCHEMA:
-            raise BadInput(f"{path}: its schema is not {SCHEMA}; move it away")
-        new = {row.case for row in rows}
-        kept = [row for row in old["rows"] if row["case"] not in new]
+    path = record_path(experiment, folder, device)
+    new = {row.case for row in rows}
+    kept = [row for row in rows_there(path) if row["case"] not in new]
     stamp = {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
     record = {
         "schema": SCHEMA,
@@ -88,6 +83,25 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return path
+
+
+def record_path(experiment: str, folder: Path, device: str) -> Path:
+    """Where the record of an experiment on a device lies."""
+    return folder / slug(device) / f"{experiment}.json"
+
+
+def rows_there(path: Path) -> list[dict[str, Any]]:
+    """The rows of a record, none where it does not exist. Raises BadInput where the file is not one
+    that rows can be added to."""
+    if not path.exists():
+        return []
+    old = read_json(path)
+    if old.get("schema") != SCHEMA:
+        raise BadInput(f"{path}: its schema is not {SCHEMA}; move it away")
+    rows = old.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "case" in r for r in rows):
+        raise BadInput(f"{path}: it holds no rows; move it away")
+    return rows
 
 
 def cpu_name() -> str:

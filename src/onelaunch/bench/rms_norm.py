@@ -9,8 +9,10 @@ Nobody is timed on a wrong result: each contender's is first held against float6
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +25,7 @@ from onelaunch.bench.norm_cell import (
     PASSES,
     Cell,
     bytes_moved,
+    each_reason_once,
     host_times,
     kernel_times,
     peak_bytes,
@@ -30,10 +33,11 @@ from onelaunch.bench.norm_cell import (
 from onelaunch.bench.peers.rms_norm import (
     Contender,
     Norm,
+    has_kernel,
     ours,
+    ours_in_place,
     peers,
     torch_may_run_quack,
-    without_kernel,
 )
 from onelaunch.bench.record import Row, percentiles
 from onelaunch.bench.timing import copy_bandwidth, synchronizer
@@ -69,6 +73,9 @@ SAMPLES = 15
 HOST_CALLS, HOST_SAMPLES = 1000, 7
 CPU_SAMPLE_US = 20_000.0
 PRECOMPILERS = 14
+PRECOMPILE_SECONDS = 240.0
+# Two of Liger within this are one: which of them is named would be chance.
+ALIKE = 1.01
 
 
 @dataclass
@@ -113,8 +120,10 @@ class _Session:
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every shape; yields rows, microseconds a call unless a row names another unit."""
     place = torch.device(device)
+    on_gpu = has_kernel(place, say)
+    say = each_reason_once(say)
     contenders = [*ours(), *peers(place, say)]
-    if place.type == "cuda":
+    if on_gpu:
         yield from _on_gpu(place, contenders, quick, say)
     else:
         yield from _on_cpu(place, contenders, quick, say)
@@ -147,13 +156,14 @@ def _on_gpu(
         found: list[Row] = []
         with torch.cuda.stream(stream):
             cell = Cell(rows, columns, session.dtype, device)
+            backward = backward_norms(contenders, norms, say)
             if (rows, columns) in shapes:
-                found += _kernel_rows(session, cell, norms)
+                found += _kernel_rows(session, cell, norms, backward)
             if (rows, columns) in host_shapes:
-                found += _host_rows(session, cell, norms, HOST_CALLS, HOST_SAMPLES)
+                found += _host_rows(session, cell, norms, backward, HOST_CALLS, HOST_SAMPLES)
             if (rows, columns) in MEMORY_SHAPES:
                 found += _memory_rows(session, cell, norms)
-        del cell, norms
+        del cell, norms, backward
         torch.cuda.empty_cache()
         yield from found
     _raise_if_failed(session)
@@ -165,7 +175,6 @@ def _on_cpu(
     quick: bool,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
-    without_kernel(say)
     # The forms differ in their kernels alone.
     contenders = [c for c in contenders if c.name == "ours" or not c.form]
     notes: dict[str, object] = {
@@ -177,44 +186,59 @@ def _on_cpu(
     for rows, columns in CPU_QUICK if quick else CPU_SHAPES:
         cell = Cell(rows, columns, session.dtype, device)
         norms = {c.name: c.fresh() for c in contenders}
+        backward = backward_norms(contenders, norms, say)
         estimate = 5.0 + rows * columns / 200
         repeats = max(3, round(CPU_SAMPLE_US / estimate))
-        yield from _host_rows(session, cell, norms, repeats, HOST_SAMPLES)
+        yield from _host_rows(session, cell, norms, backward, repeats, HOST_SAMPLES)
     _raise_if_failed(session)
 
 
-def _kernel_rows(session: _Session, cell: Cell, norms: Mapping[str, Norm]) -> list[Row]:
+def backward_norms(
+    contenders: Sequence[Contender], norms: Mapping[str, Norm], say: Callable[[str], None]
+) -> dict[str, Norm]:
+    """`norms` as the backward pass alone needs them, called again and again on one graph."""
+    found = dict(norms)
+    for contender in contenders:
+        try:
+            found[contender.name] = contender.fresh_backward() or norms[contender.name]
+        except Exception as error:
+            say(f"  backward passes without {contender.name}: {type(error).__name__}: {error}")
+            del found[contender.name]
+    return found
+
+
+def _kernel_rows(
+    session: _Session, cell: Cell, norms: Mapping[str, Norm], backward: Mapping[str, Norm]
+) -> list[Row]:
     times = {}
     for pass_ in PASSES:
-        times[pass_] = kernel_times(cell, pass_, session.contenders, norms, SAMPLES, session.say)
+        there = backward if pass_ == "backward" else norms
+        times[pass_] = kernel_times(cell, pass_, session.contenders, there, SAMPLES, session.say)
         # a graph's memory is its own until this
         torch.cuda.empty_cache()
-    differences = []
-    for name in (c.name for c in session.contenders if not c.form):
-        if name not in times["backward"] and name in times["full"] and name in times["forward"]:
-            pairs = zip(times["full"][name], times["forward"][name], strict=True)
-            apart = [full - forward for full, forward in pairs]
-            if min(apart) > 0:
-                times["backward"][name] = apart
-                differences.append(name)
     rows = list(session.rows_of(cell, "gpu", times))
     for row in rows:
         row.notes["plan"] = _plans(cell)
-        if " backward " in row.case and differences:
-            row.notes["full_minus_forward"] = differences
         row.notes |= against_liger_row(row, cell.rows, cell.columns)
     return rows
 
 
 def _host_rows(
-    session: _Session, cell: Cell, norms: Mapping[str, Norm], repeats: int, samples: int
+    session: _Session,
+    cell: Cell,
+    norms: Mapping[str, Norm],
+    backward: Mapping[str, Norm],
+    repeats: int,
+    samples: int,
 ) -> list[Row]:
     siblings = {c.name for c in session.contenders if c.sibling}
-    alone = {name: norm for name, norm in norms.items() if name not in siblings}
-    times = {
-        pass_: host_times(cell, pass_, session.contenders, alone, repeats, samples, session.say)
-        for pass_ in ("forward", "full")
-    }
+    times = {}
+    for pass_ in PASSES:
+        there = backward if pass_ == "backward" else norms
+        alone = {name: norm for name, norm in there.items() if name not in siblings}
+        times[pass_] = host_times(
+            cell, pass_, session.contenders, alone, repeats, samples, session.say
+        )
     rows = list(session.rows_of(cell, "host", times))
     for row in rows:
         row.notes["calls_per_sample"] = repeats
@@ -222,41 +246,46 @@ def _host_rows(
 
 
 def _memory_rows(session: _Session, cell: Cell, norms: Mapping[str, Norm]) -> list[Row]:
-    """Peak extra bytes of one forward and backward pass; the floor is output, dX, dW and the
-    partials that the plan speaks of."""
+    """Peak extra bytes of one forward and backward pass. The floor is y, dX and dW; `planned` is
+    that and the partials that the plan speaks of."""
     peaks: dict[str, float] = {}
-    for name, norm in norms.items():
+    in_place = ours_in_place()
+    for name, norm in {**norms, in_place.name: in_place.fresh()}.items():
         try:
             peaks[name] = peak_bytes(cell, norm)
         except Exception as error:
-            session.say(f"  {cell.shape} memory without {name}: {type(error).__name__}")
+            session.say(f"  {cell.shape} memory without {name}: {type(error).__name__}: {error}")
     if "ours" not in peaks:
         session.failed.append(f"{cell.shape} memory")
         return []
-    forms = {c.name for c in session.contenders if c.form}
+    forms = {in_place.name, *(c.name for c in session.contenders if c.form)}
     size = session.dtype.itemsize
     plan = backward_plan(cell.rows, cell.columns, size, multiprocessors(session.device))
     outputs = (2 * cell.rows + 1) * cell.columns * size
+    planned = outputs + 4 * plan.partials * cell.columns
     row = Row(
         f"{cell.shape} memory",
         peaks["ours"],
         peers={name: peak for name, peak in peaks.items() if name not in forms},
-        floor=outputs + 4 * plan.partials * cell.columns,
+        floor=outputs,
         notes={
+            **session.notes,
             "unit": "bytes",
+            "planned": planned,
             "forms": {n: p for n, p in peaks.items() if n in forms and n != "ours"},
             "partials": plan.partials,
         },
     )
     session.say(
-        f"{row.case}: {row.ours:,.0f} bytes more at the height; outputs, gradients and partials "
-        f"are {row.floor:,.0f}"
+        f"{row.case}: {row.ours:,.0f} bytes more at the height; outputs and gradients are "
+        f"{outputs:,.0f}, with partials {planned:,.0f}"
     )
     return [row]
 
 
 def row_of(case: str, times: Mapping[str, Sequence[float]], forms: set[str]) -> Row:
-    """The record's row of one case: ours by automatic choice, our other forms, the peers."""
+    """The record's row of one case: ours by automatic choice, our other forms, the peers. `ratio`
+    is to the best peer's time; a variant of Liger that is no better than Liger is not named."""
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     row = Row.of(case, times["ours"])
     row.peers = {name: value for name, value in medians.items() if name not in forms}
@@ -265,8 +294,11 @@ def row_of(case: str, times: Mapping[str, Sequence[float]], forms: set[str]) -> 
         row.notes["forms"] = others
     if row.peers:
         best = min(row.peers, key=row.peers.__getitem__)
-        row.notes["best_peer"] = best
         row.notes["ratio"] = round(row.ours / row.peers[best], 4)
+        released = best.partition(" ")[0]
+        if row.peers.get(released, math.inf) <= ALIKE * row.peers[best]:
+            best = released
+        row.notes["best_peer"] = best
         row.notes["peers_spread"] = {
             name: [float(f"{v:.4g}") for v in percentiles(list(times[name]))] for name in row.peers
         }
@@ -296,13 +328,34 @@ def precompile(device: torch.device, shapes: Sequence[Shape], say: Callable[[str
     workers = min(PRECOMPILERS, len(shapes), os.cpu_count() or 1)
     say(f"compiling for {len(shapes)} shapes in {workers} processes")
     context = multiprocessing.get_context("spawn")
+    pool = None
     try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            work = [pool.submit(_warm, str(device), rows, columns) for rows, columns in shapes]
-            for done in as_completed(work):
-                done.result()
-    except Exception as error:
-        say(f"compiling ahead failed ({type(error).__name__}: {error}); it is done shape by shape")
+        pool = ProcessPoolExecutor(workers, context, _leave_interrupts_to_the_parent)
+        work = [pool.submit(_warm, str(device), rows, columns) for rows, columns in shapes]
+        for done in as_completed(work, PRECOMPILE_SECONDS):
+            done.result()
+        pool.shutdown()
+    except BaseException as error:
+        if pool is not None:
+            _stop(pool)
+        if not isinstance(error, Exception):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, TimeoutError):
+            reason = f"not done after {PRECOMPILE_SECONDS:.0f} s"
+        say(f"compiling ahead failed ({reason}); it is done shape by shape")
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """End a pool's processes at once: a compiler does not look whether it is still wanted."""
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _warm(device: str, rows: int, columns: int) -> None:
@@ -316,6 +369,8 @@ def _warm(device: str, rows: int, columns: int) -> None:
             norm = contender.fresh()
             for pass_ in ("forward", "full"):
                 cell.call(pass_, norm)(0)
+            if (again := contender.fresh_backward()) is not None:
+                cell.call("backward", again)(0)
         except Exception:
             continue  # it fails again, and is said, where it is timed
     synchronizer(place)()
@@ -340,7 +395,7 @@ def _in_words(row: Row, pass_: str) -> str:
     words = f"{pass_} {row.ours:,.2f} us"
     if "best_peer" in row.notes:
         best = row.notes["best_peer"]
-        words += f" ({best} {row.peers[best]:,.2f}, {row.notes['ratio']:.2f}x)"
+        words += f" ({row.notes['ratio']:.2f} of {best}'s time)"
     return words
 
 

@@ -1,23 +1,31 @@
 """rms-norm-threshold: from how many rows on a program should hold several of them.
 
-The way the published rule set its constant: for every width the lowest row count from which the
-block path beats the row path in every pass, there and at every larger count. On a CPU, which has
-neither path, the plain form stands against PyTorch's RMSNorm in their place.
+The way the published rule set its constant: the lowest row count from which the block path beats
+the row path, for every width and for all of the rule's widths together. Ratios within a hundredth
+of 1 are ties, and decide nothing. On a CPU, which has neither path, the plain form stands against
+PyTorch's RMSNorm in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from onelaunch.bench import plots
-from onelaunch.bench.norm_cell import PASSES, Cell, host_times, kernel_times
-from onelaunch.bench.peers.rms_norm import Contender, Norm, ours, peers, without_kernel
+from onelaunch.bench.norm_cell import PASSES, Cell, each_reason_once, host_times, kernel_times
+from onelaunch.bench.peers.rms_norm import Contender, Norm, has_kernel, ours, peers
 from onelaunch.bench.record import Row
 from onelaunch.bench.rms_norm import row_of
-from onelaunch.bench.tables import markdown
+from onelaunch.bench.tables import markdown, provenance
+from onelaunch.operators.devices import multiprocessors
+from onelaunch.operators.rms_norm.plan import (
+    BLOCK_ROW_MAX_BLOCK_SIZE,
+    BLOCK_ROW_MIN_ROWS,
+    backward_plan,
+    forward_plan,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,45 +40,51 @@ CPU_QUICK_ROWS, CPU_QUICK_COLUMNS = (256, 1024), (64, 256)
 
 SAMPLES = 15
 CPU_CALLS, CPU_SAMPLES = 20, 5
+TIE = 0.01  # ratios as near to 1 as this come out on either side from run to run
+
+Ratios = dict[str, dict[tuple[int, int], float]]
+"""By pass, then by (rows, columns)."""
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """Time every shape and pass; yields a row each, and one a width with its threshold."""
+    """Time every shape and pass; yields a row each."""
     place = torch.device(device)
-    if place.type == "cuda":
+    on_gpu = has_kernel(place, say)
+    say = each_reason_once(say)
+    if on_gpu:
         rows = QUICK_ROWS if quick else ROWS
         columns = QUICK_COLUMNS if quick else COLUMNS
     else:
-        without_kernel(say)
         rows = CPU_QUICK_ROWS if quick else CPU_ROWS
         columns = CPU_QUICK_COLUMNS if quick else CPU_COLUMNS
     contenders = _contenders(place)
     norms = {contender.name: contender.fresh() for contender in contenders}
-    stream = torch.cuda.Stream(place) if place.type == "cuda" else None
+    stream = torch.cuda.Stream(place) if on_gpu else None
     for width in columns:
-        ratios: dict[int, dict[str, float]] = {}
         for count in rows:
             with torch.cuda.stream(stream):
                 found = list(_shape(count, width, place, contenders, norms, say))
             torch.cuda.empty_cache()  # a graph's memory is its own until this
-            ratios[count] = {row.case.split()[1]: row.notes["ratio"] for row in found}
             yield from found
-        threshold = lowest_winning(ratios)
-        say(f"{width} columns: {_in_words(threshold)}")
-        # no row count is 0: it stands for none
-        notes = {"unit": "rows", "from": rows[0], "to": rows[-1]}
-        yield Row(f"{width} threshold", float(threshold or 0), notes=notes)
 
 
-def lowest_winning(ratios: Mapping[int, Mapping[str, float]]) -> int | None:
-    """The lowest row count from which on ours / other is below 1 in every pass; None where it is
-    not even at the largest. `ratios` by row count, then by pass."""
+def verdict(ratio: float | None) -> str:
+    """Of block time over row time: wins, tie, or loses, as a pass that was not timed does."""
+    if ratio is None or ratio > 1 + TIE:
+        return "loses"
+    return "wins" if ratio < 1 - TIE else "tie"
+
+
+def lowest_winning(ratios: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> int | None:
+    """The lowest row count at which one of `names` wins, and from which on, at every larger count
+    too, none of them loses; None where there is none. `ratios` by row count, then by name."""
     lowest = None
     for count in sorted(ratios, reverse=True):
-        # a pass that could not be timed has not won
-        if not all(ratios[count].get(pass_, 1.0) < 1 for pass_ in PASSES):
+        verdicts = {verdict(ratios[count].get(name)) for name in names}
+        if "loses" in verdicts:
             break
-        lowest = count
+        if "wins" in verdicts:
+            lowest = count
     return lowest
 
 
@@ -96,6 +110,7 @@ def _shape(
 ) -> Iterator[Row]:
     on_gpu = device.type == "cuda"
     cell = Cell(rows, columns, torch.bfloat16 if on_gpu else torch.float32, device)
+    notes = _notes(cell) if on_gpu else {"dtype": "float32"}
     words = []
     for pass_ in PASSES:
         if on_gpu:
@@ -105,28 +120,37 @@ def _shape(
         if len(times) < len(contenders):
             continue
         row = row_of(f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}", times, {"ours"})
+        row.notes |= notes
         words.append(f"{pass_} {row.notes['ratio']:.2f}")
         yield row
-    say(f"{cell.shape}: ours / {contenders[1].name}: {', '.join(words)}")
+    told = ", ".join(words) or "nothing timed"
+    say(f"{cell.shape}, of the time of {contenders[1].name}: {told}")
+
+
+def _notes(cell: Cell) -> dict[str, object]:
+    """What `auto` would take, on a device of how many multiprocessors."""
+    count = multiprocessors(cell.device)
+    facts = (cell.rows, cell.columns, cell.dtype.itemsize, count)
+    auto = {"forward": forward_plan(*facts).kernel, "backward": backward_plan(*facts).kernel}
+    return {"dtype": "bfloat16", "multiprocessors": count, "auto": auto}
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: block time over row time by width and row count, and the thresholds."""
-    ratios, thresholds = _ratios(record), _thresholds(record)
+    """In Markdown: the thresholds, then block time over row time by width and row count."""
+    ratios = _ratios(record)
     ours_, other = _sides(record)
-    widths = sorted({columns for by_shape in ratios.values() for _, columns in by_shape})
-    counts = sorted({rows for by_shape in ratios.values() for rows, _ in by_shape})
+    widths, counts = _axes(ratios)
     parts = [
         f"# RMSNorm, when several rows in a program pay, on {record['device']}",
-        f"Lowest row count from which {ours_} takes less time than {other} in every pass:",
-        markdown(
-            ["columns", "from rows"],
-            [[str(width), str(count) if count else "none"] for width, count in thresholds.items()],
-        ),
+        provenance(record),
+        f"A pass of {ours_} wins below {1 - TIE:.2f} of the time of {other}, loses above "
+        f"{1 + TIE:.2f}, and ties between. Threshold: the lowest row count at which a pass wins, "
+        "and from which on none loses, there and at every larger count measured.",
+        _threshold_table(record, ratios),
     ]
     for pass_, by_shape in ratios.items():
         lines = [
-            [str(count), *(_two_digits(by_shape.get((count, width))) for width in widths)]
+            [str(count), *(_judged(by_shape.get((count, width))) for width in widths)]
             for count in counts
         ]
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
@@ -134,14 +158,53 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _threshold_table(record: dict[str, Any], ratios: Ratios) -> str:
+    thresholds = _thresholds(ratios)
+    found = {row["multiprocessors"] for row in record["rows"] if "multiprocessors" in row}
+    per = found.pop() if len(found) == 1 else None
+    header = ["columns", "from rows", "rows a multiprocessor", "auto: forward", "auto: backward"]
+    lines = []
+    for width, count in thresholds.items():
+        lines.append(
+            [str(width), *_counted(count, per)]
+            + [_auto_from(record, width, pass_) for pass_ in ("forward", "backward")]
+        )
+    narrow = [width for width in thresholds if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
+    if narrow:
+        name = f"all to {BLOCK_ROW_MAX_BLOCK_SIZE}"
+        lines.append([name, *_counted(_threshold_of(ratios, narrow), per), "-", "-"])
+        published = f"{BLOCK_ROW_MIN_ROWS:,}"
+        lines.append([f"published, to {BLOCK_ROW_MAX_BLOCK_SIZE}", published, "-", "-", "-"])
+    return markdown(header, lines)
+
+
+def _counted(count: int | None, multiprocessors: int | None) -> list[str]:
+    if count is None:
+        return ["none", "-"]
+    return [f"{count:,}", f"{count / multiprocessors:.1f}" if multiprocessors else "-"]
+
+
+def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
+    """From which of the measured row counts on `auto` takes several rows a program."""
+    chosen = {
+        _shape_of(row)[0]: row["auto"][pass_]
+        for row in record["rows"]
+        if "auto" in row and _shape_of(row)[1] == width
+    }
+    if not chosen:
+        return "-"
+    blocks = [count for count, kernel in chosen.items() if kernel == "block"]
+    return f"from {min(blocks):,}" if blocks else "rows"
+
+
 def draw(record: dict[str, Any]) -> Figure | None:
     """A heat map a pass, rows by columns; the thresholds as lines."""
-    ratios, thresholds = _ratios(record), _thresholds(record)
+    ratios = _ratios(record)
+    thresholds = _thresholds(ratios)
     ours_, other = _sides(record)
     if not ratios:
         return None
-    widths = sorted({columns for by_shape in ratios.values() for _, columns in by_shape})
-    counts = sorted({rows for by_shape in ratios.values() for rows, _ in by_shape})
+    widths, counts = _axes(ratios)
     figure = plots.new_figure(4.2 * len(ratios) + 1, 1.8 + 0.36 * len(counts))
     all_axes = figure.subplots(1, len(ratios), squeeze=False)[0]
     image = None
@@ -154,35 +217,53 @@ def draw(record: dict[str, Any]) -> Figure | None:
         )
         axes.set_xlabel("columns", fontsize=8)
         for at, width in enumerate(widths):
-            if thresholds.get(width) in counts:
-                edge = counts.index(thresholds[width]) - 0.5
+            if (threshold := thresholds[width]) is not None:
+                edge = counts.index(threshold) - 0.5
                 axes.plot([at - 0.5, at + 0.5], [edge, edge], color="black", linewidth=2)
     all_axes[0].set_ylabel("rows", fontsize=8)
     figure.suptitle(
         f"RMSNorm on {record['device']}: speed of {ours_} relative to {other}; "
-        "below a black line every pass is faster",
+        "below a black line no pass is slower",
         fontsize=11,
     )
     plots.color_bar(figure, image, list(all_axes), f"speed relative to {other}")
     return figure
 
 
-def _ratios(record: dict[str, Any]) -> dict[str, dict[tuple[int, int], float]]:
-    """By pass, then by (rows, columns)."""
-    found: dict[str, dict[tuple[int, int], float]] = {}
+def _ratios(record: dict[str, Any]) -> Ratios:
+    found: Ratios = {}
     for pass_ in PASSES:
         for row in record["rows"]:
             words = row["case"].split()
             if len(words) == 3 and words[1] == pass_:
-                rows, _, columns = words[0].partition("x")
-                found.setdefault(pass_, {})[int(rows), int(columns)] = row["ratio"]
+                found.setdefault(pass_, {})[_shape_of(row)] = row["ratio"]
     return found
 
 
-def _thresholds(record: dict[str, Any]) -> dict[int, int]:
-    """By width; 0 for none."""
-    rows = [row for row in record["rows"] if row["case"].endswith(" threshold")]
-    return dict(sorted((int(row["case"].split()[0]), int(row["ours"])) for row in rows))
+def _shape_of(row: dict[str, Any]) -> tuple[int, int]:
+    rows, _, columns = row["case"].split()[0].partition("x")
+    return int(rows), int(columns)
+
+
+def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
+    """Widths and row counts that were measured."""
+    shapes = {shape for by_shape in ratios.values() for shape in by_shape}
+    return sorted({columns for _, columns in shapes}), sorted({rows for rows, _ in shapes})
+
+
+def _thresholds(ratios: Ratios) -> dict[int, int | None]:
+    """By width."""
+    return {width: _threshold_of(ratios, [width]) for width in _axes(ratios)[0]}
+
+
+def _threshold_of(ratios: Ratios, widths: Sequence[int]) -> int | None:
+    """Of several widths together: no pass of any of them may lose."""
+    by_count: dict[int, dict[str, float]] = {}
+    for pass_, by_shape in ratios.items():
+        for (count, width), ratio in by_shape.items():
+            if width in widths:
+                by_count.setdefault(count, {})[f"{width} {pass_}"] = ratio
+    return lowest_winning(by_count, [f"{width} {pass_}" for width in widths for pass_ in PASSES])
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str]:
@@ -191,11 +272,5 @@ def _sides(record: dict[str, Any]) -> tuple[str, str]:
     return ("the block path", "the row path") if "row" in names else ("ours", "PyTorch's")
 
 
-def _in_words(threshold: int | None) -> str:
-    if threshold is None:
-        return "no row count from which every pass is faster"
-    return f"every pass is faster from {threshold:,} rows on"
-
-
-def _two_digits(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
+def _judged(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} {verdict(ratio)}"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onelaunch.bench import plots
-from onelaunch.bench.peers.rms_norm import without_kernel
+from onelaunch.bench.peers.rms_norm import has_kernel
 from onelaunch.bench.record import Row
 from onelaunch.bench.rig import in_turn
 from onelaunch.bench.rig import trainer as timed_trainer
 from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown
+from onelaunch.bench.tables import markdown, provenance
 from onelaunch.config import preset
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
@@ -49,11 +49,9 @@ BLOCKS, QUICK_BLOCKS = 15, 9
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every case; yields a row each, lower is better."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
+    if has_kernel(torch.device(device), say):
         cases = QUICK if quick else CASES
     else:
-        without_kernel(say)
         say("a small model, eager alone")
         cases = CPU_QUICK if quick else CPU_CASES
     for case in cases:
@@ -91,6 +89,8 @@ def _compare(case: Case, device: str, blocks: int, say: Callable[[str], None]) -
             "steps_per_block": repeats,
             "vocab_size": vocab_size,
             "dtype": str(ours.engine.describe()["dtype"]),
+            # the residual stream, which autocast leaves as the embedding made it
+            "norm_input": "float32",
         },
     )
     say(
@@ -130,17 +130,17 @@ def table(record: dict[str, Any]) -> str:
         [
             row["case"],
             digits(row["ours"]),
-            "-".join(digits(v) for v in row["spread"]),
+            "-".join(digits(v) for v in row["spread"] or ()) or "-",
             digits(row["peers"]["torch"]),
             f"{row['ratio']:.3f}",
-            "-".join(f"{v:.3f}" for v in row["ratio_spread"]),
+            "-".join(f"{v:.3f}" for v in row.get("ratio_spread") or ()) or "-",
         ]
         for row in record["rows"]
     ]
     header = ["model, batch x sequence", "ours, ms", "p20-p80", "torch, ms", "ours / torch"]
     header.append("p20-p80 of pairs")
     title = f"# A training step with our RMSNorm and with PyTorch's, on {record['device']}"
-    return f"{title}\n\n{markdown(header, lines)}\n"
+    return f"{title}\n\n{provenance(record)}\n\n{markdown(header, lines)}\n"
 
 
 def draw(record: dict[str, Any]) -> Figure | None:
@@ -150,17 +150,25 @@ def draw(record: dict[str, Any]) -> Figure | None:
         return None
     figure = plots.new_figure(8, 1.4 + 0.4 * len(rows))
     axes = figure.subplots()
-    ratios = [row["ratio"] for row in rows]
-    low = [max(0.0, row["ratio"] - row["ratio_spread"][0]) for row in rows]
-    high = [max(0.0, row["ratio_spread"][1] - row["ratio"]) for row in rows]
     places = range(len(rows))
-    axes.barh(places, ratios, xerr=[low, high], height=0.6, color="#4878a8", ecolor="black")
+    ratios = [row["ratio"] for row in rows]
+    spreads = [row.get("ratio_spread") or (row["ratio"], row["ratio"]) for row in rows]
+    low = [max(0.0, ratio - spread[0]) for ratio, spread in zip(ratios, spreads, strict=True)]
+    high = [max(0.0, spread[1] - ratio) for ratio, spread in zip(ratios, spreads, strict=True)]
+    axes.errorbar(ratios, places, xerr=[low, high], fmt="o", color="#1f5a8f", capsize=3)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(places, [row["case"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    for at, row in zip(places, rows, strict=True):
-        text = f"{digits(row['ours'])} / {digits(row['peers']['torch'])} ms"
-        axes.text(0.01, at, text, va="center", fontsize=7, color="white")
-    axes.set_xlabel("step time, ours / torch (lines: 20th to 80th percentile of pairs)", fontsize=8)
+    # 1 in the middle; at least 2% either way, lest noise look like a difference
+    reach = 1.15 * max([0.02, *(abs(end - 1) for spread in spreads for end in spread)])
+    axes.set_xlim(1 - reach, 1 + reach)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    names = [
+        f"{row['case']}\n{digits(row['ours'])} / {digits(row['peers']['torch'])} ms" for row in rows
+    ]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(
+        "step time, ours / torch; below 1 ours is faster (bars: 20th to 80th percentile of pairs)",
+        fontsize=8,
+    )
     axes.set_title(f"Training step by RMSNorm on {record['device']}", fontsize=10)
     return figure

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from onelaunch.bench import plots
+from onelaunch.bench.rms_norm_summary import best_time, megabytes, shape_of, summary
 from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import geometric_mean, markdown
+from onelaunch.bench.tables import markdown, provenance
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
@@ -44,17 +46,25 @@ KINDS = {
     "backward gpu": "Backward, kernels only, us",
     "forward gpu": "Forward, kernels only, us",
     "full host": "Forward and backward through autograd, host included, us",
+    "backward host": "Backward through autograd, host included, us",
     "forward host": "Forward, host included, us",
     "memory": "Peak extra memory of one forward and backward pass, kB",
 }
-FORMS = ("row", "block", "source")
+FORMS = ("row", "block", "source", "in place")
+SHARE_COLORS = {
+    "ours": "#1a7a36",
+    "torch": "#999999",
+    "torch.compile": "#d08020",
+    "liger": "#b03060",
+    "quack": "#3a6fb0",
+}
 PEERS = ("torch", "torch.compile", "liger", "liger row", "liger source", "quack")
 
 
 def table(record: Record) -> str:
     """Everything in Markdown: a summary, a table for each kind of case, the source's own table."""
     kinds = _by_kind(record)
-    parts = [f"# RMSNorm on {record['device']}", "\n".join(_summary(kinds))]
+    parts = [f"# RMSNorm on {record['device']}", provenance(record), "\n".join(summary(kinds))]
     parts += [f"## {KINDS[kind]}\n\n{_table(kind, rows)}" for kind, rows in kinds.items()]
     parts += [
         f"## The published table on this device: {pass_}\n\n{text}"
@@ -66,34 +76,78 @@ def table(record: Record) -> str:
 
 
 def draw(record: Record) -> Figure | None:
-    """Heat maps of every contender's speed relative to the best peer's, shape by shape; None where
-    the record has neither."""
+    """Heat maps of every contender's speed relative to the best peer's, shape by shape; where there
+    are floors, under them the share of the copy's bandwidth over the bytes moved. None where the
+    record has neither."""
     kinds = _by_kind(record)
     suffix = "gpu" if "full gpu" in kinds else "host"
     panels = [k for k in (f"full {suffix}", f"forward {suffix}") if k in kinds]
     if not panels:
         return None
     most = max(len(kinds[kind]) for kind in panels)
-    figure = plots.new_figure(7.5 * len(panels) + 1, 2.2 + 0.27 * most)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    rated = any(row["floor"] is not None for kind in panels for row in kinds[kind])
+    heights = [1.6 + 0.27 * most, *([4.2] if rated else [])]
+    figure = plots.new_figure(7.5 * len(panels) + 1, sum(heights) + 0.6)
+    all_axes = figure.subplots(
+        len(heights), len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
     image = None
-    for axes, kind in zip(all_axes, panels, strict=True):
-        rows = kinds[kind]
-        names = _names(rows)
-        times = [[_time(row, name) for name in names] for row in rows]
-        best = [_best_peer(row) for row in rows]
-        speeds = [
-            [None if t is None or b is None else b / t for t in line]
-            for line, b in zip(times, best, strict=True)
-        ]
-        texts = [[_cell_text(row, t) for t in line] for row, line in zip(rows, times, strict=True)]
-        shapes = [row["case"].split()[0] for row in rows]
-        title = KINDS[kind].removesuffix(", us")
-        image = plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
-    what = "% of the device's copy bandwidth" if suffix == "gpu" else "microseconds"
-    figure.suptitle(f"RMSNorm on {record['device']}; in the cells: {what}", fontsize=11)
-    plots.color_bar(figure, image, list(all_axes), "speed relative to the best peer of the shape")
+    for axes, kind in zip(all_axes[0], panels, strict=True):
+        image = _draw_speeds(axes, kind, kinds[kind])
+    plots.color_bar(figure, image, list(all_axes[0]), "speed relative to the best peer")
+    title = f"RMSNorm on {record['device']}; in the cells: speed relative to the shape's best peer"
+    if rated:
+        for axes, kind in zip(all_axes[1], panels, strict=True):
+            _draw_shares(axes, kind, kinds[kind])
+        title += (
+            "\n* and hollow marks: the buffers are small for the L2, calls need not go to memory"
+        )
+    figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _draw_speeds(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
+    names = _names(rows)
+    speeds: list[list[float | None]] = []
+    for row in rows:
+        best = best_time(row)
+        times = [_time(row, name) for name in names]
+        speeds.append([None if t is None or best is None else best / t for t in times])
+    texts = [["" if s is None else f"{s:.2f}" for s in line] for line in speeds]
+    shapes = [row["case"].split()[0] + ("*" if row.get("in_cache") else "") for row in rows]
+    title = KINDS[kind].removesuffix(", us")
+    return plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
+
+
+def _draw_shares(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> None:
+    rows = sorted((row for row in rows if row["floor"] is not None), key=megabytes)
+    for name, color in SHARE_COLORS.items():
+        for in_cache in (False, True):
+            points = [
+                (megabytes(row), 100 * row["floor"] / time)
+                for row in rows
+                if (time := _time(row, name)) and bool(row.get("in_cache")) == in_cache
+            ]
+            if points:
+                axes.scatter(
+                    [mb for mb, _ in points],
+                    [share for _, share in points],
+                    s=30 if name == "ours" else 16,
+                    marker="D" if name == "ours" else "o",
+                    facecolors="none" if in_cache else color,
+                    edgecolors=color,
+                    label=None if in_cache else name,
+                    zorder=3 if name == "ours" else 2,
+                )
+    axes.set_xscale("log")
+    axes.set_ylim(0, 105)
+    axes.axhline(100, color="black", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("megabytes that must move", fontsize=8)
+    axes.set_ylabel("% of copy bandwidth", fontsize=8)
+    axes.set_title(f"{KINDS[kind].removesuffix(', us')}: share of a copy's bandwidth", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _by_kind(record: Record) -> dict[str, list[dict[str, Any]]]:
@@ -104,13 +158,8 @@ def _by_kind(record: Record) -> dict[str, list[dict[str, Any]]]:
         if kind in kinds:
             kinds[kind].append(row)
     for rows in kinds.values():
-        rows.sort(key=lambda row: _shape(row)[::-1])
+        rows.sort(key=lambda row: shape_of(row)[::-1])
     return {kind: rows for kind, rows in kinds.items() if rows}
-
-
-def _shape(row: dict[str, Any]) -> tuple[int, int]:
-    rows, _, columns = row["case"].split()[0].partition("x")
-    return int(rows), int(columns)
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
@@ -126,10 +175,6 @@ def _time(row: dict[str, Any], name: str) -> float | None:
     return row["peers"].get(name, row.get("forms", {}).get(name))
 
 
-def _best_peer(row: dict[str, Any]) -> float | None:
-    return min(row["peers"].values(), default=None)
-
-
 def _table(kind: str, rows: list[dict[str, Any]]) -> str:
     names = _names(rows)
     scale = 1e-3 if kind == "memory" else 1.0
@@ -139,7 +184,9 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> str:
 
     has_floor = any(row["floor"] is not None for row in rows)
     has_share = any("copy_share" in row for row in rows)
-    header = ["rows x columns", *(["floor"] if has_floor else []), *map(_title, names)]
+    has_plan = any("planned" in row for row in rows)
+    header = ["rows x columns", *(["floor"] if has_floor else [])]
+    header += [*(["planned"] if has_plan else []), *map(_title, names)]
     if kind != "memory":
         header += ["p20-p80", "best peer", "ours / best"]
     header += ["% of copy"] if has_share else []
@@ -147,6 +194,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         line = [row["case"].split()[0]]
         line += [scaled(row["floor"])] if has_floor else []
+        line += [scaled(row.get("planned"))] if has_plan else []
         line += [scaled(_time(row, name)) for name in names]
         if kind != "memory":
             low, high = row["spread"] or (row["ours"], row["ours"])
@@ -194,62 +242,24 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.1f}%"
 
 
-def _summary(kinds: dict[str, list[dict[str, Any]]]) -> list[str]:
-    lines = []
-    for kind, rows in kinds.items():
-        rated = [row for row in rows if "ratio" in row]
-        if not rated:
-            continue
-        mean = geometric_mean([1 / row["ratio"] for row in rated])
-        worst = sorted(rated, key=lambda row: row["ratio"], reverse=True)[:3]
-        told = ", ".join(
-            f"{row['case'].split()[0]} {row['ratio']:.3f} of {row['best_peer']}" for row in worst
-        )
-        lines.append(
-            f"- {kind}: {mean:.3f}x the speed of the best peer (geometric mean of {len(rated)}); "
-            f"slowest against it: {told}"
-        )
-        for name in ("torch", "liger") if kind == "full host" else ():
-            ratios = [r["ours"] / r["peers"][name] for r in rows if r["peers"].get(name)]
-            if ratios:
-                lines.append(f"- {kind}: {min(ratios):.2f} to {max(ratios):.2f} of {name}'s time")
-    for pass_ in PUBLISHED:
-        rows = [
-            row
-            for row in kinds.get(f"{pass_} gpu", [])
-            if "published_percent" in row and _shape(row)[1] <= 512
-        ]
-        if rows:
-            more = sum(row["percent_of_liger_row"] < row["published_percent"] for row in rows)
-            lines.append(
-                f"- {pass_}: saves more of Liger's row path than the source did in {more} of "
-                f"{len(rows)} shapes up to 512 wide"
-            )
-    return lines
-
-
 def _legend(kinds: dict[str, list[dict[str, Any]]]) -> str:
     if "full gpu" not in kinds:
         return (
             "`ours` is the plain PyTorch form: there is no kernel on this device. Medians of calls "
             "back to back."
         )
-    backward = kinds.get("backward gpu", [])
-    differences = {name for row in backward for name in row.get("full_minus_forward", ())}
     lines = [
         "`ours` is what the automatic choice runs; `ours: row` and `ours: block` force a path, "
         "`ours: source` is the published rule. Floor: the bytes that must move, at the bandwidth "
-        "of a copy on the device. `*`: all buffers fit the L2, so that the floor is none. "
-        "Medians; p20-p80 are ours.",
+        "of a copy on the device. `*`: the buffers together hold less than twice the L2, so that "
+        "the floor is none. Medians; p20-p80 are ours. Best peer: a variant of Liger is named only "
+        "where it is over 1% faster than Liger as released.",
+        "torch.compile's backward pass is that of a second compilation, which may run twice.",
     ]
-    if differences:
-        lines.append(f"Backward as full minus forward: {', '.join(sorted(differences))}.")
+    if "memory" in kinds:
+        lines.append(
+            "Memory: floor is y, dX and dW, planned that and the float32 partials of dW. Liger as "
+            "released writes dX over the incoming gradient, hence its lower figure; so does "
+            "`ours: in place`."
+        )
     return " ".join(lines)
-
-
-def _cell_text(row: dict[str, Any], time: float | None) -> str:
-    if time is None:
-        return ""
-    if row["floor"] is None:
-        return digits(time)
-    return f"{100 * row['floor'] / time:.0f}{'*' if row.get('in_cache') else ''}"

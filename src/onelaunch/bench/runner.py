@@ -8,15 +8,16 @@ one after the other. It may have `table(record) -> str` and `draw(record) -> Fig
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from onelaunch.bench import plots
-from onelaunch.bench.record import Row, device_name, write_record
+from onelaunch.bench.record import Row, device_name, record_path, rows_there, write_record
 from onelaunch.checkpoints.atomic import read_json, write_text
-from onelaunch.errors import MissingExtra, RunFailed
+from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
 SAVE_SECONDS = 5.0
 
@@ -27,41 +28,83 @@ def conduct(
     """Run an experiment on a device; returns the record's path.
 
     Rows are on disk a few seconds after they are made: a run that fails, or is stopped, leaves
-    those that it had. Raises RunFailed where there were none.
+    those that it had. Raises BadInput, before anything runs, where there is no place for a record,
+    and RunFailed where there were no rows.
     """
     module = importlib.import_module(f"onelaunch.bench.{experiment.replace('-', '_')}")
     name = device_name(device)
+    _make_place(record_path(experiment, folder, name))
     fresh: list[Row] = []
     path: Path | None = None
+
+    def keep() -> None:
+        nonlocal path, fresh
+        if fresh:
+            path = write_record(experiment, module.UNIT, fresh, folder, name)
+            fresh = []
+
     saved_at = time.monotonic()
     try:
         for row in module.run(device, quick, say):
             fresh.append(row)
             if time.monotonic() - saved_at >= SAVE_SECONDS:
-                path = write_record(experiment, module.UNIT, fresh, folder, name)
-                fresh, saved_at = [], time.monotonic()
-    finally:
-        if fresh:
-            path = write_record(experiment, module.UNIT, fresh, folder, name)
+                keep()
+                saved_at = time.monotonic()
+    except BaseException:
+        try:
+            keep()
+        except Exception as error:
+            say(f"the last rows are lost: {_in_a_line(error)}")
         if path is not None:
             _leave_views(module, path, say)
             say(f"record: {path}")
+        raise
+    keep()
     if path is None:
         raise RunFailed(f"{experiment}: no case could be timed")
+    _leave_views(module, path, say)
+    say(f"record: {path}")
     return path
 
 
+def _make_place(path: Path) -> None:
+    """Read what is there already and make its folder: what is wrong with either is an error now,
+    not after the run."""
+    rows_there(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{path.parent}: cannot be made ({error.strerror})") from error
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"{path.parent}: cannot be written to")
+
+
 def _leave_views(module: ModuleType, path: Path, say: Callable[[str], None]) -> None:
-    record = read_json(path)
+    """Table and picture of a record. They can be made again from it: what fails is said, and is no
+    failure of the run."""
     if hasattr(module, "table"):
-        text = module.table(record)
-        write_text(path.with_suffix(".md"), text)
-        say(text.rstrip())
-    if hasattr(module, "draw"):
         try:
-            figure = module.draw(record)
-        except MissingExtra as error:
-            say(str(error))
-            return
-        if figure is not None:
-            plots.save(figure, path.with_suffix(".png"))
+            text = module.table(read_json(path))
+            write_text(path.with_suffix(".md"), text)
+            say(text.rstrip())
+        except Exception as error:
+            path.with_suffix(".md").unlink(missing_ok=True)
+            say(f"without a table: {_in_a_line(error)}")
+    if hasattr(module, "draw"):
+        picture = path.with_suffix(".png")
+        try:
+            figure = module.draw(read_json(path))
+            if figure is None:
+                picture.unlink(missing_ok=True)
+            else:
+                plots.save(figure, picture)
+        except Exception as error:
+            # an older picture would be taken for this record's
+            picture.unlink(missing_ok=True)
+            say(f"without a picture: {_in_a_line(error)}")
+
+
+def _in_a_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    what = lines[0][:200] if lines else "no message"
+    return what if isinstance(error, OnelaunchError) else f"{type(error).__name__}: {what}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -34,3 +36,31 @@ def figure(value: float | None) -> str:
 def geometric_mean(values: Sequence[float]) -> float:
     """Of positive numbers, at least one."""
     return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """What the figures of a record come from, in a line; a second line warns where its rows are of
+    several commits."""
+    rows = record["rows"]
+    words = [str(record["device"])]
+    words += [str(record[key]) for key in ("date",) if key in record]
+    words += [f"commit {record['commit']}"] if "commit" in record else []
+    words += [f"{name} {version}" for name, version in record.get("versions", {}).items()]
+    words += _spread_of(rows, "dtype", "{}")
+    words += _spread_of(rows, "copy_GBps", "copy {:,.0f} GB/s")
+    words += _spread_of(rows, "n", "n = {}")
+    lines = ["; ".join(words) + "."]
+    commits = Counter(str(row["commit"]) for row in rows if "commit" in row)
+    if len(commits) > 1:
+        told = ", ".join(f"{count} of {commit}" for commit, count in commits.items())
+        lines.append(f"Warning: the rows are not of one commit: {told}.")
+    return "\n\n".join(lines)
+
+
+def _spread_of(rows: Sequence[dict[str, Any]], key: str, form: str) -> list[str]:
+    """What the rows of a case with a spread say under `key`: one value, or least and most."""
+    found = sorted({row[key] for row in rows if row.get(key) is not None and row.get("spread")})
+    if not found:
+        return []
+    ends = found if len(found) == 1 else [found[0], found[-1]]
+    return [" to ".join(form.format(end) for end in ends)]

@@ -5,17 +5,19 @@ buffers hold more than the L2 does wherever the cap on their number allows it, s
 its input in memory, as a training step does. Host-inclusive: calls back to back and one wait for
 the device at the end; a wait or a cleared cache before each call would hide the host's time.
 
-Contenders take turns in one process, and the one that begins changes, so that a drift of the clocks
-favours none. All times are microseconds a call.
+Contenders take turns in one process, each time in another order, so that neither a drift of the
+clocks nor what a neighbour leaves behind favours one. All times are microseconds a call.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ MIN_CALLS, MAX_CALLS = 20, 120
 GRAPH_US = 400.0  # a graph so long makes its own start, a microsecond or two, vanish
 WARM_CALLS = 3
 COPY_BYTES = 1 << 30
+ORDER_SEED = 0
 
 
 def buffer_sets(bytes_per_set: int, l2_bytes: int) -> int:
@@ -66,8 +69,12 @@ def capture(call: Call, sets: int, calls: int) -> Replay:
     try:
         for i in range(calls):
             kept[i % sets] = call(i % sets)
-    finally:
-        graph.capture_end()
+    except BaseException:
+        # ending a capture that failed raises too: what failed says more
+        with suppress(Exception):
+            graph.capture_end()
+        raise
+    graph.capture_end()
     return Replay(graph, calls, kept)
 
 
@@ -78,9 +85,9 @@ def replays_in_turn(
     caches are as the graph itself leaves them, and one between events."""
     names = list(replays)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for sample in range(samples):
+    for order in _orders(names, samples):
         marks = {}
-        for name in _rotated(names, sample):
+        for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before(name)
             replays[name].graph.replay()
@@ -105,8 +112,8 @@ def calls_in_turn(
     """Samples of `repeats` calls back to back and one wait for the device, in turn."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for sample in range(samples):
-        for name in _rotated(names, sample):
+    for order in _orders(names, samples):
+        for name in order:
             before(name)
             times[name].append(_back_to_back(calls[name], sets, repeats, synchronize))
     return times
@@ -154,6 +161,10 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return lambda: module.synchronize()
 
 
-def _rotated(names: list[str], by: int) -> list[str]:
-    by %= len(names)
-    return names[by:] + names[:by]
+def _orders(names: list[str], samples: int) -> Iterator[list[str]]:
+    """An order of the names for each sample; the same ones in every run."""
+    shuffle = random.Random(ORDER_SEED).shuffle
+    for _ in range(samples):
+        order = list(names)
+        shuffle(order)
+        yield order

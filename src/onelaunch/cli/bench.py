@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from onelaunch.bench.experiments import EXPERIMENTS
-from onelaunch.cli.common import Debug, Device, Quiet, say
+from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
+from onelaunch.cli.common import Debug, Quiet, say
 from onelaunch.errors import BadInput
 
 
@@ -17,7 +17,15 @@ def bench(
     experiment: Annotated[
         str, typer.Argument(metavar="EXPERIMENT", help=f"One of: {', '.join(EXPERIMENTS)}.")
     ],
-    device: Device = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda, cuda:N or mps; if not given auto for rms-norm, "
+            "rms-norm-threshold and rms-norm-training, cpu for the others.",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where the record goes, by device.")
     ] = Path("benchmarks/records"),
@@ -34,6 +42,6 @@ def bench(
     from onelaunch.bench.runner import conduct
     from onelaunch.engines.reference import resolve_device
 
-    place = str(resolve_device(device))
+    place = str(resolve_device(device or ("auto" if experiment in ON_THE_GPU else "cpu")))
     say(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
     print(conduct(experiment, place, quick, out, lambda line: say(line, quiet)))

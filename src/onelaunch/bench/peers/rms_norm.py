@@ -10,19 +10,24 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.operators.rms_norm import rms_norm
+from onelaunch.errors import BadInput
+from onelaunch.operators.rms_norm import launch, rms_norm
 
 EPS = 1e-6
 
@@ -32,10 +37,16 @@ Norm = Callable[[Tensor, Tensor], Tensor]
 LIGER_CONDITION = "BLOCK_SIZE > 256 or n_rows < 4096 * 8 or row_mode"
 SOURCE_CONDITION = "BLOCK_SIZE > 512 or n_rows < 4096 or row_mode"
 
+# With what PyTorch puts the QuACK that it carries in place of its own kernels: from which of its
+# versions on, and the versions of nvidia-cutlass-dsl that it knows to work.
+QUACK_IN_TORCH = (2, 12)
+KNOWN_CUTLASS = ("4.4.1", "4.4.2", "4.5.2")
+
 
 @dataclass(frozen=True)
 class Contender:
-    """`fresh()` gives the norm for one shape, made anew. `form`: one of ours, no peer. `in_place`:
+    """`fresh()` gives the norm for one shape, made anew; `repeatable()`, where there is one, the
+    norm whose graph can be walked backward many times. `form`: one of ours, no peer. `in_place`:
     writes dX over the incoming gradient. `sibling`: has the host path of another contender, and is
     not timed for its own."""
 
@@ -44,6 +55,11 @@ class Contender:
     form: bool = False
     in_place: bool = False
     sibling: bool = False
+    repeatable: Callable[[], Norm] | None = None
+
+    def fresh_backward(self) -> Norm | None:
+        """The norm for the backward pass alone, where it is not that of `fresh`."""
+        return self.repeatable() if self.repeatable else None
 
 
 def ours() -> list[Contender]:
@@ -60,6 +76,34 @@ def ours() -> list[Contender]:
     ]
 
 
+def ours_in_place() -> Contender:
+    """Ours with dX written over the incoming gradient: what memory that saves."""
+    return Contender(
+        "in place",
+        lambda: lambda x, weight: rms_norm(x, weight, EPS, in_place=True),
+        form=True,
+        in_place=True,
+        sibling=True,
+    )
+
+
+def has_kernel(device: torch.device, say: Callable[[str], None]) -> bool:
+    """Whether kernels are measured on a device; where none is, that is said. Raises BadInput where
+    there are kernels of which a time would tell nothing, or none though there should be."""
+    if launch.INTERPRETED:
+        raise BadInput(
+            "TRITON_INTERPRET is set: interpreted kernels are not worth timing; unset it"
+        )
+    if device.type == "cuda":
+        if not launch.available(device):
+            raise BadInput(f"device {device}: Triton is not installed, so ours has no kernel there")
+        return True
+    if launch.available(device):
+        raise BadInput(f"device {device}: timing kernels needs CUDA's graphs and events; use cpu")
+    without_kernel(say)
+    return False
+
+
 def without_kernel(say: Callable[[str], None]) -> None:
     """Say, instead of the operator's own warning, that the plain form runs here."""
     with warnings.catch_warnings():
@@ -70,17 +114,30 @@ def without_kernel(say: Callable[[str], None]) -> None:
 
 def peers(device: torch.device, say: Callable[[str], None]) -> list[Contender]:
     """Those that run on a device; what is missing is said."""
-    found = [Contender("torch", lambda: _torch), Contender("torch.compile", _compiled)]
+    found = [Contender("torch", lambda: _torch)]
+    found.append(Contender("torch.compile", _compiled, repeatable=_compiled_repeatable))
     if device.type == "cuda":
         found += _liger(say) + _quack(say)
     return found
 
 
 def torch_may_run_quack() -> bool:
-    """Whether PyTorch (2.12 on) may replace its own kernels by the QuACK that it carries: where the
-    packages that this needs are installed, and the switch against it is not set."""
-    packages = all(importlib.util.find_spec(name) is not None for name in ("cutlass", "tvm_ffi"))
-    return packages and os.environ.get("TORCH_DISABLE_NATIVE_JIT", "0") in ("", "0")
+    """Whether PyTorch may replace its own kernels by the QuACK that it carries: from 2.12 on, where
+    the packages that this needs are there in versions that it knows, and no switch forbids it."""
+    torch_version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if torch_version < QUACK_IN_TORCH or _switched_on("TORCH_DISABLE_NATIVE_JIT"):
+        return False
+    if any(importlib.util.find_spec(name) is None for name in ("cutlass", "tvm_ffi")):
+        return False
+    try:
+        cutlass = metadata.version("nvidia-cutlass-dsl")
+    except metadata.PackageNotFoundError:
+        return False
+    return cutlass in KNOWN_CUTLASS or _switched_on("TORCH_NATIVE_SKIP_VERSION_CHECK")
+
+
+def _switched_on(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
 
 
 def _ours(x: Tensor, weight: Tensor) -> Tensor:
@@ -89,6 +146,32 @@ def _ours(x: Tensor, weight: Tensor) -> Tensor:
 
 def _torch(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+def _torch_again(x: Tensor, weight: Tensor) -> Tensor:
+    # torch.compile remembers by code: a second function, lest `_torch`'s compiled form be found
+    return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+def _compiled_repeatable() -> Norm:
+    """Compiled so that its backward pass can run again: by default it may write over what its
+    forward pass kept, and refuses retain_graph."""
+    compiled = torch.compile(_torch_again, fullgraph=True)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        with _without_donations():
+            return compiled(x, weight)
+
+    return norm
+
+
+def _without_donations() -> AbstractContextManager[Any]:
+    try:
+        from torch._functorch import config
+
+        return config.patch(donated_buffer=False)
+    except (ImportError, AttributeError):
+        return nullcontext()  # a PyTorch without the setting; if it refuses, that is said
 
 
 def _compiled() -> Norm:

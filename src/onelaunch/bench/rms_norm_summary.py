@@ -1,0 +1,168 @@
+"""What the record of rms-norm says in a few lines: means, the worst shapes, and what was asked of
+RMSNorm against what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from onelaunch.bench.norm_cell import bytes_moved
+from onelaunch.bench.tables import geometric_mean
+
+Rows = list[dict[str, Any]]
+
+# What the project asks of its RMSNorm on an H200. Kernels only, ours against the best peer of each
+# shape: time at most, and the geometric mean of speed at least.
+FULL_TIME, FULL_MEAN_SPEED = 1.02, 1.25
+# Forward: this much of the best peer's time or so many microseconds more, whichever is larger.
+FORWARD_TIME, FORWARD_MORE_US, FORWARD_MEAN_SPEED = 1.03, 0.1, 0.99
+# Share of the bandwidth of a copy, at least, from so many megabytes moved on.
+COPY_SHARES = (("forward", 250.0, 0.95), ("full", 150.0, 0.82), ("full", 600.0, 0.88))
+# Eager, host included: time of forward and backward at most, by peer.
+HOST_TIMES = (("torch", 1.25), ("liger", 0.5))
+# The widths of the published table in which the block path is taken.
+PUBLISHED_COLUMNS = 512
+
+ELEMENT_BYTES = 2  # of bfloat16, in which a GPU is measured
+
+
+def summary(kinds: dict[str, Rows]) -> list[str]:
+    """Lines of a Markdown list. `kinds`: the rows by kind of case, `full gpu` and so on."""
+    lines = [line for kind, rows in kinds.items() for line in _means(kind, rows)]
+    asked = [*_against_peers(kinds), *_copy_shares(kinds), *_host(kinds), *_published(kinds)]
+    return [*lines, *asked, *_memory(kinds)]
+
+
+def shape_of(row: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a case."""
+    rows, _, columns = row["case"].split()[0].partition("x")
+    return int(rows), int(columns)
+
+
+def megabytes(row: dict[str, Any]) -> float:
+    """What a case's pass must move."""
+    return bytes_moved(*shape_of(row), row["case"].split()[1], ELEMENT_BYTES) / 1e6
+
+
+def best_time(row: dict[str, Any]) -> float | None:
+    """Of the peers; None where there is none."""
+    return min(row["peers"].values(), default=None)
+
+
+def _means(kind: str, rows: Rows) -> Iterable[str]:
+    rated = [row for row in rows if "ratio" in row]
+    if not rated:
+        return
+    mean = geometric_mean([1 / row["ratio"] for row in rated])
+    worst = sorted(rated, key=lambda row: row["ratio"], reverse=True)[:3]
+    told = ", ".join(
+        f"{row['case'].split()[0]} {row['ratio']:.3f} of {row['best_peer']}" for row in worst
+    )
+    yield (
+        f"- {kind}: {mean:.3f}x the speed of the best peer (geometric mean of {len(rated)}); "
+        f"slowest against it: {told}"
+    )
+
+
+def _against_peers(kinds: dict[str, Rows]) -> Iterable[str]:
+    full = _rated(kinds.get("full gpu", []))
+    if full:
+        over = [f"{_name(r)} {r['ours'] / b:.3f}" for r, b in full if r["ours"] > FULL_TIME * b]
+        asked = f"full gpu, at most {FULL_TIME} of the best peer's time in each shape"
+        yield _verdict(asked, over, len(full))
+        yield _mean_verdict("full gpu", full, FULL_MEAN_SPEED)
+    forward = _rated(kinds.get("forward gpu", []))
+    if forward:
+        over = [
+            f"{_name(row)} {row['ours'] / best:.3f} ({row['ours'] - best:+.2f} us)"
+            for row, best in forward
+            if row["ours"] > max(FORWARD_TIME * best, best + FORWARD_MORE_US)
+        ]
+        asked = (
+            f"forward gpu, at most {FORWARD_TIME} of the best peer's time or {FORWARD_MORE_US} us "
+            "more in each shape"
+        )
+        yield _verdict(asked, over, len(forward))
+        yield _mean_verdict("forward gpu", forward, FORWARD_MEAN_SPEED)
+
+
+def _copy_shares(kinds: dict[str, Rows]) -> Iterable[str]:
+    for pass_, least_mb, share in COPY_SHARES:
+        rows = [
+            row
+            for row in kinds.get(f"{pass_} gpu", [])
+            if row["floor"] is not None and megabytes(row) >= least_mb
+        ]
+        if rows:
+            under = [
+                f"{_name(row)} {100 * row['floor'] / row['ours']:.1f}%"
+                for row in rows
+                if row["floor"] < share * row["ours"]
+            ]
+            asked = f"{pass_} gpu, at least {100 * share:.0f}% of copy bandwidth"
+            yield _verdict(f"{asked} from {least_mb:.0f} MB moved", under, len(rows))
+
+
+def _host(kinds: dict[str, Rows]) -> Iterable[str]:
+    for peer, most in HOST_TIMES:
+        rows = [row for row in kinds.get("full host", []) if row["peers"].get(peer)]
+        # on a CPU there is nothing of ours to be asked for
+        rows = [row for row in rows if row.get("kernel") is None]
+        if rows:
+            ratios = {_name(row): row["ours"] / row["peers"][peer] for row in rows}
+            over = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio > most]
+            found = f"found {min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
+            asked = f"full host, at most {most} of {peer}'s time"
+            yield f"{_verdict(asked, over, len(rows))}; {found}"
+
+
+def _published(kinds: dict[str, Rows]) -> Iterable[str]:
+    for pass_ in ("full", "backward"):
+        rows = [
+            row
+            for row in kinds.get(f"{pass_} gpu", [])
+            if "published_percent" in row and shape_of(row)[1] <= PUBLISHED_COLUMNS
+        ]
+        if rows:
+            less = [
+                f"{_name(row)} {row['percent_of_liger_row']:+.1f}%"
+                for row in rows
+                if row["percent_of_liger_row"] >= row["published_percent"]
+            ]
+            asked = (
+                f"{pass_} gpu, saves more of Liger's row path than the source did, "
+                f"up to {PUBLISHED_COLUMNS} wide"
+            )
+            yield _verdict(asked, less, len(rows))
+
+
+def _memory(kinds: dict[str, Rows]) -> Iterable[str]:
+    rows = [row for row in kinds.get("memory", []) if row.get("planned")]
+    if rows:
+        worst = max(rows, key=lambda row: row["ours"] - row["planned"])
+        over = worst["ours"] - worst["planned"]
+        yield (
+            "- memory, nothing but y, dX, dW and the planned partials: "
+            f"{'yes' if over <= 0 else 'no'}, at most {over / 1e3:+,.1f} kB "
+            f"({100 * over / worst['planned']:+.1f}%) in {len(rows)} shapes, at {_name(worst)}"
+        )
+
+
+def _rated(rows: Rows) -> list[tuple[dict[str, Any], float]]:
+    return [(row, best) for row in rows if (best := best_time(row)) is not None]
+
+
+def _mean_verdict(kind: str, rated: Sequence[tuple[dict[str, Any], float]], least: float) -> str:
+    mean = geometric_mean([best / row["ours"] for row, best in rated])
+    reached = "yes" if mean >= least else "no"
+    return f"- {kind}, at least {least}x the best peer's speed on average: {reached}, {mean:.3f}x"
+
+
+def _verdict(asked: str, failing: Sequence[str], count: int) -> str:
+    if not failing:
+        return f"- {asked}: yes, in all {count}"
+    return f"- {asked}: no, not in {len(failing)} of {count}: {', '.join(failing)}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row["case"].split()[0])
