@@ -142,13 +142,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the working tree, with `-dirty` where sources differ from it."""
+    """The commit of the working tree, with `-dirty` where sources differ from it. ONELAUNCH_COMMIT
+    names it where the tree is a copy whose own git, if it has one, knows another."""
+    if named := os.environ.get("ONELAUNCH_COMMIT"):
+        return named
     here = Path(__file__).parent
     try:
         head = _git(here, "rev-parse", "--short=12", "HEAD")
         changed = _git(here, "status", "--porcelain", "--", ":/src")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ONELAUNCH_COMMIT", "unknown")
+        return "unknown"
     return head + ("-dirty" if changed else "")
 
 

@@ -7,7 +7,7 @@ Backward:              m = dy * scale,   n = x * rstd
 (Zhang and Sennrich, 1910.07467). The scale is weight + offset, or 1.
 
 The forward stores no rstd: the backward must read x anyway and adds its squares beside m * x, in
-one reduction; that costs no time (docs/log.md) and saves the writes, the reads and the tensor.
+one reduction. That saves the writes, the reads and the tensor (docs/log.md has figures).
 
 Rows lie at any stride: LAYOUT 0 is contiguous, 1 one stride between rows, 2 two strides, row i at
 (i // inner) * outer_stride + (i % inner) * inner_stride, as the heads of packed projections do.
