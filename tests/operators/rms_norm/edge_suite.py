@@ -149,3 +149,5 @@ class EdgeSuite:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             rms_norm(x)
+            again = torch.ops.onelaunch.rms_norm(x, None, 1e-6, "llama", 0.0, "auto", "tuned")
+        torch.testing.assert_close(again, y)

@@ -36,6 +36,7 @@ HAS_TRITON = find_spec("triton") is not None
 # Triton decides while it is imported; kernels then run on a CPU's tensors too, slowly.
 _TRUE = ("1", "true", "yes", "on", "y")
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE
+_failed: set[torch.device] = set()  # where a kernel did not compile
 # So many shapes are remembered; sequences of every length would otherwise fill the memory.
 MAX_REMEMBERED = 4096
 
@@ -121,7 +122,9 @@ def available(device: torch.device) -> bool:
 
 def supported(x: Tensor, weight: Tensor | None) -> bool:
     """Whether the kernels compute these tensors; the plain form computes all others."""
-    if not available(x.device) or x.dtype not in DTYPES or x.shape[-1] > MAX_COLUMNS:
+    if not available(x.device) or x.device in _failed:
+        return False
+    if x.dtype not in DTYPES or x.shape[-1] > MAX_COLUMNS:
         return False
     return weight is None or weight.dtype in DTYPES
 
@@ -175,7 +178,7 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
     if found is not None:
         return found
     check(x, weight, s.offset)
-    if not supported(x, weight) or x.device in _failed or torch._C._get_tracing_state():
+    if not supported(x, weight) or torch._C._get_tracing_state():
         return None
     try:
         prepared = Prepared(s, _forward_launch(x, weight, s))
@@ -192,9 +195,6 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
         return None
     _remember(s.prepared, key, prepared)
     return prepared
-
-
-_failed: set[torch.device] = set()
 
 
 def forward(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
