@@ -144,7 +144,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any]) -> Figure | None:
-    """Bars: time of ours over time of torch, with the spread of the pairs."""
+    """Points: time of ours over time of torch, with the spread of the pairs."""
     rows = record["rows"]
     if not rows:
         return None

@@ -16,7 +16,7 @@ NORMS = ("auto", "torch", "onelaunch")
 def choose_norm(asked: str, has_kernel: bool, compiled: bool) -> str:
     """The norm used, "torch" or "onelaunch": the one asked for, or for "auto" the operator where
     the device has its kernel, unless torch.compile is used, which fuses PyTorch's form with its
-    neighbours and is then 5 to 18% ahead (benchmarks/records/nvidia-h200/rms-norm-training.json).
+    neighbours and is then 5 to 22% ahead (benchmarks/records/nvidia-h200/rms-norm-training.json).
     Raises BadInput for a name not in `NORMS`."""
     if asked not in NORMS:
         raise BadInput(f"norm {asked!r}: must be one of {', '.join(NORMS)}")

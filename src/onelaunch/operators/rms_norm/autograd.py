@@ -50,11 +50,8 @@ class _RMSNorm(torch.autograd.Function):
             or not _has_storage(dy)
             or _transformed()
         ):
-            s = ctx.prepared.s
-            dx, dw = torch.ops.onelaunch.rms_norm_backward(
-                dy, x, weight, s.eps, s.casting, s.offset, need_dw, s.row_mode, s.rule
-            )
-            return dx, dw if need_dw else None, None
+            both = _backward_through_operator(dy, x, weight, ctx.prepared.s, need_dw)
+            return both[0], both[1] if need_dw else None, None
         dx, dw = launch.backward_of(ctx.prepared, dy, x, weight, need_dw)
         return dx, dw, None
 
@@ -123,6 +120,14 @@ def _through_operator(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
     return torch.ops.onelaunch.rms_norm(x, weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
 
 
+def _backward_through_operator(
+    dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.onelaunch.rms_norm_backward(
+        dy, x, weight, s.eps, s.casting, s.offset, need_dw, s.row_mode, s.rule
+    )
+
+
 def _through_transforms(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
     """The operator under functorch, whose grad does not go through an operator's derivative."""
     if _functorch_active() and peek_interpreter_stack().key() == TransformType.Grad:
@@ -161,9 +166,7 @@ class _TransformedBackward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if _functorch_active() and peek_interpreter_stack().key() == TransformType.Grad:
             return _TransformedBackward.apply(dy, x, weight, s, need_dw)
-        return torch.ops.onelaunch.rms_norm_backward(
-            dy, x, weight, s.eps, s.casting, s.offset, need_dw, s.row_mode, s.rule
-        )
+        return _backward_through_operator(dy, x, weight, s, need_dw)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -11,7 +11,8 @@ one reduction. That saves the writes, the reads and the tensor (docs/log.md has 
 
 Rows lie at any stride: LAYOUT 0 is contiguous, 1 one stride between rows, 2 two strides, row i at
 (i // inner) * outer_stride + (i % inner) * inner_stride, as the heads of packed projections do.
-Offsets of rows are 64-bit.
+Offsets of rows are 64-bit. CASTING is the place of a casting in `reference.CASTINGS`: 0 llama,
+1 gemma, 2 none.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-LLAMA, GEMMA, NONE = 0, 1, 2
-CONTIGUOUS, STRIDED, NESTED = 0, 1, 2
 
 
 @triton.jit

@@ -350,7 +350,7 @@ def _backward_launch(
         )
 
     def launch(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        dx = written_over(dy) if in_place else empty_like(x)
+        dx = _written_over(dy) if in_place else empty_like(x)
         assert weight is not None
         dw = empty_like(weight)
         if direct:
@@ -362,7 +362,7 @@ def _backward_launch(
         return dx, dw
 
     def launch_for_dx(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        dx = written_over(dy) if in_place else empty_like(x)
+        dx = _written_over(dy) if in_place else empty_like(x)
         if weight is None:
             run(dy, x, dx)
         else:
@@ -402,7 +402,7 @@ def _can_be_written_over(dy: Tensor) -> bool:
     return torch._debug_has_internal_overlap(dy) == 0
 
 
-def written_over(dy: Tensor) -> Tensor:
+def _written_over(dy: Tensor) -> Tensor:
     """dy, and autograd told that it changes: where something else has saved it, it will say so."""
     torch.autograd.graph.increment_version(dy)
     return dy

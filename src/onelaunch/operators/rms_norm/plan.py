@@ -25,7 +25,7 @@ RULES = ("tuned", "source")
 BLOCK_ROW_MAX_BLOCK_SIZE = 512
 BLOCK_ROW_MIN_ROWS = 4096
 BLOCK_ROW = 16
-SOURCE_WARPS = ((32768, 32), (8192, 16), (2048, 8), (0, 4))
+SOURCE_WARPS = ((8192, 16), (2048, 8), (0, 4))
 
 # Ours. Tuned on an H200 (132 multiprocessors), 2026-11-21, bfloat16, 28 shapes; what was tried is
 # in docs/log.md, what it gives in benchmarks/records/nvidia-h200/rms-norm.json.
@@ -61,7 +61,7 @@ BACKWARD_ROW = (
     (16384, (1, 16, 2, 1)),
 )
 # With fewer rows than this for each multiprocessor `auto` gives every row a program of its own:
-# blocks then leave multiprocessors idle, and lose up to 0.3 us
+# blocks then leave multiprocessors idle, and lose up to 0.6 us
 # (benchmarks/records/nvidia-h200/rms-norm-threshold.json).
 BLOCK_MIN_ROWS_PER_MULTIPROCESSOR = 8
 # Pipelined loads wait in shared memory; half an Ampere multiprocessor's, and all of a consumer
