@@ -55,8 +55,7 @@ class Display:
         self._closing = threading.Event()
         # A raw descriptor of our own: a thread stuck in it holds no lock that Python's exit needs.
         self._terminal = _Terminal(sys.stderr.fileno() if descriptor is None else descriptor)
-        run = self._run_live if self._terminal.isatty() else self._run_plain
-        self._thread = threading.Thread(target=run, name="display", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="display", daemon=True)
         self._thread.start()
 
     def progress(self, update: int, micro: int) -> None:
@@ -85,6 +84,15 @@ class Display:
         self._thread.join(seconds)
 
     # ---- this thread's side
+
+    def _run(self) -> None:
+        try:
+            if self._terminal.isatty():
+                self._run_live()
+            else:
+                self._run_plain()
+        finally:
+            self._terminal.close()
 
     def _run_plain(self) -> None:
         self._terminal.write("\n".join([self.header.title, *self.header.lines]) + "\n")
@@ -219,6 +227,9 @@ class _Terminal:
 
     def fileno(self) -> int:
         return self._descriptor
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def sparkline(values: list[float], width: int) -> str:
