@@ -28,9 +28,9 @@ generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-ec
     [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--ids] [--json] [--quiet]
     [--debug]
 export MODEL OUT --format VALUE [--random] [--quiet]
-inspect MODEL [--random] [--json]
+inspect MODEL [--random] [--fusion-depth D] [--json]
 bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--quiet] [--debug]
-doctor [--json] [--debug]
+doctor [--clear-cache] [--json] [--debug]
 """
 
 

@@ -176,6 +176,96 @@ def test_inspect_table(bin_file):
     assert len(columns) == 1  # aligned
 
 
+def test_inspect_says_what_a_forward_takes(bin_file):
+    lines = _run("inspect", bin_file).stdout.splitlines()
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+    config = load(bin_file).config
+    D, F, V, L = 16, 24, 259, 2
+    weights = 4 * (config.n_params + D)
+    activations = 4 * (1 + L * (4 * D + 2 * D + F) + D) + 4 * (D + L * (2 * D + 2 * D + F) + V)
+    attention = 2 * (4 * 8 + 5)
+    norm = 4 * D + 3
+    layer = 8 * D * D + 6 * D * F + 2 * norm + 8 * D + 5 * F + attention
+    assert rows["1 token"] == (
+        f"{weights:,} bytes of weights, {activations:,} of activations, "
+        f"{4 * 2 * L * 2 * D:,} of cache, {L * layer + norm + 2 * D * V:,} operations"
+    )
+    # 64 tokens, where the context holds so many: here 8
+    assert rows["8 tokens"].startswith(f"{4 * (config.n_params + 8 * D):,} bytes of weights")
+    assert rows["launches"] == "stage: 12, half: 6, 1 layer: 4, 2 layers: 3, all: 1"
+    assert list(rows)[-3:] == ["1 token", "8 tokens", "launches"]
+
+
+def _weight_bytes(line):
+    return int(re.search(r"([\d,]+) bytes of weights", line)[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("depth", "launched"),
+    [
+        (
+            "half",
+            ["embed", *(f"layer {i} {b} block" for i in (0, 1) for b in ("attention", "FFN"))],
+        ),
+        ("1", ["embed", "layer 0", "layer 1"]),
+        ("2", ["embed", "layers 0 to 1"]),
+        ("all", []),
+    ],
+)
+def test_inspect_lists_the_launches_of_a_depth(bin_file, depth, launched):
+    without = _run("inspect", bin_file).stdout.splitlines()
+    lines = _run("inspect", bin_file, "--fusion-depth", depth).stdout.splitlines()
+    assert lines[: len(without)] == without
+    rows = [re.split(r"  +|, ", line) for line in lines[len(without) :]]
+    names = [*launched, "head"] if launched else ["all"]
+    assert [row[0] for row in rows] == [f"launch {i}" for i in range(len(names))]
+    assert [row[1] for row in rows] == names
+    assert sum(int(row[2].split()[0]) for row in rows) == 12
+    weights = re.search(r"^1 token +([\d,]+) bytes", "\n".join(lines), re.M)[1]
+    listed = sum(
+        int(re.search(r"([\d,]+) bytes", line)[1].replace(",", ""))
+        for line in lines[len(without) :]
+    )
+    assert listed == int(weights.replace(",", ""))
+
+
+def test_inspect_json_has_the_plan(bin_file):
+    plan = json.loads(_run("inspect", bin_file, "--json").stdout)["plan"]
+    assert plan["launches"] == {"stage": 12, "half": 6, "1": 4, "2": 3, "all": 1}
+    assert plan["fusion_depth"] is None
+    assert [forward["sequence"] for forward in plan["forwards"]] == [1, 8]
+    for forward in plan["forwards"]:
+        assert "launches" not in forward
+        spans = [(line["kind"], line["layers"]) for line in forward["stages"]]
+        assert spans[0] == ("embed", None)
+        assert spans[1:3] == [("qkv", [0, 1]), ("attention", [0, 1])]
+    deep = json.loads(_run("inspect", bin_file, "--json", "--fusion-depth", "2").stdout)["plan"]
+    assert deep["fusion_depth"] == "2"
+    assert [launch["name"] for launch in deep["forwards"][1]["launches"]] == [
+        "embed",
+        "layers 0 to 1",
+        "head",
+    ]
+    assert {**deep, "fusion_depth": None, "forwards": plan["forwards"]} == plan
+
+
+def test_inspect_counts_in_the_width_of_the_weights(tmp_path):
+    config = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=9, max_seq_len=1)
+    weights = {name: tensor.bfloat16() for name, tensor in _weights(config).items()}
+    save(LoadedModel(config, weights), tmp_path / "narrow", "hf")
+    facts = json.loads(_run("inspect", tmp_path / "narrow", "--json").stdout)
+    (forward,) = facts["plan"]["forwards"]  # a context of one token has no longer prompt
+    assert (forward["weight_itemsize"], forward["activation_itemsize"]) == (2, 2)
+    assert forward["totals"]["weight_bytes"] == facts["bytes"] + 2 * 16
+
+
+def test_inspect_refuses_a_depth_that_the_model_does_not_have(bin_file):
+    for depth in ("3", "0", "auto", "Half"):
+        for flags in ([], ["--json"]):
+            with pytest.raises(BadInput, match=f"fusion depth {depth}: must be stage, half, all"):
+                _run("inspect", bin_file, "--fusion-depth", depth, *flags)
+
+
 def test_inspect_random_preset_has_no_tokenizer():
     result = _run("inspect", "stories260k", "--random")
     assert re.search(r"^parameters +260,032$", result.stdout, re.M)

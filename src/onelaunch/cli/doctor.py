@@ -7,12 +7,15 @@ import json
 import os
 import platform
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from onelaunch import __version__
 from onelaunch.cli.common import Debug, Json
+from onelaunch.errors import RunFailed
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich")
+PACKAGES = ("torch", "triton", "numpy", "numba", "llvmlite", "safetensors", "typer", "rich")
 EXTRAS = {
     "hf": ("transformers", "tokenizers"),
     "tokenizer": ("sentencepiece",),
@@ -20,10 +23,39 @@ EXTRAS = {
 }
 
 
-def doctor(json_: Json = False, debug: Debug = False) -> None:
+def doctor(
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Remove all compiled programs, and end there.")
+    ] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
     """What is installed here, and what will run where."""
+    if clear_cache:
+        gone = clear()
+        text = f"{gone['folder']}: {_programs(gone)} removed"
+        print(json.dumps(gone, indent=2) if json_ else text)
+        return
     facts = examine()
     print(json.dumps(facts, indent=2) if json_ else _page(facts))
+
+
+def clear() -> dict[str, Any]:
+    """Empty the cache; returns its folder and what went: `programs`, and their `bytes`.
+
+    Raises RunFailed where the cache cannot be used or something in it cannot be removed.
+    """
+    from onelaunch.compilation.cache import Store
+
+    store = Store()
+    if store.unusable is not None:
+        raise RunFailed(store.unusable)
+    programs, size = store.clear()
+    if left := len(store.entries()):
+        raise RunFailed(
+            f"{store.folder}: {left} programs are still there; remove the folder by hand"
+        )
+    return {"folder": str(store.folder), "programs": programs, "bytes": size}
 
 
 def examine() -> dict[str, Any]:
@@ -49,6 +81,7 @@ def examine() -> dict[str, Any]:
         },
         "cuda": {"devices": cuda, "missing": cuda_missing},
         "mps": {"available": mps_missing is None, "missing": mps_missing},
+        "cache": _cache(),
         "extras": {
             extra: [name for name in names if _version(name) is None]
             for extra, names in EXTRAS.items()
@@ -59,6 +92,20 @@ def examine() -> dict[str, Any]:
                 "dtype": "bfloat16" if cuda else "float32",
             }
         },
+    }
+
+
+def _cache() -> dict[str, Any]:
+    from onelaunch.compilation.cache import Store
+
+    store = Store()
+    entries = store.entries()
+    return {
+        "folder": str(store.folder),
+        "programs": len(entries),
+        "bytes": sum(entry.bytes for entry in entries),
+        "limit_bytes": store.limit_bytes,
+        "unusable": store.unusable,
     }
 
 
@@ -148,6 +195,11 @@ def _page(facts: dict[str, Any]) -> str:
     if cuda["missing"]:
         rows.append(("cuda", f"no: {cuda['missing']}"))
     rows.append(("mps", "yes, with --device mps" if mps["available"] else f"no: {mps['missing']}"))
+    cache = facts["cache"]
+    state = f"{cache['folder']}: {_programs(cache)} of at most {_gib(cache['limit_bytes'])}"
+    if cache["unusable"]:
+        state = f"not used: {cache['unusable']}"
+    rows.append(("cache", state))
     for extra, missing in facts["extras"].items():
         state = "installed"
         if missing:
@@ -163,6 +215,11 @@ def _page(facts: dict[str, Any]) -> str:
     )
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _programs(counted: dict[str, Any]) -> str:
+    plural = "" if counted["programs"] == 1 else "s"
+    return f"{counted['programs']} compiled program{plural}, {counted['bytes'] / 1e6:.1f} MB"
 
 
 def _gib(n: int | None) -> str:

@@ -10,7 +10,11 @@ from onelaunch.cli.common import Json, ModelArgument, say
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from onelaunch.checkpoints.weights import LoadedModel
+
+PROMPT_TOKENS = 64
 
 
 def inspect(
@@ -18,23 +22,82 @@ def inspect(
     random: Annotated[
         bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
     ] = False,
+    fusion_depth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="D",
+            help="List the launches at this depth: stage, half, a number of layers, or all.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show a model's configuration and size."""
+    """Show a model's configuration and size, and what running it takes."""
     import json as json_module
 
     from onelaunch.checkpoints import load, random_model
 
-    facts = _facts(model, random_model(model) if random else load(model))
+    loaded = random_model(model) if random else load(model)
+    plan = _plan(loaded, fusion_depth)
+    facts = {**_facts(model, loaded), "plan": plan}
     if json:
         print(json_module.dumps(facts))
         return
     config = facts.pop("config")
+    del facts["plan"]
     if facts["tokenizer"] is not None:
         facts["tokenizer"] = "{kind}, {vocab_size:,} tokens".format(**facts["tokenizer"])
     width = max(map(len, [*facts, *config]))
     for name, value in [*facts.items(), *config.items()]:
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
+    for name, text in _plan_lines(plan):
+        print(f"{name:<{width}}  {text}")
+
+
+def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
+    """What a forward of one token and of a prompt takes, embedding to logits, in numbers of the
+    width that the weights are stored in; and in how many launches, at each fusion depth."""
+    from onelaunch.plan import describe, every_depth, launches, make_plan, parse_depth
+
+    config = loaded.config
+    if depth is not None:
+        depth = str(parse_depth(depth, config.n_layers))
+    itemsize = max(tensor.element_size() for tensor in loaded.weights.values())
+    plans = [
+        make_plan(config, sequence=tokens, weight_itemsize=itemsize, activation_itemsize=itemsize)
+        for tokens in sorted({1, min(PROMPT_TOKENS, config.max_seq_len)})
+    ]
+    return {
+        "forwards": [describe(plan, depth) for plan in plans],
+        "launches": {str(d): len(launches(plans[0], d)) for d in every_depth(config.n_layers)},
+        "fusion_depth": depth,
+    }
+
+
+def _plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for forward in plan["forwards"]:
+        totals, tokens = forward["totals"], forward["sequence"]
+        activations = totals["activation_bytes_read"] + totals["activation_bytes_written"]
+        cache = totals["cache_bytes_read"] + totals["cache_bytes_written"]
+        yield (
+            "1 token" if tokens == 1 else f"{tokens} tokens",
+            f"{totals['weight_bytes']:,} bytes of weights, {activations:,} of activations, "
+            f"{cache:,} of cache, {totals['flops']:,} operations",
+        )
+    counts = (f"{_depth_name(depth)} {count}" for depth, count in plan["launches"].items())
+    yield "launches", ", ".join(counts)
+    for index, launch in enumerate(plan["forwards"][0].get("launches", ())):
+        stages = launch["last"] - launch["first"]
+        yield (
+            f"launch {index}",
+            f"{launch['name']}, {stages} {'stage' if stages == 1 else 'stages'}, "
+            f"{launch['weight_bytes']:,} bytes of weights",
+        )
+
+
+def _depth_name(depth: str) -> str:
+    if depth.isdecimal():
+        return "1 layer:" if depth == "1" else f"{depth} layers:"
+    return f"{depth}:"
 
 
 def _facts(name: str, loaded: LoadedModel) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Compiled programs: kept on disk, and made in the background while an older form serves."""

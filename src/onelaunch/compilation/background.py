@@ -1,0 +1,274 @@
+"""Compile a faster form beside the one that serves, then swap.
+
+The compiler runs in a child process, at low priority and in a session of its own: it takes neither
+the interpreter's lock nor an interrupt meant for its parent, and it ends its work in the store
+even where its parent ends first. A thread waits for it and makes the new form ready.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import BinaryIO, Generic, TypeVar
+
+from onelaunch.compilation import entry
+from onelaunch.compilation.cache import Store
+from onelaunch.compilation.child import NOT_KEPT, Destination
+from onelaunch.compilation.entry import Damaged
+from onelaunch.errors import OnelaunchError, RunFailed
+
+T = TypeVar("T")
+
+LOOK_SECONDS = 0.02
+"""Between two looks whether the child has ended."""
+REASON_LETTERS = 300
+
+_speaking = threading.RLock()
+_leaving = False
+
+
+def _fall_silent() -> None:
+    """A thread that is stopped in the middle of a print can take the whole exit down with it."""
+    global _leaving
+    _leaving = True
+    # bounded: a reader of ours that is stuck must not keep the interpreter
+    if _speaking.acquire(timeout=1.0):
+        _speaking.release()
+
+
+atexit.register(_fall_silent)
+
+
+class Compilation(Generic[T]):
+    """One program being compiled, or loaded where the store has it, and made ready.
+
+    It begins at once. `command` is a child's command line without its last argument, which is
+    added here: its destination, for `onelaunch.compilation.child.deliver`. `prepare` turns the
+    program into the new form, in the thread. `say` is called from the thread with lines for
+    people that begin with or name `what`, as in "the fast form". A child that takes longer than
+    `timeout` seconds is killed and has failed.
+
+    A program that `prepare` refuses is taken out of the store: the next run compiles it anew.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        command: Sequence[str],
+        prepare: Callable[[bytes], T],
+        say: Callable[[str], None],
+        what: str,
+        timeout: float = 300.0,
+    ) -> None:
+        self.failed: str | None = None
+        """Why there will be no new form, in a line."""
+        self.seconds: float | None = None
+        """From the beginning until the new form was ready."""
+        self.was_cached = False
+        self._store = store
+        self._key = key
+        self._command = list(command)
+        self._prepare = prepare
+        self._say = say
+        self._what = what
+        self._timeout = timeout
+        self._form: T | None = None
+        self._not_kept: str | None = None
+        self._cancelled = False
+        self._child: subprocess.Popen[bytes] | None = None
+        # held wherever the child is looked at: its id is its own only until it has been reaped
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name=f"compiling {what}", daemon=True).start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all is done: ready, failed or cancelled."""
+        return self._ended.is_set()
+
+    def poll(self) -> T | None:
+        """The new form once it is ready, else None; never waits."""
+        return self._form
+
+    def wait(self, timeout: float | None = None) -> T | None:
+        """The new form, waiting for it up to `timeout` seconds; None where there is none then."""
+        self._ended.wait(timeout)
+        return self._form
+
+    def cancel(self) -> None:
+        """Kill the child and forget the form; `failed` stays None."""
+        with self._lock:
+            self._cancelled = True
+            self._form = None
+            self._kill()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            program = self._store.get(self._key)
+            self.was_cached = program is not None
+            if program is None:
+                program = self._compile()
+            if self._cancelled or _leaving:
+                return
+            form = self._make_ready(program)
+            self.seconds = time.monotonic() - began
+            with self._lock:
+                if self._cancelled:
+                    return
+                self._form = form
+            self._tell_ready()
+        except BaseException as error:
+            # of any kind: a thread has nobody to raise to
+            if not self._cancelled:
+                self.failed = _in_a_line(error)
+                self._tell(f"{self._what}: compilation failed ({self.failed}); going on without it")
+        finally:
+            self._ended.set()
+
+    def _make_ready(self, program: bytes) -> T:
+        try:
+            return self._prepare(program)
+        except MemoryError:
+            raise
+        except BaseException:
+            self._store.remove(self._key)
+            raise
+
+    def _compile(self) -> bytes:
+        """The program, from a child. Raises RunFailed with the reason."""
+        self._tell_beginning()
+        # files, not pipes: a child whose parent has ended can still write to them
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            status = self._run_child(out, errors)
+            if status != 0:
+                raise RunFailed(_reason(status, errors))
+            program = self._store.peek(self._key)
+            if program is None:
+                out.seek(0)
+                try:
+                    header, program = entry.read(out, self._key)
+                except Damaged as error:
+                    raise RunFailed("it ended without a program") from error
+                self._not_kept = str(header.about.get(NOT_KEPT, "")) or None
+            return program
+
+    def _run_child(self, out: BinaryIO, errors: BinaryIO) -> int:
+        """Start the child and wait for its exit status; negative: the signal that ended it."""
+        to = Destination(
+            str(self._store.folder), self._store.limit_bytes, self._key, self._what, time.time()
+        )
+        with self._lock:
+            if self._cancelled:
+                raise RunFailed("cancelled")
+            self._child = child = subprocess.Popen(
+                [*self._command, str(to)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + self._timeout
+        while True:
+            with self._lock:
+                status = child.poll()
+                if status is not None:
+                    return status
+                if time.monotonic() >= deadline:
+                    self._kill()
+                    break
+            time.sleep(LOOK_SECONDS)
+        child.wait()
+        raise RunFailed(f"it took longer than {self._timeout:g} s")
+
+    def _kill(self) -> None:
+        """End the child with all that it started; the lock is held."""
+        if self._child is None or self._child.poll() is not None:
+            return
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+        else:
+            self._child.kill()
+
+    def _tell_beginning(self) -> None:
+        """With the time that it last took a program of this name."""
+        last = ""
+        for each in self._store.entries():
+            seconds = each.about.get("seconds")
+            if each.about.get("what") == self._what and isinstance(seconds, float | int):
+                last = f", about {max(1, round(seconds))} s"
+                break
+        self._tell(f"compiling {self._what} in the background, once{last}")
+
+    def _tell_ready(self) -> None:
+        if self.was_cached:
+            return
+        but = f"; not kept for the next time ({self._not_kept})" if self._not_kept else ""
+        self._tell(f"{self._what}: compiled in {self.seconds:.1f} s{but}")
+
+    def _tell(self, text: str) -> None:
+        with _speaking:
+            if not _leaving:
+                # a broken terminal is no failure of the compilation
+                with suppress(Exception):
+                    self._say(text)
+
+
+class DoubleBuffer(Generic[T]):
+    """The form that serves, and at most one that is to replace it. For one thread."""
+
+    def __init__(self, initial: T) -> None:
+        self.swaps = 0
+        self._form = initial
+        self._pending: Compilation[T] | None = None
+
+    def begin(self, compilation: Compilation[T]) -> None:
+        """Let a compilation's form serve when it is ready; an older unfinished one is cancelled."""
+        self.current()
+        if self._pending is not None and self._pending is not compilation:
+            self._pending.cancel()
+        self._pending = compilation
+
+    def current(self) -> T:
+        """The newest form that is ready; never waits. A failed compilation changes nothing."""
+        if self._pending is not None:
+            form = self._pending.poll()
+            if form is not None:
+                self._form = form
+                self._pending = None
+                self.swaps += 1
+        return self._form
+
+
+def _reason(status: int, errors: BinaryIO) -> str:
+    """Why a child failed: its signal, or the last line it wrote on standard error."""
+    if status < 0:
+        with suppress(ValueError):
+            return f"ended by {signal.Signals(-status).name}"
+        return f"ended by signal {-status}"
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 16 * REASON_LETTERS))
+    lines = errors.read().decode("utf-8", "replace").split("\n")
+    last = next((text for line in reversed(lines) if (text := _plain(line))), "")
+    return last or f"exit status {status}"
+
+
+def _in_a_line(error: BaseException) -> str:
+    text = _plain(str(error).strip().split("\n", 1)[0])
+    if isinstance(error, OnelaunchError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _plain(line: str) -> str:
+    """One line that a terminal shows as it is."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in line)
+    return " ".join(shown.split())[:REASON_LETTERS]

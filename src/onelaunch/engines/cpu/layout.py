@@ -1,0 +1,182 @@
+"""What lies where in the tables that Python and the compiled program share.
+
+Every field is an int64 (addresses in bytes; a float32 lies in the low half). Names are offsets in
+fields; a table is as long as its LENGTH says.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class State(IntEnum):
+    """One per engine: the model, the call at hand, and where everything is."""
+
+    # the model
+    DIM = 0
+    HEADS = 1
+    KV_HEADS = 2
+    HEAD_DIM = 3
+    HIDDEN = 4
+    VOCAB = 5
+    INTERLEAVED = 6
+    QK_NORM = 7
+    NARROW = 8  # weights are bfloat16
+    EPS = 9
+    # packed weights
+    EMBEDDING = 10
+    HEAD = 11
+    FINAL_NORM = 12
+    LAYERS = 13  # table of Layer
+    COS = 14  # (positions, head_dim / 2)
+    SIN = 15
+    # the plan: pairs (kind, layer)
+    STAGES = 16
+    # the tokens of this forward
+    N_TOKENS = 17
+    TOKENS = 18  # table of Token
+    N_GROUPS = 19
+    GROUPS = 20  # table of Group
+    N_ROWS = 21  # rows of logits asked for
+    TEXTS = 22  # table of Text
+    N_TEXTS = 23
+    MAX_TOKENS = 24
+    # buffers
+    X = 25
+    NORMED = 26
+    QUERY = 27
+    MIXED = 28
+    ACTIVATION = 29
+    LOGITS = 30
+    LOGITS_ROW = 31  # bytes from a row of logits to the next
+    SCRATCH = 32  # one for each thread
+    SCRATCH_SIZE = 33
+    # sampling
+    TEMPERATURE = 34
+    TOP_K = 35
+    TOP_P = 36
+    MIN_P = 37
+    STOPS = 38
+    N_STOPS = 39
+    CANDIDATES = 40  # (texts, vocab) float32 and int32
+    # the call
+    FIRST_STAGE = 41
+    LAST_STAGE = 42
+    ALL_STAGES = 43
+    ON_TOKEN = 44  # int64 f(text, token): not 0 stops; 0 where nobody asks
+    BREATHE = 45  # the same with (-1, 0), some times a second: lets Python see signals
+    CLOCK = 46  # int64 f(clock, timespec)
+    SLEEP = 47  # f(microseconds)
+    THREADS = 48  # at most so many work at once
+    ADAPT = 49  # choose among 1 .. THREADS while running
+    SYNC = 50  # Sync
+    GOVERNOR = 51  # Governor
+    STATUS = 52
+    STATUS_AT = 53
+    SPIN = 54  # pauses before a waiting thread sleeps
+    OUT_ROW = 55  # bytes between two tokens' results of one item
+    MAX_ROWS = 56  # rows of an item, at most
+    STAMP = 57
+    STARTED = 58  # a timespec, two fields
+    LENGTH = 64
+
+
+class Layer(IntEnum):
+    """Addresses of one layer's packed weights."""
+
+    INPUT_NORM = 0
+    QKV = 1
+    Q_NORM = 2
+    K_NORM = 3
+    O_PROJ = 4
+    POST_NORM = 5
+    GATE_UP = 6
+    DOWN = 7
+    LENGTH = 8
+
+
+class Token(IntEnum):
+    """One token of a forward."""
+
+    ID = 0
+    TEXT = 1
+    POSITION = 2
+    LOGITS = 3  # row of logits, -1: none
+    LENGTH = 4
+
+
+class Group(IntEnum):
+    """Neighbouring tokens of one text, attended together."""
+
+    FIRST = 0
+    COUNT = 1
+    LENGTH = 2
+
+
+class Text(IntEnum):
+    """One text that grows."""
+
+    IDS = 0  # int32, prompt and new
+    SIZE = 1  # how many there are
+    READ = 2  # how many of them are in the cache
+    LIMIT = 3  # the size at which it ends
+    PROMPT = 4  # the size it began with
+    CACHE = 5
+    BLOCKS = 6  # the cache's capacity, in blocks of LANES positions
+    UNIFORMS = 7  # float32, one for each new token
+    NEXT = 8  # what was drawn
+    DONE = 9
+    INDEX = 10  # its number among the prompts
+    ROW = 11  # its row of logits in this forward, -1: none
+    LENGTH = 16
+
+
+class Sync(IntEnum):
+    """Words that threads share, each in a cache line of its own (offsets in fields)."""
+
+    TICKET = 0  # epoch << 32 | next item
+    FINISHED = 16  # items done in this epoch
+    EPOCH = 32
+    ACTIVE = 48  # helpers numbered below it may work
+    CLOSING = 64
+    BUSY = 80  # a call of many forwards is under way: helpers stay
+    LENGTH = 96
+
+
+class Governor(IntEnum):
+    """How many threads: what each number was measured to take, and where the search stands.
+
+    Numbers tried are 1, 2, 4 ... and THREADS itself, by index; times are float64 nanoseconds."""
+
+    INDEX = 0  # in use
+    LAST = 1  # the largest index
+    TRYING = 2  # index being tried, -1: none
+    SAMPLES = 3
+    SUM = 4
+    SINCE = 5  # forwards since the last search
+    PERIOD = 6  # forwards between searches
+    FIRST = 7  # the range of indices this search tries
+    FINAL = 8
+    TIMES = 16  # one for each index
+    LENGTH = 48
+
+
+class Status(IntEnum):
+    """What a call returns."""
+
+    OK = 0
+    NOT_FINITE = 1
+    TIMEOUT = 2
+    STOPPED = 3
+
+
+class Operation(IntEnum):
+    """What `entry` is asked for."""
+
+    RUN = 0  # stages a .. b of the forward at hand
+    ADVANCE = 1  # take the drawn tokens, lay out the next forward; how many tokens it has
+    GENERATE = 2  # advance and run until every text is done
+    HELP = 3  # a helper thread's work, thread a, for at most b microseconds without any
+    SAMPLE = 4  # draw text a's next token from its logits
+    RESET = 5  # forget how many threads are best
+    LANES = 6  # how many floats a vector holds

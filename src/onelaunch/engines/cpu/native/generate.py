@@ -1,0 +1,251 @@
+"""The generation loop: texts grow by a token with each forward, until all are done."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onelaunch.engines.cpu.layout import Governor, Group, State, Status, Sync, Text, Token
+from onelaunch.engines.cpu.native.kernels import QUERIES, compiled, field
+from onelaunch.engines.cpu.native.sampling import NOT_FINITE
+from onelaunch.engines.cpu.native.stages import run
+from onelaunch.engines.cpu.native.vectors import (
+    atomic_put,
+    call2,
+    get_f64,
+    get_i32,
+    get_i64,
+    put_f64,
+    put_i32,
+    put_i64,
+)
+
+SEARCH_SAMPLES = 4  # forwards with one number of threads; the first is not counted
+FIRST_PERIOD, LAST_PERIOD = 64, 1024
+WORSE = 1.05
+BREATH = 5e7  # nanoseconds
+
+
+@compiled
+def _set(table, index, value):
+    put_i64(table + 8 * index, value)
+
+
+@compiled
+def _is_stop(state, token):
+    stops = field(state, State.STOPS)
+    for i in range(field(state, State.N_STOPS)):
+        if get_i64(stops + 8 * i) == token:
+            return True
+    return False
+
+
+@compiled
+def _append(state, text):
+    """Take what was drawn for a text; a Status."""
+    token = field(text, Text.NEXT)
+    _set(text, Text.ROW, -1)
+    if token == NOT_FINITE:
+        _set(state, State.STATUS_AT, field(text, Text.SIZE) - 1)
+        return Status.NOT_FINITE
+    if _is_stop(state, token):
+        _set(text, Text.DONE, 1)
+        return Status.OK
+    size = field(text, Text.SIZE)
+    put_i32(field(text, Text.IDS) + 4 * size, token)
+    _set(text, Text.SIZE, size + 1)
+    if size + 1 >= field(text, Text.LIMIT):
+        _set(text, Text.DONE, 1)
+    on_token = field(state, State.ON_TOKEN)
+    if on_token != 0 and call2(on_token, field(text, Text.INDEX), token) != 0:
+        return Status.STOPPED
+    return Status.OK
+
+
+@compiled
+def _lay_out(state, text, index, n):
+    """Put a text's unread tokens behind the n that the forward has; how many it then has."""
+    read, size = field(text, Text.READ), field(text, Text.SIZE)
+    count = min(size - read, field(state, State.MAX_TOKENS) - n)
+    ids = field(text, Text.IDS)
+    for i in range(count):
+        token = field(state, State.TOKENS) + 8 * Token.LENGTH * (n + i)
+        _set(token, Token.ID, get_i32(ids + 4 * (read + i)))
+        _set(token, Token.TEXT, index)
+        _set(token, Token.POSITION, read + i)
+        _set(token, Token.LOGITS, -1)
+        if i % QUERIES == 0:
+            groups = field(state, State.N_GROUPS)
+            group = field(state, State.GROUPS) + 8 * Group.LENGTH * groups
+            _set(group, Group.FIRST, n + i)
+            _set(group, Group.COUNT, min(QUERIES, count - i))
+            _set(state, State.N_GROUPS, groups + 1)
+    _set(text, Text.READ, read + count)
+    if count > 0 and read + count == size:
+        row = field(state, State.N_ROWS)
+        last = field(state, State.TOKENS) + 8 * Token.LENGTH * (n + count - 1)
+        _set(last, Token.LOGITS, row)
+        _set(text, Text.ROW, row)
+        _set(state, State.N_ROWS, row + 1)
+    return n + count
+
+
+@compiled
+def advance(state):
+    """Take the drawn tokens and lay out the next forward. Returns its number of tokens, 0 where all
+    texts are done, minus a Status where something ended them."""
+    texts = field(state, State.TEXTS)
+    n_texts = field(state, State.N_TEXTS)
+    for i in range(n_texts):
+        text = texts + 8 * Text.LENGTH * i
+        if field(text, Text.ROW) >= 0:
+            status = _append(state, text)
+            if status != Status.OK:
+                return -status
+    _set(state, State.N_GROUPS, 0)
+    _set(state, State.N_ROWS, 0)
+    n = 0
+    for i in range(n_texts):
+        text = texts + 8 * Text.LENGTH * i
+        if field(text, Text.DONE) == 0:
+            n = _lay_out(state, text, i, n)
+    _set(state, State.N_TOKENS, n)
+    return n
+
+
+@compiled
+def generate(state):
+    """Advance and run until every text is done; a Status."""
+    breathed = _now(state)
+    while True:
+        n = advance(state)
+        if n <= 0:
+            return -n
+        before = _now(state)
+        status = run(state, 0, field(state, State.ALL_STAGES))
+        if status != Status.OK:
+            return status
+        after = _now(state)
+        if n <= field(state, State.N_TEXTS) and field(state, State.ADAPT) != 0:
+            govern(state, after - before)
+        if after - breathed > BREATH:
+            breathed = after
+            if call2(field(state, State.BREATHE), -1, 0) != 0:
+                return Status.STOPPED
+
+
+# ---- how many threads
+
+
+@compiled
+def _now(state):
+    """Nanoseconds."""
+    clock = field(state, State.CLOCK)
+    to = state + 8 * State.STARTED
+    call2(clock, 1, to)
+    return np.float64(get_i64(to)) * 1e9 + np.float64(get_i64(to + 8))
+
+
+@compiled
+def _time(governor, index):
+    return get_f64(governor + 8 * (Governor.TIMES + index))
+
+
+@compiled
+def _use(state, governor, index):
+    """Let the index's number of threads work from now on."""
+    _set(governor, Governor.INDEX, index)
+    most = field(state, State.THREADS)
+    n = min(1 << index, most)
+    atomic_put(field(state, State.SYNC) + 8 * Sync.ACTIVE, n)
+
+
+@compiled
+def _try(state, governor, index):
+    _set(governor, Governor.TRYING, index)
+    _set(governor, Governor.SAMPLES, 0)
+    put_f64(governor + 8 * Governor.SUM, 0.0)
+    _use(state, governor, index)
+
+
+@compiled
+def govern(state, took):
+    """Choose how many threads do the next forward, from what this one took (nanoseconds).
+
+    The numbers 1, 2, 4 ... are tried in turn, then the best is kept; its running mean stays
+    compared with what the others took, and its neighbours are tried again now and then, the less
+    often the longer the answer stands.
+    """
+    governor = field(state, State.GOVERNOR)
+    trying = field(governor, Governor.TRYING)
+    if trying >= 0:
+        samples = field(governor, Governor.SAMPLES) + 1
+        _set(governor, Governor.SAMPLES, samples)
+        if samples > 1:
+            put_f64(governor + 8 * Governor.SUM, get_f64(governor + 8 * Governor.SUM) + took)
+        if samples < SEARCH_SAMPLES:
+            return
+        mean = get_f64(governor + 8 * Governor.SUM) / (SEARCH_SAMPLES - 1)
+        put_f64(governor + 8 * (Governor.TIMES + trying), mean)
+        if trying < field(governor, Governor.FINAL):
+            _try(state, governor, trying + 1)
+            return
+        _set(governor, Governor.TRYING, -1)
+        _settle(state, governor)
+        return
+    index = field(governor, Governor.INDEX)
+    at = governor + 8 * (Governor.TIMES + index)
+    put_f64(at, get_f64(at) * 0.9 + took * 0.1)
+    best = _best(governor, 0, field(governor, Governor.LAST))
+    since = field(governor, Governor.SINCE) + 1
+    _set(governor, Governor.SINCE, since)
+    if _time(governor, best) * WORSE < _time(governor, index) and since >= 16:
+        _set(governor, Governor.PERIOD, FIRST_PERIOD)
+        _search(state, governor, index)
+    elif since >= field(governor, Governor.PERIOD):
+        _search(state, governor, index)
+
+
+@compiled
+def _search(state, governor, index):
+    """Try the number in use and its neighbours."""
+    _set(governor, Governor.SINCE, 0)
+    _set(governor, Governor.FIRST, max(0, index - 1))
+    _set(governor, Governor.FINAL, min(field(governor, Governor.LAST), index + 1))
+    _try(state, governor, field(governor, Governor.FIRST))
+
+
+@compiled
+def _best(governor, first, final):
+    best = first
+    for i in range(first + 1, final + 1):
+        if _time(governor, i) < _time(governor, best):
+            best = i
+    return best
+
+
+@compiled
+def _settle(state, governor):
+    """After a search: use the best, and search less often where it is the same as before."""
+    before = field(governor, Governor.FIRST) + 1
+    best = _best(governor, field(governor, Governor.FIRST), field(governor, Governor.FINAL))
+    period = field(governor, Governor.PERIOD)
+    _set(governor, Governor.PERIOD, min(2 * period, LAST_PERIOD))
+    if best != before and field(governor, Governor.FIRST) > 0:
+        _set(governor, Governor.PERIOD, FIRST_PERIOD)
+    _set(governor, Governor.SINCE, 0)
+    _use(state, governor, best)
+
+
+@compiled
+def reset_governor(state):
+    """Before the first call: try every number."""
+    governor = field(state, State.GOVERNOR)
+    most, last = field(state, State.THREADS), 0
+    while 1 << last < most:
+        last += 1
+    _set(governor, Governor.LAST, last)
+    _set(governor, Governor.FIRST, 0)
+    _set(governor, Governor.FINAL, last)
+    _set(governor, Governor.PERIOD, FIRST_PERIOD)
+    _set(governor, Governor.SINCE, 0)
+    _try(state, governor, 0)

@@ -1,0 +1,176 @@
+"""Drawing the next token from its row of logits: `onelaunch.engines.sampling`, compiled."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from onelaunch.engines.cpu.layout import State, Text
+from onelaunch.engines.cpu.native.kernels import WIDTH, compiled, field
+from onelaunch.engines.cpu.native.vectors import (
+    LANES,
+    add,
+    exp,
+    get_f32,
+    get_i32,
+    get_i64,
+    has_nan,
+    largest_lane,
+    load,
+    maximum,
+    multiply,
+    put_f32,
+    put_i32,
+    put_i64,
+    splat,
+    store,
+    subtract,
+    sum_lanes,
+)
+
+NOT_FINITE = -2
+_DIGITS = 256
+_SMALLEST_TEMPERATURE = 1e-30
+
+
+@compiled
+def sample(state, text):
+    """Leaves the drawn id in the text's NEXT; NOT_FINITE where the largest logit is no number."""
+    vocab = field(state, State.VOCAB)
+    row = field(text, Text.ROW)
+    logits = field(state, State.LOGITS) + field(state, State.LOGITS_ROW) * row
+    whole = vocab // LANES * LANES
+    best, bad = splat(-math.inf), 0
+    for i in range(0, whole, LANES):
+        values = load(logits + 4 * i)
+        best = maximum(best, values)
+        bad |= has_nan(values)
+    top = largest_lane(best)
+    for i in range(whole, vocab):
+        value = get_f32(logits + 4 * i)
+        if value != value:
+            bad = 1
+        top = max(top, value)
+    chosen = NOT_FINITE
+    if bad == 0 and -math.inf < top < math.inf:
+        if get_f32(state + 8 * State.TEMPERATURE) == 0.0:
+            chosen = _first_equal(logits, vocab, top)
+        else:
+            new = field(text, Text.SIZE) - field(text, Text.PROMPT)
+            uniform = get_f32(field(text, Text.UNIFORMS) + 4 * new)
+            buffer = field(state, State.CANDIDATES) + row * candidate_bytes(vocab)
+            chosen = _draw(state, logits, vocab, top, uniform, buffer)
+    put_i64(text + 8 * Text.NEXT, chosen)
+
+
+@compiled
+def candidate_bytes(vocab):
+    """What one text's draw needs: weights and ids twice, and a histogram."""
+    return 16 * (vocab + LANES) + 8 * _DIGITS
+
+
+@compiled
+def _first_equal(logits, n, value):
+    for i in range(n):
+        if get_f32(logits + 4 * i) == value:
+            return i
+    return 0
+
+
+@compiled
+def _draw(state, logits, vocab, top, uniform, buffer):
+    weights, ids = buffer, buffer + 4 * (vocab + LANES)
+    temperature = max(get_f32(state + 8 * State.TEMPERATURE), np.float32(_SMALLEST_TEMPERATURE))
+    inverse, shift = splat(np.float32(1.0) / temperature), splat(top)
+    whole = vocab // LANES * LANES
+    sums = splat(0.0)
+    for i in range(0, whole, LANES):
+        values = exp(multiply(subtract(load(logits + 4 * i), shift), inverse))
+        store(weights + 4 * i, values)
+        sums = add(sums, values)
+    total = np.float64(sum_lanes(sums))
+    for i in range(whole, vocab):
+        difference = splat((get_f32(logits + 4 * i) - top) / temperature)
+        value = largest_lane(exp(difference))
+        put_f32(weights + 4 * i, value)
+        total += value
+    k = field(state, State.TOP_K)
+    top_p = get_f32(state + 8 * State.TOP_P)
+    floor = get_f32(state + 8 * State.MIN_P)
+    if (k == 0 or k >= vocab) and top_p >= 1.0 and floor == 0.0:
+        return _invert(weights, ids, vocab, uniform * total, False)
+    if k == 0:
+        k = vocab
+    # what certainly falls is not sorted; the total that top_p is a share of counts it
+    certain = floor
+    if k >= vocab and top_p < 1.0:
+        certain = max(floor, np.float32(0.5 * (1.0 - top_p) * total / vocab))
+    n, total = 0, 0.0
+    for i in range(vocab):
+        value = get_f32(weights + 4 * i)
+        if value >= floor:
+            total += value
+            if value >= certain:
+                put_f32(weights + 4 * n, value)
+                put_i32(ids + 4 * n, i)
+                n += 1
+    size = 4 * (vocab + LANES)
+    _sort(weights, ids, n, buffer + 2 * size, buffer + 3 * size, buffer + 4 * size)
+    if k < vocab:
+        n = min(n, k)
+        total = 0.0
+        for i in range(n):
+            total += get_f32(weights + 4 * i)
+    kept = 0.0
+    if top_p < 1.0:
+        limit = 0
+        while limit < n and (limit == 0 or kept < top_p * total):
+            kept += get_f32(weights + 4 * limit)
+            limit += 1
+        n = limit
+    else:
+        for i in range(n):
+            kept += get_f32(weights + 4 * i)
+    return _invert(weights, ids, n, uniform * kept, True)
+
+
+@compiled
+def _invert(weights, ids, n, target, sorted_ids):
+    """The first candidate whose cumulative weight exceeds `target`."""
+    reached, last = 0.0, 0
+    for i in range(n):
+        value = get_f32(weights + 4 * i)
+        if value > 0.0:
+            last = i
+        reached += value
+        if reached > target:
+            last = i
+            break
+    return np.int64(get_i32(ids + 4 * last)) if sorted_ids else last
+
+
+@compiled
+def _sort(weights, ids, n, spare, spare_ids, counts):
+    """Weights downwards, equal ones in the order they have: a radix sort of their bits, which for
+    floats that are not negative stand in the order of the numbers."""
+    for digit in range(4):  # an even number: the result ends where it began
+        for i in range(_DIGITS):
+            put_i64(counts + 8 * i, 0)
+        for i in range(n):
+            d = 255 - ((get_i32(weights + 4 * i) >> (8 * digit)) & 255)
+            put_i64(counts + 8 * d, get_i64(counts + 8 * d) + 1)
+        start = 0
+        for i in range(_DIGITS):
+            count = get_i64(counts + 8 * i)
+            put_i64(counts + 8 * i, start)
+            start += count
+        for i in range(n):
+            bits = get_i32(weights + 4 * i)
+            d = 255 - ((bits >> (8 * digit)) & 255)
+            at = get_i64(counts + 8 * d)
+            put_i64(counts + 8 * d, at + 1)
+            put_i32(spare + 4 * at, bits)
+            put_i32(spare_ids + 4 * at, get_i32(ids + 4 * i))
+        weights, spare = spare, weights
+        ids, spare_ids = spare_ids, ids

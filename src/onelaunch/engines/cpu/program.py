@@ -1,0 +1,68 @@
+"""The compiled program: what it is made from, for which processor, and how it is called.
+
+One program serves every model: shapes, depth, dtype and texts are values in tables. It is plain
+object code, loaded by LLVM: to run it neither Numba nor a compiler is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from onelaunch.engines.cpu.layout import Operation
+
+SYMBOL = "onelaunch_entry"
+_ENTRY = ctypes.CFUNCTYPE(*[ctypes.c_int64] * 5)  # called without the interpreter's lock
+
+
+@cache
+def options() -> dict[str, Any]:
+    """What the object code depends on beside its source: processor, vector width, compilers."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    triple = llvm.get_process_triple()
+    lanes, registers = 4, 16
+    if triple.startswith(("aarch64", "arm64")):
+        registers = 32
+    elif features.get("avx512f") and features.get("avx512vl"):
+        lanes, registers = 16, 32
+    elif features.get("avx"):
+        lanes = 8
+    return {
+        "triple": triple,
+        "cpu": llvm.get_host_cpu_name(),
+        "features": features.flatten(),
+        "lanes": lanes,
+        "registers": registers,
+        "llvmlite": metadata.version("llvmlite"),
+        "numba": metadata.version("numba"),
+    }
+
+
+@cache
+def source() -> bytes:
+    """The text of everything that is compiled."""
+    here = Path(__file__).parent
+    files = [here / "layout.py", *sorted((here / "native").glob("*.py"))]
+    return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
+
+
+class Program:
+    """Object code in memory, ready to be called."""
+
+    def __init__(self, code: bytes) -> None:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_triple(llvm.get_process_triple())
+        machine = target.create_target_machine(jit=True)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        self.call = _ENTRY(self._engine.get_function_address(SYMBOL))
+        self.lanes = int(self.call(Operation.LANES, 0, 0, 0))

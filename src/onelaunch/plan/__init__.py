@@ -1,0 +1,35 @@
+"""How a whole model runs, as pure data shared by every engine: no tensors, no device.
+
+`make_plan` gives the stages of one forward with what each reads, writes and costs; `launches`
+groups them by fusion depth; `check` and its siblings say where a plan is wrong.
+"""
+
+from onelaunch.plan.build import make_plan
+from onelaunch.plan.check import PlanError, check, check_launches
+from onelaunch.plan.describe import describe
+from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_depth
+from onelaunch.plan.stages import KINDS, NO_LAYER, Access, Buffer, Plan, Stage, Totals
+from onelaunch.plan.storage import Storage, assign_storage, check_storage
+
+__all__ = [
+    "KINDS",
+    "NO_LAYER",
+    "Access",
+    "Buffer",
+    "Depth",
+    "Launch",
+    "Plan",
+    "PlanError",
+    "Stage",
+    "Storage",
+    "Totals",
+    "assign_storage",
+    "check",
+    "check_launches",
+    "check_storage",
+    "describe",
+    "every_depth",
+    "launches",
+    "make_plan",
+    "parse_depth",
+]

@@ -1,0 +1,226 @@
+"""The plan of a model's forward, every byte and operation counted.
+
+Shapes: B batch, S sequence, T cached positions, D model width, H heads, K kv heads, E head width,
+F hidden width, V vocabulary, P positions that get logits (1 or S).
+
+Operations are additions, multiplications, divisions and functions of one number (exp, 1/sqrt),
+one each; a sum of n terms is n additions, so that a product of (M, K) and (K, N) is 2 M N K.
+Comparisons are none: a maximum is free, and so is `sample`, whose work depends on the sampling.
+Not counted either are the rotary tables, which an engine may read or compute (2 S E numbers), and
+the normalized rows, which need never leave the stage that uses them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput
+from onelaunch.plan.stages import NO_LAYER, Access, Buffer, Plan, Role, Stage, cache_name, is_cache
+
+# Ids fit 24 bits; logits are float32 on every engine.
+ID_ITEMSIZE = 4
+LOGIT_ITEMSIZE = 4
+
+# Each element: x cos + (the pair's other element) sin.
+ROPE_FLOPS = 3
+# Each element: silu is g / (1 + exp(-g)), then the product with up.
+SWIGLU_FLOPS = 5
+# Each visible key: scaled, the maximum subtracted, exp, added to the sum, divided by the sum.
+SOFTMAX_FLOPS = 5
+
+
+def norm_flops(width: int) -> int:
+    """One row of x / sqrt(mean(x^2) + eps) * weight: squares and their sum, two products for each
+    element, and the mean, eps and 1/sqrt."""
+    return 4 * width + 3
+
+
+def product_flops(rows: int, inner: int, columns: int) -> int:
+    """A matrix product, (rows, inner) times (inner, columns)."""
+    return 2 * rows * inner * columns
+
+
+def visible_pairs(sequence: int, past: int) -> int:
+    """Pairs of a new position and a key that it sees: all cached ones, and the new up to itself."""
+    return sequence * past + sequence * (sequence + 1) // 2
+
+
+def make_plan(
+    config: ModelConfig,
+    batch: int = 1,
+    sequence: int = 1,
+    past: int = 0,
+    *,
+    all_positions: bool = False,
+    sample: bool = False,
+    weight_itemsize: int = 4,
+    activation_itemsize: int = 4,
+) -> Plan:
+    """The stages that take `batch` texts by `sequence` tokens each after `past` cached positions.
+
+    Logits are of each text's last position, or of `all_positions`; `sample` adds the choice of each
+    text's next token. Item sizes are in bytes; the caches hold activations. Raises BadInput where a
+    number is out of range or the positions exceed the model's context.
+    """
+    _at_least("batch", batch, 1)
+    _at_least("sequence", sequence, 1)
+    _at_least("past", past, 0)
+    _at_least("weight_itemsize", weight_itemsize, 1)
+    _at_least("activation_itemsize", activation_itemsize, 1)
+    if past + sequence > config.max_seq_len:
+        raise BadInput(
+            f"{sequence} tokens after {past} do not fit the model's context of "
+            f"{config.max_seq_len}; plan fewer"
+        )
+    logit_positions = sequence if all_positions else 1
+    buffers = [Buffer("tokens", (batch, sequence), ID_ITEMSIZE, "input")]
+    for name, shape in activation_shapes(config, batch, sequence, past).items():
+        role: Role = "state" if is_cache(name) else "scratch"
+        buffers.append(Buffer(name, shape, activation_itemsize, role))
+    logits_shape = (batch, logit_positions, config.vocab_size)
+    role = "output" if all_positions or not sample else "scratch"
+    buffers.append(Buffer("logits", logits_shape, LOGIT_ITEMSIZE, role))
+    if sample:
+        buffers.append(Buffer("next", (batch,), ID_ITEMSIZE, "output"))
+    maker = _Maker(config, batch, sequence, past, weight_itemsize, buffers)
+    maker.embed()
+    for layer in range(config.n_layers):
+        maker.attention_block(layer)
+        maker.ffn_block(layer)
+    maker.head(logit_positions)
+    if sample:
+        maker.sample()
+    return Plan(
+        config,
+        batch,
+        sequence,
+        past,
+        weight_itemsize,
+        activation_itemsize,
+        tuple(maker.stages),
+        tuple(buffers),
+    )
+
+
+def activation_shapes(
+    config: ModelConfig, batch: int, sequence: int, past: int
+) -> dict[str, tuple[int, ...]]:
+    """The buffers between stages, and each layer's keys and values: as many positions as are in
+    them after this forward, however many more an engine makes room for."""
+    cache = (2, batch, config.n_kv_heads, past + sequence, config.head_dim)
+    return {
+        "x": (batch, sequence, config.dim),
+        "q": (batch, sequence, config.q_dim),
+        "mixed": (batch, sequence, config.q_dim),
+        "hidden": (batch, sequence, config.hidden_dim),
+        **{cache_name(layer): cache for layer in range(config.n_layers)},
+    }
+
+
+class _Maker:
+    """Adds stages in order and keeps count of the buffers' versions."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        sequence: int,
+        past: int,
+        weight_itemsize: int,
+        buffers: Sequence[Buffer],
+    ) -> None:
+        self.config, self.batch, self.sequence, self.past = config, batch, sequence, past
+        self.rows = batch * sequence
+        self.weight_itemsize = weight_itemsize
+        self.weight_elements = {
+            name: math.prod(shape) for name, shape in config.weight_shapes().items()
+        }
+        self.buffers = {buffer.name: buffer for buffer in buffers}
+        self.versions = dict.fromkeys(self.buffers, 0)
+        self.stages: list[Stage] = []
+
+    def embed(self) -> None:
+        rows = self.rows * self.config.dim
+        weights = ("embed_tokens.weight",)
+        self._add("embed", NO_LAYER, _whole("tokens"), _whole("x"), weights, 0, rows)
+
+    def attention_block(self, layer: int) -> None:
+        c, rows = self.config, self.rows
+        cache, prefix = cache_name(layer), f"layers.{layer}."
+        names = ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+        flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, c.q_dim + 2 * c.kv_dim)
+        flops += ROPE_FLOPS * rows * (c.q_dim + c.kv_dim)
+        if c.qk_norm:
+            names += ["self_attn.q_norm", "self_attn.k_norm"]
+            flops += rows * (c.n_heads + c.n_kv_heads) * norm_flops(c.head_dim)
+        weights = tuple(f"{prefix}{name}.weight" for name in names)
+        appended = {"q": None, cache: 2 * rows * c.kv_dim}
+        self._add("qkv", layer, _whole("x"), appended, weights, flops)
+
+        pairs = self.batch * visible_pairs(self.sequence, self.past)
+        flops = pairs * c.n_heads * (4 * c.head_dim + SOFTMAX_FLOPS)
+        self._add("attention", layer, _whole("q", cache), _whole("mixed"), (), flops)
+
+        weights = (f"{prefix}self_attn.o_proj.weight",)
+        flops = product_flops(rows, c.q_dim, c.dim) + rows * c.dim
+        self._add("out_proj", layer, _whole("mixed", "x"), _whole("x"), weights, flops)
+
+    def ffn_block(self, layer: int) -> None:
+        c, rows, prefix = self.config, self.rows, f"layers.{layer}."
+        names = ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj")
+        weights = tuple(f"{prefix}{name}.weight" for name in names)
+        flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, 2 * c.hidden_dim)
+        flops += SWIGLU_FLOPS * rows * c.hidden_dim
+        self._add("gate_up", layer, _whole("x"), _whole("hidden"), weights, flops)
+
+        weights = (f"{prefix}mlp.down_proj.weight",)
+        flops = product_flops(rows, c.hidden_dim, c.dim) + rows * c.dim
+        self._add("down", layer, _whole("hidden", "x"), _whole("x"), weights, flops)
+
+    def head(self, positions: int) -> None:
+        c, rows = self.config, self.batch * positions
+        classifier = "embed_tokens.weight" if c.tied_embeddings else "lm_head.weight"
+        flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, c.vocab_size)
+        weights = ("norm.weight", classifier)
+        self._add("head", NO_LAYER, {"x": rows * c.dim}, _whole("logits"), weights, flops)
+
+    def sample(self) -> None:
+        last = {"logits": self.batch * self.config.vocab_size}
+        self._add("sample", NO_LAYER, last, _whole("next"), (), 0)
+
+    def _add(
+        self,
+        kind: str,
+        layer: int,
+        reads: Mapping[str, int | None],
+        writes: Mapping[str, int | None],
+        weights: tuple[str, ...],
+        flops: int,
+        weight_elements: int | None = None,
+    ) -> None:
+        """`reads` and `writes` give the elements that are touched, None for the whole buffer;
+        `weight_elements` those of the weights where not all are read."""
+        if weight_elements is None:
+            weight_elements = sum(self.weight_elements[name] for name in weights)
+        read = tuple(self._access(name, n) for name, n in reads.items())
+        for name in writes:
+            self.versions[name] += 1
+        written = tuple(self._access(name, n) for name, n in writes.items())
+        weight_bytes = weight_elements * self.weight_itemsize
+        self.stages.append(Stage(kind, layer, read, written, weights, weight_bytes, flops))
+
+    def _access(self, name: str, elements: int | None) -> Access:
+        buffer = self.buffers[name]
+        nbytes = buffer.nbytes if elements is None else elements * buffer.itemsize
+        return Access(name, self.versions[name], nbytes)
+
+
+def _whole(*names: str) -> dict[str, int | None]:
+    return dict.fromkeys(names)
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BadInput(f"{name} {value!r}: must be a whole number from {least} on")

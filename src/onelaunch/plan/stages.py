@@ -1,0 +1,156 @@
+"""What a plan consists of: buffers, stages that read and write them, the plan itself.
+
+A buffer's content has versions. Every write makes the next one and every read names the one that
+it wants, so that a read that comes too early or too late can be seen without running anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from onelaunch.config import ModelConfig
+
+# A compiled program is handed a kind as its index here: new kinds go to the end.
+KINDS = ("embed", "qkv", "attention", "out_proj", "gate_up", "down", "head", "sample")
+ATTENTION_BLOCK = ("qkv", "attention", "out_proj")
+FFN_BLOCK = ("gate_up", "down")
+LAYER_KINDS = ATTENTION_BLOCK + FFN_BLOCK
+NO_LAYER = -1
+_CACHE = "cache."
+
+Role = Literal["input", "state", "scratch", "output"]
+"""Who needs a buffer: `input` is there before the first stage, `state` (the caches) before and
+after, `scratch` between stages only, `output` after the last."""
+
+
+def cache_name(layer: int) -> str:
+    """The buffer of one layer's keys and values."""
+    return f"{_CACHE}{layer}"
+
+
+def is_cache(buffer: str) -> bool:
+    """Whether a buffer holds keys and values."""
+    return buffer.startswith(_CACHE)
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Storage of `shape` numbers of `itemsize` bytes each."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    role: Role = "scratch"
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.itemsize
+
+    @property
+    def given(self) -> bool:
+        """Whether version 0 exists: what is there before the first stage."""
+        return self.role in ("input", "state")
+
+    @property
+    def kept(self) -> bool:
+        """Whether the last version is wanted after the last stage."""
+        return self.role in ("state", "output")
+
+
+class Access(NamedTuple):
+    """A read or write of `nbytes` bytes of one version of a buffer."""
+
+    buffer: str
+    version: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Work between two dependencies of the model.
+
+    `weights` are canonical names, `weight_bytes` what is read of them: all, save in `embed`, which
+    reads the rows that it looks up. `flops` are additions, multiplications, divisions and functions
+    of one number. `layer` is NO_LAYER outside the layers. A stage reads before it writes.
+    """
+
+    kind: str
+    layer: int
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
+    weights: tuple[str, ...]
+    weight_bytes: int
+    flops: int
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.layer == NO_LAYER else f"layer {self.layer} {self.kind}"
+
+    @property
+    def code(self) -> tuple[int, int]:
+        """(index in KINDS, layer): how a compiled program is told what to do."""
+        return KINDS.index(self.kind), self.layer
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(
+            weight_bytes=self.weight_bytes,
+            activation_bytes_read=_bytes(self.reads, of_cache=False),
+            activation_bytes_written=_bytes(self.writes, of_cache=False),
+            cache_bytes_read=_bytes(self.reads, of_cache=True),
+            cache_bytes_written=_bytes(self.writes, of_cache=True),
+            flops=self.flops,
+        )
+
+
+class Totals(NamedTuple):
+    """Bytes moved and operations done. Bytes are counted once for each stage that needs them: what
+    memory must give where a stage keeps nothing of the one before."""
+
+    weight_bytes: int
+    activation_bytes_read: int
+    activation_bytes_written: int
+    cache_bytes_read: int
+    cache_bytes_written: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One forward of `batch` texts, `sequence` new tokens each, after `past` cached positions."""
+
+    config: ModelConfig
+    batch: int
+    sequence: int
+    past: int
+    weight_itemsize: int
+    activation_itemsize: int
+    stages: tuple[Stage, ...]
+    buffers: tuple[Buffer, ...]
+
+    def buffer(self, name: str) -> Buffer:
+        """The buffer of a name; KeyError where there is none."""
+        for buffer in self.buffers:
+            if buffer.name == name:
+                return buffer
+        raise KeyError(name)
+
+    @property
+    def totals(self) -> Totals:
+        return add_totals(self.stages)
+
+
+def add_totals(stages: tuple[Stage, ...]) -> Totals:
+    """The sum of some stages' totals."""
+    columns = zip(*(stage.totals for stage in stages), strict=True)
+    return Totals(*map(sum, columns)) if stages else Totals(0, 0, 0, 0, 0, 0)
+
+
+def _bytes(accesses: tuple[Access, ...], of_cache: bool) -> int:
+    return sum(a.nbytes for a in accesses if is_cache(a.buffer) == of_cache)

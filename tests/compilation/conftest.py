@@ -1,0 +1,37 @@
+"""A store, and compilations into it that end with their test."""
+
+import pytest
+
+from onelaunch.compilation.background import Compilation
+from onelaunch.compilation.cache import Store
+from tests.compilation.children import compiler
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def compiling(store, said):
+    """Begins a compilation; what is still running at the end of the test is ended."""
+    begun = []
+
+    def begin(command=None, prepare=bytes.decode, key="key", store=store, **more):
+        command = compiler() if command is None else command
+        compilation = Compilation(
+            store, key, command, prepare, said.append, "the fast form", **more
+        )
+        begun.append(compilation)
+        return compilation
+
+    yield begin
+    for compilation in begun:
+        compilation.cancel()
+        compilation.wait(20)
+        assert compilation.ended

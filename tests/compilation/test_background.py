@@ -1,0 +1,341 @@
+"""Compiling beside the form that serves: real children, real threads."""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from onelaunch.compilation.background import Compilation, DoubleBuffer
+from onelaunch.compilation.cache import Store
+from onelaunch.errors import BadInput
+from tests.compilation.children import HANG, child, compiler, until
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not reaped does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        # without /proc it ran a moment ago; with one it has just gone
+        return not os.path.isdir("/proc")
+
+
+# it comes
+
+
+def test_a_program_is_compiled_kept_and_made_ready(compiling, store, said):
+    began = time.monotonic()
+    compilation = compiling()
+    assert compilation.wait(20) == compilation.poll() == "program"
+    assert compilation.ended
+    assert compilation.failed is None
+    assert not compilation.was_cached
+    assert 0 < compilation.seconds <= time.monotonic() - began
+    assert said == [
+        "compiling the fast form in the background, once",
+        f"the fast form: compiled in {compilation.seconds:.1f} s",
+    ]
+    assert (store.hits, store.misses) == (0, 1)
+    (found,) = store.entries()
+    assert (found.key, found.about["what"]) == ("key", "the fast form")
+
+
+def test_what_the_store_has_needs_no_child_and_no_words(compiling, store, said):
+    store.put("key", b"kept")
+    threads = []
+
+    def prepare(program):
+        threads.append(threading.current_thread())
+        return program
+
+    compilation = compiling(child("sys.exit('not to be run')"), prepare)
+    assert compilation.wait(20) == b"kept"
+    assert compilation.was_cached
+    assert compilation.seconds >= 0
+    assert said == []
+    assert (store.hits, store.misses) == (1, 0)
+    assert threads != [threading.main_thread()]
+    assert threads[0].daemon
+
+
+def test_a_damaged_program_is_compiled_again(compiling, store):
+    store.put("key", b"kept")
+    (path,) = store.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    compilation = compiling()
+    assert compilation.wait(20) == "program"
+    assert not compilation.was_cached
+    assert store.damaged == 1
+    assert store.get("key") == b"program"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(5.4, 5), (0.2, 1)])
+def test_the_time_that_it_took_before_is_said(compiling, store, said, seconds, shown):
+    store.put("other", b"x", {"what": "the fast form", "seconds": seconds})
+    store.put("alien", b"x", {"what": "another form", "seconds": 77})
+    assert compiling().wait(20)
+    assert said[0] == f"compiling the fast form in the background, once, about {shown} s"
+
+
+def test_without_a_store_it_runs_all_the_same(compiling, said, tmp_path):
+    (tmp_path / "file").write_text("x")
+    store = Store(tmp_path / "file" / "store")
+    compilation = compiling(compiler(first="print('chatter')"), store=store)
+    assert compilation.wait(20) == "program"
+    assert not compilation.was_cached
+    assert f"; not kept for the next time ({store.folder}: " in said[-1]
+
+
+def test_the_child_is_in_a_session_of_its_own_and_reads_nothing(compiling):
+    first = "assert os.getsid(0) == os.getpid() and sys.stdin.read() == ''"
+    compilation = compiling(compiler(first=first))
+    assert compilation.wait(20) == "program", compilation.failed
+
+
+# it does not come
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (child("sys.exit('one\\ntwo: this is why\\n\\n')"), "two: this is why"),
+        (child("1 / 0"), "ZeroDivisionError: division by zero"),
+        (child("sys.exit(7)"), "exit status 7"),
+        (child("sys.exit('\\x1b[31mred\\tand\\x00 so on')"), "[31mred and so on"),
+        (child("sys.stderr.buffer.write(b'\\xff' * 9999); sys.exit(1)"), "\ufffd" * 300),
+        (child("pass"), "it ended without a program"),
+        (child("print('not a program')"), "it ended without a program"),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else value[:24],
+)
+def test_a_child_that_fails_is_said_in_a_line(compiling, store, said, command, reason):
+    compilation = compiling(command)
+    assert compilation.wait(20) is None
+    assert compilation.ended
+    assert compilation.failed == reason
+    assert compilation.seconds is None
+    assert said[1:] == [f"the fast form: compilation failed ({reason}); going on without it"]
+    assert not store.contains("key")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_child_that_is_killed_is_said(compiling):
+    compilation = compiling(child("os.kill(os.getpid(), 11)"))
+    assert compilation.wait(20) is None
+    assert compilation.failed == "ended by SIGSEGV"
+
+
+def test_a_command_that_is_not_there(compiling, tmp_path):
+    compilation = compiling([str(tmp_path / "no-such-program")])
+    assert compilation.wait(20) is None
+    assert "No such file" in compilation.failed
+
+
+def test_a_child_that_hangs_is_killed(compiling, said):
+    began = time.monotonic()
+    compilation = compiling(child(HANG), timeout=0.5)
+    assert compilation.wait(20) is None
+    assert 0.5 <= time.monotonic() - began < 15
+    assert compilation.failed == "it took longer than 0.5 s"
+    assert "(it took longer than 0.5 s)" in said[-1]
+    assert compilation._child.returncode is not None
+
+
+def _refuse(error):
+    def prepare(program):
+        raise error
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("no such\nsymbol"), "ValueError: no such"),
+        (BadInput("x: bad"), "x: bad"),
+        (KeyError(), "KeyError"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_program_that_cannot_be_made_ready(compiling, store, said, error, reason, cached):
+    if cached:
+        store.put("key", b"kept")
+    compilation = compiling(prepare=_refuse(error))
+    assert compilation.wait(20) is None
+    assert compilation.failed == reason
+    assert said[-1] == f"the fast form: compilation failed ({reason}); going on without it"
+    assert not store.contains("key")
+
+
+def test_a_program_stays_where_only_memory_was_short(compiling, store):
+    compilation = compiling(prepare=_refuse(MemoryError()))
+    assert compilation.wait(20) is None
+    assert compilation.failed == "MemoryError"
+    assert store.contains("key")
+
+
+def test_words_that_cannot_be_said_change_nothing(store):
+    def mute(text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    compilation = Compilation(store, "key", compiler(), bytes.decode, mute, "the fast form")
+    assert compilation.wait(20) == "program"
+    assert compilation.failed is None
+
+
+# it is no longer wanted
+
+
+def test_cancelling_ends_the_child_and_what_it_started(compiling, store, said, tmp_path):
+    note = tmp_path / "pids"
+    first = (
+        "import subprocess\n"
+        f"other = subprocess.Popen([sys.executable, '-c', 'import time; {HANG}'])\n"
+        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{other.pid}} .')\n"
+        f"{HANG}"
+    )
+    compilation = compiling(compiler(first=first))
+    until(lambda: note.exists() and note.read_text().endswith("."))
+    pids = [int(word) for word in note.read_text().split()[: 2 if os.name == "posix" else 1]]
+    assert all(alive(pid) for pid in pids)
+    compilation.cancel()
+    until(lambda: not any(alive(pid) for pid in pids))
+    assert compilation.wait(20) is None
+    assert compilation.ended
+    assert compilation.failed is None
+    assert len(said) == 1
+    assert not store.contains("key")
+    compilation.cancel()
+
+
+def test_cancelling_at_once_and_after_the_end(compiling, said):
+    compilation = compiling(child(HANG))
+    compilation.cancel()
+    assert compilation.wait(20) is None
+    assert compilation.failed is None
+    compilation = compiling(key="other")
+    assert compilation.wait(20) == "program"
+    compilation.cancel()
+    assert compilation.poll() is None
+
+
+def test_cancelling_while_it_is_made_ready(compiling, store, said):
+    store.put("key", b"kept")
+    inside, go = threading.Event(), threading.Event()
+
+    def prepare(program):
+        inside.set()
+        go.wait(20)
+        return program
+
+    compilation = compiling(prepare=prepare)
+    assert inside.wait(20)
+    compilation.cancel()
+    assert not compilation.ended
+    go.set()
+    assert compilation.wait(20) is None
+    assert compilation.ended
+    assert said == []
+
+
+# never in the way
+
+
+def test_asking_never_waits(compiling, store):
+    store.put("key", b"kept")
+    go = threading.Event()
+    slow = compiling(prepare=lambda program: go.wait(20) and "new")
+    buffer = DoubleBuffer("old")
+    buffer.begin(slow)
+    for ask in (slow.poll, buffer.current):
+        times = []
+        for _ in range(2000):
+            began = time.perf_counter()
+            assert ask() in (None, "old")
+            times.append(time.perf_counter() - began)
+        assert statistics.median(times) < 1e-4
+    assert slow.wait(0.01) is None
+    go.set()
+    assert slow.wait(20) == "new"
+    assert buffer.current() == "new"
+
+
+PARENT = """
+import os, sys, threading
+from pathlib import Path
+from onelaunch.compilation import background
+from onelaunch.compilation.cache import Store
+
+store = Store(Path(sys.argv[1]))
+begun = threading.Event()
+
+def say(text):
+    print(text)
+    begun.set()
+
+prepared = []
+compilation = background.Compilation(store, "key", sys.argv[2:], prepared.append, say, "it")
+assert begun.wait(20)
+while compilation._child is None:
+    pass
+"""
+
+
+def parent(store: Store, ending: str, first: str = "pass") -> subprocess.CompletedProcess:
+    """A process that begins to compile, then does `ending`."""
+    return subprocess.run(
+        [sys.executable, "-u", "-c", PARENT + ending, str(store.folder), *compiler(first=first)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("ending", ["pass", "os.kill(os.getpid(), 9)"], ids=["ends", "dies"])
+def test_a_parent_does_not_wait_and_its_child_still_delivers(store, tmp_path, ending):
+    if os.name != "posix" and "kill" in ending:
+        pytest.skip("signals as POSIX has them")
+    gate = tmp_path / "gate"
+    first = (
+        f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+        "print('chatter', flush=True)\n"
+        "print('chatter', file=sys.stderr, flush=True)"
+    )
+    done = parent(store, ending, first)
+    try:
+        # the child still waits: its parent did not
+        assert not store.contains("key")
+        assert done.returncode == (0 if ending == "pass" else -signal.SIGKILL)
+        assert (done.stdout, done.stderr) == ("compiling it in the background, once\n", "")
+    finally:
+        gate.touch()
+    until(lambda: store.contains("key"))
+    assert store.get("key") == b"program"
+
+
+@pytest.mark.parametrize("well", [True, False], ids=["compiled", "failed"])
+def test_a_parent_that_is_leaving_says_and_prepares_nothing_more(store, tmp_path, well):
+    gate = tmp_path / "gate"
+    done = parent(
+        store,
+        "background._fall_silent()\n"
+        f"Path({str(gate)!r}).touch()\n"
+        "assert compilation.wait(20) is None and compilation.ended\n"
+        f"assert store.contains('key') is {well} and not prepared",
+        f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+        f"if not {well}: sys.exit('failed')",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "compiling it in the background, once\n"
