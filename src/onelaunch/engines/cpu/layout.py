@@ -179,4 +179,5 @@ class Operation(IntEnum):
     HELP = 3  # a helper thread's work, thread a, for at most b microseconds without any
     SAMPLE = 4  # draw text a's next token from its logits
     RESET = 5  # forget how many threads are best
-    LANES = 6  # how many floats a vector holds
+    READ = 6  # add up the floats of b bytes at address `state`: what reading alone takes
+    SHAPE = 7  # how many floats a vector holds (a = 0), how many rows a tile (a = 1)

@@ -1,7 +1,7 @@
 """Weights as the compiled program reads them: one block of memory, rows padded with zeros.
 
-Matrices are row-major float32 or bfloat16, each row PAD columns at least, TILE rows of slack behind
-the last. q, k and v lie behind one another; gate and up alternate by TILE rows. Norms are float32.
+Matrices are row-major float32 or bfloat16, each row PAD columns at least, self._tile rows of slack behind
+the last. q, k and v lie behind one another; gate and up alternate by tiles. Norms are float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.layout import Layer
 
 PAD = 16
-TILE = 8
 _ALIGN = 128
 
 
@@ -28,7 +27,11 @@ class Memory:
     """Zeroed memory of its own, in large pages where the system gives them."""
 
     def __init__(self, size: int) -> None:
-        self._map = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+        size = max(size, mmap.PAGESIZE)
+        if hasattr(mmap, "MAP_PRIVATE"):  # shared memory gets no large pages
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._map = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -46,16 +49,21 @@ class Memory:
 
 
 class PackedWeights:
-    """A model's weights, packed once for vectors of `lanes`.
+    """A model's weights, packed once for vectors of `lanes` and tiles of `tile` rows.
 
     `tables` has the addresses of each layer's `Layer` fields; `embedding`, `head` and `final_norm`
     are addresses; `n_bytes` is what all of it takes.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, lanes: int
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        dtype: torch.dtype,
+        lanes: int,
+        tile: int,
     ) -> None:
-        self.dtype, self._lanes = dtype, lanes
+        self.dtype, self._lanes, self._tile = dtype, lanes, tile
         self._size = _ALIGN  # never offset 0: in the tables 0 says that there is no such weight
         self._copies: list[tuple[int, list[Tensor], bool]] = []
         c, w = config, weights
@@ -90,9 +98,9 @@ class PackedWeights:
     def _matrix(self, *tensors: Tensor, alternate: bool = False) -> int:
         columns = padded(tensors[0].shape[1])
         if alternate:
-            rows = sum(padded(len(tensor), TILE) for tensor in tensors)
+            rows = sum(padded(len(tensor), self._tile) for tensor in tensors)
         else:
-            rows = padded(sum(map(len, tensors)), TILE)
+            rows = padded(sum(map(len, tensors)), self._tile)
         return self._place(rows * columns * self.dtype.itemsize, list(tensors), alternate)
 
     def _vector(self, tensor: Tensor) -> int:
@@ -110,14 +118,14 @@ class PackedWeights:
             return
         columns = tensors[0].shape[1]
         blocks = padded(columns) // self._lanes
-        shape = (blocks, TILE, self._lanes)
+        shape = (blocks, self._tile, self._lanes)
         if alternate:
-            groups = padded(len(tensors[0]), TILE) // TILE
+            groups = padded(len(tensors[0]), self._tile) // self._tile
             to = self.memory.tensor(offset, (groups, len(tensors), *shape), self.dtype)
             for i, tensor in enumerate(tensors):
                 self._fill(to[:, i], tensor, 0)
             return
-        groups = padded(sum(map(len, tensors)), TILE) // TILE
+        groups = padded(sum(map(len, tensors)), self._tile) // self._tile
         to = self.memory.tensor(offset, (groups, *shape), self.dtype)
         at = 0
         for tensor in tensors:
@@ -130,14 +138,14 @@ class PackedWeights:
         whole = columns // lanes * lanes
         row = 0
         while row < len(tensor):
-            group, at = divmod(first + row, TILE)
+            group, at = divmod(first + row, self._tile)
             # whole groups at once, up to some megabytes of them: the copy is done out of caches
-            groups = min((len(tensor) - row) // TILE, 4096) if at == 0 else 0
-            n = groups * TILE or min(TILE - at, len(tensor) - row)
+            groups = min((len(tensor) - row) // self._tile, 4096) if at == 0 else 0
+            n = groups * self._tile or min(self._tile - at, len(tensor) - row)
             part = tensor[row : row + n]
             if groups:
                 target = to_GBTL[group : group + groups]
-                source = part.unflatten(0, (groups, TILE))
+                source = part.unflatten(0, (groups, self._tile))
             else:
                 target, source = to_GBTL[group : group + 1, :, at : at + n], part[None]
             target[:, : whole // lanes].copy_(

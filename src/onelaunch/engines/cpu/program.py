@@ -65,4 +65,5 @@ class Program:
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self.call = _ENTRY(self._engine.get_function_address(SYMBOL))
-        self.lanes = int(self.call(Operation.LANES, 0, 0, 0))
+        self.lanes = int(self.call(Operation.SHAPE, 0, 0, 0))
+        self.tile = int(self.call(Operation.SHAPE, 0, 1, 0))

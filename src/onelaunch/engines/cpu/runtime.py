@@ -26,7 +26,7 @@ from onelaunch.engines.cpu.layout import (
     Text,
     Token,
 )
-from onelaunch.engines.cpu.pack import TILE, Memory, PackedWeights, padded
+from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.engine import Sampling
 from onelaunch.errors import RunFailed
@@ -36,7 +36,7 @@ MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
 MAX_TEXTS = 16
 SPIN = 4000
 QUERIES = 4
-ITEM_ROWS = 64
+ITEM_ROWS = 256
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 Launches = Sequence[tuple[int, int]]
@@ -174,7 +174,7 @@ class Runtime:
             State.GOVERNOR: self._governor.address,
             State.SPIN: SPIN,
             State.MAX_ROWS: max(ITEM_ROWS, c.head_dim),
-            State.OUT_ROW: 4 * padded(max(ITEM_ROWS, c.head_dim) + 2 * TILE),
+            State.OUT_ROW: 4 * padded(max(ITEM_ROWS, c.head_dim) + 2 * self.program.tile),
             State.CLOCK: _libc("clock_gettime"),
             State.SLEEP: _libc("usleep"),
             State.BREATHE: ctypes.cast(self._callback, ctypes.c_void_p).value or 0,

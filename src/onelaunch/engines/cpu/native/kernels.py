@@ -29,6 +29,7 @@ from onelaunch.engines.cpu.native.vectors import (
     load_halves,
     maximum,
     multiply,
+    prefetch_to_write,
     put_f32,
     splat,
     square_root,
@@ -39,10 +40,8 @@ from onelaunch.engines.cpu.native.vectors import (
 
 WIDTH = 4 * LANES  # bytes of a vector
 PAD = 16
-TILE = 8  # rows of a matrix taken at once
+TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
 # Rows of a tile of four tokens: as many accumulators as registers hold.
-import os
-AHEAD = int(os.environ.get("AHEAD","0"))
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)
 QUERIES = 4  # tokens whose attention is taken at once
@@ -50,9 +49,9 @@ QUERIES = 4  # tokens whose attention is taken at once
 # everything is compiled for raw addresses: no array, no exception, no reference count
 compiled = njit(error_model="numpy", fastmath={"contract", "nsz"}, inline="never")
 
-_one_f32 = make_tile(TILE, 1, ahead=AHEAD)
+_one_f32 = make_tile(TILE, 1)
 _four_f32 = make_tile(FOUR_ROWS, 4)
-_one_bf16 = make_tile(TILE, 1, "bfloat16", ahead=AHEAD)
+_one_bf16 = make_tile(TILE, 1, "bfloat16")
 _four_bf16 = make_tile(FOUR_ROWS, 4, "bfloat16")
 _scores_one = make_tile(4, 1, b_kind="scalar", finish="vectors")
 _scores_tail = make_tile(1, 1, b_kind="scalar", finish="vectors")
@@ -199,6 +198,14 @@ def head_cache(state, text, layer, which, head):
 
 
 @compiled
+def _cache_slot(state, text, layer, number, position):
+    """Where a position's first element goes; heads of keys are numbered before those of values."""
+    kv_heads, width = field(state, State.KV_HEADS), field(state, State.HEAD_DIM)
+    to = head_cache(state, text, layer, number // kv_heads, number % kv_heads)
+    return to + (position // LANES) * width * WIDTH + 4 * (position % LANES)
+
+
+@compiled
 def qkv(state, layer, first, heads, x, x_row, scratch):
     """Heads first .. first + heads of q, k and v, numbered in this order, for every token: product,
     QK-norm, rotary embedding; queries to their buffer, keys and values to the cache."""
@@ -206,6 +213,13 @@ def qkv(state, layer, first, heads, x, x_row, scratch):
     width, tokens = field(state, State.HEAD_DIM), field(state, State.N_TOKENS)
     weights = layer_field(state, layer, Layer.QKV)
     dim = field(state, State.DIM)
+    if tokens == 1:
+        position = token_field(state, 0, Token.POSITION)
+        # a new position touches a cache line for each element: ask for them before the product
+        for h in range(max(first, n_heads), first + heads):
+            to = _cache_slot(state, text_of(state, 0), layer, h - n_heads, position)
+            for e in range(width):
+                prefetch_to_write(to + WIDTH * e)
     scratch = product(
         state, weights, first * width, heads * width, dim, x, x_row, tokens, scratch
     )
@@ -225,10 +239,7 @@ def qkv(state, layer, first, heads, x, x_row, scratch):
                 for e in range(width):
                     put_f32(query + 4 * e, get_f32(head + 4 * e))
             else:
-                which = 0 if h < n_heads + kv_heads else 1
-                kv_head = h - n_heads - which * kv_heads
-                to = head_cache(state, text, layer, which, kv_head)
-                to += (position // LANES) * width * WIDTH + 4 * (position % LANES)
+                to = _cache_slot(state, text, layer, h - n_heads, position)
                 for e in range(width):
                     put_f32(to + WIDTH * e, get_f32(head + 4 * e))
 
@@ -317,45 +328,37 @@ def _softmax(scores, n, blocks):
 
 @compiled
 def add_product(state, weights, first, rows, columns, x, scratch):
-    """x[t][first ..] += weights . x_in[t]: out_proj and down with their residual."""
+    """x[t][first ..] += weights . x_in[t]: out_proj and down with their residual. `first` is a
+    multiple of TILE; the matrix is zero behind its last row, and the padding of x stays zero."""
     tokens, dim = field(state, State.N_TOKENS), field(state, State.DIM)
-    x_row = 4 * padded(columns)
-    scratch = product(state, weights, first, rows, columns, x, x_row, tokens, scratch)
+    product(state, weights, first, rows, columns, x, 4 * padded(columns), tokens, scratch)
     out_row = field(state, State.OUT_ROW)
     for t in range(tokens):
         to = field(state, State.X) + 4 * padded(dim) * t + 4 * first
-        for r in range(rows):
-            put_f32(to + 4 * r, get_f32(to + 4 * r) + get_f32(scratch + out_row * t + 4 * r))
+        for r in range(0, padded(rows), LANES):
+            store(to + 4 * r, add(load(to + 4 * r), load(scratch + out_row * t + 4 * r)))
 
 
 @compiled
 def gate_up(state, layer, first, rows, x, x_row, scratch):
     """activation[t][first ..] = silu(gate . x) * (up . x). The matrix holds TILE rows of gate, then
-    the same TILE rows of up, and so on; `first` is a multiple of TILE, at most half of what OUT_ROW holds."""
+    the same TILE rows of up, and so on; `first` is a multiple of TILE. The rows behind the last are
+    zero in the matrix, and so in the padding of the result."""
     tokens, hidden = field(state, State.N_TOKENS), field(state, State.HIDDEN)
     weights = layer_field(state, layer, Layer.GATE_UP)
-    both = (rows + TILE - 1) // TILE * TILE * 2
+    whole = (rows + TILE - 1) // TILE * TILE
     dim = field(state, State.DIM)
-    scratch = product(state, weights, 2 * first, both, dim, x, x_row, tokens, scratch)
+    product(state, weights, 2 * first, 2 * whole, dim, x, x_row, tokens, scratch)
     one, zero = splat(1.0), splat(0.0)
     out_row = field(state, State.OUT_ROW)
     for t in range(tokens):
         to = field(state, State.ACTIVATION) + 4 * padded(hidden) * t + 4 * first
-        # packed to whole vectors first: a tile's eight results may be half a vector
-        for r in range(rows):
-            at = scratch + out_row * t + 4 * (r // TILE * 2 * TILE + r % TILE)
-            put_f32(to + 4 * r, get_f32(at))
-        up = scratch + out_row * t
-        for r in range(rows):
-            put_f32(up + 4 * r, get_f32(up + 4 * (r // TILE * 2 * TILE + TILE + r % TILE)))
-        for r in range(0, rows // LANES * LANES, LANES):
-            gate = load(to + 4 * r)
-            silu = divide(gate, add(one, exp(subtract(zero, gate))))
-            store(to + 4 * r, multiply(silu, load(up + 4 * r)))
-        for r in range(rows // LANES * LANES, rows):
-            gate = splat(get_f32(to + 4 * r))
-            silu = divide(gate, add(one, exp(subtract(zero, gate))))
-            put_f32(to + 4 * r, largest_lane(silu) * get_f32(up + 4 * r))
+        for r in range(0, whole, TILE):
+            at = scratch + out_row * t + 8 * r
+            for i in range(0, TILE, LANES):
+                gate, up = load(at + 4 * i), load(at + 4 * (TILE + i))
+                silu = divide(gate, add(one, exp(subtract(zero, gate))))
+                store(to + 4 * (r + i), multiply(silu, up))
 
 
 @compiled
@@ -367,5 +370,7 @@ def head(state, first, rows, x, x_row, tokens, scratch):
     out_row = field(state, State.OUT_ROW)
     for t in range(tokens):
         to = field(state, State.LOGITS) + field(state, State.LOGITS_ROW) * t + 4 * first
-        for r in range(rows):
+        for r in range(0, rows // LANES * LANES, LANES):
+            store(to + 4 * r, load(scratch + out_row * t + 4 * r))
+        for r in range(rows // LANES * LANES, rows):
             put_f32(to + 4 * r, get_f32(scratch + out_row * t + 4 * r))

@@ -12,10 +12,10 @@ from onelaunch.engines.cpu.native.vectors import (
     LANES,
     add,
     exp,
+    fma,
     get_f32,
     get_i32,
     get_i64,
-    has_nan,
     largest_lane,
     load,
     maximum,
@@ -40,20 +40,9 @@ def sample(state, text):
     vocab = field(state, State.VOCAB)
     row = field(text, Text.ROW)
     logits = field(state, State.LOGITS) + field(state, State.LOGITS_ROW) * row
-    whole = vocab // LANES * LANES
-    best, bad = splat(-math.inf), 0
-    for i in range(0, whole, LANES):
-        values = load(logits + 4 * i)
-        best = maximum(best, values)
-        bad |= has_nan(values)
-    top = largest_lane(best)
-    for i in range(whole, vocab):
-        value = get_f32(logits + 4 * i)
-        if value != value:
-            bad = 1
-        top = max(top, value)
+    top, bad = _largest(logits, vocab)
     chosen = NOT_FINITE
-    if bad == 0 and -math.inf < top < math.inf:
+    if not bad:
         if get_f32(state + 8 * State.TEMPERATURE) == 0.0:
             chosen = _first_equal(logits, vocab, top)
         else:
@@ -71,11 +60,37 @@ def candidate_bytes(vocab):
 
 
 @compiled
+def _largest(logits, n):
+    """The largest of n floats, and whether any of them is not finite."""
+    zero = splat(0.0)
+    best_a = best_b = splat(-math.inf)
+    bad_a = bad_b = zero
+    twice = n // (2 * LANES) * (2 * LANES)
+    for i in range(0, twice, 2 * LANES):
+        a, b = load(logits + 4 * i), load(logits + 4 * i + WIDTH)
+        best_a, best_b = maximum(best_a, a), maximum(best_b, b)
+        bad_a, bad_b = fma(a, zero, bad_a), fma(b, zero, bad_b)  # 0 inf and 0 nan are nan
+    top, bad = largest_lane(maximum(best_a, best_b)), sum_lanes(add(bad_a, bad_b))
+    for i in range(twice, n):
+        value = get_f32(logits + 4 * i)
+        top = max(top, value)
+        bad += value * np.float32(0.0)
+    return top, bad != np.float32(0.0)
+
+
+@compiled
 def _first_equal(logits, n, value):
-    for i in range(n):
-        if get_f32(logits + 4 * i) == value:
-            return i
-    return 0
+    """The first of n floats that equals `value`."""
+    i = 0
+    while i + 4 * LANES <= n:
+        at = logits + 4 * i
+        a, b = maximum(load(at), load(at + WIDTH)), maximum(load(at + 2 * WIDTH), load(at + 3 * WIDTH))
+        if largest_lane(maximum(a, b)) == value:
+            break
+        i += 4 * LANES
+    while i < n and get_f32(logits + 4 * i) != value:
+        i += 1
+    return i
 
 
 @compiled

@@ -25,7 +25,10 @@ from onelaunch.engines.cpu.native.vectors import (
 )
 
 EMBED, QKV, ATTENTION, OUT_PROJ, GATE_UP, DOWN, HEAD, SAMPLE = range(8)
-ITEM_BYTES = 65536  # of weights: some microseconds of reading
+ITEM_BYTES = 262144  # of weights, at most
+ITEMS_PER_THREAD = 4
+MANY_TOKENS = 4
+ROWS_OF_MANY = 64
 TOKENS_PER_ITEM = 8
 CLOSED = 1 << 30  # no item has this number
 SLEEP = 20  # microseconds
@@ -38,21 +41,31 @@ def _over(n, size):
 
 
 @compiled
-def _item_rows(state, columns):
-    rows = ITEM_BYTES // row_bytes(state, columns) // TILE * TILE
-    return max(TILE, min(rows, field(state, State.MAX_ROWS) // TILE * TILE))
+def _item_rows(state, rows, columns):
+    """Rows of an item. The end of one costs a thread some reading, so it is as large as leaves
+    several for each thread; of many tokens, what stays in the nearest cache."""
+    most = field(state, State.MAX_ROWS)
+    if field(state, State.N_TOKENS) >= MANY_TOKENS:
+        most = min(most, ROWS_OF_MANY)
+    most = min(most, ITEM_BYTES // row_bytes(state, columns))
+    threads = get_i64(field(state, State.SYNC) + 8 * Sync.ACTIVE)
+    if threads > 1:
+        most = min(most, rows // (ITEMS_PER_THREAD * threads))
+    return max(TILE, most // TILE * TILE)
 
 
 @compiled
 def _item_heads(state):
     size = field(state, State.HEAD_DIM)
-    return max(1, _item_rows(state, field(state, State.DIM)) // size)
+    heads = field(state, State.HEADS) + 2 * field(state, State.KV_HEADS)
+    return max(1, _item_rows(state, heads * size, field(state, State.DIM)) // size)
 
 
 @compiled
 def _half_rows(state):
     """Rows of gate in an item; as many of up come with them."""
-    return max(TILE, _item_rows(state, field(state, State.DIM)) // 2 // TILE * TILE)
+    rows = _item_rows(state, 2 * field(state, State.HIDDEN), field(state, State.DIM))
+    return max(TILE, rows // 2 // TILE * TILE)
 
 
 @compiled
@@ -71,15 +84,15 @@ def count_items(state, kind, phase):
         return field(state, State.N_GROUPS) * field(state, State.HEADS)
     if kind == OUT_PROJ:
         width = field(state, State.HEADS) * field(state, State.HEAD_DIM)
-        return _over(dim, _item_rows(state, width))
+        return _over(dim, _item_rows(state, dim, width))
     if kind == GATE_UP:
         return _over(field(state, State.HIDDEN), _half_rows(state))
     if kind == DOWN:
-        return _over(dim, _item_rows(state, field(state, State.HIDDEN)))
+        return _over(dim, _item_rows(state, dim, field(state, State.HIDDEN)))
     if kind == HEAD:
         if field(state, State.N_ROWS) == 0:
             return 0
-        return _over(field(state, State.VOCAB), _item_rows(state, dim))
+        return _over(field(state, State.VOCAB), _item_rows(state, field(state, State.VOCAB), dim))
     if kind == SAMPLE:
         return field(state, State.N_TEXTS)
     return 0
@@ -133,7 +146,7 @@ def _product(state, kind, layer, item, stamp, scratch):
         rows = min(size, field(state, State.HIDDEN) - first)
         kernels.gate_up(state, layer, first, rows, x, row, out)
     else:
-        size = _item_rows(state, field(state, State.DIM))
+        size = _item_rows(state, field(state, State.VOCAB), field(state, State.DIM))
         first = item * size
         rows = min(size, field(state, State.VOCAB) - first)
         kernels.head(state, first, rows, x, row, field(state, State.N_ROWS), out)
@@ -161,7 +174,7 @@ def do_item(state, kind, layer, phase, item, stamp, thread):
             columns = field(state, State.HIDDEN)
             weights = kernels.layer_field(state, layer, Layer.DOWN)
             x = field(state, State.ACTIVATION)
-        size = _item_rows(state, columns)
+        size = _item_rows(state, dim, columns)
         first = item * size
         rows = min(size, dim - first)
         out = scratch + 64 + 4 * padded(dim)

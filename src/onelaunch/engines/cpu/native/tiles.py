@@ -25,7 +25,6 @@ from onelaunch.engines.cpu.native.vectors import (
     load_vector,
     multiply_add,
     pointer,
-    prefetch,
 )
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
@@ -37,7 +36,6 @@ def make_tile(
     a_kind: Literal["float32", "bfloat16"] = "float32",
     b_kind: Literal["vector", "scalar"] = "vector",
     finish: Literal["sum", "vectors"] = "sum",
-    ahead: int = 0,
 ) -> Any:
     """An intrinsic
 
@@ -66,8 +64,6 @@ def make_tile(
                 for i in range(rows):
                     address = builder.add(a_rows[i], a_at)
                     narrow = a_kind == "bfloat16"
-                    if ahead and (not narrow or i % 2 == 0):
-                        prefetch(builder, builder.add(address, _I64(ahead)))
                     value = (load_bfloat16 if narrow else load_vector)(builder, address)
                     for j in range(columns):
                         old = builder.load(grid[i][j])

@@ -89,15 +89,6 @@ def call_intrinsic(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Va
     return builder.call(found, list(values))
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at an address, which may lie outside of what is allocated."""
-    byte = _I8.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    name = "llvm.prefetch.p0"
-    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(found, [pointer(builder, address, _I8), _I32(0), _I32(3), _I32(1)])
-
-
 def fold(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
     """The sum of each vector's lanes, side by side in as few vectors as hold them.
 
@@ -152,6 +143,20 @@ def store(typingctx, address, vector):
 def load_halves(typingctx, address):
     """LANES bfloat16 as float32."""
     return VECTOR(types.int64), lambda context, builder, sig, args: load_bfloat16(builder, args[0])
+
+
+@intrinsic
+def prefetch_to_write(typingctx, address):
+    """Ask for a cache line that will be written."""
+
+    def code(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        name = "llvm.prefetch.p0"
+        found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(found, [pointer(builder, args[0], _I8), _I32(1), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
 
 
 def _scalar(result: types.Type, kind: ir.Type) -> tuple[Any, Any]:
@@ -250,18 +255,6 @@ def largest_lane(typingctx, a):
         return builder.call(found, args)
 
     return types.float32(VECTOR), code
-
-
-@intrinsic
-def has_nan(typingctx, a):
-    """1 where any lane is no number."""
-
-    def code(context, builder, sig, args):
-        unordered = builder.fcmp_unordered("uno", args[0], args[0])
-        bits = builder.bitcast(unordered, ir.IntType(LANES))
-        return builder.zext(builder.icmp_unsigned("!=", bits, bits.type(0)), _I64)
-
-    return types.int64(VECTOR), code
 
 
 @intrinsic
