@@ -134,13 +134,13 @@ class Text(IntEnum):
 class Sync(IntEnum):
     """Words that threads share, each in a cache line of its own (offsets in fields)."""
 
-    TICKET = 0  # epoch << 32 | next item
-    FINISHED = 16  # items done in this epoch
-    EPOCH = 32
-    ACTIVE = 48  # helpers numbered below it may work
-    CLOSING = 64
-    BUSY = 80  # a call of many forwards is under way: helpers stay
-    LENGTH = 96
+    FINISHED = 0  # items done in this call
+    EPOCH = 16  # number of the call
+    ACTIVE = 32  # threads that work, the caller's included
+    CLOSING = 48
+    BUSY = 64  # a call of many forwards is under way: helpers stay
+    TICKETS = 80  # one for each thread
+    APART = 16
 
 
 class Governor(IntEnum):

@@ -116,7 +116,7 @@ class Runtime:
         self.config, self.weights, self.program = config, weights, program
         self.threads, self.adapt = threads, adapt
         self.state = Table(State.LENGTH)
-        self._sync = Table(Sync.LENGTH)
+        self._sync = Table(Sync.TICKETS + Sync.APART * threads)
         self._governor = Table(Governor.LENGTH)
         self._texts = Table(MAX_TEXTS * Text.LENGTH)
         self._tokens = Table(MAX_TOKENS * Token.LENGTH)

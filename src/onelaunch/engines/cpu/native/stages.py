@@ -1,10 +1,11 @@
 """Stages as items of work, and the walk of several threads through them.
 
-Each stage is one or two phases, each phase a number of items that may be done in any order. Items
-are numbered through all phases of a call, and threads draw numbers from one counter: whoever holds
-number i does it as soon as every item of the earlier phases is finished. A thread that is late, or
-was put aside by the system, delays nobody unless it holds an item; one alone gets through too. What
-an item computes does not depend on who does it: results are the same with any number of threads.
+Each stage is one or two phases, each phase a number of items that may be done in any order. Every
+thread has a share of each phase's items, the same in every forward, so that its part of the weights
+stays in the cache nearest to it; who is done with his own takes from the others. A phase begins when
+every item of the one before is finished. A thread that is late, or was put aside by the system, delays
+nobody unless it is at an item; one alone gets through too. What an item computes does not depend on
+who does it: results are the same with any number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ITEMS_PER_THREAD = 4
 MANY_TOKENS = 4
 ROWS_OF_MANY = 64
 TOKENS_PER_ITEM = 8
-CLOSED = 1 << 30  # no item has this number
+CLOSED = (1 << 32) - 1  # beyond every phase
 SLEEP = 20  # microseconds
 MOST_SLEEPS = 3_000_000  # a minute at least
 
@@ -201,22 +202,32 @@ def alone(state):
 
 
 @compiled
-def _take(ticket, epoch):
-    """The next item's number; -1 where there is none to be had in this epoch."""
+def _take(ticket, epoch, phase, count):
+    """The next of a share's `count` items of a phase; -1 where none is left.
+
+    A ticket is epoch << 32 | phase << 16 | items taken of it. Only what it said in this epoch can be
+    changed: who took an item knows that the call is not over, and that the tables are its tables.
+    """
     while True:
         seen = atomic_get(ticket)
-        if seen >> 32 != epoch or seen & 0xFFFFFFFF >= CLOSED:
+        at = (seen >> 16) & 0xFFFF
+        if seen >> 32 != epoch or at > phase:
             return -1
-        if atomic_swap(ticket, seen, seen + 1):
-            return seen & 0xFFFFFFFF
+        taken = seen & 0xFFFF if at == phase else 0
+        if taken >= count:
+            return -1
+        if atomic_swap(ticket, seen, (epoch << 32) + (phase << 16) + taken + 1):
+            return taken
 
 
 @compiled
-def _await(state, word, least):
-    """Until the word reaches `least`: spin, then sleep; false after a minute."""
+def _await(state, epoch, least):
+    """Until `least` items of this call are finished: spin, then sleep. False where the call is over,
+    or after a minute."""
+    sync = field(state, State.SYNC)
     spins = field(state, State.SPIN)
     n = 0
-    while atomic_get(word) < least:
+    while atomic_get(sync + 8 * Sync.FINISHED) < least:
         n += 1
         if n <= spins:
             pause()
@@ -224,39 +235,45 @@ def _await(state, word, least):
             call2(field(state, State.SLEEP), SLEEP, 0)
             if n > spins + MOST_SLEEPS:
                 return False
+        if atomic_get(sync + 8 * Sync.EPOCH) != epoch:
+            return False
     return True
 
 
 @compiled
 def walk(state, epoch, thread):
-    """Take part in the call numbered `epoch`; returns its number of items, -1 after a time-out.
+    """Take part in the call numbered `epoch`; false where it could not be seen to its end.
 
-    Only the holder of an item may trust what the tables say: without one, the call may be over.
+    Only while an item is held may the tables be trusted: without one, the call may be over.
     """
     sync = field(state, State.SYNC)
-    ticket, finished = sync + 8 * Sync.TICKET, sync + 8 * Sync.FINISHED
     stages = field(state, State.STAGES)
-    mine = _take(ticket, epoch)
-    if mine < 0 and thread > 0:
-        return 0
-    base = 0
+    threads = get_i64(sync + 8 * Sync.ACTIVE)
+    total, number = 0, 0
     for s in range(field(state, State.FIRST_STAGE), field(state, State.LAST_STAGE)):
         kind, layer = get_i64(stages + 16 * s), get_i64(stages + 16 * s + 8)
         for phase in range(2):
             count = count_items(state, kind, phase)
-            if 0 <= mine < base + count:
-                if not _await(state, finished, base):
+            number += 1
+            if count == 0:
+                continue
+            for i in range(threads):
+                owner = (thread + i) % threads
+                first = count * owner // threads
+                share = count * (owner + 1) // threads - first
+                ticket = sync + 8 * (Sync.TICKETS + Sync.APART * owner)
+                item = _take(ticket, epoch, number, share)
+                while item >= 0:
+                    stamp = (epoch << 12) + s
+                    do_item(state, kind, layer, phase, first + item, stamp, thread)
+                    atomic_add(sync + 8 * Sync.FINISHED, 1)
+                    item = _take(ticket, epoch, number, share)
+            total += count
+            if not _await(state, epoch, total):
+                if thread == 0:
                     put_i64(state + 8 * State.STATUS_AT, s)
-                    return -1
-                stamp = (epoch << 12) + s
-                while 0 <= mine < base + count:
-                    do_item(state, kind, layer, phase, mine - base, stamp, thread)
-                    atomic_add(finished, 1)
-                    mine = _take(ticket, epoch)
-                if mine < 0 and thread > 0:
-                    return 0
-            base += count
-    return base
+                return False
+    return True
 
 
 @compiled
@@ -265,17 +282,19 @@ def run(state, first, last):
     put_i64(state + 8 * State.FIRST_STAGE, first)
     put_i64(state + 8 * State.LAST_STAGE, last)
     sync = field(state, State.SYNC)
-    if get_i64(sync + 8 * Sync.ACTIVE) <= 1:
+    threads = get_i64(sync + 8 * Sync.ACTIVE)
+    if threads <= 1:
         alone(state)
         return Status.OK
     epoch = get_i64(sync + 8 * Sync.EPOCH) + 1
     put_i64(sync + 8 * Sync.FINISHED, 0)
-    atomic_put(sync + 8 * Sync.TICKET, epoch << 32)
+    for i in range(threads):
+        atomic_put(sync + 8 * (Sync.TICKETS + Sync.APART * i), epoch << 32)
     atomic_put(sync + 8 * Sync.EPOCH, epoch)
-    total = walk(state, epoch, 0)
-    if total < 0 or not _await(state, sync + 8 * Sync.FINISHED, total):
+    if not walk(state, epoch, 0):
         return Status.TIMEOUT
-    atomic_put(sync + 8 * Sync.TICKET, (epoch << 32) + CLOSED)
+    for i in range(threads):
+        atomic_put(sync + 8 * (Sync.TICKETS + Sync.APART * i), (epoch << 32) + CLOSED)
     return Status.OK
 
 
