@@ -17,6 +17,10 @@ class RunFailed(OnelaunchError):
     exit_code = 1
 
 
+class EngineTimeout(RunFailed):
+    """A part of a model's work was not finished in time. The message names the stage."""
+
+
 class MissingExtra(OnelaunchError, ImportError):
     """An optional dependency is not installed."""
 

@@ -118,13 +118,20 @@ class EngineSuite:
     def test_a_stop_id_ends_the_text_and_is_not_returned(self, engine):
         (free,) = engine.generate([[1]], 10, Sampling())
         stop = free[4]
-        seen: list[tuple[int, int]] = []
+        seen: dict[int, list[int]] = {0: [], 1: []}
+        ended: list[int] = []
         texts = engine.generate(
-            [[1], [1]], 10, Sampling(), lambda i, token: seen.append((i, token)), stop=[stop, 999]
+            [[1], [1]],
+            10,
+            Sampling(),
+            lambda i, token: seen[i].append(token),
+            stop=[stop, 999],
+            on_end=lambda i: ended.append((i, len(seen[i]))),
         )
         expected = free[: free.index(stop)]
         assert texts == [expected, expected]
-        assert seen == [(0, token) for token in expected] + [(1, token) for token in expected]
+        assert seen == {0: expected, 1: expected}
+        assert ended == [(0, len(expected)), (1, len(expected))]
 
     def test_a_stop_id_in_the_prompt_does_not_end_the_text(self, engine):
         (free,) = engine.generate([[1, 2]], 3, Sampling())

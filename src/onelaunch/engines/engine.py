@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from onelaunch.config import ModelConfig
 
 OnToken = Callable[[int, int], None]
-"""Called with (index of the prompt, new token id) as each token is chosen."""
+"""Called with (index of the prompt, new token id) as each token is chosen. Texts that grow together
+come in turns; each text's own tokens come in order."""
+
+OnEnd = Callable[[int], None]
+"""Called with the index of a prompt whose text is complete, after its last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Engine(Protocol):
         sampling: Sampling,
         on_token: OnToken | None = None,
         stop: Sequence[int] = (),
+        on_end: OnEnd | None = None,
     ) -> list[list[int]]:
         """Continue each prompt (token ids, at least one) by up to `n` tokens.
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.engine import OnToken, Sampling
+from onelaunch.engines.checks import check_prompts, check_tokens, not_finite
+from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
 from onelaunch.engines.sampling import draw, uniforms
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import BadInput
 from onelaunch.model import KVCache, Model
 
 MAX_THREADS = 1024
@@ -125,12 +126,8 @@ class ReferenceEngine:
 
         Raises BadInput for more positions than the context or an id beyond the vocabulary.
         """
-        length = tokens_BS.shape[1]
-        if length > self._context:
-            raise BadInput(f"{length} tokens do not fit the model's context of {self._context}")
+        check_tokens(self.config, tokens_BS)
         tokens_BS = tokens_BS.to(self.device, torch.int64)
-        if tokens_BS.numel():
-            self._check_range(int(tokens_BS.min()), int(tokens_BS.max()), "the tokens")
         with torch.no_grad(), self._autocast():
             return self.model(tokens_BS)
 
@@ -141,6 +138,7 @@ class ReferenceEngine:
         sampling: Sampling,
         on_token: OnToken | None = None,
         stop: Sequence[int] = (),
+        on_end: OnEnd | None = None,
     ) -> list[list[int]]:
         """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`.
 
@@ -148,15 +146,13 @@ class ReferenceEngine:
         one need not be read back. Prompt i draws with its own numbers, made from the seed and i.
         Raises RunFailed where the logits are not finite.
         """
-        if n < 0:
-            raise BadInput(f"{n} new tokens: must not be negative")
-        for index, prompt in enumerate(prompts):
-            self._check_prompt(index, prompt)
-        stop_ids = frozenset(stop)
+        check_prompts(self.config, prompts, n)
         texts: list[list[int]] = []
         for index, prompt in enumerate(prompts):
-            report = None if on_token is None else _bind(on_token, index)
-            texts.append(self._continue(prompt, n, sampling, index, report, stop_ids))
+            new, _ = self.continue_text(prompt, n, sampling, index, on_token, stop)
+            texts.append(new)
+            if on_end is not None:
+                on_end(index)
         return texts
 
     def describe(self) -> dict[str, Any]:
@@ -197,19 +193,24 @@ class ReferenceEngine:
         return loss.detach()
 
     @torch.inference_mode()
-    def _continue(
+    def continue_text(
         self,
         prompt: Sequence[int],
         n: int,
         sampling: Sampling,
         index: int,
-        report: Callable[[int], None] | None,
-        stop_ids: frozenset[int],
-    ) -> list[int]:
-        """The new ids of one text."""
-        n = min(n, self._context - len(prompt) + 1)
+        on_token: OnToken | None = None,
+        stop: Sequence[int] = (),
+        leave: Callable[[], bool] = lambda: False,
+    ) -> tuple[list[int], KVCache | None]:
+        """The new ids of the text number `index`, by up to `n` tokens.
+
+        Ends early where `leave` says so, asked after each token: then the cache comes too, filled
+        with all of the text but its last token. It is None where the text is complete.
+        """
+        n = min(n, self.config.max_seq_len - len(prompt) + 1)
         if n == 0:
-            return []
+            return [], None
         capacity = len(prompt) + n - 1
         cache = KVCache(self.config, 1, capacity, self.device, self.dtype)
         uniforms_N = None
@@ -223,21 +224,20 @@ class ReferenceEngine:
                 logits_V = F.linear(hidden_1SD[0, -1], self._head_VD).float()
                 best, token = logits_V.max(-1)
                 if not math.isfinite(best.item()):
-                    raise self._not_finite(cache.length - 1)
+                    dtype = str(self.dtype).removeprefix("torch.")
+                    raise not_finite(cache.length - 1, dtype)
                 if uniforms_N is not None:
                     token = draw(logits_V, sampling, uniforms_N[i : i + 1])
                 chosen = int(token.item())
-                if chosen in stop_ids:
+                if chosen in stop:
                     break
                 new.append(chosen)
-                if report is not None:
-                    report(chosen)
+                if on_token is not None:
+                    on_token(index, chosen)
+                if len(new) < n and leave():
+                    return new, cache
                 tokens_1S = token.view(1, 1)
-        return new
-
-    @property
-    def _context(self) -> int:
-        return self.config.max_seq_len
+        return new, None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.trains and self.dtype != torch.float32:
@@ -259,35 +259,6 @@ class ReferenceEngine:
     def _check_trains(self) -> None:
         if not self.trains:
             raise RuntimeError("this engine was made without train=True")
-
-    def _check_prompt(self, index: int, prompt: Sequence[int]) -> None:
-        name = f"prompt {index + 1}"
-        if not prompt:
-            raise BadInput(f"{name} is empty; it needs one token at least, such as BOS")
-        if len(prompt) > self._context:
-            raise BadInput(
-                f"{name} has {len(prompt)} tokens, the model's context holds {self._context}; "
-                "shorten the prompt"
-            )
-        self._check_range(min(prompt), max(prompt), name)
-
-    def _check_range(self, least: int, largest: int, name: str) -> None:
-        wrong = least if least < 0 else largest
-        if not 0 <= wrong < self.config.vocab_size:
-            raise BadInput(
-                f"{name}: id {wrong} is outside the model's vocabulary of "
-                f"{self.config.vocab_size}; is this the model's own tokenizer?"
-            )
-
-    def _not_finite(self, position: int) -> RunFailed:
-        mend = "the weights are damaged"
-        if self.dtype != torch.float32:
-            mend += f" or too large for {str(self.dtype).removeprefix('torch.')}; try float32"
-        return RunFailed(f"the logits at position {position} are not finite numbers: {mend}")
-
-
-def _bind(on_token: OnToken, index: int) -> Callable[[int], None]:
-    return lambda token: on_token(index, token)
 
 
 def _place(tensor: Tensor, device: torch.device, dtype: torch.dtype, copy: bool) -> Tensor:

@@ -63,7 +63,7 @@ class State(IntEnum):
     FIRST_STAGE = 41
     LAST_STAGE = 42
     ALL_STAGES = 43
-    ON_TOKEN = 44  # int64 f(text, token): not 0 stops; 0 where nobody asks
+    ON_TOKEN = 44  # int64 f(text, token), token -1 at the text's end: not 0 stops; 0: nobody asks
     BREATHE = 45  # the same with (-1, 0), some times a second: lets Python see signals
     CLOCK = 46  # int64 f(clock, timespec)
     SLEEP = 47  # f(microseconds)
@@ -77,6 +77,7 @@ class State(IntEnum):
     OUT_ROW = 55  # bytes between two tokens' results of one item
     MAX_ROWS = 56  # rows of an item, at most
     STAMP = 57
+    STREAM = 59  # weights lie in memory rather than in a cache
     STARTED = 58  # a timespec, two fields
     LENGTH = 64
 

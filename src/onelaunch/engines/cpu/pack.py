@@ -91,7 +91,11 @@ class PackedWeights:
             self._copy(offset, tensors, alternate)
         del self._copies
         base = self.memory.address
-        self.embedding, self.head, self.final_norm = base + embedding, base + head, base + final_norm
+        self.embedding, self.head, self.final_norm = (
+            base + embedding,
+            base + head,
+            base + final_norm,
+        )
         self.tables = [[base + offset if offset else 0 for offset in row] for row in layers]
         self.n_bytes = self._size
 

@@ -7,13 +7,13 @@ import math
 import struct
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import not_finite
 from onelaunch.engines.cpu.helpers import Helpers
 from onelaunch.engines.cpu.layout import (
     Governor,
@@ -28,13 +28,15 @@ from onelaunch.engines.cpu.layout import (
 )
 from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.engine import Sampling
-from onelaunch.errors import RunFailed
+from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.errors import EngineTimeout
 from onelaunch.model import rope_tables
+from onelaunch.plan import Plan
 
 MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
 MAX_TEXTS = 16
 SPIN = 4000
+STREAM_BYTES = 128 << 20  # beyond what a last cache holds
 QUERIES = 4
 ITEM_ROWS = 256
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -109,10 +111,12 @@ class Runtime:
         config: ModelConfig,
         weights: PackedWeights,
         program: Program,
-        stages: Sequence[tuple[int, int]],
+        plan: Plan,
         threads: int,
         adapt: bool,
     ) -> None:
+        stages = [stage.code for stage in plan.stages]
+        self._labels = [stage.label for stage in plan.stages]
         self.config, self.weights, self.program = config, weights, program
         self.threads, self.adapt = threads, adapt
         self.state = Table(State.LENGTH)
@@ -135,7 +139,8 @@ class Runtime:
         self._stops = Table(1)
         self._raised: BaseException | None = None
         self._callback = _CALLBACK(self._heard)
-        self._on_token: Callable[[int, int], None] | None = None
+        self._on_token: OnToken | None = None
+        self._on_end: OnEnd | None = None
         self._describe_model()
         self._make_buffers()
         self._sync[Sync.ACTIVE] = 1 if adapt else threads
@@ -173,6 +178,7 @@ class Runtime:
             State.SYNC: self._sync.address,
             State.GOVERNOR: self._governor.address,
             State.SPIN: SPIN,
+            State.STREAM: int(w.n_bytes >= STREAM_BYTES),
             State.MAX_ROWS: max(ITEM_ROWS, c.head_dim),
             State.OUT_ROW: 4 * padded(max(ITEM_ROWS, c.head_dim) + 2 * self.program.tile),
             State.CLOCK: _libc("clock_gettime"),
@@ -222,6 +228,8 @@ class Runtime:
 
     def forward(self, ids_S: Tensor, logits_SV: Tensor, launches: Launches) -> None:
         """Logits of every position of one text, float32 and contiguous, written in place."""
+        if self.adapt:
+            self._sync[Sync.ACTIVE] = self.threads
         text = CachedText(self, 0, ids_S.tolist(), 0, None)
         self._need_positions(text.size)
         self._lay_out([text])
@@ -269,7 +277,8 @@ class Runtime:
         texts: Sequence[CachedText],
         sampling: Sampling,
         stop: Sequence[int],
-        on_token: Callable[[int, int], None] | None,
+        on_token: OnToken | None = None,
+        on_end: OnEnd | None = None,
         launches: Launches | None = None,
     ) -> None:
         """Let texts grow until each is done: in one call, or in `launches` for each forward."""
@@ -279,8 +288,8 @@ class Runtime:
         self._lay_out(texts)
         self._prepare_sampling(len(texts), sampling, stop)
         s = self.state
-        self._on_token, self._raised = on_token, None
-        s[State.ON_TOKEN] = s[State.BREATHE] if on_token is not None else 0
+        self._on_token, self._on_end, self._raised = on_token, on_end, None
+        s[State.ON_TOKEN] = s[State.BREATHE] if on_token or on_end else 0
         self._sync[Sync.BUSY] = 1
         try:
             self.helpers.wake()
@@ -290,7 +299,7 @@ class Runtime:
                 status = self._generate_by(launches)
         finally:
             self._sync[Sync.BUSY] = 0
-            self._on_token = None
+            self._on_token = self._on_end = None
         for i, text in enumerate(texts):
             text.size = self._texts[Text.LENGTH * i + Text.SIZE]
         if self._raised is not None:
@@ -330,7 +339,10 @@ class Runtime:
     def _heard(self, text: int, token: int) -> int:
         """Called from the program; an exception must not pass through it."""
         try:
-            if text >= 0 and self._on_token is not None:
+            if text >= 0 and token < 0:
+                if self._on_end is not None:
+                    self._on_end(text)
+            elif text >= 0 and self._on_token is not None:
                 self._on_token(text, token)
         except BaseException as error:
             self._raised = error
@@ -338,18 +350,24 @@ class Runtime:
         return 0
 
     def _check(self, status: int) -> None:
+        at = self.state[State.STATUS_AT]
         if status == Status.NOT_FINITE:
-            raise RunFailed(
-                f"the logits at position {self.state[State.STATUS_AT]} are not finite: the weights "
-                "are damaged"
-            )
+            raise not_finite(at, str(self.weights.dtype).removeprefix("torch."))
         if status == Status.TIMEOUT:
-            stage = self.state[State.STATUS_AT]
-            raise RunFailed(f"a thread did not finish its part of stage {stage} within a minute")
+            raise EngineTimeout(
+                f"a thread did not finish its part of stage {self._labels[at]} within a minute; "
+                "try --threads 1"
+            )
 
-    def describe(self) -> dict[str, Any]:
-        """Threads in use now, and what each number of them was measured to take."""
-        return {"threads": self._sync[Sync.ACTIVE], "threads_at_most": self.threads}
+    @property
+    def n_bytes(self) -> int:
+        """Packed weights and buffers; texts come on top of it."""
+        return self.weights.n_bytes + self._buffers.size
+
+    @property
+    def active_threads(self) -> int:
+        """Threads at work now; automatic choice changes it while running."""
+        return self._sync[Sync.ACTIVE]
 
 
 def _close(sync: Table, helpers: Helpers, state: Table) -> None:

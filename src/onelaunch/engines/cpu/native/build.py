@@ -1,12 +1,13 @@
 """Makes the program's object code: Numba for types and control flow, LLVM once over the whole.
 
-Run as `python -m onelaunch.engines.cpu.native.build KEY FOLDER FILE`: a process of its own, as the
+Run as `python -m onelaunch.engines.cpu.native.build DESTINATION`: a process of its own, as the
 compiler holds the interpreter's lock for seconds.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 SYMBOL = "onelaunch_entry"
 
@@ -61,3 +62,16 @@ define i64 @{SYMBOL}(i64 %operation, i64 %state, i64 %a, i64 %b) {{
   ret i64 %value
 }}
 """
+
+
+def main() -> None:
+    """In the child process: build for this processor, deliver."""
+    from onelaunch.compilation.child import deliver, lower_priority
+    from onelaunch.engines.cpu.program import options
+
+    lower_priority()
+    deliver(sys.argv[-1], build(options()))
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ SEARCH_SAMPLES = 4  # forwards with one number of threads; the first is not coun
 FIRST_PERIOD, LAST_PERIOD = 64, 1024
 WORSE = 1.05
 BREATH = 5e7  # nanoseconds
+ENDED = -1  # instead of a token: the text is complete
 
 
 @compiled
@@ -42,21 +43,23 @@ def _is_stop(state, token):
 @compiled
 def _append(state, text):
     """Take what was drawn for a text; a Status."""
-    token = field(text, Text.NEXT)
+    token, index = field(text, Text.NEXT), field(text, Text.INDEX)
+    on_token = field(state, State.ON_TOKEN)
     _set(text, Text.ROW, -1)
     if token == NOT_FINITE:
         _set(state, State.STATUS_AT, field(text, Text.SIZE) - 1)
         return Status.NOT_FINITE
     if _is_stop(state, token):
         _set(text, Text.DONE, 1)
-        return Status.OK
-    size = field(text, Text.SIZE)
-    put_i32(field(text, Text.IDS) + 4 * size, token)
-    _set(text, Text.SIZE, size + 1)
-    if size + 1 >= field(text, Text.LIMIT):
-        _set(text, Text.DONE, 1)
-    on_token = field(state, State.ON_TOKEN)
-    if on_token != 0 and call2(on_token, field(text, Text.INDEX), token) != 0:
+    else:
+        size = field(text, Text.SIZE) + 1
+        put_i32(field(text, Text.IDS) + 4 * (size - 1), token)
+        _set(text, Text.SIZE, size)
+        if size >= field(text, Text.LIMIT):
+            _set(text, Text.DONE, 1)
+        if on_token != 0 and call2(on_token, index, token) != 0:
+            return Status.STOPPED
+    if on_token != 0 and field(text, Text.DONE) != 0 and call2(on_token, index, ENDED) != 0:
         return Status.STOPPED
     return Status.OK
 
@@ -115,17 +118,24 @@ def advance(state):
 @compiled
 def generate(state):
     """Advance and run until every text is done; a Status."""
+    governor = field(state, State.GOVERNOR)
     breathed = _now(state)
     while True:
         n = advance(state)
         if n <= 0:
             return -n
+        decoding = n <= field(state, State.N_TEXTS)
+        if field(state, State.ADAPT) != 0:
+            if decoding:
+                _use(state, governor, field(governor, Governor.INDEX))
+            else:  # many tokens are work for every thread
+                atomic_put(field(state, State.SYNC) + 8 * Sync.ACTIVE, field(state, State.THREADS))
         before = _now(state)
         status = run(state, 0, field(state, State.ALL_STAGES))
         if status != Status.OK:
             return status
         after = _now(state)
-        if n <= field(state, State.N_TEXTS) and field(state, State.ADAPT) != 0:
+        if decoding and field(state, State.ADAPT) != 0:
             govern(state, after - before)
         if after - breathed > BREATH:
             breathed = after

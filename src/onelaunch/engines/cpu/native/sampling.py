@@ -84,7 +84,10 @@ def _first_equal(logits, n, value):
     i = 0
     while i + 4 * LANES <= n:
         at = logits + 4 * i
-        a, b = maximum(load(at), load(at + WIDTH)), maximum(load(at + 2 * WIDTH), load(at + 3 * WIDTH))
+        a, b = (
+            maximum(load(at), load(at + WIDTH)),
+            maximum(load(at + 2 * WIDTH), load(at + 3 * WIDTH)),
+        )
         if largest_lane(maximum(a, b)) == value:
             break
         i += 4 * LANES

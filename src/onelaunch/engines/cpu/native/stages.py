@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from onelaunch.engines.cpu.layout import Group, Layer, State, Status, Sync, Text, Token
 from onelaunch.engines.cpu.native import kernels
-from onelaunch.engines.cpu.native.kernels import QUERIES, TILE, compiled, field, padded, row_bytes
+from onelaunch.engines.cpu.native.kernels import TILE, compiled, field, padded, row_bytes
 from onelaunch.engines.cpu.native.sampling import sample
 from onelaunch.engines.cpu.native.vectors import (
     atomic_add,

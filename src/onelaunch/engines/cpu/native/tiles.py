@@ -25,8 +25,10 @@ from onelaunch.engines.cpu.native.vectors import (
     load_vector,
     multiply_add,
     pointer,
+    prefetch,
 )
 
+CACHE_LINE = 64
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 
 
@@ -36,6 +38,7 @@ def make_tile(
     a_kind: Literal["float32", "bfloat16"] = "float32",
     b_kind: Literal["vector", "scalar"] = "vector",
     finish: Literal["sum", "vectors"] = "sum",
+    ahead: int = 0,
 ) -> Any:
     """An intrinsic
 
@@ -45,8 +48,10 @@ def make_tile(
     a + i a_row + k a_step; b[j, k] likewise, or one float32 for every lane. With finish "sum" the
     lanes of each accumulator are added up and scale times the sum is stored as the float32
     out[j][i], at out + j out_row + 4 i; with "vectors" scale times the accumulator itself is stored,
-    at out + j out_row + 4 LANES i.
+    at out + j out_row + 4 LANES i. `ahead` asks for the cache line so many bytes behind each one read.
     """
+    narrow = a_kind == "bfloat16"
+    vector_bytes = (2 if narrow else 4) * LANES
 
     @intrinsic
     def tile(typingctx, a, a_row, a_step, b, b_row, b_step, n, out, out_row, scale):
@@ -63,7 +68,8 @@ def make_tile(
                 b_values = [_b_value(builder, builder.add(row, b_at), b_kind) for row in b_rows]
                 for i in range(rows):
                     address = builder.add(a_rows[i], a_at)
-                    narrow = a_kind == "bfloat16"
+                    if ahead and i * vector_bytes % CACHE_LINE == 0:
+                        prefetch(builder, builder.add(address, _I64(ahead)), write=False)
                     value = (load_bfloat16 if narrow else load_vector)(builder, address)
                     for j in range(columns):
                         old = builder.load(grid[i][j])

@@ -89,6 +89,16 @@ def call_intrinsic(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Va
     return builder.call(found, list(values))
 
 
+def prefetch(builder: ir.IRBuilder, address: ir.Value, write: bool) -> None:
+    """Ask for the cache line at an address, which may lie outside of what is allocated: into the
+    nearest cache to be written, into the second to be read."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    name = "llvm.prefetch.p0"
+    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    near = _I32(3 if write else 2)
+    builder.call(found, [pointer(builder, address, _I8), _I32(int(write)), near, _I32(1)])
+
+
 def fold(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
     """The sum of each vector's lanes, side by side in as few vectors as hold them.
 
@@ -108,9 +118,7 @@ def fold(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
     return vectors
 
 
-def _add_neighbours(
-    builder: ir.IRBuilder, a: ir.Value, b: ir.Value | None, width: int
-) -> ir.Value:
+def _add_neighbours(builder: ir.IRBuilder, a: ir.Value, b: ir.Value | None, width: int) -> ir.Value:
     span = 2 * width if b is not None else width
     other = b if b is not None else a
     masks = [
@@ -150,10 +158,7 @@ def prefetch_to_write(typingctx, address):
     """Ask for a cache line that will be written."""
 
     def code(context, builder, sig, args):
-        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        name = "llvm.prefetch.p0"
-        found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(found, [pointer(builder, args[0], _I8), _I32(1), _I32(3), _I32(1)])
+        prefetch(builder, args[0], write=True)
         return context.get_dummy_value()
 
     return types.void(types.int64), code

@@ -1,0 +1,296 @@
+"""The CPU engine: a model in one compiled call, and the reference engine until that is there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.compilation.background import Compilation
+from onelaunch.compilation.cache import Store, program_key
+from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import check_prompts, check_tokens
+from onelaunch.engines.cpu import program
+from onelaunch.engines.cpu.pack import PackedWeights
+from onelaunch.engines.cpu.program import Program
+from onelaunch.engines.cpu.runtime import MAX_TEXTS, CachedText, Runtime
+from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.engines.reference import MAX_THREADS, ReferenceEngine
+from onelaunch.engines.sampling import uniforms
+from onelaunch.errors import BadInput
+from onelaunch.model import KVCache
+from onelaunch.plan import Launch, launches, make_plan, parse_depth
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CACHED_SECONDS = 0.5  # what a first call waits for a form that is only to be loaded
+WHAT = "the fast form for this processor"
+
+
+def why_not() -> str | None:
+    """Why this engine cannot run here; None where it can."""
+    if sys.platform == "win32":
+        return "it is not made for Windows yet"
+    for package in ("numba", "llvmlite"):
+        if util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+    return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which a container can narrow."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class CpuEngine:
+    """Runs a model on the CPU in compiled code; see `Engine`.
+
+    The code is compiled once for each processor, in the background, and kept; until it is there the
+    reference engine answers, and hands a text over in its middle. `dtype` is that of the weights,
+    float32 or bfloat16; all else is float32. `threads` None means as many as are fastest, measured
+    while running. `fusion_depth` is how much one call holds: "auto" (a whole generation), "stage",
+    "half", a number of layers, or "all" (one forward). `say` gets lines for people. `wait` has
+    the constructor wait for the compiled form. Raises BadInput for what cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        dtype: str | None = None,
+        threads: int | None = None,
+        fusion_depth: str | int = "auto",
+        say: Callable[[str], None] = lambda line: None,
+        store: Store | None = None,
+        wait: bool = False,
+    ) -> None:
+        if reason := why_not():
+            raise BadInput(f"--engine cpu: {reason}; use --engine reference")
+        self.config = config
+        name = dtype or "float32"
+        if name not in DTYPES:
+            raise BadInput(f"dtype {name!r}: the CPU engine knows {' and '.join(DTYPES)}")
+        self.dtype = DTYPES[name]
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
+        self._threads = threads
+        plan = make_plan(config, sample=True, weight_itemsize=self.dtype.itemsize)
+        self._plan = plan
+        self.fusion_depth: str | int = "auto"
+        self._launches: tuple[Launch, ...] | None = None
+        if fusion_depth != "auto":
+            self.fusion_depth = parse_depth(fusion_depth, config.n_layers)
+            self._launches = launches(plan, self.fusion_depth)
+        self._weights: dict[str, Tensor] | None = dict(weights)
+        self._reference: ReferenceEngine | None = None
+        self._runtime: Runtime | None = None
+        self._busy = threading.RLock()
+        self._inside = False
+        self.failed: str | None = None
+        store = store or Store()
+        key = program_key(program.source(), program.options())
+        self._cached = store.contains(key)
+        command = [sys.executable, "-m", "onelaunch.engines.cpu.native.build"]
+        self._compilation: Compilation[Runtime] | None = Compilation(
+            store, key, command, self._prepare, say, WHAT
+        )
+        if wait:
+            self.wait()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the compiled form; whether it is there."""
+        if self._compilation is not None:
+            self._compilation.wait(seconds)
+        return self._ready() is not None
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than
+        the context or an id beyond the vocabulary."""
+        check_tokens(self.config, tokens_BS)
+        with self._alone():
+            runtime = self._ready(CACHED_SECONDS if self._cached else 0.0)
+            if runtime is None:
+                return self._slow().logits(tokens_BS)
+            tokens_BS = tokens_BS.cpu()
+            B, S = tokens_BS.shape
+            logits_BSV = torch.empty(B, S, self.config.vocab_size)
+            ranges = self._ranges(sampled=False)
+            for ids_S, logits_SV in zip(tokens_BS, logits_BSV, strict=True):
+                runtime.forward(ids_S, logits_SV, ranges)
+            return logits_BSV
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        stop: Sequence[int] = (),
+        on_end: OnEnd | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt by up to `n` tokens; see `Engine`.
+
+        Up to 16 texts grow together. A text is the same alone and among others, with any number
+        of threads, at any fusion depth. Raises RunFailed where the logits are not finite.
+        """
+        check_prompts(self.config, prompts, n)
+        with self._alone():
+            done: list[list[int]] = []
+            handed_over: list[CachedText] = []
+            if prompts and n and self._ready(CACHED_SECONDS if self._cached else 0.0) is None:
+                done, handed_over = self._begin_slowly(prompts, n, sampling, on_token, stop, on_end)
+            rest = range(len(done) + len(handed_over), len(prompts))
+            if handed_over or rest:
+                self._finish(prompts, rest, n, sampling, on_token, stop, on_end, handed_over, done)
+            return done
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, device, dtype, bytes of weights, threads, and which form runs."""
+        runtime = self._ready()
+        totals = self._plan.totals
+        calls = 0 if self._launches is None else len(self._launches)
+        return {
+            "engine": "cpu" if runtime is not None else "reference",
+            "device": "cpu",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_bytes": totals.weight_bytes if runtime is None else runtime.weights.n_bytes,
+            "threads": torch.get_num_threads() if runtime is None else runtime.active_threads,
+            "threads_chosen": "automatically" if self._threads is None else "by hand",
+            "fusion_depth": self.fusion_depth,
+            "calls": "one for a whole generation" if not calls else f"{calls} a forward",
+            "compiled": runtime is not None,
+        }
+
+    # ---- the two forms
+
+    def _prepare(self, code: bytes) -> Runtime:
+        """In the compilation's thread: load the code, pack the weights."""
+        loaded = Program(code)
+        weights = self._weights
+        assert weights is not None
+        packed = PackedWeights(self.config, weights, self.dtype, loaded.lanes, loaded.tile)
+        threads = self._threads or min(usable_cores(), MAX_THREADS)
+        return Runtime(self.config, packed, loaded, self._plan, threads, self._threads is None)
+
+    def _ready(self, seconds: float = 0.0) -> Runtime | None:
+        """The compiled form, if it is there or comes within so many seconds."""
+        if self._runtime is None and self._compilation is not None:
+            waited = self._compilation
+            runtime = waited.wait(seconds) if seconds else waited.poll()
+            if runtime is not None:
+                self._runtime = runtime
+                self._compilation = self._reference = self._weights = None
+            elif waited.failed is not None:
+                self.failed, self._compilation = waited.failed, None
+        return self._runtime
+
+    def _slow(self) -> ReferenceEngine:
+        """The reference engine, computing with the weights that the compiled form will have."""
+        if self._reference is None:
+            assert self._weights is not None
+            weights = self._weights
+            if self.dtype == torch.bfloat16:
+                weights = {
+                    name: tensor.bfloat16() if tensor.dim() > 1 else tensor
+                    for name, tensor in weights.items()
+                }
+            self._reference = ReferenceEngine(self.config, weights, "cpu", "float32", self._threads)
+        return self._reference
+
+    def _begin_slowly(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None,
+        stop: Sequence[int],
+        on_end: OnEnd | None,
+    ) -> tuple[list[list[int]], list[CachedText]]:
+        """Texts by the reference engine until the compiled form is there: those that it completed,
+        and the one that it was at."""
+        done: list[list[int]] = []
+        reference = self._slow()
+        for index, prompt in enumerate(prompts):
+            if self._ready() is not None:
+                break
+            new, cache = reference.continue_text(
+                prompt, n, sampling, index, on_token, stop, lambda: self._ready() is not None
+            )
+            if cache is not None:
+                text = self._text(index, prompt, n, sampling)
+                self._hand_over(text, new, cache)
+                return done, [text]
+            done.append(new)
+            if on_end is not None:
+                on_end(index)
+        return done, []
+
+    def _hand_over(self, text: CachedText, new: list[int], cache: KVCache) -> None:
+        text.size = text.prompt + len(new)
+        text.ids[text.prompt : text.size] = torch.tensor(new, dtype=torch.int32)
+        text.read = cache.length
+        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            text.take_cache(layer, keys[0, :, : cache.length], values[0, :, : cache.length])
+
+    def _finish(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rest: range,
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None,
+        stop: Sequence[int],
+        on_end: OnEnd | None,
+        begun: list[CachedText],
+        done: list[list[int]],
+    ) -> None:
+        """The remaining texts by the compiled form, so many at once; appends them to `done`."""
+        runtime = self._runtime
+        assert runtime is not None
+        ranges = None if self._launches is None else self._ranges(sampled=True)
+        waiting = list(rest)
+        texts = begun
+        while texts or waiting:
+            while waiting and len(texts) < MAX_TEXTS:
+                index = waiting.pop(0)
+                texts.append(self._text(index, prompts[index], n, sampling))
+            runtime.generate(texts, sampling, stop, on_token, on_end, ranges)
+            done += [text.new for text in texts]
+            texts = []
+
+    def _text(self, index: int, prompt: Sequence[int], n: int, sampling: Sampling) -> CachedText:
+        assert self._runtime is not None
+        n = min(n, self.config.max_seq_len - len(prompt) + 1)
+        numbers = None if sampling.greedy else uniforms(sampling.seed, index, n)
+        return CachedText(self._runtime, index, prompt, n, numbers)
+
+    def _ranges(self, sampled: bool) -> list[tuple[int, int]]:
+        """The stages of each call of a forward, with the sample stage or without."""
+        stages = len(self._plan.stages)
+        if self._launches is None:
+            ranges = [(0, stages)]
+        else:
+            ranges = [(launch.first, launch.last) for launch in self._launches]
+        if not sampled:
+            ranges = [(first, min(last, stages - 1)) for first, last in ranges]
+        return [(first, last) for first, last in ranges if first < last]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time; none from within another's callback."""
+        with self._busy:
+            if self._inside:
+                raise RuntimeError("this engine is at work: it cannot be called from its callback")
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
