@@ -25,11 +25,12 @@ train [RECIPE] [--preset NAME] [--data DIR] [--run DIR] [--resume] [--accum N] [
 eval MODEL --data DIR [--device DEVICE] [--json] [--quiet] [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
     [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--min-p P] [--seed S]
-    [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--ids] [--json] [--quiet]
-    [--debug]
+    [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth DEPTH]
+    [--ids] [--json] [--quiet] [--debug]
 export MODEL OUT --format VALUE [--random] [--quiet]
 inspect MODEL [--random] [--fusion-depth D] [--json]
-bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--quiet] [--debug]
+bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--peer NAME=PATH...] [--quiet]
+    [--debug]
 doctor [--clear-cache] [--json] [--debug]
 """
 

@@ -17,6 +17,7 @@ from tests.engines.suite import weights_of
 
 WEIGHTS = Path(__file__).parents[2] / ".." / "shared" / "weights"
 STORIES = WEIGHTS / "stories260K.bin"
+pytestmark = pytest.mark.usefixtures("compiled_program")
 needs_stories = pytest.mark.skipif(
     not STORIES.exists(), reason="the trained model stories260K.bin is not beside the repository"
 )

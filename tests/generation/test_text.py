@@ -30,11 +30,12 @@ class Script:
     def __init__(self, *texts: list[int]) -> None:
         self.texts = texts
 
-    def generate(self, prompts, n, sampling, on_token=None, stop=()):
+    def generate(self, prompts, n, sampling, on_token=None, stop=(), on_end=None):
         self.asked = (prompts, n, sampling, tuple(stop))
         for index, ids in enumerate(self.texts):
             for token in ids:
                 on_token(index, token)
+            on_end(index)
         return [list(ids) for ids in self.texts]
 
 
@@ -43,7 +44,7 @@ def spoken(text: str) -> list[int]:
 
 
 def heard(engine, texts, tokenizer=BYTES):
-    """What `on_piece` was told, and what came back."""
+    """What `on_piece` was told, less the ends without a text, and what came back."""
     pieces: list[tuple[int, int | None, str]] = []
     prompts = encode_prompts(tokenizer, texts)
     result = complete(
@@ -54,7 +55,9 @@ def heard(engine, texts, tokenizer=BYTES):
         tokenizer=tokenizer,
         on_piece=lambda index, token, text: pieces.append((index, token, text)),
     )
-    return pieces, result
+    ends = [index for index, token, _ in pieces if token is None]
+    assert sorted(ends) == list(range(len(texts)))
+    return [piece for piece in pieces if piece[1:] != (None, "")], result
 
 
 def test_text_comes_piece_by_piece_and_whole_at_the_end():
@@ -116,7 +119,7 @@ def test_ids_alone_need_no_tokenizer():
         stop=[2],
         on_piece=lambda *piece: pieces.append(piece),
     )
-    assert pieces == [(0, 7, ""), (0, 8, "")]
+    assert pieces == [(0, 7, ""), (0, 8, ""), (0, None, "")]
     assert completion.ids == [7, 8]
     assert completion.text is None
     assert engine.asked == ([[1]], 2, Sampling(seed=4), (2,))
@@ -126,14 +129,39 @@ def test_no_prompts_no_texts():
     assert complete(Script(), [], 5, Sampling()) == []
 
 
-def test_seconds_run_per_text_and_in_order(monkeypatch):
+class InTurns(Script):
+    """Its texts grow together, a token each."""
+
+    def generate(self, prompts, n, sampling, on_token=None, stop=(), on_end=None):
+        for i in range(max(map(len, self.texts))):
+            for index, ids in enumerate(self.texts):
+                if i < len(ids):
+                    on_token(index, ids[i])
+                    if i + 1 == len(ids):
+                        on_end(index)
+        return [list(ids) for ids in self.texts]
+
+
+def test_texts_that_grow_together_are_decoded_apart():
+    pieces, completions = heard(InTurns(spoken("a\u20acc"), spoken("xy")), ["", ""])
+    assert [completion.text for completion in completions] == ["a\u20acc", "xy"]
+    assert [(i, text) for i, _, text in pieces if text] == [
+        (0, "a"),
+        (1, "x"),
+        (1, "y"),
+        (0, "\u20ac"),
+        (0, "c"),
+    ]
+
+
+def test_seconds_run_from_the_beginning_of_all(monkeypatch):
     """A clock that ticks once a look: the start, then each token."""
     ticks = iter(range(100))
     monkeypatch.setattr("onelaunch.generation.text.time.perf_counter", lambda: next(ticks))
     first, second = heard(Script(spoken("abc"), spoken("de")), ["", ""])[1]
     assert (first.first_token_seconds, first.seconds) == (1, 3)
-    assert (second.first_token_seconds, second.seconds) == (1, 2)
-    # four of the five tokens came after a first one, in 2 + 1 seconds: 3 tokens in 3 seconds
+    assert (second.first_token_seconds, second.seconds) == (4, 5)
+    # four of the five tokens came after the first one, in 4 seconds
     assert tokens_per_second([first, second]) == 1.0
 
 

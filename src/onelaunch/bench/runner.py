@@ -2,7 +2,8 @@
 table and a picture of the whole record beside it.
 
 An experiment is a module with UNIT and `run(device, quick, say)`, which gives rows, as a list or
-one after the other. It may have `table(record) -> str` and `draw(record) -> Figure | None`.
+one after the other. It may have `table(record) -> str` and `draw(record) -> Figure | None`. One
+that has PEERS, names of programs that its user may have built, takes `peers` too: their paths.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -23,15 +24,21 @@ SAVE_SECONDS = 5.0
 
 
 def conduct(
-    experiment: str, device: str, quick: bool, folder: Path, say: Callable[[str], None]
+    experiment: str,
+    device: str,
+    quick: bool,
+    folder: Path,
+    say: Callable[[str], None],
+    peers: Mapping[str, Path] | None = None,
 ) -> Path:
     """Run an experiment on a device; returns the record's path.
 
     Rows are on disk a few seconds after they are made: a run that fails, or is stopped, leaves
-    those that it had. Raises BadInput, before anything runs, where there is no place for a record,
-    and RunFailed where there were no rows.
+    those that it had. Raises BadInput, before anything runs, where there is no place for a record
+    or for a peer, and RunFailed where there were no rows.
     """
     module = importlib.import_module(f"onelaunch.bench.{experiment.replace('-', '_')}")
+    options = _with_peers(experiment, module, peers or {})
     name = device_name(device)
     _make_place(record_path(experiment, folder, name))
     fresh: list[Row] = []
@@ -45,7 +52,7 @@ def conduct(
 
     saved_at = time.monotonic()
     try:
-        for row in module.run(device, quick, say):
+        for row in module.run(device, quick, say, **options):
             fresh.append(row)
             if time.monotonic() - saved_at >= SAVE_SECONDS:
                 keep()
@@ -65,6 +72,18 @@ def conduct(
     _leave_views(module, path, say)
     say(f"record: {path}")
     return path
+
+
+def _with_peers(
+    experiment: str, module: ModuleType, peers: Mapping[str, Path]
+) -> dict[str, Mapping[str, Path]]:
+    """What `run` is given beside the usual."""
+    known = getattr(module, "PEERS", ())
+    for name in peers:
+        if name not in known:
+            which = f"knows {', '.join(known)} only" if known else "takes none"
+            raise BadInput(f"--peer {name}: {experiment} {which}; leave it out")
+    return {"peers": peers} if known else {}
 
 
 def _make_place(path: Path) -> None:

@@ -30,6 +30,15 @@ def bench(
         Path, typer.Option("--out", metavar="DIR", help="Where the record goes, by device.")
     ] = Path("benchmarks/records"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and samples.")] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NAME=PATH",
+            help="A program to stand beside ours: run.c=PATH, for generate. May be given several "
+            "times.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -38,10 +47,24 @@ def bench(
         close = difflib.get_close_matches(experiment, EXPERIMENTS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EXPERIMENTS)}"
         raise BadInput(f"unknown experiment {experiment!r}; {hint}")
+    peers = _peers(peer or [])
     from onelaunch.bench.record import device_name
     from onelaunch.bench.runner import conduct
     from onelaunch.engines.reference import resolve_device
 
     place = str(resolve_device(device or ("auto" if experiment in ON_THE_GPU else "cpu")))
     say(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
-    print(conduct(experiment, place, quick, out, lambda line: say(line, quiet)))
+    print(conduct(experiment, place, quick, out, lambda line: say(line, quiet), peers))
+
+
+def _peers(named: list[str]) -> dict[str, Path]:
+    """The paths by name. Raises BadInput for what is no NAME=PATH, and for a name given twice."""
+    peers: dict[str, Path] = {}
+    for each in named:
+        name, sign, path = each.partition("=")
+        if not (name and sign and path):
+            raise BadInput(f"--peer {each}: must be NAME=PATH, such as run.c=llama2.c/run")
+        if name in peers:
+            raise BadInput(f"--peer {name}: given twice; give one path")
+        peers[name] = Path(path)
+    return peers

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from onelaunch.engines.engine import Engine, Sampling
     from onelaunch.generation.text import Completion, Prompt
 
-ENGINES = ("auto", "reference")
-
 # Far more text than any context holds; a prompt beyond it is a mistake, such as @/dev/zero.
 _LARGEST_PROMPT = 64 << 20
 
@@ -65,7 +63,12 @@ def generate(
         int, typer.Option(metavar="S", help="The same seed draws the same text again.")
     ] = 0,
     engine: Annotated[
-        str, typer.Option(metavar="ENGINE", help=f"{' or '.join(ENGINES)}.")
+        str,
+        typer.Option(
+            metavar="ENGINE",
+            help="auto, reference (PyTorch) or cpu (compiled: one call for a whole generation); "
+            "auto is cpu on the CPU and reference elsewhere.",
+        ),
     ] = "auto",
     device: Device = "auto",
     dtype: Annotated[
@@ -78,8 +81,21 @@ def generate(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="CPU threads; PyTorch's choice unless given."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="CPU threads; as many as measure fastest unless given (reference engine: "
+            "PyTorch's choice).",
+        ),
     ] = None,
+    fusion_depth: Annotated[
+        str,
+        typer.Option(
+            metavar="DEPTH",
+            help="What one call holds: auto (on the CPU a whole generation), stage, half, a number "
+            "of layers, or all (one forward).",
+        ),
+    ] = "auto",
     ids: Annotated[
         bool,
         typer.Option("--ids", help="Token ids instead of text, without BOS and the final stop id."),
@@ -92,22 +108,23 @@ def generate(
 
     The prompt, if any, and its continuation go to standard output as they come.
     """
-    if engine not in ENGINES:
-        raise BadInput(f"--engine {engine}: must be {' or '.join(ENGINES)}")
     texts = _read_prompts(prompt or [])
 
     from onelaunch.checkpoints import load, random_model
+    from onelaunch.engines.choice import choose
     from onelaunch.engines.engine import Sampling
-    from onelaunch.engines.reference import ReferenceEngine
     from onelaunch.generation.text import complete
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     loaded = random_model(model) if random else load(model)
     found = _tokenizer(tokenizer, loaded, model, needed=bool(texts) or not ids)
     prompts = _prompts(texts, loaded, found, model)
-    runner = ReferenceEngine(loaded.config, loaded.weights, device, dtype, threads)
+    out = _Output(prompts, _bos_ids(loaded, found), echo=not no_echo, ids=ids, quiet=quiet)
+    runner = choose(
+        engine, loaded.config, loaded.weights, device, dtype, threads, fusion_depth, out.notice
+    )
+    loaded.weights = {}  # the engine has what it needs of them
     stop = sorted({*loaded.stop_ids, *(found.stop_ids if found else ())})
-    out = _Output(prompts, _bos_ids(loaded, found), echo=not no_echo, ids=ids)
     completions = complete(
         runner, prompts, max_new_tokens, sampling, stop, found, None if json_ else out.piece
     )
@@ -200,29 +217,64 @@ def _bos_ids(loaded: LoadedModel, tokenizer: Tokenizer | None) -> set[int | None
 
 
 class _Output:
-    """Standard output: texts one after another, a blank line between them, flushed as they come."""
+    """Standard output: texts one after another, a blank line between them, flushed as they come.
+
+    Texts may grow together: what comes for a later one waits until those before it are complete.
+    """
 
     def __init__(
-        self, prompts: list[Prompt], bos_ids: set[int | None], echo: bool, ids: bool
+        self,
+        prompts: list[Prompt],
+        bos_ids: set[int | None],
+        echo: bool,
+        ids: bool,
+        quiet: bool,
     ) -> None:
+        self._quiet = quiet
+        self._held: list[str] = []
         self._prompts, self._bos_ids, self._echo, self._ids = prompts, bos_ids, echo, ids
         self._begun = 0
         self._space = ""
+        self._ended = [False] * len(prompts)
+        self._waiting: list[list[tuple[int | None, str]]] = [[] for _ in prompts]
+        self._current = 0
 
     def piece(self, index: int, token: int | None, text: str) -> None:
-        """One more token of a text; nothing is written before the first."""
+        """One more token of a text, or its end; nothing is written before the first."""
+        self._waiting[index].append((token, text))
+        self._ended[index] = token is None
+        while self._current < len(self._prompts):
+            for waiting in self._waiting[self._current]:
+                self._write(self._current, *waiting)
+            self._waiting[self._current].clear()
+            if not self._ended[self._current]:
+                break
+            self._current += 1
+        sys.stdout.flush()
+
+    def _write(self, index: int, token: int | None, text: str) -> None:
+        if token is None and not text:
+            return
         self._begin(index)
         if not self._ids:
             sys.stdout.write(text)
         elif token is not None:
             self._write_id(token)
-        sys.stdout.flush()
 
     def finish(self) -> None:
         """End the last text's line, after the prompts that nothing was added to."""
         self._begin(len(self._prompts) - 1)
         sys.stdout.write("\n")
         sys.stdout.flush()
+        for line in self._held:
+            say(line, self._quiet)
+
+    def notice(self, line: str) -> None:
+        """A line for standard error; not amid a text on the same terminal."""
+        if self._begun and sys.stderr.isatty() and sys.stdout.isatty():
+            self._held.append(line)
+        else:
+            say(line, self._quiet)
 
     def _begin(self, index: int) -> None:
         while self._begun <= index:

@@ -10,8 +10,8 @@ from onelaunch.checkpoints.tokenizers import Tokenizer
 from onelaunch.engines.engine import Engine, Sampling
 
 OnPiece = Callable[[int, int | None, str], None]
-"""Called with (index of the prompt, new token id, text that it completes); the id is None for text
-that is left over when the last token has come."""
+"""Called with (index of the prompt, new token id, text that it completes). Texts that grow together
+come in turns. Each ends with a call whose id is None, its text what was left over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Prompt:
 class Completion:
     """A prompt and its continuation. `text` is None where there was no tokenizer.
 
-    Seconds run from when the text before was done: to the first new token, and to the last.
+    Seconds run from the beginning of all texts: to the first new token, and to the last.
     """
 
     prompt: Prompt
@@ -60,28 +60,19 @@ def complete(
         return []
     report = on_piece or _nobody
     decoders = [_Decoder(tokenizer, prompt.ids) for prompt in prompts]
-    last = 0
     start = time.perf_counter()
 
     def on_token(index: int, token: int) -> None:
-        nonlocal last, start
         completion = completions[index]
-        while last < index:
-            _hand_on(last, None, decoders[last].finish())
-            last += 1
-            start += completions[last - 1].seconds
         completion.seconds = time.perf_counter() - start
         if completion.first_token_seconds is None:
             completion.first_token_seconds = completion.seconds
-        _hand_on(index, token, decoders[index].push(token))
+        report(index, token, decoders[index].push(token))
 
-    def _hand_on(index: int, token: int | None, piece: str) -> None:
-        if token is not None or piece:
-            report(index, token, piece)
+    def on_end(index: int) -> None:
+        report(index, None, decoders[index].finish())
 
-    texts = engine.generate([prompt.ids for prompt in prompts], n, sampling, on_token, stop)
-    for index in range(last, len(prompts)):
-        _hand_on(index, None, decoders[index].finish())
+    texts = engine.generate([prompt.ids for prompt in prompts], n, sampling, on_token, stop, on_end)
     for completion, decoder, ids in zip(completions, decoders, texts, strict=True):
         completion.ids = ids
         completion.text = None if tokenizer is None else decoder.text
@@ -89,15 +80,15 @@ def complete(
 
 
 def tokens_per_second(completions: Sequence[Completion]) -> float | None:
-    """New tokens per second, each text's first one, which reads the prompt, left out.
+    """New tokens of all texts per second, from the first of them to the last.
 
-    None where no text has two.
+    The first, which reads a prompt, is left out. None where there are not two.
     """
-    tokens, seconds = 0, 0.0
-    for completion in completions:
-        if completion.first_token_seconds is not None:
-            tokens += len(completion.ids) - 1
-            seconds += completion.seconds - completion.first_token_seconds
+    begun = [c for c in completions if c.first_token_seconds is not None]
+    if not begun:
+        return None
+    tokens = sum(len(completion.ids) for completion in begun) - 1
+    seconds = max(c.seconds for c in begun) - min(c.first_token_seconds or 0.0 for c in begun)
     return tokens / seconds if tokens and seconds > 0 else None
 
 

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import util
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store, program_key
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_prompts, check_tokens
-from onelaunch.engines.cpu import program
+from onelaunch.engines.cpu import DTYPES, program, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import MAX_TEXTS, CachedText, Runtime
@@ -28,19 +27,8 @@ from onelaunch.errors import BadInput
 from onelaunch.model import KVCache
 from onelaunch.plan import Launch, launches, make_plan, parse_depth
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHED_SECONDS = 0.5  # what a first call waits for a form that is only to be loaded
 WHAT = "the fast form for this processor"
-
-
-def why_not() -> str | None:
-    """Why this engine cannot run here; None where it can."""
-    if sys.platform == "win32":
-        return "it is not made for Windows yet"
-    for package in ("numba", "llvmlite"):
-        if util.find_spec(package) is None:
-            return f"the package {package} is not installed"
-    return None
 
 
 def usable_cores() -> int:
@@ -78,7 +66,7 @@ class CpuEngine:
         name = dtype or "float32"
         if name not in DTYPES:
             raise BadInput(f"dtype {name!r}: the CPU engine knows {' and '.join(DTYPES)}")
-        self.dtype = DTYPES[name]
+        self.dtype = getattr(torch, name)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
         self._threads = threads

@@ -1,7 +1,8 @@
-"""Weights as the compiled program reads them: one block of memory, rows padded with zeros.
+"""Weights as the compiled program reads them: one block of memory, in the order of reading.
 
-Matrices are row-major float32 or bfloat16, each row PAD columns at least, self._tile rows of slack behind
-the last. q, k and v lie behind one another; gate and up alternate by tiles. Norms are float32.
+A matrix is groups of `tile` rows; in a group lie `lanes` columns of each row, then the next of
+each, padded with zeros to whole groups and PAD columns, in float32 or bfloat16. q, k and v are one
+matrix; gate and up alternate by tiles. Norms are float32.
 """
 
 from __future__ import annotations

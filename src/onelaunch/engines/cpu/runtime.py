@@ -6,8 +6,10 @@ import ctypes
 import math
 import struct
 import sys
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -293,10 +295,11 @@ class Runtime:
         self._sync[Sync.BUSY] = 1
         try:
             self.helpers.wake()
-            if launches is None:
-                status = self._call(Operation.GENERATE)
-            else:
-                status = self._generate_by(launches)
+            with self._catching():
+                if launches is None:
+                    status = self._call(Operation.GENERATE)
+                else:
+                    status = self._generate_by(launches)
         finally:
             self._sync[Sync.BUSY] = 0
             self._on_token = self._on_end = None
@@ -338,6 +341,8 @@ class Runtime:
 
     def _heard(self, text: int, token: int) -> int:
         """Called from the program; an exception must not pass through it."""
+        if self._raised is not None:
+            return 1
         try:
             if text >= 0 and token < 0:
                 if self._on_end is not None:
@@ -348,6 +353,25 @@ class Runtime:
             self._raised = error
             return 1
         return 0
+
+    @contextmanager
+    def _catching(self) -> Iterator[None]:
+        """Keep what a signal handler raises as `_heard` is entered, before its `try`: ctypes would
+        print that and go on, and an interrupt would be lost."""
+        caller, before = threading.get_ident(), sys.unraisablehook
+
+        def hook(unraisable: sys.UnraisableHookArgs, /) -> None:
+            ours = "ctypes callback" in (unraisable.err_msg or "")
+            if ours and threading.get_ident() == caller and unraisable.exc_value is not None:
+                self._raised = unraisable.exc_value
+            else:
+                before(unraisable)
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
 
     def _check(self, status: int) -> None:
         at = self.state[State.STATUS_AT]

@@ -50,8 +50,8 @@ def build(options: dict[str, object]) -> bytes:
 
 
 def _wrapper(name: str) -> str:
-    """Numba's calling convention, a result pointer and a status, as a plain C function. Nothing here
-    raises: the status is not looked at."""
+    """Numba's calling convention, a result pointer and a status, as a plain C function. Nothing
+    here raises: the status is not looked at."""
     return f"""
 define i64 @{SYMBOL}(i64 %operation, i64 %state, i64 %a, i64 %b) {{
   %result = alloca i64

@@ -35,7 +35,7 @@ def entry(operation, state, a, b):
 
 @compiled
 def read(address, size):
-    """Add up `size` bytes of floats, whole blocks of eight vectors: the most that one thread reads."""
+    """Add up `size` bytes of floats, whole blocks of eight vectors: what a thread reads at best."""
     a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = splat(0.0)
     for i in range(address, address + size // (8 * WIDTH) * (8 * WIDTH), 8 * WIDTH):
         a0 = add(a0, load(i))

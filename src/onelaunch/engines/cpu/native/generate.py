@@ -34,7 +34,7 @@ def _set(table, index, value):
 @compiled
 def _is_stop(state, token):
     stops = field(state, State.STOPS)
-    for i in range(field(state, State.N_STOPS)):
+    for i in range(field(state, State.N_STOPS)):  # noqa: SIM110 (no generators in Numba)
         if get_i64(stops + 8 * i) == token:
             return True
     return False

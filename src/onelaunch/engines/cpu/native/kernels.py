@@ -1,8 +1,8 @@
 """The arithmetic of each stage, on a range of rows, heads or tokens: what one item of work does.
 
-Weight matrices lie in the order in which they are read: groups of TILE rows, in a group LANES columns
-of each row after one another, padded with zeros to whole groups and to PAD columns. One thread reads
-one stream of memory, not one for each row: on an EPYC that doubled what a thread reads a second.
+Weight matrices lie in the order in which they are read: groups of TILE rows, in a group LANES
+columns of each row after one another, padded with zeros to whole groups and to PAD columns. A
+thread reads one stream of memory, not one for each row.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from onelaunch.engines.cpu.native.vectors import (
 WIDTH = 4 * LANES  # bytes of a vector
 PAD = 16
 TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
-# How far ahead of its reading a thread asks for weights that lie in memory, in bytes. On an EPYC one
-# thread reads stories110m at 32.0 GB/s with it and 30.6 without (16384: 27.8); stories15m, which the
-# last cache half holds, at 37 and 40: so only where State.STREAM says so.
+# How far ahead of its reading a thread asks for weights that lie in memory, in bytes. On an EPYC
+# one thread reads stories110m at 32.0 GB/s with it and 30.6 without (16384: 27.8); stories15m,
+# which the last cache half holds, at 37 and 40: so only where State.STREAM says so.
 AHEAD = 8192
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2

@@ -1,11 +1,11 @@
 """Stages as items of work, and the walk of several threads through them.
 
 Each stage is one or two phases, each phase a number of items that may be done in any order. Every
-thread has a share of each phase's items, the same in every forward, so that its part of the weights
-stays in the cache nearest to it; who is done with his own takes from the others. A phase begins when
-every item of the one before is finished. A thread that is late, or was put aside by the system, delays
-nobody unless it is at an item; one alone gets through too. What an item computes does not depend on
-who does it: results are the same with any number of threads.
+thread has a share of each phase's items, the same in every forward, so that its part of the
+weights stays in the cache nearest to it; who is done with his own takes from the others. A phase
+begins when every item of the one before is finished. A thread that is late, or was put aside by
+the system, delays nobody unless it is at an item; one alone gets through too. What an item computes
+does not depend on who does it: results are the same with any number of threads.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def alone(state):
 def _take(ticket, epoch, phase, count):
     """The next of a share's `count` items of a phase; -1 where none is left.
 
-    A ticket is epoch << 32 | phase << 16 | items taken of it. Only what it said in this epoch can be
-    changed: who took an item knows that the call is not over, and that the tables are its tables.
+    A ticket is epoch << 32 | phase << 16 | items taken of it. Only what it said in this epoch can
+    be changed: who took an item knows that the call is not over, and whose tables these are.
     """
     while True:
         seen = atomic_get(ticket)
@@ -222,8 +222,8 @@ def _take(ticket, epoch, phase, count):
 
 @compiled
 def _await(state, epoch, least):
-    """Until `least` items of this call are finished: spin, then sleep. False where the call is over,
-    or after a minute."""
+    """Until `least` items of this call are finished: spin, then sleep. False where the call is
+    over, or after a minute."""
     sync = field(state, State.SYNC)
     spins = field(state, State.SPIN)
     n = 0

@@ -3,8 +3,8 @@
     acc[i][j] = sum over k of a[i, k] * b[j, k]
 
 for `rows` rows of a and `columns` rows of b, vectors of LANES at a time. Matrix products, attention
-scores and the mix of values are all of this form; they differ in what lies where. Each sum runs over
-k in order in its own accumulator: it has the same bits in a tile of any size.
+scores and the mix of values are all of this form; they differ in what lies where. Each sum runs
+over k in order in its own accumulator: it has the same bits in a tile of any size.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def make_tile(
     All addresses, strides and steps are in bytes; k goes from 0 to n. a[i, k] is the vector at
     a + i a_row + k a_step; b[j, k] likewise, or one float32 for every lane. With finish "sum" the
     lanes of each accumulator are added up and scale times the sum is stored as the float32
-    out[j][i], at out + j out_row + 4 i; with "vectors" scale times the accumulator itself is stored,
-    at out + j out_row + 4 LANES i. `ahead` asks for the cache line so many bytes behind each one read.
+    out[j][i], at out + j out_row + 4 i; with "vectors" scale times the accumulator itself is
+    stored, at out + j out_row + 4 LANES i. `ahead` asks for the cache line so many bytes behind
+    each one that is read.
     """
     narrow = a_kind == "bfloat16"
     vector_bytes = (2 if narrow else 4) * LANES
