@@ -202,12 +202,21 @@ def test_doctor_tells_what_is_here(onelaunch):
     assert facts["versions"]["onelaunch"] == __version__
     assert facts["versions"]["torch"]
     assert facts["cpu"]["usable_cores"] >= 1
-    assert facts["engines"]["reference"]["auto_device"] in ("cpu", "cuda")
+    auto = facts["engines"]["auto"]
+    assert (auto["engine"], auto["device"]) in (("cpu", "cpu"), ("reference", "cuda"))
+    assert facts["engines"]["cpu"]["vector_bits"] in (128, 256, 512)
     assert bool(facts["cuda"]["devices"]) == (facts["cuda"]["missing"] is None)
     code, out, err = onelaunch("doctor")
     assert (code, err) == (0, "")
-    for word in ("torch", "memory", "cuda", "mps", "extra hf", "reference"):
+    for word in ("torch", "memory", "cuda", "mps", "extra hf", "engine cpu"):
         assert word in out
+
+
+def test_doctor_says_why_the_cpu_engine_cannot_run(onelaunch, monkeypatch):
+    monkeypatch.setattr("onelaunch.engines.cpu.why_not", lambda: "numba went away")
+    facts = json.loads(onelaunch("doctor", "--json")[1])
+    assert facts["engines"]["auto"]["engine"] == "reference"
+    assert "engine cpu       no: numba went away" in onelaunch("doctor")[1]
 
 
 def test_doctor_knows_every_extra():

@@ -87,11 +87,40 @@ def examine() -> dict[str, Any]:
             for extra, names in EXTRAS.items()
         },
         "engines": {
-            "reference": {
-                "auto_device": "cuda" if cuda else "cpu",
-                "dtype": "bfloat16" if cuda else "float32",
-            }
+            "auto": _auto_engine(bool(cuda)),
+            "cpu": _cpu_engine(),
         },
+    }
+
+
+def _auto_engine(cuda: bool) -> dict[str, str]:
+    """What `generate` takes where nothing else is asked for."""
+    from onelaunch.engines import cpu
+
+    compiled = not cuda and cpu.why_not() is None
+    return {
+        "engine": "cpu" if compiled else "reference",
+        "device": "cuda" if cuda else "cpu",
+        "dtype": "bfloat16" if cuda else "float32",
+    }
+
+
+def _cpu_engine() -> dict[str, Any]:
+    """Whether the CPU engine can run, for which processor, and whether its program is there."""
+    from onelaunch.engines import cpu
+
+    missing = cpu.why_not()
+    if missing is not None:
+        return {"missing": missing}
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cpu import program
+
+    options = program.options()
+    return {
+        "missing": None,
+        "processor": options["cpu"],
+        "vector_bits": 32 * options["lanes"],
+        "compiled": Store().contains(program.key()),
     }
 
 
@@ -205,14 +234,20 @@ def _page(facts: dict[str, Any]) -> str:
         if missing:
             state = f"without {', '.join(missing)}; pip install 'onelaunch[{extra}]'"
         rows.append((f"extra {extra}", state))
-    reference = facts["engines"]["reference"]
+    auto, compiled = facts["engines"]["auto"], facts["engines"]["cpu"]
     rows.append(
         (
             "engine",
-            f"reference, generating on {reference['auto_device']} in {reference['dtype']} "
-            "unless --device and --dtype say otherwise",
+            f"{auto['engine']}, generating on {auto['device']} in {auto['dtype']} "
+            "unless --engine, --device and --dtype say otherwise",
         )
     )
+    if compiled["missing"]:
+        rows.append(("engine cpu", f"no: {compiled['missing']}"))
+    else:
+        state = "compiled" if compiled["compiled"] else "will be compiled at its first use"
+        processor = f"{compiled['processor']}, vectors of {compiled['vector_bits']} bits"
+        rows.append(("engine cpu", f"for {processor}: {state}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

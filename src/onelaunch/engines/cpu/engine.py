@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.compilation.background import Compilation
-from onelaunch.compilation.cache import Store, program_key
+from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_prompts, check_tokens
 from onelaunch.engines.cpu import DTYPES, program, why_not
@@ -84,7 +84,7 @@ class CpuEngine:
         self._inside = False
         self.failed: str | None = None
         store = store or Store()
-        key = program_key(program.source(), program.options())
+        key = program.key()
         self._cached = store.contains(key)
         command = [sys.executable, "-m", "onelaunch.engines.cpu.native.build"]
         self._compilation: Compilation[Runtime] | None = Compilation(

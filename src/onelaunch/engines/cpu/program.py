@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from onelaunch.compilation.cache import program_key
 from onelaunch.engines.cpu.layout import Operation
 
 SYMBOL = "onelaunch_entry"
@@ -49,6 +50,11 @@ def source() -> bytes:
     here = Path(__file__).parent
     files = [here / "layout.py", *sorted((here / "native").glob("*.py"))]
     return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
+
+
+def key() -> str:
+    """The program's key in a store."""
+    return program_key(source(), options())
 
 
 class Program:
