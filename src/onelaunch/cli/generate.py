@@ -123,7 +123,7 @@ def generate(
     runner = choose(
         engine, loaded.config, loaded.weights, device, dtype, threads, fusion_depth, out.notice
     )
-    loaded.weights = {}  # the engine has what it needs of them
+    loaded.weights, loaded.extras = {}, {}  # the engine has what it needs of them
     stop = sorted({*loaded.stop_ids, *(found.stop_ids if found else ())})
     completions = complete(
         runner, prompts, max_new_tokens, sampling, stop, found, None if json_ else out.piece

@@ -51,7 +51,12 @@ ONE = np.float32(1.0)
 QUERIES = 4  # tokens whose attention is taken at once
 
 # everything is compiled for raw addresses: no array, no exception, no reference count
-compiled = njit(error_model="numpy", fastmath={"contract", "nsz"}, inline="never")
+compiled = njit(
+    error_model="numpy",
+    fastmath={"contract", "nsz"},
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+)
 
 _one_f32 = make_tile(TILE, 1)
 _ahead_f32 = make_tile(TILE, 1, ahead=AHEAD)
