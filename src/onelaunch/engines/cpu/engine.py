@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -82,6 +83,7 @@ class CpuEngine:
         self._runtime: Runtime | None = None
         self._busy = threading.RLock()
         self._inside = False
+        self._litter = False
         self.failed: str | None = None
         store = store or Store()
         key = program.key()
@@ -175,6 +177,7 @@ class CpuEngine:
             runtime = waited.wait(seconds) if seconds else waited.poll()
             if runtime is not None:
                 self._runtime = runtime
+                self._litter = self._reference is not None
                 self._compilation = self._reference = self._weights = None
             elif waited.failed is not None:
                 self.failed, self._compilation = waited.failed, None
@@ -282,3 +285,7 @@ class CpuEngine:
                 yield
             finally:
                 self._inside = False
+                if self._litter:
+                    # torch's modules leave cycles, which hold the weights; 50 ms, not amid a text
+                    self._litter = False
+                    gc.collect()
