@@ -65,9 +65,7 @@ def threads_named(threads: int) -> str:
 
 def pack(config: ModelConfig, program: Program) -> PackedWeights:
     """Random weights, float32, as the program reads them."""
-    return PackedWeights(
-        config, random_weights(config), torch.float32, program.lanes, program.tile
-    )
+    return PackedWeights(config, random_weights(config), torch.float32, program.lanes, program.tile)
 
 
 def with_stages(plan: Plan, kinds: Sequence[str]) -> Plan:

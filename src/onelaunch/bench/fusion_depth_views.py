@@ -34,6 +34,8 @@ def table(record: Record) -> str:
         "Medians in us; `speedup` is the median of the rounds' ratios. Tokens stand at the "
         "positions from 0 on. Every way of a line does the same work.",
         f"## FFN layers alone\n\n{_ffn_table(rows)}",
+        "One layer, timed again and again, finds its weights in a nearer cache than twelve do. How "
+        "many tokens the published figures are of was not told.",
         f"## Whole models: one call against two a layer\n\n{_model_table(rows)}",
         f"## Every depth\n\n{_depth_table(rows)}",
         f"## The price of a call\n\n{_price_table(rows)}",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 from onelaunch.engines.cpu.layout import Operation
 from onelaunch.engines.cpu.program import Program
@@ -20,7 +21,7 @@ def shares(n_bytes: int, threads: int) -> list[tuple[int, int]]:
     """(offset, bytes) of each thread's contiguous part, in whole pages; the last has the rest."""
     pages = n_bytes // ALIGN
     cuts = [pages * i // threads * ALIGN for i in range(threads)] + [n_bytes]
-    return [(start, end - start) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [(start, end - start) for start, end in pairwise(cuts)]
 
 
 @contextmanager

@@ -349,9 +349,10 @@ def add_product(state, weights, first, rows, columns, x, scratch):
     tokens, dim = field(state, State.N_TOKENS), field(state, State.DIM)
     product(state, weights, first, rows, columns, x, 4 * padded(columns), tokens, scratch)
     out_row = field(state, State.OUT_ROW)
+    whole = (rows + TILE - 1) // TILE * TILE
     for t in range(tokens):
         to = field(state, State.X) + 4 * padded(dim) * t + 4 * first
-        for r in range(0, padded(rows), LANES):
+        for r in range(0, whole, LANES):
             store(to + 4 * r, add(load(to + 4 * r), load(scratch + out_row * t + 4 * r)))
 
 

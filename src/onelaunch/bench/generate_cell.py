@@ -1,0 +1,177 @@
+"""One model in one dtype, written on by every contestant in each round.
+
+Ours with each number of threads and with the automatic choice; PyTorch's (the reference engine and
+a bare loop) and run.c with each number of threads; and reading the packed weights alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from onelaunch.bench.compiled import random_weights, ready, runtime_of, thread_counts
+from onelaunch.bench.generation_speed import BareLoop
+from onelaunch.bench.peers.run_c import BOS, LETTERS, SPACE, RunC
+from onelaunch.bench.reading import reader
+from onelaunch.bench.rounds import Samples, in_rounds
+from onelaunch.checkpoints import save
+from onelaunch.checkpoints.weights import LoadedModel
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cpu.engine import CpuEngine
+from onelaunch.engines.engine import Sampling
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import RunFailed
+from onelaunch.plan import make_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AUTO = "auto"
+REFERENCE, BARE, RUN_C, READ = "reference", "bare loop", "run.c", "read"
+SETTLE_SECONDS = 0.03  # threads of the one before go to sleep
+WARM_TOKENS = 2
+
+Threads = int | str
+Contestant = tuple[str, Threads]
+"""Who, and with how many threads."""
+
+
+def prompt_of(length: int) -> list[int]:
+    """A prompt that every contestant can be given, of at least three ids."""
+    return [BOS, SPACE, *(LETTERS[7 * i % len(LETTERS)] for i in range(length - 2))]
+
+
+def bytes_per_token(config: ModelConfig, itemsize: int) -> int:
+    """Weights that one token's forward reads."""
+    return make_plan(config, sample=True, weight_itemsize=itemsize).totals.weight_bytes
+
+
+def write_model(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> Path:
+    """A llama2.c file of these weights."""
+    save(LoadedModel(config, weights), path, "llama2c")
+    return path
+
+
+def written(peer: RunC, prompt: list[int], n: int, say: Callable[[str], None]) -> list[int] | None:
+    """What run.c writes; None, and a line that says why, where it does not write it all."""
+    try:
+        return peer.generate(prompt, n, thread_counts()[-1])[1]
+    except RunFailed as error:
+        say(f"without {error}")
+        return None
+
+
+def run_c(binary: Path, config: ModelConfig, weights: dict[str, Tensor], path: Path) -> RunC:
+    """run.c on these weights, written to `path`."""
+    write_model(config, weights, path)
+    return RunC(binary, path, config.vocab_size, config.max_seq_len)
+
+
+class Cell:
+    """Everything that takes part, made once. `binary` is run.c's program, if there is one."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        threads: Sequence[Threads],
+        binary: Path | None,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        weights = random_weights(config)
+        numbers = sorted({self.number(each) for each in threads})
+        self.ours = {
+            each: ready(
+                CpuEngine(config, weights, dtype, None if isinstance(each, str) else each, say=say)
+            )
+            for each in threads
+        }
+        placed = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}
+        self.reference = ReferenceEngine(config, placed, "cpu", dtype)
+        self.bare = BareLoop(config, placed)
+        self.peer_numbers = numbers
+        self.run_c: RunC | None = None
+        self.same_tokens: int | None = None
+        """How many tokens run.c and ours write alike before they part: random weights give logits
+        close to each other, and sums in another order part them."""
+        self._say = say
+        if binary is not None:
+            self.run_c = run_c(binary, config, weights, folder / "model.bin")
+
+    @staticmethod
+    def number(threads: Threads) -> int:
+        """How many threads the peers of a setting of ours have: of "auto", every core."""
+        return thread_counts()[-1] if isinstance(threads, str) else threads
+
+    def rounds(self, prompt: list[int], n: int, rounds: int) -> dict[Contestant, list[float]]:
+        """Tokens a second of each contestant, and GB/s of reading, round by round."""
+        self._compare(prompt, n)
+        calls: dict[Contestant, Callable[[], float]] = {}
+        for each, engine in self.ours.items():
+            calls["ours", each] = partial(_rate, engine, prompt, n)
+        for number in self.peer_numbers:
+            calls[REFERENCE, number] = partial(self._in_torch, self._reference, prompt, n, number)
+            calls[BARE, number] = partial(self._in_torch, self._bare, prompt, n, number)
+            if self.run_c is not None:
+                calls[RUN_C, number] = partial(self._run_c, prompt, n, number)
+        with ExitStack() as stack:
+            runtime = runtime_of(next(iter(self.ours.values())))
+            memory = runtime.weights.memory.address, runtime.weights.n_bytes
+            for number in self.peer_numbers:
+                calls[READ, number] = stack.enter_context(reader(runtime.program, *memory, number))
+            names = {" ".join(map(str, key)): key for key in calls}
+            by_name = {name: calls[key] for name, key in names.items()}
+            found: Samples = in_rounds(by_name, rounds, SETTLE_SECONDS)
+        return {key: found[name] for name, key in names.items()}
+
+    def _compare(self, prompt: list[int], n: int) -> None:
+        """Everybody of ours writes the text once, so that the automatic choice is made; run.c too,
+        and where it cannot it does not take part."""
+        ids: list[int] = []
+        for engine in self.ours.values():
+            (ids,) = engine.generate([prompt], n, Sampling())
+        if self.run_c is None:
+            return
+        theirs = written(self.run_c, prompt, n, self._say)
+        if theirs is None:
+            self.run_c = None
+            return
+        pairs = enumerate(zip(ids, theirs, strict=True))
+        self.same_tokens = next((i for i, (a, b) in pairs if a != b), n)
+
+    def _reference(self, prompt: list[int], n: int) -> object:
+        return self.reference.generate([prompt], n, Sampling())
+
+    def _bare(self, prompt: list[int], n: int) -> object:
+        return self.bare.generate(prompt, n)
+
+    def _in_torch(
+        self, write: Callable[[list[int], int], object], prompt: list[int], n: int, threads: int
+    ) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            write(prompt, WARM_TOKENS)
+            start = time.perf_counter()
+            write(prompt, n)
+            return n / (time.perf_counter() - start)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run_c(self, prompt: list[int], n: int, threads: int) -> float:
+        assert self.run_c is not None
+        return self.run_c.generate(prompt, n, threads)[0]
+
+
+def _rate(engine: CpuEngine, prompt: list[int], n: int) -> float:
+    engine.generate([prompt], WARM_TOKENS, Sampling())
+    start = time.perf_counter()
+    engine.generate([prompt], n, Sampling())
+    return n / (time.perf_counter() - start)

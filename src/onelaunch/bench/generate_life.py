@@ -1,0 +1,250 @@
+"""Rows of `generate` about more than a text's speed: a prompt read, a busy core, starts, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from onelaunch.bench.compiled import random_weights, ready, thread_counts
+from onelaunch.bench.generate_cell import (
+    REFERENCE,
+    RUN_C,
+    SETTLE_SECONDS,
+    prompt_of,
+    run_c,
+    write_model,
+    written,
+)
+from onelaunch.bench.peers.run_c import RunC
+from onelaunch.bench.record import Row
+from onelaunch.bench.rounds import digest, in_rounds, ratio
+from onelaunch.config import preset
+from onelaunch.engines.cpu.engine import CpuEngine
+from onelaunch.engines.engine import Engine, Sampling
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import RunFailed
+
+MODEL = "stories15m"
+PROMPT = 256
+WRITING_SECONDS = 2.0
+BUSY_TOKENS = 200
+# run.c's threads wait for each other at every product: where one has no core it can take a hundred
+# times as long, and a shorter text says so as well
+BUSY_RUN_C_TOKENS = 64
+CHILD_SECONDS = 300.0
+ALLOWED_BYTES = 64 << 20
+"""Beside the packed weights and the cache: buffers, threads, code."""
+BUSY_LOOP = "import time\nend = time.time() + 120\nwhile time.time() < end: pass"
+
+
+@contextmanager
+def _model(binary: Path | None) -> Iterator[tuple[CpuEngine, ReferenceEngine, RunC | None]]:
+    """The model with automatic threads, the reference engine and run.c with every core."""
+    config = preset(MODEL)
+    weights = random_weights(config)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        peer = run_c(binary, config, weights, folder / "model.bin") if binary else None
+        before = torch.get_num_threads()
+        stack.callback(torch.set_num_threads, before)
+        reference = ReferenceEngine(config, weights, "cpu", threads=thread_counts()[-1])
+        yield ready(CpuEngine(config, weights)), reference, peer
+
+
+def prompt(binary: Path | None, rounds: int, say: Callable[[str], None]) -> Row:
+    """A prompt as long as the context, and one token more. run.c reads a prompt as it writes, one
+    token at a time: its rate is that at these positions."""
+    ids = prompt_of(PROMPT)
+    with _model(binary) as (engine, reference, peer):
+        contestants: dict[str, Callable[[], float]] = {
+            "ours": partial(_reading_rate, engine, ids),
+            REFERENCE: partial(_reading_rate, reference, ids),
+        }
+        if peer is not None and written(peer, ids, 1, say):
+            contestants[RUN_C] = lambda: peer.generate(ids, 1, thread_counts()[-1])[0]
+        for warm in (engine, reference):
+            _reading_rate(warm, ids)
+        samples = in_rounds(contestants, rounds, SETTLE_SECONDS)
+    ours = samples.pop("ours")
+    row = Row.of(f"{MODEL} float32 prompt of {PROMPT}, automatic threads", ours)
+    row.peers = {name: statistics.median(values) for name, values in samples.items()}
+    row.notes = {
+        "kind": "prompt",
+        "threads": "auto",
+        "peer_threads": thread_counts()[-1],
+        "ratios": {name: round(ratio(ours, values), 4) for name, values in samples.items()},
+    }
+    told = ", ".join(f"{name} {value:,.0f}" for name, value in row.peers.items())
+    say(f"{row.case}: {row.ours:,.0f} tokens/s; {told}")
+    return row
+
+
+def _reading_rate(engine: Engine, ids: list[int]) -> float:
+    start = time.perf_counter()
+    engine.generate([ids], 1, Sampling())
+    return len(ids) / (time.perf_counter() - start)
+
+
+def busy_core(binary: Path | None, rounds: int, say: Callable[[str], None]) -> Iterator[Row]:
+    """Texts while another process keeps a core busy, and while none does: ours with automatic
+    threads, run.c with a thread for each core. A row for each, as each stands against itself."""
+    ids = prompt_of(3)
+    with _model(binary) as (engine, _, peer):
+        writers: dict[str, Callable[[], float]] = {"ours": partial(_writing_rate, engine, ids)}
+        if peer is not None and written(peer, ids, BUSY_RUN_C_TOKENS, say):
+            writers[RUN_C] = partial(_run_c_rate, peer, ids)
+        contestants: dict[str, Callable[[], float]] = {}
+        for name, write in writers.items():
+            contestants[f"{name} idle"] = write
+            contestants[f"{name} busy"] = partial(_beside_a_busy_loop, write)
+        samples = in_rounds(contestants, rounds, SETTLE_SECONDS)
+    for name in writers:
+        idle, busy = samples[f"{name} idle"], samples[f"{name} busy"]
+        threads: int | str = "auto" if name == "ours" else thread_counts()[-1]
+        row = Row.of(f"{MODEL} float32 {name} beside a busy loop, {threads} threads", busy)
+        row.notes = {
+            "kind": "busy",
+            "who": name,
+            "idle": digest(idle),
+            "busy_over_idle": round(ratio(busy, idle), 4),
+            "least": round(min(busy), 3),
+        }
+        if name == "ours" and RUN_C in writers:
+            row.peers = {RUN_C: statistics.median(samples[f"{RUN_C} busy"])}
+        say(
+            f"{row.case}: {row.ours:,.1f} tokens/s, {statistics.median(idle):,.1f} alone; "
+            f"median of ratios {row.notes['busy_over_idle']:.2f}"
+        )
+        yield row
+
+
+def _writing_rate(engine: Engine, ids: list[int]) -> float:
+    """Texts one after another for WRITING_SECONDS at least."""
+    start, written = time.perf_counter(), 0
+    while (took := time.perf_counter() - start) < WRITING_SECONDS:
+        written += len(engine.generate([ids], BUSY_TOKENS, Sampling())[0])
+    return written / took
+
+
+def _run_c_rate(peer: RunC, ids: list[int]) -> float:
+    """The same of run.c, whose seconds are those that its own rates tell."""
+    seconds, written = 0.0, 0
+    while seconds < WRITING_SECONDS:
+        seconds += BUSY_RUN_C_TOKENS / peer.generate(ids, BUSY_RUN_C_TOKENS, thread_counts()[-1])[0]
+        written += BUSY_RUN_C_TOKENS
+    return written / seconds
+
+
+def _beside_a_busy_loop(write: Callable[[], float]) -> float:
+    with busy_loop():
+        return write()
+
+
+@contextmanager
+def busy_loop() -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that does nothing but compute, for as long as the block lasts."""
+    child = subprocess.Popen([sys.executable, "-c", BUSY_LOOP])
+    try:
+        time.sleep(0.2)  # its start, which is no computing
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def in_child(what: str, model: Path, **environment: str) -> dict[str, float]:
+    """What a fresh process measured. Raises RunFailed with its last line where it failed."""
+    command = [sys.executable, "-m", "onelaunch.bench.generation_child", what, str(model)]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=CHILD_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(f"{what}: it took longer than {CHILD_SECONDS:g} s") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise RunFailed(f"{what}: {last[:200]}")
+    return dict(json.loads(done.stdout))
+
+
+@contextmanager
+def _model_file() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = preset(MODEL)
+        yield write_model(config, random_weights(config), Path(folder) / "model.bin")
+
+
+def second_start(samples: int, say: Callable[[str], None]) -> Row:
+    """From a process's first import until the compiled form is there, found in the store."""
+    with _model_file() as model:
+        in_child("start", model)  # the files are in the system's memory
+        found = [in_child("start", model) for _ in range(samples)]
+    row = Row.of(f"{MODEL} second start", [each["seconds"] for each in found])
+    row.notes = {"kind": "start", "unit": "s"} | {
+        key: digest([each[key] for each in found]) for key in ("import_seconds", "ready_seconds")
+    }
+    say(f"{row.case}: {row.ours:.2f} s from the first import to the compiled form")
+    return row
+
+
+def memory(say: Callable[[str], None]) -> Iterator[Row]:
+    """Growth of a process's own memory, beside what is allowed; no row where it cannot be told."""
+    try:
+        with _model_file() as model:
+            found = in_child("memory", model)
+    except RunFailed as error:
+        say(f"without a row on memory: {error}")
+        return
+    allowed = found["weight_bytes"] + found["cache_bytes"] + ALLOWED_BYTES
+    row = Row(f"{MODEL} memory", found["bytes"] / 1e6)
+    row.notes = {
+        "kind": "memory",
+        "unit": "MB",
+        "weights_mb": round(found["weight_bytes"] / 1e6, 2),
+        "cache_mb": round(found["cache_bytes"] / 1e6, 2),
+        "allowed_mb": round(allowed / 1e6, 2),
+        "within": found["bytes"] <= allowed,
+    }
+    say(f"{row.case}: {row.ours:.1f} MB more than after the imports, {allowed / 1e6:.1f} allowed")
+    yield row
+
+
+def cold_start(samples: int, say: Callable[[str], None]) -> Iterator[Row]:
+    """Processes that find no compiled program: the first token, and the swap amid texts. No row
+    where that failed, as it does on a machine that leaves a compiler no time."""
+    found: list[Mapping[str, float]] = []
+    with _model_file() as model:
+        for _ in range(samples):
+            with tempfile.TemporaryDirectory() as store:
+                folder = str(Path(store) / "store")
+                try:
+                    found.append(in_child("cold", model, ONELAUNCH_CACHE=folder))
+                except RunFailed as error:
+                    say(f"without a sample of a first start: {error}")
+    if not found:
+        return
+    row = Row.of(f"{MODEL} first start", [each["first_token_seconds"] for each in found])
+    row.notes = {"kind": "cold", "unit": "s"} | {
+        key: digest([each[key] for each in found]) for key in found[0]
+    }
+    swap, gap = row.notes["swap_seconds"]["median"], row.notes["longest_gap_at_swap_ms"]["median"]
+    say(
+        f"{row.case}: first token after {row.ours:.2f} s, the swap after {swap:.1f} s with a gap "
+        f"of {gap:.1f} ms"
+    )
+    yield row

@@ -1,0 +1,170 @@
+"""What the record of generate looks like as tables and as a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onelaunch.bench import plots
+from onelaunch.bench.tables import figure as digits
+from onelaunch.bench.tables import markdown, provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+PEERS = ("run.c", "bare loop", "reference")
+COLORS = {"ours": "#1a7a36", "run.c": "#1f5a8f", "bare loop": "#d08020", "reference": "#999999"}
+
+EXPLANATION = (
+    "Greedy, one text. `of reading`: weight bytes read a second, over what as many threads reach "
+    "reading the packed weights and doing nothing else (the best of 15 passes, in each round). A "
+    "model that a cache holds is read from there. In brackets the median of the rounds' ratios, "
+    "ours over the peer. Peers of automatic threads have every core. run.c computes in float32."
+)
+
+
+def table(record: Record) -> str:
+    """In Markdown: speeds beside the peers', then each of the other rows."""
+    rows = record["rows"]
+    parts = [f"# Generation on {record['device']}", provenance(record), EXPLANATION]
+    if speeds := _speeds(rows):
+        parts.append(f"## Tokens a second\n\n{_speed_table(speeds)}")
+    parts += [
+        f"## {title}\n\n{make(found)}"
+        for kind, title, make in _SECTIONS
+        if (found := [row for row in rows if row.get("kind") == kind])
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _speeds(rows: Rows) -> Rows:
+    return [row for row in rows if "gb_s" in row]
+
+
+def _span(row: dict[str, Any]) -> str:
+    return "-".join(digits(value) for value in row["spread"] or ()) or "-"
+
+
+def _beside(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Each peer's figure with the ratio to it."""
+    ratios = row["ratios"]
+    return [
+        f"{digits(value)} ({ratios[name]:.2f}x)" if (value := row["peers"].get(name)) else "-"
+        for name in names
+    ]
+
+
+def _speed_table(rows: Rows) -> str:
+    lines = [
+        [
+            row["case"],
+            digits(row["ours"]),
+            _span(row),
+            digits(row["gb_s"]),
+            digits(row["read_gb_s"]),
+            f"{row['share_of_read']:.0%}",
+            *_beside(row, PEERS),
+        ]
+        for row in rows
+    ]
+    header = ["tokens/s", "ours", "p20-p80", "GB/s", "reading, GB/s", "of reading", *PEERS]
+    return markdown(header, lines)
+
+
+def _prompt_table(rows: Rows) -> str:
+    names = ("run.c", "reference")
+    lines = [[r["case"], digits(r["ours"]), _span(r), *_beside(r, names)] for r in rows]
+    text = markdown(["tokens/s read", "ours", "p20-p80", *names], lines)
+    return f"{text}\n\nrun.c takes a prompt one token at a time, as it writes."
+
+
+def _busy_table(rows: Rows) -> str:
+    lines = [
+        [
+            row["who"],
+            digits(row["idle"]["median"]),
+            digits(row["ours"]),
+            _span(row),
+            digits(row["least"]),
+            f"{row['busy_over_idle']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return markdown(["tokens/s", "alone", "beside it", "p20-p80", "least", "ratio"], lines)
+
+
+def _start_table(rows: Rows) -> str:
+    parts = ("import_seconds", "ready_seconds")
+    lines = [
+        [r["case"], digits(r["ours"]), _span(r), *(digits(r[part]["median"]) for part in parts)]
+        for r in rows
+    ]
+    return markdown(["s", "all", "p20-p80", "imports", "load and pack"], lines)
+
+
+def _memory_table(rows: Rows) -> str:
+    keys = ("weights_mb", "cache_mb", "allowed_mb")
+    lines = [
+        [r["case"], digits(r["ours"]), *(digits(r[k]) for k in keys), str(r["within"]).lower()]
+        for r in rows
+    ]
+    header = ["MB", "growth", "packed weights", "cache", "with 64 MiB: allowed", "within"]
+    return markdown(header, lines)
+
+
+_COLD = {
+    "swap_seconds": "swap after, s",
+    "median_gap_before_ms": "between tokens before, ms",
+    "longest_gap_at_swap_ms": "longest near the swap, ms",
+    "longest_gap_ms": "longest, ms",
+    "median_gap_after_ms": "after, ms",
+}
+
+
+def _cold_table(rows: Rows) -> str:
+    lines = [
+        [r["case"], digits(r["ours"]), *(digits(r[key]["median"]) for key in _COLD)] for r in rows
+    ]
+    return markdown(["", "first token, s", *_COLD.values()], lines)
+
+
+_SECTIONS = (
+    ("prompt", "A prompt read", _prompt_table),
+    ("busy", "While another process keeps a core busy", _busy_table),
+    ("start", "A second start: from the first import to the compiled form", _start_table),
+    ("memory", "Memory of a process's own, from the imports to the end of a text", _memory_table),
+    ("cold", "A first start: the program is compiled while the text grows", _cold_table),
+)
+
+
+def draw(record: Record) -> Figure | None:
+    """Bars: tokens a second of ours and the peers, relative to ours; None without speeds."""
+    rows = _speeds(record["rows"])
+    if not rows:
+        return None
+    names = [name for name in COLORS if name == "ours" or any(name in r["peers"] for r in rows)]
+    figure = plots.new_figure(8, 1.4 + 0.2 * len(names) * len(rows))
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    labelled: set[str] = set()
+    for place, name in enumerate(names):
+        for i, row in enumerate(rows):
+            value = row["ours"] if name == "ours" else row["peers"].get(name)
+            if value is None:
+                continue
+            share = 1.0 if name == "ours" else 1 / row["ratios"][name]
+            y = i + (place - (len(names) - 1) / 2) * height
+            label = None if name in labelled else name
+            labelled.add(name)
+            axes.barh(y, share, height * 0.9, color=COLORS[name], label=label)
+            axes.text(share + 0.01, y, digits(value), va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("speed relative to ours (medians of rounds); beside the bars tokens/s")
+    axes.set_xlim(right=1.08 * axes.get_xlim()[1])
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    axes.set_title(f"Generation on {record['device']}", fontsize=10)
+    return figure
