@@ -24,7 +24,7 @@ from onelaunch.compilation.cache import NOTHING, Store
 from onelaunch.compilation.entry import About
 from onelaunch.errors import BadInput, RunFailed
 
-NICENESS = 10
+NICENESS = 5
 NOT_KEPT = "not kept"
 """In `about` of a program that came past the store: why."""
 

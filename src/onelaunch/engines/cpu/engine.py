@@ -84,6 +84,7 @@ class CpuEngine:
         self._busy = threading.RLock()
         self._inside = False
         self._litter = False
+        self._torch_threads: int | None = None
         self.failed: str | None = None
         store = store or Store()
         key = program.key()
@@ -132,6 +133,11 @@ class CpuEngine:
         of threads, at any fusion depth. Raises RunFailed where the logits are not finite.
         """
         check_prompts(self.config, prompts, n)
+        if n == 0:
+            for index in range(len(prompts)):
+                if on_end is not None:
+                    on_end(index)
+            return [[] for _ in prompts]
         with self._alone():
             done: list[list[int]] = []
             handed_over: list[CachedText] = []
@@ -178,9 +184,11 @@ class CpuEngine:
             if runtime is not None:
                 self._runtime = runtime
                 self._litter = self._reference is not None
+                self._give_cores_back()
                 self._compilation = self._reference = self._weights = None
             elif waited.failed is not None:
                 self.failed, self._compilation = waited.failed, None
+                self._give_cores_back()
         return self._runtime
 
     def _slow(self) -> ReferenceEngine:
@@ -193,8 +201,19 @@ class CpuEngine:
                     name: tensor.bfloat16() if tensor.dim() > 1 else tensor
                     for name, tensor in weights.items()
                 }
-            self._reference = ReferenceEngine(self.config, weights, "cpu", "float32", self._threads)
+            self._torch_threads = torch.get_num_threads()
+            # one core is the compiler's: at a lower priority beside PyTorch on every core it took
+            # 74 s instead of 10
+            most = max(1, usable_cores() - (self._compilation is not None))
+            threads = min(self._threads or self._torch_threads, most)
+            self._reference = ReferenceEngine(self.config, weights, "cpu", "float32", threads)
         return self._reference
+
+    def _give_cores_back(self) -> None:
+        """PyTorch's threads are the whole process's: as many as before."""
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
+            self._torch_threads = None
 
     def _begin_slowly(
         self,

@@ -13,10 +13,14 @@ IDLE_MICROSECONDS = 20_000
 
 
 class Helpers:
-    """Up to `count` helper threads, started at the first `wake`."""
+    """Up to `count` helper threads, started at the first `wake`.
 
-    def __init__(self, program: Program, state: int, count: int) -> None:
+    `keep` is what a thread may still look at while its engine is let go.
+    """
+
+    def __init__(self, program: Program, state: int, count: int, keep: object) -> None:
         self._program, self._state, self._count = program, state, count
+        self._keep = keep
         self._condition = threading.Condition()
         self._calls = 0  # wakes so far: a helper that has seen fewer has something to look at
         self._asleep = 0

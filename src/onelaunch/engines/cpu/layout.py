@@ -158,6 +158,7 @@ class Governor(IntEnum):
     PERIOD = 6  # forwards between searches
     FIRST = 7  # the range of indices this search tries
     FINAL = 8
+    BEFORE = 9  # index in use before this search
     TIMES = 16  # one for each index
     LENGTH = 48
 

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,14 +141,16 @@ class Runtime:
         self._candidates: Memory | None = None
         self._stops = Table(1)
         self._raised: BaseException | None = None
-        self._callback = _CALLBACK(self._heard)
+        self._callback = _callback(weakref.ref(self))
+        self._stuck = False
         self._on_token: OnToken | None = None
         self._on_end: OnEnd | None = None
         self._describe_model()
         self._make_buffers()
         self._sync[Sync.ACTIVE] = 1 if adapt else threads
-        self.helpers = Helpers(program, self.state.address, threads - 1)
-        weakref.finalize(self, _close, self._sync, self.helpers, self.state)
+        keep = (self.state, self._sync, self._stages)
+        self.helpers = Helpers(program, self.state.address, threads - 1, keep)
+        weakref.finalize(self, _close, self._sync, self.helpers)
         if adapt:
             self._call(Operation.RESET)
 
@@ -221,6 +224,8 @@ class Runtime:
     # ---- calls
 
     def _call(self, operation: Operation, a: int = 0, b: int = 0) -> int:
+        if self._stuck:
+            raise EngineTimeout("a thread of this engine is stuck; make a new one")
         return int(self.program.call(operation, self.state.address, a, b))
 
     def run(self, first: int, last: int) -> None:
@@ -286,7 +291,7 @@ class Runtime:
         """Let texts grow until each is done: in one call, or in `launches` for each forward."""
         if not texts:
             return
-        self._need_positions(max(text.limit for text in texts))
+        self._need_positions(max(text.limit for text in texts) - 1)
         self._lay_out(texts)
         self._prepare_sampling(len(texts), sampling, stop)
         s = self.state
@@ -319,7 +324,7 @@ class Runtime:
 
     def _prepare_sampling(self, n: int, sampling: Sampling, stop: Sequence[int]) -> None:
         s, vocab = self.state, self.config.vocab_size
-        s.set_float(State.TEMPERATURE, sampling.temperature)
+        s.set_float(State.TEMPERATURE, min(sampling.temperature, 3e38))
         if sampling.temperature and not s[State.TEMPERATURE]:
             s.set_float(State.TEMPERATURE, 1e-30)  # not greedy, though float32 has no such number
         s[State.TOP_K] = min(sampling.top_k, vocab)
@@ -378,9 +383,11 @@ class Runtime:
         if status == Status.NOT_FINITE:
             raise not_finite(at, str(self.weights.dtype).removeprefix("torch."))
         if status == Status.TIMEOUT:
+            # the late thread may still write into the buffers: they are of no more use
+            self._stuck = True
             raise EngineTimeout(
                 f"a thread did not finish its part of stage {self._labels[at]} within a minute; "
-                "try --threads 1"
+                "start again, with --threads 1"
             )
 
     @property
@@ -394,7 +401,17 @@ class Runtime:
         return self._sync[Sync.ACTIVE]
 
 
-def _close(sync: Table, helpers: Helpers, state: Table) -> None:
+def _callback(runtime: weakref.ref[Runtime]) -> Any:
+    """What the program calls. It holds the runtime weakly: packed weights go with their engine."""
+
+    def heard(text: int, token: int) -> int:
+        found = runtime()
+        return 1 if found is None else found._heard(text, token)
+
+    return _CALLBACK(heard)
+
+
+def _close(sync: Table, helpers: Helpers) -> None:
     sync[Sync.CLOSING] = 1
     helpers.close()
 

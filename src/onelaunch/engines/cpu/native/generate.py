@@ -210,17 +210,18 @@ def govern(state, took):
     _set(governor, Governor.SINCE, since)
     if _time(governor, best) * WORSE < _time(governor, index) and since >= 16:
         _set(governor, Governor.PERIOD, FIRST_PERIOD)
-        _search(state, governor, index)
+        _search(state, governor, index, best)
     elif since >= field(governor, Governor.PERIOD):
-        _search(state, governor, index)
+        _search(state, governor, index, index)
 
 
 @compiled
-def _search(state, governor, index):
-    """Try the number in use and its neighbours."""
+def _search(state, governor, index, best):
+    """Try the number in use, its neighbours, and what once was best."""
     _set(governor, Governor.SINCE, 0)
-    _set(governor, Governor.FIRST, max(0, index - 1))
-    _set(governor, Governor.FINAL, min(field(governor, Governor.LAST), index + 1))
+    _set(governor, Governor.BEFORE, index)
+    _set(governor, Governor.FIRST, max(0, min(index - 1, best)))
+    _set(governor, Governor.FINAL, min(field(governor, Governor.LAST), max(index + 1, best)))
     _try(state, governor, field(governor, Governor.FIRST))
 
 
@@ -236,11 +237,10 @@ def _best(governor, first, final):
 @compiled
 def _settle(state, governor):
     """After a search: use the best, and search less often where it is the same as before."""
-    before = field(governor, Governor.FIRST) + 1
     best = _best(governor, field(governor, Governor.FIRST), field(governor, Governor.FINAL))
     period = field(governor, Governor.PERIOD)
     _set(governor, Governor.PERIOD, min(2 * period, LAST_PERIOD))
-    if best != before and field(governor, Governor.FIRST) > 0:
+    if best != field(governor, Governor.BEFORE):
         _set(governor, Governor.PERIOD, FIRST_PERIOD)
     _set(governor, Governor.SINCE, 0)
     _use(state, governor, best)
@@ -254,6 +254,7 @@ def reset_governor(state):
     while 1 << last < most:
         last += 1
     _set(governor, Governor.LAST, last)
+    _set(governor, Governor.BEFORE, -1)
     _set(governor, Governor.FIRST, 0)
     _set(governor, Governor.FINAL, last)
     _set(governor, Governor.PERIOD, FIRST_PERIOD)

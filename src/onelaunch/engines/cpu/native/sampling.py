@@ -109,14 +109,14 @@ def _draw(state, logits, vocab, top, uniform, buffer):
         sums = add(sums, values)
     total = np.float64(sum_lanes(sums))
     for i in range(whole, vocab):
-        difference = splat((get_f32(logits + 4 * i) - top) / temperature)
-        value = largest_lane(exp(difference))
+        difference = subtract(splat(get_f32(logits + 4 * i)), shift)
+        value = largest_lane(exp(multiply(difference, inverse)))
         put_f32(weights + 4 * i, value)
         total += value
     k = field(state, State.TOP_K)
     top_p = get_f32(state + 8 * State.TOP_P)
     floor = get_f32(state + 8 * State.MIN_P)
-    if (k == 0 or k >= vocab) and top_p >= 1.0 and floor == 0.0:
+    if k == 0 and top_p >= 1.0 and floor == 0.0:
         return _invert(weights, ids, vocab, uniform * total, False)
     if k == 0:
         k = vocab

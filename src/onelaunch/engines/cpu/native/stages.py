@@ -33,7 +33,8 @@ ROWS_OF_MANY = 64
 TOKENS_PER_ITEM = 8
 CLOSED = (1 << 32) - 1  # beyond every phase
 SLEEP = 20  # microseconds
-MOST_SLEEPS = 3_000_000  # a minute at least
+MOST_SLEEPS = 800_000  # about a minute: one takes some 70 microseconds
+EPOCH_BITS = (1 << 31) - 1
 
 
 @compiled
@@ -198,25 +199,31 @@ def alone(state):
         put_i64(state + 8 * State.STAMP, stamp)
         for phase in range(2):
             for item in range(count_items(state, kind, phase)):
-                do_item(state, kind, layer, phase, item, stamp, 0)
+                do_item(state, kind, layer, phase, item, -stamp, 0)
+
+
+@compiled
+def _tag(epoch):
+    return (epoch & EPOCH_BITS) << 32
 
 
 @compiled
 def _take(ticket, epoch, phase, count):
     """The next of a share's `count` items of a phase; -1 where none is left.
 
-    A ticket is epoch << 32 | phase << 16 | items taken of it. Only what it said in this epoch can
-    be changed: who took an item knows that the call is not over, and whose tables these are.
+    A ticket is the epoch's low bits << 32 | phase << 16 | items taken of it. Only what it said in
+    this epoch can be changed: who took an item knows that the call is not over, and whose tables
+    these are.
     """
     while True:
         seen = atomic_get(ticket)
         at = (seen >> 16) & 0xFFFF
-        if seen >> 32 != epoch or at > phase:
+        if seen >> 32 != epoch & EPOCH_BITS or at > phase:
             return -1
         taken = seen & 0xFFFF if at == phase else 0
         if taken >= count:
             return -1
-        if atomic_swap(ticket, seen, (epoch << 32) + (phase << 16) + taken + 1):
+        if atomic_swap(ticket, seen, _tag(epoch) + (phase << 16) + taken + 1):
             return taken
 
 
@@ -289,12 +296,12 @@ def run(state, first, last):
     epoch = get_i64(sync + 8 * Sync.EPOCH) + 1
     put_i64(sync + 8 * Sync.FINISHED, 0)
     for i in range(threads):
-        atomic_put(sync + 8 * (Sync.TICKETS + Sync.APART * i), epoch << 32)
+        atomic_put(sync + 8 * (Sync.TICKETS + Sync.APART * i), _tag(epoch))
     atomic_put(sync + 8 * Sync.EPOCH, epoch)
     if not walk(state, epoch, 0):
         return Status.TIMEOUT
     for i in range(threads):
-        atomic_put(sync + 8 * (Sync.TICKETS + Sync.APART * i), (epoch << 32) + CLOSED)
+        atomic_put(sync + 8 * (Sync.TICKETS + Sync.APART * i), _tag(epoch) + CLOSED)
     return Status.OK
 
 

@@ -1,0 +1,293 @@
+"""generate: the cells' rows, the other rows, the children, and the command's --peer."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from onelaunch import cli
+from onelaunch.bench import generate, generate_cell, generate_life, generation_child, runner
+from onelaunch.bench.compiled import random_weights
+from onelaunch.bench.generate_cell import AUTO, Cell, bytes_per_token, prompt_of
+from onelaunch.bench.peers.run_c import LETTERS
+from onelaunch.checkpoints import random_model
+from onelaunch.config import preset
+from onelaunch.errors import BadInput, RunFailed
+
+
+class FakeRunC:
+    """Writes what the reference engine would, at a rate of its own."""
+
+    def __init__(self, ids, rate=500.0):
+        self.ids, self.rate, self.asked = ids, rate, []
+
+    def generate(self, prompt, n, threads):
+        self.asked.append((len(prompt), n, threads))
+        if len(self.ids) < n:
+            raise RunFailed(f"run.c: it stopped after {len(self.ids)} of {n} tokens")
+        return self.rate, self.ids[:n]
+
+
+def test_prompts_are_such_as_run_c_can_read():
+    ids = prompt_of(256)
+    assert len(ids) == 256
+    assert ids[:2] == [1, 3]
+    assert set(ids[2:]) == set(LETTERS)
+    assert len(prompt_of(3)) == 3
+
+
+def test_bytes_per_token_are_all_weights_and_a_row_of_the_embedding():
+    config = preset("stories15m")
+    assert bytes_per_token(config, 4) == 4 * (config.n_params + config.dim)
+    norms = (2 * config.n_layers + 1) * config.dim
+    assert 2 * (config.n_params + config.dim) <= bytes_per_token(config, 2)
+    assert bytes_per_token(config, 2) <= 2 * (config.n_params + config.dim + norms)
+
+
+def test_a_row_stands_beside_the_peers_of_as_many_threads():
+    samples = {
+        ("ours", 1): [10.0, 20.0, 30.0],
+        ("ours", AUTO): [100.0, 200.0, 90.0],
+        ("reference", 1): [5.0, 10.0, 10.0],
+        ("reference", Cell.number(AUTO)): [50.0, 50.0, 50.0],
+        ("read", 1): [2.0, 2.0, 2.0],
+        ("read", Cell.number(AUTO)): [4.0, 5.0, 2.0],
+    }
+    row = generate.row_of("m float32", AUTO, samples, 10**7).to_dict()
+    assert row["case"] == "m float32, automatic threads"
+    assert (row["ours"], row["gb_s"]) == (100.0, 1.0)
+    assert row["peers"] == {"reference": 50.0}
+    assert row["ratios"] == {"reference": 2.0}
+    if Cell.number(AUTO) > 1:
+        assert row["share_of_read"] == pytest.approx(0.4)
+        row = generate.row_of("m float32", 1, samples, 10**7).to_dict()
+        assert row["case"] == "m float32, 1 thread"
+        assert row["ratios"] == {"reference": 2.0}
+        assert row["share_of_read"] == pytest.approx(0.1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Everything at its smallest, no child processes."""
+    monkeypatch.setattr(generate, "QUICK_TOKENS", {"stories260k": 6})
+    monkeypatch.setattr(generate, "ROUNDS", 2)
+    monkeypatch.setattr(generate_life, "MODEL", "stories260k")
+    monkeypatch.setattr(generate_life, "PROMPT", 20)
+    monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("onelaunch.bench.reading.PASS_BYTES", 1 << 20)
+    found = {
+        "start": {"seconds": 1.0, "import_seconds": 0.8, "ready_seconds": 0.2},
+        "memory": {"bytes": 70e6, "weight_bytes": 1e6, "cache_bytes": 1e6},
+        "cold": {
+            "first_token_seconds": 0.5,
+            "swap_seconds": 9.0,
+            "longest_gap_ms": 20.0,
+            "longest_gap_at_swap_ms": 15.0,
+            "median_gap_before_ms": 5.0,
+            "median_gap_after_ms": 1.0,
+        },
+    }
+    monkeypatch.setattr(generate_life, "in_child", lambda what, model, **rest: found[what])
+    return found
+
+
+def test_the_experiment(small, tmp_path, capsys, compiled_program):
+    pytest.importorskip("matplotlib")
+    code = cli.run(["bench", "generate", "--quick", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    path = Path(out.strip())
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    row = rows["stories260k float32, automatic threads"]
+    assert set(row["peers"]) == set(row["ratios"]) == {"reference", "bare loop"}
+    assert row["n"] == 2
+    assert row["ours"] > 0 < row["share_of_read"]
+    assert row["gb_s"] == pytest.approx(row["ours"] * row["bytes_per_token"] / 1e9, rel=1e-2)
+    assert rows["stories260k memory"]["allowed_mb"] == pytest.approx(69.11, abs=0.01)
+    assert rows["stories260k memory"]["within"] is False
+    assert rows["stories260k second start"]["import_seconds"]["median"] == 0.8
+    table = path.with_suffix(".md").read_text()
+    assert table.isascii()
+    assert "## A prompt read" in table
+    assert path.with_suffix(".png").stat().st_size > 5000
+
+
+def test_memory_s_bound_holds_on_its_edge(small):
+    small["memory"]["bytes"] = 2e6 + (64 << 20)
+    assert next(generate_life.memory(print)).notes["within"] is True
+    small["memory"]["bytes"] += 1
+    assert next(generate_life.memory(print)).notes["within"] is False
+
+
+def test_rows_that_cannot_be_had_are_left_out_and_said(small, monkeypatch):
+    def broken(what, model, **rest):
+        raise RunFailed("a child fell")
+
+    monkeypatch.setattr(generate_life, "in_child", broken)
+    said = []
+    assert list(generate_life.memory(said.append)) == []
+    assert list(generate_life.cold_start(2, said.append)) == []
+    assert len([line for line in said if "a child fell" in line]) == 3
+
+
+def test_a_first_start_as_rows_and_table(small):
+    (row,) = generate_life.cold_start(3, print)
+    assert (row.ours, row.n) == (0.5, 3)
+    record = {"device": "d", "rows": [row.to_dict()]}
+    line = generate.table(record).splitlines()[-1]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells == ["0.50", "9.00", "5.00", "15.0", "20.0", "1.00"]
+    assert generate.draw(record) is None
+
+
+def cell(tmp_path, monkeypatch, peer, said):
+    monkeypatch.setattr(generate_cell, "run_c", lambda *rest: peer)
+    monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("onelaunch.bench.reading.PASS_BYTES", 1)
+    config = preset("stories260k")
+    return Cell(config, "float32", [1, AUTO], tmp_path, tmp_path, said.append)
+
+
+def test_run_c_takes_part_and_its_tokens_are_compared(tmp_path, monkeypatch, compiled_program):
+    weights = random_weights(preset("stories260k"))
+    engine = generate_cell.ReferenceEngine(preset("stories260k"), weights, "cpu")
+    (ids,) = engine.generate([prompt_of(3)], 8, generate_cell.Sampling())
+    ids[5] = (ids[5] + 1) % 512
+    made = cell(tmp_path, monkeypatch, FakeRunC(ids), [])
+    threads = torch.get_num_threads()
+    samples = made.rounds(prompt_of(3), 8, 2)
+    assert torch.get_num_threads() == threads
+    assert made.same_tokens == 5
+    numbers = {1, Cell.number(AUTO)}
+    names = ("reference", "bare loop", "run.c", "read")
+    assert set(samples) == {("ours", 1), ("ours", AUTO), *((a, b) for a in names for b in numbers)}
+    assert all(len(values) == 2 and min(values) > 0 for values in samples.values())
+    assert samples["run.c", 1] == [500.0, 500.0]
+
+
+def test_a_run_c_that_stops_early_is_left_out_and_said(tmp_path, monkeypatch, compiled_program):
+    said = []
+    made = cell(tmp_path, monkeypatch, FakeRunC([7, 8]), said)
+    samples = made.rounds(prompt_of(3), 8, 1)
+    assert not [key for key in samples if key[0] == "run.c"]
+    assert said[-1] == "without run.c: it stopped after 2 of 8 tokens"
+
+
+def test_beside_a_busy_core(monkeypatch, small, compiled_program):
+    peer = FakeRunC(list(range(200)), rate=1e6)
+    monkeypatch.setattr(generate_life, "run_c", lambda *rest: peer)
+    monkeypatch.setattr(generate_life, "WRITING_SECONDS", 1e-4)
+    monkeypatch.setattr(generate_life, "BUSY_TOKENS", 5)
+    rows = list(generate_life.busy_core(Path("run"), 2, print))
+    ours, theirs = (row.to_dict() for row in rows)
+    assert ours["who"] == "ours"
+    assert ours["peers"] == {"run.c": 1e6}
+    assert (theirs["who"], theirs["busy_over_idle"], theirs["least"]) == ("run.c", 1.0, 1e6)
+    assert "| run.c" in generate.table({"device": "d", "rows": [ours, theirs]})
+
+
+def test_a_busy_loop_computes_and_ends():
+    with generate_life.busy_loop() as child:
+        assert child.poll() is None
+    assert child.poll() is not None
+
+
+def test_children_measure_and_say_what_is_wrong(tmp_path, compiled_program):
+    model = generate_cell.write_model(
+        preset("stories260k"), random_weights(preset("stories260k")), tmp_path / "model.bin"
+    )
+    found = generate_life.in_child("start", model)
+    assert found["compiled"] == 1.0
+    assert 0 < found["ready_seconds"] < found["seconds"] < 60
+    with pytest.raises(RunFailed, match=r"^start: .*absent\.bin: no such file"):
+        generate_life.in_child("start", tmp_path / "absent.bin")
+
+
+def test_memory_of_this_process(tmp_path, compiled_program):
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("this system does not tell")
+    before = generation_child.private_bytes()
+    held = bytearray(os.urandom(20 << 20))
+    assert generation_child.private_bytes() - before > 15 << 20
+    del held
+    model = generate_cell.write_model(
+        preset("stories260k"), random_weights(preset("stories260k")), tmp_path / "model.bin"
+    )
+    found = generation_child.memory(model)
+    assert found["bytes"] < 64 << 20
+    assert found["cache_bytes"] == 4 * 5 * 2 * 32 * 512
+
+
+class FakeEngine:
+    """Writes a token a millisecond; compiled from a token on, at which it takes longer."""
+
+    failed = None
+
+    def __init__(self, swap_at):
+        self.swap_at, self.written = swap_at, 0
+
+    def wait(self, seconds):
+        return self.written >= self.swap_at
+
+    def generate(self, prompts, n, sampling, on_token):
+        for _ in range(n):
+            self.written += 1
+            time.sleep(0.03 if self.written == self.swap_at + 1 else 0.0005)
+            on_token(0, 5)
+
+
+@pytest.mark.parametrize("swap_at", [5, 509, 510, 700])
+def test_the_swap_is_found_amid_the_tokens(monkeypatch, swap_at):
+    fake = FakeEngine(swap_at)
+    monkeypatch.setattr(generation_child, "CpuEngine", lambda config, weights: fake)
+    found = generation_child.watch_swap(random_model("stories260k"), 60.0)
+    assert found["swap_after_tokens"] == swap_at
+    assert fake.written >= swap_at + generation_child.TOKENS_AFTER
+    assert found["longest_gap_at_swap_ms"] >= 30
+    assert found["median_gap_after_ms"] < 25
+    assert 0 < found["first_token_seconds"] < found["swap_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("swap_at", "failed", "said"),
+    [(10**9, None, "too slow"), (10**9, "no compiler", "no compiler"), (1, None, "second token")],
+)
+def test_without_a_swap_there_is_no_figure(monkeypatch, swap_at, failed, said):
+    fake = FakeEngine(swap_at)
+    fake.failed = failed
+    monkeypatch.setattr(generation_child, "CpuEngine", lambda config, weights: fake)
+    with pytest.raises(RunFailed, match=said):
+        generation_child.watch_swap(random_model("stories260k"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generate", "--peer", "run.c"], "--peer run.c: must be NAME=PATH"),
+        (["generate", "--peer", "=x"], "must be NAME=PATH"),
+        (["generate", "--peer", "run.c="], "must be NAME=PATH"),
+        (["generate", "--peer", "run.c=a", "--peer", "run.c=b"], "given twice"),
+        (["generate", "--peer", "llama.cpp=a"], "--peer llama.cpp: generate knows run.c only"),
+        (["generate", "--peer", "run.c=/nowhere/run"], "--peer run.c=/nowhere/run: no such file"),
+        (["fusion-depth", "--peer", "run.c=a"], "--peer run.c: fusion-depth takes none"),
+    ],
+)
+def test_peers_that_cannot_be_are_said_in_a_line(argv, said, tmp_path, capsys):
+    assert cli.run(["bench", *argv, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_only_the_cpu():
+    with pytest.raises(BadInput, match="use cpu"):
+        list(generate.run("cuda", True, print, {}))
+
+
+def test_a_path_may_hold_the_sign(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(runner, "conduct", lambda *rest: given.update(rest[-1]) or tmp_path)
+    assert cli.run(["bench", "generate", "--peer", "run.c=a=b"]) == 0
+    assert given == {"run.c": Path("a=b")}
