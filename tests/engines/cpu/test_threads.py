@@ -219,7 +219,7 @@ def test_a_thread_that_does_not_finish_is_named_after_a_while(compiled_program):
     config = SMALL.with_(dim=256, hidden_dim=1024, max_seq_len=128, head_dim=64)
     runtime = make_runtime(compiled_program, config, weights_of(config), threads=2)
     ids = list(range(61)) * 2
-    expected = logits_of(runtime, ids)
+    logits_of(runtime, ids)
     sleep = runtime.state[State.SLEEP]
     library = ctypes.CDLL(None)
     runtime.state[State.SLEEP] = ctypes.cast(library.labs, ctypes.c_void_p).value or 0
@@ -242,4 +242,6 @@ def test_a_thread_that_does_not_finish_is_named_after_a_while(compiled_program):
         done.set()
         thread.join()
         runtime.state[State.SLEEP] = sleep
-    assert torch.equal(logits_of(runtime, ids), expected)
+    # the late thread may still write into the buffers
+    with pytest.raises(EngineTimeout, match="stuck"):
+        logits_of(runtime, ids)
