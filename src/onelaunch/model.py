@@ -233,7 +233,9 @@ class Model(nn.Module):
         self.config = config
         self.dropout = dropout
         self.norm_function = norm  # `norm` is a name of the state dict
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        # not initialized here: on "meta" that alone imports torch's compiler, a second and more
+        table_VD = torch.empty(config.vocab_size, config.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         if not config.tied_embeddings:
@@ -251,7 +253,16 @@ class Model(nn.Module):
         """A model that uses the given tensors as they are, without a copy."""
         with torch.device("meta"):
             model = cls(config, dropout, norm)
-        model.load_state_dict(weights, strict=True, assign=True)
+        # by hand: load_state_dict leaves a cycle behind that holds the weights until a collection
+        names = dict(model.named_parameters())
+        if names.keys() != weights.keys():
+            odd = sorted(names.keys() ^ weights.keys())
+            raise RuntimeError(f"the weights are not this model's: {', '.join(odd)}")
+        for name, parameter in names.items():
+            if parameter.shape != weights[name].shape:
+                raise RuntimeError(f"size mismatch for {name}: {tuple(weights[name].shape)}")
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weights[name], False))
         return model.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import threading
@@ -83,7 +82,6 @@ class CpuEngine:
         self._runtime: Runtime | None = None
         self._busy = threading.RLock()
         self._inside = False
-        self._litter = False
         self._torch_threads: int | None = None
         self.failed: str | None = None
         store = store or Store()
@@ -183,7 +181,6 @@ class CpuEngine:
             runtime = waited.wait(seconds) if seconds else waited.poll()
             if runtime is not None:
                 self._runtime = runtime
-                self._litter = self._reference is not None
                 self._give_cores_back()
                 self._compilation = self._reference = self._weights = None
             elif waited.failed is not None:
@@ -304,7 +301,3 @@ class CpuEngine:
                 yield
             finally:
                 self._inside = False
-                if self._litter:
-                    # torch's modules leave cycles, which hold the weights; 50 ms, not amid a text
-                    self._litter = False
-                    gc.collect()

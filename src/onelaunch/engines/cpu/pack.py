@@ -25,15 +25,15 @@ def padded(n: int, to: int = PAD) -> int:
 
 
 class Memory:
-    """Zeroed memory of its own, in large pages where the system gives them."""
+    """Zeroed memory of its own, in large pages where they are asked for and the system has them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, large_pages: bool = True) -> None:
         size = max(size, mmap.PAGESIZE)
         if hasattr(mmap, "MAP_PRIVATE"):  # shared memory gets no large pages
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             self._map = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             except OSError:

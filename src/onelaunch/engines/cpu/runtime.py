@@ -86,7 +86,8 @@ class CachedText:
         lanes = runtime.program.lanes
         self.blocks = -(-self.limit // lanes)
         self.shape = (config.n_layers, 2, config.n_kv_heads, self.blocks, config.head_dim, lanes)
-        self.cache = Memory(4 * math.prod(self.shape))
+        # in small pages: only what a text comes to need is taken, and never much at once
+        self.cache = Memory(4 * math.prod(self.shape), large_pages=False)
         self.uniforms = uniforms
 
     @property

@@ -43,7 +43,8 @@ PAD = 16
 TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
 # How far ahead of its reading a thread asks for weights that lie in memory, in bytes. On an EPYC
 # one thread reads stories110m at 32.0 GB/s with it and 30.6 without (16384: 27.8); stories15m,
-# which the last cache half holds, at 37 and 40: so only where State.STREAM says so.
+# which the last cache half holds, at 37 and 40: so only where State.STREAM says so. In bfloat16 it
+# costs a third (20 GB/s instead of 30).
 AHEAD = 8192
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
@@ -60,7 +61,6 @@ compiled = njit(
 
 _one_f32 = make_tile(TILE, 1)
 _ahead_f32 = make_tile(TILE, 1, ahead=AHEAD)
-_ahead_bf16 = make_tile(TILE, 1, "bfloat16", ahead=AHEAD)
 _four_f32 = make_tile(FOUR_ROWS, 4)
 _one_bf16 = make_tile(TILE, 1, "bfloat16")
 _four_bf16 = make_tile(FOUR_ROWS, 4, "bfloat16")
@@ -131,13 +131,10 @@ def product(state, weights, first, rows, columns, x, x_row, tokens, out):
                     _four_f32(a, a_row, step, b, x_row, WIDTH, n, o, out_row, ONE)
         for t in range(fours, tokens):
             b, o = x + t * x_row, target + t * out_row
-            if stream:
-                if narrow:
-                    _ahead_bf16(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
-                else:
-                    _ahead_f32(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
-            elif narrow:
+            if narrow:
                 _one_bf16(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
+            elif stream:
+                _ahead_f32(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
             else:
                 _one_f32(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
         w += TILE * stride
