@@ -42,10 +42,10 @@ WIDTH = 4 * LANES  # bytes of a vector
 PAD = 16
 TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
 # How far ahead of its reading a thread asks for weights that lie in memory, in bytes. On an EPYC
-# one thread reads stories110m at 32.0 GB/s with it and 30.6 without (16384: 27.8); stories15m,
-# which the last cache half holds, at 37 and 40: so only where State.STREAM says so. In bfloat16 it
-# costs a third (20 GB/s instead of 30).
-AHEAD = 8192
+# one thread writes stories110m at 72.2 tokens/s with it (4096: 72.3, 8192: 69.9, 12288: 65.1), at
+# 68 without; stories15m, which the last cache half holds, is slower by a tenth: so only where
+# State.STREAM says so. In bfloat16 it costs a third.
+AHEAD = 6144
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)
