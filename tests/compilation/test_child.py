@@ -34,7 +34,7 @@ def test_a_destination_comes_back_from_its_text(to):
     assert "\n" not in str(to)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"folder": "x"}', "/tmp/x", "{" * 5000])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"folder": "x"}', "/x", "{" * 5000])
 def test_what_is_no_destination_is_said(text):
     with pytest.raises(BadInput, match="not a place for a compiled program") as caught:
         deliver(text, b"x")
