@@ -11,7 +11,8 @@ from torch import Tensor
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cpu.engine import CpuEngine, usable_cores
+from onelaunch.engines.cpu import usable_cores
+from onelaunch.engines.cpu.engine import CpuEngine
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import Runtime

@@ -62,6 +62,8 @@ def examine() -> dict[str, Any]:
     """Everything that doctor shows, as plain data."""
     import torch
 
+    from onelaunch.engines.cpu import usable_cores
+
     cuda, cuda_missing = _cuda()
     mps_missing = _why_no_mps()
     return {
@@ -74,7 +76,7 @@ def examine() -> dict[str, Any]:
         "cpu": {
             "model": _cpu_model(),
             "cores": os.cpu_count(),
-            "usable_cores": _usable_cores(),
+            "usable_cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "memory_bytes": _memory(),
@@ -155,13 +157,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    """Cores that this process may use, which a container can narrow."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _memory() -> int | None:

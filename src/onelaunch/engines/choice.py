@@ -37,11 +37,8 @@ def choose(
     from onelaunch.engines.reference import ReferenceEngine, resolve_device
 
     on_cpu = resolve_device(device).type == "cpu"
-    if name == "cpu" and not on_cpu:
-        if device == "auto":
-            on_cpu = True
-        else:
-            raise BadInput(f"--engine cpu runs on the CPU, not on {device}; leave out --device")
+    if name == "cpu" and not on_cpu and device != "auto":
+        raise BadInput(f"--engine cpu runs on the CPU, not on {device}; leave out --device")
     if name == "auto":
         fits = on_cpu and (dtype is None or dtype in cpu.DTYPES) and cpu.why_not() is None
         name = "cpu" if fits else "reference"

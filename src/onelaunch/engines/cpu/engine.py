@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_prompts, check_tokens
-from onelaunch.engines.cpu import DTYPES, program, why_not
+from onelaunch.engines.cpu import DTYPES, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import MAX_TEXTS, CachedText, Runtime
@@ -29,13 +28,6 @@ from onelaunch.plan import Launch, launches, make_plan, parse_depth
 
 CACHED_SECONDS = 0.5  # what a first call waits for a form that is only to be loaded
 WHAT = "the fast form for this processor"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which a container can narrow."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class CpuEngine:
@@ -139,7 +131,7 @@ class CpuEngine:
         with self._alone():
             done: list[list[int]] = []
             handed_over: list[CachedText] = []
-            if prompts and n and self._ready(CACHED_SECONDS if self._cached else 0.0) is None:
+            if prompts and self._ready(CACHED_SECONDS if self._cached else 0.0) is None:
                 done, handed_over = self._begin_slowly(prompts, n, sampling, on_token, stop, on_end)
             rest = range(len(done) + len(handed_over), len(prompts))
             if handed_over or rest:

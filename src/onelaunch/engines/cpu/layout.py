@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+SYMBOL = "onelaunch_entry"  # the program's one function
+PAD = 16  # columns of a packed matrix, and of what it multiplies, are a multiple of it
+QUERIES = 4  # tokens whose attention is taken at once
+DIGITS = 256  # of the radix sort of candidates
+
 
 class State(IntEnum):
     """One per engine: the model, the call at hand, and where everything is."""
@@ -71,7 +76,6 @@ class State(IntEnum):
     ADAPT = 49  # choose among 1 .. THREADS while running
     SYNC = 50  # Sync
     GOVERNOR = 51  # Governor
-    STATUS = 52
     STATUS_AT = 53
     SPIN = 54  # pauses before a waiting thread sleeps
     OUT_ROW = 55  # bytes between two tokens' results of one item

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cpu.layout import Layer
+from onelaunch.engines.cpu.layout import PAD, Layer
 
-PAD = 16
 _ALIGN = 128
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.compilation.cache import program_key
-from onelaunch.engines.cpu.layout import Operation
+from onelaunch.engines.cpu.layout import SYMBOL, Operation
 
-SYMBOL = "onelaunch_entry"
 _ENTRY = ctypes.CFUNCTYPE(*[ctypes.c_int64] * 5)  # called without the interpreter's lock
 
 

@@ -19,6 +19,8 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import not_finite
 from onelaunch.engines.cpu.helpers import Helpers
 from onelaunch.engines.cpu.layout import (
+    DIGITS,
+    QUERIES,
     Governor,
     Group,
     Layer,
@@ -40,7 +42,6 @@ MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
 MAX_TEXTS = 16
 SPIN = 4000
 STREAM_BYTES = 128 << 20  # beyond what a last cache holds
-QUERIES = 4
 ITEM_ROWS = 256
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
@@ -340,7 +341,7 @@ class Runtime:
             self._logits_memory = Memory(n * row)
         s[State.LOGITS], s[State.LOGITS_ROW] = self._logits_memory.address, row
         if not sampling.greedy:
-            each = 16 * (vocab + self.program.lanes) + 8 * 256
+            each = 16 * (vocab + self.program.lanes) + 8 * DIGITS
             if self._candidates is None or self._candidates.size < n * each:
                 self._candidates = Memory(n * each)
             s[State.CANDIDATES] = self._candidates.address

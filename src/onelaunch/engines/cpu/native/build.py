@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-SYMBOL = "onelaunch_entry"
+from onelaunch.engines.cpu.layout import SYMBOL
 
 
 def build(options: dict[str, object]) -> bytes:

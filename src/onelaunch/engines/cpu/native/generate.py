@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onelaunch.engines.cpu.layout import Governor, Group, State, Status, Sync, Text, Token
-from onelaunch.engines.cpu.native.kernels import QUERIES, compiled, field
+from onelaunch.engines.cpu.layout import QUERIES, Governor, Group, State, Status, Sync, Text, Token
+from onelaunch.engines.cpu.native.kernels import compiled, field
 from onelaunch.engines.cpu.native.sampling import NOT_FINITE
 from onelaunch.engines.cpu.native.stages import run
 from onelaunch.engines.cpu.native.vectors import (

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from onelaunch.engines.cpu.layout import Layer, State, Text, Token
+from onelaunch.engines.cpu.layout import PAD, QUERIES, Layer, State, Text, Token
 from onelaunch.engines.cpu.native.tiles import make_tile
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
@@ -39,7 +39,6 @@ from onelaunch.engines.cpu.native.vectors import (
 )
 
 WIDTH = 4 * LANES  # bytes of a vector
-PAD = 16
 TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
 # How far ahead of its reading a thread asks for weights that lie in memory, in bytes. On an EPYC
 # one thread writes stories110m at 72.2 tokens/s with it (4096: 72.3, 8192: 69.9, 12288: 65.1), at
@@ -49,7 +48,6 @@ AHEAD = 6144
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)
-QUERIES = 4  # tokens whose attention is taken at once
 
 # everything is compiled for raw addresses: no array, no exception, no reference count
 compiled = njit(

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from onelaunch.engines.cpu.layout import State, Text
+from onelaunch.engines.cpu.layout import DIGITS, State, Text
 from onelaunch.engines.cpu.native.kernels import WIDTH, compiled, field
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
@@ -30,7 +30,6 @@ from onelaunch.engines.cpu.native.vectors import (
 )
 
 NOT_FINITE = -2
-_DIGITS = 256
 _SMALLEST_TEMPERATURE = 1e-30
 
 
@@ -56,7 +55,7 @@ def sample(state, text):
 @compiled
 def candidate_bytes(vocab):
     """What one text's draw needs: weights and ids twice, and a histogram."""
-    return 16 * (vocab + LANES) + 8 * _DIGITS
+    return 16 * (vocab + LANES) + 8 * DIGITS
 
 
 @compiled
@@ -173,13 +172,13 @@ def _sort(weights, ids, n, spare, spare_ids, counts):
     """Weights downwards, equal ones in the order they have: a radix sort of their bits, which for
     floats that are not negative stand in the order of the numbers."""
     for digit in range(4):  # an even number: the result ends where it began
-        for i in range(_DIGITS):
+        for i in range(DIGITS):
             put_i64(counts + 8 * i, 0)
         for i in range(n):
             d = 255 - ((get_i32(weights + 4 * i) >> (8 * digit)) & 255)
             put_i64(counts + 8 * d, get_i64(counts + 8 * d) + 1)
         start = 0
-        for i in range(_DIGITS):
+        for i in range(DIGITS):
             count = get_i64(counts + 8 * i)
             put_i64(counts + 8 * i, start)
             start += count
