@@ -27,7 +27,7 @@ class TestOnCuda(KernelSuite, EdgeSuite):
     source_shapes = ((4099, 96), (4100, 257), (5003, 500))
     source_row_mode = "auto"
     row_counts = (1, 7, 4096, 131072)
-    independent_widths = (64, 96, 257, 768)
+    independent_widths = (64, 96, 128, 257, 768)
 
     @pytest.mark.parametrize("rule", ["tuned", "source"])
     @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from onelaunch.operators.rms_norm import plan as plans
 from onelaunch.operators.rms_norm.plan import (
     BACKWARD_BLOCK,
+    BACKWARD_MANY,
     BACKWARD_ROW,
     FORWARD_BLOCK,
     MAX_COLUMNS,
@@ -112,22 +113,50 @@ ENTRIES = [(name, i) for name, (_, _, table) in TABLES.items() for i in range(le
 @pytest.mark.parametrize(("name", "i"), ENTRIES)
 def test_each_entry_holds_up_to_its_width(name, i, element_bytes, multiprocessors):
     make, row_mode, table = TABLES[name]
-    rows = 2**22  # enough that every program backward has a tile
+    # enough that every program backward has a tile, and no more than one table serves
+    rows = plans.BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR * multiprocessors - 1
 
     def check(width: int, entry: tuple[int, ...]) -> None:
         plan = make(rows, width, element_bytes, multiprocessors, row_mode)
-        rows_per_tile, warps, *pipeline = entry
+        rows_per_tile, warps, *others = entry
         assert (plan.rows_per_tile, plan.warps) == (rows_per_tile, warps)
         assert plan.kernel == ("block" if rows_per_tile > 1 else "row")
-        assert 1 <= plan.stages <= (pipeline[0] if pipeline else 1)
-        programs = multiprocessors * pipeline[1] if pipeline else rows // rows_per_tile
-        assert plan.grid == min(rows // rows_per_tile, programs)
+        if make is forward_plan:
+            (weight_first,) = others
+            assert plan.weight_first is weight_first
+            assert (plan.stages, plan.grid) == (1, tiles(rows, plan))
+            return
+        stages, programs = others
+        assert 1 <= plan.stages <= stages
+        assert plan.grid == min(tiles(rows, plan), multiprocessors * programs)
 
     most, entry = table[i]
     check(most, entry)
     check(most - 1, entry)
     if i + 1 < len(table):
         check(most + 1, table[i + 1][1])
+
+
+@every_size
+@every_device
+@pytest.mark.parametrize("width", [64, 65, 127, 128, 129])
+def test_a_width_of_many_rows_has_a_tile_of_its_own(width, element_bytes, multiprocessors):
+    many = plans.BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR * multiprocessors
+    block = plans._entry(BACKWARD_BLOCK, plans.padded(width))
+
+    def entry(rows: int, row_mode: str = "auto") -> tuple[int, ...]:
+        plan = backward_plan(rows, width, element_bytes, multiprocessors, row_mode)
+        return plan.rows_per_tile, plan.warps, plan.stages, plan.grid // multiprocessors
+
+    assert BACKWARD_MANY.keys() == {128}
+    special = BACKWARD_MANY[128] if 64 < width <= 128 else block
+    for mode in ("auto", "block"):
+        assert entry(many, mode) == entry(many + 1, mode)
+        assert entry(many, mode)[:2] == special[:2]
+        assert entry(many, mode)[3] == special[3]
+        assert entry(many - 1, mode)[:2] == block[:2]
+        assert entry(many - 1, mode)[3] == block[3]
+    assert entry(many, "row") == entry(many - 1, "row")
 
 
 def test_the_tables_reach_as_far_as_one_tile_does():
@@ -143,6 +172,7 @@ def test_the_tables_reach_as_far_as_one_tile_does():
 def test_warps_of_one_row_forward_follow_its_width(width):
     plan = forward_plan(4096, width, 2, 132, "row")
     wanted = plan.block_columns // plans.FORWARD_ROW_ELEMENTS_PER_WARP
+    assert plan.weight_first is plans._entry(FORWARD_BLOCK, plan.block_columns)[2]
     assert (plan.kernel, plan.warps) == ("row", max(1, min(wanted, plans.MAX_WARPS)))
 
 
@@ -270,11 +300,17 @@ def test_no_program_backward_is_idle_and_partials_are_bounded(
 def test_a_tile_of_one_kernel_depends_on_the_width_alone(
     rows, columns, element_bytes, multiprocessors, row_mode, rule
 ):
-    """So a row's sum is added in one order, however many rows stand beside it."""
+    """So a row's sum is added in one order, however many rows stand beside it. Where a width has
+    two tiles, a warp of either holds whole rows, and the GPU tests compare the bits."""
+    two_tiles = rule == "tuned" and plans.padded(columns) in BACKWARD_MANY
 
     def tile(make, rows):
         plan = make(rows, columns, element_bytes, multiprocessors, row_mode, rule)
-        return plan.kernel, (plan.rows_per_tile, plan.block_columns, plan.warps, plan.stages)
+        figures = (plan.rows_per_tile, plan.warps, plan.stages)
+        if two_tiles and make is backward_plan and plan.kernel == "block":
+            assert 32 * 16 // element_bytes >= plan.block_columns
+            figures = ()
+        return plan.kernel, (plan.block_columns, plan.weight_first, *figures)
 
     for make in (forward_plan, backward_plan):
         kernel, figures = tile(make, rows)
@@ -293,6 +329,7 @@ def test_the_second_launch_backward_adds_every_column(partials, columns):
     narrow = columns <= plans.REDUCE_NARROW_MAX_COLUMNS
     block_columns, block_partials, warps = plans.REDUCE_NARROW if narrow else plans.REDUCE_WIDE
     assert (plan.block_columns, plan.warps) == (block_columns, warps)
+    assert plan.dependent is narrow
     assert plan.block_partials <= block_partials
     # no wider than the partials need, and not so narrow that the order of adding is left to luck
     assert plan.block_partials < max(32, 2 * partials)
@@ -300,5 +337,9 @@ def test_the_second_launch_backward_adds_every_column(partials, columns):
 
 def test_the_second_launch_at_both_sides_of_its_boundary():
     most = plans.REDUCE_NARROW_MAX_COLUMNS
-    assert reduce_plan(4096, most).block_columns == plans.REDUCE_NARROW[0]
-    assert reduce_plan(4096, most + 1).block_columns == plans.REDUCE_WIDE[0]
+    for columns, (block_columns, _, _) in (
+        (most, plans.REDUCE_NARROW),
+        (most + 1, plans.REDUCE_WIDE),
+    ):
+        plan = reduce_plan(4096, columns)
+        assert (plan.block_columns, plan.dependent) == (block_columns, columns == most)

@@ -48,7 +48,8 @@ class _RMSNorm(torch.autograd.Function):
             or torch.is_grad_enabled()
             or type(dy) is not Tensor
             or not _has_storage(dy)
-            or _transformed()
+            or _functorch_active()
+            or _dispatch_modes()
         ):
             both = _backward_through_operator(dy, x, weight, ctx.prepared.s, need_dw)
             return both[0], both[1] if need_dw else None, None
@@ -56,6 +57,8 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
+# The engine calls `apply` of a Function's node, and that of every Function looks up its backward.
+_RMSNorm._backward_cls.apply = _RMSNorm.backward  # type: ignore[attr-defined]
 # Function.apply itself first looks for functorch's transforms and for dead wrappers; apply() below
 # looks for the first before, and for the others where they are in the way.
 _apply = super(torch.autograd.Function, _RMSNorm).apply  # type: ignore[misc]
@@ -65,10 +68,15 @@ _has_storage = torch._C._has_storage
 
 
 def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
-    """rms_norm by whichever way serves these tensors."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    """rms_norm by whichever way serves these tensors, when nothing is being compiled."""
+    if forward_ad._current_level >= 0:
         return traced(x, weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
-    if type(x) in _PLAIN and (weight is None or type(weight) in _PLAIN) and not _transformed():
+    if (
+        type(x) in _PLAIN
+        and (weight is None or type(weight) in _PLAIN)
+        and not _functorch_active()
+        and not _dispatch_modes()
+    ):
         try:
             prepared = launch.prepare(x, weight, s)
         except RuntimeError:
@@ -109,11 +117,6 @@ def traced(
     if plain or not launch.supported(x, weight):
         return reference.rms_norm(x, weight, eps, casting, offset)
     return torch.ops.onelaunch.rms_norm(x, weight, eps, casting, offset, row_mode, rule)
-
-
-def _transformed() -> bool:
-    """Whether functorch or a dispatch mode wants to see the call."""
-    return _functorch_active() or _dispatch_modes() > 0
 
 
 def _through_operator(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:

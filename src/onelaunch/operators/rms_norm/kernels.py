@@ -39,9 +39,8 @@ def _row_offsets(row, inner, outer_stride, inner_stride, C: tl.constexpr, LAYOUT
 
 
 @triton.jit
-def _scale(w_ptr, columns, mask, offset, x_dtype: tl.constexpr, CASTING: tl.constexpr):
+def _scale(w, offset, x_dtype: tl.constexpr, CASTING: tl.constexpr):
     """weight + offset in float32, rounded as the casting says."""
-    w = tl.load(w_ptr + columns, mask=mask, other=0.0)
     if CASTING == 2:
         w = w.to(x_dtype)
     scale = w.to(tl.float32) + offset
@@ -74,8 +73,10 @@ def forward_kernel(
     LAYOUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     CASTING: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):
-    """One tile of R rows a program: row and block forward."""
+    """One tile of R rows a program: row and block forward. The weight is asked for before the
+    reduction or after it."""
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < C
     first = tl.program_id(0).to(tl.int64) * R
@@ -94,13 +95,22 @@ def forward_kernel(
         x_offsets = _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT) + columns
         y_offsets = _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT) + columns
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
+    if HAS_WEIGHT and WEIGHT_FIRST:
+        if BLOCK <= 256:
+            # Rows share a warp. Of a row's shape the weight would lie in another layout than x, and
+            # Triton would exchange it through shared memory, behind barriers.
+            w = tl.load(w_ptr + (columns + 0 * local), mask=in_row, other=0.0)
+        else:
+            w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
     x32 = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x32 * x32, 1, keep_dims=True) / C + eps)
     y = x32 * rstd
     if CASTING != 1:
         y = y.to(x.dtype).to(tl.float32)
     if HAS_WEIGHT:
-        y *= _scale(w_ptr, columns, in_row, offset, x.dtype, CASTING)
+        if not WEIGHT_FIRST:
+            w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
+        y *= _scale(w, offset, x.dtype, CASTING)
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + y_offsets, y, mask=mask)
 
@@ -124,6 +134,7 @@ def forward_chunked_kernel(
     LAYOUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     CASTING: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):
     """One row a program, read twice, BLOCK columns at a time; the second time from the L2."""
     row = tl.program_id(0).to(tl.int64)
@@ -143,7 +154,8 @@ def forward_chunked_kernel(
         if CASTING != 1:
             y = y.to(x.dtype).to(tl.float32)
         if HAS_WEIGHT:
-            y *= _scale(w_ptr, columns, in_row, offset, x.dtype, CASTING)
+            w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
+            y *= _scale(w, offset, x.dtype, CASTING)
         tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=in_row)
 
 
@@ -183,7 +195,9 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < C
     if HAS_WEIGHT:
-        scale = _scale(w_ptr, columns, in_row, offset, x_ptr.dtype.element_ty, CASTING)
+        # Of a row's shape: of the tile's shape, as in the forward, it is slower (docs/log.md).
+        w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
+        scale = _scale(w, offset, x_ptr.dtype.element_ty, CASTING)
     if WEIGHT_GRADIENT:
         dscale = tl.zeros([R, BLOCK], tl.float32)
     tiles = tl.cdiv(rows, R).to(tl.int32)
@@ -266,7 +280,8 @@ def backward_chunked_kernel(
             x = tl.load(x_ptr + x_offsets + columns, mask=mask, other=0.0).to(tl.float32)
             m = tl.load(dy_ptr + dy_offsets + columns, mask=mask, other=0.0).to(tl.float32)
             if HAS_WEIGHT:
-                m *= _scale(w_ptr, columns, in_row, offset, x_ptr.dtype.element_ty, CASTING)
+                w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
+                m *= _scale(w, offset, x_ptr.dtype.element_ty, CASTING)
             squares += x * x
             dots += x * m
         rstd = tl.where(in_rows, tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / C + eps), 0.0)
@@ -279,7 +294,8 @@ def backward_chunked_kernel(
             dy = tl.load(dy_ptr + dy_offsets + columns, mask=mask, other=0.0).to(tl.float32)
             m = dy
             if HAS_WEIGHT:
-                m = dy * _scale(w_ptr, columns, in_row, offset, x_ptr.dtype.element_ty, CASTING)
+                w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
+                m = dy * _scale(w, offset, x_ptr.dtype.element_ty, CASTING)
             n = x * rstd
             dx = rstd * (m - n * mean)
             tl.store(dx_ptr + dx_offsets + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)

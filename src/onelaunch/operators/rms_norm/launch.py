@@ -276,7 +276,7 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
         plan.grid,
         (x, y, weight),
         (_rows(x), *_strides(layout), s.eps, s.offset),
-        _constants(x, weight, plan, layout, s),
+        _constants(x, weight, plan, layout, s) | {"WEIGHT_FIRST": plan.weight_first},
         plan.warps,
     )
 
@@ -319,9 +319,9 @@ def _backward_launch(
     direct = need_dw and plan.grid == 1 and plan.kernel != "chunked"
     float32 = x.new_empty(0, dtype=torch.float32)
     partials_of = weight if direct else float32
-    reduces = need_dw and not direct
     partials_size = plan.partials * columns
-    dependent = reduces and dependent_launch(x.device)
+    adding = reduce_plan(plan.partials, columns) if need_dw and not direct else None
+    dependent = adding is not None and adding.dependent and dependent_launch(x.device)
     (dy_steps, x_steps, dx_steps) = (layout.strides[1], layout.strides[0], layout.strides[2])
     run = bind(
         kernels.backward_chunked_kernel if plan.kernel == "chunked" else kernels.backward_kernel,
@@ -332,8 +332,7 @@ def _backward_launch(
         | {"STAGES": plan.stages, "WEIGHT_GRADIENT": need_dw, "DEPENDENT_LAUNCH": dependent},
         plan.warps,
     )
-    if reduces:
-        adding = reduce_plan(plan.partials, columns)
+    if adding is not None:
         add = bind(
             kernels.reduce_kernel,
             adding.grid,

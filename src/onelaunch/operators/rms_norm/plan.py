@@ -11,7 +11,8 @@ most 512 and there are 4,096 rows or more, one program a multiprocessor backward
 columns are chunked as ours are. `tuned` is ours: blocks from a number of rows for each
 multiprocessor on, a tile that depends on the width alone, so that a row's bits do not depend on the
 rows beside it as long as the path is the same, and a backward grid of a few programs a
-multiprocessor. Forcing `block` on a width whose tile is one row gives that tile.
+multiprocessor. (One width has two backward tiles; as many threads add up a row in both.) Forcing
+`block` on a width whose tile is one row gives that tile.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ SOURCE_WARPS = ((8192, 16), (2048, 8), (0, 4))
 
 # Ours. Tuned on an H200 (132 multiprocessors), 2026-11-21, bfloat16, 28 shapes; what was tried is
 # in docs/log.md, what it gives in benchmarks/records/nvidia-h200/rms-norm.json.
-# Each entry: the padded width up to which it holds, then rows a tile and warps.
+# Each entry: the padded width up to which it holds, then rows a tile, warps, and whether the weight
+# is asked for before the reduction.
 FORWARD_BLOCK = (
-    (64, (16, 4)),
-    (128, (8, 2)),
-    (256, (4, 1)),
-    (512, (4, 2)),
-    (1024, (2, 4)),
-    (2048, (1, 4)),
-    (4096, (2, 16)),
-    (16384, (1, 16)),
+    (64, (16, 4, True)),
+    (128, (8, 2, True)),
+    (256, (4, 2, True)),
+    (512, (4, 2, False)),
+    (1024, (2, 4, True)),
+    (2048, (1, 4, True)),
+    (4096, (1, 8, True)),
+    (8192, (1, 16, False)),
+    (16384, (1, 8, False)),
 )
 FORWARD_ROW_ELEMENTS_PER_WARP = 512
 # Backward also: pipeline stages, programs a multiprocessor.
@@ -53,6 +56,9 @@ BACKWARD_BLOCK = (
     (8192, (1, 8, 3, 1)),
     (16384, (1, 16, 2, 1)),
 )
+# From this many rows for each multiprocessor on.
+BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR = 768
+BACKWARD_MANY = {128: (32, 8, 4, 1)}
 BACKWARD_ROW = (
     (1024, (1, 1, 3, 8)),
     (2048, (1, 2, 3, 4)),
@@ -77,6 +83,8 @@ MAX_PROGRAMS = 2**31 - 1
 MAX_WARPS = 16
 
 # The second backward launch adds the partials: columns a program, partials read at a time, warps.
+# Up to 2,048 columns it is scheduled before the first has ended, where the device can do that;
+# beyond, it is faster after.
 REDUCE_NARROW_MAX_COLUMNS = 2048
 REDUCE_NARROW = (8, 1024, 8)
 REDUCE_WIDE = (16, 256, 8)
@@ -85,7 +93,8 @@ REDUCE_WIDE = (16, 256, 8)
 @dataclass(frozen=True)
 class Plan:
     """One launch. `partials` is the number of float32 dW rows that a backward launch writes, 0
-    forward; `stages` is the depth of its software pipeline, 1 being none."""
+    forward; `stages` is the depth of its software pipeline, 1 being none; `weight_first` is whether
+    a forward launch asks for the weight before it reduces."""
 
     kernel: str
     rows_per_tile: int
@@ -94,17 +103,20 @@ class Plan:
     grid: int
     partials: int = 0
     stages: int = 1
+    weight_first: bool = False
 
 
 @dataclass(frozen=True)
 class ReducePlan:
     """The launch that adds the partials of dW: a program adds `block_columns` columns,
-    `block_partials` rows of partials at a time."""
+    `block_partials` rows of partials at a time; `dependent` is whether it may be scheduled before
+    the launch ahead of it has ended."""
 
     block_columns: int
     block_partials: int
     warps: int
     grid: int
+    dependent: bool
 
 
 def forward_plan(
@@ -122,13 +134,16 @@ def forward_plan(
     if rule == "source":
         rows_per_tile = BLOCK_ROW if _source_block(rows, width, row_mode) else 1
         warps = 4 if rows_per_tile > 1 else _source_warps(width)
+        weight_first = False
     else:
-        rows_per_tile, warps = _entry(FORWARD_BLOCK, width)
+        rows_per_tile, warps, first = _entry(FORWARD_BLOCK, width)
+        weight_first = bool(first)
         if not _by_blocks(row_mode, rows, multiprocessors):
             rows_per_tile = 1
             warps = _clamp(width // FORWARD_ROW_ELEMENTS_PER_WARP, 1, MAX_WARPS)
     name = "block" if rows_per_tile > 1 else "row"
-    return Plan(name, rows_per_tile, width, warps, _cdiv(rows, rows_per_tile))
+    grid = _cdiv(rows, rows_per_tile)
+    return Plan(name, rows_per_tile, width, warps, grid, weight_first=weight_first)
 
 
 def backward_plan(
@@ -150,7 +165,10 @@ def backward_plan(
         warps = 4 if rows_per_tile > 1 else _source_warps(width)
         stages, programs = 1, 1
     else:
-        rows_per_tile, warps, stages, programs = _entry(BACKWARD_BLOCK, width)
+        entry = _entry(BACKWARD_BLOCK, width)
+        if rows >= BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR * multiprocessors:
+            entry = BACKWARD_MANY.get(width, entry)
+        rows_per_tile, warps, stages, programs = entry
         if not _by_blocks(row_mode, rows, multiprocessors):
             rows_per_tile, warps, stages, programs = _entry(BACKWARD_ROW, width)
         stages = _fitting_stages(stages, 2 * rows_per_tile * width * element_bytes)
@@ -164,7 +182,7 @@ def reduce_plan(partials: int, columns: int) -> ReducePlan:
     narrow = columns <= REDUCE_NARROW_MAX_COLUMNS
     block_columns, block_partials, warps = REDUCE_NARROW if narrow else REDUCE_WIDE
     block_partials = min(block_partials, max(16, padded(partials)))
-    return ReducePlan(block_columns, block_partials, warps, _cdiv(columns, block_columns))
+    return ReducePlan(block_columns, block_partials, warps, _cdiv(columns, block_columns), narrow)
 
 
 def padded(columns: int) -> int:
