@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from onelaunch import rms_norm
-from onelaunch.operators.rms_norm.plan import MAX_COLUMNS, MAX_TILE_COLUMNS
+from onelaunch.operators.rms_norm.plan import (
+    FORWARD_MAX_TILE_COLUMNS,
+    MAX_COLUMNS,
+    MAX_TILE_COLUMNS,
+)
 from tests.operators.rms_norm.edge_suite import EdgeSuite
 from tests.operators.rms_norm.kernel_suite import KernelSuite, every_row_mode
 from tests.operators.rms_norm.suite import Case, Results, check, inputs, run
@@ -39,7 +43,8 @@ class TestOnCuda(KernelSuite, EdgeSuite):
             (4096, 513, {"source": "row"}),
             (32768, 64, {"source": "block", "tuned": "block"}),
             (131072, 128, {"source": "block", "tuned": "block"}),
-            (4096, 768, {"source": "row", "tuned": "block"}),
+            (4096, 1024, {"source": "row", "tuned": "block"}),
+            (4096, 768, {"source": "row", "tuned": "row block"}),  # three parts forward
             (1, 64, {"source": "row"}),
         ],
     )
@@ -59,8 +64,13 @@ class TestOnCuda(KernelSuite, EdgeSuite):
     )  # fmt: skip
     def test_wide_rows(self, columns, rows):
         for dtype in (BF16, F32):
-            kernel = "row" if columns <= MAX_TILE_COLUMNS else "chunked"
-            self.verify(Case((rows, columns), dtype, dtype, row_mode="row"), kernel)
+            case = Case((rows, columns), dtype, dtype, row_mode="row")
+            forward, backward = (
+                "row" if columns <= most else "chunked"
+                for most in (FORWARD_MAX_TILE_COLUMNS, MAX_TILE_COLUMNS)
+            )
+            assert [plan.kernel for plan in case.plans(self.device)] == [forward, backward]
+            self.verify(case)
 
     def test_beyond_the_widest_the_plain_form_runs(self):
         case = Case((2, MAX_COLUMNS + 1), BF16, BF16)

@@ -30,7 +30,7 @@ PROCESSORS = 3
 launch.multiprocessors = suite.multiprocessors = lambda device: PROCESSORS
 
 # Rows are chunked from a thousand columns on, and a program of the second launch adds more columns.
-plan.MAX_TILE_COLUMNS = 1024
+plan.MAX_TILE_COLUMNS = plan.FORWARD_MAX_TILE_COLUMNS = 1024
 plan.CHUNK_COLUMNS = 512
 plan.CHUNKED_BACKWARD = (2, 256, 8)
 plan.REDUCE_NARROW = (64, 16, 8)

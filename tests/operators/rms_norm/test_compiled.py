@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from onelaunch.operators.rms_norm import launch
-from onelaunch.operators.rms_norm.plan import MAX_TILE_COLUMNS
+from onelaunch.operators.rms_norm.plan import FORWARD_MAX_TILE_COLUMNS, MAX_TILE_COLUMNS
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -141,7 +141,8 @@ def check_forms(compile_for, target: str, columns: int, dtypes) -> None:
             names = [kernel.name for kernel in kernels]
             assert names.count("reduce_kernel") == 1, names
             assert len(names) == 4, names
-            assert ("chunked" in names[0]) == (columns > MAX_TILE_COLUMNS)
+            one_tile = MAX_TILE_COLUMNS if rule == "source" else FORWARD_MAX_TILE_COLUMNS
+            assert ("chunked" in names[0]) == (columns > one_tile)
             for kernel in kernels:
                 most = limit(target, columns, rule)
                 told = f"{kernel.name}, {columns} columns, {dtype}, {row_mode}, {rule}, {target}"

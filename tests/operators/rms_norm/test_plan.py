@@ -160,15 +160,16 @@ def test_a_width_of_many_rows_has_a_tile_of_its_own(width, element_bytes, multip
 
 
 def test_the_tables_reach_as_far_as_one_tile_does():
-    for _, _, table in TABLES.values():
+    for make, _, table in TABLES.values():
         widths = [most for most, _ in table]
         assert widths == sorted(set(widths))
         assert all(map(power_of_two, widths))
-        assert widths[-1] == MAX_TILE_COLUMNS
+        most = plans.FORWARD_MAX_TILE_COLUMNS if make is forward_plan else MAX_TILE_COLUMNS
+        assert widths[-1] == most
     assert all(rows == 1 for _, (rows, *_) in BACKWARD_ROW)
 
 
-@pytest.mark.parametrize("width", [1, 64, 511, 512, 513, 1024, 1025, 8192, 8193, 16384])
+@pytest.mark.parametrize("width", [1, 64, 511, 512, 513, 767, 769, 1024, 1025, 4095, 4096])
 def test_warps_of_one_row_forward_follow_its_width(width):
     plan = forward_plan(4096, width, 2, 132, "row")
     wanted = plan.block_columns // plans.FORWARD_ROW_ELEMENTS_PER_WARP
@@ -218,12 +219,39 @@ def test_the_pipeline_fits_in_shared_memory(element_bytes, monkeypatch):
 @pytest.mark.parametrize("rule", ["tuned", "source"])
 @pytest.mark.parametrize("row_mode", ["auto", "row", "block"])
 def test_wide_rows_are_cut_in_chunks(make, element_bytes, rule, row_mode):
-    last = make(9, MAX_TILE_COLUMNS, element_bytes, 132, row_mode, rule)
-    assert last.kernel == "row"
-    for columns in (MAX_TILE_COLUMNS + 1, 32768, 100_000, MAX_COLUMNS):
+    ours = make is forward_plan and rule == "tuned"
+    most = plans.FORWARD_MAX_TILE_COLUMNS if ours else MAX_TILE_COLUMNS
+    for columns in (most, most - 1):
+        last = make(9, columns, element_bytes, 132, row_mode, rule)
+        one_row = last.rows_per_tile == 1
+        assert last.kernel == ("row" if one_row else "block")
+    for columns in (most + 1, 2 * most, 20_000, 32768, 100_000, MAX_COLUMNS):
         plan = make(9, columns, element_bytes, 132, row_mode, rule)
         assert plan.kernel == "chunked"
+        assert power_of_two(plan.block_columns)
         assert plan.block_columns < columns
+        if ours:
+            chunks = -(-columns // plan.block_columns)
+            assert chunks == plans.FORWARD_MAX_CHUNKS or plan.block_columns == plans.CHUNK_COLUMNS
+
+
+@every_size
+@every_device
+@pytest.mark.parametrize("row_mode", ["auto", "row", "block"])
+@pytest.mark.parametrize("rows", [1, 7, 4096, 131072])
+def test_three_parts_make_a_row_of_exactly_that_width(
+    rows, row_mode, multiprocessors, element_bytes
+):
+    for width, (rows_per_tile, warps, weight_first) in plans.FORWARD_THREE_PARTS.items():
+        plan = forward_plan(rows, width, element_bytes, multiprocessors, row_mode)
+        assert (plan.parts, plan.parts * plan.block_columns) == (3, width)
+        assert power_of_two(plan.block_columns)
+        assert (plan.rows_per_tile, plan.warps) == (rows_per_tile, warps)
+        assert plan.weight_first is weight_first
+        for other in (width - 1, width + 1):
+            assert forward_plan(rows, other, element_bytes, multiprocessors, row_mode).parts == 1
+        source = forward_plan(rows, width, element_bytes, multiprocessors, row_mode, "source")
+        assert source.parts == 1
 
 
 @both_ways
@@ -270,7 +298,8 @@ def check_tile(plan: Plan, columns: int) -> None:
         assert plan.block_columns < columns
     else:
         assert plan.kernel == ("block" if plan.rows_per_tile > 1 else "row")
-        assert columns <= plan.block_columns < 2 * columns
+        assert columns <= plan.parts * plan.block_columns < 2 * columns
+        assert plan.parts == 1 or plan.parts * plan.block_columns == columns
 
 
 @shapes

@@ -15,6 +15,9 @@ Offsets of rows are 64-bit. CASTING is the place of a casting in `reference.CAST
 1 gemma, 2 none.
 """
 
+# Tuples that grow in a kernel's unrolled loop have no type that mypy knows.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
 from __future__ import annotations
 
 import triton
@@ -74,9 +77,10 @@ def forward_kernel(
     HAS_WEIGHT: tl.constexpr,
     CASTING: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One tile of R rows a program: row and block forward. The weight is asked for before the
-    reduction or after it."""
+    """One tile of R rows of PARTS times BLOCK columns a program: row and block forward. The weight
+    is asked for before the reduction or after it."""
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < C
     first = tl.program_id(0).to(tl.int64) * R
@@ -94,25 +98,35 @@ def forward_kernel(
         row = first + local
         x_offsets = _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT) + columns
         y_offsets = _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT) + columns
-    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
+    w_columns = columns
+    if BLOCK <= 256 and WEIGHT_FIRST:
+        # Rows share a warp. Of a row's shape the weight would lie in another layout than x, and
+        # Triton would exchange it through shared memory, behind barriers.
+        w_columns = columns + 0 * local
+    xs = ()
+    ws = ()
+    for part in tl.static_range(PARTS):
+        xs += (tl.load(x_ptr + (x_offsets + part * BLOCK), mask=mask, other=0.0),)
     if HAS_WEIGHT and WEIGHT_FIRST:
-        if BLOCK <= 256:
-            # Rows share a warp. Of a row's shape the weight would lie in another layout than x, and
-            # Triton would exchange it through shared memory, behind barriers.
-            w = tl.load(w_ptr + (columns + 0 * local), mask=in_row, other=0.0)
-        else:
-            w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
-    x32 = x.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x32 * x32, 1, keep_dims=True) / C + eps)
-    y = x32 * rstd
-    if CASTING != 1:
-        y = y.to(x.dtype).to(tl.float32)
-    if HAS_WEIGHT:
-        if not WEIGHT_FIRST:
-            w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
-        y *= _scale(w, offset, x.dtype, CASTING)
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + y_offsets, y, mask=mask)
+        for part in tl.static_range(PARTS):
+            ws += (tl.load(w_ptr + (w_columns + part * BLOCK), mask=in_row, other=0.0),)
+    squares = xs[0].to(tl.float32) * xs[0].to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        squares += xs[part].to(tl.float32) * xs[part].to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / C + eps)
+    for part in tl.static_range(PARTS):
+        x = xs[part]
+        y = x.to(tl.float32) * rstd
+        if CASTING != 1:
+            y = y.to(x.dtype).to(tl.float32)
+        if HAS_WEIGHT:
+            if WEIGHT_FIRST:
+                w = ws[part]
+            else:
+                w = tl.load(w_ptr + (w_columns + part * BLOCK), mask=in_row, other=0.0)
+            y *= _scale(w, offset, x.dtype, CASTING)
+        y = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (y_offsets + part * BLOCK), y, mask=mask)
 
 
 @triton.jit
@@ -135,26 +149,29 @@ def forward_chunked_kernel(
     HAS_WEIGHT: tl.constexpr,
     CASTING: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One row a program, read twice, BLOCK columns at a time; the second time from the L2."""
+    """One row a program, read twice, BLOCK columns at a time; the second time from a cache."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT)
     y_ptr += _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT)
+    ZERO: tl.constexpr = None if C % BLOCK == 0 else 0.0
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
-        squares += x * x
+        in_row = None if C % BLOCK == 0 else columns < C
+        x = tl.load(x_ptr + columns, mask=in_row, other=ZERO, eviction_policy="evict_last")
+        squares += x.to(tl.float32) * x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(squares, 0) / C + eps)
     for start in range(0, C, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        in_row = columns < C
-        x = tl.load(x_ptr + columns, mask=in_row, other=0.0)
+        in_row = None if C % BLOCK == 0 else columns < C
+        x = tl.load(x_ptr + columns, mask=in_row, other=ZERO, eviction_policy="evict_first")
         y = x.to(tl.float32) * rstd
         if CASTING != 1:
             y = y.to(x.dtype).to(tl.float32)
         if HAS_WEIGHT:
-            w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
+            w = tl.load(w_ptr + columns, mask=in_row, other=ZERO, eviction_policy="evict_last")
             y *= _scale(w, offset, x.dtype, CASTING)
         tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=in_row)
 

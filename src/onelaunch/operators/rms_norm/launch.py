@@ -276,7 +276,8 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
         plan.grid,
         (x, y, weight),
         (_rows(x), *_strides(layout), s.eps, s.offset),
-        _constants(x, weight, plan, layout, s) | {"WEIGHT_FIRST": plan.weight_first},
+        _constants(x, weight, plan, layout, s)
+        | {"WEIGHT_FIRST": plan.weight_first, "PARTS": plan.parts},
         plan.warps,
     )
 
