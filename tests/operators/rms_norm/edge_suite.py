@@ -3,6 +3,7 @@ places, and the ways around the kernels. Shared by the interpreter's run and the
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -105,6 +106,75 @@ class EdgeSuite:
             traced = torch.jit.trace(norm, x)
         other = self.randn(3, 8)
         torch.testing.assert_close(traced(other), norm(other))
+
+    def test_a_trace_holds_the_plain_form_of_a_shape_that_was_launched(self):
+        norm, x = RMSNorm(8, device=self.device), self.randn(4, 8)
+        for _ in range(2):
+            norm(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(norm, x)
+        other = self.randn(4, 8)
+        torch.testing.assert_close(traced(other), norm(other))
+
+    @pytest.mark.parametrize("warm", [0, 3])
+    def test_calls_like_the_last_ones_but_for_one_thing(self, warm):
+        """What was remembered of the last calls must not serve one that differs from them."""
+        eps = 1e-6 * (1 + warm)  # settings of its own
+        storage = self.randn(12, 17)
+        x, w = self.randn(12, 16), self.randn(16)
+        column_major = torch.empty(16, 12, device=self.device).t()
+        far = storage.view(-1)[1 : 1 + 12 * 16].view(12, 16)
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+        def verify(x, w, dy, needs=(True, True), context=contextlib.nullcontext, hooks=None):
+            leaves = [
+                t.detach().requires_grad_(need) for t, need in zip((x, w), needs, strict=True)
+            ]
+            hooked = contextlib.nullcontext if hooks is None else hooks
+            with context(), hooked():
+                y = rms_norm(*leaves, eps)
+            torch.testing.assert_close(y, reference.rms_norm(x, w, eps))
+            if any(needs):
+                asked = [leaf for leaf in leaves if leaf.requires_grad]
+                wanted = reference.rms_norm_backward(dy, x, w, eps)
+                both = [w for w, need in zip(wanted, needs, strict=True) if need]
+                torch.testing.assert_close(torch.autograd.grad(y, asked, dy), tuple(both))
+
+        def laid(t, like):
+            return torch.empty_strided(t.shape, like.stride(), device=t.device).copy_(t)
+
+        dy = self.randn(12, 16)
+        for _ in range(warm):
+            verify(x, w, dy)
+        by_columns = torch.autograd.graph.saved_tensors_hooks
+        for _ in range(2):
+            verify(far, w, dy)
+            verify(x, storage.view(-1)[1:17], dy)
+            verify(x, w, storage.view(-1)[3 : 3 + 12 * 16].view(12, 16))
+            verify(storage[:, :16], w, dy)
+            verify(x, w, storage[:, :16])
+            verify(laid(x, column_major), w, dy)
+            verify(x, w, laid(dy, column_major))
+            verify(x, w, dy, (True, False))
+            verify(x, w, dy, (False, True))
+            verify(x, w, dy, (False, False))
+            verify(x[:7], w, dy[:7])
+            verify(x.view(3, 4, 16), w, dy.view(3, 4, 16))
+            verify(x, w.half(), dy)
+            verify(x.half(), w, dy.half())
+            verify(x, w, dy, context=lambda: autocast)
+            verify(
+                x, w, dy,
+                hooks=lambda: by_columns(
+                    lambda t: t, lambda t: laid(t, column_major) if t.dim() == 2 else t
+                ),
+            )  # fmt: skip
+            with torch.no_grad():
+                assert not rms_norm(x.clone().requires_grad_(), w, eps).requires_grad
+            with torch.inference_mode():
+                assert rms_norm(x, w, eps).is_inference()
+            verify(x, w, dy)
 
     def test_what_functorch_leaves_behind(self):
         kept = []

@@ -18,6 +18,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from onelaunch.operators.guards import with_recent
 from onelaunch.operators.rms_norm import launch, reference
 from onelaunch.operators.rms_norm.launch import Prepared, Settings
 
@@ -26,6 +27,7 @@ TWICE = (
     "use onelaunch.operators.rms_norm.reference.rms_norm where second derivatives are needed"
 )
 _PLAIN = (Tensor, Parameter)
+_address = Tensor.data_ptr
 # Subclasses that take operators by their own tables, which do not hold ours.
 _WITHOUT_RULE = ("torch.distributed", "torch.nested")
 _said: set[str] = {"meta"}  # device types of which it was said that there is no kernel
@@ -42,19 +44,31 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
+        prepared = ctx.prepared
+        plain = not (torch.compiler.is_compiling() or _grad_enabled())
+        if plain and weight is not None:
+            for same, needed_dw, run in prepared.recent_backward:
+                if (
+                    needed_dw is need_dw
+                    and same(dy, x, weight)
+                    and not (_address(dy) | _address(x) | _address(weight)) & 15
+                ):
+                    return *run(dy, x, weight), None
         # A batch of gradients (is_grads_batched) is a plain tensor without storage.
         if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
+            not plain
             or type(dy) is not Tensor
             or not _has_storage(dy)
             or _functorch_active()
             or _dispatch_modes()
         ):
-            both = _backward_through_operator(dy, x, weight, ctx.prepared.s, need_dw)
+            both = _backward_through_operator(dy, x, weight, prepared.s, need_dw)
             return both[0], both[1] if need_dw else None, None
-        dx, dw = launch.backward_of(ctx.prepared, dy, x, weight, need_dw)
-        return dx, dw, None
+        run = launch.backward_launch(prepared, dy, x, weight, need_dw)
+        if weight is not None and not (_address(dy) | _address(x) | _address(weight)) & 15:
+            recent = prepared.recent_backward
+            prepared.recent_backward = with_recent(recent, (dy, x, weight), need_dw, run)
+        return *run(dy, x, weight), None
 
 
 # The engine calls `apply` of a Function's node, and that of every Function looks up its backward.
@@ -65,12 +79,19 @@ _apply = super(torch.autograd.Function, _RMSNorm).apply  # type: ignore[misc]
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_storage = torch._C._has_storage
+_grad_enabled = torch.is_grad_enabled
 
 
 def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
     """rms_norm by whichever way serves these tensors, when nothing is being compiled."""
     if forward_ad._current_level >= 0:
         return traced(x, weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
+    if weight is not None:
+        for same, differentiable, known in s.recent:
+            if same(x, weight) and not (_address(x) | _address(weight)) & 15:
+                if differentiable and _grad_enabled():
+                    return _apply(x, weight, known)
+                return known.forward(x, weight)
     if (
         type(x) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
@@ -87,9 +108,10 @@ def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
             return apply(alive_x, alive_weight, s)
         if prepared is None:
             return _plain(x, weight, s)
-        if torch.is_grad_enabled() and (
-            x.requires_grad or (weight is not None and weight.requires_grad)
-        ):
+        differentiable = x.requires_grad or (weight is not None and weight.requires_grad)
+        if weight is not None and not (_address(x) | _address(weight)) & 15:
+            s.recent = with_recent(s.recent, (x, weight), differentiable, prepared)
+        if differentiable and _grad_enabled():
             return _apply(x, weight, prepared)
         return prepared.forward(x, weight)
     launch.check(x, weight, s.offset)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.operators.devices import multiprocessors
+from onelaunch.operators.guards import Recent
 from onelaunch.operators.handles import bind, dependent_launch
 from onelaunch.operators.rms_norm.plan import (
     MAX_COLUMNS,
@@ -52,6 +53,8 @@ class Settings:
     row_mode: str
     rule: str
     prepared: dict[Any, Prepared] = field(default_factory=dict, repr=False)
+    # Of x and a weight, the latest first, and whether a gradient can be asked of them.
+    recent: Recent[bool, Prepared] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -139,14 +142,16 @@ def check_gradient(dy: Tensor, x: Tensor) -> None:
 
 class Prepared:
     """What one shape, dtype and layout of x and weight need: `forward(x, weight)` launches, and
-    `backward` remembers what the gradients' layouts need."""
+    `backward` remembers what the gradients' layouts need. `recent_backward` is of dY, x and a
+    weight, the latest first, and whether dW is needed."""
 
-    __slots__ = ("backward", "forward", "s")
+    __slots__ = ("backward", "forward", "recent_backward", "s")
 
     def __init__(self, s: Settings, forward: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         self.s = s
         self.forward = forward
         self.backward: dict[Any, Any] = {}
+        self.recent_backward: Recent[bool, Callable[..., tuple[Tensor, Tensor | None]]] = ()
 
 
 def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
@@ -174,11 +179,12 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
             weight.is_contiguous(),
             weight.get_device(),
         )
+    tracing = torch._C._get_tracing_state() is not None  # a trace would not see the launch
     found: Prepared | None = s.prepared.get(key)
-    if found is not None:
+    if found is not None and not tracing:
         return found
     check(x, weight, s.offset)
-    if not supported(x, weight) or torch._C._get_tracing_state():
+    if tracing or not supported(x, weight):
         return None
     try:
         prepared = Prepared(s, _forward_launch(x, weight, s))
@@ -210,14 +216,14 @@ def backward(
     """(dX, dW) of tensors that `supported` lets pass; dW is None where it is not needed."""
     prepared = prepare(x, weight, s)
     assert prepared is not None
-    return backward_of(prepared, dy, x, weight, need_dw)
+    return backward_launch(prepared, dy, x, weight, need_dw)(dy, x, weight)
 
 
-def backward_of(
+def backward_launch(
     prepared: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, need_dw: bool
-) -> tuple[Tensor, Tensor | None]:
-    """`backward` where the forward's preparation is at hand. Two launches, one where no dW is
-    needed or one program holds it all.
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`backward` of these tensors where the forward's preparation is at hand, to be called with
+    them. Two launches, one where no dW is needed or one program holds it all.
 
     x and weight may be other tensors than the forward's: hooks on saved tensors and checkpointing
     bring their own. Raises ValueError where the three do not fit together.
@@ -245,12 +251,11 @@ def backward_of(
             weight.is_contiguous(),
             need_dw,
         )
-    launch = prepared.backward.get(key)
+    launch: Callable[..., tuple[Tensor, Tensor | None]] | None = prepared.backward.get(key)
     if launch is None:
         launch = _backward_launch(dy, x, weight, prepared.s, need_dw)
         _remember(prepared.backward, key, launch)
-    found: tuple[Tensor, Tensor | None] = launch(dy, x, weight)
-    return found
+    return launch
 
 
 def _remember(store: dict[Any, Any], key: Any, value: Any) -> None:

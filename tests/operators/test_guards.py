@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onelaunch.operators import guards
+from onelaunch.operators.guards import same_as, with_recent
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def pair():
+    return torch.randn(4, 6), torch.randn(6)
+
+
+def test_a_guard_fits_tensors_like_its_own():
+    x, w = pair()
+    same = same_as(x, w)
+    assert same(x, w)
+    assert same(*pair())
+    assert same(torch.zeros(5, 6)[1:], w)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:3],
+        lambda x: x.double(),
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.empty(4, 7)[:, :6],
+        lambda x: x[None],
+        lambda x: x.clone().requires_grad_(),
+        lambda x: torch.nn.Parameter(x, requires_grad=False),
+        lambda x: torch._neg_view(x),
+        lambda x: x.to("meta"),
+    ],
+)
+def test_a_guard_fits_nothing_else(change):
+    x, w = pair()
+    same = same_as(x, w)
+    other = change(x)
+    assert not same(other, w)
+    assert same_as(other, w)(other, w)
+
+
+def test_modes_and_transforms_are_seen():
+    x, w = pair()
+    same = same_as(x, w)
+    with Mode():
+        assert not same(x, w)
+    with torch.inference_mode():
+        assert not same(x, w)
+    with torch.autocast("cpu"):
+        assert not same(x, w)
+
+    def transformed(x):
+        assert not same(x, w)
+        return x.sum()
+
+    for transform in (torch.func.vmap, torch.func.grad):
+        transform(transformed)(x)
+    assert same(x, w)
+
+
+def test_a_guard_keeps_no_tensor():
+    x, w = pair()
+    told = weakref.ref(x)
+    same = same_as(x, w)
+    del x
+    gc.collect()
+    assert told() is None
+    assert same(*pair())
+
+
+def test_without_pytorchs_guards_nothing_is_remembered(monkeypatch):
+    monkeypatch.setattr(guards, "TensorGuards", None)
+    assert same_as(*pair()) is None
+    assert with_recent((), pair(), True, "value") == ()
+
+
+def test_the_latest_are_kept():
+    recent = ()
+    for n in range(1, 2 * guards.MOST_RECENT):
+        recent = with_recent(recent, (torch.empty(n),), n, str(n))
+    assert [value for _, _, value in recent] == ["7", "6", "5", "4"]
+    assert [same(torch.empty(5)) for same, _, _ in recent] == [False, False, True, False]
