@@ -134,12 +134,14 @@ class EdgeSuite:
             hooked = contextlib.nullcontext if hooks is None else hooks
             with context(), hooked():
                 y = rms_norm(*leaves, eps)
-            torch.testing.assert_close(y, reference.rms_norm(x, w, eps))
+            # Two roundings to float16, each of which may fall the other way.
+            near = {"rtol": 5e-3, "atol": 1e-3} if x.dtype is torch.half else {}
+            torch.testing.assert_close(y, reference.rms_norm(x, w, eps), **near)
             if any(needs):
                 asked = [leaf for leaf in leaves if leaf.requires_grad]
                 wanted = reference.rms_norm_backward(dy, x, w, eps)
                 both = [w for w, need in zip(wanted, needs, strict=True) if need]
-                torch.testing.assert_close(torch.autograd.grad(y, asked, dy), tuple(both))
+                torch.testing.assert_close(torch.autograd.grad(y, asked, dy), tuple(both), **near)
 
         def laid(t, like):
             return torch.empty_strided(t.shape, like.stride(), device=t.device).copy_(t)
@@ -148,33 +150,32 @@ class EdgeSuite:
         for _ in range(warm):
             verify(x, w, dy)
         by_columns = torch.autograd.graph.saved_tensors_hooks
-        for _ in range(2):
-            verify(far, w, dy)
-            verify(x, storage.view(-1)[1:17], dy)
-            verify(x, w, storage.view(-1)[3 : 3 + 12 * 16].view(12, 16))
-            verify(storage[:, :16], w, dy)
-            verify(x, w, storage[:, :16])
-            verify(laid(x, column_major), w, dy)
-            verify(x, w, laid(dy, column_major))
-            verify(x, w, dy, (True, False))
-            verify(x, w, dy, (False, True))
-            verify(x, w, dy, (False, False))
-            verify(x[:7], w, dy[:7])
-            verify(x.view(3, 4, 16), w, dy.view(3, 4, 16))
-            verify(x, w.half(), dy)
-            verify(x.half(), w, dy.half())
-            verify(x, w, dy, context=lambda: autocast)
-            verify(
-                x, w, dy,
-                hooks=lambda: by_columns(
-                    lambda t: t, lambda t: laid(t, column_major) if t.dim() == 2 else t
-                ),
-            )  # fmt: skip
-            with torch.no_grad():
-                assert not rms_norm(x.clone().requires_grad_(), w, eps).requires_grad
-            with torch.inference_mode():
-                assert rms_norm(x, w, eps).is_inference()
-            verify(x, w, dy)
+        verify(far, w, dy)
+        verify(x, storage.view(-1)[1:17], dy)
+        verify(x, w, storage.view(-1)[3 : 3 + 12 * 16].view(12, 16))
+        verify(storage[:, :16], w, dy)
+        verify(x, w, storage[:, :16])
+        verify(laid(x, column_major), w, dy)
+        verify(x, w, laid(dy, column_major))
+        verify(x, w, dy, (True, False))
+        verify(x, w, dy, (False, True))
+        verify(x, w, dy, (False, False))
+        verify(x[:7], w, dy[:7])
+        verify(x.view(3, 4, 16), w, dy.view(3, 4, 16))
+        verify(x, w.half(), dy)
+        verify(x.half(), w, dy.half())
+        verify(x, w, dy, context=lambda: autocast)
+        verify(
+            x, w, dy,
+            hooks=lambda: by_columns(
+                lambda t: t, lambda t: laid(t, column_major) if t.dim() == 2 else t
+            ),
+        )  # fmt: skip
+        with torch.no_grad():
+            assert not rms_norm(x.clone().requires_grad_(), w, eps).requires_grad
+        with torch.inference_mode():
+            assert rms_norm(x, w, eps).is_inference()
+        verify(x, w, dy)
 
     def test_what_functorch_leaves_behind(self):
         kept = []

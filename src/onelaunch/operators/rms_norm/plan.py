@@ -42,7 +42,7 @@ FORWARD_BLOCK = (
     (4096, (1, 8, True)),
 )
 # A width of three times a power of two, held as three parts of that and not padded to four.
-FORWARD_THREE_PARTS = {768: (1, 1, True)}
+FORWARD_THREE_PARTS = {768: (1, 1, True), 3072: (1, 4, True)}
 FORWARD_ROW_ELEMENTS_PER_WARP = 512
 # Backward also: pipeline stages, programs a multiprocessor.
 BACKWARD_BLOCK = (
