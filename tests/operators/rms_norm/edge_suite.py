@@ -149,7 +149,7 @@ class EdgeSuite:
         dy = self.randn(12, 16)
         for _ in range(warm):
             verify(x, w, dy)
-        by_columns = torch.autograd.graph.saved_tensors_hooks
+        saved_tensors_hooks = torch.autograd.graph.saved_tensors_hooks
         verify(far, w, dy)
         verify(x, storage.view(-1)[1:17], dy)
         verify(x, w, storage.view(-1)[3 : 3 + 12 * 16].view(12, 16))
@@ -167,7 +167,7 @@ class EdgeSuite:
         verify(x, w, dy, context=lambda: autocast)
         verify(
             x, w, dy,
-            hooks=lambda: by_columns(
+            hooks=lambda: saved_tensors_hooks(
                 lambda t: t, lambda t: laid(t, column_major) if t.dim() == 2 else t
             ),
         )  # fmt: skip
