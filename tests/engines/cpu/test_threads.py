@@ -88,8 +88,9 @@ def times(best: int, most: int = 8) -> dict[int, float]:
 @pytest.mark.parametrize("best", [1, 2, 4, 8])
 def test_it_settles_on_the_fastest(module, best):
     governed = Governed(module, 8)
-    first = governed.run(17, times(best))
-    assert set(first[:16]) == {1, 2, 4, 8}
+    searched = 4 * module.SEARCH_SAMPLES
+    first = governed.run(searched + 1, times(best))
+    assert set(first[:searched]) == {1, 2, 4, 8}
     assert first[-1] == best
     used = governed.run(5000, times(best))
     assert used.count(best) > 0.95 * len(used)
@@ -126,10 +127,31 @@ def test_a_fastest_that_becomes_slow_is_left_soon(module):
     assert used[100:].count(4) > 70
 
 
+@pytest.mark.parametrize("best", [1, 2, 4, 8])
+def test_one_interrupted_forward_decides_no_search(module, best):
+    """Whichever forward of whichever number of threads it is."""
+    searched = 4 * module.SEARCH_SAMPLES
+    for interrupted in range(searched):
+        governed = Governed(module, 8)
+        governed.run(interrupted, times(best))
+        governed.run(1, {n: 5e6 for n in (1, 2, 4, 8)})
+        governed.run(searched - interrupted - 1, times(best))
+        assert governed.run(1, times(best)) == [best]
+
+
+@pytest.mark.parametrize(("faster", "moves"), [(0.99, False), (0.97, True)])
+def test_it_moves_for_a_gain_that_is_worth_it(module, faster, moves):
+    governed = Governed(module, 2)
+    governed.run(100, {1: 2e6, 2: 1e6})
+    assert governed.run(1, {1: 2e6, 2: 1e6}) == [2]
+    used = governed.run(3000, {1: faster * 1e6, 2: 1e6})
+    assert (used[-1] == 1) is moves
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_of_three_percent_does_not_move_it(module, seed):
     governed = Governed(module, 8, seed)
-    governed.run(17, times(4), noise=0.03)
+    governed.run(4 * module.SEARCH_SAMPLES + 1, times(4), noise=0.03)
     used = governed.run(10_000, times(4), noise=0.03)
     assert used.count(4) > 0.97 * len(used)
 

@@ -163,6 +163,7 @@ class Governor(IntEnum):
     FIRST = 7  # the range of indices this search tries
     FINAL = 8
     BEFORE = 9  # index in use before this search
+    SLOWEST = 10  # of the samples so far
     TIMES = 16  # one for each index
     LENGTH = 48
 

@@ -19,7 +19,10 @@ from onelaunch.engines.cpu.native.vectors import (
     put_i64,
 )
 
-SEARCH_SAMPLES = 4  # forwards with one number of threads; the first is not counted
+# Forwards with one number of threads. The first is not counted, and of the others not the slowest:
+# one that the system interrupted would decide the search.
+SEARCH_SAMPLES = 6
+KEPT_WITHIN = 1.02  # the number in use stays unless another is faster by more
 FIRST_PERIOD, LAST_PERIOD = 64, 1024
 WORSE = 1.05
 BREATH = 5e7  # nanoseconds
@@ -174,6 +177,7 @@ def _try(state, governor, index):
     _set(governor, Governor.TRYING, index)
     _set(governor, Governor.SAMPLES, 0)
     put_f64(governor + 8 * Governor.SUM, 0.0)
+    put_f64(governor + 8 * Governor.SLOWEST, 0.0)
     _use(state, governor, index)
 
 
@@ -192,9 +196,12 @@ def govern(state, took):
         _set(governor, Governor.SAMPLES, samples)
         if samples > 1:
             put_f64(governor + 8 * Governor.SUM, get_f64(governor + 8 * Governor.SUM) + took)
+            slowest = governor + 8 * Governor.SLOWEST
+            put_f64(slowest, max(get_f64(slowest), took))
         if samples < SEARCH_SAMPLES:
             return
-        mean = get_f64(governor + 8 * Governor.SUM) / (SEARCH_SAMPLES - 1)
+        total = get_f64(governor + 8 * Governor.SUM) - get_f64(governor + 8 * Governor.SLOWEST)
+        mean = total / (SEARCH_SAMPLES - 2)
         put_f64(governor + 8 * (Governor.TIMES + trying), mean)
         if trying < field(governor, Governor.FINAL):
             _try(state, governor, trying + 1)
@@ -238,9 +245,12 @@ def _best(governor, first, final):
 def _settle(state, governor):
     """After a search: use the best, and search less often where it is the same as before."""
     best = _best(governor, field(governor, Governor.FIRST), field(governor, Governor.FINAL))
+    before = field(governor, Governor.BEFORE)
+    if before >= 0 and _time(governor, best) * KEPT_WITHIN > _time(governor, before):
+        best = before
     period = field(governor, Governor.PERIOD)
     _set(governor, Governor.PERIOD, min(2 * period, LAST_PERIOD))
-    if best != field(governor, Governor.BEFORE):
+    if best != before:
         _set(governor, Governor.PERIOD, FIRST_PERIOD)
     _set(governor, Governor.SINCE, 0)
     _use(state, governor, best)
