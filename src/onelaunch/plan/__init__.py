@@ -1,7 +1,8 @@
 """How a whole model runs, as pure data shared by every engine: no tensors, no device.
 
 `make_plan` gives the stages of one forward with what each reads, writes and costs; `launches`
-groups them by fusion depth; `check` and its siblings say where a plan is wrong.
+groups them by fusion depth; `make_tiles` cuts them into tiles that wait for one another; `check`
+and its siblings say where a plan is wrong.
 """
 
 from onelaunch.plan.build import make_plan
@@ -10,6 +11,7 @@ from onelaunch.plan.describe import describe
 from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_depth
 from onelaunch.plan.stages import KINDS, NO_LAYER, Access, Buffer, Plan, Stage, Totals
 from onelaunch.plan.storage import Storage, assign_storage, check_storage
+from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, make_tiles
 
 __all__ = [
     "KINDS",
@@ -22,14 +24,18 @@ __all__ = [
     "PlanError",
     "Stage",
     "Storage",
+    "TilePlan",
+    "Tiling",
     "Totals",
     "assign_storage",
     "check",
     "check_launches",
     "check_storage",
+    "check_tiles",
     "describe",
     "every_depth",
     "launches",
     "make_plan",
+    "make_tiles",
     "parse_depth",
 ]
