@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 
 from onelaunch.operators.rms_norm import RMSNorm, launch, reference, rms_norm
 
@@ -85,6 +86,17 @@ class EdgeSuite:
             torch._dynamo.reset()
             compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
             torch.testing.assert_close(compiled(x), function(x))
+
+    def test_compiled_autograd(self):
+        """The backward is then traced, not run: also that of a call like the last ones."""
+        x, w = self.randn(8, 16, requires_grad=True), self.randn(16, requires_grad=True)
+        dy = self.randn(8, 16)
+        for _ in range(2):
+            wanted = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
+        torch._dynamo.reset()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            got = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
+        torch.testing.assert_close(got, wanted)
 
     def test_in_place_leaves_rows_that_overlap_alone(self):
         x = self.randn(4, 8, requires_grad=True)
