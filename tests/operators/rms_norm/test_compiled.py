@@ -7,17 +7,14 @@ binding is replaced, by one that compiles for a device which is not there.
 
 from __future__ import annotations
 
-import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from onelaunch.operators.rms_norm import launch
 from onelaunch.operators.rms_norm.plan import FORWARD_MAX_TILE_COLUMNS, MAX_TILE_COLUMNS
+from tests.compiling import absent, spilled
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -53,37 +50,14 @@ class Compiled:
     spilled: int
 
 
-@dataclass
-class Absent:
-    """A device that is not there, as Triton's driver describes one."""
-
-    target: Any
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)  # kernels are kept by device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
     """A function: the kernels that `launch` binds on a target for x, weight and settings."""
     triton = pytest.importorskip("triton")
     if launch.available(torch.device("cpu")):
         pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    targets = {
-        "sm_80": GPUTarget("cuda", 80, 32),
-        "sm_90": GPUTarget("cuda", 90, 32),
-        "sm_100": GPUTarget("cuda", 100, 32),
-        "gfx942": GPUTarget("hip", "gfx942", 64),
-    }
     done: list[Compiled] = []
 
     def bind(kernel, grid, tensors, numbers, constants, warps, dependent=False):
@@ -93,7 +67,7 @@ def compile_for(monkeypatch, tmp_path):
         return lambda *tensors: None
 
     def compile_for(target, x, weight, *, casting="llama", row_mode="auto", rule="tuned"):
-        monkeypatch.setattr(driver, "_active", Absent(targets[target]))
+        monkeypatch.setattr(driver, "_active", absent(target))
         monkeypatch.setattr(launch, "available", lambda device: True)
         monkeypatch.setattr(launch, "multiprocessors", lambda device: PROCESSORS[target])
         monkeypatch.setattr(
@@ -109,17 +83,6 @@ def compile_for(monkeypatch, tmp_path):
         return list(done)
 
     return compile_for
-
-
-def spilled(triton, compiled, folder: Path) -> int:
-    if "amdgcn" in compiled.asm:
-        counted = re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
-        return 4 * int(counted[1])
-    path = folder / "kernel.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", told)[1]) + int(re.search(r"LOCAL:(\d+)", told)[1])
 
 
 def limit(target: str, columns: int, rule: str) -> int:

@@ -1,0 +1,101 @@
+"""The stages through Triton's interpreter, on CPU tensors: float32 and float16. Run by
+test_interpreter.py in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+assert "triton" not in sys.modules, "too late: Triton was imported before this"
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from onelaunch.engines.cuda.staged import StagedForward, padded, tilings_of  # noqa: E402
+from onelaunch.model import Model  # noqa: E402
+from onelaunch.plan import check_tiles, make_plan, make_tiles  # noqa: E402
+from tests.engines.suite import (  # noqa: E402
+    SHAPES,
+    SMALL,
+    exact_logits,
+    relative_error,
+    weights_of,
+)
+
+CPU = torch.device("cpu")
+MORE = {
+    "no power of two": SMALL.with_(dim=40, n_heads=5, n_kv_heads=5, hidden_dim=44, vocab_size=67),
+    "heads of 6": SMALL.with_(head_dim=6, n_kv_heads=2),
+}
+
+
+def _index(patch):
+    """Triton 3.6 reads loop bounds as int(array of one number), which NumPy 2.4 refuses."""
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
+
+
+interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_poisoned():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def tokens_of(config, batch, sequence):
+    generator = torch.Generator().manual_seed(batch * 100 + sequence)
+    return torch.randint(config.vocab_size, (batch, sequence), generator=generator)
+
+
+@pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_are_the_models(config, dtype):
+    weights, tokens = weights_of(config), tokens_of(config, 2, 19)
+    got = StagedForward(config, weights, dtype, CPU).logits(tokens)
+    exact = exact_logits(config, weights, tokens)
+    own = Model.from_weights(config, {name: w.to(dtype) for name, w in weights.items()})
+    with torch.no_grad():
+        plain = torch.nn.functional.linear(own.hidden(tokens), own.head_weight())
+    error, allowed = relative_error(got, exact), 1.5 * relative_error(plain, exact)
+    assert got.dtype == torch.float32
+    assert error <= allowed, f"{error:.2e} where {allowed:.2e} is allowed"
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 1), (3, 16), (1, 17), (2, SMALL.max_seq_len)])
+def test_lengths_at_both_sides_of_a_tile(batch, sequence):
+    weights, tokens = weights_of(SMALL), tokens_of(SMALL, batch, sequence)
+    forward = StagedForward(SMALL, weights, torch.float32, CPU)
+    every = forward.logits(tokens)
+    assert relative_error(every, exact_logits(SMALL, weights, tokens)) < 1e-5
+    assert torch.equal(forward.logits(tokens, all_positions=False), every[:, -1:])
+    for text in range(batch):
+        assert torch.equal(forward.logits(tokens[text : text + 1])[0, 0], every[text, 0])
+
+
+def test_what_stands_behind_changes_nothing_before():
+    weights, tokens = weights_of(SMALL), tokens_of(SMALL, 1, 20)
+    forward = StagedForward(SMALL, weights, torch.float32, CPU)
+    whole = forward.logits(tokens)
+    assert torch.equal(forward.logits(tokens[:, :7]), whole[:, :7])
+
+
+def test_a_dtype_without_stages_is_refused():
+    with pytest.raises(TypeError, match="not torch.float64"):
+        StagedForward(SMALL, weights_of(SMALL), torch.float64, CPU)
+
+
+def test_the_tiles_are_a_right_plan():
+    for config in (*SHAPES.values(), *MORE.values()):
+        check_tiles(make_tiles(make_plan(config, 3, 21), tilings_of(config)))
+    assert [padded(n) for n in (1, 16, 17, 48)] == [16, 16, 32, 64]

@@ -1,0 +1,55 @@
+"""The stages compiled, without a GPU, for NVIDIA's sm_80 and sm_90 and AMD's gfx942: they compile,
+and keep their tiles in registers. Nothing runs, so nothing else is claimed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onelaunch.config import preset
+from onelaunch.engines.cuda.staged import StagedForward
+from onelaunch.operators.rms_norm import launch
+from tests.compiling import absent, spilled
+
+BF16 = torch.bfloat16
+
+
+class Compiles:
+    """In a kernel's place: compiles where the kernel would be launched."""
+
+    def __init__(self, kernel, done, spills) -> None:
+        self.kernel, self.done, self.spills = kernel, done, spills
+
+    def __getitem__(self, grid):
+        def compile(*args, **kwargs):
+            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.done.append((self.kernel.fn.__name__, self.spills(compiled)))
+
+        return compile
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["stories15m", "qwen3-0.6b"])
+def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    if launch.INTERPRETED:
+        pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
+    from triton.runtime import driver
+
+    from onelaunch.engines.cuda import stages
+
+    monkeypatch.setattr(driver, "_active", absent(target))
+    config = preset(name).with_(n_layers=1, vocab_size=512, max_seq_len=256)
+    weights = {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
+    forward = StagedForward(config, weights, BF16, torch.device("cpu"))
+    done: list[tuple[str, int]] = []
+    for kernel in [n for n in vars(stages) if n.endswith("_kernel")]:
+        replaced = Compiles(getattr(stages, kernel), done, lambda c: spilled(triton, c, tmp_path))
+        monkeypatch.setattr(stages, kernel, replaced)
+    forward.logits(torch.zeros(1, 256, dtype=torch.int64))
+    names = [name for name, _ in done]
+    assert names == [
+        "embed_kernel", "qkv_kernel", "attention_kernel", "add_product_kernel", "gate_up_kernel",
+        "add_product_kernel", "head_kernel",
+    ]  # fmt: skip
+    assert dict(done) == dict.fromkeys(names, 0)
