@@ -11,7 +11,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 from onelaunch.engines.cuda.staged import StagedForward, padded, tilings_of  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
@@ -23,6 +22,7 @@ from tests.engines.suite import (  # noqa: E402
     relative_error,
     weights_of,
 )
+from tests.interpreting import mend_loop_bounds  # noqa: E402
 
 CPU = torch.device("cpu")
 MORE = {
@@ -31,17 +31,7 @@ MORE = {
 }
 
 
-def _index(patch):
-    """Triton 3.6 reads loop bounds as int(array of one number), which NumPy 2.4 refuses."""
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    return patched
-
-
-interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)
+mend_loop_bounds()
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from onelaunch.operators.rms_norm import kernels, launch, plan  # noqa: E402
+from tests.interpreting import mend_loop_bounds  # noqa: E402
 from tests.operators.rms_norm import suite  # noqa: E402
 from tests.operators.rms_norm.edge_suite import FAR_ELEMENTS, EdgeSuite  # noqa: E402
 from tests.operators.rms_norm.kernel_suite import KernelSuite  # noqa: E402
@@ -36,17 +37,6 @@ plan.CHUNKED_BACKWARD = (2, 256, 8)
 plan.REDUCE_NARROW = (64, 16, 8)
 
 
-def _index(patch):
-    """Triton 3.6 reads loop bounds as int(array of one number), which NumPy 2.4 refuses
-    (triton-lang/triton#9171; mended in 3.7)."""
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    return patched
-
-
 def _add_pairs_at_once(slow):
     """The interpreter calls the function that adds two pairs once for each element: half a second
     a tile. Here NumPy adds them; `test_pairs_are_added_as_the_kernel_says` is the check."""
@@ -59,7 +49,7 @@ def _add_pairs_at_once(slow):
     return reduce
 
 
-interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)
+mend_loop_bounds()
 slow_reduce = interpreter.ReduceOps.generic_reduce
 interpreter.ReduceOps.generic_reduce = _add_pairs_at_once(slow_reduce)
 

@@ -13,6 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _tile(n_rows, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and columns of this program's tile of (n_rows, COLUMNS), the elements' offsets there,
+    and which of the rows, columns and elements exist."""
+    column_tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
+    tile = tl.program_id(0)
+    rows = tile // column_tiles * BM + tl.arange(0, BM)
+    columns = tile % column_tiles * BN + tl.arange(0, BN)
+    offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    in_rows, in_columns = rows < n_rows, columns < COLUMNS
+    return rows, columns, offsets, in_rows, in_columns, in_rows[:, None] & in_columns[None, :]
+
+
+@triton.jit
 def _product(
     x_ptr,
     w_ptr,
@@ -58,15 +71,10 @@ def embed_kernel(
     BN: tl.constexpr,
 ):
     """x: (N, D) from the tokens' rows of the embedding."""
-    column_tiles: tl.constexpr = (D + BN - 1) // BN
-    tile = tl.program_id(0)
-    rows = tile // column_tiles * BM + tl.arange(0, BM)
-    columns = tile % column_tiles * BN + tl.arange(0, BN)
-    in_rows = rows < n_rows
-    mask = in_rows[:, None] & (columns < D)[None, :]
+    rows, columns, offsets, in_rows, _, mask = _tile(n_rows, D, BM, BN)
     token = tl.load(tokens_ptr + rows, mask=in_rows, other=0).to(tl.int64)
     found = tl.load(embedding_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
-    tl.store(x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], found, mask=mask)
+    tl.store(x_ptr + offsets, found, mask=mask)
 
 
 @triton.jit
@@ -201,18 +209,12 @@ def add_product_kernel(
     BK: tl.constexpr,
 ):
     """x += y w^T, x: (N, D), y: (N, INNER): out_proj and down with the residual."""
-    column_tiles: tl.constexpr = (D + BN - 1) // BN
-    tile = tl.program_id(0)
-    rows = tile // column_tiles * BM + tl.arange(0, BM)
-    columns = tile % column_tiles * BN + tl.arange(0, BN)
-    in_rows, in_columns = rows < n_rows, columns < D
+    rows, columns, offsets, in_rows, in_columns, mask = _tile(n_rows, D, BM, BN)
     total, _ = _product(
         y_ptr, w_ptr, rows.to(tl.int64) * INNER, in_rows, columns, in_columns, INNER, BM, BN, BK
     )
-    to = x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    mask = in_rows[:, None] & in_columns[None, :]
-    before = tl.load(to, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to, (before + total).to(x_ptr.dtype.element_ty), mask=mask)
+    before = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr + offsets, (before + total).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -229,21 +231,15 @@ def gate_up_kernel(
     BK: tl.constexpr,
 ):
     """hidden: (N, F) = silu(gate) up (2002.05202), of the normalized rows of x."""
-    column_tiles: tl.constexpr = (F + BN - 1) // BN
-    tile = tl.program_id(0)
-    rows = tile // column_tiles * BM + tl.arange(0, BM)
-    columns = tile % column_tiles * BN + tl.arange(0, BN)
-    in_rows, in_columns = rows < n_rows, columns < F
-    offsets = rows.to(tl.int64) * D
-    gate, squares = _product(x_ptr, w_ptr, offsets, in_rows, columns, in_columns, D, BM, BN, BK)
-    up, _ = _product(x_ptr, w_ptr, offsets, in_rows, columns + F, in_columns, D, BM, BN, BK)
+    rows, columns, offsets, in_rows, in_columns, mask = _tile(n_rows, F, BM, BN)
+    of_x = rows.to(tl.int64) * D
+    gate, squares = _product(x_ptr, w_ptr, of_x, in_rows, columns, in_columns, D, BM, BN, BK)
+    up, _ = _product(x_ptr, w_ptr, of_x, in_rows, columns + F, in_columns, D, BM, BN, BK)
     rstd = tl.rsqrt(squares / D + eps)[:, None]
     gate *= rstd
     up *= rstd
     hidden = gate / (1 + tl.exp(-gate)) * up
-    to = hidden_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
-    mask = in_rows[:, None] & in_columns[None, :]
-    tl.store(to, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+    tl.store(hidden_ptr + offsets, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -262,13 +258,8 @@ def head_kernel(
     BK: tl.constexpr,
 ):
     """logits: (n_rows, V) of the normalized rows start, start + step, ... of x."""
-    column_tiles: tl.constexpr = (V + BN - 1) // BN
-    tile = tl.program_id(0)
-    rows = tile // column_tiles * BM + tl.arange(0, BM)
-    columns = tile % column_tiles * BN + tl.arange(0, BN)
-    in_rows, in_columns = rows < n_rows, columns < V
-    offsets = (rows.to(tl.int64) * step + start) * D
-    total, squares = _product(x_ptr, w_ptr, offsets, in_rows, columns, in_columns, D, BM, BN, BK)
+    rows, columns, offsets, in_rows, in_columns, mask = _tile(n_rows, V, BM, BN)
+    of_x = (rows.to(tl.int64) * step + start) * D
+    total, squares = _product(x_ptr, w_ptr, of_x, in_rows, columns, in_columns, D, BM, BN, BK)
     total *= tl.rsqrt(squares / D + eps)[:, None]
-    to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
-    tl.store(to, total, mask=in_rows[:, None] & in_columns[None, :])
+    tl.store(logits_ptr + offsets, total, mask=mask)
