@@ -75,11 +75,11 @@ BLOCK_MIN_ROWS_PER_MULTIPROCESSOR = 8
 MAX_PIPELINE_BYTES = 96 * 1024
 
 # One tile holds a row up to here; wider rows are walked twice, in chunks. Forward the second time
-# is from a cache, and from 8,192 columns on 1 to 2% faster than holding the row.
+# is from a cache, and 1 to 2% faster than holding a row of 8,192 or 16,384 columns.
 MAX_TILE_COLUMNS = 16384
 FORWARD_MAX_TILE_COLUMNS = 4096
-FORWARD_MAX_CHUNKS = 2  # where that is no more columns a chunk than these
-CHUNK_COLUMNS = 8192
+FORWARD_LEAST_CHUNKS = 2
+CHUNK_COLUMNS = 8192  # at most
 CHUNKED_BACKWARD = (2, 4096, 8)  # rows a tile, columns a chunk, warps
 MAX_COLUMNS = 262_144
 MAX_PROGRAMS = 2**31 - 1
@@ -135,7 +135,7 @@ def forward_plan(
     """The launch for y of `rows` rows of `columns` elements of `element_bytes` bytes."""
     width = _check(rows, columns, row_mode, rule)
     if width > (MAX_TILE_COLUMNS if rule == "source" else FORWARD_MAX_TILE_COLUMNS):
-        chunk = min(CHUNK_COLUMNS, width // FORWARD_MAX_CHUNKS)
+        chunk = min(CHUNK_COLUMNS, width // FORWARD_LEAST_CHUNKS)
         return Plan("chunked", 1, chunk, MAX_WARPS, rows)
     parts, weight_first = 1, False
     if rule == "source":
