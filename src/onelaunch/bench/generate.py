@@ -1,9 +1,9 @@
 """generate: tokens a second of the CPU engine, beside what a user could pick instead.
 
-Greedy, one text, random weights of the presets' shapes, a prompt of three tokens. Ours, the
-reference engine's and the bare loop's seconds are of the whole text, its prompt read; run.c's rate
-is its own, of every token but the first. Each round has every contestant once, and the speed at
-which the same number of threads reads the packed weights: the best of 15 passes in that round.
+Greedy, one text, random weights of the presets' shapes, a prompt of three tokens. A rate is of
+every token but the first, as run.c counts its own. Each round has every contestant once, and the
+speed at which the same number of threads reads the packed weights: the best of 15 passes in that
+round.
 Further rows: a prompt read, a core that something else keeps busy, a second start, memory, and a
 first start, which compiles.
 """

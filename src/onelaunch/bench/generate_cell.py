@@ -24,7 +24,7 @@ from onelaunch.checkpoints import save
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.engine import CpuEngine
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import Engine, Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
 from onelaunch.plan import make_plan
@@ -40,6 +40,10 @@ WARM_TOKENS = 2
 Threads = int | str
 Contestant = tuple[str, Threads]
 """Who, and with how many threads."""
+Heard = Callable[[int], object]
+"""What gets each token as it is drawn."""
+Writer = Callable[[int, Heard], None]
+"""Writes so many tokens."""
 
 
 def prompt_of(length: int) -> list[int]:
@@ -115,10 +119,13 @@ class Cell:
         self._compare(prompt, n)
         calls: dict[Contestant, Callable[[], float]] = {}
         for each, engine in self.ours.items():
-            calls["ours", each] = partial(_rate, engine, prompt, n)
+            calls["ours", each] = partial(_rate, partial(_write, engine, prompt), n)
         for number in self.peer_numbers:
-            calls[REFERENCE, number] = partial(self._in_torch, self._reference, prompt, n, number)
-            calls[BARE, number] = partial(self._in_torch, self._bare, prompt, n, number)
+            for name, write in (
+                (REFERENCE, partial(_write, self.reference, prompt)),
+                (BARE, partial(self._bare, prompt)),
+            ):
+                calls[name, number] = partial(self._in_torch, write, n, number)
             if self.run_c is not None:
                 calls[RUN_C, number] = partial(self._run_c, prompt, n, number)
         with ExitStack() as stack:
@@ -146,22 +153,14 @@ class Cell:
         pairs = enumerate(zip(ids, theirs, strict=True))
         self.same_tokens = next((i for i, (a, b) in pairs if a != b), n)
 
-    def _reference(self, prompt: list[int], n: int) -> object:
-        return self.reference.generate([prompt], n, Sampling())
+    def _bare(self, prompt: list[int], n: int, heard: Heard) -> None:
+        self.bare.generate(prompt, n, heard)
 
-    def _bare(self, prompt: list[int], n: int) -> object:
-        return self.bare.generate(prompt, n)
-
-    def _in_torch(
-        self, write: Callable[[list[int], int], object], prompt: list[int], n: int, threads: int
-    ) -> float:
+    def _in_torch(self, write: Writer, n: int, threads: int) -> float:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            write(prompt, WARM_TOKENS)
-            start = time.perf_counter()
-            write(prompt, n)
-            return n / (time.perf_counter() - start)
+            return _rate(write, n)
         finally:
             torch.set_num_threads(before)
 
@@ -170,8 +169,13 @@ class Cell:
         return self.run_c.generate(prompt, n, threads)[0]
 
 
-def _rate(engine: CpuEngine, prompt: list[int], n: int) -> float:
-    engine.generate([prompt], WARM_TOKENS, Sampling())
-    start = time.perf_counter()
-    engine.generate([prompt], n, Sampling())
-    return n / (time.perf_counter() - start)
+def _write(engine: Engine, prompt: list[int], n: int, heard: Heard) -> None:
+    engine.generate([prompt], n, Sampling(), on_token=lambda text, token: heard(token))
+
+
+def _rate(write: Writer, n: int) -> float:
+    """Tokens a second of every token but the first, as run.c counts them."""
+    write(WARM_TOKENS, lambda token: None)
+    times: list[float] = []
+    write(n, lambda token: times.append(time.perf_counter()))
+    return (len(times) - 1) / (times[-1] - times[0])

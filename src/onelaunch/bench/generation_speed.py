@@ -76,8 +76,10 @@ class BareLoop:
         self.cos, self.sin = cos.to(self.embedding), sin.to(self.embedding)
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], n: int) -> list[int]:
-        """Greedy continuation of one prompt by n tokens."""
+    def generate(
+        self, prompt: list[int], n: int, on_token: Callable[[int], None] | None = None
+    ) -> list[int]:
+        """Greedy continuation of one prompt by n tokens; `on_token` gets each as it is drawn."""
         c = self.config
         length = len(prompt) + n
         shape = (c.n_layers, 2, 1, c.n_kv_heads, length, c.head_dim)
@@ -91,6 +93,8 @@ class BareLoop:
                 continue
             token = token_next
             out.append(token)
+            if on_token is not None:
+                on_token(token)
         return out
 
     def _step(self, token: int, position: int, cache: Tensor) -> Tensor:

@@ -40,11 +40,10 @@ from onelaunch.engines.cpu.native.vectors import (
 
 WIDTH = 4 * LANES  # bytes of a vector
 TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
-# How far ahead of its reading a thread asks for weights that lie in memory, in bytes. On an EPYC
-# one thread writes stories110m at 72.2 tokens/s with it (4096: 72.3, 8192: 69.9, 12288: 65.1), at
-# 68 without; stories15m, which the last cache half holds, is slower by a tenth: so only where
-# State.STREAM says so. In bfloat16 it costs a third.
-AHEAD = 6144
+# How far ahead of its reading a thread asks for weights that lie in memory, in bytes (docs/log.md
+# has the others that were tried). stories15m, which the last cache half holds, is slower by a tenth
+# with it: so only where State.STREAM says so. In bfloat16 it costs a third.
+AHEAD = 5120
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)

@@ -26,7 +26,7 @@ from onelaunch.engines.cpu.native.vectors import (
 )
 
 EMBED, QKV, ATTENTION, OUT_PROJ, GATE_UP, DOWN, HEAD, SAMPLE = range(8)
-ITEM_BYTES = 262144  # of weights, at most
+ITEM_BYTES = 1 << 20  # of weights, at most
 ITEMS_PER_THREAD = 4
 MANY_TOKENS = 4
 ROWS_OF_MANY = 64

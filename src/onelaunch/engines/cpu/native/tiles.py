@@ -75,6 +75,8 @@ def make_tile(
                     for j in range(columns):
                         old = builder.load(grid[i][j])
                         builder.store(multiply_add(builder, value, b_values[j], old), grid[i][j])
+                    if ahead:  # no instruction: it keeps the 16 requests from being made at once
+                        builder.fence("acq_rel", "singlethread")
             _finish(builder, grid, out, out_row, scale, finish)
             return context.get_dummy_value()
 
