@@ -43,7 +43,7 @@ TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
 # How far ahead of its reading a thread asks for weights that lie in memory, in bytes (docs/log.md
 # has the others that were tried). stories15m, which the last cache half holds, is slower by a tenth
 # with it: so only where State.STREAM says so. In bfloat16 it costs a third.
-AHEAD = 5120
+AHEAD = 4096
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)

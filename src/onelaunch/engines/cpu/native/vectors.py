@@ -91,11 +91,12 @@ def call_intrinsic(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Va
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, write: bool) -> None:
     """Ask for the cache line at an address, which may lie outside of what is allocated: into the
-    nearest cache to be written, into the second to be read."""
+    nearest cache to be written; to be read once, and to take no other line's place in the others
+    than it must."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     name = "llvm.prefetch.p0"
     found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    near = _I32(3 if write else 2)
+    near = _I32(3 if write else 0)
     builder.call(found, [pointer(builder, address, _I8), _I32(int(write)), near, _I32(1)])
 
 
