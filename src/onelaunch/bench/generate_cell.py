@@ -40,7 +40,7 @@ WARM_TOKENS = 2
 Threads = int | str
 Contestant = tuple[str, Threads]
 """Who, and with how many threads."""
-Heard = Callable[[int], object]
+Heard = Callable[[int], None]
 """What gets each token as it is drawn."""
 Writer = Callable[[int, Heard], None]
 """Writes so many tokens."""

@@ -12,7 +12,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from onelaunch.engines.cuda.staged import StagedForward, padded, tilings_of  # noqa: E402
+from onelaunch.engines.cuda.blocking import Blocking, blocks, default, padded, tilings  # noqa: E402
+from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
+from onelaunch.engines.cuda.staged import Shape, StagedForward  # noqa: E402
+from onelaunch.errors import EngineTimeout  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
 from onelaunch.plan import check_tiles, make_plan, make_tiles  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
@@ -85,7 +88,83 @@ def test_a_dtype_without_stages_is_refused():
         StagedForward(SMALL, weights_of(SMALL), torch.float64, CPU)
 
 
+EARLY = {
+    "qkv": Blocking(16, 32, loads=0),
+    "out_proj": Blocking(32, 16, loads=0),
+    "gate_up": Blocking(16, 64, loads=0),
+    "down": Blocking(16, 16, loads=0),
+    "embed": Blocking(32, 16),
+}
+
+
+@pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
+def test_weights_that_come_early_are_the_same_weights(config):
+    if config.qk_norm:
+        pytest.skip("its tiles of qkv are heads")
+    weights, tokens = weights_of(config), tokens_of(config, 1, 18)
+    got = StagedForward(config, weights, torch.float32, CPU, EARLY).logits(tokens)
+    assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
+
+
+FORMS = {
+    "all": (2, 19, True),
+    "half": (1, 1, True),
+    1: (3, 17, False),
+    "stage": (1, 5, True),
+}
+
+
+@pytest.mark.parametrize("depth", FORMS)
+@pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
+def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, depth):
+    weights = weights_of(config)
+    staged = StagedForward(config, weights, torch.float32, CPU)
+    for batch, sequence, every in (FORMS[depth],):
+        shape = Shape(batch, sequence, every)
+        fused = FusedForward(config, staged.packed, shape, {}, depth)
+        for seed in range(2):  # the second finds the counters as the first left them
+            tokens = tokens_of(config.with_(vocab_size=config.vocab_size - seed), batch, sequence)
+            fused.buffers.tokens.copy_(tokens.flatten())
+            fused.run()
+            fused.check()
+            expected = staged.logits(tokens, every)
+            assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 3, -2])
+def test_a_stage_that_did_not_run_is_noticed(dropped):
+    """In the interpreter nothing waits: what is not there at a wait is told of at once."""
+    weights = weights_of(SMALL)
+    packed = StagedForward(SMALL, weights, torch.float32, CPU).packed
+    fused = FusedForward(SMALL, packed, Shape(2, 20), {}, "stage")
+    fused.buffers.tokens.zero_()
+    missing = fused.tiles.plan.stages[dropped].label
+    del fused.calls[dropped]
+    fused.run()
+    with pytest.raises(EngineTimeout, match=f"row tile [0-9]+ of {missing}$"):
+        fused.check()
+
+
+def test_what_gave_up_is_named():
+    from onelaunch.engines.cuda import sync
+
+    weights = weights_of(SMALL)
+    packed = StagedForward(SMALL, weights, torch.float32, CPU).packed
+    fused = FusedForward(SMALL, packed, Shape(2, 24), {})
+    fused.check()
+    fused.sync[sync.STATUS] = sync.GAVE_UP + (3 << sync.ROW_TILE_BITS) + 2
+    with pytest.raises(EngineTimeout, match="row tile 2 of layer 0 out_proj"):
+        fused.check()
+    assert not fused.sync.any()
+
+
 def test_the_tiles_are_a_right_plan():
     for config in (*SHAPES.values(), *MORE.values()):
-        check_tiles(make_tiles(make_plan(config, 3, 21), tilings_of(config)))
+        for itemsize in (2, 4):
+            cut = tilings(config, default(config, 63, itemsize))
+            check_tiles(make_tiles(make_plan(config, 3, 21), cut))
     assert [padded(n) for n in (1, 16, 17, 48)] == [16, 16, 32, 64]
+    early = Blocking(16, 16, loads=0)
+    assert [blocks(n, early) for n in (288, 768, 64, 40, 8)] == [
+        (256, 32), (512, 256), (64, 0), (32, 16), (16, 0),
+    ]  # fmt: skip

@@ -1,9 +1,9 @@
 """A model's weights as the stages read them.
 
 The weight of a norm is multiplied into the columns of the products that follow it, in float32 and
-rounded once, so that a stage needs of a norm the rows' 1 / rms alone. Heads of queries and keys
-have the first elements of their rotary pairs in their first half and the others in their second,
-whichever way the model pairs them: scores do not change when both are permuted alike.
+rounded once, so that a stage needs of a norm the rows' 1 / rms alone. In heads of queries and keys
+the two elements of a rotary pair stand side by side, whichever way the model pairs them: scores do
+not change when both are permuted alike. Rows of gate and up alternate. A layer is a slice.
 """
 
 from __future__ import annotations
@@ -19,23 +19,17 @@ from onelaunch.model import rope_tables
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """qkv: ((H + 2 K) E, D); norms: (2, E), of queries and keys, or None where the model has none;
-    out: (D, H E); gate_up: (2 F, D); down: (D, F)."""
+class PackedModel:
+    """embedding: (V, D); of L layers, qkv: (L, (H + 2 K) E, D); norms: (L, 2, E), of queries and
+    keys, or None where the model has none; out: (L, D, H E); gate_up: (L, 2 F, D); down: (L, D, F);
+    head: (V, D); cos and sin: (positions, E / 2) in float32."""
 
+    embedding: Tensor
     qkv: Tensor
     norms: Tensor | None
     out: Tensor
     gate_up: Tensor
     down: Tensor
-
-
-@dataclass(frozen=True)
-class PackedModel:
-    """embedding: (V, D); head: (V, D); cos and sin: (positions, E / 2) in float32."""
-
-    embedding: Tensor
-    layers: tuple[PackedLayer, ...]
     head: Tensor
     cos: Tensor
     sin: Tensor
@@ -46,43 +40,48 @@ def pack(
 ) -> PackedModel:
     """Canonical weights, in any dtype and anywhere, laid out in `dtype` on a device."""
 
-    def placed(tensor: Tensor) -> Tensor:
-        return tensor.to(device=device, dtype=dtype).contiguous()
+    c, layers = config, config.n_layers
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(layers, *shape, dtype=dtype, device=device)
 
     def folded(weight: Tensor, norm: str) -> Tensor:
-        return placed(weight.float() * weights[norm].float())
+        return weight.float() * weights[norm].float()
 
-    layers = []
-    for layer in range(config.n_layers):
+    embedding = weights["embed_tokens.weight"]
+    classifier = embedding if c.tied_embeddings else weights["lm_head.weight"]
+    cos, sin = (table.to(device).contiguous() for table in rope_tables(c))
+    packed = PackedModel(
+        embedding.to(device=device, dtype=dtype).contiguous(),
+        empty(c.q_dim + 2 * c.kv_dim, c.dim),
+        empty(2, c.head_dim) if c.qk_norm else None,
+        empty(c.dim, c.q_dim),
+        empty(2 * c.hidden_dim, c.dim),
+        empty(c.dim, c.hidden_dim),
+        folded(classifier, "norm.weight").to(device=device, dtype=dtype),
+        cos,
+        sin,
+    )
+    for layer in range(layers):
         prefix = f"layers.{layer}."
         attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         q, k, v = (weights[f"{attn}{name}_proj.weight"] for name in "qkv")
-        qkv = torch.cat((_paired(config, q), _paired(config, k), v))
-        gate_up = torch.cat([weights[f"{mlp}{name}_proj.weight"] for name in ("gate", "up")])
-        norms = None
-        if config.qk_norm:
-            both = [_paired(config, weights[f"{attn}{name}_norm.weight"]) for name in "qk"]
-            norms = placed(torch.stack(both))
-        layers.append(
-            PackedLayer(
-                folded(qkv, f"{prefix}input_layernorm.weight"),
-                norms,
-                placed(weights[f"{attn}o_proj.weight"]),
-                folded(gate_up, f"{prefix}post_attention_layernorm.weight"),
-                placed(weights[f"{mlp}down_proj.weight"]),
-            )
-        )
-    embedding = weights["embed_tokens.weight"]
-    classifier = embedding if config.tied_embeddings else weights["lm_head.weight"]
-    cos, sin = (table.to(device).contiguous() for table in rope_tables(config))
-    return PackedModel(
-        placed(embedding), tuple(layers), folded(classifier, "norm.weight"), cos, sin
-    )
+        qkv = torch.cat((_paired(c, q), _paired(c, k), v))
+        packed.qkv[layer] = folded(qkv, f"{prefix}input_layernorm.weight")
+        if packed.norms is not None:
+            both = [_paired(c, weights[f"{attn}{name}_norm.weight"]) for name in "qk"]
+            packed.norms[layer] = torch.stack(both)
+        packed.out[layer] = weights[f"{attn}o_proj.weight"]
+        gate_up = [weights[f"{mlp}{name}_proj.weight"] for name in ("gate", "up")]
+        alternating = torch.stack(gate_up, 1).flatten(0, 1)
+        packed.gate_up[layer] = folded(alternating, f"{prefix}post_attention_layernorm.weight")
+        packed.down[layer] = weights[f"{mlp}down_proj.weight"]
+    return packed
 
 
 def _paired(config: ModelConfig, weight: Tensor) -> Tensor:
-    """Rows of whole heads, each head's pairs split in two halves."""
-    if config.rope_layout != "interleaved":
+    """Rows of whole heads, each head's rotary pairs side by side."""
+    if config.rope_layout == "interleaved":
         return weight
-    heads = weight.unflatten(0, (-1, config.head_dim // 2, 2))
+    heads = weight.unflatten(0, (-1, 2, config.head_dim // 2))
     return heads.transpose(1, 2).flatten(0, 2)

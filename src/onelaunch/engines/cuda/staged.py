@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.pack import pack
-from onelaunch.plan import Plan, TilePlan, Tiling, make_plan, make_tiles
-from onelaunch.plan.tiles import columns_of
+from onelaunch.engines.cuda.blocking import Blocking, blocks, default, inner_of, padded, tilings
+from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.plan import TilePlan, make_plan, make_tiles
 
-# Not tuned: no figure stands behind these yet.
-ROWS, COLUMNS, INNER = 16, 32, 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def padded(n: int, least: int = 16) -> int:
-    """The power of two from `least` on, the narrowest product, that holds n."""
-    return max(least, 1 << (n - 1).bit_length())
-
-
-def tilings_of(config: ModelConfig) -> dict[str, Tiling]:
-    """How each kind of stage is cut: qkv and attention by heads."""
-    tilings = dict.fromkeys(("out_proj", "gate_up", "down", "head"), Tiling(ROWS, COLUMNS))
-    tilings["embed"] = Tiling(ROWS, padded(config.dim))
-    tilings["qkv"] = Tiling(ROWS, config.head_dim)
-    tilings["attention"] = Tiling(ROWS, 1)
-    return tilings
-
-
 @dataclass(frozen=True)
-class _Buffers:
-    """tokens: (N,); x: (N, D); qkv: (N, (H + 2 K) E); mixed: (N, H E); hidden: (N, F); logits:
-    (rows, V)."""
+class Buffers:
+    """tokens: (N,), int32; x: (N, D); parts: (N, parts of a row), float32; qkv: (layers that have
+    their own, N, (H + 2 K) E); mixed: (N, H E); hidden: (N, F); logits: (rows, V)."""
 
     tokens: Tensor
     x: Tensor
+    parts: Tensor
     qkv: Tensor
     mixed: Tensor
     hidden: Tensor
     logits: Tensor
 
 
+@dataclass(frozen=True)
+class Call:
+    """A kernel, its grid, its arguments in order, its options."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self) -> None:
+        self.kernel[(self.programs,)](*self.arguments, **self.options)
+
+
 class StagedForward:
     """Logits of whole texts. Weights as checkpoints name them; raises TypeError for a dtype that
-    the stages do not compute in."""
+    the stages do not compute in. `blockings` are of the kinds that are not to be cut as the rule
+    has it."""
 
     def __init__(
         self,
@@ -55,79 +55,152 @@ class StagedForward:
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        blockings: Mapping[str, Blocking] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise TypeError(f"the stages compute in float32, bfloat16 or float16, not {dtype}")
         self.config, self.dtype, self.device = config, dtype, device
         self.packed = pack(config, weights, dtype, device)
+        self._blockings = dict(blockings or {})
 
     def logits(self, tokens_BS: Tensor, all_positions: bool = True) -> Tensor:
         """(B, S, V) in float32, or (B, 1, V) of the last positions. Texts shorter than the longest
         are padded behind, which changes nothing before."""
         batch, sequence = tokens_BS.shape
-        plan = make_plan(self.config, batch, sequence, all_positions=all_positions)
-        tiles = make_tiles(plan, tilings_of(self.config))
-        buffers = self._buffers(plan, tokens_BS)
-        for number in range(len(plan.stages)):
-            self._launch(tiles, number, buffers)
-        return buffers.logits.view(batch, -1, self.config.vocab_size)
+        bound = self.bind(batch, sequence, all_positions)
+        bound.buffers.tokens.copy_(tokens_BS.flatten())
+        bound.run()
+        return bound.buffers.logits.view(batch, -1, self.config.vocab_size)
 
-    def _buffers(self, plan: Plan, tokens_BS: Tensor) -> _Buffers:
-        c, n = self.config, tokens_BS.numel()
+    def bind(
+        self,
+        batch: int,
+        sequence: int,
+        all_positions: bool = True,
+        logits_dtype: torch.dtype = torch.float32,
+    ) -> BoundForward:
+        """The forward of one shape, with buffers of its own."""
+        shape = Shape(batch, sequence, all_positions, logits_dtype)
+        return BoundForward(self.config, self.packed, shape, self._blockings)
 
-        def rows(width: int) -> Tensor:
-            return torch.empty(n, width, dtype=self.dtype, device=self.device)
 
-        logits_shape = plan.buffer("logits").shape
-        return _Buffers(
-            tokens_BS.to(self.device, torch.int32).flatten(),
-            rows(c.dim),
-            rows(c.q_dim + 2 * c.kv_dim),
-            rows(c.q_dim),
-            rows(c.hidden_dim),
-            torch.empty(logits_shape, dtype=torch.float32, device=self.device).flatten(0, 1),
+@dataclass(frozen=True)
+class Shape:
+    """What a forward is bound to."""
+
+    batch: int
+    sequence: int
+    all_positions: bool = True
+    logits_dtype: torch.dtype = torch.float32
+
+
+class BoundForward:
+    """A forward of one shape: `buffers.tokens` in, `run`, `buffers.logits` out."""
+
+    qkv_buffers = 1
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        packed: PackedModel,
+        shape: Shape,
+        blockings: Mapping[str, Blocking],
+    ) -> None:
+        batch, sequence = shape.batch, shape.sequence
+        rows, dtype, device = batch * sequence, packed.embedding.dtype, packed.embedding.device
+        self.config, self.packed = config, packed
+        self.blockings = default(config, rows, dtype.itemsize) | dict(blockings)
+        plan = make_plan(config, batch, sequence, all_positions=shape.all_positions)
+        self.tiles: TilePlan = make_tiles(plan, tilings(config, self.blockings))
+        columns = self.blockings["down"].columns
+        assert columns == self.blockings["out_proj"].columns == self.blockings["embed"].columns
+        self.parts = -(-config.dim // columns)
+
+        def empty(*extents: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(*extents, dtype=dtype, device=device)
+
+        self.buffers = Buffers(
+            empty(rows, dtype=torch.int32),
+            empty(rows, config.dim),
+            empty(rows, self.parts, dtype=torch.float32),
+            empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
+            empty(rows, config.q_dim),
+            empty(rows, config.hidden_dim),
+            empty(*plan.buffer("logits").shape, dtype=shape.logits_dtype).flatten(0, 1),
         )
+        self.calls = self._calls()
 
-    def _launch(self, tiles: TilePlan, number: int, b: _Buffers) -> None:
+    def _calls(self) -> list[Call]:
+        return [self._call(number) for number in range(len(self.tiles.plan.stages))]
+
+    def run(self) -> None:
+        """Launch it on the current stream."""
+        for call in self.calls:
+            call()
+
+    def captured(self) -> torch.cuda.CUDAGraph:
+        """The forward as a CUDA graph, which reads and writes the same buffers."""
+        self.run()  # compiles what is not
+        torch.cuda.synchronize(self.buffers.x.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+    def _call(self, number: int) -> Call:
         from onelaunch.engines.cuda import stages
+        from onelaunch.operators.handles import dependent_launch
 
-        c, plan = self.config, tiles.plan
-        stage, phase = plan.stages[number], tiles.phases[number]
-        tiling = tiles.tilings[stage.kind]
-        n, grid = b.x.shape[0], (phase.tiles,)
-        layer = self.packed.layers[max(stage.layer, 0)]
-        assert phase.column_tiles == -(-columns_of(c, stage.kind) // tiling.columns)
-        size = {"BM": tiling.rows, "BN": tiling.columns, "BK": INNER}
+        c, w, b, plan = self.config, self.packed, self.buffers, self.tiles.plan
+        stage = plan.stages[number]
+        layer, blocking = stage.layer, self.blockings[stage.kind]
+        mode = stages.DEPENDENT if dependent_launch(b.x.device) else stages.AFTER
+        inner = inner_of(c, stage.kind)
+        BK, TAIL = blocks(inner, blocking)
+        size = {"BM": blocking.rows, "BN": blocking.columns}
+        through = {"BK": BK, "TAIL": TAIL, "LOADS": blocking.loads}
+        norm = {"PARTS": self.parts, "SOME": padded(self.parts, 1)}
+        n = b.x.shape[0]
+        heads = {"H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim}
+        given: tuple[Any, ...]
+        constants: dict[str, Any]
+        kernel: Callable[..., Any]
         match stage.kind:
             case "embed":
-                stages.embed_kernel[grid](
-                    b.tokens, self.packed.embedding, b.x, n, c.dim, tiling.rows, tiling.columns
-                )
+                kernel, given = stages.embed_kernel, (b.tokens, w.embedding, b.x, b.parts, n)
+                constants = {"D": c.dim} | size
             case "qkv":
-                stages.qkv_kernel[grid](
-                    b.x, layer.qkv, layer.norms, self.packed.cos, self.packed.sin, b.qkv, n,
-                    plan.sequence, c.norm_eps, c.dim, c.n_heads, c.n_kv_heads, c.head_dim,
-                    c.qk_norm, tiling.rows, padded(c.head_dim // 2), INNER,
+                kernel = stages.qkv_kernel
+                norms = None if w.norms is None else w.norms[layer]
+                given = (
+                    b.x, b.parts, w.qkv[layer], norms, w.cos, w.sin, b.qkv, n, plan.sequence,
+                    c.norm_eps,
                 )  # fmt: skip
+                step = self.tiles.tilings["qkv"].columns
+                constants = {"D": c.dim, "QK_NORM": c.qk_norm, "STEP": step}
+                constants |= heads | norm | size | through
             case "attention":
-                stages.attention_kernel[grid](
-                    b.qkv, b.mixed, plan.sequence, c.head_dim**-0.5, c.n_heads,
-                    c.n_kv_heads, c.head_dim, tiling.rows, COLUMNS, padded(c.head_dim),
-                )  # fmt: skip
-            case "out_proj":
-                stages.add_product_kernel[grid](b.mixed, layer.out, b.x, n, c.q_dim, c.dim, **size)
+                kernel = stages.attention_kernel
+                given = (b.qkv, b.mixed, plan.sequence, c.head_dim**-0.5)
+                constants = heads | size
+                constants |= {"WIDTH": padded(c.head_dim), "LOADS": blocking.loads}
+            case "out_proj" | "down":
+                kernel = stages.add_product_kernel
+                y, weight = (b.mixed, w.out) if stage.kind == "out_proj" else (b.hidden, w.down)
+                given = (y, weight[layer], b.x, b.parts, n)
+                constants = {"INNER": inner, "D": c.dim} | size | through
             case "gate_up":
-                stages.gate_up_kernel[grid](
-                    b.x, layer.gate_up, b.hidden, n, c.norm_eps, c.dim, c.hidden_dim, **size
-                )
-            case "down":
-                stages.add_product_kernel[grid](
-                    b.hidden, layer.down, b.x, n, c.hidden_dim, c.dim, **size
-                )
+                kernel = stages.gate_up_kernel
+                given = (b.x, b.parts, w.gate_up[layer], b.hidden, n, c.norm_eps)
+                constants = {"D": c.dim, "F": c.hidden_dim} | norm | size | through
             case "head":
-                rows = b.logits.shape[0]
-                step = n // rows
-                stages.head_kernel[grid](
-                    b.x, self.packed.head, b.logits, rows, step, step - 1, c.norm_eps, c.dim,
-                    c.vocab_size, **size,
-                )  # fmt: skip
+                kernel, rows = stages.head_kernel, b.logits.shape[0]
+                given = (b.x, b.parts, w.head, b.logits, rows, n // rows, c.norm_eps)
+                constants = {"D": c.dim, "V": c.vocab_size} | norm | size | through
+            case _:
+                raise ValueError(f"no kernel for {stage.kind}")
+        constants["MODE"] = mode.value
+        options = constants | {"num_warps": blocking.warps}
+        if mode == stages.DEPENDENT:
+            options["launch_pdl"] = True
+        return Call(kernel, self.tiles.phases[number].tiles, given, options)

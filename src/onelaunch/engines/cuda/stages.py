@@ -1,35 +1,100 @@
-"""The stages as Triton kernels, one tile a program.
+"""The stages in Triton, written once: a tile of each as a function, and a kernel of one tile a
+program around it.
 
 Shapes: N rows (positions through the batch), D model width, H heads, K kv heads, E head width, F
-hidden width, V vocabulary. A program takes the tile of its number: row tile, then column tile. Sums
-are float32; what is stored has the activations' dtype, logits float32. Products of float32 are
-exact ones (`ieee`), not TF32.
+hidden width, V vocabulary. A tile is known by its number: row tile, then column tile. Sums are
+float32; what is stored has the dtype of where it goes. Products of float32 are exact ones (`ieee`),
+not TF32. A stage that writes rows of x leaves the sums of squares of what it wrote, one for each
+row and column tile, (N, PARTS): that is all that a norm needs of them.
+
+BM, BN, BK: the tile's rows, its columns, and how much of the inner dimension is taken at once.
+LOADS blocks are on their way at once; LOADS = 0 means all of the tile's weights in two blocks, of
+BK and TAIL, asked for before what the tile waits for is there. What other stages wrote is read past
+the first cache (".cg"): in one launch, who wrote it may be another multiprocessor.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from onelaunch.engines.cuda.sync import wait_for
+
+# How a tile knows that what it reads has been written: the launch before has ended; or it says so
+# (programmatic dependent launch); or counters of this launch say so.
+AFTER, DEPENDENT, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _tile(n_rows, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows and columns of this program's tile of (n_rows, COLUMNS), the elements' offsets there,
-    and which of the rows, columns and elements exist."""
+def _ready(wait, MODE: tl.constexpr):
+    """Go on when what the tile reads has been written."""
+    if MODE == DEPENDENT:
+        gdc_wait()
+    elif MODE == COUNTED:
+        wait_for(wait)
+
+
+@triton.jit
+def _place(tile, n_rows, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and columns of a tile of (n_rows, COLUMNS), and which of them exist."""
     column_tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
-    tile = tl.program_id(0)
     rows = tile // column_tiles * BM + tl.arange(0, BM)
     columns = tile % column_tiles * BN + tl.arange(0, BN)
-    offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-    in_rows, in_columns = rows < n_rows, columns < COLUMNS
-    return rows, columns, offsets, in_rows, in_columns, in_rows[:, None] & in_columns[None, :]
+    return rows, columns, rows < n_rows, columns < COLUMNS
+
+
+@triton.jit
+def _weights(w_ptr, columns, in_columns, first, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """A block of w^T, (WIDTH, BN), from row `first` on."""
+    inner = first + tl.arange(0, WIDTH)
+    return tl.load(
+        w_ptr + columns[None, :].to(tl.int64) * INNER + inner[:, None],
+        mask=in_columns[None, :] & (inner < INNER)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _inputs(x_ptr, rows, in_rows, first, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """A block of x, (BM, WIDTH), from column `first` on."""
+    inner = first + tl.arange(0, WIDTH)
+    return tl.load(
+        x_ptr + rows.to(tl.int64)[:, None] * INNER + inner[None, :],
+        mask=in_rows[:, None] & (inner < INNER)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+
+
+@triton.jit
+def _early(
+    w_ptr,
+    columns,
+    in_columns,
+    INNER: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+):
+    """The weights of a tile that takes them at once; of another one nothing."""
+    if LOADS > 0:
+        return 0, 0
+    elif TAIL > 0:
+        return (
+            _weights(w_ptr, columns, in_columns, 0, INNER, BK),
+            _weights(w_ptr, columns, in_columns, BK, INNER, TAIL),
+        )
+    else:
+        return _weights(w_ptr, columns, in_columns, 0, INNER, BK), 0
 
 
 @triton.jit
 def _product(
     x_ptr,
     w_ptr,
-    row_offsets,
+    early,
+    rows,
     in_rows,
     columns,
     in_columns,
@@ -37,27 +102,337 @@ def _product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
 ):
-    """Rows of x times rows of w, (BM, BN), and the sums of squares of x, (BM,)."""
-    total = tl.zeros([BM, BN], tl.float32)
-    squares = tl.zeros([BM], tl.float32)
-    for start in range(0, INNER, BK):
-        inner = start + tl.arange(0, BK)
-        in_inner = inner < INNER
-        x = tl.load(
-            x_ptr + row_offsets[:, None] + inner[None, :],
-            mask=in_rows[:, None] & in_inner[None, :],
+    """Rows of x times rows of w, (BM, BN)."""
+    if LOADS == 0:
+        x = _inputs(x_ptr, rows, in_rows, 0, INNER, BK)
+        if TAIL > 0:
+            tail = _inputs(x_ptr, rows, in_rows, BK, INNER, TAIL)
+        total = tl.dot(x, early[0], input_precision="ieee")
+        if TAIL > 0:
+            total = tl.dot(tail, early[1], total, input_precision="ieee")
+    else:
+        total = tl.zeros([BM, BN], tl.float32)
+        for first in tl.range(0, INNER, BK, num_stages=LOADS):
+            x = _inputs(x_ptr, rows, in_rows, first, INNER, BK)
+            w = _weights(w_ptr, columns, in_columns, first, INNER, BK)
+            total = tl.dot(x, w, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _rstd(parts_ptr, rows, in_rows, eps, D: tl.constexpr, PARTS: tl.constexpr, SOME: tl.constexpr):
+    """1 / rms of rows of x, (BM,), from the sums of their squares. SOME is the power of two that
+    holds PARTS."""
+    part = tl.arange(0, SOME)
+    squares = tl.load(
+        parts_ptr + rows.to(tl.int64)[:, None] * PARTS + part[None, :],
+        mask=in_rows[:, None] & (part < PARTS)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return tl.rsqrt(tl.sum(squares, 1) / D + eps)
+
+
+@triton.jit
+def _store_rows(
+    x_ptr,
+    parts_ptr,
+    values,
+    tile,
+    rows,
+    columns,
+    in_rows,
+    in_columns,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A tile of x, and its sums of squares: of the values as they are stored."""
+    parts: tl.constexpr = (D + BN - 1) // BN
+    mask = in_rows[:, None] & in_columns[None, :]
+    stored = values.to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], stored, mask=mask)
+    again = tl.where(mask, stored.to(tl.float32), 0.0)
+    part = parts_ptr + rows.to(tl.int64) * parts + tile % parts
+    tl.store(part, tl.sum(again * again, 1), mask=in_rows)
+
+
+@triton.jit
+def embed_tile(
+    tile,
+    wait,
+    tokens_ptr,
+    embedding_ptr,
+    x_ptr,
+    parts_ptr,
+    n_rows,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """x: (N, D) from the tokens' rows of the embedding."""
+    rows, columns, in_rows, in_columns = _place(tile, n_rows, D, BM, BN)
+    _ready(wait, MODE)
+    token = tl.load(tokens_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    mask = in_rows[:, None] & in_columns[None, :]
+    found = tl.load(embedding_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    _store_rows(x_ptr, parts_ptr, found, tile, rows, columns, in_rows, in_columns, D, BN)
+
+
+@triton.jit
+def qkv_tile(
+    tile,
+    wait,
+    x_ptr,
+    parts_ptr,
+    w_ptr,
+    norms_ptr,
+    cos_ptr,
+    sin_ptr,
+    qkv_ptr,
+    n_rows,
+    sequence,
+    eps,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """qkv: (N, (H + 2 K) E): norm, product, the heads' norm, rotation. A tile has STEP columns, BN
+    at most; with QK_NORM they are one head. norms: (2, E), of queries and keys."""
+    wide: tl.constexpr = (H + 2 * K) * E
+    column_tiles: tl.constexpr = (wide + STEP - 1) // STEP
+    rows = tile // column_tiles * BM + tl.arange(0, BM)
+    start = tile % column_tiles * STEP
+    within = tl.arange(0, BN)
+    columns = start + within
+    in_rows = rows < n_rows
+    in_columns = (within < STEP) & (columns < wide)
+    early = _early(w_ptr, columns, in_columns, D, BK, TAIL, LOADS)
+    # neighbours are a rotary pair; values turn by nothing
+    pair = start // 2 + tl.arange(0, BN // 2)
+    turns = in_rows[:, None] & (pair < (H + K) * E // 2)[None, :]
+    angle = (rows % sequence)[:, None] * (E // 2) + (pair % (E // 2))[None, :]
+    cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+    _ready(wait, MODE)
+    rstd = _rstd(parts_ptr, rows, in_rows, eps, D, PARTS, SOME)
+    total = _product(
+        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, BM, BN, BK, TAIL, LOADS
+    )
+    total *= rstd[:, None]
+    if QK_NORM:  # noqa: SIM102 - the one is known when compiled
+        if start < (H + K) * E:
+            norm_ptr = norms_ptr + tl.where(start < H * E, 0, E)
+            norm = tl.load(norm_ptr + within, mask=in_columns, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(total * total, 1) / E + eps)
+            total *= scale[:, None] * norm[None, :]
+    a, b = tl.split(tl.reshape(total, [BM, BN // 2, 2]))
+    total = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), [BM, BN])
+    to = qkv_ptr + rows.to(tl.int64)[:, None] * wide + columns[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+    tl.store(to, total.to(qkv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_tile(
+    tile,
+    wait,
+    qkv_ptr,
+    mixed_ptr,
+    sequence,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """One head for BM rows of one text: softmax(q k^T scale) v over what each row sees, with a
+    running maximum (2205.14135). WIDTH is the power of two from 16 on that holds E."""
+    head = tile % H
+    tiles_of_text = tl.cdiv(sequence, BM)
+    text = tile // H // tiles_of_text
+    first = tile // H % tiles_of_text * BM
+    key = H + head // (H // K)  # the key's head in qkv; its value's is K further
+    row: tl.constexpr = (H + 2 * K) * E
+    places = first + tl.arange(0, BM)
+    element = tl.arange(0, WIDTH)
+    in_head = element < E
+    start_of_text = text.to(tl.int64) * sequence
+    rows = (start_of_text + places)[:, None]
+    within = head * E + element[None, :]
+    q_mask = (places < sequence)[:, None] & in_head[None, :]
+    _ready(wait, MODE)
+    q = tl.load(qkv_ptr + rows * row + within, mask=q_mask, other=0.0, cache_modifier=".cg")
+    powers = scale * 1.4426950408889634  # of two: 1 / log(2)
+    most = tl.full([BM], float("-inf"), tl.float32)
+    divisor = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM, WIDTH], tl.float32)
+    for start in tl.range(0, tl.minimum(first + BM, sequence), BN, num_stages=LOADS):
+        keys = start + tl.arange(0, BN)
+        offsets = (start_of_text + keys) * row + key * E
+        in_text = keys < sequence
+        k = tl.load(
+            qkv_ptr + offsets[None, :] + element[:, None],
+            mask=in_text[None, :] & in_head[:, None],
             other=0.0,
+            cache_modifier=".cg",
         )
-        w = tl.load(
-            w_ptr + columns[None, :].to(tl.int64) * INNER + inner[:, None],
-            mask=in_columns[None, :] & in_inner[:, None],
+        scores = tl.dot(q, k, input_precision="ieee") * powers
+        scores = tl.where(keys[None, :] <= places[:, None], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        shrunk = tl.exp2(most - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        divisor = divisor * shrunk + tl.sum(weights, 1)
+        v = tl.load(
+            qkv_ptr + K * E + offsets[:, None] + element[None, :],
+            mask=in_text[:, None] & in_head[None, :],
             other=0.0,
+            cache_modifier=".cg",
         )
-        total = tl.dot(x, w, total, input_precision="ieee")
-        x32 = x.to(tl.float32)
-        squares += tl.sum(x32 * x32, 1)
-    return total, squares
+        total *= shrunk[:, None]
+        total = tl.dot(weights.to(v.dtype), v, total, input_precision="ieee")
+        most = higher
+    mixed = total / divisor[:, None]
+    tl.store(mixed_ptr + rows * (H * E) + within, mixed.to(mixed_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def add_product_tile(
+    tile,
+    wait,
+    y_ptr,
+    w_ptr,
+    x_ptr,
+    parts_ptr,
+    n_rows,
+    INNER: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """x += y w^T, x: (N, D), y: (N, INNER): out_proj and down with the residual."""
+    rows, columns, in_rows, in_columns = _place(tile, n_rows, D, BM, BN)
+    early = _early(w_ptr, columns, in_columns, INNER, BK, TAIL, LOADS)
+    _ready(wait, MODE)
+    before = tl.load(
+        x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :],
+        mask=in_rows[:, None] & in_columns[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    total = _product(
+        y_ptr, w_ptr, early, rows, in_rows, columns, in_columns, INNER, BM, BN, BK, TAIL, LOADS
+    )
+    total += before.to(tl.float32)
+    _store_rows(x_ptr, parts_ptr, total, tile, rows, columns, in_rows, in_columns, D, BN)
+
+
+@triton.jit
+def gate_up_tile(
+    tile,
+    wait,
+    x_ptr,
+    parts_ptr,
+    w_ptr,
+    hidden_ptr,
+    n_rows,
+    eps,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """hidden: (N, F) = silu(gate) up (2002.05202), of the normalized rows of x. Rows of w alternate
+    between gate and up: a tile has BN of them, so BN / 2 columns of hidden."""
+    rows, columns, in_rows, in_columns = _place(tile, n_rows, 2 * F, BM, BN)
+    early = _early(w_ptr, columns, in_columns, D, BK, TAIL, LOADS)
+    _ready(wait, MODE)
+    rstd = _rstd(parts_ptr, rows, in_rows, eps, D, PARTS, SOME)
+    total = _product(
+        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, BM, BN, BK, TAIL, LOADS
+    )
+    total *= rstd[:, None]
+    gate, up = tl.split(tl.reshape(total, [BM, BN // 2, 2]))
+    hidden = gate / (1 + tl.exp(-gate)) * up
+    _, columns, _, in_columns = _place(tile, n_rows, F, BM, BN // 2)
+    to = hidden_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+    tl.store(to, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_tile(
+    tile,
+    wait,
+    x_ptr,
+    parts_ptr,
+    w_ptr,
+    logits_ptr,
+    n_rows,
+    step,
+    eps,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """logits: (n_rows, V) of the normalized rows step - 1, 2 step - 1, ... of x."""
+    rows, columns, in_rows, in_columns = _place(tile, n_rows, V, BM, BN)
+    of = rows * step + step - 1
+    early = _early(w_ptr, columns, in_columns, D, BK, TAIL, LOADS)
+    _ready(wait, MODE)
+    rstd = _rstd(parts_ptr, of, in_rows, eps, D, PARTS, SOME)
+    total = _product(
+        x_ptr, w_ptr, early, of, in_rows, columns, in_columns, D, BM, BN, BK, TAIL, LOADS
+    )
+    total *= rstd[:, None]
+    to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+    tl.store(to, total.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- one launch a stage
+
+
+@triton.jit
+def _let_next_begin(MODE: tl.constexpr):
+    """The next launch may be scheduled; it waits for this one's end before it reads."""
+    if MODE == DEPENDENT:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -65,21 +440,23 @@ def embed_kernel(
     tokens_ptr,
     embedding_ptr,
     x_ptr,
+    parts_ptr,
     n_rows,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """x: (N, D) from the tokens' rows of the embedding."""
-    rows, columns, offsets, in_rows, _, mask = _tile(n_rows, D, BM, BN)
-    token = tl.load(tokens_ptr + rows, mask=in_rows, other=0).to(tl.int64)
-    found = tl.load(embedding_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
-    tl.store(x_ptr + offsets, found, mask=mask)
+    _let_next_begin(MODE)
+    embed_tile(
+        tl.program_id(0), None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, BM, BN, MODE
+    )
 
 
 @triton.jit
 def qkv_kernel(
     x_ptr,
+    parts_ptr,
     w_ptr,
     norms_ptr,
     cos_ptr,
@@ -93,46 +470,45 @@ def qkv_kernel(
     K: tl.constexpr,
     E: tl.constexpr,
     QK_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
     BM: tl.constexpr,
-    HALF: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
     BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """One head of queries, keys or values for BM rows: norm, product, head norm, rotation. qkv: (N,
-    (H + 2 K) E); norms: (2, E), of queries and keys. HALF is the power of two from 16 on that holds
-    E / 2."""
-    half: tl.constexpr = E // 2
-    tile = tl.program_id(0)
-    head = tile % (H + 2 * K)
-    rows = tile // (H + 2 * K) * BM + tl.arange(0, BM)
-    in_rows = rows < n_rows
-    element = tl.arange(0, HALF)
-    in_half = element < half
-    offsets = rows.to(tl.int64) * D
-    first = head * E + element
-    a, squares = _product(x_ptr, w_ptr, offsets, in_rows, first, in_half, D, BM, HALF, BK)
-    b, _ = _product(x_ptr, w_ptr, offsets, in_rows, first + half, in_half, D, BM, HALF, BK)
-    rstd = tl.rsqrt(squares / D + eps)[:, None]
-    a *= rstd
-    b *= rstd
-    if head < H + K:
-        if QK_NORM:
-            norm_ptr = norms_ptr + tl.where(head < H, 0, E)
-            scale = tl.rsqrt(tl.sum(a * a + b * b, 1) / E + eps)[:, None]
-            norm_a = tl.load(norm_ptr + element, mask=in_half, other=0.0).to(tl.float32)
-            norm_b = tl.load(norm_ptr + half + element, mask=in_half, other=0.0).to(tl.float32)
-            a *= scale * norm_a[None, :]
-            b *= scale * norm_b[None, :]
-        place = (rows % sequence)[:, None] * half + element[None, :]
-        mask = in_rows[:, None] & in_half[None, :]
-        cos = tl.load(cos_ptr + place, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + place, mask=mask, other=0.0)
-        turned = a * cos - b * sin
-        b = b * cos + a * sin
-        a = turned
-    to = qkv_ptr + rows.to(tl.int64)[:, None] * ((H + 2 * K) * E) + first[None, :]
-    mask = in_rows[:, None] & in_half[None, :]
-    tl.store(to, a.to(qkv_ptr.dtype.element_ty), mask=mask)
-    tl.store(to + half, b.to(qkv_ptr.dtype.element_ty), mask=mask)
+    _let_next_begin(MODE)
+    qkv_tile(
+        tl.program_id(0),
+        None,
+        x_ptr,
+        parts_ptr,
+        w_ptr,
+        norms_ptr,
+        cos_ptr,
+        sin_ptr,
+        qkv_ptr,
+        n_rows,
+        sequence,
+        eps,
+        D,
+        H,
+        K,
+        E,
+        QK_NORM,
+        PARTS,
+        SOME,
+        BM,
+        BN,
+        STEP,
+        BK,
+        TAIL,
+        LOADS,
+        MODE,
+    )
 
 
 @triton.jit
@@ -147,53 +523,26 @@ def attention_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     WIDTH: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """One head for BM rows of one text: softmax(q k^T scale) v over what each row sees, with a
-    running maximum (2205.14135). WIDTH is the power of two from 16 on that holds E."""
-    tile = tl.program_id(0)
-    head = tile % H
-    tiles_of_text = tl.cdiv(sequence, BM)
-    text = tile // H // tiles_of_text
-    first = tile // H % tiles_of_text * BM
-    key = H + head // (H // K)  # the key's head in qkv; its value's is K further
-    row: tl.constexpr = (H + 2 * K) * E
-    places = first + tl.arange(0, BM)
-    element = tl.arange(0, WIDTH)
-    in_head = element < E
-    start_of_text = text.to(tl.int64) * sequence
-    rows = (start_of_text + places)[:, None]
-    within = head * E + element[None, :]
-    q_mask = (places < sequence)[:, None] & in_head[None, :]
-    q = tl.load(qkv_ptr + rows * row + within, mask=q_mask, other=0.0)
-    most = tl.full([BM], float("-inf"), tl.float32)
-    divisor = tl.zeros([BM], tl.float32)
-    total = tl.zeros([BM, WIDTH], tl.float32)
-    for start in range(0, tl.minimum(first + BM, sequence), BN):
-        keys = start + tl.arange(0, BN)
-        offsets = (start_of_text + keys) * row + key * E
-        in_text = keys < sequence
-        k = tl.load(
-            qkv_ptr + offsets[None, :] + element[:, None],
-            mask=in_text[None, :] & in_head[:, None],
-            other=0.0,
-        )
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        seen = (keys[None, :] <= places[:, None]) & in_text[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        shrunk = tl.exp(most - higher)
-        weights = tl.exp(scores - higher[:, None])
-        divisor = divisor * shrunk + tl.sum(weights, 1)
-        v = tl.load(
-            qkv_ptr + K * E + offsets[:, None] + element[None, :],
-            mask=in_text[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        total *= shrunk[:, None]
-        total = tl.dot(weights.to(v.dtype), v, total, input_precision="ieee")
-        most = higher
-    mixed = total / divisor[:, None]
-    tl.store(mixed_ptr + rows * (H * E) + within, mixed.to(mixed_ptr.dtype.element_ty), mask=q_mask)
+    _let_next_begin(MODE)
+    attention_tile(
+        tl.program_id(0),
+        None,
+        qkv_ptr,
+        mixed_ptr,
+        sequence,
+        scale,
+        H,
+        K,
+        E,
+        BM,
+        BN,
+        WIDTH,
+        LOADS,
+        MODE,
+    )
 
 
 @triton.jit
@@ -201,65 +550,118 @@ def add_product_kernel(
     y_ptr,
     w_ptr,
     x_ptr,
+    parts_ptr,
     n_rows,
     INNER: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """x += y w^T, x: (N, D), y: (N, INNER): out_proj and down with the residual."""
-    rows, columns, offsets, in_rows, in_columns, mask = _tile(n_rows, D, BM, BN)
-    total, _ = _product(
-        y_ptr, w_ptr, rows.to(tl.int64) * INNER, in_rows, columns, in_columns, INNER, BM, BN, BK
+    _let_next_begin(MODE)
+    add_product_tile(
+        tl.program_id(0),
+        None,
+        y_ptr,
+        w_ptr,
+        x_ptr,
+        parts_ptr,
+        n_rows,
+        INNER,
+        D,
+        BM,
+        BN,
+        BK,
+        TAIL,
+        LOADS,
+        MODE,
     )
-    before = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(x_ptr + offsets, (before + total).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def gate_up_kernel(
     x_ptr,
+    parts_ptr,
     w_ptr,
     hidden_ptr,
     n_rows,
     eps: tl.float32,
     D: tl.constexpr,
     F: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """hidden: (N, F) = silu(gate) up (2002.05202), of the normalized rows of x."""
-    rows, columns, offsets, in_rows, in_columns, mask = _tile(n_rows, F, BM, BN)
-    of_x = rows.to(tl.int64) * D
-    gate, squares = _product(x_ptr, w_ptr, of_x, in_rows, columns, in_columns, D, BM, BN, BK)
-    up, _ = _product(x_ptr, w_ptr, of_x, in_rows, columns + F, in_columns, D, BM, BN, BK)
-    rstd = tl.rsqrt(squares / D + eps)[:, None]
-    gate *= rstd
-    up *= rstd
-    hidden = gate / (1 + tl.exp(-gate)) * up
-    tl.store(hidden_ptr + offsets, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+    _let_next_begin(MODE)
+    gate_up_tile(
+        tl.program_id(0),
+        None,
+        x_ptr,
+        parts_ptr,
+        w_ptr,
+        hidden_ptr,
+        n_rows,
+        eps,
+        D,
+        F,
+        PARTS,
+        SOME,
+        BM,
+        BN,
+        BK,
+        TAIL,
+        LOADS,
+        MODE,
+    )
 
 
 @triton.jit
 def head_kernel(
     x_ptr,
+    parts_ptr,
     w_ptr,
     logits_ptr,
     n_rows,
     step,
-    start,
     eps: tl.float32,
     D: tl.constexpr,
     V: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """logits: (n_rows, V) of the normalized rows start, start + step, ... of x."""
-    rows, columns, offsets, in_rows, in_columns, mask = _tile(n_rows, V, BM, BN)
-    of_x = (rows.to(tl.int64) * step + start) * D
-    total, squares = _product(x_ptr, w_ptr, of_x, in_rows, columns, in_columns, D, BM, BN, BK)
-    total *= tl.rsqrt(squares / D + eps)[:, None]
-    tl.store(logits_ptr + offsets, total, mask=mask)
+    _let_next_begin(MODE)
+    head_tile(
+        tl.program_id(0),
+        None,
+        x_ptr,
+        parts_ptr,
+        w_ptr,
+        logits_ptr,
+        n_rows,
+        step,
+        eps,
+        D,
+        V,
+        PARTS,
+        SOME,
+        BM,
+        BN,
+        BK,
+        TAIL,
+        LOADS,
+        MODE,
+    )

@@ -1,0 +1,77 @@
+"""How each kind of stage is cut into tiles, and how a tile goes through its inner dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onelaunch.config import ModelConfig
+from onelaunch.plan import Tiling
+
+PRODUCTS = ("qkv", "out_proj", "gate_up", "down", "head")
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """A tile of `rows` by `columns`; of gate_up, rows of its weight, two to a column of what it
+    writes; of attention, keys at once. `inner` is how much of the inner dimension is taken at once,
+    `loads` how many such blocks are on their way; with `loads` 0 all of it is, and the weights are
+    asked for before the tile's turn. `warps` run a tile."""
+
+    rows: int
+    columns: int
+    inner: int = 64
+    loads: int = 3
+    warps: int = 4
+
+
+def blocks(inner: int, blocking: Blocking) -> tuple[int, int]:
+    """The constants BK and TAIL of a product over `inner`: powers of two from 16 on."""
+    if blocking.loads:
+        return blocking.inner, 0
+    whole = 1 << (inner.bit_length() - 1)
+    rest = inner - whole
+    return max(16, whole), padded(rest) if rest else 0
+
+
+def padded(n: int, least: int = 16) -> int:
+    """The power of two from `least` on, the narrowest product, that holds n."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def inner_of(config: ModelConfig, kind: str) -> int:
+    """What a kind of product sums over."""
+    return {"out_proj": config.q_dim, "down": config.hidden_dim}.get(kind, config.dim)
+
+
+def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str, Tiling]:
+    """The tiles as the plan counts them."""
+    found = {}
+    for kind, b in blockings.items():
+        columns = b.columns
+        if kind == "qkv" and config.qk_norm:
+            columns = config.head_dim
+        elif kind == "attention":
+            columns = 1
+        elif kind == "gate_up":
+            columns = b.columns // 2
+        found[kind] = Tiling(b.rows, columns)
+    return found
+
+
+def default(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking]:
+    """A blocking of each kind for so many rows, as good as a rule knows. x is written in tiles of
+    the same columns everywhere: their sums of squares are counted by them."""
+    if itemsize == 4:
+        small = Blocking(16, 32, 32, 3)
+        found = dict.fromkeys(PRODUCTS, small)
+        found["attention"] = Blocking(16, 32, loads=2)
+    else:
+        few = Blocking(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 64, 4)
+        found = dict.fromkeys(PRODUCTS, few)
+        found["gate_up"] = Blocking(few.rows, 64, 64, 4)
+        found["attention"] = Blocking(16, 128 if rows > 64 else 64, loads=2)
+    if config.qk_norm:
+        found["qkv"] = Blocking(found["qkv"].rows, padded(config.head_dim), 32, 3)
+    found["embed"] = Blocking(16, found["down"].columns)
+    return found

@@ -1,0 +1,268 @@
+"""Any range of a forward's stages in one launch.
+
+A program takes every P-th tile of the stages' tiles in their order, P being the number of programs,
+and before each waits for the row tiles that it reads (plan/tiles.py proves that this ends, for any
+P). The range of stages, rows, and the numbers of tiles are run-time arguments: every fusion depth
+and length is the same binary.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from onelaunch.engines.cuda import sync
+from onelaunch.engines.cuda.stages import (
+    AFTER,
+    COUNTED,
+    add_product_tile,
+    attention_tile,
+    embed_tile,
+    gate_up_tile,
+    head_tile,
+    qkv_tile,
+)
+from onelaunch.engines.cuda.sync import end, publish
+
+_COUNTERS = tl.constexpr(sync.COUNTERS)
+_GAVE_UP, _BITS = tl.constexpr(sync.GAVE_UP), tl.constexpr(sync.ROW_TILE_BITS)
+_STAGES = tl.constexpr(5)  # of a layer
+
+
+@triton.jit
+def _wait_on(counters_ptr, sync_ptr, stage, first_row, last_row, row_tiles, target, patience, BM):
+    """What a tile waits for: the row tiles, of BM rows, of a stage from the one with a row to the
+    one with another."""
+    first = first_row // BM
+    count = last_row // BM - first + 1
+    says = _GAVE_UP + (stage << _BITS) + first
+    return counters_ptr + stage * row_tiles + first, count, target, sync_ptr, says, patience
+
+
+@triton.jit
+def _wait_on_attention(
+    counters_ptr, sync_ptr, stage, first_row, last_row, sequence, row_tiles, target, patience,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """The same of attention, whose row tiles are cut text by text."""
+    of_text = tl.cdiv(sequence, BM)
+    first = first_row // sequence * of_text + first_row % sequence // BM
+    last = last_row // sequence * of_text + last_row % sequence // BM
+    says = _GAVE_UP + (stage << _BITS) + first
+    place = counters_ptr + stage * row_tiles + first
+    return place, last - first + 1, target, sync_ptr, says, patience
+
+
+@triton.jit
+def _within(stage, first_stage, last_stage, tiles):
+    """How many tiles a launch has of a stage."""
+    return tl.where((stage >= first_stage) & (stage < last_stage), tiles, 0)
+
+
+@triton.jit
+def _turn(turn, tiles):
+    """The program's first tile of the next stage."""
+    programs = tl.num_programs(0)
+    return (turn + programs - tiles % programs) % programs
+
+
+@triton.jit
+def forward_kernel(
+    tokens_ptr,
+    embedding_ptr,
+    x_ptr,
+    parts_ptr,
+    qkv_w_ptr,
+    norms_ptr,
+    cos_ptr,
+    sin_ptr,
+    qkv_ptr,
+    mixed_ptr,
+    out_w_ptr,
+    gate_up_w_ptr,
+    hidden_ptr,
+    down_w_ptr,
+    head_w_ptr,
+    logits_ptr,
+    sync_ptr,
+    n_rows,
+    sequence,
+    logit_rows,
+    step,
+    qkv_layer,
+    row_tiles,
+    first_stage,
+    last_stage,
+    ends,
+    patience,
+    eps: tl.float32,
+    scale: tl.float32,
+    LAYERS: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    WIDTH: tl.constexpr,
+    X_BN: tl.constexpr,
+    EMBED_BM: tl.constexpr,
+    QKV_BM: tl.constexpr,
+    QKV_BN: tl.constexpr,
+    QKV_STEP: tl.constexpr,
+    QKV_BK: tl.constexpr,
+    QKV_TAIL: tl.constexpr,
+    QKV_LOADS: tl.constexpr,
+    ATTENTION_BM: tl.constexpr,
+    ATTENTION_BN: tl.constexpr,
+    ATTENTION_LOADS: tl.constexpr,
+    OUT_BM: tl.constexpr,
+    OUT_BK: tl.constexpr,
+    OUT_TAIL: tl.constexpr,
+    OUT_LOADS: tl.constexpr,
+    GATE_UP_BM: tl.constexpr,
+    GATE_UP_BN: tl.constexpr,
+    GATE_UP_BK: tl.constexpr,
+    GATE_UP_TAIL: tl.constexpr,
+    GATE_UP_LOADS: tl.constexpr,
+    DOWN_BM: tl.constexpr,
+    DOWN_BK: tl.constexpr,
+    DOWN_TAIL: tl.constexpr,
+    DOWN_LOADS: tl.constexpr,
+    HEAD_BM: tl.constexpr,
+    HEAD_BN: tl.constexpr,
+    HEAD_BK: tl.constexpr,
+    HEAD_TAIL: tl.constexpr,
+    HEAD_LOADS: tl.constexpr,
+):
+    """Stages first_stage up to, not including, last_stage: 0 is embed, then five a layer, then
+    head. `ends` is 1 in the last launch of a forward. qkv_layer: elements of a layer of qkv: each
+    has its own, as some rows may be in the next layer while others still read this one's keys.
+    row_tiles: counters of a stage. patience: nanoseconds that a wait waits."""
+    wide: tl.constexpr = (H + 2 * K) * E
+    parts: tl.constexpr = (D + X_BN - 1) // X_BN
+    qkv_columns: tl.constexpr = (wide + QKV_STEP - 1) // QKV_STEP
+    gate_up_columns: tl.constexpr = (2 * F + GATE_UP_BN - 1) // GATE_UP_BN
+    head_columns: tl.constexpr = (V + HEAD_BN - 1) // HEAD_BN
+    head_stage: tl.constexpr = 1 + _STAGES * LAYERS
+    counters = sync_ptr + _COUNTERS
+    done = tl.load(sync_ptr, cache_modifier=".cg") + 1
+    programs = tl.num_programs(0)
+    texts = n_rows // sequence
+    turn = tl.program_id(0)
+
+    tiles = _within(0, first_stage, last_stage, tl.cdiv(n_rows, EMBED_BM) * parts)
+    for tile in tl.range(turn, tiles, programs, num_stages=1):
+        embed_tile(
+            tile, None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, EMBED_BM, X_BN,
+            AFTER,
+        )  # fmt: skip
+        publish(counters + tile // parts)
+    turn = _turn(turn, tiles)
+
+    first_layer = tl.maximum(first_stage - 1, 0) // _STAGES
+    last_layer = (tl.minimum(last_stage, head_stage) - 1 + _STAGES - 1) // _STAGES
+    for layer in tl.range(first_layer, last_layer, num_stages=1):
+        of = tl.full([], 1, tl.int64) * layer
+        stage = 1 + _STAGES * layer
+
+        tiles = _within(stage, first_stage, last_stage, tl.cdiv(n_rows, QKV_BM) * qkv_columns)
+        for tile in tl.range(turn, tiles, programs, num_stages=1):
+            row = tile // qkv_columns * QKV_BM
+            last = tl.minimum(row + QKV_BM, n_rows) - 1
+            # x was written by embed, or by down of the layer before
+            wait = _wait_on(
+                counters, sync_ptr, stage - 1, row, last, row_tiles, done * parts, patience,
+                tl.where(layer == 0, EMBED_BM, DOWN_BM),
+            )  # fmt: skip
+            qkv_tile(
+                tile, wait, x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
+                norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * qkv_layer, n_rows,
+                sequence, eps, D, H, K, E, QK_NORM, PARTS, SOME, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
+                QKV_TAIL, QKV_LOADS, COUNTED,
+            )  # fmt: skip
+            publish(counters + stage * row_tiles + tile // qkv_columns)
+        turn = _turn(turn, tiles)
+
+        of_text = tl.cdiv(sequence, ATTENTION_BM)
+        tiles = _within(stage + 1, first_stage, last_stage, texts * of_text * H)
+        for tile in tl.range(turn, tiles, programs, num_stages=1):
+            text = tile // H // of_text
+            end_of = tl.minimum((tile // H % of_text + 1) * ATTENTION_BM, sequence)
+            wait = _wait_on(
+                counters, sync_ptr, stage, text * sequence, text * sequence + end_of - 1,
+                row_tiles, done * qkv_columns, patience, QKV_BM,
+            )  # fmt: skip
+            attention_tile(
+                tile, wait, qkv_ptr + of * qkv_layer, mixed_ptr, sequence, scale, H, K, E,
+                ATTENTION_BM, ATTENTION_BN, WIDTH, ATTENTION_LOADS, COUNTED,
+            )  # fmt: skip
+            publish(counters + (stage + 1) * row_tiles + tile // H)
+        turn = _turn(turn, tiles)
+
+        tiles = _within(stage + 2, first_stage, last_stage, tl.cdiv(n_rows, OUT_BM) * parts)
+        for tile in tl.range(turn, tiles, programs, num_stages=1):
+            row = tile // parts * OUT_BM
+            last = tl.minimum(row + OUT_BM, n_rows) - 1
+            wait = _wait_on_attention(
+                counters, sync_ptr, stage + 1, row, last, sequence, row_tiles, done * H, patience,
+                ATTENTION_BM,
+            )  # fmt: skip
+            add_product_tile(
+                tile, wait, mixed_ptr, out_w_ptr + of * (D * H * E), x_ptr, parts_ptr, n_rows,
+                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, COUNTED,
+            )  # fmt: skip
+            publish(counters + (stage + 2) * row_tiles + tile // parts)
+        turn = _turn(turn, tiles)
+
+        tiles = _within(
+            stage + 3, first_stage, last_stage, tl.cdiv(n_rows, GATE_UP_BM) * gate_up_columns
+        )
+        for tile in tl.range(turn, tiles, programs, num_stages=1):
+            row = tile // gate_up_columns * GATE_UP_BM
+            last = tl.minimum(row + GATE_UP_BM, n_rows) - 1
+            wait = _wait_on(
+                counters, sync_ptr, stage + 2, row, last, row_tiles, done * parts, patience, OUT_BM
+            )
+            gate_up_tile(
+                tile, wait, x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr, n_rows,
+                eps, D, F, PARTS, SOME, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
+                GATE_UP_LOADS, COUNTED,
+            )  # fmt: skip
+            publish(counters + (stage + 3) * row_tiles + tile // gate_up_columns)
+        turn = _turn(turn, tiles)
+
+        tiles = _within(stage + 4, first_stage, last_stage, tl.cdiv(n_rows, DOWN_BM) * parts)
+        for tile in tl.range(turn, tiles, programs, num_stages=1):
+            row = tile // parts * DOWN_BM
+            last = tl.minimum(row + DOWN_BM, n_rows) - 1
+            wait = _wait_on(
+                counters, sync_ptr, stage + 3, row, last, row_tiles, done * gate_up_columns,
+                patience, GATE_UP_BM,
+            )  # fmt: skip
+            add_product_tile(
+                tile, wait, hidden_ptr, down_w_ptr + of * (D * F), x_ptr, parts_ptr, n_rows, F, D,
+                DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, COUNTED,
+            )  # fmt: skip
+            publish(counters + (stage + 4) * row_tiles + tile // parts)
+        turn = _turn(turn, tiles)
+
+    tiles = _within(
+        head_stage, first_stage, last_stage, tl.cdiv(logit_rows, HEAD_BM) * head_columns
+    )
+    for tile in tl.range(turn, tiles, programs, num_stages=1):
+        row = tile // head_columns * HEAD_BM
+        last = tl.minimum(row + HEAD_BM, logit_rows) - 1
+        wait = _wait_on(
+            counters, sync_ptr, head_stage - 1, row * step + step - 1, last * step + step - 1,
+            row_tiles, done * parts, patience, DOWN_BM,
+        )  # fmt: skip
+        head_tile(
+            tile, wait, x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
+            PARTS, SOME, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, COUNTED,
+        )  # fmt: skip
+    if ends > 0:
+        end(sync_ptr)

@@ -1,0 +1,116 @@
+"""A whole forward in one launch, or in a few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.blocking import Blocking, blocks, inner_of, padded
+from onelaunch.engines.cuda.pack import PackedModel
+from onelaunch.engines.cuda.staged import BoundForward, Call, Shape
+from onelaunch.errors import EngineTimeout
+from onelaunch.plan import Launch, launches
+
+WARPS = 4
+PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
+
+
+class FusedForward(BoundForward):
+    """A forward of one shape at a fusion depth. `programs` is how many run at once, as many as the
+    device has multiprocessors unless it is given; all of them must fit on it together."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        packed: PackedModel,
+        shape: Shape,
+        blockings: Mapping[str, Blocking],
+        depth: str | int = "all",
+        programs: int | None = None,
+        patience: int = PATIENCE,
+    ) -> None:
+        self.qkv_buffers = config.n_layers
+        self._depth, self._patience = depth, patience
+        self._programs = programs or _multiprocessors(packed.embedding.device)
+        super().__init__(config, packed, shape, blockings)
+
+    def check(self) -> None:
+        """Wait for the device; raise EngineTimeout where a tile gave up waiting."""
+        from onelaunch.engines.cuda import sync
+
+        status = int(self.sync[sync.STATUS])
+        if not status:
+            return
+        self.sync.zero_()
+        stage = self.tiles.plan.stages[(status - sync.GAVE_UP) >> sync.ROW_TILE_BITS]
+        row_tile = status & ((1 << sync.ROW_TILE_BITS) - 1)
+        raise EngineTimeout(
+            f"the forward was given up: a tile waited {self._patience / 1e9:g} s for row tile "
+            f"{row_tile} of {stage.label}"
+        )
+
+    def _calls(self) -> list[Call]:
+        from onelaunch.engines.cuda import fused, sync
+
+        c, w, b, tiles = self.config, self.packed, self.buffers, self.tiles
+        plan, n = tiles.plan, b.x.shape[0]
+        row_tiles = max(len(phase.spans) for phase in tiles.phases)
+        words = sync.COUNTERS + row_tiles * len(plan.stages)
+        self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
+        constants = self._constants()
+        rows = b.logits.shape[0]
+        found = []
+        for launch in launches(plan, self._depth):
+            ends = int(launch.last == len(plan.stages))
+            given: tuple[Any, ...] = (
+                b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
+                w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
+                self.sync, n, plan.sequence, rows, n // rows, b.qkv[0].numel(), row_tiles,
+                launch.first, launch.last, ends, self._patience, c.norm_eps, c.head_dim**-0.5,
+            )  # fmt: skip
+            programs = min(self._programs, self._tiles_of(launch))
+            found.append(Call(fused.forward_kernel, programs, given, constants))
+        return found
+
+    def _tiles_of(self, launch: Launch) -> int:
+        last = self.tiles.phases[launch.last - 1]
+        return last.first + last.tiles - self.tiles.phases[launch.first].first
+
+    def _constants(self) -> dict[str, Any]:
+        c = self.config
+        constants: dict[str, Any] = {
+            "LAYERS": c.n_layers, "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
+            "F": c.hidden_dim, "V": c.vocab_size, "QK_NORM": c.qk_norm, "PARTS": self.parts,
+            "SOME": padded(self.parts, 1), "WIDTH": padded(c.head_dim),
+            "X_BN": self.blockings["down"].columns, "EMBED_BM": self.blockings["embed"].rows,
+            "QKV_STEP": self.tiles.tilings["qkv"].columns,
+        }  # fmt: skip
+        names = {"qkv": "QKV", "out_proj": "OUT", "gate_up": "GATE_UP", "down": "DOWN"}
+        for kind, name in (names | {"head": "HEAD"}).items():
+            blocking = self.blockings[kind]
+            BK, TAIL = blocks(inner_of(c, kind), blocking)
+            constants |= {
+                f"{name}_BM": blocking.rows, f"{name}_BK": BK, f"{name}_TAIL": TAIL,
+                f"{name}_LOADS": blocking.loads,
+            }  # fmt: skip
+            if kind not in ("out_proj", "down"):
+                constants[f"{name}_BN"] = blocking.columns
+        attention = self.blockings["attention"]
+        constants |= {
+            "ATTENTION_BM": attention.rows, "ATTENTION_BN": attention.columns,
+            "ATTENTION_LOADS": attention.loads,
+        }  # fmt: skip
+        options: dict[str, Any] = {"num_warps": WARPS}
+        if self.buffers.x.device.type == "cuda":
+            options["launch_cooperative_grid"] = True
+        return constants | options
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,164 @@
+"""How tiles of one launch wait for one another.
+
+A row tile of a phase has a counter, to which each of its tiles adds one when what it wrote can be
+seen by others. Counters are never cleared: in epoch e, which counts forwards from 0, a row tile of
+c tiles has ended when its counter is (e + 1) c. The epoch lies in the device's memory, so that a
+CUDA graph can be replayed; the last program of a forward to end moves it on.
+
+Every wait is bounded. Where one gives up it writes which into the status word, and from then on no
+wait waits: the launch ends, with results that are none, and whoever reads them reads the status.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What a forward's sync buffer begins with: int32 words, each alone in its cache line.
+LINE = 32
+EPOCH, ENDED, STATUS, COUNTERS = 0, LINE, 2 * LINE, 3 * LINE
+ROW_TILE_BITS = 18
+GAVE_UP = 1 << 30
+"""The status word is GAVE_UP, the awaited stage << ROW_TILE_BITS and its row tile, added up."""
+
+_ENDED, _STATUS = tl.constexpr(ENDED), tl.constexpr(STATUS)
+
+# One thread looks at one counter, and goes on by as many as there are threads. Every 64 looks it
+# reads the clock and the status.
+_WAIT = tl.constexpr("""
+{
+  .reg .pred p, q;
+  .reg .u32 i, n, looks, v;
+  .reg .u64 at, start, now;
+  mov.u32 i, %tid.x;
+  mov.u32 n, %ntid.x;
+NEXT_${:uid}:
+  setp.ge.u32 p, i, $2;
+  @p bra DONE_${:uid};
+  mul.wide.u32 at, i, 4;
+  add.u64 at, at, $1;
+  mov.u32 looks, 0;
+LOOK_${:uid}:
+  ld.relaxed.gpu.global.u32 v, [at];
+  sub.u32 v, v, $3;
+  setp.ge.s32 p, v, 0;
+  @p bra THERE_${:uid};
+  add.u32 looks, looks, 1;
+  and.b32 v, looks, 63;
+  setp.ne.u32 p, v, 0;
+  @p bra LOOK_${:uid};
+  ld.relaxed.gpu.global.u32 v, [$4];
+  setp.ne.u32 p, v, 0;
+  @p bra DONE_${:uid};
+  mov.u64 now, %globaltimer;
+  setp.eq.u32 q, looks, 64;
+  @q mov.u64 start, now;
+  sub.u64 now, now, start;
+  setp.lt.u64 p, now, $6;
+  @p bra LOOK_${:uid};
+  add.u32 v, $5, i;
+  atom.relaxed.gpu.global.cas.b32 v, [$4], 0, v;
+  bra DONE_${:uid};
+THERE_${:uid}:
+  ld.acquire.gpu.global.u32 v, [at];
+  add.u32 i, i, n;
+  bra NEXT_${:uid};
+DONE_${:uid}:
+  mov.u32 $0, 0;
+}
+""")
+_ADD_ONE = tl.constexpr("""
+{
+  .reg .pred p;
+  .reg .u32 i;
+  mov.u32 i, %tid.x;
+  setp.eq.u32 p, i, 0;
+  @p red.release.gpu.global.add.u32 [$1], 1;
+  mov.u32 $0, 0;
+}
+""")
+# $1 epoch, $2 programs that have ended, $3 programs less one
+_END = tl.constexpr("""
+{
+  .reg .pred p;
+  .reg .u32 i;
+  mov.u32 i, %tid.x;
+  setp.ne.u32 p, i, 0;
+  @p bra DONE_${:uid};
+  atom.acq_rel.gpu.global.inc.u32 i, [$2], $3;
+  setp.ne.u32 p, i, $3;
+  @p bra DONE_${:uid};
+  red.relaxed.gpu.global.add.u32 [$1], 1;
+DONE_${:uid}:
+  mov.u32 $0, 0;
+}
+""")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wait_for(wait):
+    """wait: the first counter, how many, what they must have reached, the sync buffer, what the
+    status is to say of the first, and for how many nanoseconds."""
+    if INTERPRETED:
+        for i in range(wait[1]):  # nobody else runs: what is not there will not come
+            if tl.load(wait[0] + i) < wait[2]:
+                tl.store(wait[3] + _STATUS, wait[4] + i)
+    else:
+        tl.inline_asm_elementwise(
+            _WAIT,
+            "=r,l,r,r,l,r,l",
+            [
+                wait[0].to(tl.int64, bitcast=True),
+                wait[1],
+                wait[2],
+                (wait[3] + _STATUS).to(tl.int64, bitcast=True),
+                wait[4],
+                wait[5].to(tl.int64),
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        tl.debug_barrier()
+
+
+@triton.jit
+def publish(counter_ptr):
+    """A tile of this row tile has ended."""
+    if INTERPRETED:
+        tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    else:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(
+            _ADD_ONE,
+            "=r,l",
+            [counter_ptr.to(tl.int64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def end(sync_ptr):
+    """This program has ended; after the last of them comes the next epoch."""
+    if INTERPRETED:
+        ended = tl.load(sync_ptr + _ENDED) + 1
+        last = ended == tl.num_programs(0)
+        tl.store(sync_ptr + _ENDED, tl.where(last, 0, ended))
+        tl.store(sync_ptr, tl.load(sync_ptr) + tl.where(last, 1, 0))
+    else:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(
+            _END,
+            "=r,l,l,r",
+            [
+                sync_ptr.to(tl.int64, bitcast=True),
+                (sync_ptr + _ENDED).to(tl.int64, bitcast=True),
+                tl.num_programs(0) - 1,
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

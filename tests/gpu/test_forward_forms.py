@@ -1,0 +1,135 @@
+"""The staged and the fused forward on a GPU, against the definition in float64 and each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onelaunch.engines.cuda import sync
+from onelaunch.engines.cuda.blocking import Blocking
+from onelaunch.engines.cuda.one_launch import FusedForward
+from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.errors import EngineTimeout
+from onelaunch.model import Model
+from tests.engines.suite import SHAPES, SMALL, exact_logits, relative_error, weights_of
+
+CUDA = torch.device("cuda", 0)
+MORE = {
+    "no power of two": SMALL.with_(dim=40, n_heads=5, n_kv_heads=5, hidden_dim=44, vocab_size=67),
+    "heads of 6": SMALL.with_(head_dim=6, n_kv_heads=2),
+    "heads of 48, longer": SMALL.with_(
+        dim=288, n_heads=6, n_kv_heads=6, head_dim=48, hidden_dim=768, vocab_size=500,
+        max_seq_len=300,
+    ),
+    "heads of 128": SMALL.with_(dim=256, n_heads=4, n_kv_heads=2, head_dim=128, max_seq_len=100),
+}  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERY = {**SHAPES, **MORE}
+EARLY = {
+    "qkv": Blocking(64, 32, loads=0),
+    "gate_up": Blocking(64, 64, loads=0),
+    "out_proj": Blocking(32, 32, loads=0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_poisoned():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def tokens_of(config, batch, sequence, seed=0):
+    generator = torch.Generator().manual_seed(1000 * seed + sequence)
+    return torch.randint(config.vocab_size, (batch, sequence), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
+def test_logits_are_the_models(config, dtype):
+    weights = weights_of(config)
+    early = EARLY if dtype == torch.bfloat16 and not config.qk_norm else {}
+    forward = StagedForward(config, weights, dtype, CUDA, early)
+    own = Model.from_weights(config, {name: w.to(CUDA, dtype) for name, w in weights.items()})
+    for batch, sequence in ((1, 1), (3, 17), (2, config.max_seq_len)):
+        tokens = tokens_of(config, batch, sequence)
+        exact = exact_logits(config, weights, tokens)
+        with torch.no_grad():
+            hidden = own.hidden(tokens.to(CUDA))
+            plain = torch.nn.functional.linear(hidden, own.head_weight())
+        got = forward.logits(tokens)
+        # of float32, PyTorch's own error is a few roundings
+        allowed = max(1.5 * relative_error(plain, exact), 4e-6)
+        error = relative_error(got, exact)
+        assert error <= allowed, f"{batch}x{sequence}: {error:.2e}, {allowed:.2e} allowed"
+        assert torch.equal(forward.logits(tokens), got)
+        assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
+def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, dtype):
+    weights = weights_of(config)
+    early = EARLY if dtype == torch.bfloat16 and not config.qk_norm else {}
+    staged = StagedForward(config, weights, dtype, CUDA, early)
+    for shape in (Shape(1, 1), Shape(3, 17), Shape(2, config.max_seq_len, False)):
+        for depth in ("all", "half", 1, "stage"):
+            fused = FusedForward(config, staged.packed, shape, early, depth)
+            for seed in range(3):
+                tokens = tokens_of(config, shape.batch, shape.sequence, seed)
+                expected = staged.logits(tokens, shape.all_positions)
+                fused.buffers.logits.fill_(float("nan"))
+                fused.buffers.tokens.copy_(tokens.flatten())
+                fused.run()
+                fused.check()
+                assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 33, 131, 132])
+def test_any_number_of_programs_has_the_same_bits(programs):
+    config = EVERY["heads of 48, longer"]
+    weights, tokens = weights_of(config), tokens_of(config, 2, 200)
+    staged = StagedForward(config, weights, torch.bfloat16, CUDA, EARLY)
+    expected = staged.logits(tokens)
+    fused = FusedForward(config, staged.packed, Shape(2, 200), EARLY, programs=programs)
+    fused.buffers.tokens.copy_(tokens.flatten())
+    for _ in range(3):
+        fused.buffers.logits.fill_(float("nan"))
+        fused.run()
+        fused.check()
+        assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
+
+
+@pytest.mark.parametrize("form", ["staged", "fused"])
+def test_a_graph_has_the_same_bits(form):
+    config = EVERY["heads of 48, longer"]
+    weights = weights_of(config)
+    staged = StagedForward(config, weights, torch.bfloat16, CUDA, EARLY)
+    if form == "staged":
+        bound = staged.bind(2, 150)
+    else:
+        bound = FusedForward(config, staged.packed, Shape(2, 150), EARLY)
+    graph = bound.captured()
+    for seed in range(20):
+        tokens = tokens_of(config, 2, 150, seed)
+        bound.buffers.logits.fill_(float("nan"))
+        bound.buffers.tokens.copy_(tokens.flatten())
+        graph.replay()
+        expected = staged.logits(tokens)
+        assert torch.equal(bound.buffers.logits.view(expected.shape), expected)
+
+
+def test_a_wait_gives_up_and_says_where():
+    config = EVERY["heads of 48, longer"]
+    staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA)
+    fused = FusedForward(config, staged.packed, Shape(1, 100), {}, "stage", patience=20_000_000)
+    fused.buffers.tokens.zero_()
+    fused.calls[2]()  # attention, without what it reads
+    with pytest.raises(EngineTimeout, match=r"waited 0.02 s for row tile 0 of layer 0 qkv"):
+        fused.check()
+    fused.run()
+    fused.check()
+    expected = staged.logits(torch.zeros(1, 100, dtype=torch.int64))
+    assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
+    assert int(fused.sync[sync.EPOCH]) == 1
