@@ -14,7 +14,7 @@ import triton.language as tl
 from onelaunch.engines.cuda import sync
 from onelaunch.engines.cuda.stages import (
     AFTER,
-    COUNTED,
+    COUNTED_PTX,
     add_product_tile,
     attention_tile,
     embed_tile,
@@ -137,6 +137,7 @@ def forward_kernel(
     HEAD_BK: tl.constexpr,
     HEAD_TAIL: tl.constexpr,
     HEAD_LOADS: tl.constexpr,
+    MODE: tl.constexpr,
 ):
     """Stages first_stage up to, not including, last_stage: 0 is embed, then five a layer, then
     head. `ends` is 1 in the last launch of a forward. qkv_layer: elements of a layer of qkv: each
@@ -160,7 +161,7 @@ def forward_kernel(
             tile, None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, EMBED_BM, X_BN,
             AFTER,
         )  # fmt: skip
-        publish(counters + tile // parts)
+        publish(counters + tile // parts, MODE == COUNTED_PTX)
     turn = _turn(turn, tiles)
 
     first_layer = tl.maximum(first_stage - 1, 0) // _STAGES
@@ -182,9 +183,9 @@ def forward_kernel(
                 tile, wait, x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
                 norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * qkv_layer, n_rows,
                 sequence, eps, D, H, K, E, QK_NORM, PARTS, SOME, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
-                QKV_TAIL, QKV_LOADS, COUNTED,
+                QKV_TAIL, QKV_LOADS, MODE,
             )  # fmt: skip
-            publish(counters + stage * row_tiles + tile // qkv_columns)
+            publish(counters + stage * row_tiles + tile // qkv_columns, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
         of_text = tl.cdiv(sequence, ATTENTION_BM)
@@ -198,9 +199,9 @@ def forward_kernel(
             )  # fmt: skip
             attention_tile(
                 tile, wait, qkv_ptr + of * qkv_layer, mixed_ptr, sequence, scale, H, K, E,
-                ATTENTION_BM, ATTENTION_BN, WIDTH, ATTENTION_LOADS, COUNTED,
+                ATTENTION_BM, ATTENTION_BN, WIDTH, ATTENTION_LOADS, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 1) * row_tiles + tile // H)
+            publish(counters + (stage + 1) * row_tiles + tile // H, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
         tiles = _within(stage + 2, first_stage, last_stage, tl.cdiv(n_rows, OUT_BM) * parts)
@@ -213,9 +214,9 @@ def forward_kernel(
             )  # fmt: skip
             add_product_tile(
                 tile, wait, mixed_ptr, out_w_ptr + of * (D * H * E), x_ptr, parts_ptr, n_rows,
-                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, COUNTED,
+                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 2) * row_tiles + tile // parts)
+            publish(counters + (stage + 2) * row_tiles + tile // parts, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
         tiles = _within(
@@ -230,9 +231,11 @@ def forward_kernel(
             gate_up_tile(
                 tile, wait, x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr, n_rows,
                 eps, D, F, PARTS, SOME, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
-                GATE_UP_LOADS, COUNTED,
+                GATE_UP_LOADS, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 3) * row_tiles + tile // gate_up_columns)
+            publish(
+                counters + (stage + 3) * row_tiles + tile // gate_up_columns, MODE == COUNTED_PTX
+            )
         turn = _turn(turn, tiles)
 
         tiles = _within(stage + 4, first_stage, last_stage, tl.cdiv(n_rows, DOWN_BM) * parts)
@@ -245,9 +248,9 @@ def forward_kernel(
             )  # fmt: skip
             add_product_tile(
                 tile, wait, hidden_ptr, down_w_ptr + of * (D * F), x_ptr, parts_ptr, n_rows, F, D,
-                DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, COUNTED,
+                DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 4) * row_tiles + tile // parts)
+            publish(counters + (stage + 4) * row_tiles + tile // parts, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
     tiles = _within(
@@ -262,7 +265,7 @@ def forward_kernel(
         )  # fmt: skip
         head_tile(
             tile, wait, x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
-            PARTS, SOME, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, COUNTED,
+            PARTS, SOME, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, MODE,
         )  # fmt: skip
     if ends > 0:
-        end(sync_ptr)
+        end(sync_ptr, MODE == COUNTED_PTX)

@@ -81,6 +81,8 @@ class FusedForward(BoundForward):
         return last.first + last.tiles - self.tiles.phases[launch.first].first
 
     def _constants(self) -> dict[str, Any]:
+        from onelaunch.engines.cuda import stages
+
         c = self.config
         constants: dict[str, Any] = {
             "LAYERS": c.n_layers, "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
@@ -104,7 +106,8 @@ class FusedForward(BoundForward):
             "ATTENTION_BM": attention.rows, "ATTENTION_BN": attention.columns,
             "ATTENTION_LOADS": attention.loads,
         }  # fmt: skip
-        options: dict[str, Any] = {"num_warps": WARPS}
+        mode = stages.COUNTED_PTX if _nvidia() else stages.COUNTED
+        options: dict[str, Any] = {"MODE": mode.value, "num_warps": WARPS}
         if self.buffers.x.device.type == "cuda":
             options["launch_cooperative_grid"] = True
         return constants | options
@@ -114,3 +117,13 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _nvidia() -> bool:
+    """Whether Triton compiles for NVIDIA's GPUs."""
+    from triton.runtime import driver
+
+    try:
+        return bool(driver.active.get_current_target().backend == "cuda")
+    except RuntimeError:  # no device: the interpreter, which has no use for the answer
+        return False

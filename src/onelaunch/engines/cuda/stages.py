@@ -24,6 +24,7 @@ from onelaunch.engines.cuda.sync import wait_for
 # How a tile knows that what it reads has been written: the launch before has ended; or it says so
 # (programmatic dependent launch); or counters of this launch say so.
 AFTER, DEPENDENT, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+COUNTED_PTX = tl.constexpr(3)  # the same, looked at by NVIDIA's own instructions
 
 
 @triton.jit
@@ -31,8 +32,8 @@ def _ready(wait, MODE: tl.constexpr):
     """Go on when what the tile reads has been written."""
     if MODE == DEPENDENT:
         gdc_wait()
-    elif MODE == COUNTED:
-        wait_for(wait)
+    elif MODE >= COUNTED:
+        wait_for(wait, MODE == COUNTED_PTX)
 
 
 @triton.jit

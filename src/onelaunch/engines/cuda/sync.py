@@ -94,17 +94,18 @@ DONE_${:uid}:
 }
 """)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_LOOK = tl.constexpr(500)  # nanoseconds, about, that a look by an atomic addition takes
 
 
 @triton.jit
-def wait_for(wait):
+def wait_for(wait, PTX: tl.constexpr):
     """wait: the first counter, how many, what they must have reached, the sync buffer, what the
     status is to say of the first, and for how many nanoseconds."""
     if INTERPRETED:
         for i in range(wait[1]):  # nobody else runs: what is not there will not come
             if tl.load(wait[0] + i) < wait[2]:
                 tl.store(wait[3] + _STATUS, wait[4] + i)
-    else:
+    elif PTX:
         tl.inline_asm_elementwise(
             _WAIT,
             "=r,l,r,r,l,r,l",
@@ -121,44 +122,64 @@ def wait_for(wait):
             pack=1,
         )
         tl.debug_barrier()
+    else:
+        for i in range(wait[1]):
+            there = tl.atomic_add(wait[0] + i, 0, sem="acquire", scope="gpu")
+            looks = 0
+            while there - wait[2] < 0:
+                looks += 1
+                if looks >= wait[5] // _LOOK:
+                    tl.atomic_cas(wait[3] + _STATUS, 0, wait[4] + i, sem="relaxed", scope="gpu")
+                if tl.atomic_add(wait[3] + _STATUS, 0, sem="relaxed", scope="gpu") != 0:
+                    there = wait[2]
+                else:
+                    there = tl.atomic_add(wait[0] + i, 0, sem="acquire", scope="gpu")
+        tl.debug_barrier()
 
 
 @triton.jit
-def publish(counter_ptr):
+def publish(counter_ptr, PTX: tl.constexpr):
     """A tile of this row tile has ended."""
     if INTERPRETED:
         tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     else:
         tl.debug_barrier()
-        tl.inline_asm_elementwise(
-            _ADD_ONE,
-            "=r,l",
-            [counter_ptr.to(tl.int64, bitcast=True)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        if PTX:
+            tl.inline_asm_elementwise(
+                _ADD_ONE,
+                "=r,l",
+                [counter_ptr.to(tl.int64, bitcast=True)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
-def end(sync_ptr):
+def end(sync_ptr, PTX: tl.constexpr):
     """This program has ended; after the last of them comes the next epoch."""
+    programs = tl.num_programs(0)
     if INTERPRETED:
         ended = tl.load(sync_ptr + _ENDED) + 1
-        last = ended == tl.num_programs(0)
-        tl.store(sync_ptr + _ENDED, tl.where(last, 0, ended))
-        tl.store(sync_ptr, tl.load(sync_ptr) + tl.where(last, 1, 0))
+        tl.store(sync_ptr + _ENDED, tl.where(ended == programs, 0, ended))
+        tl.store(sync_ptr, tl.load(sync_ptr) + tl.where(ended == programs, 1, 0))
     else:
         tl.debug_barrier()
-        tl.inline_asm_elementwise(
-            _END,
-            "=r,l,l,r",
-            [
-                sync_ptr.to(tl.int64, bitcast=True),
-                (sync_ptr + _ENDED).to(tl.int64, bitcast=True),
-                tl.num_programs(0) - 1,
-            ],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        if PTX:
+            tl.inline_asm_elementwise(
+                _END,
+                "=r,l,l,r",
+                [
+                    sync_ptr.to(tl.int64, bitcast=True),
+                    (sync_ptr + _ENDED).to(tl.int64, bitcast=True),
+                    programs - 1,
+                ],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        elif tl.atomic_add(sync_ptr + _ENDED, 1, sem="acq_rel", scope="gpu") == programs - 1:
+            tl.atomic_add(sync_ptr + _ENDED, -programs, sem="relaxed", scope="gpu")
+            tl.atomic_add(sync_ptr, 1, sem="relaxed", scope="gpu")
