@@ -106,7 +106,6 @@ def forward_kernel(
     V: tl.constexpr,
     QK_NORM: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     WIDTH: tl.constexpr,
     X_BN: tl.constexpr,
     EMBED_BM: tl.constexpr,
@@ -182,7 +181,7 @@ def forward_kernel(
             qkv_tile(
                 tile, wait, x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
                 norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * qkv_layer, n_rows,
-                sequence, eps, D, H, K, E, QK_NORM, PARTS, SOME, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
+                sequence, eps, D, H, K, E, QK_NORM, PARTS, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
                 QKV_TAIL, QKV_LOADS, MODE,
             )  # fmt: skip
             publish(counters + stage * row_tiles + tile // qkv_columns, MODE == COUNTED_PTX)
@@ -230,7 +229,7 @@ def forward_kernel(
             )
             gate_up_tile(
                 tile, wait, x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr, n_rows,
-                eps, D, F, PARTS, SOME, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
+                eps, D, F, PARTS, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
                 GATE_UP_LOADS, MODE,
             )  # fmt: skip
             publish(
@@ -265,7 +264,7 @@ def forward_kernel(
         )  # fmt: skip
         head_tile(
             tile, wait, x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
-            PARTS, SOME, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, MODE,
+            PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, MODE,
         )  # fmt: skip
     if ends > 0:
         end(sync_ptr, MODE == COUNTED_PTX)

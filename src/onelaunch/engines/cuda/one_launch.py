@@ -87,7 +87,7 @@ class FusedForward(BoundForward):
         constants: dict[str, Any] = {
             "LAYERS": c.n_layers, "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
             "F": c.hidden_dim, "V": c.vocab_size, "QK_NORM": c.qk_norm, "PARTS": self.parts,
-            "SOME": padded(self.parts, 1), "WIDTH": padded(c.head_dim),
+            "WIDTH": padded(c.head_dim),
             "X_BN": self.blockings["down"].columns, "EMBED_BM": self.blockings["embed"].rows,
             "QKV_STEP": self.tiles.tilings["qkv"].columns,
         }  # fmt: skip

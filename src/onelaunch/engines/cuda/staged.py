@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Buffers:
-    """tokens: (N,), int32; x: (N, D); parts: (N, parts of a row), float32; qkv: (layers that have
+    """tokens: (N,), int32; x: (N, D); parts: (parts of a row, N), float32; qkv: (layers that have
     their own, N, (H + 2 K) E); mixed: (N, H E); hidden: (N, F); logits: (rows, V)."""
 
     tokens: Tensor
@@ -42,6 +42,10 @@ class Call:
 
     def __call__(self) -> None:
         self.kernel[(self.programs,)](*self.arguments, **self.options)
+
+    def compile(self) -> Any:
+        """The compiled kernel; nothing is launched."""
+        return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
 
 
 class StagedForward:
@@ -122,7 +126,7 @@ class BoundForward:
         self.buffers = Buffers(
             empty(rows, dtype=torch.int32),
             empty(rows, config.dim),
-            empty(rows, self.parts, dtype=torch.float32),
+            empty(self.parts, rows, dtype=torch.float32),
             empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
             empty(rows, config.q_dim),
             empty(rows, config.hidden_dim),
@@ -140,7 +144,9 @@ class BoundForward:
 
     def captured(self) -> torch.cuda.CUDAGraph:
         """The forward as a CUDA graph, which reads and writes the same buffers."""
-        self.run()  # compiles what is not
+        for call in self.calls:
+            share_first_cache(call.compile())
+        self.run()
         torch.cuda.synchronize(self.buffers.x.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -159,7 +165,7 @@ class BoundForward:
         BK, TAIL = blocks(inner, blocking)
         size = {"BM": blocking.rows, "BN": blocking.columns}
         through = {"BK": BK, "TAIL": TAIL, "LOADS": blocking.loads}
-        norm = {"PARTS": self.parts, "SOME": padded(self.parts, 1)}
+        norm = {"PARTS": self.parts}
         n = b.x.shape[0]
         heads = {"H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim}
         given: tuple[Any, ...]
@@ -204,3 +210,15 @@ class BoundForward:
         if mode == stages.DEPENDENT:
             options["launch_pdl"] = True
         return Call(kernel, self.tiles.phases[number].tiles, given, options)
+
+
+def share_first_cache(compiled: Any) -> None:
+    """Have a multiprocessor give its first cache to shared memory, as much as it can. Between
+    kernels that want it divided in different ways a multiprocessor must run empty: with all of them
+    alike, the stages of a 15-million-parameter model took 138 us in place of 158."""
+    import ctypes
+
+    compiled._init_handles()
+    driver = ctypes.CDLL("libcuda.so.1")
+    carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+    driver.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), carveout, 100)

@@ -5,7 +5,7 @@ Shapes: N rows (positions through the batch), D model width, H heads, K kv heads
 hidden width, V vocabulary. A tile is known by its number: row tile, then column tile. Sums are
 float32; what is stored has the dtype of where it goes. Products of float32 are exact ones (`ieee`),
 not TF32. A stage that writes rows of x leaves the sums of squares of what it wrote, one for each
-row and column tile, (N, PARTS): that is all that a norm needs of them.
+row and column tile, (PARTS, N): that is all that a norm needs of them.
 
 BM, BN, BK: the tile's rows, its columns, and how much of the inner dimension is taken at once.
 LOADS blocks are on their way at once; LOADS = 0 means all of the tile's weights in two blocks, of
@@ -46,23 +46,41 @@ def _place(tile, n_rows, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def _weights(w_ptr, columns, in_columns, first, INNER: tl.constexpr, WIDTH: tl.constexpr):
-    """A block of w^T, (WIDTH, BN), from row `first` on."""
+def _weights(
+    w_ptr,
+    columns,
+    in_columns,
+    first,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A block of w^T, (WIDTH, BN), from row `first` on. WHOLE says what exists of it: 0 some rows
+    and some columns, 1 all of its rows, 2 all of its columns, 3 all."""
     inner = first + tl.arange(0, WIDTH)
-    return tl.load(
-        w_ptr + columns[None, :].to(tl.int64) * INNER + inner[:, None],
-        mask=in_columns[None, :] & (inner < INNER)[:, None],
-        other=0.0,
-    )
+    at = w_ptr + columns[None, :].to(tl.int64) * INNER + inner[:, None]
+    if WHOLE == 3:
+        return tl.load(at)
+    elif WHOLE == 2:
+        return tl.load(at, mask=(inner < INNER)[:, None], other=0.0)
+    elif WHOLE == 1:
+        return tl.load(at, mask=in_columns[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=in_columns[None, :] & (inner < INNER)[:, None], other=0.0)
 
 
 @triton.jit
-def _inputs(x_ptr, rows, in_rows, first, INNER: tl.constexpr, WIDTH: tl.constexpr):
-    """A block of x, (BM, WIDTH), from column `first` on."""
+def _inputs(
+    x_ptr, rows, in_rows, first, INNER: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """A block of x, (BM, WIDTH), from column `first` on, all of which exists where WHOLE."""
     inner = first + tl.arange(0, WIDTH)
+    mask = in_rows[:, None]
+    if not WHOLE:
+        mask &= (inner < INNER)[None, :]
     return tl.load(
         x_ptr + rows.to(tl.int64)[:, None] * INNER + inner[None, :],
-        mask=in_rows[:, None] & (inner < INNER)[None, :],
+        mask=mask,
         other=0.0,
         cache_modifier=".cg",
     )
@@ -74,20 +92,25 @@ def _early(
     columns,
     in_columns,
     INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
 ):
     """The weights of a tile that takes them at once; of another one nothing."""
+    all_columns: tl.constexpr = 2 if COLUMNS % BN == 0 else 0
+    head: tl.constexpr = all_columns + (1 if BK <= INNER else 0)
+    rest: tl.constexpr = all_columns + (1 if BK + TAIL <= INNER else 0)
     if LOADS > 0:
         return 0, 0
     elif TAIL > 0:
         return (
-            _weights(w_ptr, columns, in_columns, 0, INNER, BK),
-            _weights(w_ptr, columns, in_columns, BK, INNER, TAIL),
+            _weights(w_ptr, columns, in_columns, 0, INNER, BK, head),
+            _weights(w_ptr, columns, in_columns, BK, INNER, TAIL, rest),
         )
     else:
-        return _weights(w_ptr, columns, in_columns, 0, INNER, BK), 0
+        return _weights(w_ptr, columns, in_columns, 0, INNER, BK, head), 0
 
 
 @triton.jit
@@ -100,6 +123,7 @@ def _product(
     columns,
     in_columns,
     INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -108,33 +132,34 @@ def _product(
 ):
     """Rows of x times rows of w, (BM, BN)."""
     if LOADS == 0:
-        x = _inputs(x_ptr, rows, in_rows, 0, INNER, BK)
+        x = _inputs(x_ptr, rows, in_rows, 0, INNER, BK, BK <= INNER)
         if TAIL > 0:
-            tail = _inputs(x_ptr, rows, in_rows, BK, INNER, TAIL)
+            tail = _inputs(x_ptr, rows, in_rows, BK, INNER, TAIL, BK + TAIL <= INNER)
         total = tl.dot(x, early[0], input_precision="ieee")
         if TAIL > 0:
             total = tl.dot(tail, early[1], total, input_precision="ieee")
     else:
+        whole: tl.constexpr = INNER % BK == 0
+        all_columns: tl.constexpr = 2 if COLUMNS % BN == 0 else 0
         total = tl.zeros([BM, BN], tl.float32)
         for first in tl.range(0, INNER, BK, num_stages=LOADS):
-            x = _inputs(x_ptr, rows, in_rows, first, INNER, BK)
-            w = _weights(w_ptr, columns, in_columns, first, INNER, BK)
+            x = _inputs(x_ptr, rows, in_rows, first, INNER, BK, whole)
+            w = _weights(
+                w_ptr, columns, in_columns, first, INNER, BK, all_columns + (1 if whole else 0)
+            )
             total = tl.dot(x, w, total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def _rstd(parts_ptr, rows, in_rows, eps, D: tl.constexpr, PARTS: tl.constexpr, SOME: tl.constexpr):
-    """1 / rms of rows of x, (BM,), from the sums of their squares. SOME is the power of two that
-    holds PARTS."""
-    part = tl.arange(0, SOME)
-    squares = tl.load(
-        parts_ptr + rows.to(tl.int64)[:, None] * PARTS + part[None, :],
-        mask=in_rows[:, None] & (part < PARTS)[None, :],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    return tl.rsqrt(tl.sum(squares, 1) / D + eps)
+def _rstd(parts_ptr, n_rows, rows, in_rows, eps, D: tl.constexpr, PARTS: tl.constexpr):
+    """1 / rms of rows of x, (BM,), from the sums of their squares, added in their order: by
+    `tl.sum` two kernels may add them in two."""
+    squares = tl.zeros_like(rows).to(tl.float32)
+    for part in tl.static_range(PARTS):
+        at = parts_ptr + part * n_rows + rows
+        squares += tl.load(at, mask=in_rows, other=0.0, cache_modifier=".cg")
+    return tl.rsqrt(squares / D + eps)
 
 
 @triton.jit
@@ -143,6 +168,7 @@ def _store_rows(
     parts_ptr,
     values,
     tile,
+    n_rows,
     rows,
     columns,
     in_rows,
@@ -156,8 +182,8 @@ def _store_rows(
     stored = values.to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], stored, mask=mask)
     again = tl.where(mask, stored.to(tl.float32), 0.0)
-    part = parts_ptr + rows.to(tl.int64) * parts + tile % parts
-    tl.store(part, tl.sum(again * again, 1), mask=in_rows)
+    at = parts_ptr + tile % parts * n_rows + rows
+    tl.store(at, tl.sum(again * again, 1), mask=in_rows)
 
 
 @triton.jit
@@ -180,7 +206,7 @@ def embed_tile(
     token = tl.load(tokens_ptr + rows, mask=in_rows, other=0).to(tl.int64)
     mask = in_rows[:, None] & in_columns[None, :]
     found = tl.load(embedding_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
-    _store_rows(x_ptr, parts_ptr, found, tile, rows, columns, in_rows, in_columns, D, BN)
+    _store_rows(x_ptr, parts_ptr, found, tile, n_rows, rows, columns, in_rows, in_columns, D, BN)
 
 
 @triton.jit
@@ -203,7 +229,6 @@ def qkv_tile(
     E: tl.constexpr,
     QK_NORM: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEP: tl.constexpr,
@@ -222,7 +247,8 @@ def qkv_tile(
     columns = start + within
     in_rows = rows < n_rows
     in_columns = (within < STEP) & (columns < wide)
-    early = _early(w_ptr, columns, in_columns, D, BK, TAIL, LOADS)
+    full: tl.constexpr = wide if STEP == BN else BN + 1  # a narrower step leaves columns out
+    early = _early(w_ptr, columns, in_columns, D, full, BN, BK, TAIL, LOADS)
     # neighbours are a rotary pair; values turn by nothing
     pair = start // 2 + tl.arange(0, BN // 2)
     turns = in_rows[:, None] & (pair < (H + K) * E // 2)[None, :]
@@ -230,9 +256,9 @@ def qkv_tile(
     cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
     _ready(wait, MODE)
-    rstd = _rstd(parts_ptr, rows, in_rows, eps, D, PARTS, SOME)
+    rstd = _rstd(parts_ptr, n_rows, rows, in_rows, eps, D, PARTS)
     total = _product(
-        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, BM, BN, BK, TAIL, LOADS
+        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, full, BM, BN, BK, TAIL, LOADS
     )
     total *= rstd[:, None]
     if QK_NORM:  # noqa: SIM102 - the one is known when compiled
@@ -335,7 +361,7 @@ def add_product_tile(
 ):
     """x += y w^T, x: (N, D), y: (N, INNER): out_proj and down with the residual."""
     rows, columns, in_rows, in_columns = _place(tile, n_rows, D, BM, BN)
-    early = _early(w_ptr, columns, in_columns, INNER, BK, TAIL, LOADS)
+    early = _early(w_ptr, columns, in_columns, INNER, D, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
     before = tl.load(
         x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :],
@@ -344,10 +370,10 @@ def add_product_tile(
         cache_modifier=".cg",
     )
     total = _product(
-        y_ptr, w_ptr, early, rows, in_rows, columns, in_columns, INNER, BM, BN, BK, TAIL, LOADS
+        y_ptr, w_ptr, early, rows, in_rows, columns, in_columns, INNER, D, BM, BN, BK, TAIL, LOADS
     )
     total += before.to(tl.float32)
-    _store_rows(x_ptr, parts_ptr, total, tile, rows, columns, in_rows, in_columns, D, BN)
+    _store_rows(x_ptr, parts_ptr, total, tile, n_rows, rows, columns, in_rows, in_columns, D, BN)
 
 
 @triton.jit
@@ -363,7 +389,6 @@ def gate_up_tile(
     D: tl.constexpr,
     F: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -374,11 +399,11 @@ def gate_up_tile(
     """hidden: (N, F) = silu(gate) up (2002.05202), of the normalized rows of x. Rows of w alternate
     between gate and up: a tile has BN of them, so BN / 2 columns of hidden."""
     rows, columns, in_rows, in_columns = _place(tile, n_rows, 2 * F, BM, BN)
-    early = _early(w_ptr, columns, in_columns, D, BK, TAIL, LOADS)
+    early = _early(w_ptr, columns, in_columns, D, 2 * F, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
-    rstd = _rstd(parts_ptr, rows, in_rows, eps, D, PARTS, SOME)
+    rstd = _rstd(parts_ptr, n_rows, rows, in_rows, eps, D, PARTS)
     total = _product(
-        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, BM, BN, BK, TAIL, LOADS
+        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, 2 * F, BM, BN, BK, TAIL, LOADS
     )
     total *= rstd[:, None]
     gate, up = tl.split(tl.reshape(total, [BM, BN // 2, 2]))
@@ -403,7 +428,6 @@ def head_tile(
     D: tl.constexpr,
     V: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -414,11 +438,11 @@ def head_tile(
     """logits: (n_rows, V) of the normalized rows step - 1, 2 step - 1, ... of x."""
     rows, columns, in_rows, in_columns = _place(tile, n_rows, V, BM, BN)
     of = rows * step + step - 1
-    early = _early(w_ptr, columns, in_columns, D, BK, TAIL, LOADS)
+    early = _early(w_ptr, columns, in_columns, D, V, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
-    rstd = _rstd(parts_ptr, of, in_rows, eps, D, PARTS, SOME)
+    rstd = _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)
     total = _product(
-        x_ptr, w_ptr, early, of, in_rows, columns, in_columns, D, BM, BN, BK, TAIL, LOADS
+        x_ptr, w_ptr, early, of, in_rows, columns, in_columns, D, V, BM, BN, BK, TAIL, LOADS
     )
     total *= rstd[:, None]
     to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
@@ -472,7 +496,6 @@ def qkv_kernel(
     E: tl.constexpr,
     QK_NORM: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEP: tl.constexpr,
@@ -501,7 +524,6 @@ def qkv_kernel(
         E,
         QK_NORM,
         PARTS,
-        SOME,
         BM,
         BN,
         STEP,
@@ -593,7 +615,6 @@ def gate_up_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -614,7 +635,6 @@ def gate_up_kernel(
         D,
         F,
         PARTS,
-        SOME,
         BM,
         BN,
         BK,
@@ -636,7 +656,6 @@ def head_kernel(
     D: tl.constexpr,
     V: tl.constexpr,
     PARTS: tl.constexpr,
-    SOME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -658,7 +677,6 @@ def head_kernel(
         D,
         V,
         PARTS,
-        SOME,
         BM,
         BN,
         BK,
