@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from onelaunch.bench.generation_speed import BareLoop
+from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.rig import trainer as bench_trainer
 from onelaunch.bench.training_speed import bare_updates
 from onelaunch.config import preset
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training.recipe import Recipe
+from tests.engines.suite import SHAPES, exact_logits, relative_error, weights_of
 
 
 @pytest.mark.parametrize("prompt", [[1], [1, 40, 7, 300]])
@@ -21,6 +23,14 @@ def test_the_bare_generation_loop_writes_our_tokens(prompt):
     ours = ReferenceEngine(config, weights, device="cpu").generate([prompt], 40, Sampling())[0]
     assert BareLoop(config, weights).generate(prompt, 40) == ours
     assert len(set(ours)) > 5
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_the_bare_forward_has_the_models_logits(config):
+    weights = weights_of(config)
+    tokens = torch.randint(config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(3))
+    got = BareForward(config, weights, torch.float64, torch.device("cpu"))(tokens)
+    assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-6
 
 
 def test_the_bare_training_loop_learns_as_ours_does():

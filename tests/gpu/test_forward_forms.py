@@ -28,7 +28,8 @@ EVERY = {**SHAPES, **MORE}
 EARLY = {
     "qkv": Blocking(64, 32, loads=0),
     "gate_up": Blocking(64, 64, loads=0),
-    "out_proj": Blocking(32, 32, loads=0),
+    "out_proj": Blocking(32, 32, loads=0, rehearsed=True),
+    "down": Blocking(64, 32, 64, 4, rehearsed=True),
 }
 
 

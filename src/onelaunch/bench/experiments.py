@@ -5,6 +5,7 @@ EXPERIMENTS = {
     "generation-speed": "the reference engine against a bare PyTorch loop with a KV cache",
     "generate": "the CPU engine against PyTorch, llama2.c and what reading the weights takes",
     "fusion-depth": "a forward by how much one call of compiled code holds",
+    "forward": "a whole text's logits on a GPU, by launches, beside PyTorch",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
     "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",
     "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",
@@ -12,4 +13,6 @@ EXPERIMENTS = {
 }
 
 # Those that run on the GPU where there is one, unless told otherwise; the others run on the CPU.
-ON_THE_GPU = frozenset(name for name in EXPERIMENTS if name.startswith("rms-norm"))
+ON_THE_GPU = frozenset(
+    name for name in EXPERIMENTS if name == "forward" or name.startswith("rms-norm")
+)

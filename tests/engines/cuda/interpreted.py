@@ -90,9 +90,9 @@ def test_a_dtype_without_stages_is_refused():
 
 EARLY = {
     "qkv": Blocking(16, 32, loads=0),
-    "out_proj": Blocking(32, 16, loads=0),
+    "out_proj": Blocking(32, 16, 16, 2, rehearsed=True),
     "gate_up": Blocking(16, 64, loads=0),
-    "down": Blocking(16, 16, loads=0),
+    "down": Blocking(16, 16, loads=0, rehearsed=True),
     "embed": Blocking(32, 16),
 }
 

@@ -16,13 +16,15 @@ class Blocking:
     """A tile of `rows` by `columns`; of gate_up, rows of its weight, two to a column of what it
     writes; of attention, keys at once. `inner` is how much of the inner dimension is taken at once,
     `loads` how many such blocks are on their way; with `loads` 0 all of it is, and the weights are
-    asked for before the tile's turn. `warps` run a tile."""
+    asked for before the tile's turn. `warps` run a tile; one that is `rehearsed` is computed once
+    before its turn, of no rows, where a stage is a launch of its own."""
 
     rows: int
     columns: int
     inner: int = 64
     loads: int = 3
     warps: int = 4
+    rehearsed: bool = False
 
 
 def blocks(inner: int, blocking: Blocking) -> tuple[int, int]:
@@ -60,18 +62,31 @@ def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str,
 
 
 def default(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking]:
-    """A blocking of each kind for so many rows, as good as a rule knows. x is written in tiles of
-    the same columns everywhere: their sums of squares are counted by them."""
+    """A blocking of each kind for so many rows, as good as a rule knows: searched for stories15m
+    with 256 rows of bfloat16 on an H200 (docs/log.md). x is written in tiles of the same columns
+    everywhere: their sums of squares are counted by them."""
     if itemsize == 4:
         small = Blocking(16, 32, 32, 3)
         found = dict.fromkeys(PRODUCTS, small)
         found["attention"] = Blocking(16, 32, loads=2)
-    else:
-        few = Blocking(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 64, 4)
+    elif rows < 64:
+        few = Blocking(16 if rows <= 16 else 32, 32, 64, 4)
         found = dict.fromkeys(PRODUCTS, few)
         found["gate_up"] = Blocking(few.rows, 64, 64, 4)
-        found["attention"] = Blocking(16, 128 if rows > 64 else 64, loads=2)
+        found["attention"] = Blocking(16, 64, loads=2)
+    else:
+        at_once = config.dim <= 384  # registers hold a tile's weights
+        found = {
+            "qkv": Blocking(32, 128, loads=0) if at_once else Blocking(64, 64, 64, 4),
+            "attention": Blocking(16, 128, loads=2),
+            "out_proj": Blocking(64, 32, 32, 6, rehearsed=True),
+            "gate_up": Blocking(32, 128, loads=0) if at_once else Blocking(64, 128, 64, 4),
+            "down": Blocking(64, 32, 128, 4, rehearsed=True),
+            "head": Blocking(128, 128, 64, 3),
+        }
+        if padded(config.head_dim) <= 64 and rows <= 256:
+            found["attention"] = Blocking(16, 256, loads=3)
     if config.qk_norm:
-        found["qkv"] = Blocking(found["qkv"].rows, padded(config.head_dim), 32, 3)
+        found["qkv"] = Blocking(min(found["qkv"].rows, 64), padded(config.head_dim), 32, 3)
     found["embed"] = Blocking(16, found["down"].columns)
     return found

@@ -142,6 +142,9 @@ class BoundForward:
         for call in self.calls:
             call()
 
+    def check(self) -> None:
+        """Raise EngineTimeout where a forward was given up. One launch a stage never waits."""
+
     def captured(self) -> torch.cuda.CUDAGraph:
         """The forward as a CUDA graph, which reads and writes the same buffers."""
         for call in self.calls:
@@ -166,7 +169,7 @@ class BoundForward:
         size = {"BM": blocking.rows, "BN": blocking.columns}
         through = {"BK": BK, "TAIL": TAIL, "LOADS": blocking.loads}
         norm = {"PARTS": self.parts}
-        n = b.x.shape[0]
+        n, passes = b.x.shape[0], 2 if blocking.rehearsed else 1
         heads = {"H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim}
         given: tuple[Any, ...]
         constants: dict[str, Any]
@@ -179,8 +182,8 @@ class BoundForward:
                 kernel = stages.qkv_kernel
                 norms = None if w.norms is None else w.norms[layer]
                 given = (
-                    b.x, b.parts, w.qkv[layer], norms, w.cos, w.sin, b.qkv, n, plan.sequence,
-                    c.norm_eps,
+                    b.x, b.parts, w.qkv[layer], norms, w.cos, w.sin, b.qkv, passes, n,
+                    plan.sequence, c.norm_eps,
                 )  # fmt: skip
                 step = self.tiles.tilings["qkv"].columns
                 constants = {"D": c.dim, "QK_NORM": c.qk_norm, "STEP": step}
@@ -193,15 +196,17 @@ class BoundForward:
             case "out_proj" | "down":
                 kernel = stages.add_product_kernel
                 y, weight = (b.mixed, w.out) if stage.kind == "out_proj" else (b.hidden, w.down)
-                given = (y, weight[layer], b.x, b.parts, n)
+                given = (y, weight[layer], b.x, b.parts, passes, n)
                 constants = {"INNER": inner, "D": c.dim} | size | through
             case "gate_up":
                 kernel = stages.gate_up_kernel
-                given = (b.x, b.parts, w.gate_up[layer], b.hidden, n, c.norm_eps)
+                given = (b.x, b.parts, w.gate_up[layer], b.hidden, passes, n, c.norm_eps)
                 constants = {"D": c.dim, "F": c.hidden_dim} | norm | size | through
             case "head":
                 kernel, rows = stages.head_kernel, b.logits.shape[0]
-                given = (b.x, b.parts, w.head, b.logits, rows, n // rows, c.norm_eps)
+                given = (
+                    b.x, b.parts, w.head, b.logits, passes, rows, n // rows, c.norm_eps,
+                )  # fmt: skip
                 constants = {"D": c.dim, "V": c.vocab_size} | norm | size | through
             case _:
                 raise ValueError(f"no kernel for {stage.kind}")

@@ -24,6 +24,7 @@ from onelaunch.engines.cuda.sync import wait_for
 # How a tile knows that what it reads has been written: the launch before has ended; or it says so
 # (programmatic dependent launch); or counters of this launch say so.
 AFTER, DEPENDENT, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+REAL = tl.constexpr(1)  # what a kernel of one stage hands to its tile; 0 in a rehearsal
 COUNTED_PTX = tl.constexpr(3)  # the same, looked at by NVIDIA's own instructions
 
 
@@ -31,7 +32,8 @@ COUNTED_PTX = tl.constexpr(3)  # the same, looked at by NVIDIA's own instruction
 def _ready(wait, MODE: tl.constexpr):
     """Go on when what the tile reads has been written."""
     if MODE == DEPENDENT:
-        gdc_wait()
+        if wait == REAL:
+            gdc_wait()
     elif MODE >= COUNTED:
         wait_for(wait, MODE == COUNTED_PTX)
 
@@ -460,6 +462,11 @@ def _let_next_begin(MODE: tl.constexpr):
         gdc_launch_dependents()
 
 
+# A product's tile may be rehearsed (`passes` = 2 in place of 1): computed once of no rows while the
+# launch before still runs, so that its instructions and weights are near when its turn comes. The
+# number is no constant, or the compiler would write the tile twice.
+
+
 @triton.jit
 def embed_kernel(
     tokens_ptr,
@@ -474,7 +481,7 @@ def embed_kernel(
 ):
     _let_next_begin(MODE)
     embed_tile(
-        tl.program_id(0), None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, BM, BN, MODE
+        tl.program_id(0), REAL, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, BM, BN, MODE
     )
 
 
@@ -487,6 +494,7 @@ def qkv_kernel(
     cos_ptr,
     sin_ptr,
     qkv_ptr,
+    passes,
     n_rows,
     sequence,
     eps: tl.float32,
@@ -505,33 +513,35 @@ def qkv_kernel(
     MODE: tl.constexpr,
 ):
     _let_next_begin(MODE)
-    qkv_tile(
-        tl.program_id(0),
-        None,
-        x_ptr,
-        parts_ptr,
-        w_ptr,
-        norms_ptr,
-        cos_ptr,
-        sin_ptr,
-        qkv_ptr,
-        n_rows,
-        sequence,
-        eps,
-        D,
-        H,
-        K,
-        E,
-        QK_NORM,
-        PARTS,
-        BM,
-        BN,
-        STEP,
-        BK,
-        TAIL,
-        LOADS,
-        MODE,
-    )
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        qkv_tile(
+            tl.program_id(0),
+            real,
+            x_ptr,
+            parts_ptr,
+            w_ptr,
+            norms_ptr,
+            cos_ptr,
+            sin_ptr,
+            qkv_ptr,
+            n_rows * real,
+            sequence,
+            eps,
+            D,
+            H,
+            K,
+            E,
+            QK_NORM,
+            PARTS,
+            BM,
+            BN,
+            STEP,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
 
 
 @triton.jit
@@ -552,7 +562,7 @@ def attention_kernel(
     _let_next_begin(MODE)
     attention_tile(
         tl.program_id(0),
-        None,
+        REAL,
         qkv_ptr,
         mixed_ptr,
         sequence,
@@ -574,6 +584,7 @@ def add_product_kernel(
     w_ptr,
     x_ptr,
     parts_ptr,
+    passes,
     n_rows,
     INNER: tl.constexpr,
     D: tl.constexpr,
@@ -585,23 +596,25 @@ def add_product_kernel(
     MODE: tl.constexpr,
 ):
     _let_next_begin(MODE)
-    add_product_tile(
-        tl.program_id(0),
-        None,
-        y_ptr,
-        w_ptr,
-        x_ptr,
-        parts_ptr,
-        n_rows,
-        INNER,
-        D,
-        BM,
-        BN,
-        BK,
-        TAIL,
-        LOADS,
-        MODE,
-    )
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        add_product_tile(
+            tl.program_id(0),
+            real,
+            y_ptr,
+            w_ptr,
+            x_ptr,
+            parts_ptr,
+            n_rows * real,
+            INNER,
+            D,
+            BM,
+            BN,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
 
 
 @triton.jit
@@ -610,6 +623,7 @@ def gate_up_kernel(
     parts_ptr,
     w_ptr,
     hidden_ptr,
+    passes,
     n_rows,
     eps: tl.float32,
     D: tl.constexpr,
@@ -623,25 +637,27 @@ def gate_up_kernel(
     MODE: tl.constexpr,
 ):
     _let_next_begin(MODE)
-    gate_up_tile(
-        tl.program_id(0),
-        None,
-        x_ptr,
-        parts_ptr,
-        w_ptr,
-        hidden_ptr,
-        n_rows,
-        eps,
-        D,
-        F,
-        PARTS,
-        BM,
-        BN,
-        BK,
-        TAIL,
-        LOADS,
-        MODE,
-    )
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        gate_up_tile(
+            tl.program_id(0),
+            real,
+            x_ptr,
+            parts_ptr,
+            w_ptr,
+            hidden_ptr,
+            n_rows * real,
+            eps,
+            D,
+            F,
+            PARTS,
+            BM,
+            BN,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
 
 
 @triton.jit
@@ -650,6 +666,7 @@ def head_kernel(
     parts_ptr,
     w_ptr,
     logits_ptr,
+    passes,
     n_rows,
     step,
     eps: tl.float32,
@@ -664,23 +681,25 @@ def head_kernel(
     MODE: tl.constexpr,
 ):
     _let_next_begin(MODE)
-    head_tile(
-        tl.program_id(0),
-        None,
-        x_ptr,
-        parts_ptr,
-        w_ptr,
-        logits_ptr,
-        n_rows,
-        step,
-        eps,
-        D,
-        V,
-        PARTS,
-        BM,
-        BN,
-        BK,
-        TAIL,
-        LOADS,
-        MODE,
-    )
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        head_tile(
+            tl.program_id(0),
+            real,
+            x_ptr,
+            parts_ptr,
+            w_ptr,
+            logits_ptr,
+            n_rows * real,
+            step,
+            eps,
+            D,
+            V,
+            PARTS,
+            BM,
+            BN,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )

@@ -1,0 +1,225 @@
+"""forward: a whole text's logits on a GPU, by how many launches it takes, beside PyTorch.
+
+Random weights in bfloat16, logits of every position in bfloat16, as PyTorch gives them. Ours: a
+launch a stage, half a layer, one or more layers, or the whole, each as a CUDA graph. Peers: the
+forward that a careful user writes, run as it is, through torch.compile, and both as CUDA graphs.
+A sample is a replay's time over replays back to back, by two events; what is no graph is timed by
+the host's clock over calls back to back with one wait at the end. Every contestant is sampled once
+in each round. `floor` is the time to read every weight and write the logits once.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.bench.forward_views import draw, table
+from onelaunch.bench.peers.forward import BareForward
+from onelaunch.bench.record import Row
+from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio
+from onelaunch.config import ModelConfig, preset
+from onelaunch.errors import BadInput, EngineTimeout, RunFailed
+
+__all__ = ["UNIT", "draw", "run", "table"]
+
+UNIT = "us"
+CASES = (
+    ("stories15m", 1, 256),
+    ("stories15m", 1, 1024),
+    ("stories110m", 1, 256),
+    ("stories110m", 1, 1024),
+    ("smollm2-135m", 1, 256),
+    ("qwen3-0.6b", 1, 256),
+)
+QUICK_CASES = CASES[:1]
+ROUNDS, QUICK_ROUNDS = 15, 9
+SAMPLE_US = 4000.0
+EAGER_CALLS = 10
+COPY_GB_S = 4269.0
+"""Read and written, measured on an H200: what the floor is worked out with."""
+
+Sample = Callable[[], float]
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Time every case; yields rows."""
+    if torch.device(device).type != "cuda":
+        raise BadInput(f"forward: --device {device}: it is for a GPU")
+    for name, batch, sequence in QUICK_CASES if quick else CASES:
+        config = preset(name)
+        config = config.with_(max_seq_len=max(sequence, config.max_seq_len))
+        yield _case(name, config, batch, sequence, torch.device(device), quick, say)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _case(
+    name: str,
+    config: ModelConfig,
+    batch: int,
+    sequence: int,
+    device: torch.device,
+    quick: bool,
+    say: Callable[[str], None],
+) -> Row:
+    generator = torch.Generator(device=device).manual_seed(0)
+    weights = {
+        key: torch.randn(shape, device=device, generator=generator) * 0.02
+        if len(shape) > 1
+        else torch.ones(shape, device=device)
+        for key, shape in config.weight_shapes().items()
+    }
+    tokens = torch.randint(config.vocab_size, (batch, sequence), device=device, generator=generator)
+    bare = BareForward(config, weights, torch.bfloat16, device)
+    with torch.inference_mode():
+        expected = bare(tokens).float()
+        contestants, notes = _ours(config, weights, batch, sequence, tokens, expected, say)
+        mine = list(contestants)
+        contestants |= _peers(bare, tokens, notes)
+        samples = in_rounds(contestants, QUICK_ROUNDS if quick else ROUNDS)
+    row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes)
+    row.floor = round(_floor(config, batch * sequence), 2)
+    say(_told(row))
+    return row
+
+
+def _ours(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    batch: int,
+    sequence: int,
+    tokens: Tensor,
+    expected: Tensor,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Sample], dict[str, Any]]:
+    from onelaunch.engines.cuda.one_launch import FusedForward
+    from onelaunch.engines.cuda.pack import pack
+    from onelaunch.engines.cuda.staged import BoundForward, Shape
+
+    packed = pack(config, weights, torch.bfloat16, tokens.device)
+    shape = Shape(batch, sequence, True, torch.bfloat16)
+    depths = [d for d in ("all", "half", 1, 2, 4) if not isinstance(d, int) or d < config.n_layers]
+    makers: dict[str, Callable[[], BoundForward]] = {
+        "staged": partial(BoundForward, config, packed, shape, {})
+    }
+    for depth in depths:
+        makers[f"fused {depth}"] = partial(FusedForward, config, packed, shape, {}, depth)
+    found: dict[str, Sample] = {}
+    notes: dict[str, Any] = {"launches": {}, "seconds_to_first": {}}
+    for form, make in makers.items():
+        start = time.perf_counter()
+        try:
+            bound = make()
+            bound.buffers.tokens.copy_(tokens.flatten())
+            graph = bound.captured()
+            graph.replay()
+            bound.check()
+        except (RuntimeError, EngineTimeout) as error:
+            say(f"without {form}: {str(error).splitlines()[0]}")
+            continue
+        notes["seconds_to_first"][form] = round(time.perf_counter() - start, 2)
+        notes["launches"][form] = len(bound.calls)
+        got = bound.buffers.logits.view(expected.shape).float()
+        apart = float((got - expected).norm() / expected.norm())
+        if not apart < 0.05:
+            raise RunFailed(f"{form}: logits {apart:.1%} from PyTorch's")
+        notes.setdefault("apart_from_pytorch", {})[form] = float(f"{apart:.2e}")
+        found[form] = _replays(graph, bound)
+    return found, notes
+
+
+def _peers(bare: BareForward, tokens: Tensor, notes: dict[str, Any]) -> dict[str, Sample]:
+    compiled = torch.compile(bare.__call__, dynamic=False, mode="default")
+    start = time.perf_counter()
+    compiled(tokens)
+    torch.cuda.synchronize()
+    notes["seconds_to_first"]["torch.compile"] = round(time.perf_counter() - start, 2)
+    return {
+        "eager": _calls(lambda: bare(tokens)),
+        "eager + graph": _replays(_captured(lambda: bare(tokens)), None),
+        "torch.compile": _calls(lambda: compiled(tokens)),
+        "torch.compile + graph": _replays(_captured(lambda: compiled(tokens)), None),
+    }
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def _replays(graph: torch.cuda.CUDAGraph, owner: object) -> Sample:
+    """Microseconds a replay. `owner` has the graph's buffers, and is kept."""
+
+    def timed(n: int) -> float:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        for _ in range(n):
+            graph.replay()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) * 1e3 / n
+
+    timed(3)
+    n = max(5, int(SAMPLE_US / timed(5)))
+
+    def sample(owner: object = owner) -> float:
+        return timed(n)
+
+    return sample
+
+
+def _calls(call: Callable[[], object]) -> Sample:
+    """Microseconds a call, the host's part with it."""
+
+    def sample() -> float:
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(EAGER_CALLS):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e6 / EAGER_CALLS
+
+    return sample
+
+
+def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) -> Row:
+    forms = {name: digest(samples[name]) for name in mine}
+    best = min(mine, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
+    peers = {name: values for name, values in samples.items() if name not in mine}
+    notes |= {
+        "form": best,
+        "forms": forms,
+        "speedup": {name: round(ratio(values, samples[best]), 4) for name, values in peers.items()},
+    }
+    medians = {name: digest(values)["median"] for name, values in peers.items()}
+    return Row.of(case, samples[best], peers=medians, notes=notes)
+
+
+def _floor(config: ModelConfig, rows: int) -> float:
+    """Microseconds to move the weights and the logits once, 2 bytes each."""
+    weights = sum(
+        shape[0] * shape[1] for shape in config.weight_shapes().values() if len(shape) > 1
+    )
+    return 2 * (weights + rows * config.vocab_size) / COPY_GB_S / 1e3
+
+
+def _told(row: Row) -> str:
+    forms = ", ".join(f"{name} {each['median']:.1f}" for name, each in row.notes["forms"].items())
+    peers = ", ".join(f"{name} {value:.1f}" for name, value in row.peers.items())
+    return f"{row.case}: {row.notes['form']} {row.ours:.1f} us ({forms}); {peers}"

@@ -1,0 +1,58 @@
+"""The forward experiment without a GPU: what it says of its figures, and that it wants one."""
+
+from __future__ import annotations
+
+import pytest
+
+from onelaunch.bench import forward
+from onelaunch.bench.forward_views import draw, table
+from onelaunch.errors import BadInput
+
+
+def samples():
+    return {
+        "staged": [10.0, 11.0, 12.0],
+        "fused all": [9.0, 10.0, 14.0],
+        "eager": [100.0, 110.0, 120.0],
+        "eager + graph": [50.0, 50.0, 50.0],
+        "torch.compile": [60.0, 60.0, 60.0],
+        "torch.compile + graph": [20.0, 22.0, 21.0],
+    }
+
+
+def row():
+    notes = {"launches": {}, "seconds_to_first": {"staged": 1.0, "fused all": 3.0}}
+    made = forward._row("m forward 1x8", ["staged", "fused all"], samples(), notes)
+    made.floor = 1.0
+    return made
+
+
+def test_the_fastest_form_is_ours_and_ratios_are_round_by_round():
+    made = row()
+    assert (made.ours, made.notes["form"]) == (10.0, "fused all")
+    assert made.peers["torch.compile + graph"] == 21.0
+    # 20 / 9, 22 / 10, 21 / 14
+    assert made.notes["speedup"]["torch.compile + graph"] == 2.2
+    assert "fused all 10.0 us (staged 11.0, fused all 10.0)" in forward._told(made)
+
+
+def test_the_views():
+    record = {
+        "experiment": "forward", "device": "a GPU", "date": "2026-01-01", "commit": "0",
+        "versions": {}, "unit": "us", "rows": [row().to_dict()],
+    }  # fmt: skip
+    told = table(record)
+    assert "| m forward 1x8 |" in told
+    assert "**10.0**" in told
+    assert "1.50x" not in told
+    assert "2.20x" in told
+    assert "11.0x" in told
+    pytest.importorskip("matplotlib")
+    figure = draw(record)
+    assert figure.axes[0].get_ylabel()
+    assert draw(record | {"rows": []}) is None
+
+
+def test_it_wants_a_gpu():
+    with pytest.raises(BadInput, match="for a GPU"):
+        next(iter(forward.run("cpu", True, print)))
