@@ -131,6 +131,21 @@ def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, depth):
             assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
 
 
+def test_attention_does_not_read_what_comes_later():
+    """In one launch it may not have been written when a tile begins."""
+    bound = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).bind(2, 20)
+    bound.buffers.tokens.copy_(tokens_of(SMALL, 2, 20).flatten())
+    for call in bound.calls[:3]:
+        call()
+    expected = bound.buffers.mixed.clone()
+    bound.buffers.qkv[0].view(2, 20, -1)[:, 16:] = float("nan")
+    bound.buffers.mixed.fill_(float("nan"))
+    bound.calls[2]()
+    got = bound.buffers.mixed.view(2, 20, -1)
+    assert torch.equal(got[:, :16], expected.view(2, 20, -1)[:, :16])
+    assert got[:, 16:].isnan().all()
+
+
 @pytest.mark.parametrize("dropped", [0, 1, 3, -2])
 def test_a_stage_that_did_not_run_is_noticed(dropped):
     """In the interpreter nothing waits: what is not there at a wait is told of at once."""

@@ -66,7 +66,14 @@ def _turn(turn, tiles):
     return (turn + programs - tiles % programs) % programs
 
 
-@triton.jit
+# one binary for every length and every range of stages
+_RUN_TIME = (
+    "n_rows", "sequence", "logit_rows", "step", "row_tiles", "first_stage", "last_stage", "ends",
+    "patience",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
 def forward_kernel(
     tokens_ptr,
     embedding_ptr,
@@ -89,7 +96,6 @@ def forward_kernel(
     sequence,
     logit_rows,
     step,
-    qkv_layer,
     row_tiles,
     first_stage,
     last_stage,
@@ -139,9 +145,9 @@ def forward_kernel(
     MODE: tl.constexpr,
 ):
     """Stages first_stage up to, not including, last_stage: 0 is embed, then five a layer, then
-    head. `ends` is 1 in the last launch of a forward. qkv_layer: elements of a layer of qkv: each
-    has its own, as some rows may be in the next layer while others still read this one's keys.
-    row_tiles: counters of a stage. patience: nanoseconds that a wait waits."""
+    head. `ends` is 1 in the last launch of a forward. Each layer has a qkv of its own: some rows
+    may be in the next layer while others still read this one's keys. row_tiles: counters of a
+    stage. patience: nanoseconds that a wait waits."""
     wide: tl.constexpr = (H + 2 * K) * E
     parts: tl.constexpr = (D + X_BN - 1) // X_BN
     qkv_columns: tl.constexpr = (wide + QKV_STEP - 1) // QKV_STEP
@@ -180,7 +186,7 @@ def forward_kernel(
             )  # fmt: skip
             qkv_tile(
                 tile, wait, x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
-                norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * qkv_layer, n_rows,
+                norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * wide * n_rows, n_rows,
                 sequence, eps, D, H, K, E, QK_NORM, PARTS, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
                 QKV_TAIL, QKV_LOADS, MODE,
             )  # fmt: skip
@@ -197,7 +203,7 @@ def forward_kernel(
                 row_tiles, done * qkv_columns, patience, QKV_BM,
             )  # fmt: skip
             attention_tile(
-                tile, wait, qkv_ptr + of * qkv_layer, mixed_ptr, sequence, scale, H, K, E,
+                tile, wait, qkv_ptr + of * wide * n_rows, mixed_ptr, sequence, scale, H, K, E,
                 ATTENTION_BM, ATTENTION_BN, WIDTH, ATTENTION_LOADS, MODE,
             )  # fmt: skip
             publish(counters + (stage + 1) * row_tiles + tile // H, MODE == COUNTED_PTX)

@@ -69,7 +69,7 @@ class FusedForward(BoundForward):
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
-                self.sync, n, plan.sequence, rows, n // rows, b.qkv[0].numel(), row_tiles,
+                self.sync, n, plan.sequence, rows, n // rows, row_tiles,
                 launch.first, launch.last, ends, self._patience, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip
             programs = min(self._programs, self._tiles_of(launch))

@@ -314,13 +314,15 @@ def attention_tile(
     most = tl.full([BM], float("-inf"), tl.float32)
     divisor = tl.zeros([BM], tl.float32)
     total = tl.zeros([BM, WIDTH], tl.float32)
-    for start in tl.range(0, tl.minimum(first + BM, sequence), BN, num_stages=LOADS):
+    last = tl.minimum(first + BM, sequence)
+    for start in tl.range(0, last, BN, num_stages=LOADS):
         keys = start + tl.arange(0, BN)
         offsets = (start_of_text + keys) * row + key * E
-        in_text = keys < sequence
+        # what comes later may not have been written yet, and 0 times NaN is NaN
+        written = keys < last
         k = tl.load(
             qkv_ptr + offsets[None, :] + element[:, None],
-            mask=in_text[None, :] & in_head[:, None],
+            mask=written[None, :] & in_head[:, None],
             other=0.0,
             cache_modifier=".cg",
         )
@@ -332,7 +334,7 @@ def attention_tile(
         divisor = divisor * shrunk + tl.sum(weights, 1)
         v = tl.load(
             qkv_ptr + K * E + offsets[:, None] + element[None, :],
-            mask=in_text[:, None] & in_head[None, :],
+            mask=written[:, None] & in_head[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
