@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -221,9 +222,12 @@ def share_first_cache(compiled: Any) -> None:
     """Have a multiprocessor give its first cache to shared memory, as much as it can. Between
     kernels that want it divided in different ways a multiprocessor must run empty: with all of them
     alike, the stages of a 15-million-parameter model took 138 us in place of 158."""
-    import ctypes
-
-    compiled._init_handles()
-    driver = ctypes.CDLL("libcuda.so.1")
+    if torch.version.hip is not None:
+        return
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # another system's name for it: slower, not wrong
+        return
+    compiled.run  # noqa: B018 - loads the kernel onto the device
     carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
     driver.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), carveout, 100)
