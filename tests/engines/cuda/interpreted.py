@@ -4,7 +4,9 @@ test_interpreter.py in a process of its own."""
 from __future__ import annotations
 
 import os
+import random
 import sys
+from dataclasses import replace
 
 assert "triton" not in sys.modules, "too late: Triton was imported before this"
 os.environ["TRITON_INTERPRET"] = "1"
@@ -12,12 +14,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from onelaunch.engines.cuda import fused, stages, sync  # noqa: E402
 from onelaunch.engines.cuda.blocking import Blocking, blocks, default, padded, tilings  # noqa: E402
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
 from onelaunch.engines.cuda.staged import Shape, StagedForward  # noqa: E402
-from onelaunch.errors import EngineTimeout  # noqa: E402
+from onelaunch.errors import BadInput, EngineTimeout  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
-from onelaunch.plan import check_tiles, make_plan, make_tiles  # noqa: E402
+from onelaunch.plan import TilePlan, check_tiles, make_plan, make_tiles  # noqa: E402
+from onelaunch.plan.tiles import Wait  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
     SHAPES,
     SMALL,
@@ -131,6 +135,89 @@ def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, depth):
             assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
 
 
+def number(value):
+    """Of what the interpreter hands about."""
+    if hasattr(value, "handle"):
+        return int(value.handle.data.reshape(-1)[0])
+    return int(getattr(value, "value", value))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
+    """The interpreter runs tile after tile, so a wait for too little changes no result there: what
+    the kernel waits for is written down, and the plan must be right with it."""
+    choose = random.Random(seed)
+    seen = []
+    monkeypatch.setattr(stages, "wait_for", lambda wait, ptx: seen.append(wait))
+    monkeypatch.setattr(fused, "publish", lambda counter, ptx: seen.append(counter))
+    config = SMALL.with_(max_seq_len=60)
+    batch, sequence, every = choose.choice([(2, 40, True), (3, 17, False), (5, 9, True)])
+    columns = choose.choice([16, 32])
+    blockings = {
+        kind: Blocking(choose.choice([16, 32, 64]), 32, 32, 2)
+        for kind in ("qkv", "gate_up", "attention", "head")
+    }
+    for kind in ("embed", "out_proj", "down"):
+        blockings[kind] = Blocking(choose.choice([16, 32, 64]), columns, 32, 2)
+    packed = StagedForward(config, weights_of(config), torch.float32, CPU).packed
+    forward = FusedForward(
+        config, packed, Shape(batch, sequence, every), blockings, choose.choice(["all", "half", 1])
+    )
+    forward.buffers.tokens.zero_()
+    epoch = choose.choice([0, 5])
+    forward.sync[sync.EPOCH] = epoch
+    forward.run()
+
+    tiles, events, waits = forward.tiles, iter(seen), {}
+    row_tiles = max(len(phase.spans) for phase in tiles.phases)
+    counters = forward.sync.data_ptr() + 4 * sync.COUNTERS
+    for tile in map(tiles.tile, range(tiles.tiles)):
+        found = ()
+        if tile.phase > 0:
+            first_counter, count, target, _, says, _ = map(number, next(events))
+            phase, first = divmod((first_counter - counters) // 4, row_tiles)
+            found = (Wait(phase, first, first + count - 1),)
+            assert target == (epoch + 1) * tiles.phases[phase].column_tiles
+            assert says == sync.GAVE_UP + (phase << sync.ROW_TILE_BITS) + first
+        assert waits.setdefault(tile[:2], found) == found
+        if tile.phase < len(tiles.phases) - 1:
+            at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
+            assert number(next(events)) == at
+    assert next(events, None) is None
+    phases = [
+        replace(phase, waits=tuple(waits[i, j] for j in range(len(phase.spans))))
+        for i, phase in enumerate(tiles.phases)
+    ]
+    check_tiles(TilePlan(tiles.plan, tiles.tilings, tuple(phases)))
+
+
+def test_a_forward_that_was_broken_off_lets_no_later_one_pass():
+    weights = weights_of(SMALL)
+    packed = StagedForward(SMALL, weights, torch.float32, CPU).packed
+    forward = FusedForward(SMALL, packed, Shape(2, 20), {}, "stage")
+    forward.buffers.tokens.zero_()
+    calls = forward.calls
+
+    def broken():
+        raise KeyboardInterrupt
+
+    forward.calls = [*calls[:3], broken]
+    with pytest.raises(KeyboardInterrupt):
+        forward.run()
+    forward.calls = [call for i, call in enumerate(calls) if i != 1]
+    forward.run()
+    with pytest.raises(EngineTimeout, match="layer 0 qkv"):
+        forward.check()
+
+
+def test_more_row_tiles_than_are_counted_are_refused(monkeypatch):
+    monkeypatch.setattr(sync, "ROW_TILE_BITS", 3)
+    packed = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).packed
+    FusedForward(SMALL, packed, Shape(7, 16), {})
+    with pytest.raises(BadInput, match="8 row tiles"):
+        FusedForward(SMALL, packed, Shape(8, 16), {})
+
+
 def test_attention_does_not_read_what_comes_later():
     """In one launch it may not have been written when a tile begins."""
     bound = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).bind(2, 20)
@@ -161,16 +248,14 @@ def test_a_stage_that_did_not_run_is_noticed(dropped):
 
 
 def test_what_gave_up_is_named():
-    from onelaunch.engines.cuda import sync
-
     weights = weights_of(SMALL)
     packed = StagedForward(SMALL, weights, torch.float32, CPU).packed
-    fused = FusedForward(SMALL, packed, Shape(2, 24), {})
-    fused.check()
-    fused.sync[sync.STATUS] = sync.GAVE_UP + (3 << sync.ROW_TILE_BITS) + 2
+    forward = FusedForward(SMALL, packed, Shape(2, 24), {})
+    forward.check()
+    forward.sync[sync.STATUS] = sync.GAVE_UP + (3 << sync.ROW_TILE_BITS) + 2
     with pytest.raises(EngineTimeout, match="row tile 2 of layer 0 out_proj"):
-        fused.check()
-    assert not fused.sync.any()
+        forward.check()
+    assert not forward.sync.any()
 
 
 def test_the_tiles_are_a_right_plan():

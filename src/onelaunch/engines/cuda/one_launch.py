@@ -12,7 +12,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking, blocks, inner_of, padded
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.staged import BoundForward, Call, Shape
-from onelaunch.errors import EngineTimeout
+from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.plan import Launch, launches
 
 WARPS = 4
@@ -20,7 +20,8 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 
 
 class FusedForward(BoundForward):
-    """A forward of one shape at a fusion depth. `programs` is how many run at once, as many as the
+    """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
+    blockings say. `programs` is how many run at once, as many as the
     device has multiprocessors unless it is given; all of them must fit on it together."""
 
     def __init__(
@@ -37,6 +38,15 @@ class FusedForward(BoundForward):
         self._depth, self._patience = depth, patience
         self._programs = programs or _multiprocessors(packed.embedding.device)
         super().__init__(config, packed, shape, blockings)
+
+    def run(self) -> None:
+        """Launch it on the current stream. Where some of its launches were made and not all, the
+        counters are cleared: they would be ahead of the epoch, and let later forwards pass."""
+        try:
+            super().run()
+        except BaseException:
+            self.sync.zero_()
+            raise
 
     def check(self) -> None:
         """Wait for the device; raise EngineTimeout where a tile gave up waiting."""
@@ -59,6 +69,12 @@ class FusedForward(BoundForward):
         c, w, b, tiles = self.config, self.packed, self.buffers, self.tiles
         plan, n = tiles.plan, b.x.shape[0]
         row_tiles = max(len(phase.spans) for phase in tiles.phases)
+        most_stages = sync.GAVE_UP >> sync.ROW_TILE_BITS
+        if row_tiles >> sync.ROW_TILE_BITS or len(plan.stages) >= most_stages:
+            raise BadInput(
+                f"one launch: {row_tiles} row tiles of {len(plan.stages)} stages are more than it "
+                f"counts, {1 << sync.ROW_TILE_BITS} of {most_stages}; run it stage by stage"
+            )
         words = sync.COUNTERS + row_tiles * len(plan.stages)
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
         constants = self._constants()

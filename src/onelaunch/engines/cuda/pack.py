@@ -52,7 +52,7 @@ def pack(
     classifier = embedding if c.tied_embeddings else weights["lm_head.weight"]
     cos, sin = (table.to(device).contiguous() for table in rope_tables(c))
     packed = PackedModel(
-        embedding.to(device=device, dtype=dtype).contiguous(),
+        embedding.to(device=device, dtype=dtype, copy=True).contiguous(),
         empty(c.q_dim + 2 * c.kv_dim, c.dim),
         empty(2, c.head_dim) if c.qk_norm else None,
         empty(c.dim, c.q_dim),

@@ -481,10 +481,12 @@ def embed_kernel(
     BN: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    _let_next_begin(MODE)
     embed_tile(
         tl.program_id(0), REAL, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, BM, BN, MODE
     )
+    # not before: the next kernel reads weights before it waits, and what ran before this launch
+    # may have written them
+    _let_next_begin(MODE)
 
 
 @triton.jit

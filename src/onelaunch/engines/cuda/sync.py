@@ -32,6 +32,7 @@ _WAIT = tl.constexpr("""
   .reg .u64 at, start, now;
   mov.u32 i, %tid.x;
   mov.u32 n, %ntid.x;
+  mov.u32 v, 0;
 NEXT_${:uid}:
   setp.ge.u32 p, i, $2;
   @p bra DONE_${:uid};
@@ -64,7 +65,7 @@ THERE_${:uid}:
   add.u32 i, i, n;
   bra NEXT_${:uid};
 DONE_${:uid}:
-  mov.u32 $0, 0;
+  mov.u32 $0, v;
 }
 """)
 _ADD_ONE = tl.constexpr("""
