@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from onelaunch.bench import forward
 from onelaunch.bench.forward_views import draw, table
+from onelaunch.config import preset
 from onelaunch.errors import BadInput
 
 
@@ -34,6 +37,14 @@ def test_the_fastest_form_is_ours_and_ratios_are_round_by_round():
     # 20 / 9, 22 / 10, 21 / 14
     assert made.notes["speedup"]["torch.compile + graph"] == 2.2
     assert "fused all 10.0 us (staged 11.0, fused all 10.0)" in forward._told(made)
+
+
+def test_the_floor_is_the_weights_and_the_logits_once():
+    config = preset("stories260k")
+    matrices = sum(math.prod(s) for s in config.weight_shapes().values() if len(s) == 2)
+    # 2 bytes each, 1,000 bytes in a microsecond at 1 GB/s
+    expected = 2 * (matrices + 8 * 512) / 1e3
+    assert forward._floor_us(config, 8, 1.0) == pytest.approx(expected)
 
 
 def test_the_views():

@@ -5,7 +5,8 @@ launch a stage, half a layer, one or more layers, or the whole, each as a CUDA g
 forward that a careful user writes, run as it is, through torch.compile, and both as CUDA graphs.
 A sample is a replay's time over replays back to back, by two events; what is no graph is timed by
 the host's clock over calls back to back with one wait at the end. Every contestant is sampled once
-in each round. `floor` is the time to read every weight and write the logits once.
+in each round. `floor` is the time to read every weight and write the logits once, at the speed of a
+copy on the device, measured at the beginning.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from onelaunch.bench.forward_views import draw, table
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio
+from onelaunch.bench.timing import copy_bandwidth
 from onelaunch.config import ModelConfig, preset
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed
 
@@ -44,8 +46,6 @@ QUICK_CASES = CASES[:1]
 ROUNDS, QUICK_ROUNDS = 15, 9
 SAMPLE_US = 4000.0
 EAGER_CALLS = 10
-COPY_GB_S = 4269.0
-"""Read and written, measured on an H200: what the floor is worked out with."""
 
 Sample = Callable[[], float]
 
@@ -54,10 +54,14 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every case; yields rows."""
     if torch.device(device).type != "cuda":
         raise BadInput(f"forward: --device {device}: it is for a GPU")
+    bandwidth = copy_bandwidth(torch.device(device))
+    say(f"copy on the device: {bandwidth:,.0f} GB/s")
     for name, batch, sequence in QUICK_CASES if quick else CASES:
         config = preset(name)
         config = config.with_(max_seq_len=max(sequence, config.max_seq_len))
-        yield _case(name, config, batch, sequence, torch.device(device), quick, say)
+        row = _case(name, config, batch, sequence, torch.device(device), quick, say)
+        row.floor = round(_floor_us(config, batch * sequence, bandwidth), 2)
+        yield row
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -90,7 +94,6 @@ def _case(
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
     row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes)
-    row.floor = round(_floor(config, batch * sequence), 2)
     say(_told(row))
     return row
 
@@ -218,12 +221,12 @@ def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) ->
     return Row.of(case, samples[best], peers=medians, notes=notes)
 
 
-def _floor(config: ModelConfig, rows: int) -> float:
-    """Microseconds to move the weights and the logits once, 2 bytes each."""
+def _floor_us(config: ModelConfig, rows: int, bandwidth: float) -> float:
+    """Microseconds to move the weights and the logits once, 2 bytes each, at so many GB/s."""
     weights = sum(
         shape[0] * shape[1] for shape in config.weight_shapes().values() if len(shape) > 1
     )
-    return 2 * (weights + rows * config.vocab_size) / COPY_GB_S / 1e3
+    return 2 * (weights + rows * config.vocab_size) / bandwidth / 1e3
 
 
 def _told(row: Row) -> str:

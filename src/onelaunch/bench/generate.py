@@ -3,9 +3,8 @@
 Greedy, one text, random weights of the presets' shapes, a prompt of three tokens. A rate is of
 every token but the first, as run.c counts its own. Each round has every contestant once, and the
 speed at which the same number of threads reads the packed weights: the best of 15 passes in that
-round.
-Further rows: a prompt read, a core that something else keeps busy, a second start, memory, and a
-first start, which compiles.
+round. Further rows: a prompt read, a core that something else keeps busy, a second start, memory,
+and a first start, which compiles.
 """
 
 from __future__ import annotations

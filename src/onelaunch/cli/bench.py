@@ -22,8 +22,8 @@ def bench(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help="auto, cpu, cuda, cuda:N or mps; if not given auto for rms-norm, "
-            "rms-norm-threshold and rms-norm-training, cpu for the others.",
+            help="auto, cpu, cuda, cuda:N or mps; if not given auto for "
+            f"{', '.join(name for name in EXPERIMENTS if name in ON_THE_GPU)}, cpu for the others.",
         ),
     ] = None,
     out: Annotated[

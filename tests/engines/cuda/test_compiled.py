@@ -37,14 +37,14 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path):
         pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
     from triton.runtime import driver
 
-    from onelaunch.engines.cuda import fused, stages
+    from onelaunch.engines.cuda import fused, kernels
 
     monkeypatch.setattr(driver, "_active", absent(target))
     config = preset(name).with_(n_layers=1, vocab_size=512, max_seq_len=256)
     weights = {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
     forward = StagedForward(config, weights, BF16, torch.device("cpu"))
     done: list[tuple[str, int]] = []
-    for module in (stages, fused):
+    for module in (kernels, fused):
         for kernel in [n for n in vars(module) if n.endswith("_kernel")]:
             of = getattr(module, kernel)
             replaced = Compiles(of, done, lambda c: spilled(triton, c, tmp_path))

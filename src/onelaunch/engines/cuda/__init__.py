@@ -1,6 +1,6 @@
 """A model on a GPU: stages in Triton, tiled as the plan says.
 
-`pack` lays the weights out for the stages, `stages` holds the kernels, `staged` runs them, one
-launch a stage. `engines.choose` does not offer it yet: it is held against the definition through
-Triton's interpreter alone, and nothing of it was measured.
+`pack` lays the weights out for the stages, `blocking` says how each is cut, `stages` holds their
+tiles. `kernels` and `staged` run them one launch a stage; `fused`, `sync` and `one_launch` any
+range of them in one. `engines.choose` does not offer it yet; `onelaunch bench forward` runs it.
 """

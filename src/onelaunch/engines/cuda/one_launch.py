@@ -21,8 +21,8 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
-    blockings say. `programs` is how many run at once, as many as the
-    device has multiprocessors unless it is given; all of them must fit on it together."""
+    blockings say, and none rehearsed. `programs` is how many run at once, as many as the device has
+    multiprocessors unless it is given; all of them must fit on it together."""
 
     def __init__(
         self,

@@ -158,7 +158,7 @@ class BoundForward:
         return graph
 
     def _call(self, number: int) -> Call:
-        from onelaunch.engines.cuda import stages
+        from onelaunch.engines.cuda import kernels, stages
         from onelaunch.operators.handles import dependent_launch
 
         c, w, b, plan = self.config, self.packed, self.buffers, self.tiles.plan
@@ -177,10 +177,10 @@ class BoundForward:
         kernel: Callable[..., Any]
         match stage.kind:
             case "embed":
-                kernel, given = stages.embed_kernel, (b.tokens, w.embedding, b.x, b.parts, n)
+                kernel, given = kernels.embed_kernel, (b.tokens, w.embedding, b.x, b.parts, n)
                 constants = {"D": c.dim} | size
             case "qkv":
-                kernel = stages.qkv_kernel
+                kernel = kernels.qkv_kernel
                 norms = None if w.norms is None else w.norms[layer]
                 given = (
                     b.x, b.parts, w.qkv[layer], norms, w.cos, w.sin, b.qkv, passes, n,
@@ -190,21 +190,21 @@ class BoundForward:
                 constants = {"D": c.dim, "QK_NORM": c.qk_norm, "STEP": step}
                 constants |= heads | norm | size | through
             case "attention":
-                kernel = stages.attention_kernel
+                kernel = kernels.attention_kernel
                 given = (b.qkv, b.mixed, plan.sequence, c.head_dim**-0.5)
                 constants = heads | size
                 constants |= {"WIDTH": padded(c.head_dim), "LOADS": blocking.loads}
             case "out_proj" | "down":
-                kernel = stages.add_product_kernel
+                kernel = kernels.add_product_kernel
                 y, weight = (b.mixed, w.out) if stage.kind == "out_proj" else (b.hidden, w.down)
                 given = (y, weight[layer], b.x, b.parts, passes, n)
                 constants = {"INNER": inner, "D": c.dim} | size | through
             case "gate_up":
-                kernel = stages.gate_up_kernel
+                kernel = kernels.gate_up_kernel
                 given = (b.x, b.parts, w.gate_up[layer], b.hidden, passes, n, c.norm_eps)
                 constants = {"D": c.dim, "F": c.hidden_dim} | norm | size | through
             case "head":
-                kernel, rows = stages.head_kernel, b.logits.shape[0]
+                kernel, rows = kernels.head_kernel, b.logits.shape[0]
                 given = (
                     b.x, b.parts, w.head, b.logits, passes, rows, n // rows, c.norm_eps,
                 )  # fmt: skip

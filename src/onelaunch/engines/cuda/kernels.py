@@ -1,0 +1,270 @@
+"""The stages as kernels, one launch a stage and one tile a program.
+
+A product's tile may be rehearsed (`passes` = 2 in place of 1): computed once of no rows while the
+launch before still runs, so that its instructions and weights are near when its turn comes. The
+number is no constant, or the compiler would write the tile twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from onelaunch.engines.cuda.stages import (
+    DEPENDENT,
+    REAL,
+    add_product_tile,
+    attention_tile,
+    embed_tile,
+    gate_up_tile,
+    head_tile,
+    qkv_tile,
+)
+
+
+@triton.jit
+def _let_next_begin(MODE: tl.constexpr):
+    """The next launch may be scheduled; it waits for this one's end before it reads."""
+    if MODE == DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def embed_kernel(
+    tokens_ptr,
+    embedding_ptr,
+    x_ptr,
+    parts_ptr,
+    n_rows,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    embed_tile(
+        tl.program_id(0), REAL, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, BM, BN, MODE
+    )
+    # not before: the next kernel reads weights before it waits, and what ran before this launch
+    # may have written them
+    _let_next_begin(MODE)
+
+
+@triton.jit
+def qkv_kernel(
+    x_ptr,
+    parts_ptr,
+    w_ptr,
+    norms_ptr,
+    cos_ptr,
+    sin_ptr,
+    qkv_ptr,
+    passes,
+    n_rows,
+    sequence,
+    eps: tl.float32,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    _let_next_begin(MODE)
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        qkv_tile(
+            tl.program_id(0),
+            real,
+            x_ptr,
+            parts_ptr,
+            w_ptr,
+            norms_ptr,
+            cos_ptr,
+            sin_ptr,
+            qkv_ptr,
+            n_rows * real,
+            sequence,
+            eps,
+            D,
+            H,
+            K,
+            E,
+            QK_NORM,
+            PARTS,
+            BM,
+            BN,
+            STEP,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr,
+    mixed_ptr,
+    sequence,
+    scale: tl.float32,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    _let_next_begin(MODE)
+    attention_tile(
+        tl.program_id(0),
+        REAL,
+        qkv_ptr,
+        mixed_ptr,
+        sequence,
+        scale,
+        H,
+        K,
+        E,
+        BM,
+        BN,
+        WIDTH,
+        LOADS,
+        MODE,
+    )
+
+
+@triton.jit
+def add_product_kernel(
+    y_ptr,
+    w_ptr,
+    x_ptr,
+    parts_ptr,
+    passes,
+    n_rows,
+    INNER: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    _let_next_begin(MODE)
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        add_product_tile(
+            tl.program_id(0),
+            real,
+            y_ptr,
+            w_ptr,
+            x_ptr,
+            parts_ptr,
+            n_rows * real,
+            INNER,
+            D,
+            BM,
+            BN,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr,
+    parts_ptr,
+    w_ptr,
+    hidden_ptr,
+    passes,
+    n_rows,
+    eps: tl.float32,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    _let_next_begin(MODE)
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        gate_up_tile(
+            tl.program_id(0),
+            real,
+            x_ptr,
+            parts_ptr,
+            w_ptr,
+            hidden_ptr,
+            n_rows * real,
+            eps,
+            D,
+            F,
+            PARTS,
+            BM,
+            BN,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
+
+
+@triton.jit
+def head_kernel(
+    x_ptr,
+    parts_ptr,
+    w_ptr,
+    logits_ptr,
+    passes,
+    n_rows,
+    step,
+    eps: tl.float32,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOADS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    _let_next_begin(MODE)
+    for turn in tl.range(0, passes, num_stages=1):
+        real = (turn + 1) // passes
+        head_tile(
+            tl.program_id(0),
+            real,
+            x_ptr,
+            parts_ptr,
+            w_ptr,
+            logits_ptr,
+            n_rows * real,
+            step,
+            eps,
+            D,
+            V,
+            PARTS,
+            BM,
+            BN,
+            BK,
+            TAIL,
+            LOADS,
+            MODE,
+        )
