@@ -15,7 +15,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from onelaunch.engines.cuda import fused, stages, sync  # noqa: E402
-from onelaunch.engines.cuda.blocking import Blocking, blocks, default, padded, tilings  # noqa: E402
+from onelaunch.engines.cuda.blocking import (  # noqa: E402
+    Blocking,
+    blocks,
+    default,
+    default_fused,
+    padded,
+    tilings,
+)
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
 from onelaunch.engines.cuda.staged import Shape, StagedForward  # noqa: E402
 from onelaunch.errors import BadInput, EngineTimeout  # noqa: E402
@@ -108,6 +115,39 @@ def test_weights_that_come_early_are_the_same_weights(config):
     weights, tokens = weights_of(config), tokens_of(config, 1, 18)
     got = StagedForward(config, weights, torch.float32, CPU, EARLY).logits(tokens)
     assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
+
+
+OTHERWISE = {
+    "qkv": Blocking(16, 32, 16, 2, tma=True),
+    "attention": Blocking(16, 16, loads=2, chunk=16),
+    "out_proj": Blocking(16, 16, 16, 2, tma=True, rehearsed=True),
+    "gate_up": Blocking(32, 32, 32, 2, tma=True),
+    "down": Blocking(32, 16, 16, 3, tma=True),
+    "head": Blocking(16, 32, 16, 2, tma=True),
+    "embed": Blocking(16, 16),
+}
+
+
+@pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
+def test_blocks_by_descriptors_and_attention_in_chunks(config):
+    """The last chunk to arrive is any: the counters say so, and are as before at the end."""
+    given = dict(OTHERWISE)
+    if config.qk_norm:
+        given["qkv"] = Blocking(16, padded(config.head_dim), 16, 2, tma=True)
+    weights = weights_of(config)
+    forward = StagedForward(config, weights, torch.float32, CPU, given)
+    for batch, sequence in ((2, 37), (1, 32), (1, 5)):
+        sequence = min(sequence, config.max_seq_len)
+        tokens = tokens_of(config, batch, sequence)
+        bound = forward.bind(batch, sequence)
+        bound.buffers.tokens.copy_(tokens.flatten())
+        for _ in range(2):
+            bound.buffers.logits.fill_(float("nan"))
+            bound.run()
+            got = bound.buffers.logits.view(batch, sequence, -1)
+            assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
+        assert bound._arrived is None or not bound._arrived.any()
+        assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
 
 
 FORMS = {
@@ -261,8 +301,9 @@ def test_what_gave_up_is_named():
 def test_the_tiles_are_a_right_plan():
     for config in (*SHAPES.values(), *MORE.values()):
         for itemsize in (2, 4):
-            cut = tilings(config, default(config, 63, itemsize))
-            check_tiles(make_tiles(make_plan(config, 3, 21), cut))
+            for rule in (default, default_fused):
+                cut = tilings(config, rule(config, 63, itemsize))
+                check_tiles(make_tiles(make_plan(config, 3, 21), cut))
     assert [padded(n) for n in (1, 16, 17, 48)] == [16, 16, 32, 64]
     early = Blocking(16, 16, loads=0)
     assert [blocks(n, early) for n in (288, 768, 64, 40, 8)] == [

@@ -58,4 +58,4 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path):
     ]  # fmt: skip
     spills = dict(done)
     assert spills.pop("forward_kernel") <= 512  # it has the registers of its largest stage
-    assert max(spills.values()) <= 64, spills
+    assert max(spills.values()) <= 128, spills

@@ -188,7 +188,7 @@ def forward_kernel(
                 tile, wait, x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
                 norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * wide * n_rows, n_rows,
                 sequence, eps, D, H, K, E, QK_NORM, PARTS, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
-                QKV_TAIL, QKV_LOADS, MODE,
+                QKV_TAIL, QKV_LOADS, False, MODE,
             )  # fmt: skip
             publish(counters + stage * row_tiles + tile // qkv_columns, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
@@ -203,8 +203,8 @@ def forward_kernel(
                 row_tiles, done * qkv_columns, patience, QKV_BM,
             )  # fmt: skip
             attention_tile(
-                tile, wait, qkv_ptr + of * wide * n_rows, mixed_ptr, sequence, scale, H, K, E,
-                ATTENTION_BM, ATTENTION_BN, WIDTH, ATTENTION_LOADS, MODE,
+                tile, wait, qkv_ptr + of * wide * n_rows, mixed_ptr, None, None, sequence, scale,
+                H, K, E, ATTENTION_BM, ATTENTION_BN, WIDTH, 0, ATTENTION_LOADS, MODE,
             )  # fmt: skip
             publish(counters + (stage + 1) * row_tiles + tile // H, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
@@ -219,7 +219,7 @@ def forward_kernel(
             )  # fmt: skip
             add_product_tile(
                 tile, wait, mixed_ptr, out_w_ptr + of * (D * H * E), x_ptr, parts_ptr, n_rows,
-                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, MODE,
+                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, False, MODE,
             )  # fmt: skip
             publish(counters + (stage + 2) * row_tiles + tile // parts, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
@@ -236,7 +236,7 @@ def forward_kernel(
             gate_up_tile(
                 tile, wait, x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr, n_rows,
                 eps, D, F, PARTS, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
-                GATE_UP_LOADS, MODE,
+                GATE_UP_LOADS, False, MODE,
             )  # fmt: skip
             publish(
                 counters + (stage + 3) * row_tiles + tile // gate_up_columns, MODE == COUNTED_PTX
@@ -253,16 +253,15 @@ def forward_kernel(
             )  # fmt: skip
             add_product_tile(
                 tile, wait, hidden_ptr, down_w_ptr + of * (D * F), x_ptr, parts_ptr, n_rows, F, D,
-                DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, MODE,
+                DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, False, MODE,
             )  # fmt: skip
             publish(counters + (stage + 4) * row_tiles + tile // parts, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
-    tiles = _within(
-        head_stage, first_stage, last_stage, tl.cdiv(logit_rows, HEAD_BM) * head_columns
-    )
+    head_rows = tl.cdiv(logit_rows, HEAD_BM)
+    tiles = _within(head_stage, first_stage, last_stage, head_rows * head_columns)
     for tile in tl.range(turn, tiles, programs, num_stages=1):
-        row = tile // head_columns * HEAD_BM
+        row = tile % head_rows * HEAD_BM  # row tile first: see head_tile
         last = tl.minimum(row + HEAD_BM, logit_rows) - 1
         wait = _wait_on(
             counters, sync_ptr, head_stage - 1, row * step + step - 1, last * step + step - 1,
@@ -270,7 +269,7 @@ def forward_kernel(
         )  # fmt: skip
         head_tile(
             tile, wait, x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
-            PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, MODE,
+            PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, False, MODE,
         )  # fmt: skip
     if ends > 0:
         end(sync_ptr, MODE == COUNTED_PTX)

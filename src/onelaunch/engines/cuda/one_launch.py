@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.blocking import Blocking, blocks, inner_of, padded
+from onelaunch.engines.cuda.blocking import (
+    Blocking,
+    blocks,
+    default_fused,
+    inner_of,
+    padded,
+)
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.staged import BoundForward, Call, Shape
 from onelaunch.errors import BadInput, EngineTimeout
@@ -21,8 +27,11 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
-    blockings say, and none rehearsed. `programs` is how many run at once, as many as the device has
-    multiprocessors unless it is given; all of them must fit on it together."""
+    blockings say, and nothing of what those say of a launch a stage. `programs` is how many run at
+    once, as many as the device has multiprocessors unless it is given; all of them must fit on it
+    together."""
+
+    _default = staticmethod(default_fused)
 
     def __init__(
         self,
