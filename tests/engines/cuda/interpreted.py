@@ -148,8 +148,8 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
     the kernel waits for is written down, and the plan must be right with it."""
     choose = random.Random(seed)
     seen = []
-    monkeypatch.setattr(stages, "wait_for", lambda wait, ptx: seen.append(wait))
-    monkeypatch.setattr(fused, "publish", lambda counter, ptx: seen.append(counter))
+    monkeypatch.setattr(stages, "wait_for", lambda waiting, ptx: seen.append(waiting))
+    monkeypatch.setattr(fused, "publish", lambda counter, me, ptx: seen.append((counter, me)))
     config = SMALL.with_(max_seq_len=60)
     batch, sequence, every = choose.choice([(2, 40, True), (3, 17, False), (5, 9, True)])
     columns = choose.choice([16, 32])
@@ -169,12 +169,18 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
     forward.run()
 
     tiles, events, waits = forward.tiles, iter(seen), {}
+
+    def place(tile):
+        return tile.phase, tile.row_tile * tiles.phases[tile.phase].column_tiles + tile.column_tile
+
     row_tiles = max(len(phase.spans) for phase in tiles.phases)
     counters = forward.sync.data_ptr() + 4 * sync.COUNTERS
     for tile in map(tiles.tile, range(tiles.tiles)):
         found = ()
         if tile.phase > 0:
-            first_counter, count, target, _, says, _ = map(number, next(events))
+            wait, me = next(events)
+            assert (number(me[1]), number(me[2])) == place(tile)
+            first_counter, count, target, _, says, _ = map(number, wait)
             phase, first = divmod((first_counter - counters) // 4, row_tiles)
             found = (Wait(phase, first, first + count - 1),)
             assert target == (epoch + 1) * tiles.phases[phase].column_tiles
@@ -182,7 +188,9 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
         assert waits.setdefault(tile[:2], found) == found
         if tile.phase < len(tiles.phases) - 1:
             at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
-            assert number(next(events)) == at
+            counter, me = next(events)
+            assert number(counter) == at
+            assert (number(me[1]), number(me[2])) == place(tile)
     assert next(events, None) is None
     phases = [
         replace(phase, waits=tuple(waits[i, j] for j in range(len(phase.spans))))

@@ -22,7 +22,11 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
     blockings say, and none rehearsed. `programs` is how many run at once, as many as the device has
-    multiprocessors unless it is given; all of them must fit on it together."""
+    multiprocessors unless it is given; all of them must fit on it together.
+
+    A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
+    before and after whatever its tiles wait for or say, as the number in `seed` has it (watch.py).
+    """
 
     def __init__(
         self,
@@ -33,7 +37,12 @@ class FusedForward(BoundForward):
         depth: str | int = "all",
         programs: int | None = None,
         patience: int = PATIENCE,
+        traced: bool = False,
+        delayed: bool = False,
     ) -> None:
+        if (traced or delayed) and torch.version.hip is not None:
+            raise BadInput("traces and delays are written for NVIDIA's GPUs; leave them out")
+        self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
         self._depth, self._patience = depth, patience
         self._programs = programs or _multiprocessors(packed.embedding.device)
@@ -64,7 +73,7 @@ class FusedForward(BoundForward):
         )
 
     def _calls(self) -> list[Call]:
-        from onelaunch.engines.cuda import fused, sync
+        from onelaunch.engines.cuda import fused, sync, watch
 
         c, w, b, tiles = self.config, self.packed, self.buffers, self.tiles
         plan, n = tiles.plan, b.x.shape[0]
@@ -77,6 +86,15 @@ class FusedForward(BoundForward):
             )
         words = sync.COUNTERS + row_tiles * len(plan.stages)
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
+        # of each stage but the last, which can have as many as it has
+        most = max((phase.tiles for phase in tiles.phases[:-1]), default=0)
+        self.records: Tensor | None = None
+        if self._traced:
+            n_records = 1 + most * (len(plan.stages) - 1) + tiles.phases[-1].tiles
+            self.records = torch.zeros(
+                n_records, watch.RECORD, dtype=torch.int64, device=b.x.device
+            )
+        self.seed = torch.zeros(1, dtype=torch.int32, device=b.x.device) if self._delayed else None
         constants = self._constants()
         rows = b.logits.shape[0]
         found = []
@@ -85,8 +103,9 @@ class FusedForward(BoundForward):
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
-                self.sync, n, plan.sequence, rows, n // rows, row_tiles,
-                launch.first, launch.last, ends, self._patience, c.norm_eps, c.head_dim**-0.5,
+                self.sync, self.records, self.seed, n, plan.sequence, rows, n // rows, row_tiles,
+                launch.first, launch.last, ends, self._patience,
+                most if self._traced else None, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip
             programs = min(self._programs, self._tiles_of(launch))
             found.append(Call(fused.forward_kernel, programs, given, constants))
