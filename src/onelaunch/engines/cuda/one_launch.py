@@ -44,7 +44,7 @@ class FusedForward(BoundForward):
             raise BadInput("traces and delays are written for NVIDIA's GPUs; leave them out")
         self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
-        self._depth, self._patience = depth, patience
+        self.depth, self._patience = depth, patience
         self._programs = programs or _multiprocessors(packed.embedding.device)
         super().__init__(config, packed, shape, blockings)
 
@@ -73,7 +73,7 @@ class FusedForward(BoundForward):
         )
 
     def _calls(self) -> list[Call]:
-        from onelaunch.engines.cuda import fused, sync, watch
+        from onelaunch.engines.cuda import fused, sync
 
         c, w, b, tiles = self.config, self.packed, self.buffers, self.tiles
         plan, n = tiles.plan, b.x.shape[0]
@@ -86,30 +86,34 @@ class FusedForward(BoundForward):
             )
         words = sync.COUNTERS + row_tiles * len(plan.stages)
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
-        # of each stage but the last, which can have as many as it has
-        most = max((phase.tiles for phase in tiles.phases[:-1]), default=0)
-        self.records: Tensor | None = None
-        if self._traced:
-            n_records = 1 + most * (len(plan.stages) - 1) + tiles.phases[-1].tiles
-            self.records = torch.zeros(
-                n_records, watch.RECORD, dtype=torch.int64, device=b.x.device
-            )
-        self.seed = torch.zeros(1, dtype=torch.int32, device=b.x.device) if self._delayed else None
+        self.records, self.seed = self._watched()
         constants = self._constants()
         rows = b.logits.shape[0]
         found = []
-        for launch in launches(plan, self._depth):
+        for launch in launches(plan, self.depth):
             ends = int(launch.last == len(plan.stages))
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
                 self.sync, self.records, self.seed, n, plan.sequence, rows, n // rows, row_tiles,
                 launch.first, launch.last, ends, self._patience,
-                most if self._traced else None, c.norm_eps, c.head_dim**-0.5,
+                self.most_tiles if self._traced else None, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip
             programs = min(self._programs, self._tiles_of(launch))
             found.append(Call(fused.forward_kernel, programs, given, constants))
         return found
+
+    def _watched(self) -> tuple[Tensor | None, Tensor | None]:
+        """Records, (a place for each tile and one, words), and seed, where they are wanted."""
+        from onelaunch.engines.cuda import watch
+
+        device, phases = self.buffers.x.device, self.tiles.phases
+        # the last stage can have as many as it has: nothing lies behind
+        self.most_tiles = max((phase.tiles for phase in phases[:-1]), default=0)
+        places = 1 + self.most_tiles * (len(phases) - 1) + phases[-1].tiles
+        records = torch.zeros(places, watch.RECORD, dtype=torch.int64, device=device)
+        seed = torch.zeros(1, dtype=torch.int32, device=device)
+        return records if self._traced else None, seed if self._delayed else None
 
     def _tiles_of(self, launch: Launch) -> int:
         last = self.tiles.phases[launch.last - 1]
