@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from onelaunch import cli
 from onelaunch.engines.cuda.blocking import Blocking
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
@@ -72,6 +73,14 @@ def test_a_trace_can_be_read(tmp_path):
     assert all(e["dur"] >= 0 for e in works)
     assert timeline.path[0].after == "start"
     assert {step.after for step in timeline.path} <= {"start", "wait", "turn"}
+
+
+def test_the_command_line_writes_one(tmp_path, capsys):
+    path = tmp_path / "trace.json"
+    words = "generate stories260k --random --ids --max-new-tokens 1 --device cuda --trace"
+    assert cli.run([*words.split(), str(path)]) == 0
+    assert "forward of 1x512 tokens, launches: 1" in capsys.readouterr().err
+    assert json.loads(path.read_text())["traceEvents"]
 
 
 def test_tiles_of_many_rows_have_records_of_their_own():
