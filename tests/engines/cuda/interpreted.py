@@ -25,7 +25,8 @@ from onelaunch.engines.cuda.blocking import (  # noqa: E402
 )
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
 from onelaunch.engines.cuda.staged import Shape, StagedForward  # noqa: E402
-from onelaunch.errors import BadInput, EngineTimeout  # noqa: E402
+from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
+from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
 from onelaunch.plan import TilePlan, check_tiles, make_plan, make_tiles  # noqa: E402
 from onelaunch.plan.tiles import Wait  # noqa: E402
@@ -188,8 +189,8 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
     the kernel waits for is written down, and the plan must be right with it."""
     choose = random.Random(seed)
     seen = []
-    monkeypatch.setattr(stages, "wait_for", lambda wait, ptx: seen.append(wait))
-    monkeypatch.setattr(fused, "publish", lambda counter, ptx: seen.append(counter))
+    monkeypatch.setattr(stages, "wait_for", lambda waiting, ptx: seen.append(waiting))
+    monkeypatch.setattr(fused, "publish", lambda counter, me, ptx: seen.append((counter, me)))
     config = SMALL.with_(max_seq_len=60)
     batch, sequence, every = choose.choice([(2, 40, True), (3, 17, False), (5, 9, True)])
     columns = choose.choice([16, 32])
@@ -209,12 +210,18 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
     forward.run()
 
     tiles, events, waits = forward.tiles, iter(seen), {}
+
+    def place(tile):
+        return tile.phase, tile.row_tile * tiles.phases[tile.phase].column_tiles + tile.column_tile
+
     row_tiles = max(len(phase.spans) for phase in tiles.phases)
     counters = forward.sync.data_ptr() + 4 * sync.COUNTERS
     for tile in map(tiles.tile, range(tiles.tiles)):
         found = ()
         if tile.phase > 0:
-            first_counter, count, target, _, says, _ = map(number, next(events))
+            wait, me = next(events)
+            assert (number(me[1]), number(me[2])) == place(tile)
+            first_counter, count, target, _, says, _ = map(number, wait)
             phase, first = divmod((first_counter - counters) // 4, row_tiles)
             found = (Wait(phase, first, first + count - 1),)
             assert target == (epoch + 1) * tiles.phases[phase].column_tiles
@@ -222,13 +229,59 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
         assert waits.setdefault(tile[:2], found) == found
         if tile.phase < len(tiles.phases) - 1:
             at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
-            assert number(next(events)) == at
+            counter, me = next(events)
+            assert number(counter) == at
+            assert (number(me[1]), number(me[2])) == place(tile)
     assert next(events, None) is None
     phases = [
         replace(phase, waits=tuple(waits[i, j] for j in range(len(phase.spans))))
         for i, phase in enumerate(tiles.phases)
     ]
     check_tiles(TilePlan(tiles.plan, tiles.tilings, tuple(phases)))
+
+
+@pytest.mark.parametrize(("depth", "programs"), [("all", 1), ("half", 1), ("stage", 3)])
+def test_each_tile_leaves_its_times_in_its_own_place(depth, programs):
+    """The interpreter's clock counts the times that it was asked for."""
+    packed = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).packed
+    plain = FusedForward(SMALL, packed, Shape(2, 20), {}, depth, programs)
+    traced = FusedForward(SMALL, packed, Shape(2, 20), {}, depth, programs, traced=True)
+    with pytest.raises(BadInput, match="not traced"):
+        timeline_of(plain)
+    with pytest.raises(RunFailed, match="embed: tile 0 left no times"):
+        timeline_of(traced)
+    for _ in range(2):
+        for forward in (plain, traced):
+            forward.buffers.tokens.copy_(tokens_of(SMALL, 2, 20).flatten())
+            forward.run()
+        assert torch.equal(traced.buffers.logits, plain.buffers.logits)
+        timeline = timeline_of(traced)
+        spans, tiles = timeline.spans, timeline.tiles
+        assert [span.tile for span in spans] == [tiles.tile(i) for i in range(tiles.tiles)]
+        times = sorted(time for span in spans for time in (span.began, span.ready, span.ended))
+        assert len(set(times)) == 3 * tiles.tiles == times[-1] - times[0] + 1
+        for number, launch in enumerate(timeline.launches):
+            of = [s for s in spans if launch.first <= s.tile.phase < launch.last]
+            assert all(s.launch == number for s in of)
+            assert [s.program for s in of] == [i % min(programs, len(of)) for i in range(len(of))]
+    assert times[-1] == 6 * tiles.tiles
+
+
+def test_a_trace_of_a_forward():
+    timeline = trace(SMALL, weights_of(SMALL), tokens_of(SMALL, 1, 17), torch.float32, CPU, "half")
+    assert len(timeline.spans) == timeline.tiles.tiles
+    assert len(timeline.launches) == 2 + 2 * SMALL.n_layers
+
+
+def test_a_delayed_forward_has_the_same_bits():
+    """The interpreter does not sleep."""
+    packed = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).packed
+    forwards = [FusedForward(SMALL, packed, Shape(1, 9), {}, delayed=d) for d in (False, True)]
+    for forward in forwards:
+        forward.buffers.tokens.copy_(tokens_of(SMALL, 1, 9).flatten())
+        forward.run()
+        forward.check()
+    assert torch.equal(forwards[0].buffers.logits, forwards[1].buffers.logits)
 
 
 def test_a_forward_that_was_broken_off_lets_no_later_one_pass():
