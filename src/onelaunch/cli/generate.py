@@ -66,8 +66,8 @@ def generate(
         str,
         typer.Option(
             metavar="ENGINE",
-            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation) or cuda "
-            "(generates with PyTorch so far); auto is the device's own.",
+            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation) or "
+            "cuda (generates with PyTorch so far); auto is the device's own.",
         ),
     ] = "auto",
     device: Device = "auto",

@@ -84,10 +84,10 @@ class Measurement:
         with the best of these. Raises RunFailed where nothing runs.
         """
         self._began = self.clock()
-        rule = default(self.config, self.batch * self.sequence, self.itemsize)
-        self._compiled |= set(_kernels(rule))
-        best, few_warps = self._staged(rule)
-        if self.fused and (fused := self._fused(rule, few_warps)) is not None:
+        self._rule = default(self.config, self.batch * self.sequence, self.itemsize)
+        self._compiled |= set(_kernels(self._rule))
+        best, few_warps = self._staged(self._rule)
+        if self.fused and (fused := self._fused(self._rule, few_warps)) is not None:
             for finalist in (best, fused):  # again, one right after the other
                 self._timed(finalist)
             if self._us[fused.form] < self._us[STAGED] * (1 - TIE):
@@ -107,7 +107,6 @@ class Measurement:
 
     def _staged(self, rule: dict[str, Blocking]) -> tuple[Candidate, dict[str, Blocking]]:
         """The best tiles, and the best of FUSED_WARPS warps."""
-        self._us[RULE] = self._timed(Candidate(STAGED, rule))
         widths = x_columns(self.config, self.batch * self.sequence)
         first = {kind: self._options(kind, *widths) for kind in WRITES_X}
         first["attention"] = self._options("attention", widths[0])
@@ -189,7 +188,9 @@ class Measurement:
             return math.inf
         self._tried += 1
         us = self.time_us(candidate)
-        self._us[candidate.form] = min(us, self._us.get(candidate.form, math.inf))
+        by_rule = candidate.form == STAGED and candidate.blockings == self._rule
+        for name in (candidate.form, RULE) if by_rule else (candidate.form,):
+            self._us[name] = min(us, self._us.get(name, math.inf))
         return us
 
     def _options(self, kind: str, *widths: int) -> list[Blocking]:

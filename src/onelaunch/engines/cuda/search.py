@@ -89,9 +89,11 @@ def options(
         ranked = _products(config, batch * sequence, itemsize, kind, x_columns, limits)
     found = [rule]
     if kind in ("out_proj", "down") and batch * sequence < REHEARSED_ROWS:
-        found += _twins([rule, *_best(ranked, 2)])
-    found += [option for option in _best(ranked, MOST) if option not in found]
-    return [found[0], *(o for o in found[1:] if fits(config, kind, o, itemsize, limits))]
+        likely = (rule, *_best(ranked, 2))
+        found += [replace(o, rehearsed=not o.rehearsed) for o in likely if o.loads]
+    found += _best(ranked, MOST)
+    fitting = [o for o in found if o == rule or fits(config, kind, o, itemsize, limits)]
+    return list(dict.fromkeys(fitting))
 
 
 def fits(
@@ -120,10 +122,6 @@ def fits(
 def _room(limits: Limits) -> int:
     """Bytes for the tiles themselves: sums over the warps of a program take a few."""
     return limits.shared_bytes - 4096
-
-
-def _twins(options: Sequence[Blocking]) -> list[Blocking]:
-    return [replace(o, rehearsed=not o.rehearsed) for o in options if o.loads]
 
 
 def _best(ranked: Sequence[tuple[float, Blocking]], most: int) -> list[Blocking]:
