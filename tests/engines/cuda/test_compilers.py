@@ -105,7 +105,8 @@ def test_it_can_be_cancelled(pool):
 
 def test_children_end_with_their_parent():
     program = (
-        "import os, sys, time; from onelaunch.engines.cuda.compilers import Compilers, Job, Subject;"
+        "import os, sys, time;"
+        "from onelaunch.engines.cuda.compilers import Compilers, Job, Subject;"
         "from onelaunch.config import preset;"
         "subject = Subject(preset('stories15m'), 'bfloat16', 0);"
         f"children = Compilers(subject, 1, command=(sys.executable, '-c', {CHILD!r}));"
