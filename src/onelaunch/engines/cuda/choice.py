@@ -170,8 +170,8 @@ def _choice(data: Any, n_layers: int) -> Choice:
     _require(set(data["blockings"]) == set(KINDS))
     blockings = {kind: read_blocking(b) for kind, b in data["blockings"].items()}
     _require(len({blockings[kind].columns for kind in WRITES_X}) == 1)
-    times = [*data["us"].values(), data["seconds"]]
-    _require(all(type(t) is float and 0 < t < math.inf for t in times))
+    _require(all(type(us) is float and 0 < us < math.inf for us in data["us"].values()))
+    _require(type(data["seconds"]) is float and 0 <= data["seconds"] < math.inf)
     _require(STAGED in data["us"] and type(data["tried"]) is int and type(data["measured"]) is str)
     return Choice(**{**data, "blockings": blockings})
 

@@ -61,7 +61,7 @@ def device_facts(device: torch.device) -> dict[str, str | int]:
     return {
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": triton.__version__,
     }
 
