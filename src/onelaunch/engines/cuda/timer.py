@@ -92,7 +92,6 @@ def choose(
     count = how_many(config, of_batch * of_sequence, dtype.itemsize, free)
     compilers = Compilers(subject, count, cancelled)
     timer = Timer(config, packed, Shape(of_batch, of_sequence, True, dtype), cancelled)
-
     try:
         choice = Measurement(
             config,
@@ -158,6 +157,7 @@ class Timer:
                 share_first_cache(call.compile())
         with self._turns.turn():
             graph = bound.captured()
+        self._sample(graph, 1)  # the first brings the graph to the device
         n = max(1, int(SLICE_US / self._sample(graph, 1)))
         samples: list[float] = []
         while len(samples) < SAMPLES and not self._cancelled():
