@@ -68,8 +68,8 @@ def generate(
         str,
         typer.Option(
             metavar="ENGINE",
-            help="auto, reference (PyTorch) or cpu (compiled: one call for a whole generation); "
-            "auto is cpu on the CPU and reference elsewhere.",
+            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation) or "
+            "cuda (generates with PyTorch so far); auto is the device's own.",
         ),
     ] = "auto",
     device: Device = "auto",
@@ -353,7 +353,8 @@ def _summary(engine: Engine, completions: list[Completion], n: int) -> str:
     if first is not None:
         parts.append(f"the first after {first * 1000:.1f} ms")
     parts.append(f"{read} prompt token{'s' * (read != 1)}")
-    parts.append(f"{about['engine']} engine on {about['device']} in {about['dtype']}")
+    wrote = about.get("generates_with", about["engine"])
+    parts.append(f"{wrote} engine on {about['device']} in {about['dtype']}")
     context = engine.config.max_seq_len
     if any(len(c.prompt.ids) + len(c.ids) > context and len(c.ids) < n for c in completions):
         parts.append(f"ended by the model's context of {context} tokens")

@@ -157,7 +157,9 @@ class BoundForward:
         self.run()
         torch.cuda.synchronize(self.buffers.x.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # a stream of this device, and other threads may go on
+        stream = torch.cuda.Stream(self.buffers.x.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.run()
         return graph
 
