@@ -41,7 +41,7 @@ class Form:
     alive: list[weakref.ref]
     timeout = False
 
-    def __init__(self, config, packed, shape, blockings, depth="stage", programs=None):
+    def __init__(self, config, packed, shape, blockings, depth="stage", programs=None, patience=0):
         rows = shape.batch * shape.sequence
         self.shape, self.depth, self.programs = shape, str(depth), programs
         self.buffers = SimpleNamespace(
