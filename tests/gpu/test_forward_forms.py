@@ -92,6 +92,31 @@ def test_logits_are_the_models(config, dtype):
             assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
 
 
+@pytest.mark.parametrize("form", ["staged", "all"])
+def test_texts_of_different_length(form):
+    config = EVERY["heads of 48, longer"]
+    weights = weights_of(config)
+    tokens, lengths = tokens_of(config, 5, 300), (5, 300, 1, 64, 257)
+    exact = torch.stack(
+        [
+            exact_logits(config, weights, tokens[i : i + 1, :n])[0, -1:]
+            for i, n in enumerate(lengths)
+        ]
+    )
+    forward = StagedForward(config, weights, torch.bfloat16, CUDA)
+    whole = relative_error(forward.logits(tokens), exact_logits(config, weights, tokens))
+    if form == "staged":
+        got = forward.logits(tokens, False, lengths)
+    else:
+        fused = FusedForward(config, forward.packed, Shape(5, 300, False), {})
+        fused.buffers.tokens.copy_(tokens.flatten())
+        fused.end_at(lengths)
+        fused.run()
+        fused.check()
+        got = fused.buffers.logits.view(5, 1, -1)
+    assert relative_error(got, exact) < 2 * whole
+
+
 def test_logits_in_the_models_dtype_by_the_library_and_as_a_graph():
     config = EVERY["heads of 48, longer"]
     weights = weights_of(config)

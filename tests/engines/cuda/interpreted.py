@@ -95,6 +95,29 @@ def test_what_stands_behind_changes_nothing_before():
     assert torch.equal(forward.logits(tokens[:, :7]), whole[:, :7])
 
 
+@pytest.mark.parametrize("form", ["staged", "all", "half"])
+def test_texts_of_different_length(form):
+    """Each text's last logits are those that it has alone."""
+    config = SMALL.with_(max_seq_len=40)
+    forward = StagedForward(config, weights_of(config), torch.float32, CPU)
+    tokens, lengths = tokens_of(config, 4, 37), (5, 37, 1, 16)
+    alone = [forward.logits(tokens[i : i + 1, :n], False)[0] for i, n in enumerate(lengths)]
+    if form == "staged":
+        got = forward.logits(tokens, False, lengths)
+    else:
+        fused = FusedForward(config, forward.packed, Shape(4, 37, False), {}, form)
+        fused.buffers.tokens.copy_(tokens.flatten())
+        fused.end_at(lengths)
+        for _ in range(2):
+            fused.run()
+            fused.check()
+        got = fused.buffers.logits.view(4, 1, -1)
+    assert relative_error(got, torch.stack(alone)) < 1e-6
+    for wrong in ((5, 37, 1), (5, 38, 1, 16), (5, 37, 0, 16)):
+        with pytest.raises(BadInput, match="lengths"):
+            forward.logits(tokens, False, wrong)
+
+
 def test_a_dtype_without_stages_is_refused():
     with pytest.raises(TypeError, match="not torch.float64"):
         StagedForward(SMALL, weights_of(SMALL), torch.float64, CPU)

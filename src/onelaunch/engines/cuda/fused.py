@@ -69,7 +69,7 @@ def _turn(turn, tiles):
 
 # one binary for every length and every range of stages
 _RUN_TIME = (
-    "n_rows", "sequence", "logit_rows", "step", "row_tiles", "first_stage", "last_stage", "ends",
+    "n_rows", "sequence", "logit_rows", "row_tiles", "first_stage", "last_stage", "ends",
     "patience", "most_tiles",
 )  # fmt: skip
 
@@ -92,13 +92,13 @@ def forward_kernel(
     down_w_ptr,
     head_w_ptr,
     logits_ptr,
+    of_ptr,
     sync_ptr,
     records_ptr,
     seed_ptr,
     n_rows,
     sequence,
     logit_rows,
-    step,
     row_tiles,
     first_stage,
     last_stage,
@@ -287,12 +287,12 @@ def forward_kernel(
         row = tile % head_rows * HEAD_BM  # row tile first: see head_tile
         last = tl.minimum(row + HEAD_BM, logit_rows) - 1
         wait = _wait_on(
-            counters, sync_ptr, head_stage - 1, row * step + step - 1, last * step + step - 1,
+            counters, sync_ptr, head_stage - 1, tl.load(of_ptr + row), tl.load(of_ptr + last),
             row_tiles, done * parts, patience, DOWN_BM,
         )  # fmt: skip
         head_tile(
-            tile, (wait, me), x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
-            PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, False, MODE,
+            tile, (wait, me), x_ptr, parts_ptr, head_w_ptr, logits_ptr, of_ptr, logit_rows,
+            n_rows, eps, D, V, PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, False, MODE,
         )  # fmt: skip
         ended_unsaid(me)
     if ends > 0:

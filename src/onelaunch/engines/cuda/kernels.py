@@ -290,14 +290,15 @@ def gate_up_kernel(
         )
 
 
-@triton.jit(do_not_specialize=("n_rows", "step"))
+@triton.jit(do_not_specialize=("n_rows", "x_rows"))
 def head_kernel(
     x_ptr,
     parts_ptr,
     w_ptr,
     logits_ptr,
+    of_ptr,
     n_rows,
-    step,
+    x_rows,
     eps: tl.float32,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -319,23 +320,24 @@ def head_kernel(
         tiles = tl.cdiv(n_rows, BM) * ((V + BN - 1) // BN)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             head_tile(
-                tile, REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, n_rows, step, eps, D, V, PARTS,
-                BM, BN, BK, TAIL, LOADS, TMA, AFTER,
+                tile, REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, of_ptr, n_rows, x_rows, eps, D, V,
+                PARTS, BM, BN, BK, TAIL, LOADS, TMA, AFTER,
             )  # fmt: skip
     else:
         head_tile(
-            tl.program_id(0), REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, n_rows, step, eps, D, V,
-            PARTS, BM, BN, BK, TAIL, LOADS, TMA, MODE,
+            tl.program_id(0), REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, of_ptr, n_rows, x_rows,
+            eps, D, V, PARTS, BM, BN, BK, TAIL, LOADS, TMA, MODE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("n_rows", "step"))
+@triton.jit(do_not_specialize=("n_rows", "x_rows"))
 def normalize_kernel(
     x_ptr,
     parts_ptr,
     normalized_ptr,
+    of_ptr,
     n_rows,
-    step,
+    x_rows,
     eps: tl.float32,
     D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -346,6 +348,6 @@ def normalize_kernel(
     """What head multiplies, for a library to do it."""
     _let_next_begin(MODE)
     normalize_tile(
-        tl.program_id(0), REAL, x_ptr, parts_ptr, normalized_ptr, n_rows, step, eps, D, PARTS, BM,
-        BN, MODE,
+        tl.program_id(0), REAL, x_ptr, parts_ptr, normalized_ptr, of_ptr, n_rows, x_rows, eps, D,
+        PARTS, BM, BN, MODE,
     )  # fmt: skip

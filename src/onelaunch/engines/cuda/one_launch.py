@@ -109,7 +109,7 @@ class FusedForward(BoundForward):
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
-                self.sync, self.records, self.seed, n, plan.sequence, rows, n // rows, row_tiles,
+                b.of, self.sync, self.records, self.seed, n, plan.sequence, rows, row_tiles,
                 launch.first, launch.last, ends, self._patience,
                 self.most_tiles if self._traced else None, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from onelaunch.engines.cuda.blocking import (
     tilings,
 )
 from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.errors import BadInput
 from onelaunch.plan import Plan, Stage, TilePlan, counts, make_plan, make_tiles
 
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -32,7 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class Buffers:
     """tokens: (N,), int32; x: (N, D); parts: (parts of a row, N), float32; qkv: (layers that have
-    their own, N, (H + 2 K) E); mixed: (N, H E); hidden: (N, F); logits: (rows, V)."""
+    their own, N, (H + 2 K) E); mixed: (N, H E); hidden: (N, F); logits: (rows, V); of: (rows,),
+    int32, the rows of x that they are of, ascending."""
 
     tokens: Tensor
     x: Tensor
@@ -41,6 +43,7 @@ class Buffers:
     mixed: Tensor
     hidden: Tensor
     logits: Tensor
+    of: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,19 @@ class StagedForward:
         self.packed = pack(config, weights, dtype, device)
         self._blockings = dict(blockings or {})
 
-    def logits(self, tokens_BS: Tensor, all_positions: bool = True) -> Tensor:
+    def logits(
+        self,
+        tokens_BS: Tensor,
+        all_positions: bool = True,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """(B, S, V) in float32, or (B, 1, V) of the last positions. Texts shorter than the longest
-        are padded behind, which changes nothing before."""
+        are padded behind, which changes nothing before; `lengths` says where each one's last
+        position is. Raises BadInput for other lengths than 1 to S, one for each text."""
         batch, sequence = tokens_BS.shape
         bound = self.bind(batch, sequence, all_positions)
+        if lengths is not None and not all_positions:
+            bound.end_at(lengths)
         bound.buffers.tokens.copy_(tokens_BS.flatten())
         bound.run()
         return bound.buffers.logits.view(batch, -1, self.config.vocab_size)
@@ -156,6 +167,7 @@ class BoundForward:
         def empty(*extents: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(*extents, dtype=dtype, device=device)
 
+        logit_rows = rows if shape.all_positions else batch
         self.buffers = Buffers(
             torch.zeros(rows, dtype=torch.int32, device=device),  # ids that a model has
             empty(rows, config.dim),
@@ -163,8 +175,11 @@ class BoundForward:
             empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
             empty(rows, config.q_dim),
             empty(rows, config.hidden_dim),
-            empty(*self.plan.buffer("logits").shape, dtype=shape.logits_dtype).flatten(0, 1),
+            empty(logit_rows, config.vocab_size, dtype=shape.logits_dtype),
+            torch.arange(logit_rows, dtype=torch.int32, device=device),
         )
+        if not shape.all_positions:
+            self.end_at([sequence] * batch)
         self._place_for_chunks()
         self.calls = self._calls()
 
@@ -175,6 +190,17 @@ class BoundForward:
 
     def _calls(self) -> list[Call | CallAndProduct]:
         return [self._call(number) for number in range(len(self.plan.stages))]
+
+    def end_at(self, lengths: Sequence[int]) -> None:
+        """Where each text ends, 1 to the sequence: its logits are those of its last position. Only
+        of a shape without those of all positions; they stay until they are given again."""
+        longest = self.plan.sequence
+        if len(lengths) != self.plan.batch or not all(1 <= n <= longest for n in lengths):
+            raise BadInput(
+                f"lengths {list(lengths)}: must be {self.plan.batch} of them, from 1 to {longest}"
+            )
+        last = [text * longest + n - 1 for text, n in enumerate(lengths)]
+        self.buffers.of.copy_(torch.tensor(last, dtype=torch.int32))
 
     def run(self) -> None:
         """Launch it on the current stream."""
@@ -287,7 +313,7 @@ class BoundForward:
         c, w, b = self.config, self.packed, self.buffers
         rows = b.logits.shape[0]
         x, weight, _, constants = self._product(stage, b.x, w.head)
-        given = x, b.parts, weight, b.logits, rows, b.x.shape[0] // rows, c.norm_eps
+        given = x, b.parts, weight, b.logits, b.of, rows, b.x.shape[0], c.norm_eps
         constants |= {"D": c.dim, "V": c.vocab_size, "PARTS": self.parts}
         # of one pipeline a tile's way out has shared memory of its own: too much in float32
         narrow = b.logits.element_size() <= b.x.element_size()
@@ -300,7 +326,7 @@ class BoundForward:
         c, b = self.config, self.buffers
         rows = b.logits.shape[0]
         normalized = torch.empty(rows, c.dim, dtype=b.x.dtype, device=b.x.device)
-        given = b.x, b.parts, normalized, rows, b.x.shape[0] // rows, c.norm_eps
+        given = b.x, b.parts, normalized, b.of, rows, b.x.shape[0], c.norm_eps
         size = {"BM": 16, "BN": min(128, padded(c.dim))}
         programs = -(-rows // size["BM"]) * -(-c.dim // size["BN"])
         constants = {"D": c.dim, "PARTS": self.parts, "num_warps": 4} | size

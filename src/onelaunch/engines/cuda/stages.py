@@ -560,8 +560,9 @@ def head_tile(
     parts_ptr,
     w_ptr,
     logits_ptr,
+    of_ptr,
     n_rows,
-    step,
+    x_rows,
     eps,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -574,12 +575,13 @@ def head_tile(
     TMA: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """logits: (n_rows, V) of the normalized rows step - 1, 2 step - 1, ... of x. Its tiles go row
-    tile first: the weights, which may be more than the second cache holds, come by once."""
+    """logits: (n_rows, V) of normalized rows of x: those that of, (n_rows,), says; with TMA, of all
+    in their order. Its tiles go row tile first: the weights, which may be more than the second
+    cache holds, come by once."""
     row_tiles = tl.maximum(tl.cdiv(n_rows, BM), 1)
     row, column = tile % row_tiles * BM, tile // row_tiles * BN
     rows, columns, in_rows, in_columns = _place(row, column, n_rows, V, BM, BN)
-    of = rows * step + step - 1
+    of = rows if TMA else tl.load(of_ptr + rows, mask=in_rows, other=0)
     early = _early(w_ptr, columns, in_columns, D, V, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
     total = _product(
@@ -587,7 +589,7 @@ def head_tile(
         LOADS, TMA,
     )  # fmt: skip
     # behind the product, or a loop of tiles is no single pipeline
-    total *= _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)[:, None]
+    total *= _rstd(parts_ptr, x_rows, of, in_rows, eps, D, PARTS)[:, None]
     to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, total.to(logits_ptr.dtype.element_ty), mask=mask)
@@ -600,8 +602,9 @@ def normalize_tile(
     x_ptr,
     parts_ptr,
     normalized_ptr,
+    of_ptr,
     n_rows,
-    step,
+    x_rows,
     eps,
     D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -609,12 +612,12 @@ def normalize_tile(
     BN: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """normalized: (n_rows, D), the rows step - 1, 2 step - 1, ... of x over their rms."""
+    """normalized: (n_rows, D), the rows of x that of, (n_rows,), says, over their rms."""
     row, column = _corner(tile, D, BM, BN)
     rows, columns, in_rows, in_columns = _place(row, column, n_rows, D, BM, BN)
-    of = rows * step + step - 1
+    of = tl.load(of_ptr + rows, mask=in_rows, other=0)
     _ready(wait, MODE)
-    rstd = _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)
+    rstd = _rstd(parts_ptr, x_rows, of, in_rows, eps, D, PARTS)
     mask = in_rows[:, None] & in_columns[None, :]
     at = x_ptr + of.to(tl.int64)[:, None] * D + columns[None, :]
     x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
