@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
-    blockings say, and none rehearsed. `programs` is how many run at once, as many as the device has
-    multiprocessors unless it is given; all of them must fit on it together."""
+    blockings say, and none rehearsed. In place of a depth the launches themselves may be given, in
+    order from embed on; they may end before the last stage. `programs` is how many run at once, as
+    many as the device has multiprocessors unless it is given; all of them must fit on it
+    together."""
 
     def __init__(
         self,
@@ -30,7 +32,7 @@ class FusedForward(BoundForward):
         packed: PackedModel,
         shape: Shape,
         blockings: Mapping[str, Blocking],
-        depth: str | int = "all",
+        depth: str | int | Sequence[Launch] = "all",
         programs: int | None = None,
         patience: int = PATIENCE,
     ) -> None:
@@ -80,8 +82,10 @@ class FusedForward(BoundForward):
         constants = self._constants()
         rows = b.logits.shape[0]
         found = []
-        for launch in launches(plan, self._depth):
-            ends = int(launch.last == len(plan.stages))
+        depth = self._depth
+        of_depth = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
+        for launch in of_depth:
+            ends = int(launch == of_depth[-1])
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
@@ -100,8 +104,10 @@ class FusedForward(BoundForward):
         from onelaunch.engines.cuda import stages
 
         c = self.config
+        kinds = {stage.kind for stage in self.tiles.plan.stages}
         constants: dict[str, Any] = {
-            "LAYERS": c.n_layers, "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
+            "LAYERS": c.n_layers, "ATTENTION": "qkv" in kinds, "FFN": "down" in kinds,
+            "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
             "F": c.hidden_dim, "V": c.vocab_size, "QK_NORM": c.qk_norm, "PARTS": self.parts,
             "WIDTH": padded(c.head_dim),
             "X_BN": self.blockings["down"].columns, "EMBED_BM": self.blockings["embed"].rows,

@@ -13,7 +13,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking, blocks, default, inner_of, padded, tilings
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.plan import TilePlan, make_plan, make_tiles
+from onelaunch.plan import Part, TilePlan, make_plan, make_tiles, part_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,12 +91,14 @@ class StagedForward:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward is bound to."""
+    """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
+    written."""
 
     batch: int
     sequence: int
     all_positions: bool = True
     logits_dtype: torch.dtype = torch.float32
+    part: Part = "whole"
 
 
 class BoundForward:
@@ -116,7 +118,8 @@ class BoundForward:
         self.config, self.packed = config, packed
         self.blockings = default(config, rows, dtype.itemsize) | dict(blockings)
         plan = make_plan(config, batch, sequence, all_positions=shape.all_positions)
-        self.tiles: TilePlan = make_tiles(plan, tilings(config, self.blockings))
+        part = part_of(plan, shape.part)
+        self.tiles: TilePlan = make_tiles(part, tilings(config, self.blockings))
         columns = self.blockings["down"].columns
         assert columns == self.blockings["out_proj"].columns == self.blockings["embed"].columns
         self.parts = -(-config.dim // columns)
