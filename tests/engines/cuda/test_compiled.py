@@ -29,6 +29,24 @@ class Compiles:
         return compile
 
 
+@pytest.mark.parametrize("part", ["ffn", "attention"])
+def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    if launch.INTERPRETED:
+        pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    config = preset("stories260k").with_(n_layers=2)
+    weights = {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
+    packed = StagedForward(config, weights, BF16, torch.device("cpu")).packed
+    shape = Shape(1, 40, part=part)
+    half, whole = (FusedForward(config, packed, shape, {}, depth) for depth in (1, "all"))
+    compiled = [call.compile() for call in (*half.calls, *whole.calls)]
+    assert all(each is compiled[0] for each in compiled)  # one binary for every depth
+    assert spilled(triton, compiled[0], tmp_path) <= 512
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("name", ["stories15m", "qwen3-0.6b"])
 def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path):
