@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 NEXT := .venv-triton-next
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: install run test lint types unit soak test-convergence test-gpu test-triton-next clean
+.PHONY: install run test lint types unit soak test-convergence test-gpu memcheck test-triton-next
+.PHONY: clean
 
 install: $(VENV)/.installed
 
@@ -41,8 +42,9 @@ types: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m 'not soak'
 
-# What takes long: the tests so marked, every kill, the whole fuzz, Shakespeare. Leaves records in
-# benchmarks/records.
+# What takes long: the tests so marked, every kill, the whole fuzz, Shakespeare, and on a machine with
+# a GPU its forwards (with the packages there: PYTHONPATH=src python3 tests/soak.py forward). Leaves
+# records in benchmarks/records.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m soak
 	$(BIN)/python tests/soak.py
@@ -62,6 +64,11 @@ test-convergence:
 # On a machine with a GPU and the packages already there.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+
+# There too, with compute-sanitizer: no address that is nobody's, no word read that nobody wrote.
+memcheck:
+	PYTHONPATH=src compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu/memcheck.py
+	PYTHONPATH=src compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) tests/gpu/memcheck.py
 
 # The operators' kernels, compiled and interpreted, with the Triton that torch 2.13's CUDA build
 # brings: outside CI, in an environment of its own.

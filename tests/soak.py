@@ -1,6 +1,7 @@
-"""What takes long: every kill, the whole fuzz, Shakespeare; and the quickstart, timed.
+"""What takes long: every kill, the whole fuzz, Shakespeare, forwards on a GPU; and the quickstart,
+timed.
 
-python tests/soak.py [--out DIR] [quickstart] [kills] [fuzz] [shakespeare]
+python tests/soak.py [--out DIR] [quickstart] [kills] [fuzz] [shakespeare] [forward]
 
 Leaves records under --out, benchmarks/records by default.
 """
@@ -19,7 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from onelaunch.bench.record import Row, cpu_name, device_name, write_record  # noqa: E402
+from onelaunch.bench.record import (  # noqa: E402
+    Row,
+    cpu_name,
+    device_name,
+    record_path,
+    write_record,
+)
+from onelaunch.bench.tables import markdown, provenance  # noqa: E402
+from onelaunch.checkpoints.atomic import read_json, write_text  # noqa: E402
 from tests.kills import interrupt_until_done, outcome, run_to_the_end  # noqa: E402
 
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -130,6 +139,33 @@ def shakespeare(out: Path) -> bool:
     return max(losses) <= 1.70
 
 
+def forward(out: Path) -> bool:
+    """100,000 forwards in changing shapes and forms, and 1,000 seeds of delays: no wrong bit."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("forward: skipped: no NVIDIA GPU here")
+        return True
+    from tests.gpu.soak_forward import consecutive, delayed
+
+    rows = [consecutive(), delayed()]
+    for row in rows:
+        print(f"forward: {row.case}: {row.ours:,.0f} of {row.n:,} right; {row.notes}", flush=True)
+    device = torch.cuda.get_device_name()
+    _write("forward-soak", "forwards without a wrong bit", rows, out, device)
+    table = markdown(
+        ["case", "forwards", "without a wrong bit", "seconds"],
+        [
+            [row.case, f"{row.n:,}", f"{row.ours:,.0f}", f"{row.notes['seconds']:,.0f}"]
+            for row in rows
+        ],
+    )
+    path = record_path("forward-soak", out, device)
+    text = f"# Forwards on {device}\n\n{provenance(read_json(path))}\n\n{table}\n"
+    write_text(path.with_suffix(".md"), text)
+    return all(row.ours == row.n for row in rows)
+
+
 def _onelaunch(*words: object) -> str:
     command = [sys.executable, "-m", "onelaunch", *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -143,7 +179,13 @@ def _write(
 
 
 def main() -> int:
-    parts = {"quickstart": quickstart, "kills": kills, "fuzz": fuzz, "shakespeare": shakespeare}
+    parts = {
+        "quickstart": quickstart,
+        "kills": kills,
+        "fuzz": fuzz,
+        "shakespeare": shakespeare,
+        "forward": forward,
+    }
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "records")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")

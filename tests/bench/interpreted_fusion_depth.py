@@ -17,7 +17,6 @@ from onelaunch.bench import fusion_depth_cases as cases  # noqa: E402
 from onelaunch.bench import fusion_depth_cuda as cuda  # noqa: E402
 from onelaunch.bench.fusion_depth_views import draw, table  # noqa: E402
 from onelaunch.engines.cuda import sync  # noqa: E402
-from onelaunch.engines.cuda.blocking import Blocking  # noqa: E402
 from onelaunch.engines.cuda.staged import BoundForward  # noqa: E402
 from onelaunch.errors import EngineTimeout, RunFailed  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
@@ -117,22 +116,24 @@ def staged_and_ways():
 def test_a_wrong_result_is_no_result():
     case, staged, forms = staged_and_ways()
     fused, last = forms["1"], case.ways["1"][-1][1]
+    result, apart = cuda._first_of("m", fused, staged, last)
+    assert apart == 0  # float32 has the same tiles in both forms
+    assert cuda._check("m", cuda._result(forms["all"], forms["all"].run, last), result, 0.0) == 0
 
     def a_little_off():
         fused.run()
         fused.buffers.logits[0, 0] *= 1.001
 
-    assert cuda._apart_from_staged("m", fused, fused.run, staged, last) == 0
+    got = cuda._result(fused, a_little_off, last)
+    assert 0 < cuda._check("m", got, result, 0.05) < 0.02
     with pytest.raises(RunFailed, match="m: its result is .* apart, where 0.0 is allowed"):
-        cuda._apart_from_staged("m", fused, a_little_off, staged, last)
-    fused.blockings["head"] = Blocking(32, 32, 32, 2)
-    assert 0 < cuda._apart_from_staged("m", fused, a_little_off, staged, last) < 0.02
+        cuda._check("m", got, result, 0.0)
     with pytest.raises(RunFailed, match="its result is nan apart"):
-        cuda._apart_from_staged("m", fused, lambda: None, staged, last)
+        cuda._check("m", cuda._result(fused, lambda: None, last), result, 0.05)
 
 
 def test_a_forward_that_gave_up_is_no_result():
-    case, staged, forms = staged_and_ways()
+    case, _, forms = staged_and_ways()
     fused = forms["all"]
 
     def gave_up():
@@ -140,4 +141,4 @@ def test_a_forward_that_gave_up_is_no_result():
         fused.sync[sync.STATUS] = sync.GAVE_UP
 
     with pytest.raises(EngineTimeout):
-        cuda._apart_from_staged("m", fused, gave_up, staged, case.ways["all"][-1][1])
+        cuda._result(fused, gave_up, case.ways["all"][-1][1])

@@ -290,3 +290,28 @@ def test_an_export_without_room_for_the_tokenizer_leaves_nothing(bin_file, tmp_p
         with pytest.raises(BadInput, match="the disk is full"):
             export(str(bin_file), tmp_path / name, format)
         assert not (tmp_path / name).exists()
+
+
+def test_inspect_shows_what_was_chosen_for_the_model_on_a_gpu(bin_file, tmp_path, monkeypatch):
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda.blocking import default
+    from onelaunch.engines.cuda.choice import Choice, facts_of, keep
+
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "store"))
+    config = load(bin_file).config
+    without = _run("inspect", bin_file).stdout
+    assert json.loads(_run("inspect", bin_file, "--json").stdout)["choices"] == []
+    device = {"device": "NVIDIA H200", "multiprocessors": 132, "torch": "2", "triton": "3"}
+    us = {"rule": 48.25, "staged": 41.125, "all": 37.5}
+    choice = Choice("all", default(config, 8, 2), 132, us, 31.0, 90, "2026-11-21T10:11:12+00:00")
+    for other in (config, config.with_(n_layers=3)):
+        keep(Store(), facts_of(other, "bfloat16", 1, 7, device), choice)
+    text = _run("inspect", bin_file).stdout
+    assert text.startswith(without)
+    assert re.split(r"  +", text[len(without) :].strip(), maxsplit=1) == [
+        "1x8",
+        "all, 37.5 us (rule 48.2, staged 41.1), in bfloat16 on NVIDIA H200, measured 2026-11-21",
+    ]
+    (shown,) = json.loads(_run("inspect", bin_file, "--json").stdout)["choices"]
+    assert (shown["form"], shown["us"], shown["of"]["sequence"]) == ("all", us, 8)
+    assert shown["blockings"]["head"]["rows"] == choice.blockings["head"].rows

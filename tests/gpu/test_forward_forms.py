@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onelaunch.engines.cuda import sync
-from onelaunch.engines.cuda.blocking import Blocking
+from onelaunch.engines.cuda.blocking import Blocking, default_fused
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.staged import Shape, StagedForward
 from onelaunch.errors import EngineTimeout
@@ -39,6 +39,19 @@ EARLY = {
     "out_proj": Blocking(32, 32, loads=0, rehearsed=True),
     "down": Blocking(64, 32, 64, 4, rehearsed=True),
 }
+OTHERWISE = {
+    "qkv": Blocking(64, 64, 64, 3, tma=True),
+    "attention": Blocking(64, 64, loads=2, chunk=64),
+    "out_proj": Blocking(64, 32, 64, 4, tma=True, rehearsed=True),
+    "gate_up": Blocking(128, 128, 64, 3, 8, tma=True),
+    "down": Blocking(128, 32, 64, 3, tma=True),
+    "head": Blocking(128, 256, 64, 3, 8, tma=True),
+}
+
+
+def alike(config, rows, dtype, given):
+    """Blockings for both forms."""
+    return default_fused(config, rows, dtype.itemsize) | given
 
 
 @pytest.fixture(autouse=True)
@@ -57,30 +70,32 @@ def tokens_of(config, batch, sequence, seed=0):
 @pytest.mark.parametrize(("config", "dtype"), COMBINATIONS)
 def test_logits_are_the_models(config, dtype):
     weights = weights_of(config)
-    early = EARLY if dtype == torch.bfloat16 and not config.qk_norm else {}
-    forward = StagedForward(config, weights, dtype, CUDA, early)
     own = Model.from_weights(config, {name: w.to(CUDA, dtype) for name, w in weights.items()})
+    some = [{}, EARLY, OTHERWISE] if dtype == torch.bfloat16 and not config.qk_norm else [{}]
+    forwards = [StagedForward(config, weights, dtype, CUDA, given) for given in some]
     for batch, sequence in ((1, 1), (3, 17), (2, config.max_seq_len)):
         tokens = tokens_of(config, batch, sequence)
         exact = exact_logits(config, weights, tokens)
         with torch.no_grad():
             hidden = own.hidden(tokens.to(CUDA))
             plain = torch.nn.functional.linear(hidden, own.head_weight())
-        got = forward.logits(tokens)
         # of float32, PyTorch's own error is a few roundings
         allowed = max(1.5 * relative_error(plain, exact), 4e-6)
-        error = relative_error(got, exact)
-        assert error <= allowed, f"{batch}x{sequence}: {error:.2e}, {allowed:.2e} allowed"
-        assert torch.equal(forward.logits(tokens), got)
-        assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
+        for forward in forwards:
+            got = forward.logits(tokens)
+            error = relative_error(got, exact)
+            assert error <= allowed, f"{batch}x{sequence}: {error:.2e}, {allowed:.2e} allowed"
+            assert torch.equal(forward.logits(tokens), got)
+            assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
 
 
 @pytest.mark.parametrize(("config", "dtype"), COMBINATIONS)
 def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, dtype):
     weights = weights_of(config)
     early = EARLY if dtype == torch.bfloat16 and not config.qk_norm else {}
-    staged = StagedForward(config, weights, dtype, CUDA, early)
     for shape in (Shape(1, 1), Shape(3, 17), Shape(2, config.max_seq_len, False)):
+        early = alike(config, shape.batch * shape.sequence, dtype, early)
+        staged = StagedForward(config, weights, dtype, CUDA, early)
         for depth in ("all", "half", 1, "stage"):
             fused = FusedForward(config, staged.packed, shape, early, depth)
             for seed in range(3):
@@ -97,8 +112,9 @@ def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, dtype):
 def test_any_number_of_programs_has_the_same_bits(programs):
     config = EVERY["heads of 48, longer"]
     weights = weights_of(config)
-    staged = StagedForward(config, weights, torch.bfloat16, CUDA, EARLY)
-    fused = FusedForward(config, staged.packed, Shape(2, 200), EARLY, programs=programs)
+    given = alike(config, 400, torch.bfloat16, EARLY)
+    staged = StagedForward(config, weights, torch.bfloat16, CUDA, given)
+    fused = FusedForward(config, staged.packed, Shape(2, 200), given, programs=programs)
     b = fused.buffers
     for seed in range(5):
         tokens = tokens_of(config, 2, 200, seed)
@@ -113,10 +129,10 @@ def test_any_number_of_programs_has_the_same_bits(programs):
 
 def test_a_tile_waits_for_more_row_tiles_than_it_has_threads():
     config = EVERY["heads of 48, longer"]
-    staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA)
     narrow = {"down": Blocking(16, 32, 64, 3), "head": Blocking(128, 128, 64, 3)}
-    fused = FusedForward(config, staged.packed, Shape(128, 100, False), narrow)
+    narrow = alike(config, 12800, torch.bfloat16, narrow)
     staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA, narrow)
+    fused = FusedForward(config, staged.packed, Shape(128, 100, False), narrow)
     for seed in range(3):
         tokens = tokens_of(config, 128, 100, seed)
         fused.buffers.tokens.copy_(tokens.flatten())
@@ -130,11 +146,14 @@ def test_a_tile_waits_for_more_row_tiles_than_it_has_threads():
 def test_a_graph_has_the_same_bits(form):
     config = EVERY["heads of 48, longer"]
     weights = weights_of(config)
-    staged = StagedForward(config, weights, torch.bfloat16, CUDA, EARLY)
+    given = alike(config, 300, torch.bfloat16, EARLY)
+    if form == "staged":
+        given |= OTHERWISE
+    staged = StagedForward(config, weights, torch.bfloat16, CUDA, given)
     if form == "staged":
         bound = staged.bind(2, 150)
     else:
-        bound = FusedForward(config, staged.packed, Shape(2, 150), EARLY, form)
+        bound = FusedForward(config, staged.packed, Shape(2, 150), given, form)
     graph = bound.captured()
     for seed in range(20):
         tokens = tokens_of(config, 2, 150, seed)
@@ -147,8 +166,9 @@ def test_a_graph_has_the_same_bits(form):
 
 def test_a_wait_gives_up_and_says_where():
     config = EVERY["heads of 48, longer"]
-    staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA)
-    fused = FusedForward(config, staged.packed, Shape(1, 100), {}, "stage", patience=20_000_000)
+    given = alike(config, 100, torch.bfloat16, {})
+    staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA, given)
+    fused = FusedForward(config, staged.packed, Shape(1, 100), given, "stage", patience=20_000_000)
     fused.buffers.tokens.zero_()
     fused.calls[2]()  # attention, without what it reads
     with pytest.raises(EngineTimeout, match=r"waited 0.02 s for row tile 0 of layer 0 qkv"):

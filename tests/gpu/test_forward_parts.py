@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from onelaunch.engines.cuda.blocking import default_fused
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward
 from onelaunch.plan import Launch
@@ -50,7 +51,9 @@ def test_a_part_is_what_its_formula_says_in_every_form(config, part, size):
     weights = {name: weight.to(CUDA) for name, weight in weights_of(config).items()}
     packed = StagedForward(config, weights, BF16, CUDA).packed
     shape = Shape(*size, part=part)
-    staged = BoundForward(config, packed, shape, {})
+    blockings = default_fused(config, size[0] * size[1], BF16.itemsize)
+    staged = BoundForward(config, packed, shape, blockings)
+    otherwise = BoundForward(config, packed, shape, {})
     step = OF_LAYER[part]
     layer_by_layer = [Launch("", 0, 1 + step)]
     layer_by_layer += [Launch("", 1 + step * i, 1 + step * (i + 1)) for i in (1, 2)]
@@ -64,8 +67,9 @@ def test_a_part_is_what_its_formula_says_in_every_form(config, part, size):
             assert torch.equal(run(form, tokens), expected)
         exact = layers_alone(config, weights, tokens, part)
         plain = layers_alone(config, weights, tokens, part, BF16)
-        error = relative_error(expected.view(exact.shape), exact)
-        assert error <= 1.5 * relative_error(plain, exact)
+        allowed = 1.5 * relative_error(plain, exact)
+        for got in (expected, run(otherwise, tokens)):
+            assert relative_error(got.view(exact.shape), exact) <= allowed
 
 
 @pytest.mark.parametrize("part", [*OF_LAYER, "whole"])
@@ -74,7 +78,7 @@ def test_the_first_layers_alone_again_and_again_as_a_graph_too(part):
     step = OF_LAYER.get(part, 5)
     packed = StagedForward(config, weights_of(config), BF16, CUDA).packed
     shape = Shape(1, 128, part=part)
-    staged = BoundForward(config, packed, shape, {})
+    staged = BoundForward(config, packed, shape, default_fused(config, 128, BF16.itemsize))
     fused = FusedForward(config, packed, shape, {}, [Launch("first two", 0, 1 + 2 * step)])
     fused.buffers.tokens.zero_()
     graph = fused.captured()

@@ -91,6 +91,7 @@ def examine() -> dict[str, Any]:
         "engines": {
             "auto": _auto_engine(bool(cuda)),
             "cpu": _cpu_engine(),
+            "cuda": _cuda_engine(bool(cuda)),
         },
     }
 
@@ -123,6 +124,19 @@ def _cpu_engine() -> dict[str, Any]:
         "processor": options["cpu"],
         "vector_bits": 32 * options["lanes"],
         "compiled": Store().contains(program.key()),
+    }
+
+
+def _cuda_engine(cuda: bool) -> dict[str, Any]:
+    """Whether the CUDA engine can run, and for how many shapes of models its form is chosen."""
+    import torch
+
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda import choice, why_not
+
+    return {
+        "missing": why_not(torch.device("cuda", 0)) if cuda else "there is no CUDA GPU here",
+        "choices": sum(entry.about.get("what") == choice.WHAT for entry in Store().entries()),
     }
 
 
@@ -243,6 +257,9 @@ def _page(facts: dict[str, Any]) -> str:
         state = "compiled" if compiled["compiled"] else "will be compiled at its first use"
         processor = f"{compiled['processor']}, vectors of {compiled['vector_bits']} bits"
         rows.append(("engine cpu", f"for {processor}: {state}"))
+    gpu = facts["engines"]["cuda"]
+    state = f"logits in few launches, chosen for {gpu['choices']} shapes so far"
+    rows.append(("engine cuda", f"no: {gpu['missing']}" if gpu["missing"] else state))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

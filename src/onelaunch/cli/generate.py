@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, say
+from onelaunch.cli.timeline import traced_device, write_timeline
 from onelaunch.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
@@ -66,8 +68,8 @@ def generate(
         str,
         typer.Option(
             metavar="ENGINE",
-            help="auto, reference (PyTorch) or cpu (compiled: one call for a whole generation); "
-            "auto is cpu on the CPU and reference elsewhere.",
+            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation) or "
+            "cuda (generates with PyTorch so far); auto is the device's own.",
         ),
     ] = "auto",
     device: Device = "auto",
@@ -96,6 +98,15 @@ def generate(
             "of layers, or all (one forward).",
         ),
     ] = "auto",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="On an NVIDIA GPU, write when each tile of one forward ran, for ui.perfetto.dev: "
+            "of the prompts, or without one of a whole context, in one launch unless "
+            "--fusion-depth says how many.",
+        ),
+    ] = None,
     ids: Annotated[
         bool,
         typer.Option("--ids", help="Token ids instead of text, without BOS and the final stop id."),
@@ -109,6 +120,7 @@ def generate(
     The prompt, if any, and its continuation go to standard output as they come.
     """
     texts = _read_prompts(prompt or [])
+    traced = None if trace is None else traced_device(device)
 
     from onelaunch.checkpoints import load, random_model
     from onelaunch.engines.choice import choose
@@ -119,6 +131,10 @@ def generate(
     loaded = random_model(model) if random else load(model)
     found = _tokenizer(tokenizer, loaded, model, needed=bool(texts) or not ids)
     prompts = _prompts(texts, loaded, found, model)
+    if trace is not None and traced is not None:
+        written = [each.ids for each in prompts] if texts else []
+        told = write_timeline(trace, loaded, written, traced, dtype, fusion_depth)
+        say(told, quiet)
     out = _Output(prompts, _bos_ids(loaded, found), echo=not no_echo, ids=ids, quiet=quiet)
     runner = choose(
         engine, loaded.config, loaded.weights, device, dtype, threads, fusion_depth, out.notice
@@ -337,7 +353,8 @@ def _summary(engine: Engine, completions: list[Completion], n: int) -> str:
     if first is not None:
         parts.append(f"the first after {first * 1000:.1f} ms")
     parts.append(f"{read} prompt token{'s' * (read != 1)}")
-    parts.append(f"{about['engine']} engine on {about['device']} in {about['dtype']}")
+    wrote = about.get("generates_with", about["engine"])
+    parts.append(f"{wrote} engine on {about['device']} in {about['dtype']}")
     context = engine.config.max_seq_len
     if any(len(c.prompt.ids) + len(c.ids) > context and len(c.ids) < n for c in completions):
         parts.append(f"ended by the model's context of {context} tokens")

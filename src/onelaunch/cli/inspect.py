@@ -31,25 +31,27 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a model's configuration and size, and what running it takes."""
+    """Show a model's configuration and size, what running it takes, and, by batch and sequence, the
+    fusion depths chosen for it on a GPU."""
     import json as json_module
 
     from onelaunch.checkpoints import load, random_model
 
     loaded = random_model(model) if random else load(model)
     plan = _plan(loaded, fusion_depth)
-    facts = {**_facts(model, loaded), "plan": plan}
+    choices = _choices(loaded)
+    facts = {**_facts(model, loaded), "plan": plan, "choices": choices}
     if json:
         print(json_module.dumps(facts))
         return
     config = facts.pop("config")
-    del facts["plan"]
+    del facts["plan"], facts["choices"]
     if facts["tokenizer"] is not None:
         facts["tokenizer"] = "{kind}, {vocab_size:,} tokens".format(**facts["tokenizer"])
     width = max(map(len, [*facts, *config]))
     for name, value in [*facts.items(), *config.items()]:
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
-    for name, text in _plan_lines(plan):
+    for name, text in (*_plan_lines(plan), *_choice_lines(choices)):
         print(f"{name:<{width}}  {text}")
 
 
@@ -91,6 +93,27 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"launch {index}",
             f"{launch['name']}, {stages} {'stage' if stages == 1 else 'stages'}, "
             f"{launch['weight_bytes']:,} bytes of weights",
+        )
+
+
+def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
+    """What the CUDA engine has chosen for this model's shape, on whatever GPU, as it is kept."""
+    from dataclasses import asdict
+
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda.choice import kept
+
+    return [{"of": of, **asdict(choice)} for of, choice in kept(Store(), loaded.config)]
+
+
+def _choice_lines(choices: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for choice in choices:
+        of, us = choice["of"], choice["us"]
+        others = ", ".join(f"{form} {us[form]:.1f}" for form in us if form != choice["form"])
+        yield (
+            f"{of['batch']}x{of['sequence']}",
+            f"{choice['form']}, {us[choice['form']]:.1f} us ({others}), in {of['dtype']} on "
+            f"{of['device']}, measured {choice['measured'][:10]}",
         )
 
 

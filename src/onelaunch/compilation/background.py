@@ -46,6 +46,15 @@ def _fall_silent() -> None:
 atexit.register(_fall_silent)
 
 
+def tell(say: Callable[[str], None], text: str) -> None:
+    """Say a line for people from a thread of the background; none when the process is leaving."""
+    with _speaking:
+        if not _leaving:
+            # a broken terminal is no failure of the work
+            with suppress(Exception):
+                say(text)
+
+
 class Compilation(Generic[T]):
     """One program being compiled, or loaded where the store has it, and made ready.
 
@@ -129,7 +138,7 @@ class Compilation(Generic[T]):
         except BaseException as error:
             # of any kind: a thread has nobody to raise to
             if not self._cancelled:
-                self.failed = _in_a_line(error)
+                self.failed = in_a_line(error)
                 self._tell(f"{self._what}: compilation failed ({self.failed}); going on without it")
         finally:
             self._ended.set()
@@ -216,11 +225,7 @@ class Compilation(Generic[T]):
         self._tell(f"{self._what}: compiled in {self.seconds:.1f} s{but}")
 
     def _tell(self, text: str) -> None:
-        with _speaking:
-            if not _leaving:
-                # a broken terminal is no failure of the compilation
-                with suppress(Exception):
-                    self._say(text)
+        tell(self._say, text)
 
 
 class DoubleBuffer(Generic[T]):
@@ -261,7 +266,8 @@ def _reason(status: int, errors: BinaryIO) -> str:
     return last or f"exit status {status}"
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """An error's first line, with its type where that says more."""
     text = _plain(str(error).strip().split("\n", 1)[0])
     if isinstance(error, OnelaunchError) and text:
         return text

@@ -78,6 +78,13 @@ def deliver(destination: str, program: bytes, about: About = NOTHING) -> None:
         raise RunFailed(f"the program could not be handed over: {why}") from error
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which a container can narrow."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def lower_priority() -> None:
     """Let everything else that runs here go first, where the system knows how."""
     with suppress(OSError, AttributeError):

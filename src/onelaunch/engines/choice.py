@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from onelaunch.config import ModelConfig
     from onelaunch.engines.engine import Engine
 
-ENGINES = ("auto", "reference", "cpu")
+ENGINES = ("auto", "reference", "cpu", "cuda")
 
 
 def choose(
@@ -26,22 +27,27 @@ def choose(
     fusion_depth: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """The engine of a name, on a device. "auto" is the CPU engine where the device is the CPU, the
-    dtype one of its own and its packages are there, and the reference engine elsewhere.
+    """The engine of a name, on a device. "auto" is the device's own engine, where its packages are
+    there and it computes in the dtype, and the reference engine elsewhere; on a GPU also where
+    float32 or a number of threads is asked for.
 
     Raises BadInput for an unknown name and for options that do not go together.
     """
     if name not in ENGINES:
         raise BadInput(f"--engine {name}: must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
-    from onelaunch.engines import cpu
     from onelaunch.engines.reference import ReferenceEngine, resolve_device
 
-    on_cpu = resolve_device(device).type == "cpu"
-    if name == "cpu" and not on_cpu and device != "auto":
+    on = resolve_device(device)
+    if name == "cpu" and on.type != "cpu" and device != "auto":
         raise BadInput(f"--engine cpu runs on the CPU, not on {device}; leave out --device")
+    if name == "cuda" and threads is not None:
+        raise BadInput(f"--threads {threads}: the CUDA engine computes on the GPU; leave it out")
     if name == "auto":
-        fits = on_cpu and (dtype is None or dtype in cpu.DTYPES) and cpu.why_not() is None
-        name = "cpu" if fits else "reference"
+        name = automatic(on, config, dtype, threads)
+    if name == "cuda":
+        from onelaunch.engines.cuda.engine import CudaEngine
+
+        return CudaEngine(config, weights, device, dtype, fusion_depth, say)
     if name == "cpu":
         from onelaunch.engines.cpu.engine import CpuEngine
 
@@ -49,6 +55,23 @@ def choose(
     if fusion_depth != "auto":
         raise BadInput(
             f"--fusion-depth {fusion_depth}: the reference engine runs one operator after another; "
-            "use --engine cpu"
+            "use --engine cpu, or cuda on a GPU"
         )
     return ReferenceEngine(config, weights, device, dtype, threads)
+
+
+def automatic(
+    device: torch.device, config: ModelConfig | None, dtype: str | None, threads: int | None
+) -> str:
+    """What "auto" is on a device; of a model, where it is given."""
+    if device.type == "cpu":
+        from onelaunch.engines import cpu
+
+        if (dtype is None or dtype in cpu.DTYPES) and cpu.why_not() is None:
+            return "cpu"
+    if device.type == "cuda" and dtype in (None, "bfloat16", "float16") and threads is None:
+        from onelaunch.engines import cuda
+
+        if cuda.why_not(device, config) is None:
+            return "cuda"
+    return "reference"

@@ -1,11 +1,11 @@
 """The stages cut into tiles, and what each tile waits for.
 
 A phase is a stage cut into tiles: row tiles, which hold some positions each, times column tiles.
-The tiles of a launch stand in one order, phase after phase and in a phase row tile after row tile;
-of P programs, program p takes tiles p, p + P, p + 2 P, ... of it. A tile begins when the row tiles
-that it waits for have ended, all columns of them: one counter for each row tile of a phase. As
-every tile waits for earlier phases only, the first tile that has not ended can always go on, and no
-number of programs deadlocks, one included.
+The tiles of a launch stand in one order, phase after phase and in a phase row tile after row tile,
+or, in head, column tile after column tile; of P programs, program p takes tiles p, p + P, p + 2 P,
+... of it. A tile begins when the row tiles that it waits for have ended, all columns of them: one
+counter for each row tile of a phase. As every tile waits for earlier phases only, the first tile
+that has not ended can always go on, and no number of programs deadlocks, one included.
 
 Positions are counted through the batch: text b, position s is row b * sequence + s.
 """
@@ -87,6 +87,8 @@ class TilePlan:
         """The tile of a number, counted through all phases."""
         phase = bisect_right(self._firsts, number) - 1
         within = number - self.phases[phase].first
+        if self.plan.stages[phase].kind == "head":
+            return Tile(phase, *reversed(divmod(within, len(self.phases[phase].spans))))
         return Tile(phase, *divmod(within, self.phases[phase].column_tiles))
 
     def waits(self, tile: Tile, launch: Launch | None = None) -> tuple[Wait, ...]:

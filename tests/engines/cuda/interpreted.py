@@ -15,10 +15,18 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from onelaunch.engines.cuda import fused, stages, sync  # noqa: E402
-from onelaunch.engines.cuda.blocking import Blocking, blocks, default, padded, tilings  # noqa: E402
+from onelaunch.engines.cuda.blocking import (  # noqa: E402
+    Blocking,
+    blocks,
+    default,
+    default_fused,
+    padded,
+    tilings,
+)
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
 from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward  # noqa: E402
-from onelaunch.errors import BadInput, EngineTimeout  # noqa: E402
+from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
+from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
 from onelaunch.plan import (  # noqa: E402
     Launch,
@@ -119,6 +127,39 @@ def test_weights_that_come_early_are_the_same_weights(config):
     assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
 
 
+OTHERWISE = {
+    "qkv": Blocking(16, 32, 16, 2, tma=True),
+    "attention": Blocking(16, 16, loads=2, chunk=16),
+    "out_proj": Blocking(16, 16, 16, 2, tma=True, rehearsed=True),
+    "gate_up": Blocking(32, 32, 32, 2, tma=True),
+    "down": Blocking(32, 16, 16, 3, tma=True),
+    "head": Blocking(16, 32, 16, 2, tma=True),
+    "embed": Blocking(16, 16),
+}
+
+
+@pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
+def test_blocks_by_descriptors_and_attention_in_chunks(config):
+    """The last chunk to arrive is any: the counters say so, and are as before at the end."""
+    given = dict(OTHERWISE)
+    if config.qk_norm:
+        given["qkv"] = Blocking(16, padded(config.head_dim), 16, 2, tma=True)
+    weights = weights_of(config)
+    forward = StagedForward(config, weights, torch.float32, CPU, given)
+    for batch, sequence in ((2, 37), (1, 32), (1, 5)):
+        sequence = min(sequence, config.max_seq_len)
+        tokens = tokens_of(config, batch, sequence)
+        bound = forward.bind(batch, sequence)
+        bound.buffers.tokens.copy_(tokens.flatten())
+        for _ in range(2):
+            bound.buffers.logits.fill_(float("nan"))
+            bound.run()
+            got = bound.buffers.logits.view(batch, sequence, -1)
+            assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
+        assert bound._arrived is None or not bound._arrived.any()
+        assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
+
+
 FORMS = {
     "all": (2, 19, True),
     "half": (1, 1, True),
@@ -202,8 +243,8 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
     the kernel waits for is written down, and the plan must be right with it."""
     choose = random.Random(seed)
     seen = []
-    monkeypatch.setattr(stages, "wait_for", lambda wait, ptx: seen.append(wait))
-    monkeypatch.setattr(fused, "publish", lambda counter, ptx: seen.append(counter))
+    monkeypatch.setattr(stages, "wait_for", lambda waiting, ptx: seen.append(waiting))
+    monkeypatch.setattr(fused, "publish", lambda counter, me, ptx: seen.append((counter, me)))
     config = SMALL.with_(max_seq_len=60)
     batch, sequence, every = choose.choice([(2, 40, True), (3, 17, False), (5, 9, True)])
     columns = choose.choice([16, 32])
@@ -227,12 +268,18 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
     forward.run()
 
     tiles, events, waits = forward.tiles, iter(seen), {}
+
+    def place(tile):
+        return tile.phase, tile.row_tile * tiles.phases[tile.phase].column_tiles + tile.column_tile
+
     row_tiles = max(len(phase.spans) for phase in tiles.phases)
     counters = forward.sync.data_ptr() + 4 * sync.COUNTERS
     for tile in map(tiles.tile, range(tiles.tiles)):
         found = ()
         if tile.phase > 0:
-            first_counter, count, target, _, says, _ = map(number, next(events))
+            wait, me = next(events)
+            assert (number(me[1]), number(me[2])) == place(tile)
+            first_counter, count, target, _, says, _ = map(number, wait)
             phase, first = divmod((first_counter - counters) // 4, row_tiles)
             found = (Wait(phase, first, first + count - 1),)
             assert target == (epoch + 1) * tiles.phases[phase].column_tiles
@@ -240,13 +287,59 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
         assert waits.setdefault(tile[:2], found) == found
         if tiles.plan.stages[tile.phase].kind != "head":
             at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
-            assert number(next(events)) == at
+            counter, me = next(events)
+            assert number(counter) == at
+            assert (number(me[1]), number(me[2])) == place(tile)
     assert next(events, None) is None
     phases = [
         replace(phase, waits=tuple(waits[i, j] for j in range(len(phase.spans))))
         for i, phase in enumerate(tiles.phases)
     ]
     check_tiles(TilePlan(tiles.plan, tiles.tilings, tuple(phases)))
+
+
+@pytest.mark.parametrize(("depth", "programs"), [("all", 1), ("half", 1), ("stage", 3)])
+def test_each_tile_leaves_its_times_in_its_own_place(depth, programs):
+    """The interpreter's clock counts the times that it was asked for."""
+    packed = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).packed
+    plain = FusedForward(SMALL, packed, Shape(2, 20), {}, depth, programs)
+    traced = FusedForward(SMALL, packed, Shape(2, 20), {}, depth, programs, traced=True)
+    with pytest.raises(BadInput, match="not traced"):
+        timeline_of(plain)
+    with pytest.raises(RunFailed, match="embed: tile 0 left no times"):
+        timeline_of(traced)
+    for _ in range(2):
+        for forward in (plain, traced):
+            forward.buffers.tokens.copy_(tokens_of(SMALL, 2, 20).flatten())
+            forward.run()
+        assert torch.equal(traced.buffers.logits, plain.buffers.logits)
+        timeline = timeline_of(traced)
+        spans, tiles = timeline.spans, timeline.tiles
+        assert [span.tile for span in spans] == [tiles.tile(i) for i in range(tiles.tiles)]
+        times = sorted(time for span in spans for time in (span.began, span.ready, span.ended))
+        assert len(set(times)) == 3 * tiles.tiles == times[-1] - times[0] + 1
+        for number, launch in enumerate(timeline.launches):
+            of = [s for s in spans if launch.first <= s.tile.phase < launch.last]
+            assert all(s.launch == number for s in of)
+            assert [s.program for s in of] == [i % min(programs, len(of)) for i in range(len(of))]
+    assert times[-1] == 6 * tiles.tiles
+
+
+def test_a_trace_of_a_forward():
+    timeline = trace(SMALL, weights_of(SMALL), tokens_of(SMALL, 1, 17), torch.float32, CPU, "half")
+    assert len(timeline.spans) == timeline.tiles.tiles
+    assert len(timeline.launches) == 2 + 2 * SMALL.n_layers
+
+
+def test_a_delayed_forward_has_the_same_bits():
+    """The interpreter does not sleep."""
+    packed = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).packed
+    forwards = [FusedForward(SMALL, packed, Shape(1, 9), {}, delayed=d) for d in (False, True)]
+    for forward in forwards:
+        forward.buffers.tokens.copy_(tokens_of(SMALL, 1, 9).flatten())
+        forward.run()
+        forward.check()
+    assert torch.equal(forwards[0].buffers.logits, forwards[1].buffers.logits)
 
 
 def test_a_forward_that_was_broken_off_lets_no_later_one_pass():
@@ -319,9 +412,10 @@ def test_what_gave_up_is_named():
 def test_the_tiles_are_a_right_plan():
     for config in (*SHAPES.values(), *MORE.values()):
         for itemsize in (2, 4):
-            cut = tilings(config, default(config, 63, itemsize))
-            for part in ("whole", "ffn", "attention"):
-                check_tiles(make_tiles(part_of(make_plan(config, 3, 21), part), cut))
+            for rule in (default, default_fused):
+                cut = tilings(config, rule(config, 63, itemsize))
+                for part in ("whole", "ffn", "attention"):
+                    check_tiles(make_tiles(part_of(make_plan(config, 3, 21), part), cut))
     assert [padded(n) for n in (1, 16, 17, 48)] == [16, 16, 32, 64]
     early = Blocking(16, 16, loads=0)
     assert [blocks(n, early) for n in (288, 768, 64, 40, 8)] == [

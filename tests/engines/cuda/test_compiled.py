@@ -9,6 +9,7 @@ import torch
 from onelaunch.config import preset
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.errors import BadInput
 from onelaunch.operators.rms_norm import launch
 from tests.compiling import absent, spilled
 
@@ -29,38 +30,28 @@ class Compiles:
         return compile
 
 
-@pytest.mark.parametrize("part", ["ffn", "attention"])
-def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path):
-    triton = pytest.importorskip("triton")
+@pytest.fixture
+def triton():
+    found = pytest.importorskip("triton")
     if launch.INTERPRETED:
         pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
-    from triton.runtime import driver
+    return found
 
-    monkeypatch.setattr(driver, "_active", absent("sm_90"))
-    config = preset("stories260k").with_(n_layers=2)
-    weights = {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
-    packed = StagedForward(config, weights, BF16, torch.device("cpu")).packed
-    shape = Shape(1, 40, part=part)
-    half, whole = (FusedForward(config, packed, shape, {}, depth) for depth in (1, "all"))
-    compiled = [call.compile() for call in (*half.calls, *whole.calls)]
-    assert all(each is compiled[0] for each in compiled)  # one binary for every depth
-    assert spilled(triton, compiled[0], tmp_path) <= 512
+
+def weights_of(config):
+    return {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("name", ["stories15m", "qwen3-0.6b"])
-def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path):
-    triton = pytest.importorskip("triton")
-    if launch.INTERPRETED:
-        pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
+def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path, triton):
     from triton.runtime import driver
 
     from onelaunch.engines.cuda import fused, kernels
 
     monkeypatch.setattr(driver, "_active", absent(target))
     config = preset(name).with_(n_layers=1, vocab_size=512, max_seq_len=256)
-    weights = {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
-    forward = StagedForward(config, weights, BF16, torch.device("cpu"))
+    forward = StagedForward(config, weights_of(config), BF16, torch.device("cpu"))
     done: list[tuple[str, int]] = []
     for module in (kernels, fused):
         for kernel in [n for n in vars(module) if n.endswith("_kernel")]:
@@ -76,4 +67,49 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path):
     ]  # fmt: skip
     spills = dict(done)
     assert spills.pop("forward_kernel") <= 512  # it has the registers of its largest stage
-    assert max(spills.values()) <= 64, spills
+    assert max(spills.values()) <= 128, spills
+
+
+@pytest.mark.parametrize("part", ["ffn", "attention"])
+def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path, triton):
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    config = preset("stories260k").with_(n_layers=2)
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    shape = Shape(1, 40, part=part)
+    forms = [FusedForward(config, packed, shape, {}, depth) for depth in (1, "all")]
+    compiled = [call.compile() for form in forms for call in form.calls]
+    assert all(each is compiled[0] for each in compiled)  # one binary for every depth
+    assert spilled(triton, compiled[0], tmp_path) <= 512
+
+
+def test_only_a_traced_or_delayed_forward_has_instructions_for_it(monkeypatch, triton):
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    config = preset("stories15m").with_(n_layers=1, vocab_size=512, max_seq_len=256)
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    stages, waits = 7, 6
+    stamps = ("%smid", "st.global.u64"), {True: (stages, 4 * stages), False: (0, 0)}
+    # two about each wait and each publication, and one before a program ends
+    sleeps = ("nanosleep.u32",), {True: (2 * waits + 2 * waits + 1,), False: (0,)}
+    for traced in (False, True):
+        for delayed in (False, True):
+            forward = FusedForward(
+                config, packed, Shape(1, 256), {}, traced=traced, delayed=delayed
+            )
+            ptx = forward.calls[0].compile().asm["ptx"]
+            for (words, counts), on in ((stamps, traced), (sleeps, delayed)):
+                assert tuple(ptx.count(word) for word in words) == counts[on]
+            clocks = ptx.count("%globaltimer")
+            assert clocks == waits + (3 * stages if traced else 0)
+
+
+def test_what_is_written_for_nvidia_is_refused_elsewhere(monkeypatch):
+    config = preset("stories260k")
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for option in ("traced", "delayed"):
+        with pytest.raises(BadInput, match="NVIDIA"):
+            FusedForward(config, packed, Shape(1, 16), {}, **{option: True})

@@ -1,4 +1,5 @@
-"""The stages through Triton's interpreter: interpreted.py, in a process of its own."""
+"""The stages and their engine through Triton's interpreter: interpreted.py and
+interpreted_engine.py, each in a process of its own."""
 
 from pathlib import Path
 
@@ -7,3 +8,7 @@ from tests.interpreting import run_interpreted
 
 def test_the_stages_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted.py"))
+
+
+def test_the_engine_through_the_interpreter():
+    run_interpreted(Path(__file__).with_name("interpreted_engine.py"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import util
+
+from onelaunch.compilation.child import usable_cores
+
+__all__ = ["DTYPES", "usable_cores", "why_not"]
 
 DTYPES = ("float32", "bfloat16")
 
@@ -17,10 +20,3 @@ def why_not() -> str | None:
         if util.find_spec(package) is None:
             return f"the package {package} is not installed"
     return None
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which a container can narrow."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

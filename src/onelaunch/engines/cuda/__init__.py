@@ -1,6 +1,49 @@
-"""A model on a GPU: stages in Triton, tiled as the plan says.
+"""A model on a GPU: stages in Triton, tiled as the plan says, in as few launches as pay.
 
 `pack` lays the weights out for the stages, `blocking` says how each is cut, `stages` holds their
 tiles. `kernels` and `staged` run them one launch a stage; `fused`, `sync` and `one_launch` any
-range of them in one. `engines.choose` does not offer it yet; `onelaunch bench forward` runs it.
+range of them in one; `watch`, `trace` and `timeline` tell when each tile of that ran. `search`
+lists tiles worth timing, `measure` says in which order, `timer` and `compilers` do it on a device,
+and `choice` is what is kept of it. `engine` answers meanwhile.
+
+What the engine can run is told here, without importing it.
 """
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib import util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from onelaunch.config import ModelConfig
+
+DTYPES = ("bfloat16", "float16", "float32")
+WIDEST_HEAD = 128
+LEAST_CAPABILITY = (8, 0)  # of NVIDIA's: products of bfloat16
+_TRUE = ("1", "true", "yes", "on", "y")
+
+
+def why_not(device: torch.device, config: ModelConfig | None = None) -> str | None:
+    """Why this engine cannot run a model on a device; None where it can."""
+    if device.type != "cuda":
+        return f"it runs on a GPU, and the device is {device}"
+    if util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE:
+        return "Triton interprets in this process (TRITON_INTERPRET)"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "Triton needs a C compiler, and there is no gcc or clang"
+    import torch
+
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            least, has = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
+            return f"it needs compute capability {least}, and {device} has {has}"
+    if config is not None and config.head_dim > WIDEST_HEAD:
+        return f"its heads are at most {WIDEST_HEAD} wide, the model's are {config.head_dim}"
+    return None

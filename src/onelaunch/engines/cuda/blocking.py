@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onelaunch.config import ModelConfig
 from onelaunch.plan import Tiling
@@ -16,8 +16,12 @@ class Blocking:
     """A tile of `rows` by `columns`; of gate_up, rows of its weight, two to a column of what it
     writes; of attention, keys at once. `inner` is how much of the inner dimension is taken at once,
     `loads` how many such blocks are on their way; with `loads` 0 all of it is, and the weights are
-    asked for before the tile's turn. `warps` run a tile; one that is `rehearsed` is computed once
-    before its turn, of no rows, where a stage is a launch of its own."""
+    asked for before the tile's turn. `warps` run a tile.
+
+    Where a stage is a launch of its own: a tile that is `rehearsed` is computed once before its
+    turn, of no rows; with `tma` blocks are fetched by the tensor memory accelerator, if the device
+    has one and the extents allow it; and a `chunk`, a multiple of `rows`, is how many keys a
+    program of attention looks at, 0 all of them."""
 
     rows: int
     columns: int
@@ -25,6 +29,8 @@ class Blocking:
     loads: int = 3
     warps: int = 4
     rehearsed: bool = False
+    tma: bool = False
+    chunk: int = 0
 
 
 def blocks(inner: int, blocking: Blocking) -> tuple[int, int]:
@@ -62,31 +68,103 @@ def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str,
 
 
 def default(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking]:
-    """A blocking of each kind for so many rows, as good as a rule knows: searched for stories15m
-    with 256 rows of bfloat16 on an H200 (docs/log.md). x is written in tiles of the same columns
-    everywhere: their sums of squares are counted by them."""
+    """A blocking of each kind for so many rows where each stage is a launch, as good as a rule
+    knows: searched for models of 15 to 600 million parameters with 256 and 1,024 rows of bfloat16
+    on an H200 (docs/log.md). x is written in tiles of the same columns everywhere: their sums of
+    squares are counted by them."""
     if itemsize == 4:
-        small = Blocking(16, 32, 32, 3)
-        found = dict.fromkeys(PRODUCTS, small)
-        found["attention"] = Blocking(16, 32, loads=2)
+        found = _exact()
     elif rows < 64:
-        few = Blocking(16 if rows <= 16 else 32, 32, 64, 4)
-        found = dict.fromkeys(PRODUCTS, few)
-        found["gate_up"] = Blocking(few.rows, 64, 64, 4)
-        found["attention"] = Blocking(16, 64, loads=2)
+        found = _few_rows(rows)
+    elif rows < 512:
+        found = _some_rows(config, rows)
     else:
-        at_once = config.dim <= 384  # registers hold a tile's weights
-        found = {
-            "qkv": Blocking(32, 128, loads=0) if at_once else Blocking(64, 64, 64, 4),
-            "attention": Blocking(16, 128, loads=2),
-            "out_proj": Blocking(64, 32, 32, 6, rehearsed=True),
-            "gate_up": Blocking(32, 128, loads=0) if at_once else Blocking(64, 128, 64, 4),
-            "down": Blocking(64, 32, 128, 4, rehearsed=True),
-            "head": Blocking(128, 128, 64, 3),
-        }
-        if padded(config.head_dim) <= 64 and rows <= 256:
-            found["attention"] = Blocking(16, 256, loads=3)
-    if config.qk_norm:
-        found["qkv"] = Blocking(min(found["qkv"].rows, 64), padded(config.head_dim), 32, 3)
+        found = _many_rows(config)
+    return _completed(config, found)
+
+
+def default_fused(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking]:
+    """The same where one launch runs many stages: all of them with the same few warps, on all of
+    the registers that the largest of their tiles needs."""
+    if itemsize == 4:
+        return _completed(config, _exact())
+    if rows < 64:
+        return _completed(config, _few_rows(rows))
+    small = config.dim <= 384
+    found = {
+        "qkv": Blocking(64, 32, loads=0) if small else Blocking(64, 64, 64, 4),
+        "attention": Blocking(16, 128, loads=2) if rows <= 256 else Blocking(64, 64, loads=2),
+        "out_proj": Blocking(64, 32, 32, 5) if small else Blocking(64, 64, 64, 4),
+        "gate_up": Blocking(64, 64, loads=0) if small else Blocking(64, 128, 64, 4),
+        "down": Blocking(64, 32, 128, 3) if small else Blocking(64, 64, 64, 4),
+        "head": Blocking(128, 128, 64, 3),
+    }
+    return _completed(config, found)
+
+
+def _completed(config: ModelConfig, found: dict[str, Blocking]) -> dict[str, Blocking]:
+    if config.qk_norm:  # a tile is a head
+        qkv = found["qkv"]
+        columns = padded(config.head_dim)
+        found["qkv"] = replace(qkv, rows=min(qkv.rows, 64), columns=columns, loads=qkv.loads or 3)
     found["embed"] = Blocking(16, found["down"].columns)
     return found
+
+
+def _exact() -> dict[str, Blocking]:
+    """Of float32, whose products are exact ones and slow."""
+    found = dict.fromkeys(PRODUCTS, Blocking(16, 32, 32, 3))
+    return found | {"attention": Blocking(16, 32, loads=2)}
+
+
+def _few_rows(rows: int) -> dict[str, Blocking]:
+    few = Blocking(16 if rows <= 16 else 32, 32, 64, 4)
+    found = dict.fromkeys(PRODUCTS, few)
+    found["gate_up"] = Blocking(few.rows, 64, 64, 4)
+    return found | {"attention": Blocking(16, 64, loads=2)}
+
+
+def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
+    """64 to 511 of them: tiles so small that every multiprocessor has one."""
+    if config.dim <= 384:  # registers hold a tile's weights
+        found = {
+            "qkv": Blocking(32, 128, loads=0),
+            "out_proj": Blocking(64, 32, 32, 6, rehearsed=True),
+            "gate_up": Blocking(32, 128, loads=0),
+            "down": Blocking(64, 32, 128, 4, rehearsed=True),
+            "head": Blocking(128, 256, 32, 4, 8, tma=True),
+        }
+    else:
+        wide = config.dim >= 768
+        columns = 64 if wide else 32
+        found = {
+            "qkv": Blocking(64, 128, 64, 6) if wide else Blocking(64, 64, 64, 8, tma=True),
+            "out_proj": Blocking(64, 64, 128, 3, tma=True) if wide else Blocking(64, 32, loads=0),
+            "gate_up": Blocking(64, 128, 64, 4, tma=True),
+            "down": Blocking(64, columns, 128, 5, tma=True),
+            "head": Blocking(128, 128, 64, 3, tma=True),
+        }
+    found["attention"] = Blocking(16, 128, loads=2)
+    if padded(config.head_dim) <= 64 and rows <= 256:
+        found["attention"] = Blocking(16, 256, loads=1 if rows * config.n_heads > 2560 else 3)
+    return found
+
+
+def _many_rows(config: ModelConfig) -> dict[str, Blocking]:
+    if config.dim <= 384:
+        return {
+            "qkv": Blocking(64, 64, 64, 4, tma=True),
+            "attention": Blocking(64, 128, loads=2, chunk=256),
+            "out_proj": Blocking(64, 32, 64, 4, rehearsed=True, tma=True),
+            "gate_up": Blocking(64, 256, 32, 6, 8),
+            "down": Blocking(64, 32, 128, 4, tma=True),
+            "head": Blocking(128, 128, 32, 6, tma=True),
+        }
+    return {
+        "qkv": Blocking(128, 64, 64, 3, tma=True),
+        "attention": Blocking(64, 128 if padded(config.head_dim) <= 64 else 64, loads=2, chunk=512),
+        "out_proj": Blocking(64, 64, 128, 3, tma=True),
+        "gate_up": Blocking(128, 256, 64, 3, 8, tma=True),
+        "down": Blocking(128, 64, 64, 6, tma=True),
+        "head": Blocking(128, 128, 64, 3, tma=True),
+    }

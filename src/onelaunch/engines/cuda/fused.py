@@ -23,6 +23,7 @@ from onelaunch.engines.cuda.stages import (
     qkv_tile,
 )
 from onelaunch.engines.cuda.sync import end, publish
+from onelaunch.engines.cuda.watch import began, ended_unsaid, ready
 
 _COUNTERS = tl.constexpr(sync.COUNTERS)
 _GAVE_UP, _BITS = tl.constexpr(sync.GAVE_UP), tl.constexpr(sync.ROW_TILE_BITS)
@@ -70,7 +71,7 @@ def _turn(turn, tiles):
 # one binary for every length and every range of stages
 _RUN_TIME = (
     "n_rows", "sequence", "logit_rows", "step", "row_tiles", "first_stage", "last_stage", "ends",
-    "patience",
+    "patience", "most_tiles",
 )  # fmt: skip
 
 
@@ -93,6 +94,8 @@ def forward_kernel(
     head_w_ptr,
     logits_ptr,
     sync_ptr,
+    records_ptr,
+    seed_ptr,
     n_rows,
     sequence,
     logit_rows,
@@ -102,6 +105,7 @@ def forward_kernel(
     last_stage,
     ends,
     patience,
+    most_tiles,
     eps: tl.float32,
     scale: tl.float32,
     LAYERS: tl.constexpr,
@@ -151,7 +155,8 @@ def forward_kernel(
     head; where layers hold their ATTENTION or their FFN block alone, three or two a layer and no
     head. `ends` is 1 in the last launch of a forward. Each layer has a qkv of its own: some rows
     may be in the next layer while others still read this one's keys. row_tiles: counters of a
-    stage. patience: nanoseconds that a wait waits."""
+    stage. patience: nanoseconds that a wait waits. records_ptr, most_tiles and seed_ptr are None,
+    or as watch.py says."""
     wide: tl.constexpr = (H + 2 * K) * E
     parts: tl.constexpr = (D + X_BN - 1) // X_BN
     qkv_columns: tl.constexpr = (wide + QKV_STEP - 1) // QKV_STEP
@@ -164,14 +169,18 @@ def forward_kernel(
     programs = tl.num_programs(0)
     texts = n_rows // sequence
     turn = tl.program_id(0)
+    watch = (records_ptr, most_tiles, seed_ptr)
 
     tiles = _within(0, first_stage, last_stage, tl.cdiv(n_rows, EMBED_BM) * parts)
     for tile in tl.range(turn, tiles, programs, num_stages=1):
+        me = (watch, 0, tile)
+        began(me)
+        ready(me)
         embed_tile(
             tile, None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, EMBED_BM, X_BN,
             AFTER,
         )  # fmt: skip
-        publish(counters + tile // parts, MODE == COUNTED_PTX)
+        publish(counters + tile // parts, me, MODE == COUNTED_PTX)
     turn = _turn(turn, tiles)
 
     first_layer = tl.maximum(first_stage - 1, 0) // of_layer
@@ -182,6 +191,8 @@ def forward_kernel(
 
         tiles = _within(stage, first_stage, last_stage, tl.cdiv(n_rows, QKV_BM) * qkv_columns)
         for tile in tl.range(turn, tiles, programs, num_stages=1):
+            me = (watch, stage, tile)
+            began(me)
             row = tile // qkv_columns * QKV_BM
             last = tl.minimum(row + QKV_BM, n_rows) - 1
             # x was written by embed, or by the last stage of the layer before
@@ -190,17 +201,19 @@ def forward_kernel(
                 tl.where(layer == 0, EMBED_BM, DOWN_BM if FFN else OUT_BM),
             )  # fmt: skip
             qkv_tile(
-                tile, wait, x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
+                tile, (wait, me), x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
                 norms_ptr + of * (2 * E), cos_ptr, sin_ptr, qkv_ptr + of * wide * n_rows, n_rows,
                 sequence, eps, D, H, K, E, QK_NORM, PARTS, QKV_BM, QKV_BN, QKV_STEP, QKV_BK,
-                QKV_TAIL, QKV_LOADS, MODE,
+                QKV_TAIL, QKV_LOADS, False, MODE,
             )  # fmt: skip
-            publish(counters + stage * row_tiles + tile // qkv_columns, MODE == COUNTED_PTX)
+            publish(counters + stage * row_tiles + tile // qkv_columns, me, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
         of_text = tl.cdiv(sequence, ATTENTION_BM)
         tiles = _within(stage + 1, first_stage, last_stage, texts * of_text * H)
         for tile in tl.range(turn, tiles, programs, num_stages=1):
+            me = (watch, stage + 1, tile)
+            began(me)
             text = tile // H // of_text
             end_of = tl.minimum((tile // H % of_text + 1) * ATTENTION_BM, sequence)
             wait = _wait_on(
@@ -208,14 +221,16 @@ def forward_kernel(
                 row_tiles, done * qkv_columns, patience, QKV_BM,
             )  # fmt: skip
             attention_tile(
-                tile, wait, qkv_ptr + of * wide * n_rows, mixed_ptr, sequence, scale, H, K, E,
-                ATTENTION_BM, ATTENTION_BN, WIDTH, ATTENTION_LOADS, MODE,
+                tile, (wait, me), qkv_ptr + of * wide * n_rows, mixed_ptr, None, None, sequence,
+                scale, H, K, E, ATTENTION_BM, ATTENTION_BN, WIDTH, 0, ATTENTION_LOADS, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 1) * row_tiles + tile // H, MODE == COUNTED_PTX)
+            publish(counters + (stage + 1) * row_tiles + tile // H, me, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
         tiles = _within(stage + 2, first_stage, last_stage, tl.cdiv(n_rows, OUT_BM) * parts)
         for tile in tl.range(turn, tiles, programs, num_stages=1):
+            me = (watch, stage + 2, tile)
+            began(me)
             row = tile // parts * OUT_BM
             last = tl.minimum(row + OUT_BM, n_rows) - 1
             wait = _wait_on_attention(
@@ -223,10 +238,10 @@ def forward_kernel(
                 ATTENTION_BM,
             )  # fmt: skip
             add_product_tile(
-                tile, wait, mixed_ptr, out_w_ptr + of * (D * H * E), x_ptr, parts_ptr, n_rows,
-                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, MODE,
+                tile, (wait, me), mixed_ptr, out_w_ptr + of * (D * H * E), x_ptr, parts_ptr, n_rows,
+                H * E, D, OUT_BM, X_BN, OUT_BK, OUT_TAIL, OUT_LOADS, False, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 2) * row_tiles + tile // parts, MODE == COUNTED_PTX)
+            publish(counters + (stage + 2) * row_tiles + tile // parts, me, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
         if not ATTENTION:
@@ -237,6 +252,8 @@ def forward_kernel(
             stage + 3, first_stage, last_stage, tl.cdiv(n_rows, GATE_UP_BM) * gate_up_columns
         )
         for tile in tl.range(turn, tiles, programs, num_stages=1):
+            me = (watch, stage + 3, tile)
+            began(me)
             row = tile // gate_up_columns * GATE_UP_BM
             last = tl.minimum(row + GATE_UP_BM, n_rows) - 1
             wait = _wait_on(
@@ -244,17 +261,21 @@ def forward_kernel(
                 OUT_BM if ATTENTION else tl.where(layer == 0, EMBED_BM, DOWN_BM),
             )  # fmt: skip
             gate_up_tile(
-                tile, wait, x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr, n_rows,
-                eps, D, F, PARTS, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
-                GATE_UP_LOADS, MODE,
+                tile, (wait, me), x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr,
+                n_rows, eps, D, F, PARTS, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,
+                GATE_UP_LOADS, False, MODE,
             )  # fmt: skip
             publish(
-                counters + (stage + 3) * row_tiles + tile // gate_up_columns, MODE == COUNTED_PTX
+                counters + (stage + 3) * row_tiles + tile // gate_up_columns,
+                me,
+                MODE == COUNTED_PTX,
             )
         turn = _turn(turn, tiles)
 
         tiles = _within(stage + 4, first_stage, last_stage, tl.cdiv(n_rows, DOWN_BM) * parts)
         for tile in tl.range(turn, tiles, programs, num_stages=1):
+            me = (watch, stage + 4, tile)
+            began(me)
             row = tile // parts * DOWN_BM
             last = tl.minimum(row + DOWN_BM, n_rows) - 1
             wait = _wait_on(
@@ -262,25 +283,27 @@ def forward_kernel(
                 patience, GATE_UP_BM,
             )  # fmt: skip
             add_product_tile(
-                tile, wait, hidden_ptr, down_w_ptr + of * (D * F), x_ptr, parts_ptr, n_rows, F, D,
-                DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, MODE,
+                tile, (wait, me), hidden_ptr, down_w_ptr + of * (D * F), x_ptr, parts_ptr, n_rows,
+                F, D, DOWN_BM, X_BN, DOWN_BK, DOWN_TAIL, DOWN_LOADS, False, MODE,
             )  # fmt: skip
-            publish(counters + (stage + 4) * row_tiles + tile // parts, MODE == COUNTED_PTX)
+            publish(counters + (stage + 4) * row_tiles + tile // parts, me, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
-    tiles = _within(
-        head_stage, first_stage, last_stage, tl.cdiv(logit_rows, HEAD_BM) * head_columns
-    )
+    head_rows = tl.cdiv(logit_rows, HEAD_BM)
+    tiles = _within(head_stage, first_stage, last_stage, head_rows * head_columns)
     for tile in tl.range(turn, tiles, programs, num_stages=1):
-        row = tile // head_columns * HEAD_BM
+        me = (watch, head_stage, tile)
+        began(me)
+        row = tile % head_rows * HEAD_BM  # row tile first: see head_tile
         last = tl.minimum(row + HEAD_BM, logit_rows) - 1
         wait = _wait_on(
             counters, sync_ptr, head_stage - 1, row * step + step - 1, last * step + step - 1,
             row_tiles, done * parts, patience, DOWN_BM,
         )  # fmt: skip
         head_tile(
-            tile, wait, x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
-            PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, MODE,
+            tile, (wait, me), x_ptr, parts_ptr, head_w_ptr, logits_ptr, logit_rows, step, eps, D, V,
+            PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, False, MODE,
         )  # fmt: skip
+        ended_unsaid(me)
     if ends > 0:
-        end(sync_ptr, MODE == COUNTED_PTX)
+        end(sync_ptr, watch, MODE == COUNTED_PTX)

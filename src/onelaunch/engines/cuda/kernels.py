@@ -30,6 +30,40 @@ def _let_next_begin(MODE: tl.constexpr):
         gdc_launch_dependents()
 
 
+# $1 address, $2 bytes, a multiple of 16
+_INTO_L2 = tl.constexpr("""
+{
+  .reg .pred p;
+  .reg .u32 i;
+  mov.u32 i, %tid.x;
+  setp.eq.u32 p, i, 0;
+  @p setp.gt.s32 p, $2, 0;
+  @p cp.async.bulk.prefetch.L2.global [$1], $2;
+  mov.u32 $0, 0;
+}
+""")
+
+
+@triton.jit
+def _fetch(next_ptr, next_bytes, FETCH: tl.constexpr):
+    """Ask for this program's share of what the stage after the next one reads, its weights, into
+    the second cache."""
+    if FETCH:
+        share = tl.cdiv(tl.cdiv(next_bytes, 16), tl.num_programs(0)) * 16
+        first = tl.program_id(0) * share
+        tl.inline_asm_elementwise(
+            _INTO_L2,
+            "=r,l,r",
+            [
+                next_ptr.to(tl.int64, bitcast=True) + first,
+                tl.minimum(share, next_bytes - first),
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit
 def embed_kernel(
     tokens_ptr,
@@ -63,6 +97,8 @@ def qkv_kernel(
     n_rows,
     sequence,
     eps: tl.float32,
+    next_ptr,
+    next_bytes,
     D: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -75,9 +111,12 @@ def qkv_kernel(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     _let_next_begin(MODE)
+    _fetch(next_ptr, next_bytes, FETCH)
     for turn in tl.range(0, passes, num_stages=1):
         real = (turn + 1) // passes
         qkv_tile(
@@ -105,6 +144,7 @@ def qkv_kernel(
             BK,
             TAIL,
             LOADS,
+            TMA,
             MODE,
         )
 
@@ -113,23 +153,32 @@ def qkv_kernel(
 def attention_kernel(
     qkv_ptr,
     mixed_ptr,
+    partial_ptr,
+    arrived_ptr,
     sequence,
     scale: tl.float32,
+    next_ptr,
+    next_bytes,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     LOADS: tl.constexpr,
     MODE: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     _let_next_begin(MODE)
+    _fetch(next_ptr, next_bytes, FETCH)
     attention_tile(
-        tl.program_id(0),
+        tl.num_programs(0) - 1 - tl.program_id(0),  # those with most keys first
         REAL,
         qkv_ptr,
         mixed_ptr,
+        partial_ptr,
+        arrived_ptr,
         sequence,
         scale,
         H,
@@ -138,6 +187,7 @@ def attention_kernel(
         BM,
         BN,
         WIDTH,
+        CHUNK,
         LOADS,
         MODE,
     )
@@ -151,6 +201,8 @@ def add_product_kernel(
     parts_ptr,
     passes,
     n_rows,
+    next_ptr,
+    next_bytes,
     INNER: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -158,9 +210,12 @@ def add_product_kernel(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     _let_next_begin(MODE)
+    _fetch(next_ptr, next_bytes, FETCH)
     for turn in tl.range(0, passes, num_stages=1):
         real = (turn + 1) // passes
         add_product_tile(
@@ -178,6 +233,7 @@ def add_product_kernel(
             BK,
             TAIL,
             LOADS,
+            TMA,
             MODE,
         )
 
@@ -191,6 +247,8 @@ def gate_up_kernel(
     passes,
     n_rows,
     eps: tl.float32,
+    next_ptr,
+    next_bytes,
     D: tl.constexpr,
     F: tl.constexpr,
     PARTS: tl.constexpr,
@@ -199,9 +257,12 @@ def gate_up_kernel(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     _let_next_begin(MODE)
+    _fetch(next_ptr, next_bytes, FETCH)
     for turn in tl.range(0, passes, num_stages=1):
         real = (turn + 1) // passes
         gate_up_tile(
@@ -221,6 +282,7 @@ def gate_up_kernel(
             BK,
             TAIL,
             LOADS,
+            TMA,
             MODE,
         )
 
@@ -235,6 +297,8 @@ def head_kernel(
     n_rows,
     step,
     eps: tl.float32,
+    next_ptr,
+    next_bytes,
     D: tl.constexpr,
     V: tl.constexpr,
     PARTS: tl.constexpr,
@@ -243,9 +307,12 @@ def head_kernel(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     _let_next_begin(MODE)
+    _fetch(next_ptr, next_bytes, FETCH)
     for turn in tl.range(0, passes, num_stages=1):
         real = (turn + 1) // passes
         head_tile(
@@ -266,5 +333,6 @@ def head_kernel(
             BK,
             TAIL,
             LOADS,
+            TMA,
             MODE,
         )

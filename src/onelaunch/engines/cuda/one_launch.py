@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.blocking import Blocking, blocks, inner_of, padded
+from onelaunch.engines.cuda.blocking import (
+    Blocking,
+    blocks,
+    default_fused,
+    inner_of,
+    padded,
+)
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.staged import BoundForward, Call, Shape
 from onelaunch.errors import BadInput, EngineTimeout
@@ -21,10 +27,16 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
-    blockings say, and none rehearsed. In place of a depth the launches themselves may be given, in
-    order from embed on; they may end before the last stage. `programs` is how many run at once, as
-    many as the device has multiprocessors unless it is given; all of them must fit on it
-    together."""
+    blockings say, and nothing of what those say of a launch a stage. In place of a depth the
+    launches themselves may be given, in order from embed on; they may end before the last stage.
+    `programs` is how many run at once, as many as the device has multiprocessors unless it is
+    given; all of them must fit on it together.
+
+    A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
+    before and after whatever its tiles wait for or say, as the number in `seed` has it (watch.py).
+    """
+
+    _default = staticmethod(default_fused)
 
     def __init__(
         self,
@@ -35,7 +47,12 @@ class FusedForward(BoundForward):
         depth: str | int | Sequence[Launch] = "all",
         programs: int | None = None,
         patience: int = PATIENCE,
+        traced: bool = False,
+        delayed: bool = False,
     ) -> None:
+        if (traced or delayed) and torch.version.hip is not None:
+            raise BadInput("traces and delays are written for NVIDIA's GPUs; leave them out")
+        self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
         self._depth, self._patience = depth, patience
         self._programs = programs or _multiprocessors(packed.embedding.device)
@@ -79,22 +96,36 @@ class FusedForward(BoundForward):
             )
         words = sync.COUNTERS + row_tiles * len(plan.stages)
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
+        self.records, self.seed = self._watched()
+        depth = self._depth
+        self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
         constants = self._constants()
         rows = b.logits.shape[0]
         found = []
-        depth = self._depth
-        of_depth = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
-        for launch in of_depth:
-            ends = int(launch == of_depth[-1])
+        for launch in self.launches:
+            ends = int(launch == self.launches[-1])
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
-                self.sync, n, plan.sequence, rows, n // rows, row_tiles,
-                launch.first, launch.last, ends, self._patience, c.norm_eps, c.head_dim**-0.5,
+                self.sync, self.records, self.seed, n, plan.sequence, rows, n // rows, row_tiles,
+                launch.first, launch.last, ends, self._patience,
+                self.most_tiles if self._traced else None, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip
             programs = min(self._programs, self._tiles_of(launch))
             found.append(Call(fused.forward_kernel, programs, given, constants))
         return found
+
+    def _watched(self) -> tuple[Tensor | None, Tensor | None]:
+        """Records, (a place for each tile and one, words), and seed, where they are wanted."""
+        from onelaunch.engines.cuda import watch
+
+        device, phases = self.buffers.x.device, self.tiles.phases
+        # the last stage can have as many as it has: nothing lies behind
+        self.most_tiles = max((phase.tiles for phase in phases[:-1]), default=0)
+        places = 1 + self.most_tiles * (len(phases) - 1) + phases[-1].tiles
+        records = torch.zeros(places, watch.RECORD, dtype=torch.int64, device=device)
+        seed = torch.zeros(1, dtype=torch.int32, device=device)
+        return records if self._traced else None, seed if self._delayed else None
 
     def _tiles_of(self, launch: Launch) -> int:
         last = self.tiles.phases[launch.last - 1]

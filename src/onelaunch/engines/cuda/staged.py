@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking, blocks, default, inner_of, padded, tilings
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.plan import Part, TilePlan, make_plan, make_tiles, part_of
+from onelaunch.plan import Part, Stage, TilePlan, make_plan, make_tiles, part_of
 
+Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A kernel, its arguments, its constants."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -105,6 +107,7 @@ class BoundForward:
     """A forward of one shape: `buffers.tokens` in, `run`, `buffers.logits` out."""
 
     qkv_buffers = 1
+    _default = staticmethod(default)
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class BoundForward:
         batch, sequence = shape.batch, shape.sequence
         rows, dtype, device = batch * sequence, packed.embedding.dtype, packed.embedding.device
         self.config, self.packed = config, packed
-        self.blockings = default(config, rows, dtype.itemsize) | dict(blockings)
+        self.blockings = self._default(config, rows, dtype.itemsize) | dict(blockings)
         plan = make_plan(config, batch, sequence, all_positions=shape.all_positions)
         part = part_of(plan, shape.part)
         self.tiles: TilePlan = make_tiles(part, tilings(config, self.blockings))
@@ -128,7 +131,7 @@ class BoundForward:
             return torch.empty(*extents, dtype=dtype, device=device)
 
         self.buffers = Buffers(
-            empty(rows, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int32, device=device),  # ids that a model has
             empty(rows, config.dim),
             empty(self.parts, rows, dtype=torch.float32),
             empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
@@ -136,6 +139,7 @@ class BoundForward:
             empty(rows, config.hidden_dim),
             empty(*plan.buffer("logits").shape, dtype=shape.logits_dtype).flatten(0, 1),
         )
+        self._place_for_chunks()
         self.calls = self._calls()
 
     def _calls(self) -> list[Call]:
@@ -156,69 +160,168 @@ class BoundForward:
         self.run()
         torch.cuda.synchronize(self.buffers.x.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # a stream of this device, and other threads may go on
+        stream = torch.cuda.Stream(self.buffers.x.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.run()
         return graph
 
     def _call(self, number: int) -> Call:
-        from onelaunch.engines.cuda import kernels, stages
+        from onelaunch.engines.cuda import stages
         from onelaunch.operators.handles import dependent_launch
 
-        c, w, b, plan = self.config, self.packed, self.buffers, self.tiles.plan
-        stage = plan.stages[number]
-        layer, blocking = stage.layer, self.blockings[stage.kind]
-        mode = stages.DEPENDENT if dependent_launch(b.x.device) else stages.AFTER
-        inner = inner_of(c, stage.kind)
-        BK, TAIL = blocks(inner, blocking)
-        size = {"BM": blocking.rows, "BN": blocking.columns}
-        through = {"BK": BK, "TAIL": TAIL, "LOADS": blocking.loads}
-        norm = {"PARTS": self.parts}
-        n, passes = b.x.shape[0], 2 if blocking.rehearsed else 1
-        heads = {"H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim}
-        given: tuple[Any, ...]
-        constants: dict[str, Any]
-        kernel: Callable[..., Any]
-        match stage.kind:
-            case "embed":
-                kernel, given = kernels.embed_kernel, (b.tokens, w.embedding, b.x, b.parts, n)
-                constants = {"D": c.dim} | size
-            case "qkv":
-                kernel = kernels.qkv_kernel
-                norms = None if w.norms is None else w.norms[layer]
-                given = (
-                    b.x, b.parts, w.qkv[layer], norms, w.cos, w.sin, b.qkv, passes, n,
-                    plan.sequence, c.norm_eps,
-                )  # fmt: skip
-                step = self.tiles.tilings["qkv"].columns
-                constants = {"D": c.dim, "QK_NORM": c.qk_norm, "STEP": step}
-                constants |= heads | norm | size | through
-            case "attention":
-                kernel = kernels.attention_kernel
-                given = (b.qkv, b.mixed, plan.sequence, c.head_dim**-0.5)
-                constants = heads | size
-                constants |= {"WIDTH": padded(c.head_dim), "LOADS": blocking.loads}
-            case "out_proj" | "down":
-                kernel = kernels.add_product_kernel
-                y, weight = (b.mixed, w.out) if stage.kind == "out_proj" else (b.hidden, w.down)
-                given = (y, weight[layer], b.x, b.parts, passes, n)
-                constants = {"INNER": inner, "D": c.dim} | size | through
-            case "gate_up":
-                kernel = kernels.gate_up_kernel
-                given = (b.x, b.parts, w.gate_up[layer], b.hidden, passes, n, c.norm_eps)
-                constants = {"D": c.dim, "F": c.hidden_dim} | norm | size | through
-            case "head":
-                kernel, rows = kernels.head_kernel, b.logits.shape[0]
-                given = (
-                    b.x, b.parts, w.head, b.logits, passes, rows, n // rows, c.norm_eps,
-                )  # fmt: skip
-                constants = {"D": c.dim, "V": c.vocab_size} | norm | size | through
-            case _:
-                raise ValueError(f"no kernel for {stage.kind}")
-        constants["MODE"] = mode.value
-        options = constants | {"num_warps": blocking.warps}
+        stage = self.tiles.plan.stages[number]
+        device = self.buffers.x.device
+        mode = stages.DEPENDENT if dependent_launch(device) else stages.AFTER
+        make = {
+            "embed": self._embed, "qkv": self._qkv, "attention": self._attention,
+            "out_proj": self._add_product, "gate_up": self._gate_up, "down": self._add_product,
+            "head": self._head,
+        }  # fmt: skip
+        kernel, given, constants = make[stage.kind](stage)
+        if stage.kind != "embed":
+            later = self._weights_of(number + 2) if device.type == "cuda" else None
+            given += (None, 0) if later is None else (later, later.nbytes)
+            constants["FETCH"] = later is not None
+        options = constants | {"MODE": mode.value, "num_warps": self.blockings[stage.kind].warps}
         if mode == stages.DEPENDENT:
             options["launch_pdl"] = True
-        return Call(kernel, self.tiles.phases[number].tiles, given, options)
+        programs = self.tiles.phases[number].tiles
+        if stage.kind == "attention":
+            programs *= self._chunks
+        return Call(kernel, programs, given, options)
+
+    def _embed(self, stage: Stage) -> Made:
+        from onelaunch.engines.cuda.kernels import embed_kernel
+
+        b, blocking = self.buffers, self.blockings[stage.kind]
+        given = b.tokens, self.packed.embedding, b.x, b.parts, b.x.shape[0]
+        return embed_kernel, given, {"D": self.config.dim} | _size(blocking)
+
+    def _qkv(self, stage: Stage) -> Made:
+        from onelaunch.engines.cuda.kernels import qkv_kernel
+
+        c, w, b = self.config, self.packed, self.buffers
+        x, weight, passes, constants = self._product(stage, b.x, w.qkv)
+        norms = None if w.norms is None else w.norms[stage.layer]
+        given = (
+            x, b.parts, weight, norms, w.cos, w.sin, b.qkv, passes, b.x.shape[0],
+            self.tiles.plan.sequence, c.norm_eps,
+        )  # fmt: skip
+        constants |= {"D": c.dim, "QK_NORM": c.qk_norm, "PARTS": self.parts} | _heads(c)
+        return qkv_kernel, given, constants | {"STEP": self.tiles.tilings["qkv"].columns}
+
+    def _attention(self, stage: Stage) -> Made:
+        from onelaunch.engines.cuda.kernels import attention_kernel
+
+        c, b, blocking = self.config, self.buffers, self.blockings[stage.kind]
+        given = (
+            b.qkv, b.mixed, self._chunk_parts, self._arrived, self.tiles.plan.sequence,
+            c.head_dim**-0.5,
+        )  # fmt: skip
+        constants = _heads(c) | _size(blocking) | {"LOADS": blocking.loads}
+        chunk = blocking.chunk if self._chunks > 1 else 0
+        return attention_kernel, given, constants | {"WIDTH": padded(c.head_dim), "CHUNK": chunk}
+
+    def _add_product(self, stage: Stage) -> Made:
+        from onelaunch.engines.cuda.kernels import add_product_kernel
+
+        w, b, kind = self.packed, self.buffers, stage.kind
+        y, weights = (b.mixed, w.out) if kind == "out_proj" else (b.hidden, w.down)
+        y, weight, passes, constants = self._product(stage, y, weights)
+        given = y, weight, b.x, b.parts, passes, b.x.shape[0]
+        inner = inner_of(self.config, kind)
+        return add_product_kernel, given, constants | {"INNER": inner, "D": self.config.dim}
+
+    def _gate_up(self, stage: Stage) -> Made:
+        from onelaunch.engines.cuda.kernels import gate_up_kernel
+
+        c, w, b = self.config, self.packed, self.buffers
+        x, weight, passes, constants = self._product(stage, b.x, w.gate_up)
+        given = x, b.parts, weight, b.hidden, passes, b.x.shape[0], c.norm_eps
+        constants |= {"D": c.dim, "F": c.hidden_dim, "PARTS": self.parts}
+        return gate_up_kernel, given, constants
+
+    def _head(self, stage: Stage) -> Made:
+        from onelaunch.engines.cuda.kernels import head_kernel
+
+        c, w, b = self.config, self.packed, self.buffers
+        rows = b.logits.shape[0]
+        x, weight, passes, constants = self._product(stage, b.x, w.head)
+        given = x, b.parts, weight, b.logits, passes, rows, b.x.shape[0] // rows, c.norm_eps
+        return head_kernel, given, constants | {"D": c.dim, "V": c.vocab_size, "PARTS": self.parts}
+
+    def _product(
+        self, stage: Stage, rows: Tensor, weights: Tensor
+    ) -> tuple[Any, Any, int, dict[str, Any]]:
+        """What a product's two sides are handed over as, its passes, and its constants. Blocks come
+        by the tensor memory accelerator from rows of whole 16 bytes, all of them."""
+        blocking = self.blockings[stage.kind]
+        weight = weights if stage.kind == "head" else weights[stage.layer]
+        BK, TAIL = blocks(weight.shape[-1], blocking)
+        row_bytes = weight.shape[-1] * weight.element_size()
+        every_row = stage.kind != "head" or self.buffers.logits.shape[0] == rows.shape[0]
+        fits = blocking.loads > 0 and row_bytes % 16 == 0 and every_row
+        tma = blocking.tma and fits and _has_tma(rows.device)
+        sides = (rows, weight)
+        if tma:
+            sides = (
+                descriptor(rows, blocking.rows, BK), descriptor(weight, blocking.columns, BK)
+            )  # fmt: skip
+        through = {"BK": BK, "TAIL": TAIL, "LOADS": blocking.loads, "TMA": tma}
+        return *sides, 2 if blocking.rehearsed else 1, _size(blocking) | through
+
+    def _weights_of(self, number: int) -> Tensor | None:
+        """The weights of a stage, where it has any and half of the second cache holds them."""
+        plan, w = self.tiles.plan, self.packed
+        if number >= len(plan.stages):
+            return None
+        stage = plan.stages[number]
+        of = {"qkv": w.qkv, "out_proj": w.out, "gate_up": w.gate_up, "down": w.down}
+        if stage.kind in of:
+            weight = of[stage.kind][stage.layer]
+        elif stage.kind == "head":
+            weight = w.head
+        else:
+            return None
+        if not _has_tma(weight.device):
+            return None
+        cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
+        return weight if 2 * weight.nbytes <= cache else None
+
+    def _place_for_chunks(self) -> None:
+        """Where attention's chunks leave their parts and count themselves, for all layers."""
+        blocking, plan, x = self.blockings["attention"], self.tiles.plan, self.buffers.x
+        self._chunks = -(-plan.sequence // blocking.chunk) if blocking.chunk else 1
+        self._chunk_parts: Tensor | None = None
+        self._arrived: Tensor | None = None
+        if self._chunks > 1:
+            assert blocking.chunk % blocking.rows == 0
+            tiles = -(-plan.sequence // blocking.rows) * self.config.n_heads * plan.batch
+            size = blocking.rows * (padded(self.config.head_dim) + 2)
+            self._chunk_parts = torch.empty(tiles * self._chunks * size, device=x.device)
+            self._arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+
+
+def _size(blocking: Blocking) -> dict[str, Any]:
+    return {"BM": blocking.rows, "BN": blocking.columns}
+
+
+def _heads(config: ModelConfig) -> dict[str, Any]:
+    return {"H": config.n_heads, "K": config.n_kv_heads, "E": config.head_dim}
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+    """How the tensor memory accelerator fetches blocks of a matrix."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+def _has_tma(device: torch.device) -> bool:
+    if device.type != "cuda":  # the interpreter, which knows descriptors
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def share_first_cache(compiled: Any) -> None:

@@ -40,11 +40,17 @@ def _ready(wait, MODE: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, n_rows, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows and columns of a tile of (n_rows, COLUMNS), and which of them exist."""
+def _corner(tile, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The first row and the first column of a tile of COLUMNS columns."""
     column_tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
-    rows = tile // column_tiles * BM + tl.arange(0, BM)
-    columns = tile % column_tiles * BN + tl.arange(0, BN)
+    return tile // column_tiles * BM, tile % column_tiles * BN
+
+
+@triton.jit
+def _place(row, column, n_rows, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and columns of a tile of (n_rows, COLUMNS), and which of them exist."""
+    rows = row + tl.arange(0, BM)
+    columns = column + tl.arange(0, BN)
     return rows, columns, rows < n_rows, columns < COLUMNS
 
 
@@ -121,8 +127,10 @@ def _product(
     x_ptr,
     w_ptr,
     early,
+    row,
     rows,
     in_rows,
+    column,
     columns,
     in_columns,
     INNER: tl.constexpr,
@@ -132,9 +140,17 @@ def _product(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Rows of x times rows of w, (BM, BN)."""
-    if LOADS == 0:
+    """Rows of x times rows of w, (BM, BN). With TMA x_ptr and w_ptr are tensor descriptors, outside
+    of which all is zero."""
+    if TMA:
+        total = tl.zeros([BM, BN], tl.float32)
+        for first in tl.range(0, INNER, BK, num_stages=LOADS):
+            x = x_ptr.load([row, first])
+            w = w_ptr.load([column, first])
+            total = tl.dot(x, w.T, total, input_precision="ieee")
+    elif LOADS == 0:
         x = _inputs(x_ptr, rows, in_rows, 0, INNER, BK, BK <= INNER)
         if TAIL > 0:
             tail = _inputs(x_ptr, rows, in_rows, BK, INNER, TAIL, BK + TAIL <= INNER)
@@ -204,7 +220,8 @@ def embed_tile(
     MODE: tl.constexpr,
 ):
     """x: (N, D) from the tokens' rows of the embedding."""
-    rows, columns, in_rows, in_columns = _place(tile, n_rows, D, BM, BN)
+    row, column = _corner(tile, D, BM, BN)
+    rows, columns, in_rows, in_columns = _place(row, column, n_rows, D, BM, BN)
     _ready(wait, MODE)
     token = tl.load(tokens_ptr + rows, mask=in_rows, other=0).to(tl.int64)
     mask = in_rows[:, None] & in_columns[None, :]
@@ -238,14 +255,15 @@ def qkv_tile(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """qkv: (N, (H + 2 K) E): norm, product, the heads' norm, rotation. A tile has STEP columns, BN
     at most; with QK_NORM they are one head. norms: (2, E), of queries and keys."""
     wide: tl.constexpr = (H + 2 * K) * E
     column_tiles: tl.constexpr = (wide + STEP - 1) // STEP
-    rows = tile // column_tiles * BM + tl.arange(0, BM)
-    start = tile % column_tiles * STEP
+    row, start = tile // column_tiles * BM, tile % column_tiles * STEP
+    rows = row + tl.arange(0, BM)
     within = tl.arange(0, BN)
     columns = start + within
     in_rows = rows < n_rows
@@ -256,13 +274,15 @@ def qkv_tile(
     pair = start // 2 + tl.arange(0, BN // 2)
     turns = in_rows[:, None] & (pair < (H + K) * E // 2)[None, :]
     angle = (rows % sequence)[:, None] * (E // 2) + (pair % (E // 2))[None, :]
-    cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+    if LOADS == 0:
+        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
     _ready(wait, MODE)
     rstd = _rstd(parts_ptr, n_rows, rows, in_rows, eps, D, PARTS)
     total = _product(
-        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, full, BM, BN, BK, TAIL, LOADS
-    )
+        x_ptr, w_ptr, early, row, rows, in_rows, start, columns, in_columns, D, full, BM, BN, BK,
+        TAIL, LOADS, TMA,
+    )  # fmt: skip
     total *= rstd[:, None]
     if QK_NORM:  # noqa: SIM102 - the one is known when compiled
         if start < (H + K) * E:
@@ -270,6 +290,9 @@ def qkv_tile(
             norm = tl.load(norm_ptr + within, mask=in_columns, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(total * total, 1) / E + eps)
             total *= scale[:, None] * norm[None, :]
+    if LOADS > 0:  # not before: a large tile's product needs the registers
+        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
     a, b = tl.split(tl.reshape(total, [BM, BN // 2, 2]))
     total = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), [BM, BN])
     to = qkv_ptr + rows.to(tl.int64)[:, None] * wide + columns[None, :]
@@ -278,11 +301,98 @@ def qkv_tile(
 
 
 @triton.jit
+def _attend(
+    q,
+    qkv_ptr,
+    start_of_text,
+    start,
+    last,
+    places,
+    powers,
+    most,
+    divisor,
+    total,
+    key,
+    ROW: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALL_SEEN: tl.constexpr,
+):
+    """One more block of keys, from `start` up to `last`; with ALL_SEEN every row sees all of it."""
+    keys = start + tl.arange(0, BN)
+    element = tl.arange(0, WIDTH)
+    offsets = (start_of_text + keys) * ROW + key * E
+    k_at = qkv_ptr + offsets[None, :] + element[:, None]
+    v_at = qkv_ptr + K * E + offsets[:, None] + element[None, :]
+    # what comes later may not have been written yet, and 0 times NaN is NaN
+    written = keys < last
+    if ALL_SEEN and WIDTH == E:
+        k = tl.load(k_at, cache_modifier=".cg")
+    elif ALL_SEEN:
+        k = tl.load(k_at, mask=(element < E)[:, None], other=0.0, cache_modifier=".cg")
+    else:
+        mask = written[None, :] & (element < E)[:, None]
+        k = tl.load(k_at, mask=mask, other=0.0, cache_modifier=".cg")
+    scores = tl.dot(q, k, input_precision="ieee")
+    if not ALL_SEEN:
+        scores = tl.where(keys[None, :] <= places[:, None], scores, float("-inf"))
+    higher = tl.maximum(most, tl.max(scores, 1) * powers)
+    shrunk = tl.exp2(most - higher)
+    weights = tl.exp2(scores * powers - higher[:, None])
+    divisor = divisor * shrunk + tl.sum(weights, 1)
+    if ALL_SEEN and WIDTH == E:
+        v = tl.load(v_at, cache_modifier=".cg")
+    elif ALL_SEEN:
+        v = tl.load(v_at, mask=(element < E)[None, :], other=0.0, cache_modifier=".cg")
+    else:
+        mask = written[:, None] & (element < E)[None, :]
+        v = tl.load(v_at, mask=mask, other=0.0, cache_modifier=".cg")
+    total *= shrunk[:, None]
+    total = tl.dot(weights.to(v.dtype), v, total, input_precision="ieee")
+    return higher, divisor, total
+
+
+@triton.jit
+def _leave(parts_ptr, chunk, most, divisor, total, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """A chunk's part: (BM, WIDTH), then the rows' maxima, then their divisors."""
+    row = tl.arange(0, BM)
+    to = parts_ptr + chunk * (BM * (WIDTH + 2))
+    tl.store(to + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], total)
+    tl.store(to + BM * WIDTH + row, most)
+    tl.store(to + BM * (WIDTH + 1) + row, divisor)
+
+
+@triton.jit
+def _put_together(parts_ptr, chunks, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """Divisors and totals of all chunks, added in their order."""
+    row = tl.arange(0, BM)
+    cells = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    most = tl.full([BM], float("-inf"), tl.float32)
+    divisor = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM, WIDTH], tl.float32)
+    for chunk in tl.range(chunks, num_stages=1):
+        at = parts_ptr + chunk * (BM * (WIDTH + 2))
+        its_most = tl.load(at + BM * WIDTH + row, cache_modifier=".cg")
+        its_divisor = tl.load(at + BM * (WIDTH + 1) + row, cache_modifier=".cg")
+        its_total = tl.load(at + cells, cache_modifier=".cg")
+        higher = tl.maximum(most, its_most)
+        shrunk, grown = tl.exp2(most - higher), tl.exp2(its_most - higher)
+        divisor = divisor * shrunk + its_divisor * grown
+        total = total * shrunk[:, None] + its_total * grown[:, None]
+        most = higher
+    return divisor, total
+
+
+@triton.jit
 def attention_tile(
     tile,
     wait,
     qkv_ptr,
     mixed_ptr,
+    partial_ptr,
+    arrived_ptr,
     sequence,
     scale,
     H: tl.constexpr,
@@ -291,59 +401,76 @@ def attention_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     LOADS: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """One head for BM rows of one text: softmax(q k^T scale) v over what each row sees, with a
-    running maximum (2205.14135). WIDTH is the power of two from 16 on that holds E."""
-    head = tile % H
+    running maximum (2205.14135). WIDTH is the power of two from 16 on that holds E.
+
+    With CHUNK the tiles are cut further, into chunks of so many keys, a multiple of BM: the last
+    chunks of all tiles, then those before, so that run from behind the largest come first. Each
+    leaves its part, and the last one to arrive puts them together in their order: the bits are
+    always the same ones."""
     tiles_of_text = tl.cdiv(sequence, BM)
+    begin = 0
+    if CHUNK > 0:
+        most_chunks = tl.cdiv(sequence, CHUNK)
+        tiles = tl.num_programs(0) // most_chunks
+        chunk = most_chunks - 1 - tile // tiles
+        tile = tile % tiles
+        begin = chunk * CHUNK
+    head = tile % H
     text = tile // H // tiles_of_text
     first = tile // H % tiles_of_text * BM
+    last = tl.minimum(first + BM, sequence)
+    end = last
+    if CHUNK > 0:
+        end = tl.minimum(begin + CHUNK, last)
     key = H + head // (H // K)  # the key's head in qkv; its value's is K further
     row: tl.constexpr = (H + 2 * K) * E
     places = first + tl.arange(0, BM)
     element = tl.arange(0, WIDTH)
-    in_head = element < E
     start_of_text = text.to(tl.int64) * sequence
     rows = (start_of_text + places)[:, None]
     within = head * E + element[None, :]
-    q_mask = (places < sequence)[:, None] & in_head[None, :]
+    q_mask = (places < sequence)[:, None] & (element < E)[None, :]
     _ready(wait, MODE)
-    q = tl.load(qkv_ptr + rows * row + within, mask=q_mask, other=0.0, cache_modifier=".cg")
-    powers = scale * 1.4426950408889634  # of two: 1 / log(2)
-    most = tl.full([BM], float("-inf"), tl.float32)
-    divisor = tl.zeros([BM], tl.float32)
-    total = tl.zeros([BM, WIDTH], tl.float32)
-    last = tl.minimum(first + BM, sequence)
-    for start in tl.range(0, last, BN, num_stages=LOADS):
-        keys = start + tl.arange(0, BN)
-        offsets = (start_of_text + keys) * row + key * E
-        # what comes later may not have been written yet, and 0 times NaN is NaN
-        written = keys < last
-        k = tl.load(
-            qkv_ptr + offsets[None, :] + element[:, None],
-            mask=written[None, :] & in_head[:, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        scores = tl.dot(q, k, input_precision="ieee") * powers
-        scores = tl.where(keys[None, :] <= places[:, None], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        shrunk = tl.exp2(most - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        divisor = divisor * shrunk + tl.sum(weights, 1)
-        v = tl.load(
-            qkv_ptr + K * E + offsets[:, None] + element[None, :],
-            mask=written[:, None] & in_head[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        total *= shrunk[:, None]
-        total = tl.dot(weights.to(v.dtype), v, total, input_precision="ieee")
-        most = higher
-    mixed = total / divisor[:, None]
-    tl.store(mixed_ptr + rows * (H * E) + within, mixed.to(mixed_ptr.dtype.element_ty), mask=q_mask)
+    if begin < last:
+        q = tl.load(qkv_ptr + rows * row + within, mask=q_mask, other=0.0, cache_modifier=".cg")
+        powers = scale * 1.4426950408889634  # of two: 1 / log(2)
+        most = tl.full([BM], float("-inf"), tl.float32)
+        divisor = tl.zeros([BM], tl.float32)
+        total = tl.zeros([BM, WIDTH], tl.float32)
+        start = begin
+        if CHUNK > 0:
+            start += tl.maximum(tl.minimum(first + 1, end) - begin, 0) // BN * BN
+            for at in tl.range(begin, start, BN, num_stages=LOADS):
+                most, divisor, total = _attend(
+                    q, qkv_ptr, start_of_text, at, end, places, powers, most, divisor, total, key,
+                    row, K, E, BN, WIDTH, True,
+                )  # fmt: skip
+        for at in tl.range(start, end, BN, num_stages=LOADS):
+            most, divisor, total = _attend(
+                q, qkv_ptr, start_of_text, at, end, places, powers, most, divisor, total, key, row,
+                K, E, BN, WIDTH, False,
+            )  # fmt: skip
+        whole = True
+        if CHUNK > 0:
+            chunks = tl.cdiv(last, CHUNK)
+            if chunks > 1:
+                partial_ptr += tile.to(tl.int64) * (most_chunks * (BM * (WIDTH + 2)))
+                _leave(partial_ptr, chunk, most, divisor, total, BM, WIDTH)
+                tl.debug_barrier()
+                before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
+                whole = before == chunks - 1
+                if whole:
+                    tl.debug_barrier()
+                    divisor, total = _put_together(partial_ptr, chunks, BM, WIDTH)
+                    tl.store(arrived_ptr + tile, 0)
+        if whole:
+            mixed = (total / divisor[:, None]).to(mixed_ptr.dtype.element_ty)
+            tl.store(mixed_ptr + rows * (H * E) + within, mixed, mask=q_mask)
 
 
 @triton.jit
@@ -362,10 +489,12 @@ def add_product_tile(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """x += y w^T, x: (N, D), y: (N, INNER): out_proj and down with the residual."""
-    rows, columns, in_rows, in_columns = _place(tile, n_rows, D, BM, BN)
+    row, column = _corner(tile, D, BM, BN)
+    rows, columns, in_rows, in_columns = _place(row, column, n_rows, D, BM, BN)
     early = _early(w_ptr, columns, in_columns, INNER, D, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
     before = tl.load(
@@ -375,8 +504,9 @@ def add_product_tile(
         cache_modifier=".cg",
     )
     total = _product(
-        y_ptr, w_ptr, early, rows, in_rows, columns, in_columns, INNER, D, BM, BN, BK, TAIL, LOADS
-    )
+        y_ptr, w_ptr, early, row, rows, in_rows, column, columns, in_columns, INNER, D, BM, BN, BK,
+        TAIL, LOADS, TMA,
+    )  # fmt: skip
     total += before.to(tl.float32)
     _store_rows(x_ptr, parts_ptr, total, tile, n_rows, rows, columns, in_rows, in_columns, D, BN)
 
@@ -399,21 +529,24 @@ def gate_up_tile(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """hidden: (N, F) = silu(gate) up (2002.05202), of the normalized rows of x. Rows of w alternate
     between gate and up: a tile has BN of them, so BN / 2 columns of hidden."""
-    rows, columns, in_rows, in_columns = _place(tile, n_rows, 2 * F, BM, BN)
+    row, column = _corner(tile, 2 * F, BM, BN)
+    rows, columns, in_rows, in_columns = _place(row, column, n_rows, 2 * F, BM, BN)
     early = _early(w_ptr, columns, in_columns, D, 2 * F, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
     rstd = _rstd(parts_ptr, n_rows, rows, in_rows, eps, D, PARTS)
     total = _product(
-        x_ptr, w_ptr, early, rows, in_rows, columns, in_columns, D, 2 * F, BM, BN, BK, TAIL, LOADS
-    )
+        x_ptr, w_ptr, early, row, rows, in_rows, column, columns, in_columns, D, 2 * F, BM, BN, BK,
+        TAIL, LOADS, TMA,
+    )  # fmt: skip
     total *= rstd[:, None]
     gate, up = tl.split(tl.reshape(total, [BM, BN // 2, 2]))
     hidden = gate / (1 + tl.exp(-gate)) * up
-    _, columns, _, in_columns = _place(tile, n_rows, F, BM, BN // 2)
+    _, columns, _, in_columns = _place(row, column // 2, n_rows, F, BM, BN // 2)
     to = hidden_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
@@ -438,17 +571,22 @@ def head_tile(
     BK: tl.constexpr,
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
+    TMA: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """logits: (n_rows, V) of the normalized rows step - 1, 2 step - 1, ... of x."""
-    rows, columns, in_rows, in_columns = _place(tile, n_rows, V, BM, BN)
+    """logits: (n_rows, V) of the normalized rows step - 1, 2 step - 1, ... of x. Its tiles go row
+    tile first: the weights, which may be more than the second cache holds, come by once."""
+    row_tiles = tl.maximum(tl.cdiv(n_rows, BM), 1)
+    row, column = tile % row_tiles * BM, tile // row_tiles * BN
+    rows, columns, in_rows, in_columns = _place(row, column, n_rows, V, BM, BN)
     of = rows * step + step - 1
     early = _early(w_ptr, columns, in_columns, D, V, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
     rstd = _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)
     total = _product(
-        x_ptr, w_ptr, early, of, in_rows, columns, in_columns, D, V, BM, BN, BK, TAIL, LOADS
-    )
+        x_ptr, w_ptr, early, row, of, in_rows, column, columns, in_columns, D, V, BM, BN, BK, TAIL,
+        LOADS, TMA,
+    )  # fmt: skip
     total *= rstd[:, None]
     to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]

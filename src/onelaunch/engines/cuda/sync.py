@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from onelaunch.engines.cuda.watch import INTERPRETED, delay, ended, ready
+
 # What a forward's sync buffer begins with: int32 words, each alone in its cache line.
 LINE = 32
 EPOCH, ENDED, STATUS, COUNTERS = 0, LINE, 2 * LINE, 3 * LINE
@@ -94,14 +96,16 @@ DONE_${:uid}:
   mov.u32 $0, 0;
 }
 """)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOOK = tl.constexpr(500)  # nanoseconds, about, that a look by an atomic addition takes
 
 
 @triton.jit
-def wait_for(wait, PTX: tl.constexpr):
-    """wait: the first counter, how many, what they must have reached, the sync buffer, what the
-    status is to say of the first, and for how many nanoseconds."""
+def wait_for(waiting, PTX: tl.constexpr):
+    """waiting: for what, and who (watch.py). For what: the first counter, how many, what they must
+    have reached, the sync buffer, what the status is to say of the first, and for how many
+    nanoseconds."""
+    wait, me = waiting
+    delay(me, 0)
     if INTERPRETED:
         for i in range(wait[1]):  # nobody else runs: what is not there will not come
             if tl.load(wait[0] + i) < wait[2]:
@@ -136,11 +140,14 @@ def wait_for(wait, PTX: tl.constexpr):
                 else:
                     there = tl.atomic_add(wait[0] + i, 0, sem="acquire", scope="gpu")
         tl.debug_barrier()
+    delay(me, 1)
+    ready(me)
 
 
 @triton.jit
-def publish(counter_ptr, PTX: tl.constexpr):
-    """A tile of this row tile has ended."""
+def publish(counter_ptr, me, PTX: tl.constexpr):
+    """A tile of this row tile has ended: `me` (watch.py)."""
+    delay(me, 2)
     if INTERPRETED:
         tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     else:
@@ -156,12 +163,15 @@ def publish(counter_ptr, PTX: tl.constexpr):
             )
         else:
             tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    delay(me, 3)
+    ended(me)
 
 
 @triton.jit
-def end(sync_ptr, PTX: tl.constexpr):
+def end(sync_ptr, watch, PTX: tl.constexpr):
     """This program has ended; after the last of them comes the next epoch."""
     programs = tl.num_programs(0)
+    delay((watch, -1, tl.program_id(0)), 0)
     if INTERPRETED:
         ended = tl.load(sync_ptr + _ENDED) + 1
         tl.store(sync_ptr + _ENDED, tl.where(ended == programs, 0, ended))

@@ -1,0 +1,67 @@
+"""What `--trace FILE` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onelaunch.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+    from onelaunch.checkpoints.weights import LoadedModel
+
+MOST_TOKENS = 2048  # of a text that nobody wrote
+
+
+def traced_device(name: str) -> torch.device:
+    """The device of a name. Raises BadInput for one that cannot be traced."""
+    import torch
+
+    from onelaunch.engines.reference import resolve_device
+
+    device = resolve_device(name)
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise BadInput(f"--trace: device {device}: only an NVIDIA GPU is traced; leave it out")
+    return device
+
+
+def write_timeline(
+    path: Path,
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    device: torch.device,
+    dtype: str | None,
+    depth: str,
+) -> str:
+    """Run a forward of the prompts, or where there are none of random tokens, a context of them,
+    and write its timeline; returns a summary."""
+    import torch
+
+    from onelaunch.engines.checks import check_prompts
+    from onelaunch.engines.cuda.timeline import summary, told
+    from onelaunch.engines.cuda.trace import trace, write
+    from onelaunch.engines.reference import resolve_dtype
+
+    config = loaded.config
+    if prompts:
+        check_prompts(config, prompts, 0)
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
+    else:
+        generator = torch.Generator().manual_seed(0)
+        size = 1, min(config.max_seq_len, MOST_TOKENS)
+        tokens = torch.randint(config.vocab_size, size, generator=generator)
+    timeline = trace(
+        config,
+        loaded.weights,
+        tokens,
+        resolve_dtype(dtype, device),
+        device,
+        "all" if depth == "auto" else depth,
+    )
+    batch, sequence = tokens.shape
+    name = f"forward of {batch}x{sequence} tokens, launches: {len(timeline.launches)}"
+    write(timeline, path, name)
+    return f"{path}: {name}\n{told(summary(timeline))}"

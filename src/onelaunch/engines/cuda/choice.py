@@ -1,0 +1,195 @@
+"""The measured choice of a form, as it is kept: what it is of, what it says, where it lies.
+
+A choice is of a model's shape, a dtype, a device, the versions and sources that compile for it, and
+of batches and sequences up to a power of two. Nothing that is read is trusted: what is not exactly
+a choice is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from onelaunch.compilation.cache import Store, program_key
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.blocking import Blocking
+from onelaunch.engines.cuda.search import KINDS, WRITES_X
+from onelaunch.errors import BadInput
+from onelaunch.plan import parse_depth
+
+STAGED, RULE = "staged", "rule"
+"""The names, among the forms, of one launch a stage: with the tiles found, with the rule's."""
+WHAT = "the choice of a form"
+_SHAPE = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "qk_norm",
+)  # fmt: skip
+_EXTENT, _LOADS, _WARPS = 1024, 16, 32  # more than any tile has
+
+Facts = dict[str, str | int | bool]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """form: STAGED or a fusion depth; programs: how many run at once in one launch, or None; us:
+    microseconds of each form's best, as a CUDA graph; seconds: what finding it took; tried: how
+    many forwards were timed; measured: when, in UTC."""
+
+    form: str
+    blockings: Mapping[str, Blocking]
+    programs: int | None
+    us: Mapping[str, float]
+    seconds: float
+    tried: int
+    measured: str
+
+
+def bucket(config: ModelConfig, batch: int, sequence: int) -> tuple[int, int]:
+    """The batch and sequence whose choice is used: the next powers of two, the model's context at
+    most."""
+    return _power(batch), min(_power(sequence), config.max_seq_len)
+
+
+def facts_of(
+    config: ModelConfig,
+    dtype: str,
+    batch: int,
+    sequence: int,
+    device: Mapping[str, str | int],
+    all_positions: bool = True,
+) -> Facts:
+    """All that a choice depends on, beside the sources. `device`: its name, how many
+    multiprocessors it has, and the versions of what compiles for it."""
+    batch, sequence = bucket(config, batch, sequence)
+    return {
+        **_shape_of(config),
+        "dtype": dtype,
+        "batch": batch,
+        "sequence": sequence,
+        "all_positions": all_positions,
+        **device,
+    }
+
+
+def find(store: Store, facts: Facts) -> Choice | None:
+    """The choice that is kept for these facts. One that cannot be read is removed."""
+    key = _key(facts)
+    text = store.get(key)
+    if text is None:
+        return None
+    found = _parse(text)
+    if found is None or found[0] != facts:
+        store.remove(key)
+        return None
+    return found[1]
+
+
+def keep(store: Store, facts: Facts, choice: Choice) -> bool:
+    """Write a choice; whether that was possible, `store.last_error` says why not."""
+    about: dict[str, str | float] = {
+        "what": WHAT,
+        "seconds": choice.seconds,
+        "model": _name(facts),
+    }
+    text = json.dumps({"of": facts, "choice": asdict(choice)}, sort_keys=True)
+    return store.put(_key(facts), text.encode("ascii"), about)
+
+
+def kept(store: Store, config: ModelConfig) -> list[tuple[Facts, Choice]]:
+    """The choices for a model that these sources made, on whatever device, the smallest first."""
+    name = _name(_shape_of(config))
+    found = []
+    for entry in store.entries():
+        if entry.about.get("what") != WHAT or entry.about.get("model") != name:
+            continue
+        read = _parse(store.peek(entry.key) or b"")
+        if read is not None and _key(read[0]) == entry.key:
+            found.append(read)
+    return sorted(found, key=lambda pair: _order(pair[0]))
+
+
+def _order(of: Facts) -> tuple[str, str, int, int]:
+    return str(of["device"]), str(of["dtype"]), int(of["batch"]), int(of["sequence"])
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _shape_of(config: ModelConfig) -> Facts:
+    return {name: getattr(config, name) for name in _SHAPE}
+
+
+def _name(facts: Facts) -> str:
+    """Of a model's shape."""
+    shape = json.dumps([facts[name] for name in _SHAPE])
+    return hashlib.sha256(shape.encode("ascii")).hexdigest()
+
+
+def _key(facts: Facts) -> str:
+    return program_key(_sources(), facts)
+
+
+@cache
+def _sources() -> bytes:
+    """The text of everything that a forward is made of here."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
+
+
+def _parse(text: bytes) -> tuple[Facts, Choice] | None:
+    """Facts and choice, or None for what is not exactly these."""
+    try:
+        found = json.loads(text)
+        facts, choice = found["of"], found["choice"]
+        of = [type(facts[name]) for name in (*_SHAPE, "dtype", "batch", "sequence", "device")]
+        if of != [int] * (len(_SHAPE) - 1) + [bool, str, int, int, str]:
+            return None
+        return facts, _choice(choice, facts["n_layers"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _choice(data: Any, n_layers: int) -> Choice:
+    """Raises ValueError, TypeError or KeyError for what is none."""
+    if set(data) != {field.name for field in fields(Choice)}:
+        raise ValueError("fields")
+    for name in (form for form in (data["form"], *data["us"]) if form not in (STAGED, RULE)):
+        parse_depth(name, n_layers)
+    programs = data["programs"]
+    if data["form"] == STAGED:
+        _require(programs is None)
+    else:
+        _require(data["form"] in data["us"] and data["form"] not in (RULE, "stage"))
+        _require(type(programs) is int and 1 <= programs <= 1 << 16)
+    _require(set(data["blockings"]) == set(KINDS))
+    blockings = {kind: read_blocking(b) for kind, b in data["blockings"].items()}
+    _require(len({blockings[kind].columns for kind in WRITES_X}) == 1)
+    _require(all(type(us) is float and 0 < us < math.inf for us in data["us"].values()))
+    _require(type(data["seconds"]) is float and 0 <= data["seconds"] < math.inf)
+    _require(STAGED in data["us"] and type(data["tried"]) is int and type(data["measured"]) is str)
+    return Choice(**{**data, "blockings": blockings})
+
+
+def read_blocking(data: Mapping[str, Any]) -> Blocking:
+    """A blocking from plain data. Raises ValueError, TypeError or KeyError for what is none."""
+    _require(set(data) == {field.name for field in fields(Blocking)})
+    for field in fields(Blocking):
+        expected = int if field.default is MISSING else type(field.default)
+        _require(type(data[field.name]) is expected)
+    blocking = Blocking(**data)
+    for extent in (blocking.rows, blocking.columns, blocking.inner):
+        _require(16 <= extent <= _EXTENT and extent & (extent - 1) == 0)
+    _require(0 <= blocking.loads <= _LOADS)
+    _require(1 <= blocking.warps <= _WARPS and blocking.warps & (blocking.warps - 1) == 0)
+    return blocking
+
+
+def _require(right: bool) -> None:
+    if not right:
+        raise BadInput("not a choice")

@@ -1,0 +1,301 @@
+"""The CUDA engine: logits of whole texts in the form that measures fastest on this GPU."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.compilation.background import tell
+from onelaunch.compilation.cache import Store
+from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import check_tokens
+from onelaunch.engines.cuda import DTYPES, why_not
+from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
+from onelaunch.engines.cuda.chooser import Chooser, Find
+from onelaunch.engines.cuda.one_launch import FusedForward
+from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.timer import bind, choose, facts
+from onelaunch.engines.cuda.turns import turns_of
+from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.engines.reference import ReferenceEngine, resolve_device
+from onelaunch.errors import BadInput
+from onelaunch.plan import Depth, parse_depth
+
+MAX_BATCH, MAX_SEQUENCE = 64, 2048
+MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
+"""How many shapes keep their buffers and graphs, and bytes of these; the latest always does."""
+
+
+class CudaEngine:
+    """Runs a model on a GPU; see `Engine`.
+
+    Logits are by one launch a stage, or by fewer launches; the reference engine, of the same dtype
+    on the same device, generates, and answers for more than MAX_BATCH texts or MAX_SEQUENCE
+    positions. With `fusion_depth` "auto" the form of a shape, and its tiles, are measured in the
+    background where `store` does not have them, once for a GPU and the next powers of two, while
+    one launch a stage answers; results before and after differ within the dtype's error. "stage",
+    "half", a number of layers or "all" are a form by hand, and nothing is measured; nor in float32,
+    which is for checking, or on AMD's GPUs, where one launch a stage is all there is. `dtype` is
+    one of DTYPES, bfloat16 unless given. `say` gets lines for people. Raises BadInput for what
+    cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        device: str = "auto",
+        dtype: str | None = None,
+        fusion_depth: str | int = "auto",
+        say: Callable[[str], None] = lambda line: None,
+        store: Store | None = None,
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(device)
+        if reason := why_not(self.device, config):
+            raise BadInput(f"--engine cuda: {reason}; use --engine reference")
+        name = dtype or DTYPES[0]
+        if name not in DTYPES:
+            raise BadInput(f"dtype {name!r}: the CUDA engine knows {', '.join(DTYPES)}")
+        self.dtype: torch.dtype = getattr(torch, name)
+        self.fusion_depth: Depth | str = "auto"
+        if fusion_depth != "auto":
+            self.fusion_depth = parse_depth(fusion_depth, config.n_layers)
+        amd = torch.version.hip is not None
+        if amd and self.fusion_depth not in ("auto", "stage"):
+            raise BadInput(f"--fusion-depth {fusion_depth}: on AMD's GPUs it is stage")
+        self._measures = self.fusion_depth == "auto" and self.dtype != torch.float32 and not amd
+        self._weights = dict(weights)
+        self._packed: PackedModel | None = None
+        self._reference: ReferenceEngine | None = None
+        self._making = threading.Lock()
+        self._store, self._say = store or Store(), say
+        self._choices: dict[str, Choice] = {}
+        self._chooser: Chooser[Choice] = Chooser(say)
+        weakref.finalize(self, self._chooser.cancel)
+        self._forms: OrderedDict[tuple[int, int], _Form] = OrderedDict()
+        self._turns = turns_of(self.device)
+        self._used = torch.cuda.Event() if self.device.type == "cuda" else None
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
+        context or an id beyond the vocabulary, EngineTimeout where a forward in few launches was
+        given up; the next one is not concerned."""
+        check_tokens(self.config, tokens_BS)
+        batch, sequence = tokens_BS.shape
+        if not (1 <= batch <= MAX_BATCH and 1 <= sequence <= MAX_SEQUENCE):
+            return self._by_pytorch().logits(tokens_BS)
+        with self._alone():
+            return self._form(batch, sequence)(tokens_BS)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        stop: Sequence[int] = (),
+        on_end: OnEnd | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt by up to `n` tokens, by the reference engine; see `Engine`."""
+        if self.fusion_depth != "auto":
+            self._say(
+                f"--fusion-depth {self.fusion_depth}: PyTorch generates, one operator a launch"
+            )
+        return self._by_pytorch().generate(prompts, n, sampling, on_token, stop, on_end)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until nothing is being measured; whether that is so."""
+        ended = self._chooser.wait(seconds)
+        with self._alone():
+            self._take_choices()
+        return ended
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, device, dtype, bytes of weights, what generates, and of each shape in use its
+        form, with what each form took where that was measured."""
+        stored = self.config.n_params * self.dtype.itemsize
+        return {
+            "engine": "cuda",
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_bytes": stored if self._packed is None else _bytes_of(self._packed),
+            "generates_with": "reference",
+            "fusion_depth": self.fusion_depth,
+            "forms": {
+                f"{batch}x{sequence}": self._about(batch, sequence)
+                for batch, sequence in list(self._forms)
+            },
+        }
+
+    def _about(self, batch: int, sequence: int) -> dict[str, Any]:
+        choice = self._choices.get(self._name(batch, sequence))
+        if choice is None:
+            by_hand = self.fusion_depth not in ("auto", "stage")
+            return {"form": str(self.fusion_depth) if by_hand else STAGED}
+        return {"form": choice.form, "programs": choice.programs, "us": dict(choice.us)}
+
+    # ---- what is made once
+
+    def _by_pytorch(self) -> ReferenceEngine:
+        with self._making:
+            if self._reference is None:
+                dtype = str(self.dtype).removeprefix("torch.")
+                self._reference = ReferenceEngine(
+                    self.config, self._weights, str(self.device), dtype
+                )
+                self._let_go()
+            return self._reference
+
+    def _pack(self) -> PackedModel:
+        with self._making:
+            if self._packed is None:
+                placed = {name: w.to(self.device) for name, w in self._weights.items()}
+                self._packed = pack(self.config, placed, self.dtype, self.device)
+                if self._used is not None:  # other streams will read it
+                    torch.cuda.synchronize(self.device)
+                self._let_go()
+            return self._packed
+
+    def _let_go(self) -> None:
+        """Of the weights as they were given, when all has been made of them."""
+        if self._packed is not None and self._reference is not None:
+            self._weights = {}
+
+    # ---- the forms
+
+    def _form(self, batch: int, sequence: int) -> _Form:
+        self._take_choices()
+        form = self._forms.pop((batch, sequence), None)
+        if form is None:
+            form = _Form(self._bind(batch, sequence))
+            self._make_room(form)
+        self._forms[batch, sequence] = form  # the latest is last
+        return form
+
+    def _bind(self, batch: int, sequence: int) -> BoundForward:
+        packed = self._pack()
+        shape = Shape(batch, sequence, True, self.dtype)
+        if self.fusion_depth not in ("auto", "stage"):
+            return FusedForward(self.config, packed, shape, {}, self.fusion_depth)
+        choice = self._choice(packed, batch, sequence) if self._measures else None
+        if choice is None:
+            return BoundForward(self.config, packed, shape, {})
+        return bind(self.config, packed, shape, choice)
+
+    def _choice(self, packed: PackedModel, batch: int, sequence: int) -> Choice | None:
+        """The choice for a shape; where there is none, it begins to be measured."""
+        name = self._name(batch, sequence)
+        if name not in self._choices:
+            kept = find(self._store, facts(self.config, packed, batch, sequence))
+            if kept is None:
+                shape = batch, sequence
+                self._chooser.ask(
+                    name, _finding(self.config, packed, shape, name, self._store, self._say)
+                )
+                return None
+            self._choices[name] = kept
+        return self._choices[name]
+
+    def _take_choices(self) -> None:
+        """Let go of the forms of shapes that have a choice now."""
+        found = self._chooser.take()
+        self._choices |= found
+        for shape in [shape for shape in self._forms if self._name(*shape) in found]:
+            self._drop(shape)
+
+    def _make_room(self, newest: _Form) -> None:
+        """For one more, which is not among them yet."""
+        room = MAX_FORM_BYTES - newest.n_bytes
+        while self._forms and (
+            len(self._forms) >= MAX_FORMS or sum(f.n_bytes for f in self._forms.values()) > room
+        ):
+            self._drop(next(iter(self._forms)))
+
+    def _drop(self, shape: tuple[int, int]) -> None:
+        if self._used is not None:
+            self._used.synchronize()  # its memory may go to another stream
+        del self._forms[shape]
+
+    def _name(self, batch: int, sequence: int) -> str:
+        return "{}x{}".format(*bucket(self.config, batch, sequence))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A turn on the device, after what was done in the last one, whichever its stream; with
+        tensors that outlive a caller's inference mode."""
+        with self._turns.turn(), torch.inference_mode(False), torch.no_grad():
+            if self._used is None:
+                yield
+                return
+            with torch.cuda.device(self.device):
+                self._used.wait()
+                try:
+                    yield
+                finally:
+                    self._used.record()
+
+
+class _Form:
+    """A bound forward: launched at its first use, replayed as a graph from its second."""
+
+    def __init__(self, bound: BoundForward) -> None:
+        self.n_bytes = _bytes_of(bound.buffers)
+        self._bound = bound
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._uses = 0
+
+    def __call__(self, tokens_BS: Tensor) -> Tensor:
+        buffers = self._bound.buffers
+        buffers.tokens.copy_(tokens_BS.flatten())
+        if self._uses == 1 and buffers.x.device.type == "cuda":
+            self._graph = self._bound.captured()
+        self._uses += 1
+        if self._graph is None:
+            self._bound.run()
+        else:
+            self._graph.replay()
+        self._bound.check()
+        logits_BSV = buffers.logits.view(*tokens_BS.shape, -1)
+        return logits_BSV.to(torch.float32, copy=True)
+
+
+def _bytes_of(tensors: object) -> int:
+    """Of all tensors among an object's fields."""
+    return sum(t.nbytes for t in vars(tensors).values() if isinstance(t, Tensor))
+
+
+def _finding(
+    config: ModelConfig,
+    packed: PackedModel,
+    shape: tuple[int, int],
+    name: str,
+    store: Store,
+    say: Callable[[str], None],
+) -> Find[Choice]:
+    """How a choice is found and told of, without a hold on the engine."""
+
+    def finding(cancelled: Callable[[], bool]) -> Choice:
+        tell(say, f"measuring forms and tiles for {name} tokens in the background, once")
+        choice = choose(config, packed, *shape, store, cancelled)
+        tell(say, told(name, choice, store))
+        return choice
+
+    return finding
+
+
+def told(name: str, choice: Choice, store: Store) -> str:
+    """A choice in a line."""
+    form = "one launch a stage" if choice.form == STAGED else f"fusion depth {choice.form}"
+    best, rule = choice.us[choice.form], choice.us.get(RULE)
+    before = "" if rule is None else f" ({rule:.1f} before)"
+    kept = "" if store.last_error is None else f"; not kept for the next time ({store.last_error})"
+    return f"{name} tokens: {form}, {best:.1f} us{before}; measured in {choice.seconds:.0f} s{kept}"

@@ -1,0 +1,333 @@
+"""Which tiles are worth timing, and the walk through them: pure logic, no device.
+
+Tiles that are best in a chain of one kernel are not best in a forward (docs/log.md), so whole
+forwards are timed, one kind of stage changed at a time. An estimate says which few tiles of a kind
+come into question.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.blocking import (
+    PRODUCTS,
+    Blocking,
+    blocks,
+    default,
+    inner_of,
+    padded,
+    tilings,
+)
+from onelaunch.plan.tiles import columns_of
+
+KINDS = ("embed", "qkv", "attention", "out_proj", "gate_up", "down", "head")
+WRITES_X = ("embed", "out_proj", "down")
+"""They write x in tiles of the same columns."""
+MOST = 8
+PER_TILE = 3
+REHEARSED_ROWS = 512
+NOISE = 0.02
+
+# (inner, loads), the likeliest first
+_PIPELINES = ((64, 4), (32, 6), (128, 4), (64, 3), (128, 3), (128, 2), (64, 6), (32, 3), (64, 2))
+_PIPELINE_STEP = 0.03  # what each further one counts for in the order
+_ACCUMULATORS = (4, 128)  # float32 of a tile that a thread may hold
+_SCORES = 64  # the same of attention, whose tile is held twice
+_EARLY_WEIGHTS = 320  # of a thread, where all weights are taken at once: 288 at best on an H200
+_EARLY_TILE = 1 << 16  # weights of such a tile
+
+# Microseconds of a tile on an H200: a guess for the order, fitted by eye to some sweeps.
+_TILE_US = 0.8
+_BYTES_PER_US = 90e3
+_OPERATIONS_PER_US = 4.5e6
+_WRITTEN_PER_US = 200e3
+_KEYS_US = 0.5  # a step of attention through its keys
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a device: its multiprocessors, and the bytes of shared memory a program can have; those of
+    an H200 unless given."""
+
+    multiprocessors: int = 132
+    shared_bytes: int = 232_448
+
+
+H200 = Limits()
+
+
+def x_columns(config: ModelConfig, rows: int) -> tuple[int, ...]:
+    """The widths of the tiles of x that are worth trying, the rule's first."""
+    first = default(config, rows, 2)["down"].columns
+    widths = (32, 64, 128) if rows >= REHEARSED_ROWS else (32, 64)
+    return (first, *(w for w in widths if w != first and w <= padded(config.dim)))
+
+
+def options(
+    config: ModelConfig,
+    batch: int,
+    sequence: int,
+    itemsize: int,
+    kind: str,
+    x_columns: int,
+    limits: Limits = H200,
+) -> list[Blocking]:
+    """A few blockings of a kind, the rule's first, the likeliest next. `x_columns` is how wide the
+    tiles of x are: of a kind that writes x, all are so wide, the rule's too."""
+    rule = default(config, batch * sequence, itemsize)[kind]
+    if kind in WRITES_X:
+        rule = replace(rule, columns=x_columns)
+    if kind == "embed":
+        return [rule]
+    if kind == "attention":
+        ranked = _attention(config, batch, sequence, itemsize, limits)
+    else:
+        ranked = _products(config, batch * sequence, itemsize, kind, x_columns, limits)
+    found = [rule]
+    if kind in ("out_proj", "down") and batch * sequence < REHEARSED_ROWS:
+        likely = (rule, *_best(ranked, 2))
+        found += [replace(o, rehearsed=not o.rehearsed) for o in likely if o.loads]
+    found += _best(ranked, MOST)
+    fitting = [o for o in found if o == rule or fits(config, kind, o, itemsize, limits)]
+    return list(dict.fromkeys(fitting))
+
+
+def fits(
+    config: ModelConfig, kind: str, blocking: Blocking, itemsize: int, limits: Limits = H200
+) -> bool:
+    """Whether a tile has the shared memory and the registers that it needs, as far as that can be
+    told without compiling it."""
+    b, threads = blocking, blocking.warps * 32
+    accumulators = b.rows * b.columns / threads
+    if kind == "embed":
+        return True
+    if kind == "attention":
+        width = padded(config.head_dim)
+        shared = (b.rows + 2 * b.columns * b.loads) * width
+        few_enough = max(accumulators, b.rows * width / threads) <= _SCORES
+    else:
+        inner = b.inner * b.loads or sum(blocks(inner_of(config, kind), b))
+        shared = (b.rows + b.columns) * inner
+        few_enough = accumulators <= _ACCUMULATORS[1]
+        if not b.loads:
+            weights = b.columns * inner
+            few_enough &= weights <= _EARLY_TILE and weights / threads <= _EARLY_WEIGHTS
+    return few_enough and accumulators >= _ACCUMULATORS[0] and shared * itemsize <= _room(limits)
+
+
+def _room(limits: Limits) -> int:
+    """Bytes for the tiles themselves: sums over the warps of a program take a few."""
+    return limits.shared_bytes - 4096
+
+
+def _best(ranked: Sequence[tuple[float, Blocking]], most: int) -> list[Blocking]:
+    """The likeliest, no more than a few of the same tile."""
+    found: list[Blocking] = []
+    for _, option in sorted(ranked, key=lambda pair: pair[0]):
+        alike = sum((o.rows, o.columns) == (option.rows, option.columns) for o in found)
+        if alike < PER_TILE and len(found) < most:
+            found.append(option)
+    return found
+
+
+def _products(
+    config: ModelConfig, rows: int, itemsize: int, kind: str, x_columns: int, limits: Limits
+) -> list[tuple[float, Blocking]]:
+    """Blockings of a product with what they are guessed to take."""
+    assert kind in PRODUCTS
+    inner, ranked = inner_of(config, kind), []
+    for tile_rows, columns in _tiles(config, rows, kind, x_columns):
+        probe = {kind: Blocking(tile_rows, columns)}
+        step = tilings(config, probe)[kind].columns
+        tiles = -(-rows // tile_rows) * -(-columns_of(config, kind) // step)
+        moved = inner * (tile_rows + columns) * itemsize
+        guess = -(-tiles // limits.multiprocessors) * (
+            _TILE_US
+            + moved / _BYTES_PER_US
+            + 2 * inner * tile_rows * columns / _OPERATIONS_PER_US
+            + tile_rows * columns * 2 * itemsize / _WRITTEN_PER_US
+        )
+        variants = [
+            variant
+            for variant in _variants(tile_rows, columns, inner, rows)
+            if fits(config, kind, variant, itemsize, limits)
+        ]
+        ranked += [(guess * (1 + _PIPELINE_STEP * i), v) for i, v in enumerate(variants)]
+    return ranked
+
+
+def _tiles(config: ModelConfig, rows: int, kind: str, x_columns: int) -> Iterator[tuple[int, int]]:
+    least = 64 if rows >= REHEARSED_ROWS else 32 if rows >= 64 else 16
+    if kind in WRITES_X:
+        widths: tuple[int, ...] = (x_columns,)
+    elif kind == "qkv" and config.qk_norm:
+        widths = (padded(config.head_dim),)
+    else:
+        most = padded(columns_of(config, kind) * (2 if kind == "gate_up" else 1), 32)
+        widths = tuple(w for w in (32, 64, 128, 256) if w <= most)
+    for tile_rows in (16, 32, 64, 128):
+        if least <= tile_rows <= padded(rows):
+            for columns in widths:
+                if kind != "head" or tile_rows < 64 or columns >= min(128, widths[-1]):
+                    yield tile_rows, columns
+
+
+def _variants(rows: int, columns: int, inner: int, all_rows: int) -> Iterator[Blocking]:
+    """Ways through the inner dimension and numbers of warps, the likeliest first."""
+    likely, other = (4, 8) if rows * columns <= 64 * 128 else (8, 4)
+    if all_rows < REHEARSED_ROWS:
+        yield Blocking(rows, columns, loads=0, warps=likely)
+    whole = [p for p in _PIPELINES if p[1] <= -(-inner // p[0])]
+    # blocks that the inner dimension is a multiple of need no masks
+    whole.sort(key=lambda pipeline: inner % pipeline[0] != 0)
+    for width, loads in whole[:2]:
+        yield Blocking(rows, columns, width, loads, likely)
+    if whole:
+        yield Blocking(rows, columns, *whole[0], other)
+    for width, loads in whole[2:]:
+        yield Blocking(rows, columns, width, loads, likely)
+
+
+def _attention(
+    config: ModelConfig, batch: int, sequence: int, itemsize: int, limits: Limits
+) -> list[tuple[float, Blocking]]:
+    """Blockings of attention with what they are guessed to take."""
+    width, ranked = padded(config.head_dim), []
+    for rows in (16, 32, 64, 128):
+        if rows > padded(sequence) or (rows < 32 and sequence >= REHEARSED_ROWS):
+            continue
+        tiles = batch * -(-sequence // rows) * config.n_heads
+        for keys in (32, 64, 128, 256):
+            if keys > padded(sequence, 32):
+                continue
+            steps = -(-sequence // keys)
+            step = _KEYS_US + 4 * rows * keys * width / _OPERATIONS_PER_US
+            longest, mean = _TILE_US + steps * step, _TILE_US + (steps + 1) / 2 * step
+            guess = max(longest, tiles / limits.multiprocessors * mean)
+            variants = [
+                option
+                for loads in (2, 3, 1)
+                for warps in (4, 8)
+                if fits(
+                    config,
+                    "attention",
+                    option := Blocking(rows, keys, loads=loads, warps=warps),
+                    itemsize,
+                    limits,
+                )
+                and (warps == 4 or rows >= 64)
+                and loads <= steps + 1
+            ]
+            ranked += [(guess * (1 + _PIPELINE_STEP * i), v) for i, v in enumerate(variants)]
+    return ranked
+
+
+@dataclass
+class Found:
+    """The best blockings, what a forward takes with them in microseconds, how many were timed, and
+    the least time seen with each option of a kind."""
+
+    blockings: dict[str, Blocking]
+    us: float
+    tried: int = 0
+    times: dict[tuple[str, Blocking], float] = field(default_factory=dict)
+
+
+def descend(
+    options: Mapping[str, Sequence[Blocking]],
+    time_us: Callable[[Mapping[str, Blocking]], float],
+    deadline: float = math.inf,
+    together: Sequence[str] = WRITES_X,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """The fastest blockings that a walk finds which changes one kind at a time, from the first
+    option of each on. `time_us` gives inf where something cannot run; if nothing could, the result
+    is the first options and inf. Kinds `together` have the same columns: they are changed to other
+    columns at once, each to its first option of these. A difference within the noise counts where a
+    second look confirms it. Past the deadline, which `clock` is held against, nothing is timed."""
+    walk = _Walk(options, time_us, deadline, clock)
+    tied = [kind for kind in options if kind in together]
+    for kind in options:
+        if kind not in tied:
+            walk.along(kind, options[kind])
+    start = walk.best.blockings
+    for width in dict.fromkeys(option.columns for kind in tied for option in options[kind]):
+        of_width = {kind: [o for o in options[kind] if o.columns == width] for kind in tied}
+        if not all(of_width.values()):
+            continue
+        best = walk.best.blockings, walk.best.us
+        elsewhere = start | {kind: of[0] for kind, of in of_width.items()}
+        if start != elsewhere and not walk.restart(elsewhere):
+            break
+        for kind in tied:
+            walk.along(kind, of_width[kind])
+        if start != elsewhere:
+            walk.return_unless_better(*best)
+    return walk.best
+
+
+class _Walk:
+    """Where a descent stands."""
+
+    def __init__(
+        self,
+        options: Mapping[str, Sequence[Blocking]],
+        time_us: Callable[[Mapping[str, Blocking]], float],
+        deadline: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._time_us, self._deadline, self._clock = time_us, deadline, clock
+        self.best = Found({kind: of[0] for kind, of in options.items()}, math.inf)
+        self.best.us = self._timed(self.best.blockings)
+
+    @property
+    def in_time(self) -> bool:
+        return self._clock() < self._deadline
+
+    def along(self, kind: str, options: Sequence[Blocking]) -> None:
+        """Change one kind, to each of its options."""
+        for option in options:
+            if option != self.best.blockings[kind] and self.in_time:
+                self._consider(self.best.blockings | {kind: option})
+
+    def restart(self, blockings: dict[str, Blocking]) -> bool:
+        """Stand elsewhere, whatever it takes there; whether that was possible."""
+        if not self.in_time:
+            return False
+        self.best.us = self._timed(blockings)
+        self.best.blockings = blockings
+        return True
+
+    def return_unless_better(self, blockings: dict[str, Blocking], us: float) -> None:
+        """Go back to where the walk was before, unless here is better."""
+        here = self.best.blockings, self.best.us
+        self.best.blockings, self.best.us = blockings, us
+        if self._wins(*here):
+            self.best.blockings = here[0]
+
+    def _consider(self, blockings: dict[str, Blocking]) -> None:
+        if self._wins(blockings, self._timed(blockings)):
+            self.best.blockings = blockings
+
+    def _wins(self, blockings: dict[str, Blocking], us: float) -> bool:
+        """Whether blockings of a time replace the best; then `best.us` is theirs."""
+        if not us < self.best.us:
+            return False
+        if us > self.best.us * (1 - NOISE):
+            again, best_again = self._timed(blockings), self._timed(self.best.blockings)
+            if not again < best_again:
+                return False
+            us = min(us, again)
+        self.best.us = us
+        return True
+
+    def _timed(self, blockings: Mapping[str, Blocking]) -> float:
+        us = self._time_us(blockings)
+        self.best.tried += 1
+        for of in blockings.items():
+            self.best.times[of] = min(us, self.best.times.get(of, math.inf))
+        return us

@@ -1,0 +1,179 @@
+"""Forms on a device: made, timed, and one of them chosen and kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from onelaunch.compilation.cache import Store
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.choice import STAGED, Choice, Facts, bucket, facts_of, keep
+from onelaunch.engines.cuda.compilers import Compilers, Job, Subject, how_many
+from onelaunch.engines.cuda.measure import SECONDS, Candidate, Measurement
+from onelaunch.engines.cuda.one_launch import FusedForward
+from onelaunch.engines.cuda.pack import PackedModel
+from onelaunch.engines.cuda.search import KINDS, Limits
+from onelaunch.engines.cuda.staged import BoundForward, Shape, share_first_cache
+from onelaunch.engines.cuda.turns import turns_of
+from onelaunch.errors import RunFailed
+
+SLICE_US = 5000.0
+"""What one sample takes, and so about how long a caller waits for a measurement."""
+SAMPLES = 5
+HOPELESS = 1.25  # of the least time so far: one sample is enough then
+PATIENCE = 50_000_000  # nanoseconds: nothing is measured that waits so long
+
+
+def bind(
+    config: ModelConfig,
+    packed: PackedModel,
+    shape: Shape,
+    choice: Choice | Candidate,
+    patience: int | None = None,
+) -> BoundForward:
+    """The forward of a choice, or of a candidate."""
+    if choice.form == STAGED:
+        return BoundForward(config, packed, shape, choice.blockings)
+    waits = {} if patience is None else {"patience": patience}
+    return FusedForward(
+        config, packed, shape, choice.blockings, choice.form, choice.programs, **waits
+    )
+
+
+@cache
+def limits_of(device: torch.device) -> Limits:
+    properties = torch.cuda.get_device_properties(device)
+    # by the device's own limit, which PyTorch does not name everywhere: a block's usual 48 KiB
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
+    return Limits(properties.multi_processor_count, shared)
+
+
+@cache
+def device_facts(device: torch.device) -> dict[str, str | int]:
+    """What a choice depends on of a device, and of what compiles for it."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+    }
+
+
+def facts(config: ModelConfig, packed: PackedModel, batch: int, sequence: int) -> Facts:
+    """All that a choice for a shape depends on."""
+    embedding = packed.embedding
+    dtype = str(embedding.dtype).removeprefix("torch.")
+    return facts_of(config, dtype, batch, sequence, device_facts(embedding.device))
+
+
+def choose(
+    config: ModelConfig,
+    packed: PackedModel,
+    batch: int,
+    sequence: int,
+    store: Store,
+    cancelled: Callable[[], bool] = lambda: False,
+    seconds: float = SECONDS,
+) -> Choice:
+    """Measure the forms of a shape, logits of every position in the model's dtype, at the size that
+    its choice is for, and keep the answer. Kernels of the shape itself are compiled too, where they
+    differ. Raises RunFailed where nothing runs or it is cancelled."""
+    device, dtype = packed.embedding.device, packed.embedding.dtype
+    of_batch, of_sequence = bucket(config, batch, sequence)
+    subject = Subject(config, str(dtype).removeprefix("torch."), device.index)
+    free, _ = torch.cuda.mem_get_info(device)
+    count = how_many(config, of_batch * of_sequence, dtype.itemsize, free)
+    compilers = Compilers(subject, count, cancelled)
+    timer = Timer(config, packed, Shape(of_batch, of_sequence, True, dtype), cancelled)
+    try:
+        choice = Measurement(
+            config,
+            of_batch,
+            of_sequence,
+            dtype.itemsize,
+            compilers.compile,
+            timer,
+            limits=limits_of(device),
+            seconds=seconds,
+        ).run()
+        if (batch, sequence) != (of_batch, of_sequence):
+            jobs = _jobs(choice, batch, sequence)
+            compilers.compile(jobs, time.monotonic() + seconds)
+    finally:
+        compilers.close()
+    if cancelled():
+        raise RunFailed("cancelled")
+    keep(store, facts(config, packed, batch, sequence), choice)
+    return choice
+
+
+def _jobs(choice: Choice, batch: int, sequence: int) -> list[Job]:
+    """All kernels of a choice, for another shape than it was measured with."""
+    if choice.form != STAGED:
+        return [Job(batch, sequence, "all", dict(choice.blockings))]
+    return [Job(batch, sequence, STAGED, dict(choice.blockings), kind) for kind in KINDS]
+
+
+class Timer:
+    """Microseconds of a candidate: the median of some samples, each of graph replays back to back
+    in a turn of its own; inf for one that does not run. Raises RunFailed when it is cancelled."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        packed: PackedModel,
+        shape: Shape,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._config, self._packed, self._shape = config, packed, shape
+        self._cancelled = cancelled
+        self._device = packed.embedding.device
+        self._turns = turns_of(self._device)
+        self._least = math.inf
+
+    def __call__(self, candidate: Candidate) -> float:
+        if self._cancelled():
+            raise RunFailed("cancelled")
+        try:
+            with torch.cuda.device(self._device):
+                us = self._median(candidate)
+        except Exception:  # a tile too large, programs that do not fit together, a wait given up
+            return math.inf
+        self._least = min(self._least, us)
+        return us
+
+    def _median(self, candidate: Candidate) -> float:
+        bound = bind(self._config, self._packed, self._shape, candidate, PATIENCE)
+        bound.buffers.tokens.random_(0, self._config.vocab_size)
+        for call in bound.calls:
+            with self._turns.turn():  # each may have to be loaded
+                share_first_cache(call.compile())
+        with self._turns.turn():
+            graph = bound.captured()
+        self._sample(graph, 1)  # the first brings the graph to the device
+        n = max(1, int(SLICE_US / self._sample(graph, 1)))
+        samples: list[float] = []
+        while len(samples) < SAMPLES and not self._cancelled():
+            samples.append(self._sample(graph, n))
+            if samples[0] > HOPELESS * self._least:
+                break
+        bound.check()
+        return sorted(samples)[len(samples) // 2]
+
+    def _sample(self, graph: torch.cuda.CUDAGraph, n: int) -> float:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with self._turns.turn():
+            torch.cuda.synchronize(self._device)
+            first.record()
+            for _ in range(n):
+                graph.replay()
+            last.record()
+            last.synchronize()
+        return float(first.elapsed_time(last)) * 1e3 / n

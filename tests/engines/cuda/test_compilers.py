@@ -1,0 +1,162 @@
+"""Child processes that compile: jobs shared out, failures told, ends. The children here are told
+what to do by their jobs; that the real one compiles is tested on a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from onelaunch.config import preset
+from onelaunch.engines.cuda import compilers
+from onelaunch.engines.cuda.blocking import default
+from onelaunch.engines.cuda.compilers import NOT_IN_TIME, Compilers, Job, Subject, how_many
+
+CONFIG = preset("stories15m")
+SUBJECT = Subject(CONFIG, "bfloat16", 0)
+TILES = default(CONFIG, 256, 2)
+CHILD = """
+import json, os, sys, time
+subject = json.loads(sys.stdin.readline())
+for line in iter(sys.stdin.readline, ""):
+    job = json.loads(line)
+    doing = job["form"]
+    if doing == "die":
+        os._exit(3)
+    if doing == "sleep":
+        time.sleep(60)
+    if doing == "who":
+        print(json.dumps(f"{os.getpid()} {subject['config']['dim']}"), flush=True)
+    else:
+        time.sleep(0.05)
+        print(json.dumps(None if doing == "fine" else doing), flush=True)
+"""
+COMMAND = (sys.executable, "-c", CHILD)
+
+
+@pytest.fixture
+def pool():
+    made = []
+
+    def make(count, **options):
+        made.append(Compilers(SUBJECT, count, command=COMMAND, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def jobs(*doing):
+    return [Job(1, 256, each, TILES) for each in doing]
+
+
+def soon(seconds=60.0):
+    return time.monotonic() + seconds
+
+
+def test_answers_stand_where_their_jobs_do(pool):
+    doing = ["fine", "too large", "fine", "no such thing"] * 5
+    why = pool(3).compile(jobs(*doing), soon())
+    assert why == [None if each == "fine" else each for each in doing]
+
+
+def test_children_share_the_work_and_stay_for_the_next(pool):
+    children = pool(3)
+    seen = children.compile(jobs(*["who"] * 30), soon())
+    assert len(set(seen)) == 3
+    assert all(each.endswith(" 288") for each in seen)
+    assert set(children.compile(jobs("who"), soon())) < set(seen), "one stays"
+    assert len(set(children.compile(jobs(*["who", "fine"] * 10), soon())) - {None}) == 3
+    assert children.compile([], soon()) == []
+
+
+def test_what_a_child_dies_of_has_failed_and_the_others_go_on(pool):
+    why = pool(2).compile(jobs("die", *["fine"] * 6), soon())
+    assert why == ["the compiler ended", *[None] * 6]
+    why = pool(1).compile(jobs("fine", "die", "fine"), soon())
+    assert why == [None, "the compiler ended", NOT_IN_TIME]
+
+
+def test_a_dead_child_is_replaced_for_the_next_jobs(pool):
+    children = pool(1)
+    assert children.compile(jobs("die"), soon()) == ["the compiler ended"]
+    assert children.compile(jobs("fine"), soon()) == [None]
+
+
+def test_what_is_not_done_in_time_is_given_up(pool):
+    began = time.monotonic()
+    why = pool(2).compile(jobs("fine", "sleep", "sleep", "fine"), soon(2.0))
+    assert time.monotonic() - began < 10
+    assert why[0] is None
+    assert why[3] == NOT_IN_TIME
+    assert why[1] in (NOT_IN_TIME, "the compiler ended")
+
+
+def test_it_can_be_cancelled(pool):
+    began = time.monotonic()
+    children = pool(2, cancelled=lambda: time.monotonic() > began + 0.5)
+    why = children.compile(jobs("sleep", "sleep"), soon())
+    assert time.monotonic() - began < 10
+    assert None not in why
+
+
+def test_children_end_with_their_parent():
+    program = (
+        "import os, sys, time;"
+        "from onelaunch.engines.cuda.compilers import Compilers, Job, Subject;"
+        "from onelaunch.config import preset;"
+        "subject = Subject(preset('stories15m'), 'bfloat16', 0);"
+        f"children = Compilers(subject, 1, command=(sys.executable, '-c', {CHILD!r}));"
+        "print(children.compile([Job(1, 1, 'who', {})], time.monotonic() + 60)[0], flush=True);"
+        "os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
+    pid = int(done.stdout.split()[0])
+    for _ in range(100):
+        if not _runs(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child outlived its parent")
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_real_child_without_a_gpu_has_failed(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    children = Compilers(SUBJECT, 1)
+    try:
+        assert children.compile(jobs("staged"), soon()) == ["the compiler ended"]
+    finally:
+        children.close()
+
+
+def test_as_many_children_as_cores_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(compilers, "usable_cores", lambda: 64)
+    assert how_many(CONFIG, 256, 2, 140 << 30) == 15
+    assert how_many(CONFIG, 256, 2, 8 << 30) == 3
+    assert how_many(CONFIG, 64 * 2048, 2, 140 << 30) < 8
+    assert how_many(CONFIG, 64 * 2048, 2, 1 << 20) == 1
+    monkeypatch.setattr(compilers, "usable_cores", lambda: 4)
+    assert how_many(CONFIG, 256, 2, 140 << 30) == 3
+    monkeypatch.setattr(compilers, "usable_cores", lambda: 1)
+    assert how_many(CONFIG, 256, 2, 140 << 30) == 1
+
+
+def test_an_answer_is_nothing_or_a_reason():
+    def work(job):
+        if job["form"]:
+            raise ValueError(job["form"])
+
+    assert compilers._answer(work, '{"form": ""}') == "null"
+    assert compilers._answer(work, '{"form": "no room"}') == '"no room"'
+    assert compilers._answer(work, "{}") == "\"'form'\""
+    assert len(compilers._answer(work, '{"form": "%s"}' % ("x" * 9000))) < 300

@@ -1,0 +1,188 @@
+"""What is timed in which order, with a made-up device and clock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from onelaunch.config import preset
+from onelaunch.engines.cuda.blocking import default
+from onelaunch.engines.cuda.choice import _choice, asdict
+from onelaunch.engines.cuda.measure import Candidate, Measurement
+from onelaunch.engines.cuda.search import H200, WRITES_X
+from onelaunch.errors import RunFailed
+
+CONFIG = preset("stories15m")
+RULE = default(CONFIG, 256, 2)
+
+
+class Device:
+    """Takes what `cost` says for a candidate, and a tenth of a second for saying it; compiles a job
+    in another, unless it is among those that `fails` says."""
+
+    def __init__(self, cost, fails=lambda job: False, second=0.1) -> None:
+        self.cost, self.fails, self.second = cost, fails, second
+        self.now = 1000.0
+        self.compiled, self.timed = [], []
+
+    def clock(self):
+        return self.now
+
+    def compile(self, jobs, deadline):
+        why = []
+        for job in jobs:
+            if self.now + self.second > deadline:
+                why.append("not in time")
+                continue
+            self.now += self.second
+            self.compiled.append(job)
+            why.append("too large" if self.fails(job) else None)
+        return why
+
+    def time_us(self, candidate):
+        self.now += self.second
+        self.timed.append(candidate)
+        return self.cost(candidate)
+
+    def choose(self, **options):
+        measurement = Measurement(
+            CONFIG, 1, 256, 2, self.compile, self.time_us, clock=self.clock, **options
+        )
+        choice = measurement.run()
+        assert choice.tried == len(self.timed)
+        _choice(asdict(choice), CONFIG.n_layers)  # it can be read again
+        return choice
+
+
+def flat(staged, **fused):
+    """So many microseconds for each form, whatever the tiles."""
+    return lambda c: staged if c.form == "staged" else fused.get(f"d_{c.form}", math.inf)
+
+
+def test_the_fastest_form_is_chosen_and_every_form_is_told():
+    device = Device(
+        flat(100.0, d_all=80.0, d_half=150.0, d_1=140.0, d_2=130.0, d_4=120.0, d_6=70.0)
+    )
+    choice = device.choose()
+    assert choice.form == "6"
+    assert choice.programs == H200.multiprocessors
+    assert choice.us == {
+        "rule": 100.0, "staged": 100.0, "all": 80.0,
+        "half": 150.0, "1": 140.0, "2": 130.0, "4": 120.0, "6": 70.0,
+    }  # fmt: skip
+    assert choice.blockings == RULE
+    assert device.timed[0] == Candidate("staged", RULE)
+    assert [c.form for c in device.timed[-2:]] == ["staged", "6"], (
+        "the last two are looked at again"
+    )
+
+
+@pytest.mark.parametrize(("fused", "form"), [(96.9, "all"), (97.1, "staged"), (100.0, "staged")])
+def test_one_launch_a_stage_wins_ties(fused, form):
+    choice = Device(flat(100.0, d_all=fused)).choose()
+    assert choice.form == form
+    assert (choice.programs is None) == (form == "staged")
+
+
+def test_the_tiles_found_are_those_chosen():
+    """A cost that likes other tiles than the rule's, in every kind."""
+
+    def cost(c):
+        if c.form != "staged":
+            return math.inf
+        b = c.blockings
+        return (
+            100.0
+            + (0 if b["qkv"].rows == 64 else 10)
+            + (0 if b["attention"].columns == 128 else 10)
+            + (0 if b["down"].columns == 64 else 10)
+            + (0 if b["head"].warps == 8 else 10)
+        )
+
+    choice = Device(cost).choose()
+    assert choice.us["rule"] == 140.0
+    assert choice.us["staged"] == 100.0
+    assert choice.form == "staged"
+    assert choice.blockings["qkv"].rows == 64
+    assert choice.blockings["attention"].columns == 128
+    assert {choice.blockings[kind].columns for kind in WRITES_X} == {64}
+    assert choice.blockings["head"].warps == 8
+
+
+def test_one_launch_takes_tiles_of_four_warps():
+    def cost(c):
+        if c.form == "staged":
+            return 100.0 - 5 * (c.blockings["head"].warps == 8)
+        return 80.0 if c.blockings["head"] != RULE["head"] else 90.0
+
+    device = Device(cost)
+    choice = device.choose()
+    assert choice.form == "all"
+    assert choice.us["all"] == 90.0, (
+        "what was found has eight warps and the rule's the best of four"
+    )
+    assert all(b.warps == 4 for b in choice.blockings.values())
+    whole = [job for job in device.compiled if job.form == "all"]
+    assert whole[0].blockings == RULE
+    assert all(b.warps == 4 for job in whole for b in job.blockings.values())
+    programs = [c.programs for c in device.timed if c.form == "all"]
+    assert set(programs) == {132, 264}
+
+
+def test_more_programs_where_they_pay():
+    device = Device(lambda c: 100.0 if c.form == "staged" else {132: 90.0, 264: 60.0}[c.programs])
+    choice = device.choose()
+    assert choice.programs == 264
+    assert {c.programs for c in device.timed if c.form in ("half", "1")} == {264}
+
+
+def test_nothing_is_timed_that_was_not_compiled():
+    device = Device(flat(100.0, d_all=50.0), fails=lambda job: True)
+    choice = device.choose()
+    assert choice.form == "staged"
+    assert choice.blockings == RULE
+    assert device.timed == [Candidate("staged", RULE)] * len(device.timed)
+
+    def no_wide_tiles_of_x(job):
+        return job.kind in ("gate_up", "out_proj") and job.blockings["down"].columns == 64
+
+    device = Device(flat(100.0), fails=no_wide_tiles_of_x)
+    device.choose()
+    assert {c.blockings["down"].columns for c in device.timed} == {32}
+
+
+def test_kernels_that_read_sums_of_squares_are_compiled_for_every_width():
+    device = Device(flat(100.0))
+    device.choose()
+    for kind in ("qkv", "gate_up", "head"):
+        widths = {j.blockings["down"].columns for j in device.compiled if j.kind == kind}
+        assert widths == {32, 64}
+    assert {c.blockings["down"].columns for c in device.timed} == {32, 64}
+    kinds = {job.kind for job in device.compiled}
+    assert kinds == {*RULE, None}
+
+
+@pytest.mark.parametrize("second", [0.3, 1.0, 5.0])
+def test_it_ends_in_time(second):
+    device = Device(flat(100.0, d_all=90.0), second=second)
+    choice = device.choose()
+    # what is begun is ended: a time, and the two last ones again
+    assert device.now - 1000.0 <= 60.0 + 4 * second
+    assert choice.seconds == pytest.approx(device.now - 1000.0)
+    assert choice.us["staged"] == 100.0
+
+
+def test_without_few_launches_none_are_compiled_or_timed():
+    device = Device(flat(100.0, d_all=50.0))
+    assert device.choose(fused=False).form == "staged"
+    assert {job.form for job in device.compiled} == {"staged"}
+    assert {c.form for c in device.timed} == {"staged"}
+
+
+def test_where_nothing_runs_there_is_no_choice():
+    with pytest.raises(RunFailed, match="1x256: no form of it runs"):
+        Device(lambda c: math.inf).choose()
+    choice = Device(lambda c: math.inf if c.blockings == RULE else 100.0).choose()
+    assert "rule" not in choice.us
+    assert choice.blockings != RULE

@@ -1,0 +1,118 @@
+"""How a choice is brought about: what is compiled for which shape, and what is kept. Nothing runs:
+children, timer and device are made up."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from onelaunch.compilation.cache import Store
+from onelaunch.config import preset
+from onelaunch.engines.cuda import timer
+from onelaunch.engines.cuda.choice import find
+from onelaunch.engines.cuda.search import KINDS, Limits
+from onelaunch.errors import RunFailed
+
+CONFIG = preset("stories15m")
+PACKED = SimpleNamespace(
+    embedding=SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.bfloat16)
+)
+DEVICE = {"device": "made up", "multiprocessors": 4, "torch": "2", "triton": "3"}
+
+
+class Children:
+    made = None
+
+    def __init__(self, subject, count, cancelled):
+        self.subject, self.count = subject, count
+        self.jobs, self.closed = [], False
+        Children.made = self
+
+    def compile(self, jobs, deadline):
+        self.jobs.append(list(jobs))
+        return [None] * len(jobs)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(autouse=True)
+def _made_up(monkeypatch):
+    monkeypatch.setattr(timer, "Compilers", Children)
+    monkeypatch.setattr(timer, "limits_of", lambda device: Limits(4))
+    monkeypatch.setattr(timer, "device_facts", lambda device: DEVICE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 9 << 30))
+    _takes(monkeypatch, staged=100.0, fused=120.0)
+
+
+def _takes(monkeypatch, staged, fused):
+    def made(*given):
+        return lambda candidate: staged if candidate.form == "staged" else fused
+
+    monkeypatch.setattr(timer, "Timer", made)
+
+
+def choose(store, batch, sequence, **options):
+    return timer.choose(CONFIG, PACKED, batch, sequence, store, **options)
+
+
+def test_a_choice_is_measured_at_its_own_size_and_kept(store):
+    choice = choose(store, 1, 256)
+    assert choice.form == "staged"
+    assert find(store, timer.facts(CONFIG, PACKED, 1, 200)) == choice
+    children = Children.made
+    assert children.closed
+    assert (children.subject.device, children.subject.dtype) == (1, "bfloat16")
+    assert {(j.batch, j.sequence) for jobs in children.jobs for j in jobs} == {(1, 256)}
+
+
+def test_another_sizes_kernels_are_compiled_too(store):
+    choice = choose(store, 3, 200)
+    *_, last = Children.made.jobs
+    assert [(j.batch, j.sequence, j.form, j.kind) for j in last] == [
+        (3, 200, "staged", kind) for kind in KINDS
+    ]
+    assert all(job.blockings == choice.blockings for job in last)
+    assert {(j.batch, j.sequence) for j in Children.made.jobs[0]} == {(4, 256)}
+
+
+def test_of_one_launch_the_one(store, monkeypatch):
+    _takes(monkeypatch, staged=100.0, fused=50.0)
+    choice = choose(store, 1, 100)
+    assert (choice.form, choice.programs) == ("all", 4)
+    (last,) = Children.made.jobs[-1]
+    assert (last.form, last.kind, last.sequence) == ("all", None, 100)
+
+
+def test_what_is_cancelled_is_not_kept(store):
+    with pytest.raises(RunFailed, match="cancelled"):
+        choose(store, 1, 256, cancelled=lambda: True)
+    assert Children.made.closed
+    assert store.entries() == []
+
+
+def test_a_timer_says_inf_for_what_does_not_run(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    cancelled = [False]
+    timed = timer.Timer(CONFIG, PACKED, None, lambda: cancelled[0])
+    monkeypatch.setattr(timed, "_median", lambda candidate: candidate)
+    assert timed(3.0) == 3.0
+    assert timed._least == 3.0
+
+    def fails(candidate):
+        raise RuntimeError("too many blocks")
+
+    monkeypatch.setattr(timed, "_median", fails)
+    assert timed(3.0) == float("inf")
+    cancelled[0] = True
+    with pytest.raises(RunFailed):
+        timed(3.0)

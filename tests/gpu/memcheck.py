@@ -1,0 +1,56 @@
+"""Both forms of a small forward, each tensor an allocation of its own, for compute-sanitizer to
+watch: `make memcheck` on a machine with a GPU.
+
+The sanitizer makes everything slow: there are two programs, and a wait has all the time it wants.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # what lies behind a tensor is then nobody's
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from onelaunch.engines.cuda.one_launch import FusedForward
+from onelaunch.engines.cuda.staged import Shape, StagedForward
+from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
+
+HOUR = 3_600_000_000_000
+CONFIGS = {
+    "no power of two": SMALL.with_(dim=40, n_heads=5, n_kv_heads=5, hidden_dim=44, vocab_size=67),
+    "heads with norms": SMALL.with_(head_dim=16, qk_norm=True, n_kv_heads=2, norm_eps=1e-6),
+}
+
+
+def main() -> None:
+    device = torch.device("cuda", 0)
+    for name, config in CONFIGS.items():
+        weights = weights_of(config)
+        tokens = torch.randint(
+            config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(0)
+        )
+        exact = exact_logits(config, weights, tokens)
+        staged = StagedForward(config, weights, torch.bfloat16, device)
+        expected = staged.logits(tokens.to(device))
+        assert relative_error(expected, exact) < 0.05, name
+        for depth in ("all", "half"):
+            for watched in (False, True):
+                fused = FusedForward(
+                    config, staged.packed, Shape(2, 19), {}, depth, programs=2, patience=HOUR,
+                    traced=watched, delayed=watched,
+                )  # fmt: skip
+                fused.buffers.tokens.copy_(tokens.flatten())
+                for _ in range(2):
+                    fused.run()
+                fused.check()
+                same = torch.equal(fused.buffers.logits.view(expected.shape), expected)
+                assert same, (name, depth, watched)
+                print(f"{name}, {depth}{', traced and delayed' if watched else ''}: right")
+
+
+if __name__ == "__main__":
+    main()

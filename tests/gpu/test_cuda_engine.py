@@ -1,0 +1,273 @@
+"""The CUDA engine on a GPU: the shared suite, its forms, and the choice that it measures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onelaunch.compilation.cache import Store
+from onelaunch.engines.choice import choose
+from onelaunch.engines.cuda import engine as engine_module
+from onelaunch.engines.cuda import sync
+from onelaunch.engines.cuda.blocking import Blocking, default
+from onelaunch.engines.cuda.choice import find
+from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
+from onelaunch.engines.cuda.engine import CudaEngine
+from onelaunch.engines.cuda.measure import Candidate
+from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.engines.cuda.timer import Timer, facts
+from onelaunch.engines.engine import Sampling
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import EngineTimeout
+from onelaunch.model import Model
+from tests.engines.suite import (
+    SHAPES,
+    SMALL,
+    EngineSuite,
+    every_shape,
+    exact_logits,
+    relative_error,
+    weights_of,
+)
+
+CUDA = torch.device("cuda", 0)
+LONGER = SMALL.with_(
+    dim=288, n_heads=6, n_kv_heads=6, head_dim=48, hidden_dim=768, vocab_size=500, max_seq_len=256
+)
+SIZES = [(1, 1), (3, 7), (2, SMALL.max_seq_len)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def tokens_of(config, batch, sequence, seed=0):
+    generator = torch.Generator().manual_seed(1000 * seed + sequence)
+    return torch.randint(config.vocab_size, (batch, sequence), generator=generator)
+
+
+def allowed_error(config, weights, tokens, dtype):
+    """1.5 times PyTorch's in the same dtype; of float32, that is a few roundings."""
+    own = Model.from_weights(config, {name: w.to(CUDA, dtype) for name, w in weights.items()})
+    with torch.no_grad():
+        plain = F.linear(own.hidden(tokens.to(CUDA)), own.head_weight())
+    exact = exact_logits(config, weights, tokens)
+    return exact, max(1.5 * relative_error(plain, exact), 4e-6)
+
+
+class TestCuda(EngineSuite):
+    def make(self, config, weights):
+        return CudaEngine(config, weights, "cuda", "float32")
+
+    @every_shape
+    @pytest.mark.parametrize("size", SIZES)
+    def test_logits_are_as_exact_as_plain_pytorch(self, config, size):
+        weights, tokens = weights_of(config), tokens_of(config, *size)
+        logits = self.make(config, weights).logits(tokens)
+        exact, allowed = allowed_error(config, weights, tokens, torch.float32)
+        assert logits.dtype == torch.float32
+        assert logits.shape == exact.shape
+        assert relative_error(logits, exact) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [*((config, "bfloat16") for config in SHAPES.values()), (SMALL, "float16")],
+    ids=[*SHAPES, "plain-float16"],
+)
+def test_narrow_logits_are_as_exact_as_pytorchs(config, dtype):
+    weights = weights_of(config)
+    engine = CudaEngine(config, weights, "cuda", dtype, fusion_depth="stage")
+    for size in SIZES:
+        tokens = tokens_of(config, *size)
+        exact, allowed = allowed_error(config, weights, tokens, getattr(torch, dtype))
+        results = [engine.logits(tokens) for _ in range(3)]  # launched, captured, replayed
+        assert relative_error(results[0], exact) <= allowed
+        assert results[0].device == CUDA
+        assert all(torch.equal(each, results[0]) for each in results)
+
+
+@pytest.mark.parametrize("depth", ["half", "1", 2, "all"])
+def test_a_depth_by_hand_has_the_same_bits(depth):
+    weights = weights_of(LONGER)
+    staged = CudaEngine(LONGER, weights, "cuda", fusion_depth="stage")
+    fused = CudaEngine(LONGER, weights, "cuda", fusion_depth=depth)
+    for seed in range(3):
+        for size in ((1, 200), (3, 17)):
+            tokens = tokens_of(LONGER, *size, seed)
+            assert torch.equal(fused.logits(tokens), staged.logits(tokens))
+    assert fused.describe()["forms"]["1x200"] == {"form": str(depth)}
+
+
+def test_the_background_choice_ends_and_answers_as_well(store):
+    lines, weights, tokens = [], weights_of(LONGER), tokens_of(LONGER, 1, 250)
+    exact, allowed = allowed_error(LONGER, weights, tokens, torch.bfloat16)
+    engine = CudaEngine(LONGER, weights, "cuda", say=lines.append, store=store)
+    before = engine.logits(tokens)
+    assert engine.describe()["forms"] == {"1x250": {"form": "staged"}}
+    waited = []
+    while not engine.wait(0):
+        start = time.perf_counter()
+        assert relative_error(engine.logits(tokens), exact) <= allowed
+        torch.cuda.synchronize()
+        waited.append(time.perf_counter() - start)
+        time.sleep(0.01)
+    waited.sort()
+    print(*lines, sep="\n")
+    print(
+        f"{len(waited)} calls meanwhile, half of them within {waited[len(waited) // 2] * 1e3:.1f} "
+        f"ms, the longest {waited[-1] * 1e3:.1f} ms"
+    )
+    after = engine.logits(tokens)
+    assert relative_error(before, exact) <= allowed
+    assert relative_error(after, exact) <= allowed
+    assert torch.equal(engine.logits(tokens), after)
+    assert torch.equal(engine.logits(tokens), after)
+    about = engine.describe()["forms"]["1x250"]
+    assert {"rule", "staged", "all", "half", "1", "2"} <= set(about["us"])
+    assert about["us"]["staged"] <= about["us"]["rule"]
+    assert about["us"][about["form"]] <= 1.04 * min(about["us"].values())
+    assert len(lines) == 2
+    kept = find(store, facts(LONGER, engine._packed, 1, 250))
+    assert kept.form == about["form"]
+    assert kept.tried > 30
+    assert kept.seconds < 75
+
+    start = time.perf_counter()
+    second = CudaEngine(LONGER, weights, "cuda", say=lines.append, store=store)
+    assert torch.equal(second.logits(tokens), after)
+    print(f"with the choice kept, the first logits after {time.perf_counter() - start:.2f} s")
+    assert second.describe()["forms"]["1x250"] == about
+    assert second.wait(0)
+    assert len(lines) == 2
+    assert waited[-1] < 0.5
+
+
+def test_shapes_come_and_go(monkeypatch, store):
+    monkeypatch.setattr(engine_module, "MAX_FORMS", 3)
+    weights = weights_of(LONGER)
+    engine = CudaEngine(LONGER, weights, "cuda", fusion_depth="stage", store=store)
+    staged = StagedForward(LONGER, weights, torch.bfloat16, CUDA)
+    for turn in range(3):
+        for size in ((1, 16), (1, 32), (2, 48), (1, 64), (4, 16)):
+            tokens = tokens_of(LONGER, *size, turn)
+            shape = Shape(*size, True, torch.bfloat16)
+            bound = staged.bind(*size, logits_dtype=shape.logits_dtype)
+            bound.buffers.tokens.copy_(tokens.flatten())
+            bound.run()
+            expected = bound.buffers.logits.view(*size, -1).float()
+            for _ in range(2):
+                assert torch.equal(engine.logits(tokens), expected)
+            assert len(engine.describe()["forms"]) <= 3
+
+
+def test_a_forward_that_was_given_up_is_told_once():
+    engine = CudaEngine(SMALL, weights_of(SMALL), "cuda", fusion_depth="all")
+    tokens = tokens_of(SMALL, 2, 20)
+    right = engine.logits(tokens)
+    for _ in range(2):
+        bound = engine._forms[2, 20]._bound
+        bound.sync[sync.STATUS] = sync.GAVE_UP + (3 << sync.ROW_TILE_BITS)
+        with pytest.raises(EngineTimeout, match="row tile 0 of layer 0 out_proj"):
+            engine.logits(tokens)
+        assert torch.equal(engine.logits(tokens), right)
+
+
+def test_any_thread_stream_and_mode_may_call(store):
+    weights = weights_of(LONGER)
+    engine = CudaEngine(LONGER, weights, "cuda", fusion_depth="all", store=store)
+    expected = {s: engine.logits(tokens_of(LONGER, 1, s)) for s in (16, 48, 100)}
+    wrong = []
+
+    def call(seed):
+        with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode(seed % 2 == 0):
+            for turn in range(30):
+                s = (16, 48, 100)[(seed + turn) % 3]
+                got = engine.logits(tokens_of(LONGER, 1, s).to(CUDA))
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(got, expected[s]):
+                    wrong.append((seed, turn))
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_children_compile_what_is_then_loaded_at_once():
+    tiles = default(LONGER, 256, 2)
+    subject = Subject(LONGER, "bfloat16", 0)
+    too_large = tiles | {"head": Blocking(128, 256, 128, 4, 8)}
+    compilers = Compilers(subject, 4)
+    try:
+        jobs = [Job(1, 256, "staged", tiles, kind) for kind in tiles]
+        jobs += [Job(1, 256, "all", tiles), Job(1, 256, "staged", too_large, "head")]
+        start = time.monotonic()
+        why = compilers.compile(jobs, start + 300)
+        print(f"{len(jobs)} jobs in {time.monotonic() - start:.1f} s; the last: {why[-1]}")
+    finally:
+        compilers.close()
+    assert why[:-1] == [None] * (len(jobs) - 1)
+    assert why[-1]
+    staged = StagedForward(LONGER, weights_of(LONGER), torch.bfloat16, CUDA)
+    bound = staged.bind(1, 256, logits_dtype=torch.bfloat16)
+    start = time.perf_counter()
+    for call in bound.calls:
+        call.compile().run  # noqa: B018
+    taken = time.perf_counter() - start
+    print(f"loaded in {taken:.2f} s")
+    assert taken < 2.0
+
+
+def test_a_timer_times_what_runs_and_nothing_else():
+    staged = StagedForward(LONGER, weights_of(LONGER), torch.bfloat16, CUDA)
+    timer = Timer(LONGER, staged.packed, Shape(1, 256, True, torch.bfloat16))
+    tiles = default(LONGER, 256, 2)
+    one, other = timer(Candidate("staged", tiles)), timer(Candidate("all", tiles, 132))
+    print(f"staged {one:.1f} us, all {other:.1f} us")
+    assert 5 < one < 5000
+    assert 5 < other < 5000
+    assert timer(Candidate("all", tiles, 1 << 14)) == float("inf"), "more than fit together"
+    too_large = tiles | {"head": Blocking(128, 256, 128, 4, 8)}
+    assert timer(Candidate("staged", too_large)) == float("inf")
+    assert 5 < timer(Candidate("staged", tiles)) < 5000
+
+
+def test_a_process_may_end_while_it_measures(tmp_path):
+    program = (
+        "import torch; from onelaunch.engines.cuda.engine import CudaEngine;"
+        "from onelaunch.compilation.cache import Store; from pathlib import Path;"
+        "from tests.gpu.test_cuda_engine import LONGER, weights_of; import sys, time;"
+        "engine = CudaEngine(LONGER, weights_of(LONGER), 'cuda', store=Store(Path(sys.argv[1])));"
+        "print(engine.logits(torch.zeros(1, 200, dtype=torch.int64)).sum().item());"
+        "time.sleep(float(sys.argv[2]))"
+    )
+    for seconds in ("0", "12"):  # while children compile, and about when tiles are timed
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path), seconds],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_auto_is_this_engine_and_text_is_pytorchs():
+    weights = weights_of(SMALL)
+    engine = choose("auto", SMALL, weights)
+    assert isinstance(engine, CudaEngine)
+    reference = ReferenceEngine(SMALL, weights, "cuda", "bfloat16")
+    prompts, sampling = [[5, 17, 3], [9]], Sampling(temperature=1.0, seed=3)
+    assert engine.generate(prompts, 12, sampling) == reference.generate(prompts, 12, sampling)
+    assert isinstance(choose("auto", SMALL, weights, dtype="float32"), ReferenceEngine)
