@@ -45,8 +45,9 @@ OTHERWISE = {
     "out_proj": Blocking(64, 32, 64, 4, tma=True, rehearsed=True),
     "gate_up": Blocking(128, 128, 64, 3, 8, tma=True),
     "down": Blocking(128, 32, 64, 3, tma=True),
-    "head": Blocking(128, 256, 64, 3, 8, tma=True),
+    "head": Blocking(128, 256, 64, 3, 8, tma=True, programs=1),
 }
+LIBRARY = {"head": Blocking(128, 128, library=True)}
 
 
 def alike(config, rows, dtype, given):
@@ -71,7 +72,9 @@ def tokens_of(config, batch, sequence, seed=0):
 def test_logits_are_the_models(config, dtype):
     weights = weights_of(config)
     own = Model.from_weights(config, {name: w.to(CUDA, dtype) for name, w in weights.items()})
-    some = [{}, EARLY, OTHERWISE] if dtype == torch.bfloat16 and not config.qk_norm else [{}]
+    some = [{}]
+    if dtype == torch.bfloat16 and not config.qk_norm:
+        some += [EARLY, OTHERWISE, LIBRARY]
     forwards = [StagedForward(config, weights, dtype, CUDA, given) for given in some]
     for batch, sequence in ((1, 1), (3, 17), (2, config.max_seq_len)):
         tokens = tokens_of(config, batch, sequence)
@@ -87,6 +90,27 @@ def test_logits_are_the_models(config, dtype):
             assert error <= allowed, f"{batch}x{sequence}: {error:.2e}, {allowed:.2e} allowed"
             assert torch.equal(forward.logits(tokens), got)
             assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
+
+
+def test_logits_in_the_models_dtype_by_the_library_and_as_a_graph():
+    config = EVERY["heads of 48, longer"]
+    weights = weights_of(config)
+    tokens = tokens_of(config, 2, 150)
+    exact = exact_logits(config, weights, tokens)
+    for every in (True, False):
+        errors = []
+        for given in ({}, LIBRARY):
+            forward = StagedForward(config, weights, torch.bfloat16, CUDA, given)
+            bound = forward.bind(2, 150, every, torch.bfloat16)
+            bound.buffers.tokens.copy_(tokens.flatten())
+            bound.run()
+            plain = bound.buffers.logits.clone()
+            bound.buffers.logits.fill_(float("nan"))
+            bound.captured().replay()
+            assert torch.equal(bound.buffers.logits, plain)
+            of = exact if every else exact[:, -1:]
+            errors.append(relative_error(plain.view(of.shape), of))
+        assert errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize(("config", "dtype"), COMBINATIONS)

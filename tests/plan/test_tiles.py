@@ -160,12 +160,14 @@ def test_the_numbers_of_tiles():
     for phase, stage in zip(tiles.phases, tiles.plan.stages, strict=True):
         assert phase.tiles == 4 * -(-columns_of(TINY, stage.kind) // 8)
     numbers = [tiles.tile(i) for i in range(tiles.tiles)]
-    assert numbers == sorted(numbers)
+    head = len(tiles.phases) - 1 - (tiles.plan.stages[-1].kind == "sample")
+    by_columns = sorted(numbers, key=lambda t: (t[0], t[2], t[1]) if t[0] == head else t)
+    assert numbers == by_columns
     assert len(set(numbers)) == tiles.tiles
     assert numbers[0] == (0, 0, 0)
     launch = launches(tiles.plan, "all")[0]
     walked = [tile for p in range(5) for tile in tiles.walk(launch, p, 5)]
-    assert sorted(walked) == numbers
+    assert sorted(walked) == sorted(numbers)
 
 
 def test_waits_are_by_row_tile_and_no_more_than_needed():

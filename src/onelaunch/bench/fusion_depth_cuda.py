@@ -41,7 +41,13 @@ from onelaunch.bench.rounds import Samples, in_rounds
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import BoundForward, Call, Shape, share_first_cache
+from onelaunch.engines.cuda.staged import (
+    BoundForward,
+    Call,
+    CallAndProduct,
+    Shape,
+    share_first_cache,
+)
 from onelaunch.errors import RunFailed
 from onelaunch.plan import Launch, Part
 
@@ -188,7 +194,7 @@ def _forms(case: Case, staged: BoundForward, shape: Shape) -> dict[str, FusedFor
     return found
 
 
-def _compiling(call: Call) -> float:
+def _compiling(call: Call | CallAndProduct) -> float:
     """Seconds to compile a call's kernel and to load it, none of it being there already."""
     import triton
 
@@ -215,7 +221,7 @@ def _first_of(
 
 def _result(bound: BoundForward, run: Callable[[], object], last: int) -> Tensor:
     """The logits, or x where the stages end before head, after a run of stages up to `last`."""
-    b, stages = bound.buffers, bound.tiles.plan.stages
+    b, stages = bound.buffers, bound.plan.stages
     b.x.fill_(torch.nan)
     b.logits.fill_(torch.nan)
     run()

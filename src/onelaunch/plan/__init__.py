@@ -12,7 +12,7 @@ from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_
 from onelaunch.plan.parts import Part, part_of
 from onelaunch.plan.stages import KINDS, NO_LAYER, Access, Buffer, Plan, Stage, Totals
 from onelaunch.plan.storage import Storage, assign_storage, check_storage
-from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, make_tiles
+from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, counts, make_tiles
 
 __all__ = [
     "KINDS",
@@ -34,6 +34,7 @@ __all__ = [
     "check_launches",
     "check_storage",
     "check_tiles",
+    "counts",
     "describe",
     "every_depth",
     "launches",

@@ -158,7 +158,7 @@ def make_tiles(plan: Plan, tilings: Mapping[str, Tiling]) -> TilePlan:
                     known |= bit | before[phase][row_tile]
             waits.append(_as_ranges(found))
             ended.append(known)
-        column_tiles = -(-columns_of(plan.config, stage.kind) // tilings[stage.kind].columns)
+        _, column_tiles = counts(plan, stage, tilings[stage.kind])
         phases.append(Phase(number, first, spans, column_tiles, tuple(waits)))
         first += phases[-1].tiles
         before.append(ended)
@@ -166,6 +166,14 @@ def make_tiles(plan: Plan, tilings: Mapping[str, Tiling]) -> TilePlan:
         bits += len(spans)
         writers |= {(access.buffer, access.version): number for access in stage.writes}
     return TilePlan(plan, dict(tilings), tuple(phases))
+
+
+def counts(plan: Plan, stage: Stage, tiling: Tiling) -> tuple[int, int]:
+    """How many row tiles and column tiles a stage is cut into."""
+    columns = -(-columns_of(plan.config, stage.kind) // tiling.columns)
+    if stage.kind == "attention":
+        return plan.batch * -(-plan.sequence // tiling.rows), columns
+    return -(-_rows_of(plan, stage) // tiling.rows), columns
 
 
 def row_spans(plan: Plan, stage: Stage, rows: int) -> tuple[Span, ...]:
@@ -177,12 +185,7 @@ def row_spans(plan: Plan, stage: Stage, rows: int) -> tuple[Span, ...]:
             for start in range(0, plan.batch * plan.sequence, plan.sequence)
             for span in _cut(plan.sequence, rows)
         )
-    total = plan.batch * plan.sequence
-    if stage.kind == "head":
-        total = plan.batch * plan.buffer("logits").shape[1]
-    elif stage.kind == "sample":
-        total = plan.batch
-    return _cut(total, rows)
+    return _cut(_rows_of(plan, stage), rows)
 
 
 def rows_read(plan: Plan, stage: Stage, buffer: str, span: Span) -> tuple[Span, ...]:
@@ -303,6 +306,12 @@ def _offsets(tiles: TilePlan) -> list[int]:
         offsets.append(total)
         total += len(phase.spans)
     return offsets
+
+
+def _rows_of(plan: Plan, stage: Stage) -> int:
+    if stage.kind == "head":
+        return plan.batch * plan.buffer("logits").shape[1]
+    return plan.batch * (1 if stage.kind == "sample" else plan.sequence)
 
 
 def _cut(total: int, rows: int) -> tuple[Span, ...]:

@@ -133,7 +133,7 @@ OTHERWISE = {
     "out_proj": Blocking(16, 16, 16, 2, tma=True, rehearsed=True),
     "gate_up": Blocking(32, 32, 32, 2, tma=True),
     "down": Blocking(32, 16, 16, 3, tma=True),
-    "head": Blocking(16, 32, 16, 2, tma=True),
+    "head": Blocking(16, 32, 16, 2, tma=True, programs=3),
     "embed": Blocking(16, 16),
 }
 
@@ -158,6 +158,18 @@ def test_blocks_by_descriptors_and_attention_in_chunks(config):
             assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
         assert bound._arrived is None or not bound._arrived.any()
         assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_logits_by_the_library(every):
+    weights = weights_of(SMALL)
+    given = {"head": Blocking(16, 32, library=True)}
+    forward = StagedForward(SMALL, weights, torch.float32, CPU, given)
+    tokens = tokens_of(SMALL, 3, 17)
+    exact = exact_logits(SMALL, weights, tokens)[:, slice(None) if every else slice(-1, None)]
+    assert relative_error(forward.logits(tokens, every), exact) < 1e-5
+    own = forward.bind(3, 17, every, torch.float16)  # the library gives what it multiplies
+    assert type(own.calls[-1]) is not type(forward.bind(3, 17, every).calls[-1])
 
 
 FORMS = {
@@ -269,16 +281,14 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
 
     tiles, events, waits = forward.tiles, iter(seen), {}
 
-    def place(tile):
-        return tile.phase, tile.row_tile * tiles.phases[tile.phase].column_tiles + tile.column_tile
-
     row_tiles = max(len(phase.spans) for phase in tiles.phases)
     counters = forward.sync.data_ptr() + 4 * sync.COUNTERS
-    for tile in map(tiles.tile, range(tiles.tiles)):
+    for index, tile in enumerate(map(tiles.tile, range(tiles.tiles))):
+        place = tile.phase, index - tiles.phases[tile.phase].first
         found = ()
         if tile.phase > 0:
             wait, me = next(events)
-            assert (number(me[1]), number(me[2])) == place(tile)
+            assert (number(me[1]), number(me[2])) == place
             first_counter, count, target, _, says, _ = map(number, wait)
             phase, first = divmod((first_counter - counters) // 4, row_tiles)
             found = (Wait(phase, first, first + count - 1),)
@@ -289,7 +299,7 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
             at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
             counter, me = next(events)
             assert number(counter) == at
-            assert (number(me[1]), number(me[2])) == place(tile)
+            assert (number(me[1]), number(me[2])) == place
     assert next(events, None) is None
     phases = [
         replace(phase, waits=tuple(waits[i, j] for j in range(len(phase.spans))))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from onelaunch.config import preset
-from onelaunch.engines.cuda.blocking import default
+from onelaunch.engines.cuda.blocking import default, default_fused
 from onelaunch.engines.cuda.choice import _choice, asdict
 from onelaunch.engines.cuda.measure import Candidate, Measurement
 from onelaunch.engines.cuda.search import H200, WRITES_X
@@ -71,7 +71,7 @@ def test_the_fastest_form_is_chosen_and_every_form_is_told():
         "rule": 100.0, "staged": 100.0, "all": 80.0,
         "half": 150.0, "1": 140.0, "2": 130.0, "4": 120.0, "6": 70.0,
     }  # fmt: skip
-    assert choice.blockings == RULE
+    assert choice.blockings == default_fused(CONFIG, 256, 2)
     assert device.timed[0] == Candidate("staged", RULE)
     assert [c.form for c in device.timed[-2:]] == ["staged", "6"], (
         "the last two are looked at again"
@@ -97,7 +97,7 @@ def test_the_tiles_found_are_those_chosen():
             + (0 if b["qkv"].rows == 64 else 10)
             + (0 if b["attention"].columns == 128 else 10)
             + (0 if b["down"].columns == 64 else 10)
-            + (0 if b["head"].warps == 8 else 10)
+            + (0 if b["head"].library else 10)
         )
 
     choice = Device(cost).choose()
@@ -107,24 +107,22 @@ def test_the_tiles_found_are_those_chosen():
     assert choice.blockings["qkv"].rows == 64
     assert choice.blockings["attention"].columns == 128
     assert {choice.blockings[kind].columns for kind in WRITES_X} == {64}
-    assert choice.blockings["head"].warps == 8
+    assert choice.blockings["head"].library
 
 
 def test_one_launch_takes_tiles_of_four_warps():
     def cost(c):
         if c.form == "staged":
             return 100.0 - 5 * (c.blockings["head"].warps == 8)
-        return 80.0 if c.blockings["head"] != RULE["head"] else 90.0
+        return 80.0 if c.blockings["head"].warps == 8 or c.blockings["head"].library else 90.0
 
     device = Device(cost)
     choice = device.choose()
     assert choice.form == "all"
-    assert choice.us["all"] == 90.0, (
-        "what was found has eight warps and the rule's the best of four"
-    )
+    assert choice.us["all"] == 90.0
     assert all(b.warps == 4 for b in choice.blockings.values())
     whole = [job for job in device.compiled if job.form == "all"]
-    assert whole[0].blockings == RULE
+    assert whole[0].blockings == default_fused(CONFIG, 256, 2)
     assert all(b.warps == 4 for job in whole for b in job.blockings.values())
     programs = [c.programs for c in device.timed if c.form == "all"]
     assert set(programs) == {132, 264}

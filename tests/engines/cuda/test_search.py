@@ -44,26 +44,30 @@ def test_options_fit_the_device(config, limits):
     config = config.with_(max_seq_len=2048)
     for batch, sequence in SIZES:
         rows = batch * sequence
-        rule = default(config, rows, 2)
+        rule = default(config, rows, 2, limits)
         assert x_columns(config, rows)[0] == rule["down"].columns
         for width in x_columns(config, rows):
             for kind in KINDS:
                 found = options(config, batch, sequence, 2, kind, width, limits)
                 assert found == options(config, batch, sequence, 2, kind, width, limits)
-                assert len(set(found)) == len(found) <= MOST + 4
+                assert len(set(found)) == len(found) <= MOST + 6
                 if kind not in WRITES_X or width == rule["down"].columns:
                     assert found[0] == rule[kind]
                 for blocking in found[1:]:
-                    check_option(config, kind, blocking, width, rows, limits)
-                    if blocking.loads and not alike(blocking, found[0]) and kind != "attention":
+                    check_option(config, kind, blocking, width, limits)
+                    assert not blocking.rehearsed or rows < 512 or found[0].rehearsed
+                    own = not (alike(blocking, found[0]) or blocking.library)
+                    if blocking.loads and own and kind != "attention":
                         assert blocking.loads <= -(-inner_of(config, kind) // blocking.inner)
 
 
 def alike(one, other):
-    return replace(one, rehearsed=other.rehearsed) == other
+    return replace(one, rehearsed=False, tma=other.tma, programs=0) == replace(
+        other, rehearsed=False, programs=0
+    )
 
 
-def check_option(config, kind, b, width, rows, limits):
+def check_option(config, kind, b, width, limits):
     threads = 32 * b.warps
     assert b.warps in (4, 8)
     assert {b.rows, b.columns, b.inner} <= {16, 32, 64, 128, 256}
@@ -71,7 +75,7 @@ def check_option(config, kind, b, width, rows, limits):
     assert b.rows >= 16
     if kind in WRITES_X:
         assert b.columns == width
-    assert not b.rehearsed or (kind in ("out_proj", "down") and rows < 512)
+    assert not b.rehearsed or kind in ("out_proj", "down")
     if kind == "attention":
         elements = (b.rows + 2 * b.columns * b.loads) * padded(config.head_dim)
         assert b.rows * padded(config.head_dim) / threads <= 64
@@ -106,14 +110,17 @@ def test_what_was_best_on_an_h200_is_among_them():
         "down": Blocking(64, 32, 128, 4, rehearsed=True),
     }.items():
         assert tile in options(config, 1, 256, 2, kind, 32)
-    assert Blocking(128, 256, 64, 3, 8) in options(preset("stories110m"), 1, 1024, 2, "head", 32)
+    best = Blocking(128, 256, 64, 4, 8, tma=True, programs=1)
+    assert best in options(preset("stories110m"), 1, 1024, 2, "head", 32)
+    best = Blocking(64, 128, loads=2, chunk=512)
+    assert best in options(preset("stories110m"), 1, 1024, 2, "attention", 32)
 
 
 def test_one_tile_does_not_fill_the_list():
     for kind in ("qkv", "gate_up", "head", "attention"):
         found = options(preset("stories110m"), 1, 256, 2, kind, 32)[1:]
         tiles = [(b.rows, b.columns) for b in found]
-        assert max(map(tiles.count, tiles)) <= PER_TILE
+        assert max(map(tiles.count, tiles)) <= PER_TILE + 2  # a twin of the rule's, the library
         assert len(set(tiles)) >= 3
 
 

@@ -13,7 +13,7 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.cuda import timer
 from onelaunch.engines.cuda.choice import find
-from onelaunch.engines.cuda.search import KINDS, Limits
+from onelaunch.engines.cuda.search import Limits
 from onelaunch.errors import RunFailed
 
 CONFIG = preset("stories15m")
@@ -74,22 +74,11 @@ def test_a_choice_is_measured_at_its_own_size_and_kept(store):
     assert {(j.batch, j.sequence) for jobs in children.jobs for j in jobs} == {(1, 256)}
 
 
-def test_another_sizes_kernels_are_compiled_too(store):
-    choice = choose(store, 3, 200)
-    *_, last = Children.made.jobs
-    assert [(j.batch, j.sequence, j.form, j.kind) for j in last] == [
-        (3, 200, "staged", kind) for kind in KINDS
-    ]
-    assert all(job.blockings == choice.blockings for job in last)
-    assert {(j.batch, j.sequence) for j in Children.made.jobs[0]} == {(4, 256)}
-
-
 def test_of_one_launch_the_one(store, monkeypatch):
     _takes(monkeypatch, staged=100.0, fused=50.0)
     choice = choose(store, 1, 100)
     assert (choice.form, choice.programs) == ("all", 4)
-    (last,) = Children.made.jobs[-1]
-    assert (last.form, last.kind, last.sequence) == ("all", None, 100)
+    assert {(job.batch, job.sequence) for jobs in Children.made.jobs for job in jobs} == {(1, 128)}
 
 
 def test_what_is_cancelled_is_not_kept(store):

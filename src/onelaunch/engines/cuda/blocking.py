@@ -20,8 +20,10 @@ class Blocking:
 
     Where a stage is a launch of its own: a tile that is `rehearsed` is computed once before its
     turn, of no rows; with `tma` blocks are fetched by the tensor memory accelerator, if the device
-    has one and the extents allow it; and a `chunk`, a multiple of `rows`, is how many keys a
-    program of attention looks at, 0 all of them."""
+    has one and the extents allow it; a `chunk`, a multiple of `rows`, is how many keys a program of
+    attention looks at, 0 all of them; so many `programs` a multiprocessor go through all of head's
+    tiles, the next one's blocks on their way while a tile ends, 0: a program a tile; and with
+    `library` head is the product of the library that PyTorch has, of rows normalized before."""
 
     rows: int
     columns: int
@@ -31,6 +33,26 @@ class Blocking:
     rehearsed: bool = False
     tma: bool = False
     chunk: int = 0
+    programs: int = 0
+    library: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a device: its multiprocessors, the bytes of shared memory that a program can have, and
+    whether it has a tensor memory accelerator; those of an H200 unless given."""
+
+    multiprocessors: int = 132
+    shared_bytes: int = 232_448
+    tma: bool = True
+
+    @property
+    def room(self) -> int:
+        """Bytes for the blocks themselves: sums over the warps of a program take a few."""
+        return self.shared_bytes - 3072
+
+
+H200 = Limits()
 
 
 def blocks(inner: int, blocking: Blocking) -> tuple[int, int]:
@@ -52,6 +74,18 @@ def inner_of(config: ModelConfig, kind: str) -> int:
     return {"out_proj": config.q_dim, "down": config.hidden_dim}.get(kind, config.dim)
 
 
+def shared_bytes(config: ModelConfig, kind: str, blocking: Blocking, itemsize: int) -> int:
+    """What the blocks of a tile take of shared memory, about; embed's none."""
+    b = blocking
+    if kind == "embed":
+        return 0
+    if kind == "attention":
+        return (b.rows + 2 * b.columns * b.loads) * padded(config.head_dim) * itemsize
+    inner = b.inner * b.loads or sum(blocks(inner_of(config, kind), b))
+    way_out = b.rows * b.columns // 2 if b.programs else 0
+    return ((b.rows + b.columns) * inner + way_out) * itemsize
+
+
 def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str, Tiling]:
     """The tiles as the plan counts them."""
     found = {}
@@ -67,7 +101,9 @@ def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str,
     return found
 
 
-def default(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking]:
+def default(
+    config: ModelConfig, rows: int, itemsize: int, limits: Limits = H200
+) -> dict[str, Blocking]:
     """A blocking of each kind for so many rows where each stage is a launch, as good as a rule
     knows: searched for models of 15 to 600 million parameters with 256 and 1,024 rows of bfloat16
     on an H200 (docs/log.md). x is written in tiles of the same columns everywhere: their sums of
@@ -80,16 +116,18 @@ def default(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking
         found = _some_rows(config, rows)
     else:
         found = _many_rows(config)
-    return _completed(config, found)
+    return _completed(config, found, itemsize, limits)
 
 
-def default_fused(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Blocking]:
+def default_fused(
+    config: ModelConfig, rows: int, itemsize: int, limits: Limits = H200
+) -> dict[str, Blocking]:
     """The same where one launch runs many stages: all of them with the same few warps, on all of
     the registers that the largest of their tiles needs."""
     if itemsize == 4:
-        return _completed(config, _exact())
+        return _completed(config, _exact(), itemsize, limits)
     if rows < 64:
-        return _completed(config, _few_rows(rows))
+        return _completed(config, _few_rows(rows), itemsize, limits)
     small = config.dim <= 384
     found = {
         "qkv": Blocking(64, 32, loads=0) if small else Blocking(64, 64, 64, 4),
@@ -99,16 +137,39 @@ def default_fused(config: ModelConfig, rows: int, itemsize: int) -> dict[str, Bl
         "down": Blocking(64, 32, 128, 3) if small else Blocking(64, 64, 64, 4),
         "head": Blocking(128, 128, 64, 3),
     }
-    return _completed(config, found)
+    return _completed(config, found, itemsize, limits)
 
 
-def _completed(config: ModelConfig, found: dict[str, Blocking]) -> dict[str, Blocking]:
+def _completed(
+    config: ModelConfig, found: dict[str, Blocking], itemsize: int, limits: Limits
+) -> dict[str, Blocking]:
+    """With what the model asks for, within the device's limits."""
     if config.qk_norm:  # a tile is a head
         qkv = found["qkv"]
         columns = padded(config.head_dim)
         found["qkv"] = replace(qkv, rows=min(qkv.rows, 64), columns=columns, loads=qkv.loads or 3)
     found["embed"] = Blocking(16, found["down"].columns)
-    return found
+    return {kind: _fitted(config, kind, b, itemsize, limits) for kind, b in found.items()}
+
+
+def _fitted(
+    config: ModelConfig, kind: str, blocking: Blocking, itemsize: int, limits: Limits
+) -> Blocking:
+    """The same tile with fewer blocks on their way, or fewer rows, where the device has less shared
+    memory."""
+    b = blocking
+    while shared_bytes(config, kind, b, itemsize) > limits.room:
+        if not b.loads:
+            b = replace(b, loads=3)
+        elif b.loads > 2:
+            b = replace(b, loads=b.loads - 1)
+        elif b.rows > 16 and kind != "attention":
+            b = replace(b, rows=b.rows // 2, programs=0)
+        elif kind == "attention" and b.columns > 16:
+            b = replace(b, columns=b.columns // 2)
+        else:
+            break
+    return b
 
 
 def _exact() -> dict[str, Blocking]:
@@ -132,7 +193,7 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
             "out_proj": Blocking(64, 32, 32, 6, rehearsed=True),
             "gate_up": Blocking(32, 128, loads=0),
             "down": Blocking(64, 32, 128, 4, rehearsed=True),
-            "head": Blocking(128, 256, 32, 4, 8, tma=True),
+            "head": Blocking(128, 256, 32, 4, 8, tma=True, programs=1),
         }
     else:
         wide = config.dim >= 768
@@ -142,7 +203,7 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
             "out_proj": Blocking(64, 64, 128, 3, tma=True) if wide else Blocking(64, 32, loads=0),
             "gate_up": Blocking(64, 128, 64, 4, tma=True),
             "down": Blocking(64, columns, 128, 5, tma=True),
-            "head": Blocking(128, 128, 64, 3, tma=True),
+            "head": Blocking(128, 256, 64, 4, 8, tma=True, programs=1),
         }
     found["attention"] = Blocking(16, 128, loads=2)
     if padded(config.head_dim) <= 64 and rows <= 256:
@@ -158,13 +219,13 @@ def _many_rows(config: ModelConfig) -> dict[str, Blocking]:
             "out_proj": Blocking(64, 32, 64, 4, rehearsed=True, tma=True),
             "gate_up": Blocking(64, 256, 32, 6, 8),
             "down": Blocking(64, 32, 128, 4, tma=True),
-            "head": Blocking(128, 128, 32, 6, tma=True),
+            "head": Blocking(128, 256, 32, 6, 8, tma=True, programs=1),
         }
     return {
         "qkv": Blocking(128, 64, 64, 3, tma=True),
         "attention": Blocking(64, 128 if padded(config.head_dim) <= 64 else 64, loads=2, chunk=512),
         "out_proj": Blocking(64, 64, 128, 3, tma=True),
-        "gate_up": Blocking(128, 256, 64, 3, 8, tma=True),
+        "gate_up": Blocking(128, 128, 64, 3, tma=True),
         "down": Blocking(128, 64, 64, 6, tma=True),
-        "head": Blocking(128, 128, 64, 3, tma=True),
+        "head": Blocking(128, 256, 64, 4, 8, tma=True, programs=1),
     }

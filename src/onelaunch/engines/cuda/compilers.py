@@ -194,7 +194,7 @@ class _Compiler:
             bound = BoundForward(self.one_layer, self.packed, shape, blockings)
         else:
             bound = FusedForward(self.config, self.packed, shape, blockings, job["form"])
-        stages = bound.tiles.plan.stages
+        stages = bound.plan.stages
         for number, call in enumerate(bound.calls):
             if job["kind"] is None or stages[number].kind == job["kind"]:
                 call.compile().run  # noqa: B018 - loads it: that tells whether it fits

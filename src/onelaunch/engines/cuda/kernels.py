@@ -2,16 +2,18 @@
 
 A product's tile may be rehearsed (`passes` = 2 in place of 1): computed once of no rows while the
 launch before still runs, so that its instructions and weights are near when its turn comes. The
-number is no constant, or the compiler would write the tile twice.
+number is no constant, or the compiler would write the tile twice. Numbers of rows are not
+specialized: every length is the same binary.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from onelaunch.engines.cuda.stages import (
+    AFTER,
     DEPENDENT,
     REAL,
     add_product_tile,
@@ -19,6 +21,7 @@ from onelaunch.engines.cuda.stages import (
     embed_tile,
     gate_up_tile,
     head_tile,
+    normalize_tile,
     qkv_tile,
 )
 
@@ -64,7 +67,7 @@ def _fetch(next_ptr, next_bytes, FETCH: tl.constexpr):
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows",))
 def embed_kernel(
     tokens_ptr,
     embedding_ptr,
@@ -84,7 +87,7 @@ def embed_kernel(
     _let_next_begin(MODE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "sequence"))
 def qkv_kernel(
     x_ptr,
     parts_ptr,
@@ -149,7 +152,7 @@ def qkv_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("sequence",))
 def attention_kernel(
     qkv_ptr,
     mixed_ptr,
@@ -193,7 +196,7 @@ def attention_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows",))
 def add_product_kernel(
     y_ptr,
     w_ptr,
@@ -238,7 +241,7 @@ def add_product_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows",))
 def gate_up_kernel(
     x_ptr,
     parts_ptr,
@@ -287,18 +290,15 @@ def gate_up_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "step"))
 def head_kernel(
     x_ptr,
     parts_ptr,
     w_ptr,
     logits_ptr,
-    passes,
     n_rows,
     step,
     eps: tl.float32,
-    next_ptr,
-    next_bytes,
     D: tl.constexpr,
     V: tl.constexpr,
     PARTS: tl.constexpr,
@@ -308,31 +308,44 @@ def head_kernel(
     TAIL: tl.constexpr,
     LOADS: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     MODE: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
+    """One tile a program; PERSISTENT, each program goes through many of them in one pipeline."""
     _let_next_begin(MODE)
-    _fetch(next_ptr, next_bytes, FETCH)
-    for turn in tl.range(0, passes, num_stages=1):
-        real = (turn + 1) // passes
+    if PERSISTENT:
+        if MODE == DEPENDENT:
+            gdc_wait()
+        tiles = tl.cdiv(n_rows, BM) * ((V + BN - 1) // BN)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            head_tile(
+                tile, REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, n_rows, step, eps, D, V, PARTS,
+                BM, BN, BK, TAIL, LOADS, TMA, AFTER,
+            )  # fmt: skip
+    else:
         head_tile(
-            tl.program_id(0),
-            real,
-            x_ptr,
-            parts_ptr,
-            w_ptr,
-            logits_ptr,
-            n_rows * real,
-            step,
-            eps,
-            D,
-            V,
-            PARTS,
-            BM,
-            BN,
-            BK,
-            TAIL,
-            LOADS,
-            TMA,
-            MODE,
-        )
+            tl.program_id(0), REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, n_rows, step, eps, D, V,
+            PARTS, BM, BN, BK, TAIL, LOADS, TMA, MODE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("n_rows", "step"))
+def normalize_kernel(
+    x_ptr,
+    parts_ptr,
+    normalized_ptr,
+    n_rows,
+    step,
+    eps: tl.float32,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """What head multiplies, for a library to do it."""
+    _let_next_begin(MODE)
+    normalize_tile(
+        tl.program_id(0), REAL, x_ptr, parts_ptr, normalized_ptr, n_rows, step, eps, D, PARTS, BM,
+        BN, MODE,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.blocking import Blocking, default
+from onelaunch.engines.cuda.blocking import Blocking, default, default_fused
 from onelaunch.engines.cuda.choice import RULE, STAGED, Choice
 from onelaunch.engines.cuda.compilers import Job
 from onelaunch.engines.cuda.search import (
@@ -84,10 +84,12 @@ class Measurement:
         with the best of these. Raises RunFailed where nothing runs.
         """
         self._began = self.clock()
-        self._rule = default(self.config, self.batch * self.sequence, self.itemsize)
+        rows = self.batch * self.sequence
+        self._rule = default(self.config, rows, self.itemsize, self.limits)
+        self._fused_rule = default_fused(self.config, rows, self.itemsize, self.limits)
         self._compiled |= set(_kernels(self._rule))
         best, few_warps = self._staged(self._rule)
-        if self.fused and (fused := self._fused(self._rule, few_warps)) is not None:
+        if self.fused and (fused := self._fused(self._fused_rule, few_warps)) is not None:
             for finalist in (best, fused):  # again, one right after the other
                 self._timed(finalist)
             if self._us[fused.form] < self._us[STAGED] * (1 - TIE):
@@ -111,7 +113,7 @@ class Measurement:
         first = {kind: self._options(kind, *widths) for kind in WRITES_X}
         first["attention"] = self._options("attention", widths[0])
         # of what reads the sums of squares the rule's tiles alone, but for every width
-        jobs = [self._job("all", rule)] if self.fused else []
+        jobs = [self._job("all", self._fused_rule)] if self.fused else []
         jobs += [
             self._job(STAGED, rule | _as_wide(width), kind)
             for kind in READS_PARTS
@@ -123,7 +125,8 @@ class Measurement:
         second = {kind: self._options(kind, width) for kind in READS_PARTS}
         again = self._descend(best, second, [], _ALL_COMPILED, _ALL_TIMED)
         best |= again.blockings
-        return Candidate(STAGED, best), _of_few_warps(best, found.times | again.times)
+        times = found.times | again.times
+        return Candidate(STAGED, best), _of_few_warps(best, times, self._fused_rule)
 
     def _fused(self, rule: dict[str, Blocking], few_warps: dict[str, Blocking]) -> Candidate | None:
         """The best of fewer launches, None where they do not run."""
@@ -231,20 +234,24 @@ def _as_wide(columns: int) -> dict[str, Blocking]:
 
 
 def _of_few_warps(
-    found: Mapping[str, Blocking], times: Mapping[tuple[str, Blocking], float]
+    found: Mapping[str, Blocking],
+    times: Mapping[tuple[str, Blocking], float],
+    otherwise: Mapping[str, Blocking],
 ) -> dict[str, Blocking]:
-    """Of each kind what was found, or where that has other warps than FUSED_WARPS the fastest that
-    has so many."""
+    """Of each kind what was found, or where that has other warps than FUSED_WARPS, or is not
+    written here, the fastest that has so many, or else another one."""
     chosen = dict(found)
     for kind, blocking in found.items():
-        if blocking.warps == FUSED_WARPS:
+        if blocking.warps == FUSED_WARPS and not blocking.library:
             continue
         fitting = {
             option: us
             for (of, option), us in times.items()
             if of == kind and option.warps == FUSED_WARPS and math.isfinite(us)
+            if not option.library
             if kind not in WRITES_X or option.columns == blocking.columns
         }
-        if fitting:
-            chosen[kind] = min(fitting, key=fitting.__getitem__)
+        chosen[kind] = min(fitting, key=fitting.__getitem__) if fitting else otherwise[kind]
+    if len({chosen[kind].columns for kind in WRITES_X}) > 1:
+        chosen |= {kind: otherwise[kind] for kind in WRITES_X}
     return chosen

@@ -17,7 +17,13 @@ from onelaunch.engines.cuda.blocking import (
     padded,
 )
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import BoundForward, Call, Shape
+from onelaunch.engines.cuda.staged import (
+    BoundForward,
+    Call,
+    CallAndProduct,
+    Shape,
+    limits_of,
+)
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.plan import Launch, launches
 
@@ -55,7 +61,7 @@ class FusedForward(BoundForward):
         self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
         self._depth, self._patience = depth, patience
-        self._programs = programs or _multiprocessors(packed.embedding.device)
+        self._programs = programs or limits_of(packed.embedding.device).multiprocessors
         super().__init__(config, packed, shape, blockings)
 
     def run(self) -> None:
@@ -75,19 +81,18 @@ class FusedForward(BoundForward):
         if not status:
             return
         self.sync.zero_()
-        stage = self.tiles.plan.stages[(status - sync.GAVE_UP) >> sync.ROW_TILE_BITS]
+        stage = self.plan.stages[(status - sync.GAVE_UP) >> sync.ROW_TILE_BITS]
         row_tile = status & ((1 << sync.ROW_TILE_BITS) - 1)
         raise EngineTimeout(
             f"the forward was given up: a tile waited {self._patience / 1e9:g} s for row tile "
             f"{row_tile} of {stage.label}"
         )
 
-    def _calls(self) -> list[Call]:
+    def _calls(self) -> list[Call | CallAndProduct]:
         from onelaunch.engines.cuda import fused, sync
 
-        c, w, b, tiles = self.config, self.packed, self.buffers, self.tiles
-        plan, n = tiles.plan, b.x.shape[0]
-        row_tiles = max(len(phase.spans) for phase in tiles.phases)
+        c, w, b, plan = self.config, self.packed, self.buffers, self.plan
+        n, row_tiles = b.x.shape[0], max(rows for rows, _ in self.counts)
         most_stages = sync.GAVE_UP >> sync.ROW_TILE_BITS
         if row_tiles >> sync.ROW_TILE_BITS or len(plan.stages) >= most_stages:
             raise BadInput(
@@ -101,7 +106,7 @@ class FusedForward(BoundForward):
         self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
         constants = self._constants()
         rows = b.logits.shape[0]
-        found = []
+        found: list[Call | CallAndProduct] = []
         for launch in self.launches:
             ends = int(launch == self.launches[-1])
             given: tuple[Any, ...] = (
@@ -119,30 +124,29 @@ class FusedForward(BoundForward):
         """Records, (a place for each tile and one, words), and seed, where they are wanted."""
         from onelaunch.engines.cuda import watch
 
-        device, phases = self.buffers.x.device, self.tiles.phases
+        device, tiles = self.buffers.x.device, [rows * columns for rows, columns in self.counts]
         # the last stage can have as many as it has: nothing lies behind
-        self.most_tiles = max((phase.tiles for phase in phases[:-1]), default=0)
-        places = 1 + self.most_tiles * (len(phases) - 1) + phases[-1].tiles
+        self.most_tiles = max(tiles[:-1], default=0)
+        places = 1 + self.most_tiles * (len(tiles) - 1) + tiles[-1]
         records = torch.zeros(places, watch.RECORD, dtype=torch.int64, device=device)
         seed = torch.zeros(1, dtype=torch.int32, device=device)
         return records if self._traced else None, seed if self._delayed else None
 
     def _tiles_of(self, launch: Launch) -> int:
-        last = self.tiles.phases[launch.last - 1]
-        return last.first + last.tiles - self.tiles.phases[launch.first].first
+        return sum(rows * columns for rows, columns in self.counts[launch.first : launch.last])
 
     def _constants(self) -> dict[str, Any]:
         from onelaunch.engines.cuda import stages
 
         c = self.config
-        kinds = {stage.kind for stage in self.tiles.plan.stages}
+        kinds = {stage.kind for stage in self.plan.stages}
         constants: dict[str, Any] = {
             "LAYERS": c.n_layers, "ATTENTION": "qkv" in kinds, "FFN": "down" in kinds,
             "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
             "F": c.hidden_dim, "V": c.vocab_size, "QK_NORM": c.qk_norm, "PARTS": self.parts,
             "WIDTH": padded(c.head_dim),
             "X_BN": self.blockings["down"].columns, "EMBED_BM": self.blockings["embed"].rows,
-            "QKV_STEP": self.tiles.tilings["qkv"].columns,
+            "QKV_STEP": self._tilings["qkv"].columns,
         }  # fmt: skip
         names = {"qkv": "QKV", "out_proj": "OUT", "gate_up": "GATE_UP", "down": "DOWN"}
         for kind, name in (names | {"head": "HEAD"}).items():
@@ -164,12 +168,6 @@ class FusedForward(BoundForward):
         if self.buffers.x.device.type == "cuda":
             options["launch_cooperative_grid"] = True
         return constants | options
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _nvidia() -> bool:

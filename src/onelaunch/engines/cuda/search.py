@@ -14,12 +14,15 @@ from dataclasses import dataclass, field, replace
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import (
+    H200,
     PRODUCTS,
     Blocking,
+    Limits,
     blocks,
     default,
     inner_of,
     padded,
+    shared_bytes,
     tilings,
 )
 from onelaunch.plan.tiles import columns_of
@@ -48,18 +51,6 @@ _WRITTEN_PER_US = 200e3
 _KEYS_US = 0.5  # a step of attention through its keys
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Of a device: its multiprocessors, and the bytes of shared memory a program can have; those of
-    an H200 unless given."""
-
-    multiprocessors: int = 132
-    shared_bytes: int = 232_448
-
-
-H200 = Limits()
-
-
 def x_columns(config: ModelConfig, rows: int) -> tuple[int, ...]:
     """The widths of the tiles of x that are worth trying, the rule's first."""
     first = default(config, rows, 2)["down"].columns
@@ -78,7 +69,7 @@ def options(
 ) -> list[Blocking]:
     """A few blockings of a kind, the rule's first, the likeliest next. `x_columns` is how wide the
     tiles of x are: of a kind that writes x, all are so wide, the rule's too."""
-    rule = default(config, batch * sequence, itemsize)[kind]
+    rule = default(config, batch * sequence, itemsize, limits)[kind]
     if kind in WRITES_X:
         rule = replace(rule, columns=x_columns)
     if kind == "embed":
@@ -88,6 +79,10 @@ def options(
     else:
         ranked = _products(config, batch * sequence, itemsize, kind, x_columns, limits)
     found = [rule]
+    if kind == "head":
+        found.append(Blocking(128, 128, library=True))
+    if kind in PRODUCTS and rule.loads and limits.tma:
+        found.append(replace(rule, tma=not rule.tma, programs=0))
     if kind in ("out_proj", "down") and batch * sequence < REHEARSED_ROWS:
         likely = (rule, *_best(ranked, 2))
         found += [replace(o, rehearsed=not o.rehearsed) for o in likely if o.loads]
@@ -106,22 +101,14 @@ def fits(
     if kind == "embed":
         return True
     if kind == "attention":
-        width = padded(config.head_dim)
-        shared = (b.rows + 2 * b.columns * b.loads) * width
-        few_enough = max(accumulators, b.rows * width / threads) <= _SCORES
+        few_enough = max(accumulators, b.rows * padded(config.head_dim) / threads) <= _SCORES
     else:
-        inner = b.inner * b.loads or sum(blocks(inner_of(config, kind), b))
-        shared = (b.rows + b.columns) * inner
         few_enough = accumulators <= _ACCUMULATORS[1]
         if not b.loads:
-            weights = b.columns * inner
+            weights = b.columns * sum(blocks(inner_of(config, kind), b))
             few_enough &= weights <= _EARLY_TILE and weights / threads <= _EARLY_WEIGHTS
-    return few_enough and accumulators >= _ACCUMULATORS[0] and shared * itemsize <= _room(limits)
-
-
-def _room(limits: Limits) -> int:
-    """Bytes for the tiles themselves: sums over the warps of a program take a few."""
-    return limits.shared_bytes - 4096
+    shared = shared_bytes(config, kind, b, itemsize)
+    return few_enough and accumulators >= _ACCUMULATORS[0] and shared <= limits.room
 
 
 def _best(ranked: Sequence[tuple[float, Blocking]], most: int) -> list[Blocking]:
@@ -153,7 +140,7 @@ def _products(
         )
         variants = [
             variant
-            for variant in _variants(tile_rows, columns, inner, rows)
+            for variant in _variants(tile_rows, columns, inner, rows, kind == "head", limits.tma)
             if fits(config, kind, variant, itemsize, limits)
         ]
         ranked += [(guess * (1 + _PIPELINE_STEP * i), v) for i, v in enumerate(variants)]
@@ -176,7 +163,9 @@ def _tiles(config: ModelConfig, rows: int, kind: str, x_columns: int) -> Iterato
                     yield tile_rows, columns
 
 
-def _variants(rows: int, columns: int, inner: int, all_rows: int) -> Iterator[Blocking]:
+def _variants(
+    rows: int, columns: int, inner: int, all_rows: int, head: bool, tma: bool
+) -> Iterator[Blocking]:
     """Ways through the inner dimension and numbers of warps, the likeliest first."""
     likely, other = (4, 8) if rows * columns <= 64 * 128 else (8, 4)
     if all_rows < REHEARSED_ROWS:
@@ -184,12 +173,13 @@ def _variants(rows: int, columns: int, inner: int, all_rows: int) -> Iterator[Bl
     whole = [p for p in _PIPELINES if p[1] <= -(-inner // p[0])]
     # blocks that the inner dimension is a multiple of need no masks
     whole.sort(key=lambda pipeline: inner % pipeline[0] != 0)
-    for width, loads in whole[:2]:
-        yield Blocking(rows, columns, width, loads, likely)
-    if whole:
-        yield Blocking(rows, columns, *whole[0], other)
-    for width, loads in whole[2:]:
-        yield Blocking(rows, columns, width, loads, likely)
+    ways = [(*way, likely) for way in whole]
+    ways[2:2] = [(*way, other) for way in whole[:1]]
+    for way in ways:
+        blocking = Blocking(rows, columns, *way, tma=tma)
+        if head and tma and rows * columns >= 128 * 128:
+            blocking = replace(blocking, programs=1 if blocking.warps == 8 else 2)
+        yield blocking
 
 
 def _attention(
@@ -208,14 +198,16 @@ def _attention(
             step = _KEYS_US + 4 * rows * keys * width / _OPERATIONS_PER_US
             longest, mean = _TILE_US + steps * step, _TILE_US + (steps + 1) / 2 * step
             guess = max(longest, tiles / limits.multiprocessors * mean)
+            chunks = [c for c in (256, 512) if max(rows, keys) <= c < sequence and rows >= 64]
             variants = [
                 option
+                for chunk in (*chunks, 0)
                 for loads in (2, 3, 1)
                 for warps in (4, 8)
                 if fits(
                     config,
                     "attention",
-                    option := Blocking(rows, keys, loads=loads, warps=warps),
+                    option := Blocking(rows, keys, loads=loads, warps=warps, chunk=chunk),
                     itemsize,
                     limits,
                 )

@@ -5,15 +5,24 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.blocking import Blocking, blocks, default, inner_of, padded, tilings
+from onelaunch.engines.cuda.blocking import (
+    Blocking,
+    Limits,
+    blocks,
+    default,
+    inner_of,
+    padded,
+    tilings,
+)
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.plan import Part, Stage, TilePlan, make_plan, make_tiles, part_of
+from onelaunch.plan import Part, Plan, Stage, TilePlan, counts, make_plan, make_tiles, part_of
 
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A kernel, its arguments, its constants."""
@@ -49,6 +58,24 @@ class Call:
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
         return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+
+
+@dataclass(frozen=True)
+class CallAndProduct:
+    """A kernel, and then the library's product of two matrices."""
+
+    call: Call
+    left: Tensor
+    right: Tensor
+    to: Tensor
+
+    def __call__(self) -> None:
+        self.call()
+        torch.mm(self.left, self.right, out=self.to)
+
+    def compile(self) -> Any:
+        """The compiled kernel; nothing is launched."""
+        return self.call.compile()
 
 
 class StagedForward:
@@ -119,10 +146,12 @@ class BoundForward:
         batch, sequence = shape.batch, shape.sequence
         rows, dtype, device = batch * sequence, packed.embedding.dtype, packed.embedding.device
         self.config, self.packed = config, packed
-        self.blockings = self._default(config, rows, dtype.itemsize) | dict(blockings)
+        rule = self._default(config, rows, dtype.itemsize, limits_of(device))
+        self.blockings = rule | dict(blockings)
         plan = make_plan(config, batch, sequence, all_positions=shape.all_positions)
-        part = part_of(plan, shape.part)
-        self.tiles: TilePlan = make_tiles(part, tilings(config, self.blockings))
+        self.plan: Plan = part_of(plan, shape.part)
+        self._tilings = tilings(config, self.blockings)
+        self.counts = [counts(self.plan, s, self._tilings[s.kind]) for s in self.plan.stages]
         columns = self.blockings["down"].columns
         assert columns == self.blockings["out_proj"].columns == self.blockings["embed"].columns
         self.parts = -(-config.dim // columns)
@@ -137,13 +166,18 @@ class BoundForward:
             empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
             empty(rows, config.q_dim),
             empty(rows, config.hidden_dim),
-            empty(*plan.buffer("logits").shape, dtype=shape.logits_dtype).flatten(0, 1),
+            empty(*self.plan.buffer("logits").shape, dtype=shape.logits_dtype).flatten(0, 1),
         )
         self._place_for_chunks()
         self.calls = self._calls()
 
-    def _calls(self) -> list[Call]:
-        return [self._call(number) for number in range(len(self.tiles.plan.stages))]
+    @cached_property
+    def tiles(self) -> TilePlan:
+        """The tiles and what each waits for: seconds for some hundred thousand positions."""
+        return make_tiles(self.plan, self._tilings)
+
+    def _calls(self) -> list[Call | CallAndProduct]:
+        return [self._call(number) for number in range(len(self.plan.stages))]
 
     def run(self) -> None:
         """Launch it on the current stream."""
@@ -166,11 +200,11 @@ class BoundForward:
             self.run()
         return graph
 
-    def _call(self, number: int) -> Call:
+    def _call(self, number: int) -> Call | CallAndProduct:
         from onelaunch.engines.cuda import stages
         from onelaunch.operators.handles import dependent_launch
 
-        stage = self.tiles.plan.stages[number]
+        stage, (row_tiles, column_tiles) = self.plan.stages[number], self.counts[number]
         device = self.buffers.x.device
         mode = stages.DEPENDENT if dependent_launch(device) else stages.AFTER
         make = {
@@ -178,18 +212,26 @@ class BoundForward:
             "out_proj": self._add_product, "gate_up": self._gate_up, "down": self._add_product,
             "head": self._head,
         }  # fmt: skip
+        pdl = {"launch_pdl": True} if mode == stages.DEPENDENT else {}
+        blocking = self.blockings[stage.kind]
+        if stage.kind == "head" and blocking.library and self._library_multiplies():
+            return self._head_by_library({"MODE": mode.value} | pdl)
         kernel, given, constants = make[stage.kind](stage)
-        if stage.kind != "embed":
-            later = self._weights_of(number + 2) if device.type == "cuda" else None
-            given += (None, 0) if later is None else (later, later.nbytes)
-            constants["FETCH"] = later is not None
-        options = constants | {"MODE": mode.value, "num_warps": self.blockings[stage.kind].warps}
-        if mode == stages.DEPENDENT:
-            options["launch_pdl"] = True
-        programs = self.tiles.phases[number].tiles
+        programs = row_tiles * column_tiles
         if stage.kind == "attention":
             programs *= self._chunks
+        elif stage.kind == "head" and constants["PERSISTENT"]:
+            programs = min(programs, blocking.programs * limits_of(device).multiprocessors)
+        if stage.kind not in ("embed", "head"):
+            later = self._weights_of(number + 2)
+            given += (self.buffers.x, 0) if later is None else (later, later.nbytes // 16 * 16)
+            constants["FETCH"] = device.type == "cuda" and limits_of(device).tma
+        options = constants | {"MODE": mode.value, "num_warps": blocking.warps} | pdl
         return Call(kernel, programs, given, options)
+
+    def _library_multiplies(self) -> bool:
+        """Whether the library's product gives logits of the dtype that is wanted."""
+        return self.buffers.logits.dtype == self.buffers.x.dtype
 
     def _embed(self, stage: Stage) -> Made:
         from onelaunch.engines.cuda.kernels import embed_kernel
@@ -206,17 +248,17 @@ class BoundForward:
         norms = None if w.norms is None else w.norms[stage.layer]
         given = (
             x, b.parts, weight, norms, w.cos, w.sin, b.qkv, passes, b.x.shape[0],
-            self.tiles.plan.sequence, c.norm_eps,
+            self.plan.sequence, c.norm_eps,
         )  # fmt: skip
         constants |= {"D": c.dim, "QK_NORM": c.qk_norm, "PARTS": self.parts} | _heads(c)
-        return qkv_kernel, given, constants | {"STEP": self.tiles.tilings["qkv"].columns}
+        return qkv_kernel, given, constants | {"STEP": self._tilings["qkv"].columns}
 
     def _attention(self, stage: Stage) -> Made:
         from onelaunch.engines.cuda.kernels import attention_kernel
 
         c, b, blocking = self.config, self.buffers, self.blockings[stage.kind]
         given = (
-            b.qkv, b.mixed, self._chunk_parts, self._arrived, self.tiles.plan.sequence,
+            b.qkv, b.mixed, self._chunk_parts, self._arrived, self.plan.sequence,
             c.head_dim**-0.5,
         )  # fmt: skip
         constants = _heads(c) | _size(blocking) | {"LOADS": blocking.loads}
@@ -247,9 +289,26 @@ class BoundForward:
 
         c, w, b = self.config, self.packed, self.buffers
         rows = b.logits.shape[0]
-        x, weight, passes, constants = self._product(stage, b.x, w.head)
-        given = x, b.parts, weight, b.logits, passes, rows, b.x.shape[0] // rows, c.norm_eps
-        return head_kernel, given, constants | {"D": c.dim, "V": c.vocab_size, "PARTS": self.parts}
+        x, weight, _, constants = self._product(stage, b.x, w.head)
+        given = x, b.parts, weight, b.logits, rows, b.x.shape[0] // rows, c.norm_eps
+        constants |= {"D": c.dim, "V": c.vocab_size, "PARTS": self.parts}
+        # of one pipeline a tile's way out has shared memory of its own: too much in float32
+        narrow = b.logits.element_size() <= b.x.element_size()
+        persistent = self.blockings["head"].programs > 0 and constants["TMA"] and narrow
+        return head_kernel, given, constants | {"PERSISTENT": persistent}
+
+    def _head_by_library(self, options: dict[str, Any]) -> CallAndProduct:
+        from onelaunch.engines.cuda.kernels import normalize_kernel
+
+        c, b = self.config, self.buffers
+        rows = b.logits.shape[0]
+        normalized = torch.empty(rows, c.dim, dtype=b.x.dtype, device=b.x.device)
+        given = b.x, b.parts, normalized, rows, b.x.shape[0] // rows, c.norm_eps
+        size = {"BM": 16, "BN": min(128, padded(c.dim))}
+        programs = -(-rows // size["BM"]) * -(-c.dim // size["BN"])
+        constants = {"D": c.dim, "PARTS": self.parts, "num_warps": 4} | size
+        call = Call(normalize_kernel, programs, given, constants | options)
+        return CallAndProduct(call, normalized, self.packed.head.T, b.logits)
 
     def _product(
         self, stage: Stage, rows: Tensor, weights: Tensor
@@ -262,7 +321,7 @@ class BoundForward:
         row_bytes = weight.shape[-1] * weight.element_size()
         every_row = stage.kind != "head" or self.buffers.logits.shape[0] == rows.shape[0]
         fits = blocking.loads > 0 and row_bytes % 16 == 0 and every_row
-        tma = blocking.tma and fits and _has_tma(rows.device)
+        tma = blocking.tma and fits and limits_of(rows.device).tma
         sides = (rows, weight)
         if tma:
             sides = (
@@ -273,7 +332,7 @@ class BoundForward:
 
     def _weights_of(self, number: int) -> Tensor | None:
         """The weights of a stage, where it has any and half of the second cache holds them."""
-        plan, w = self.tiles.plan, self.packed
+        plan, w = self.plan, self.packed
         if number >= len(plan.stages):
             return None
         stage = plan.stages[number]
@@ -284,14 +343,14 @@ class BoundForward:
             weight = w.head
         else:
             return None
-        if not _has_tma(weight.device):
+        if weight.device.type != "cuda":
             return None
         cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
-        return weight if 2 * weight.nbytes <= cache else None
+        return weight if 2 * weight.nbytes <= cache and weight.data_ptr() % 16 == 0 else None
 
     def _place_for_chunks(self) -> None:
         """Where attention's chunks leave their parts and count themselves, for all layers."""
-        blocking, plan, x = self.blockings["attention"], self.tiles.plan, self.buffers.x
+        blocking, plan, x = self.blockings["attention"], self.plan, self.buffers.x
         self._chunks = -(-plan.sequence // blocking.chunk) if blocking.chunk else 1
         self._chunk_parts: Tensor | None = None
         self._arrived: Tensor | None = None
@@ -318,10 +377,16 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
-def _has_tma(device: torch.device) -> bool:
-    if device.type != "cuda":  # the interpreter, which knows descriptors
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+@cache
+def limits_of(device: torch.device) -> Limits:
+    """A GPU's; where there is none, one multiprocessor of the usual kind."""
+    if device.type != "cuda":
+        return Limits(1)
+    properties = torch.cuda.get_device_properties(device)
+    # the device's own limit, which PyTorch does not name everywhere: a block's usual 48 KiB
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
+    tma = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Limits(properties.multi_processor_count, shared, tma)
 
 
 def share_first_cache(compiled: Any) -> None:

@@ -582,12 +582,41 @@ def head_tile(
     of = rows * step + step - 1
     early = _early(w_ptr, columns, in_columns, D, V, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
-    rstd = _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)
     total = _product(
         x_ptr, w_ptr, early, row, of, in_rows, column, columns, in_columns, D, V, BM, BN, BK, TAIL,
         LOADS, TMA,
     )  # fmt: skip
-    total *= rstd[:, None]
+    # behind the product, or a loop of tiles is no single pipeline
+    total *= _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)[:, None]
     to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, total.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalize_tile(
+    tile,
+    wait,
+    x_ptr,
+    parts_ptr,
+    normalized_ptr,
+    n_rows,
+    step,
+    eps,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """normalized: (n_rows, D), the rows step - 1, 2 step - 1, ... of x over their rms."""
+    row, column = _corner(tile, D, BM, BN)
+    rows, columns, in_rows, in_columns = _place(row, column, n_rows, D, BM, BN)
+    of = rows * step + step - 1
+    _ready(wait, MODE)
+    rstd = _rstd(parts_ptr, n_rows * step, of, in_rows, eps, D, PARTS)
+    mask = in_rows[:, None] & in_columns[None, :]
+    at = x_ptr + of.to(tl.int64)[:, None] * D + columns[None, :]
+    x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    to = normalized_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(to, (x * rstd[:, None]).to(normalized_ptr.dtype.element_ty), mask=mask)

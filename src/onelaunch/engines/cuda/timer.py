@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from functools import cache
 
@@ -12,12 +11,11 @@ import torch
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.choice import STAGED, Choice, Facts, bucket, facts_of, keep
-from onelaunch.engines.cuda.compilers import Compilers, Job, Subject, how_many
+from onelaunch.engines.cuda.compilers import Compilers, Subject, how_many
 from onelaunch.engines.cuda.measure import SECONDS, Candidate, Measurement
-from onelaunch.engines.cuda.one_launch import FusedForward
+from onelaunch.engines.cuda.one_launch import PATIENCE, FusedForward
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.search import KINDS, Limits
-from onelaunch.engines.cuda.staged import BoundForward, Shape, share_first_cache
+from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of, share_first_cache
 from onelaunch.engines.cuda.turns import turns_of
 from onelaunch.errors import RunFailed
 
@@ -25,7 +23,7 @@ SLICE_US = 5000.0
 """What one sample takes, and so about how long a caller waits for a measurement."""
 SAMPLES = 5
 HOPELESS = 1.25  # of the least time so far: one sample is enough then
-PATIENCE = 50_000_000  # nanoseconds: nothing is measured that waits so long
+LITTLE_PATIENCE = 50_000_000  # nanoseconds: nothing is measured that waits so long
 
 
 def bind(
@@ -33,23 +31,14 @@ def bind(
     packed: PackedModel,
     shape: Shape,
     choice: Choice | Candidate,
-    patience: int | None = None,
+    patience: int = PATIENCE,
 ) -> BoundForward:
     """The forward of a choice, or of a candidate."""
     if choice.form == STAGED:
         return BoundForward(config, packed, shape, choice.blockings)
-    waits = {} if patience is None else {"patience": patience}
     return FusedForward(
-        config, packed, shape, choice.blockings, choice.form, choice.programs, **waits
+        config, packed, shape, choice.blockings, choice.form, choice.programs, patience
     )
-
-
-@cache
-def limits_of(device: torch.device) -> Limits:
-    properties = torch.cuda.get_device_properties(device)
-    # by the device's own limit, which PyTorch does not name everywhere: a block's usual 48 KiB
-    shared = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
-    return Limits(properties.multi_processor_count, shared)
 
 
 @cache
@@ -83,8 +72,8 @@ def choose(
     seconds: float = SECONDS,
 ) -> Choice:
     """Measure the forms of a shape, logits of every position in the model's dtype, at the size that
-    its choice is for, and keep the answer. Kernels of the shape itself are compiled too, where they
-    differ. Raises RunFailed where nothing runs or it is cancelled."""
+    its choice is for, and keep the answer. Raises RunFailed where nothing runs or it is
+    cancelled."""
     device, dtype = packed.embedding.device, packed.embedding.dtype
     of_batch, of_sequence = bucket(config, batch, sequence)
     subject = Subject(config, str(dtype).removeprefix("torch."), device.index)
@@ -103,22 +92,12 @@ def choose(
             limits=limits_of(device),
             seconds=seconds,
         ).run()
-        if (batch, sequence) != (of_batch, of_sequence):
-            jobs = _jobs(choice, batch, sequence)
-            compilers.compile(jobs, time.monotonic() + seconds)
     finally:
         compilers.close()
     if cancelled():
         raise RunFailed("cancelled")
     keep(store, facts(config, packed, batch, sequence), choice)
     return choice
-
-
-def _jobs(choice: Choice, batch: int, sequence: int) -> list[Job]:
-    """All kernels of a choice, for another shape than it was measured with."""
-    if choice.form != STAGED:
-        return [Job(batch, sequence, "all", dict(choice.blockings))]
-    return [Job(batch, sequence, STAGED, dict(choice.blockings), kind) for kind in KINDS]
 
 
 class Timer:
@@ -150,7 +129,7 @@ class Timer:
         return us
 
     def _median(self, candidate: Candidate) -> float:
-        bound = bind(self._config, self._packed, self._shape, candidate, PATIENCE)
+        bound = bind(self._config, self._packed, self._shape, candidate, LITTLE_PATIENCE)
         bound.buffers.tokens.random_(0, self._config.vocab_size)
         for call in bound.calls:
             with self._turns.turn():  # each may have to be loaded

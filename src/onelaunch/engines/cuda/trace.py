@@ -16,7 +16,6 @@ from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.staged import Shape
 from onelaunch.engines.cuda.timeline import Span, Timeline, perfetto
 from onelaunch.errors import BadInput, RunFailed
-from onelaunch.plan.tiles import Tile
 
 WARM = 20  # replays before the one whose times are kept
 
@@ -56,7 +55,7 @@ def timeline_of(forward: FusedForward) -> Timeline:
     for number, phase in enumerate(tiles.phases[: of[-1].last]):
         launch = next(i for i, launch in enumerate(of) if launch.first <= number < launch.last)
         for within in range(phase.tiles):
-            tile = Tile(number, *divmod(within, phase.column_tiles))
+            tile = tiles.tile(phase.first + within)
             began, ready, ended, where = records[1 + number * forward.most_tiles + within]
             if not 0 < began <= ready <= ended:
                 raise RunFailed(
