@@ -94,16 +94,19 @@ def test_narrow_logits_are_as_exact_as_pytorchs(config, dtype):
         assert all(torch.equal(each, results[0]) for each in results)
 
 
-@pytest.mark.parametrize("depth", ["half", "1", 2, "all"])
-def test_a_depth_by_hand_has_the_same_bits(depth):
+@pytest.mark.parametrize("depth", ["half", "1", 2])
+def test_depths_by_hand_have_the_same_bits(depth):
     weights = weights_of(LONGER)
-    staged = CudaEngine(LONGER, weights, "cuda", fusion_depth="stage")
-    fused = CudaEngine(LONGER, weights, "cuda", fusion_depth=depth)
+    whole = CudaEngine(LONGER, weights, "cuda", fusion_depth="all")
+    parted = CudaEngine(LONGER, weights, "cuda", fusion_depth=depth)
     for seed in range(3):
         for size in ((1, 200), (3, 17)):
             tokens = tokens_of(LONGER, *size, seed)
-            assert torch.equal(fused.logits(tokens), staged.logits(tokens))
-    assert fused.describe()["forms"]["1x200"] == {"form": str(depth)}
+            exact, allowed = allowed_error(LONGER, weights, tokens, torch.bfloat16)
+            logits = parted.logits(tokens)
+            assert relative_error(logits, exact) <= allowed
+            assert torch.equal(whole.logits(tokens), logits)
+    assert parted.describe()["forms"]["1x200"] == {"form": str(depth)}
 
 
 def test_the_background_choice_ends_and_answers_as_well(store):

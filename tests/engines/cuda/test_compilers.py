@@ -95,14 +95,6 @@ def test_what_is_not_done_in_time_is_given_up(pool):
     assert why[1] in (NOT_IN_TIME, "the compiler ended")
 
 
-def test_it_can_be_cancelled(pool):
-    began = time.monotonic()
-    children = pool(2, cancelled=lambda: time.monotonic() > began + 0.5)
-    why = children.compile(jobs("sleep", "sleep"), soon())
-    assert time.monotonic() - began < 10
-    assert None not in why
-
-
 def test_children_end_with_their_parent():
     program = (
         "import os, sys, time;"

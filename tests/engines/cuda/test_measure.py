@@ -8,7 +8,7 @@ import pytest
 
 from onelaunch.config import preset
 from onelaunch.engines.cuda.blocking import default, default_fused
-from onelaunch.engines.cuda.choice import _choice, asdict
+from onelaunch.engines.cuda.choice import asdict, read_choice
 from onelaunch.engines.cuda.measure import Candidate, Measurement
 from onelaunch.engines.cuda.search import H200, WRITES_X
 from onelaunch.errors import RunFailed
@@ -51,7 +51,7 @@ class Device:
         )
         choice = measurement.run()
         assert choice.tried == len(self.timed)
-        _choice(asdict(choice), CONFIG.n_layers)  # it can be read again
+        read_choice(asdict(choice), CONFIG.n_layers)  # it can be read again
         return choice
 
 

@@ -14,7 +14,6 @@ from onelaunch.config import preset
 from onelaunch.engines.cuda import timer
 from onelaunch.engines.cuda.choice import find
 from onelaunch.engines.cuda.search import Limits
-from onelaunch.errors import RunFailed
 
 CONFIG = preset("stories15m")
 PACKED = SimpleNamespace(
@@ -26,7 +25,7 @@ DEVICE = {"device": "made up", "multiprocessors": 4, "torch": "2", "triton": "3"
 class Children:
     made = None
 
-    def __init__(self, subject, count, cancelled):
+    def __init__(self, subject, count):
         self.subject, self.count = subject, count
         self.jobs, self.closed = [], False
         Children.made = self
@@ -81,18 +80,10 @@ def test_of_one_launch_the_one(store, monkeypatch):
     assert {(job.batch, job.sequence) for jobs in Children.made.jobs for job in jobs} == {(1, 128)}
 
 
-def test_what_is_cancelled_is_not_kept(store):
-    with pytest.raises(RunFailed, match="cancelled"):
-        choose(store, 1, 256, cancelled=lambda: True)
-    assert Children.made.closed
-    assert store.entries() == []
-
-
 def test_a_timer_says_inf_for_what_does_not_run(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    cancelled = [False]
-    timed = timer.Timer(CONFIG, PACKED, None, lambda: cancelled[0])
+    timed = timer.Timer(CONFIG, PACKED, None)
     monkeypatch.setattr(timed, "_median", lambda candidate: candidate)
     assert timed(3.0) == 3.0
     assert timed._least == 3.0
@@ -102,6 +93,3 @@ def test_a_timer_says_inf_for_what_does_not_run(monkeypatch):
 
     monkeypatch.setattr(timed, "_median", fails)
     assert timed(3.0) == float("inf")
-    cancelled[0] = True
-    with pytest.raises(RunFailed):
-        timed(3.0)

@@ -150,12 +150,12 @@ def _parse(text: bytes) -> tuple[Facts, Choice] | None:
         of = [type(facts[name]) for name in (*_SHAPE, "dtype", "batch", "sequence", "device")]
         if of != [int] * (len(_SHAPE) - 1) + [bool, str, int, int, str]:
             return None
-        return facts, _choice(choice, facts["n_layers"])
+        return facts, read_choice(choice, facts["n_layers"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
-def _choice(data: Any, n_layers: int) -> Choice:
+def read_choice(data: Any, n_layers: int) -> Choice:
     """Raises ValueError, TypeError or KeyError for what is none."""
     if set(data) != {field.name for field in fields(Choice)}:
         raise ValueError("fields")

@@ -64,17 +64,15 @@ def how_many(config: ModelConfig, rows: int, itemsize: int, free_bytes: int) -> 
 
 
 class Compilers:
-    """Children at work, until `close`. `cancelled` is asked again and again while they are."""
+    """Children at work, until `close`."""
 
     def __init__(
         self,
         subject: Subject,
         count: int,
-        cancelled: Callable[[], bool] = lambda: False,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        self._subject, self._count, self._cancelled = subject, count, cancelled
-        self._command = command
+        self._subject, self._count, self._command = subject, count, command
         self._children: list[_Child] = []
 
     def compile(self, jobs: Sequence[Job], deadline: float) -> list[str | None]:
@@ -93,7 +91,7 @@ class Compilers:
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            if self._children and (time.monotonic() >= deadline or self._cancelled()):
+            if self._children and time.monotonic() >= deadline:
                 self.close()
             time.sleep(LOOK_SECONDS)
         return answers

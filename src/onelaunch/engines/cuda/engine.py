@@ -19,10 +19,11 @@ from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
 from onelaunch.engines.cuda.chooser import Chooser, Find
+from onelaunch.engines.cuda.measuring import choose
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.engines.cuda.staged import BoundForward, Shape
-from onelaunch.engines.cuda.timer import bind, choose, facts
+from onelaunch.engines.cuda.timer import bind, facts
 from onelaunch.engines.cuda.turns import turns_of
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
@@ -199,7 +200,8 @@ class CudaEngine:
             if kept is None:
                 shape = batch, sequence
                 self._chooser.ask(
-                    name, _finding(self.config, packed, shape, name, self._store, self._say)
+                    name,
+                    _finding(self.config, packed, shape, name, self._store, self._say, self._used),
                 )
                 return None
             self._choices[name] = kept
@@ -280,12 +282,13 @@ def _finding(
     name: str,
     store: Store,
     say: Callable[[str], None],
+    used: torch.cuda.Event | None,
 ) -> Find[Choice]:
     """How a choice is found and told of, without a hold on the engine."""
 
     def finding(cancelled: Callable[[], bool]) -> Choice:
         tell(say, f"measuring forms and tiles for {name} tokens in the background, once")
-        choice = choose(config, packed, *shape, store, cancelled)
+        choice = choose(config, packed, *shape, store, cancelled, used)
         tell(say, told(name, choice, store))
         return choice
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -15,10 +16,9 @@ from onelaunch.engines.cuda.compilers import Compilers, Subject, how_many
 from onelaunch.engines.cuda.measure import SECONDS, Candidate, Measurement
 from onelaunch.engines.cuda.one_launch import PATIENCE, FusedForward
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of, share_first_cache
-from onelaunch.engines.cuda.turns import turns_of
-from onelaunch.errors import RunFailed
+from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of
 
+Turn = Callable[[], AbstractContextManager[None]]
 SLICE_US = 5000.0
 """What one sample takes, and so about how long a caller waits for a measurement."""
 SAMPLES = 5
@@ -68,21 +68,35 @@ def choose(
     batch: int,
     sequence: int,
     store: Store,
-    cancelled: Callable[[], bool] = lambda: False,
     seconds: float = SECONDS,
 ) -> Choice:
-    """Measure the forms of a shape, logits of every position in the model's dtype, at the size that
-    its choice is for, and keep the answer. Raises RunFailed where nothing runs or it is
-    cancelled."""
+    """Measure the forms of a shape in this process, where nobody else uses the device meanwhile,
+    and keep the answer. Raises RunFailed where nothing runs."""
+    choice = measured(config, packed, batch, sequence, seconds=seconds)
+    keep(store, facts(config, packed, batch, sequence), choice)
+    return choice
+
+
+def measured(
+    config: ModelConfig,
+    packed: PackedModel,
+    batch: int,
+    sequence: int,
+    turn: Turn = nullcontext,
+    seconds: float = SECONDS,
+) -> Choice:
+    """The fastest form of a shape, logits of every position in the model's dtype, at the size that
+    its choice is for. Whatever is timed is timed in a `turn`. Raises RunFailed where nothing
+    runs."""
     device, dtype = packed.embedding.device, packed.embedding.dtype
     of_batch, of_sequence = bucket(config, batch, sequence)
     subject = Subject(config, str(dtype).removeprefix("torch."), device.index)
     free, _ = torch.cuda.mem_get_info(device)
     count = how_many(config, of_batch * of_sequence, dtype.itemsize, free)
-    compilers = Compilers(subject, count, cancelled)
-    timer = Timer(config, packed, Shape(of_batch, of_sequence, True, dtype), cancelled)
+    compilers = Compilers(subject, count)
+    timer = Timer(config, packed, Shape(of_batch, of_sequence, True, dtype), turn)
     try:
-        choice = Measurement(
+        return Measurement(
             config,
             of_batch,
             of_sequence,
@@ -94,32 +108,25 @@ def choose(
         ).run()
     finally:
         compilers.close()
-    if cancelled():
-        raise RunFailed("cancelled")
-    keep(store, facts(config, packed, batch, sequence), choice)
-    return choice
 
 
 class Timer:
     """Microseconds of a candidate: the median of some samples, each of graph replays back to back
-    in a turn of its own; inf for one that does not run. Raises RunFailed when it is cancelled."""
+    in a turn of its own; inf for one that does not run."""
 
     def __init__(
         self,
         config: ModelConfig,
         packed: PackedModel,
         shape: Shape,
-        cancelled: Callable[[], bool] = lambda: False,
+        turn: Turn = nullcontext,
     ) -> None:
         self._config, self._packed, self._shape = config, packed, shape
-        self._cancelled = cancelled
+        self._turn = turn
         self._device = packed.embedding.device
-        self._turns = turns_of(self._device)
         self._least = math.inf
 
     def __call__(self, candidate: Candidate) -> float:
-        if self._cancelled():
-            raise RunFailed("cancelled")
         try:
             with torch.cuda.device(self._device):
                 us = self._median(candidate)
@@ -131,15 +138,11 @@ class Timer:
     def _median(self, candidate: Candidate) -> float:
         bound = bind(self._config, self._packed, self._shape, candidate, LITTLE_PATIENCE)
         bound.buffers.tokens.random_(0, self._config.vocab_size)
-        for call in bound.calls:
-            with self._turns.turn():  # each may have to be loaded
-                share_first_cache(call.compile())
-        with self._turns.turn():
-            graph = bound.captured()
+        graph = bound.captured()
         self._sample(graph, 1)  # the first brings the graph to the device
         n = max(1, int(SLICE_US / self._sample(graph, 1)))
         samples: list[float] = []
-        while len(samples) < SAMPLES and not self._cancelled():
+        while len(samples) < SAMPLES:
             samples.append(self._sample(graph, n))
             if samples[0] > HOPELESS * self._least:
                 break
@@ -148,7 +151,7 @@ class Timer:
 
     def _sample(self, graph: torch.cuda.CUDAGraph, n: int) -> float:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with self._turns.turn():
+        with self._turn():
             torch.cuda.synchronize(self._device)
             first.record()
             for _ in range(n):

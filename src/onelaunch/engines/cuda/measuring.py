@@ -1,0 +1,233 @@
+"""Forms measured in a process of their own, while the engine answers.
+
+A candidate that breaks the device's context breaks nothing here, and no graph is captured here
+behind a caller's back: while one is, in whichever thread, nobody can wait for the device.
+
+Run as `python -m onelaunch.engines.cuda.measuring`: a line of JSON says what is to be measured. The
+child asks for the device by a line, TURN, goes on at GO, and says OVER some milliseconds later; its
+last line is what it has found, or what failed, as JSON. It ends where its input ends, so with its
+parent too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.compilation.background import in_a_line
+from onelaunch.compilation.cache import Store
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.choice import Choice, keep, read_choice
+from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.engines.cuda.timer import facts, measured
+from onelaunch.engines.cuda.turns import turns_of
+from onelaunch.errors import RunFailed
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+COMMAND = (sys.executable, "-m", "onelaunch.engines.cuda.measuring")
+TURN, GO, OVER = "turn", "go", "over"
+LOOK_SECONDS = 0.1
+LONGEST_TURN = 10.0  # seconds; a child that takes longer hangs
+DEVIATION = 0.02
+
+
+def choose(
+    config: ModelConfig,
+    packed: PackedModel,
+    batch: int,
+    sequence: int,
+    store: Store,
+    cancelled: Callable[[], bool] = lambda: False,
+    used: torch.cuda.Event | None = None,
+    command: Sequence[str] = COMMAND,
+) -> Choice:
+    """As timer.choose, with random weights in a process of its own, in turns with whoever uses the
+    device here; `used` is recorded at the end of each of their turns. Raises RunFailed where
+    nothing runs, the process fails, or it is cancelled."""
+    device = packed.embedding.device
+    subject = {
+        "config": config.to_dict(),
+        "dtype": str(packed.embedding.dtype).removeprefix("torch."),
+        "device": device.index or 0,
+        "batch": batch,
+        "sequence": sequence,
+    }
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        data = _converse(child, json.dumps(subject), turns_of(device).turn, cancelled, used)
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            with suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+    try:
+        if "failed" in data:
+            raise RunFailed(str(data["failed"]))
+        choice = read_choice(data, config.n_layers)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunFailed(f"what was measured is no choice: {error}") from error
+    keep(store, facts(config, packed, batch, sequence), choice)
+    return choice
+
+
+def _converse(
+    child: subprocess.Popen[bytes],
+    subject: str,
+    turn: Callable[[], AbstractContextManager[None]],
+    cancelled: Callable[[], bool],
+    used: torch.cuda.Event | None,
+) -> dict[str, Any]:
+    """Give turns until the answer comes."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
+    began = math.inf  # when the child got its turn
+    with ExitStack() as held:
+        _tell(child.stdin, subject)
+        while True:
+            if cancelled():
+                raise RunFailed("cancelled")
+            if time.monotonic() - began > LONGEST_TURN:
+                raise RunFailed("the measuring process hangs")
+            try:
+                line = lines.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                continue
+            if line == TURN:
+                held.enter_context(turn())
+                if used is not None:
+                    used.synchronize()
+                began = time.monotonic()
+                _tell(child.stdin, GO)
+            elif line == OVER:
+                held.close()
+                began = math.inf
+            else:
+                return _answer(line)
+
+
+def _answer(line: str) -> dict[str, Any]:
+    if not line:
+        raise RunFailed("the measuring process ended")
+    try:
+        data = json.loads(line)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise RunFailed("the measuring process said what is no answer")
+    return data
+
+
+def _read(pipe: IO[bytes], lines: queue.Queue[str]) -> None:
+    """Lines as they come, and an empty one at the end."""
+    with suppress(OSError, ValueError):
+        for line in pipe:
+            lines.put(line.decode("ascii", "replace").strip())
+    lines.put("")
+
+
+def _tell(pipe: IO[bytes], line: str) -> None:
+    try:
+        pipe.write(line.encode("ascii") + b"\n")
+        pipe.flush()
+    except OSError as error:
+        raise RunFailed("the measuring process ended") from error
+
+
+class _RandomWeights(Mapping[str, Tensor]):
+    """Made as they are asked for, and not kept."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes, self._dtype, self._device = config.weight_shapes(), dtype, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        return torch.randn(shape, dtype=self._dtype, device=self._device) * DEVIATION
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+class _Parent:
+    """In the child: who gives turns, and is told."""
+
+    def __init__(self, told: IO[str]) -> None:
+        self._told, self._lines = told, queue.SimpleQueue[str]()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def hear(self) -> str:
+        return self._lines.get()
+
+    def tell(self, line: str) -> None:
+        print(line, file=self._told, flush=True)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        self.tell(TURN)
+        self.hear()
+        try:
+            yield
+        finally:
+            self.tell(OVER)
+
+    def _listen(self) -> None:
+        for line in iter(sys.stdin.readline, ""):
+            self._lines.put(line)
+        os._exit(1)  # the parent has ended: nobody wants the answer
+
+
+def _measure(parent: _Parent) -> dict[str, Any]:
+    subject = json.loads(parent.hear())
+    config = ModelConfig.from_dict(subject["config"])
+    device, dtype = torch.device("cuda", subject["device"]), getattr(torch, subject["dtype"])
+    torch.cuda.set_device(device)
+    packed = pack(config, _RandomWeights(config, dtype, device), dtype, device)
+    return asdict(measured(config, packed, subject["batch"], subject["sequence"], parent.turn))
+
+
+def main() -> None:
+    """In the child process."""
+    # what a library may print is no answer
+    with os.fdopen(os.dup(1), "w", encoding="ascii") as told:
+        os.dup2(2, 1)
+        parent = _Parent(told)
+        with suppress(BrokenPipeError):
+            try:
+                answer = _measure(parent)
+            except Exception as error:  # whatever PyTorch, Triton or the driver raises
+                answer = {"failed": in_a_line(error)}
+            parent.tell(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
