@@ -8,28 +8,35 @@ import pytest
 import torch
 
 from onelaunch import cli
-from onelaunch.bench import compiled, fusion_depth
-from onelaunch.bench.fusion_depth import FFN_LAYERS, ONE_LAYER, Case, Ffn, ffn_ways, rows_of
-from onelaunch.bench.fusion_depth_views import PUBLISHED_FFN
+from onelaunch.bench import compiled, fusion_depth, fusion_depth_cpu
+from onelaunch.bench.fusion_depth_cases import (
+    LAYERS,
+    ONE_LAYER,
+    Block,
+    Case,
+    How,
+    block_ways,
+    rows_of,
+)
+from onelaunch.bench.fusion_depth_views import PUBLISHED_FFN, PUBLISHED_LAYERS, PUBLISHED_MODELS
 from onelaunch.engines.cpu.runtime import Runtime
 from onelaunch.model import Model
-from onelaunch.plan import every_depth, launches, make_plan
+from onelaunch.plan import every_depth, launches, make_plan, part_of
+
+TWO_THREADS = How("2 threads", {"threads": 2})
 
 
-def test_ffn_ways_are_all_layers_once_in_order():
-    ways = ffn_ways()
-    assert ways.pop(ONE_LAYER) == [(1, 3)]
+@pytest.mark.parametrize("with_embed", [False, True])
+@pytest.mark.parametrize("block", [Block("ffn", 32, 48, 1), Block("attention", 32, 2, 1)])
+def test_block_ways_are_all_layers_once_in_order(block, with_embed):
+    ways, first = block_ways(block.stages, with_embed), int(not with_embed)
+    plan = part_of(make_plan(block.config), block.part)
+    assert len(plan.stages) == 1 + block.stages * LAYERS
+    assert ways.pop(ONE_LAYER) == [(first, 1 + block.stages)]
     calls = {name: len(ranges) for name, ranges in ways.items()}
-    assert calls == {"stage": 24, "1": 12, "2": 6, "4": 3, "all": 1}
+    assert calls == {"stage": block.stages * 12, "1": 12, "2": 6, "4": 3, "all": 1}
     for ranges in ways.values():
-        assert [i for pair in ranges for i in range(*pair)] == list(range(1, 2 * FFN_LAYERS + 1))
-
-
-def test_an_ffn_plan_has_the_stages_that_its_ways_name():
-    plan = compiled.with_stages(make_plan(Ffn(32, 48, 1).config), ("embed", "gate_up", "down"))
-    kinds = [stage.kind for stage in plan.stages]
-    assert kinds == ["embed", *["gate_up", "down"] * FFN_LAYERS]
-    assert [stage.layer for stage in plan.stages[1::2]] == list(range(FFN_LAYERS))
+        assert [i for pair in ranges for i in range(*pair)] == list(range(first, len(plan.stages)))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -54,22 +61,22 @@ def test_a_forward_laid_out_can_be_run_again_at_every_depth(compiled_program, th
 
 def test_an_ffn_forward_starts_from_the_embedding_each_time(compiled_program):
     """Not from zeros, and not from what the forward before left."""
-    ffn = Ffn(32, 48, 3)
-    plan = compiled.with_stages(make_plan(ffn.config), ("embed", "gate_up", "down"))
+    ffn = Block("ffn", 32, 48, 3)
+    plan = part_of(make_plan(ffn.config), "ffn")
     program = compiled.compiled_program(print)
     runtime = Runtime(ffn.config, compiled.pack(ffn.config, program), program, plan, 1, False)
     seen = []
 
     def forwards():
         for _ in range(2):
-            for first, last in [(0, 1), *ffn_ways()["all"]]:
+            for first, last in [(0, 1), *block_ways(2)["all"]]:
                 runtime.run(first, last)
             seen.append(_residual(runtime, 3, 32))
 
     compiled.while_laid_out(runtime, torch.tensor([1, 5, 60]), forwards)
     w = compiled.random_weights(ffn.config)
     x = w["embed_tokens.weight"][[1, 5, 60]]
-    for i in range(FFN_LAYERS):
+    for i in range(LAYERS):
         h = torch.nn.functional.rms_norm(x, (32,), None, ffn.config.norm_eps)
         gate, up, down = (w[f"layers.{i}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
         x = x + (torch.nn.functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
@@ -102,7 +109,7 @@ def made_up(name="m forward 1x1", model="m", price=2.0, rest=50.0, less=()):
 def test_rows_have_calls_ratios_and_the_price_of_a_call():
     case, samples = made_up(less=("one layer",))
     said = []
-    rows = {row.case: row.to_dict() for row in rows_of(case, samples, 2, said.append)}
+    rows = {row.case: row.to_dict() for row in rows_of(case, samples, TWO_THREADS, said.append)}
     assert list(rows) == [
         "m forward 1x1 depth stage, 2 threads",
         "m forward 1x1 depth half, 2 threads",
@@ -129,17 +136,18 @@ def test_the_price_does_not_hang_on_ways_that_do_less():
         case, samples = made_up(less=less)
         if less:
             samples["one layer"] = [1.0] * 9
-        prices.append([row for row in rows_of(case, samples, 1, print)][-1].ours)
+        prices.append([row for row in rows_of(case, samples, TWO_THREADS, print)][-1].ours)
     assert prices[0] == prices[1]
 
 
 def test_the_experiment(tmp_path, capsys, monkeypatch, compiled_program):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(fusion_depth, "QUICK_FFNS", (Ffn(64, 128, 1),))
-    monkeypatch.setattr(fusion_depth, "QUICK_MODELS", ("stories260k",))
-    monkeypatch.setattr(fusion_depth, "thread_counts", lambda: (1,))
-    monkeypatch.setattr(fusion_depth, "QUICK_ROUNDS", 3)
-    monkeypatch.setattr(fusion_depth, "QUICK_SAMPLE_SECONDS", 0.001)
+    cpu = fusion_depth_cpu
+    monkeypatch.setattr(cpu, "QUICK_FFNS", (Block("ffn", 64, 128, 1),))
+    monkeypatch.setattr(cpu, "QUICK_MODELS", ("stories260k",))
+    monkeypatch.setattr(cpu, "thread_counts", lambda: (1,))
+    monkeypatch.setattr(cpu, "QUICK_ROUNDS", 3)
+    monkeypatch.setattr(cpu, "QUICK_SAMPLE_SECONDS", 0.001)
     code = cli.run(["bench", "fusion-depth", "--quick", "--out", str(tmp_path)])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -161,8 +169,8 @@ def test_the_experiment(tmp_path, capsys, monkeypatch, compiled_program):
 
 def test_compilation_is_from_an_empty_store(monkeypatch):
     stores = []
-    monkeypatch.setattr(fusion_depth, "compiled_program", lambda say, store: stores.append(store))
-    row = fusion_depth.compilation(print)
+    monkeypatch.setattr(fusion_depth_cpu, "compiled_program", lambda _, store: stores.append(store))
+    row = fusion_depth_cpu.compilation(print)
     assert (row.case, row.notes["unit"]) == ("compilation", "s")
     assert row.ours >= 0
     (store,) = stores
@@ -171,12 +179,17 @@ def test_compilation_is_from_an_empty_store(monkeypatch):
 
 def test_published_speedups_are_the_source_s():
     assert {m: round(v[2] / v[1], 1) for m, v in PUBLISHED_FFN.items()} == {
-        "64/128": 8.9,
-        "288/768": 3.7,
-        "768/2048": 2.8,
+        ("64/128", 1): 8.9,
+        ("128/256", 1): 5.6,
+        ("288/768", 1): 3.7,
+        ("288/768", 128): 4.2,
+        ("768/2048", 1): 2.8,
     }
+    speeds = [round(two / one, 2) for one, two, _ in PUBLISHED_LAYERS.values()]
+    assert speeds == [2.57, 2.89]
+    assert round(PUBLISHED_MODELS["stories110m"][1] / 1978, 2) == 7.70
 
 
-def test_only_the_cpu(capsys):
-    with pytest.raises(ValueError, match="use cpu"):
-        list(fusion_depth.run("cuda", True, print))
+def test_only_the_cpu_and_cuda():
+    with pytest.raises(ValueError, match="--device mps: fusion-depth runs on cpu or cuda"):
+        list(fusion_depth.run("mps", True, print))

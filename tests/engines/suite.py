@@ -13,7 +13,14 @@ from torch import Tensor
 from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.engines.engine import Engine, Sampling
 from onelaunch.errors import BadInput, RunFailed
-from onelaunch.model import Model
+from onelaunch.model import (
+    Model,
+    attention,
+    feed_forward,
+    rms_norm,
+    rope_tables,
+    widen_rope,
+)
 
 SMALL = ModelConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=61, max_seq_len=24)
 
@@ -44,6 +51,30 @@ def exact_logits(config: ModelConfig, weights: dict[str, Tensor], tokens_BS: Ten
     """The definition in float64, (B, S, V)."""
     model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
     return F.linear(model.hidden(tokens_BS), model.head_weight())
+
+
+def layers_alone(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokens_BS: Tensor,
+    part: str,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """x, (B, S, D), after layers of which the "attention" or the "ffn" block alone is run, with its
+    norm and residual; where the weights are, and in float64 unless told otherwise."""
+    model = Model.from_weights(config, {name: w.to(dtype) for name, w in weights.items()})
+    x_BSD = model.embed_tokens(tokens_BS).detach()
+    tables = (table.to(x_BSD) for table in rope_tables(config, tokens_BS.shape[1]))
+    rope = widen_rope(*tables, config.rope_layout == "interleaved")
+    with torch.no_grad():
+        for layer in model.layers:
+            w = layer.weights()
+            if part == "ffn":
+                x_BSD = x_BSD + feed_forward(rms_norm(x_BSD, w.post_norm_D, config.norm_eps), w)
+            else:
+                h_BSD = rms_norm(x_BSD, w.input_norm_D, config.norm_eps)
+                x_BSD = x_BSD + attention(h_BSD, w, config, rope)
+    return x_BSD
 
 
 def greedy_by_recomputing(

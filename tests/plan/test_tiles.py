@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
-from onelaunch.plan import KINDS, PlanError, launches, make_plan
+from onelaunch.plan import KINDS, PlanError, launches, make_plan, part_of
 from onelaunch.plan.tiles import (
     Span,
     Tile,
@@ -38,6 +38,10 @@ UNEVEN = {
 
 def tiled(batch=2, sequence=11, tilings=UNEVEN, **options) -> TilePlan:
     return make_tiles(make_plan(TINY, batch, sequence, **options), tilings)
+
+
+def part_tiled(part, batch=2, sequence=11, tilings=UNEVEN) -> TilePlan:
+    return make_tiles(part_of(make_plan(TINY, batch, sequence), part), tilings)
 
 
 class Machine:

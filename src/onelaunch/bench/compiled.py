@@ -3,8 +3,7 @@ forward that stays laid out while it is timed in several ways."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import Runtime
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.model import Model
-from onelaunch.plan import Plan
 
 SEED = 1
 TINY = ModelConfig(dim=16, n_layers=1, n_heads=1, hidden_dim=16, vocab_size=16, max_seq_len=8)
@@ -67,11 +65,6 @@ def threads_named(threads: int) -> str:
 def pack(config: ModelConfig, program: Program) -> PackedWeights:
     """Random weights, float32, as the program reads them."""
     return PackedWeights(config, random_weights(config), torch.float32, program.lanes, program.tile)
-
-
-def with_stages(plan: Plan, kinds: Sequence[str]) -> Plan:
-    """A plan of some of the stages, to be run alone; it is no whole model's."""
-    return replace(plan, stages=tuple(stage for stage in plan.stages if stage.kind in kinds))
 
 
 def while_laid_out(runtime: Runtime, ids_S: Tensor, action: Callable[[], None]) -> Tensor:

@@ -4,7 +4,7 @@ EXPERIMENTS = {
     "training-speed": "the trainer against a bare PyTorch loop",
     "generation-speed": "the reference engine against a bare PyTorch loop with a KV cache",
     "generate": "the CPU engine against PyTorch, llama2.c and what reading the weights takes",
-    "fusion-depth": "a forward by how much one call of compiled code holds",
+    "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
     "forward": "a whole text's logits on a GPU, by launches, beside PyTorch",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
     "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",

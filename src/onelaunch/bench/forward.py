@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.bench.forward_views import draw, table
+from onelaunch.bench.gpu_forwards import pytorch_samples, random_weights, replays
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio
@@ -44,10 +45,6 @@ CASES = (
 )
 QUICK_CASES = CASES[:1]
 ROUNDS, QUICK_ROUNDS = 15, 9
-SAMPLE_US = 4000.0
-EAGER_CALLS = 10
-
-Sample = Callable[[], float]
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
@@ -76,20 +73,17 @@ def _case(
     say: Callable[[str], None],
 ) -> Row:
     generator = torch.Generator(device=device).manual_seed(0)
-    weights = {
-        key: torch.randn(shape, device=device, generator=generator) * 0.02
-        if len(shape) > 1
-        else torch.ones(shape, device=device)
-        for key, shape in config.weight_shapes().items()
-    }
+    weights = random_weights(config, device, generator)
     tokens = torch.randint(config.vocab_size, (batch, sequence), device=device, generator=generator)
     bare = BareForward(config, weights, torch.bfloat16, device)
     with torch.inference_mode():
         expected = bare(tokens).float()
         forms, notes = _ours(config, weights, batch, sequence, tokens, expected, say)
         mine = list(forms)
-        contestants = {name: _replays(*form) for name, form in forms.items()}
-        contestants |= _peers(bare, tokens, notes)
+        contestants = {name: replays(*form) for name, form in forms.items()}
+        peers, seconds = pytorch_samples(bare, tokens)
+        contestants |= peers
+        notes["seconds_to_first"]["torch.compile"] = round(seconds, 2)
         samples = in_rounds(contestants, QUICK_ROUNDS if quick else ROUNDS)
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
@@ -142,70 +136,6 @@ def _ours(
         notes.setdefault("apart_from_pytorch", {})[form] = float(f"{apart:.2e}")
         found[form] = graph, bound
     return found, notes
-
-
-def _peers(bare: BareForward, tokens: Tensor, notes: dict[str, Any]) -> dict[str, Sample]:
-    compiled = torch.compile(bare.__call__, dynamic=False, mode="default")
-    start = time.perf_counter()
-    compiled(tokens)
-    torch.cuda.synchronize()
-    notes["seconds_to_first"]["torch.compile"] = round(time.perf_counter() - start, 2)
-    return {
-        "eager": _calls(lambda: bare(tokens)),
-        "eager + graph": _replays(_captured(lambda: bare(tokens)), None),
-        "torch.compile": _calls(lambda: compiled(tokens)),
-        "torch.compile + graph": _replays(_captured(lambda: compiled(tokens)), None),
-    }
-
-
-def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
-def _replays(graph: torch.cuda.CUDAGraph, owner: object) -> Sample:
-    """Microseconds a replay. `owner` has the graph's buffers, and is kept."""
-
-    def timed(n: int) -> float:
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        for _ in range(n):
-            graph.replay()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) * 1e3 / n
-
-    timed(3)
-    n = max(5, int(SAMPLE_US / timed(5)))
-
-    def sample(owner: object = owner) -> float:
-        return timed(n)
-
-    return sample
-
-
-def _calls(call: Callable[[], object]) -> Sample:
-    """Microseconds a call, the host's part with it."""
-
-    def sample() -> float:
-        call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(EAGER_CALLS):
-            call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e6 / EAGER_CALLS
-
-    return sample
 
 
 def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) -> Row:

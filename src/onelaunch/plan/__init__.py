@@ -9,6 +9,7 @@ from onelaunch.plan.build import make_plan
 from onelaunch.plan.check import PlanError, check, check_launches
 from onelaunch.plan.describe import describe
 from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_depth
+from onelaunch.plan.parts import Part, part_of
 from onelaunch.plan.stages import KINDS, NO_LAYER, Access, Buffer, Plan, Stage, Totals
 from onelaunch.plan.storage import Storage, assign_storage, check_storage
 from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, counts, make_tiles
@@ -20,6 +21,7 @@ __all__ = [
     "Buffer",
     "Depth",
     "Launch",
+    "Part",
     "Plan",
     "PlanError",
     "Stage",
@@ -39,4 +41,5 @@ __all__ = [
     "make_plan",
     "make_tiles",
     "parse_depth",
+    "part_of",
 ]

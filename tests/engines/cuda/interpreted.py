@@ -24,16 +24,25 @@ from onelaunch.engines.cuda.blocking import (  # noqa: E402
     tilings,
 )
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
-from onelaunch.engines.cuda.staged import Shape, StagedForward  # noqa: E402
+from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward  # noqa: E402
 from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
-from onelaunch.plan import TilePlan, check_tiles, make_plan, make_tiles  # noqa: E402
+from onelaunch.plan import (  # noqa: E402
+    Launch,
+    TilePlan,
+    check_tiles,
+    launches,
+    make_plan,
+    make_tiles,
+    part_of,
+)
 from onelaunch.plan.tiles import Wait  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
     SHAPES,
     SMALL,
     exact_logits,
+    layers_alone,
     relative_error,
     weights_of,
 )
@@ -211,6 +220,50 @@ def test_a_few_launches_have_the_same_bits_as_one_for_each_stage(config, depth):
             assert torch.equal(fused.buffers.logits.view(expected.shape), expected)
 
 
+@pytest.mark.parametrize("depth", ["stage", 1, 2, "all"])
+@pytest.mark.parametrize("part", ["ffn", "attention"])
+def test_a_part_of_every_layer_is_what_its_formula_says_at_any_depth(part, depth):
+    config = MORE["no power of two"].with_(n_layers=3)
+    weights, tokens = weights_of(config), tokens_of(config, 2, 19)
+    packed = StagedForward(config, weights, torch.float32, CPU).packed
+    shape = Shape(2, 19, part=part)
+    staged = BoundForward(config, packed, shape, {})
+    fused = FusedForward(config, packed, shape, {}, depth)
+    assert len(fused.calls) == len(launches(staged.tiles.plan, depth))
+    for forward in (staged, fused, fused):  # twice: counters are as the first left them
+        forward.buffers.tokens.copy_(tokens.flatten())
+        forward.buffers.x.fill_(float("nan"))
+        forward.run()
+        forward.check()
+        assert forward.buffers.logits.isnan().all()
+        assert torch.equal(forward.buffers.x, staged.buffers.x)
+    exact = layers_alone(config, weights, tokens, part)
+    assert relative_error(staged.buffers.x.view(exact.shape), exact) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["whole", "ffn", "attention"])
+def test_launches_of_one_s_own_may_end_early(part):
+    """embed with the first layer, then with two: a forward of a few layers, again and again."""
+    config = SMALL.with_(n_layers=3)
+    weights, tokens = weights_of(config), tokens_of(config, 1, 20)
+    packed = StagedForward(config, weights, torch.float32, CPU).packed
+    shape = Shape(1, 20, part=part)
+    of_layer = {"whole": 5, "ffn": 2, "attention": 3}[part]
+    ends = [1 + of_layer, 1 + 2 * of_layer]
+    staged = BoundForward(config, packed, shape, {})
+    fused = FusedForward(
+        config, packed, shape, {}, [Launch("", 0, ends[0]), Launch("", ends[0], ends[1])]
+    )
+    staged.buffers.tokens.copy_(tokens.flatten())
+    for call in staged.calls[: ends[1]]:
+        call()
+    for _ in range(2):
+        fused.buffers.tokens.copy_(tokens.flatten())
+        fused.run()
+        fused.check()
+        assert torch.equal(fused.buffers.x, staged.buffers.x)
+
+
 def number(value):
     """Of what the interpreter hands about."""
     if hasattr(value, "handle"):
@@ -218,8 +271,9 @@ def number(value):
     return int(getattr(value, "value", value))
 
 
+@pytest.mark.parametrize("part", ["whole", "ffn", "attention"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
+def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
     """The interpreter runs tile after tile, so a wait for too little changes no result there: what
     the kernel waits for is written down, and the plan must be right with it."""
     choose = random.Random(seed)
@@ -237,7 +291,11 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
         blockings[kind] = Blocking(choose.choice([16, 32, 64]), columns, 32, 2)
     packed = StagedForward(config, weights_of(config), torch.float32, CPU).packed
     forward = FusedForward(
-        config, packed, Shape(batch, sequence, every), blockings, choose.choice(["all", "half", 1])
+        config,
+        packed,
+        Shape(batch, sequence, every, part=part),
+        blockings,
+        choose.choice(["all", "half", 1]),
     )
     forward.buffers.tokens.zero_()
     epoch = choose.choice([0, 5])
@@ -260,7 +318,7 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, monkeypatch):
             assert target == (epoch + 1) * tiles.phases[phase].column_tiles
             assert says == sync.GAVE_UP + (phase << sync.ROW_TILE_BITS) + first
         assert waits.setdefault(tile[:2], found) == found
-        if tile.phase < len(tiles.phases) - 1:
+        if tiles.plan.stages[tile.phase].kind != "head":
             at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
             counter, me = next(events)
             assert number(counter) == at
@@ -389,7 +447,8 @@ def test_the_tiles_are_a_right_plan():
         for itemsize in (2, 4):
             for rule in (default, default_fused):
                 cut = tilings(config, rule(config, 63, itemsize))
-                check_tiles(make_tiles(make_plan(config, 3, 21), cut))
+                for part in ("whole", "ffn", "attention"):
+                    check_tiles(make_tiles(part_of(make_plan(config, 3, 21), part), cut))
     assert [padded(n) for n in (1, 16, 17, 48)] == [16, 16, 32, 64]
     early = Blocking(16, 16, loads=0)
     assert [blocks(n, early) for n in (288, 768, 64, 40, 8)] == [

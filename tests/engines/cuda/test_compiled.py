@@ -70,6 +70,20 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path, trito
     assert max(spills.values()) <= 128, spills
 
 
+@pytest.mark.parametrize("part", ["ffn", "attention"])
+def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path, triton):
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    config = preset("stories260k").with_(n_layers=2)
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    shape = Shape(1, 40, part=part)
+    forms = [FusedForward(config, packed, shape, {}, depth) for depth in (1, "all")]
+    compiled = [call.compile() for form in forms for call in form.calls]
+    assert all(each is compiled[0] for each in compiled)  # one binary for every depth
+    assert spilled(triton, compiled[0], tmp_path) <= 512
+
+
 def test_only_a_traced_or_delayed_forward_has_instructions_for_it(monkeypatch, triton):
     from triton.runtime import driver
 

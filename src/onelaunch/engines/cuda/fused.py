@@ -27,7 +27,8 @@ from onelaunch.engines.cuda.watch import began, ended_unsaid, ready
 
 _COUNTERS = tl.constexpr(sync.COUNTERS)
 _GAVE_UP, _BITS = tl.constexpr(sync.GAVE_UP), tl.constexpr(sync.ROW_TILE_BITS)
-_STAGES = tl.constexpr(5)  # of a layer
+_ATTENTION_STAGES, _FFN_STAGES = tl.constexpr(3), tl.constexpr(2)
+_NOWHERE = tl.constexpr(-8)  # a number for stages that are in no launch
 
 
 @triton.jit
@@ -108,6 +109,8 @@ def forward_kernel(
     eps: tl.float32,
     scale: tl.float32,
     LAYERS: tl.constexpr,
+    ATTENTION: tl.constexpr,
+    FFN: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -149,6 +152,7 @@ def forward_kernel(
     MODE: tl.constexpr,
 ):
     """Stages first_stage up to, not including, last_stage: 0 is embed, then five a layer, then
+    head; where layers hold their ATTENTION or their FFN block alone, three or two a layer and no
     head. `ends` is 1 in the last launch of a forward. Each layer has a qkv of its own: some rows
     may be in the next layer while others still read this one's keys. row_tiles: counters of a
     stage. patience: nanoseconds that a wait waits. records_ptr, most_tiles and seed_ptr are None,
@@ -158,7 +162,8 @@ def forward_kernel(
     qkv_columns: tl.constexpr = (wide + QKV_STEP - 1) // QKV_STEP
     gate_up_columns: tl.constexpr = (2 * F + GATE_UP_BN - 1) // GATE_UP_BN
     head_columns: tl.constexpr = (V + HEAD_BN - 1) // HEAD_BN
-    head_stage: tl.constexpr = 1 + _STAGES * LAYERS
+    of_layer: tl.constexpr = _ATTENTION_STAGES * ATTENTION + _FFN_STAGES * FFN
+    head_stage: tl.constexpr = 1 + of_layer * LAYERS
     counters = sync_ptr + _COUNTERS
     done = tl.load(sync_ptr, cache_modifier=".cg") + 1
     programs = tl.num_programs(0)
@@ -178,11 +183,11 @@ def forward_kernel(
         publish(counters + tile // parts, me, MODE == COUNTED_PTX)
     turn = _turn(turn, tiles)
 
-    first_layer = tl.maximum(first_stage - 1, 0) // _STAGES
-    last_layer = (tl.minimum(last_stage, head_stage) - 1 + _STAGES - 1) // _STAGES
+    first_layer = tl.maximum(first_stage - 1, 0) // of_layer
+    last_layer = (tl.minimum(last_stage, head_stage) - 1 + of_layer - 1) // of_layer
     for layer in tl.range(first_layer, last_layer, num_stages=1):
         of = tl.full([], 1, tl.int64) * layer
-        stage = 1 + _STAGES * layer
+        stage = 1 + of_layer * layer if ATTENTION else _NOWHERE
 
         tiles = _within(stage, first_stage, last_stage, tl.cdiv(n_rows, QKV_BM) * qkv_columns)
         for tile in tl.range(turn, tiles, programs, num_stages=1):
@@ -190,10 +195,10 @@ def forward_kernel(
             began(me)
             row = tile // qkv_columns * QKV_BM
             last = tl.minimum(row + QKV_BM, n_rows) - 1
-            # x was written by embed, or by down of the layer before
+            # x was written by embed, or by the last stage of the layer before
             wait = _wait_on(
                 counters, sync_ptr, stage - 1, row, last, row_tiles, done * parts, patience,
-                tl.where(layer == 0, EMBED_BM, DOWN_BM),
+                tl.where(layer == 0, EMBED_BM, DOWN_BM if FFN else OUT_BM),
             )  # fmt: skip
             qkv_tile(
                 tile, (wait, me), x_ptr, parts_ptr, qkv_w_ptr + of * (wide * D),
@@ -239,6 +244,10 @@ def forward_kernel(
             publish(counters + (stage + 2) * row_tiles + tile // parts, me, MODE == COUNTED_PTX)
         turn = _turn(turn, tiles)
 
+        if not ATTENTION:
+            stage = 1 + of_layer * layer - _ATTENTION_STAGES
+        elif not FFN:
+            stage = _NOWHERE
         tiles = _within(
             stage + 3, first_stage, last_stage, tl.cdiv(n_rows, GATE_UP_BM) * gate_up_columns
         )
@@ -248,8 +257,9 @@ def forward_kernel(
             row = tile // gate_up_columns * GATE_UP_BM
             last = tl.minimum(row + GATE_UP_BM, n_rows) - 1
             wait = _wait_on(
-                counters, sync_ptr, stage + 2, row, last, row_tiles, done * parts, patience, OUT_BM
-            )
+                counters, sync_ptr, stage + 2, row, last, row_tiles, done * parts, patience,
+                OUT_BM if ATTENTION else tl.where(layer == 0, EMBED_BM, DOWN_BM),
+            )  # fmt: skip
             gate_up_tile(
                 tile, (wait, me), x_ptr, parts_ptr, gate_up_w_ptr + of * (2 * F * D), hidden_ptr,
                 n_rows, eps, D, F, PARTS, GATE_UP_BM, GATE_UP_BN, GATE_UP_BK, GATE_UP_TAIL,

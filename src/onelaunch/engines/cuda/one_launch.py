@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,10 @@ PATIENCE = 2_000_000_000  # nanoseconds that a tile waits for another
 
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
-    blockings say, and nothing of what those say of a launch a stage. `programs` is how many run at
-    once, as many as the device has multiprocessors unless it is given; all of them must fit on it
-    together.
+    blockings say, and nothing of what those say of a launch a stage. In place of a depth the
+    launches themselves may be given, in order from embed on; they may end before the last stage.
+    `programs` is how many run at once, as many as the device has multiprocessors unless it is
+    given; all of them must fit on it together.
 
     A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
     before and after whatever its tiles wait for or say, as the number in `seed` has it (watch.py).
@@ -49,7 +50,7 @@ class FusedForward(BoundForward):
         packed: PackedModel,
         shape: Shape,
         blockings: Mapping[str, Blocking],
-        depth: str | int = "all",
+        depth: str | int | Sequence[Launch] = "all",
         programs: int | None = None,
         patience: int = PATIENCE,
         traced: bool = False,
@@ -59,7 +60,7 @@ class FusedForward(BoundForward):
             raise BadInput("traces and delays are written for NVIDIA's GPUs; leave them out")
         self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
-        self.depth, self._patience = depth, patience
+        self._depth, self._patience = depth, patience
         self._programs = programs or limits_of(packed.embedding.device).multiprocessors
         super().__init__(config, packed, shape, blockings)
 
@@ -101,11 +102,13 @@ class FusedForward(BoundForward):
         words = sync.COUNTERS + row_tiles * len(plan.stages)
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
         self.records, self.seed = self._watched()
+        depth = self._depth
+        self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
         constants = self._constants()
         rows = b.logits.shape[0]
         found: list[Call | CallAndProduct] = []
-        for launch in launches(plan, self.depth):
-            ends = int(launch.last == len(plan.stages))
+        for launch in self.launches:
+            ends = int(launch == self.launches[-1])
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
@@ -136,8 +139,10 @@ class FusedForward(BoundForward):
         from onelaunch.engines.cuda import stages
 
         c = self.config
+        kinds = {stage.kind for stage in self.plan.stages}
         constants: dict[str, Any] = {
-            "LAYERS": c.n_layers, "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
+            "LAYERS": c.n_layers, "ATTENTION": "qkv" in kinds, "FFN": "down" in kinds,
+            "D": c.dim, "H": c.n_heads, "K": c.n_kv_heads, "E": c.head_dim,
             "F": c.hidden_dim, "V": c.vocab_size, "QK_NORM": c.qk_norm, "PARTS": self.parts,
             "WIDTH": padded(c.head_dim),
             "X_BN": self.blockings["down"].columns, "EMBED_BM": self.blockings["embed"].rows,

@@ -23,7 +23,7 @@ from onelaunch.engines.cuda.blocking import (
 )
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.errors import BadInput
-from onelaunch.plan import Plan, Stage, TilePlan, counts, make_plan, make_tiles
+from onelaunch.plan import Part, Plan, Stage, TilePlan, counts, make_plan, make_tiles, part_of
 
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A kernel, its arguments, its constants."""
@@ -131,12 +131,14 @@ class StagedForward:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward is bound to."""
+    """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
+    written."""
 
     batch: int
     sequence: int
     all_positions: bool = True
     logits_dtype: torch.dtype = torch.float32
+    part: Part = "whole"
 
 
 class BoundForward:
@@ -157,7 +159,8 @@ class BoundForward:
         self.config, self.packed = config, packed
         rule = self._default(config, rows, dtype.itemsize, limits_of(device))
         self.blockings = rule | dict(blockings)
-        self.plan: Plan = make_plan(config, batch, sequence, all_positions=shape.all_positions)
+        plan = make_plan(config, batch, sequence, all_positions=shape.all_positions)
+        self.plan: Plan = part_of(plan, shape.part)
         self._tilings = tilings(config, self.blockings)
         self.counts = [counts(self.plan, s, self._tilings[s.kind]) for s in self.plan.stages]
         columns = self.blockings["down"].columns

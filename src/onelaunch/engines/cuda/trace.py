@@ -16,7 +16,6 @@ from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.staged import Shape
 from onelaunch.engines.cuda.timeline import Span, Timeline, perfetto
 from onelaunch.errors import BadInput, RunFailed
-from onelaunch.plan import launches
 
 WARM = 20  # replays before the one whose times are kept
 
@@ -51,9 +50,9 @@ def timeline_of(forward: FusedForward) -> Timeline:
         raise BadInput("the forward is not traced; make it with traced=True")
     records = forward.records.tolist()
     tiles = forward.tiles
-    of = launches(tiles.plan, forward.depth)
+    of = forward.launches
     spans = []
-    for number, phase in enumerate(tiles.phases):
+    for number, phase in enumerate(tiles.phases[: of[-1].last]):
         launch = next(i for i, launch in enumerate(of) if launch.first <= number < launch.last)
         for within in range(phase.tiles):
             tile = tiles.tile(phase.first + within)

@@ -1,0 +1,215 @@
+"""What fusion-depth times, and what its record says of it, whatever the device.
+
+Each round has its own least squares of time = a + b calls, so that b is the price of a call; where
+the first layers of a model are timed alone, also of time = a + b layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from onelaunch.bench.record import Row
+from onelaunch.bench.rounds import Samples, digest, fit, ratio
+from onelaunch.config import ModelConfig
+from onelaunch.plan import Launch, launches, make_plan
+
+LAYERS = 12
+DEPTHS = (1, 2, 4, LAYERS)
+MOST_TOKENS = 128
+ONE_LAYER = "one layer"
+
+Ranges = list[tuple[int, int]]
+"""The stages of each call: from the first up to, not including, the last."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """LAYERS layers of one block each, `size` hidden columns or heads wide, on so many tokens."""
+
+    part: Literal["ffn", "attention"]
+    dim: int
+    size: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.dim}/{self.size}{' heads' if self.part == 'attention' else ''}"
+
+    @property
+    def case(self) -> str:
+        return f"{self.part} {self.dim}/{self.size} 1x{self.tokens}"
+
+    @property
+    def config(self) -> ModelConfig:
+        """As little as can be of what is not run."""
+        ffn = self.part == "ffn"
+        return ModelConfig(
+            dim=self.dim,
+            n_layers=LAYERS,
+            n_heads=1 if ffn else self.size,
+            head_dim=16 if ffn else self.dim // self.size,
+            hidden_dim=self.size if ffn else 16,
+            vocab_size=64,
+            max_seq_len=MOST_TOKENS,
+        )
+
+    @property
+    def stages(self) -> int:
+        """Stages of a layer."""
+        return 2 if self.part == "ffn" else 3
+
+
+FFNS = (
+    Block("ffn", 64, 128, 1),
+    Block("ffn", 128, 256, 1),
+    Block("ffn", 288, 768, 1),
+    Block("ffn", 288, 768, 128),
+    Block("ffn", 768, 2048, 1),
+)
+QUICK_FFNS = (FFNS[0], FFNS[2])
+
+
+@dataclass
+class Case:
+    """One forward: by name of the way, the stages of each of its calls.
+
+    `less` names ways that do less than the others. `layers` says of those that hold nothing but the
+    first layers, in one call, how many; `halves` names the way that takes the same layers by
+    halves. `notes` go into the rows of some ways. `reset` are calls before each forward, not timed.
+    """
+
+    name: str
+    model: str
+    tokens: int
+    ways: dict[str, Ranges]
+    less: tuple[str, ...] = ()
+    layers: dict[str, int] = field(default_factory=dict)
+    halves: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reset: Ranges = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[str]:
+        """The ways that do the whole work."""
+        return [name for name in self.ways if name not in self.less]
+
+
+class How(NamedTuple):
+    """How a case's calls were made: in words, and as notes of its rows."""
+
+    words: str
+    notes: dict[str, Any]
+
+
+def block_ways(stages: int, with_embed: bool = False) -> dict[str, Ranges]:
+    """The calls of LAYERS layers of so many stages, behind embed: one layer, then all of them by
+    stages and by layers a call. `with_embed` puts embed into the first call."""
+    last = 1 + stages * LAYERS
+    ways: dict[str, Ranges] = {
+        ONE_LAYER: [(1, 1 + stages)],
+        "stage": [(i, i + 1) for i in range(1, last)],
+    }
+    for depth in DEPTHS:
+        name = "all" if depth == LAYERS else str(depth)
+        step = stages * depth
+        ways[name] = [(i, min(i + step, last)) for i in range(1, last, step)]
+    if with_embed:
+        ways = {name: [(0, first[1]), *rest] for name, (first, *rest) in ways.items()}
+    return ways
+
+
+def model_ways(config: ModelConfig, depths: Sequence[str | int]) -> dict[str, Ranges]:
+    """The calls of a whole model at some depths."""
+    plan = make_plan(config)
+    return {str(depth): _ranges(launches(plan, depth)) for depth in depths}
+
+
+def first_layers(config: ModelConfig, counts: Sequence[int]) -> dict[str, Ranges]:
+    """embed and so many of a model's layers in one call."""
+    return {_first(count): [(0, 1 + 5 * count)] for count in counts}
+
+
+def first_layers_by_halves(config: ModelConfig, counts: Sequence[int]) -> dict[str, Ranges]:
+    """The same with two calls a layer; embed in the first."""
+    halves = [r for r in model_ways(config, ["half"])["half"] if r[0] > 0]
+    return {
+        f"{_first(count)} by halves": [(0, halves[0][1]), *halves[1 : 2 * count]]
+        for count in counts
+    }
+
+
+def _first(count: int) -> str:
+    return "first layer" if count == 1 else f"first {count} layers"
+
+
+def _ranges(found: Sequence[Launch]) -> Ranges:
+    return [(launch.first, launch.last) for launch in found]
+
+
+def rows_of(
+    case: Case,
+    samples: Samples,
+    how: How,
+    say: Callable[[str], None],
+    peers: Samples | None = None,
+) -> Iterator[Row]:
+    """A row of each way; the price of a call from the ways that do the whole work, and that of a
+    layer from those that hold the first ones. `peers` did the whole work, in the same rounds."""
+    calls = {name: len(ranges) for name, ranges in case.ways.items()}
+    notes: dict[str, Any] = {"model": case.model, "tokens": case.tokens, **how.notes}
+    for name, values in samples.items():
+        row = Row.of(_case(case, name, how.words), values)
+        row.notes = {**notes, "depth": name, "calls": calls[name], **case.notes.get(name, {})}
+        if name in case.whole:
+            others = {"stage": samples["stage"], **(peers or {})}
+            row.peers = {other: statistics.median(each) for other, each in others.items()}
+            row.notes["speed_against_stage"] = round(ratio(samples["stage"], values), 4)
+            row.notes["speed_of_all"] = round(ratio(values, samples["all"]), 4)
+            if peers:
+                row.notes["speed_against"] = {
+                    peer: round(ratio(each, values), 4) for peer, each in peers.items()
+                }
+        if name in case.layers:
+            row.notes["layers"] = case.layers[name]
+        if name in case.halves:
+            halves = samples[case.halves[name]]
+            row.notes["halves"] = digest(halves) | {"calls": calls[case.halves[name]]}
+            row.notes["speed_against_halves"] = round(ratio(halves, values), 4)
+            row.notes["speed_against_whole"] = round(ratio(samples["half"], values), 4)
+        yield row
+    price = _price(case, "call", calls, case.whole, samples, notes, how)
+    low, high = price.spread or (price.ours, price.ours)
+    say(
+        f"{case.name}, {how.words}: {statistics.median(samples['stage']):,.1f} us in "
+        f"{calls['stage']} calls, {statistics.median(samples['all']):,.1f} in one; "
+        f"a call {price.ours:.2f} us ({low:.2f} to {high:.2f})"
+    )
+    yield price
+    if case.layers:
+        yield _price(case, "layer", case.layers, list(case.layers), samples, notes, how)
+
+
+def _case(case: Case, way: str, words: str) -> str:
+    return f"{case.name} {way if way in case.less else f'depth {way}'}, {words}"
+
+
+def _price(
+    case: Case,
+    of: str,
+    counts: Mapping[str, int],
+    ways: Sequence[str],
+    samples: Samples,
+    notes: Mapping[str, Any],
+    how: How,
+) -> Row:
+    """Time = rest + price x count over some ways, in every round."""
+    points = [counts[way] for way in ways]
+    rounds = zip(*(samples[way] for way in ways), strict=True)
+    rests, prices = zip(*(fit(points, times) for times in rounds), strict=True)
+    row = Row.of(f"{case.name} price of a {of}, {how.words}", prices)
+    row.notes = {**notes, f"price_of_a_{of}": True, "rest": digest(rests)}
+    row.notes["points"] = sorted(set(points))
+    return row

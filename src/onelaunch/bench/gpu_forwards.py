@@ -1,0 +1,104 @@
+"""What the experiments with whole forwards on a GPU share: random weights, PyTorch's forms of a
+forward, and samples of what is replayed and of what is called.
+
+A sample of a CUDA graph is a replay's time over replays back to back, by two events. What is no
+graph is timed by the host's clock over calls back to back with one wait at the end. All times are
+microseconds a forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from onelaunch.bench.peers.forward import BareForward
+from onelaunch.config import ModelConfig
+
+SAMPLE_US = 4000.0
+EAGER_CALLS = 10
+DEVIATION = 0.02
+
+Sample = Callable[[], float]
+
+
+def random_weights(
+    config: ModelConfig, device: torch.device, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Matrices at random, norms of ones, float32, as checkpoints name them."""
+    return {
+        name: torch.randn(shape, device=device, generator=generator) * DEVIATION
+        if len(shape) > 1
+        else torch.ones(shape, device=device)
+        for name, shape in config.weight_shapes().items()
+    }
+
+
+def pytorch_samples(bare: BareForward, tokens_BS: Tensor) -> tuple[dict[str, Sample], float]:
+    """The forward as it is and through torch.compile, each also as a CUDA graph; and the seconds to
+    torch.compile's first result."""
+    compiled = torch.compile(bare.__call__, dynamic=False, mode="default")
+    start = time.perf_counter()
+    compiled(tokens_BS)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    samples = {
+        "eager": calls(lambda: bare(tokens_BS)),
+        "eager + graph": replays(captured(lambda: bare(tokens_BS)), None),
+        "torch.compile": calls(lambda: compiled(tokens_BS)),
+        "torch.compile + graph": replays(captured(lambda: compiled(tokens_BS)), None),
+    }
+    return samples, seconds
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A call as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def replays(graph: torch.cuda.CUDAGraph, owner: object) -> Sample:
+    """Microseconds a replay. `owner` has the graph's buffers, and is kept."""
+
+    def timed(n: int) -> float:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        for _ in range(n):
+            graph.replay()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) * 1e3 / n
+
+    timed(3)
+    n = max(5, int(SAMPLE_US / timed(5)))
+
+    def sample(owner: object = owner) -> float:
+        return timed(n)
+
+    return sample
+
+
+def calls(call: Callable[[], object]) -> Sample:
+    """Microseconds a call, the host's part with it."""
+
+    def sample() -> float:
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(EAGER_CALLS):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e6 / EAGER_CALLS
+
+    return sample
