@@ -47,6 +47,25 @@ def test_the_floor_is_the_weights_and_the_logits_once():
     assert forward._floor_us(config, 8, 1.0) == pytest.approx(expected)
 
 
+def test_what_is_chosen_is_ours_though_another_be_faster():
+    taken = samples() | {"chosen": [10.0, 10.5, 14.5]}
+    made = forward._row("m", ["staged", "fused all", "chosen"], taken, {})
+    assert (made.ours, made.notes["form"]) == (10.5, "chosen")
+    assert made.notes["over_fastest"] == 1.05  # round by round: 10 / 9, 10.5 / 10, 14.5 / 14
+
+
+def test_the_stores_are_empty_and_the_old_one_comes_back(monkeypatch):
+    monkeypatch.setenv(forward.TRITON_STORE, "before")
+    with forward._empty_stores() as folder:
+        assert forward.os.environ[forward.TRITON_STORE] != "before"
+        assert not folder.exists()
+    assert forward.os.environ[forward.TRITON_STORE] == "before"
+    monkeypatch.delenv(forward.TRITON_STORE)
+    with forward._empty_stores():
+        pass
+    assert forward.TRITON_STORE not in forward.os.environ
+
+
 def test_the_views():
     record = {
         "experiment": "forward", "device": "a GPU", "date": "2026-01-01", "commit": "0",
@@ -58,6 +77,12 @@ def test_the_views():
     assert "1.50x" not in told
     assert "2.20x" in told
     assert "11.0x" in told
+    chosen = row().to_dict()
+    chosen["choice"] = {"form": "staged", "us": {"staged": 9.0}, "tried": 7, "tiles": {"qkv": [64]}}
+    chosen["seconds_to_first"]["kept"] = 0.25
+    told = table(record | {"rows": [chosen]})
+    assert "| m forward 1x8 | staged | staged 9.00 |" in told
+    assert "0.25" in told
     pytest.importorskip("matplotlib")
     figure = draw(record)
     assert figure.axes[0].get_ylabel()

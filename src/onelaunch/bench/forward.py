@@ -1,8 +1,11 @@
 """forward: a whole text's logits on a GPU, by how many launches it takes, beside PyTorch.
 
 Random weights in bfloat16, logits of every position in bfloat16, as PyTorch gives them. Ours: a
-launch a stage, half a layer, one or more layers, or the whole, each as a CUDA graph. Peers: the
+launch a stage, half a layer, one or more layers, or the whole, with the rule's tiles, and `chosen`,
+the form and the tiles that the engine's own measurement chooses, each as a CUDA graph. Peers: the
 forward that a careful user writes, run as it is, through torch.compile, and both as CUDA graphs.
+Triton's store and ours are empty at the beginning of a run: seconds to a first forward are those of
+compiling; `kept` are those of another process, which finds in the stores what was chosen.
 A sample is a replay's time over replays back to back, by two events; what is no graph is timed by
 the host's clock over calls back to back with one wait at the end. Every contestant is sampled once
 in each round. `floor` is the time to read every weight and write the logits once, at the speed of a
@@ -12,9 +15,16 @@ copy on the device, measured at the beginning.
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +40,7 @@ from onelaunch.config import ModelConfig, preset
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed
 
 if TYPE_CHECKING:
+    from onelaunch.engines.cuda.pack import PackedModel
     from onelaunch.engines.cuda.staged import BoundForward
 
 __all__ = ["UNIT", "draw", "run", "table"]
@@ -45,6 +56,9 @@ CASES = (
 )
 QUICK_CASES = CASES[:1]
 ROUNDS, QUICK_ROUNDS = 15, 9
+CHOSEN = "chosen"
+TRITON_STORE = "TRITON_CACHE_DIR"
+CHILD_SECONDS = 120.0
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
@@ -53,14 +67,30 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         raise BadInput(f"forward: --device {device}: it is for a GPU")
     bandwidth = copy_bandwidth(torch.device(device))
     say(f"copy on the device: {bandwidth:,.0f} GB/s")
-    for name, batch, sequence in QUICK_CASES if quick else CASES:
-        config = preset(name)
-        config = config.with_(max_seq_len=max(sequence, config.max_seq_len))
-        row = _case(name, config, batch, sequence, torch.device(device), quick, say)
-        row.floor = round(_floor_us(config, batch * sequence, bandwidth), 2)
-        yield row
-        gc.collect()
-        torch.cuda.empty_cache()
+    with _empty_stores() as folder:
+        for name, batch, sequence in QUICK_CASES if quick else CASES:
+            config = preset(name)
+            config = config.with_(max_seq_len=max(sequence, config.max_seq_len))
+            store = None if quick else folder
+            row = _case(name, config, batch, sequence, torch.device(device), store, say)
+            row.floor = round(_floor_us(config, batch * sequence, bandwidth), 2)
+            yield row
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _empty_stores() -> Iterator[Path]:
+    """A folder for choices; Triton's is beside it, for children too."""
+    before = os.environ.get(TRITON_STORE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[TRITON_STORE] = str(Path(folder) / "triton")
+        try:
+            yield Path(folder) / "choices"
+        finally:
+            del os.environ[TRITON_STORE]
+            if before is not None:
+                os.environ[TRITON_STORE] = before
 
 
 def _case(
@@ -69,22 +99,23 @@ def _case(
     batch: int,
     sequence: int,
     device: torch.device,
-    quick: bool,
+    store: Path | None,
     say: Callable[[str], None],
 ) -> Row:
+    """One row; nothing is chosen without a store."""
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
     tokens = torch.randint(config.vocab_size, (batch, sequence), device=device, generator=generator)
     bare = BareForward(config, weights, torch.bfloat16, device)
     with torch.inference_mode():
         expected = bare(tokens).float()
-        forms, notes = _ours(config, weights, batch, sequence, tokens, expected, say)
+        forms, notes = _ours(config, weights, batch, sequence, tokens, expected, store, say)
         mine = list(forms)
         contestants = {name: replays(*form) for name, form in forms.items()}
         peers, seconds = pytorch_samples(bare, tokens)
         contestants |= peers
         notes["seconds_to_first"]["torch.compile"] = round(seconds, 2)
-        samples = in_rounds(contestants, QUICK_ROUNDS if quick else ROUNDS)
+        samples = in_rounds(contestants, QUICK_ROUNDS if store is None else ROUNDS)
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
     row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes)
@@ -99,6 +130,7 @@ def _ours(
     sequence: int,
     tokens: Tensor,
     expected: Tensor,
+    store: Path | None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]], dict[str, Any]]:
     """Graphs of our forms, and what is to be told of them."""
@@ -110,12 +142,14 @@ def _ours(
     shape = Shape(batch, sequence, True, torch.bfloat16)
     depths = [d for d in ("all", "half", 1, 2, 4) if not isinstance(d, int) or d < config.n_layers]
     makers: dict[str, Callable[[], BoundForward]] = {
-        "staged": partial(BoundForward, config, packed, shape, {})
+        f"fused {depth}": partial(FusedForward, config, packed, shape, {}, depth)
+        for depth in depths
     }
-    for depth in depths:
-        makers[f"fused {depth}"] = partial(FusedForward, config, packed, shape, {}, depth)
+    makers["staged"] = partial(BoundForward, config, packed, shape, {})
     found: dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]] = {}
     notes: dict[str, Any] = {"launches": {}, "seconds_to_first": {}}
+    if store is not None:
+        makers[CHOSEN] = partial(_chosen, config, packed, batch, sequence, store, notes, say)
     for form, make in makers.items():
         start = time.perf_counter()
         try:
@@ -135,16 +169,55 @@ def _ours(
             raise RunFailed(f"{form}: logits {apart:.1%} from PyTorch's")
         notes.setdefault("apart_from_pytorch", {})[form] = float(f"{apart:.2e}")
         found[form] = graph, bound
+    if store is not None:
+        notes["seconds_to_first"]["kept"] = _kept_seconds(config, batch, sequence, store)
     return found, notes
+
+
+def _chosen(
+    config: ModelConfig,
+    packed: PackedModel,
+    batch: int,
+    sequence: int,
+    folder: Path,
+    notes: dict[str, Any],
+    say: Callable[[str], None],
+) -> BoundForward:
+    """What the engine's measurement chooses, and in the notes what it took."""
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda.staged import Shape
+    from onelaunch.engines.cuda.timer import bind, choose
+
+    choice = choose(config, packed, batch, sequence, Store(folder))
+    tiles = {kind: list(vars(b).values()) for kind, b in choice.blockings.items()}
+    notes["choice"] = {
+        "form": choice.form, "programs": choice.programs, "us": dict(choice.us),
+        "seconds": choice.seconds, "tried": choice.tried, "tiles": tiles,
+    }  # fmt: skip
+    say(f"{batch}x{sequence}: {choice.form} chosen in {choice.seconds:.0f} s, {choice.tried} tried")
+    return bind(config, packed, Shape(batch, sequence, True, torch.bfloat16), choice)
+
+
+def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -> float:
+    """Seconds from weights on the device to logits in a new process that finds the choice and its
+    kernels, imports and the device's context aside."""
+    subject = json.dumps([config.to_dict(), batch, sequence, str(store)])
+    command = [sys.executable, "-m", "onelaunch.bench.forward_child", subject]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS)
+    if done.returncode:
+        raise RunFailed(f"a process with the choice kept failed: {done.stderr[-500:]}")
+    return float(done.stdout.split()[-1])
 
 
 def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) -> Row:
     forms = {name: digest(samples[name]) for name in mine}
-    best = min(mine, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
+    fastest = min(mine, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
+    best = CHOSEN if CHOSEN in mine else fastest
     peers = {name: values for name, values in samples.items() if name not in mine}
     notes |= {
         "form": best,
         "forms": forms,
+        "over_fastest": round(ratio(samples[best], samples[fastest]), 4),
         "speedup": {name: round(ratio(values, samples[best]), 4) for name, values in peers.items()},
     }
     medians = {name: digest(values)["median"] for name, values in peers.items()}

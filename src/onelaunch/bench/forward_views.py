@@ -10,6 +10,7 @@ from onelaunch.bench.tables import markdown, provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MORE_FIRSTS = ("torch.compile", "kept")
 PEERS = ("torch.compile + graph", "torch.compile", "eager + graph", "eager")
 
 
@@ -17,7 +18,7 @@ def table(record: dict[str, Any]) -> str:
     """In Markdown: every case with its forms and peers."""
     rows = record["rows"]
     forms = list(dict.fromkeys(form for row in rows for form in row["forms"]))
-    head = ["us", *forms, *PEERS, "best over best peer", "over eager", "floor"]
+    head = ["us", *forms, *PEERS, "over best peer", "over eager", "against our fastest", "floor"]
     body = []
     for row in rows:
         best = min(row["speedup"].values())
@@ -27,23 +28,49 @@ def table(record: dict[str, Any]) -> str:
             bold = "**" if form == row["form"] else ""
             cells.append(f"{bold}{digits(each['median'])}{bold}" if each else "-")
         cells += [digits(row["peers"][peer]) for peer in PEERS]
-        cells += [f"{best:.2f}x", f"{row['speedup']['eager']:.1f}x", digits(row["floor"])]
+        cells += [f"{best:.2f}x", f"{row['speedup']['eager']:.1f}x"]
+        cells += [f"{row['over_fastest']:.3f}", digits(row["floor"])]
         body.append(cells)
+    firsts = [*forms, *(name for name in MORE_FIRSTS if name in rows[0]["seconds_to_first"])]
     seconds = [
-        [row["case"], *(f"{row['seconds_to_first'].get(form, 0):.2f}" for form in forms)]
+        [row["case"], *(_seconds(row["seconds_to_first"].get(form)) for form in firsts)]
         for row in rows
     ]
     parts = [
         f"# A forward of whole texts on {record['device']}",
         provenance(record),
         "Medians in us of a forward in bfloat16, logits of every position. `fused`: how much one "
-        "launch holds (all, half a layer, so many layers). All but eager and torch.compile are "
-        "CUDA graphs. Bold: the fastest of ours.",
+        "launch holds (all, half a layer, so many layers), `staged`: a launch a stage, both with "
+        "the rule's tiles; `chosen`: what the engine's measurement chooses. All but eager and "
+        "torch.compile are CUDA graphs. Bold: what `over` is said of.",
         markdown(head, body),
-        "## Seconds from the weights on the device to a first forward captured",
-        markdown(["s", *forms], seconds),
+        "## Seconds from the weights on the device to a first forward",
+        "Nothing compiled before; `chosen` with all that is measured; `kept` in a new process that "
+        "finds the choice and its kernels, from weights as checkpoints name them.",
+        markdown(["s", *firsts], seconds),
     ]
+    if any("choice" in row for row in rows):
+        parts += ["## What was chosen", "us by form in the measurement itself.", _choices(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _choices(rows: list[dict[str, Any]]) -> str:
+    chosen = [row for row in rows if "choice" in row]
+    kinds = list(chosen[0]["choice"]["tiles"])
+    body = []
+    for row in chosen:
+        choice = row["choice"]
+        us = ", ".join(f"{form} {digits(value)}" for form, value in choice["us"].items())
+        # a blocking's fields in their order, what it has no use for left out
+        tiles = [
+            " ".join(str(v) for v in choice["tiles"][kind] if v is not False) for kind in kinds
+        ]
+        body.append([row["case"], choice["form"], us, str(choice["tried"]), *tiles])
+    return markdown(["case", "form", "us", "timed", *kinds], body)
 
 
 def draw(record: dict[str, Any]) -> Figure | None:

@@ -1,0 +1,41 @@
+"""A process that finds a choice and its kernels kept: prints the seconds to its first logits.
+
+Its argument is JSON: a configuration, batch, sequence, and the folder of the choices.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from onelaunch.bench.gpu_forwards import random_weights
+from onelaunch.compilation.cache import Store
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.engine import CudaEngine
+from onelaunch.errors import RunFailed
+
+
+def main() -> None:
+    fields, batch, sequence, folder = json.loads(sys.argv[1])
+    config, device = ModelConfig.from_dict(fields), torch.device("cuda", 0)
+    generator = torch.Generator(device=device).manual_seed(0)
+    weights = random_weights(config, device, generator)
+    tokens = torch.randint(config.vocab_size, (batch, sequence), device=device, generator=generator)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    engine = CudaEngine(config, weights, "cuda", "bfloat16", store=Store(Path(folder)))
+    engine.logits(tokens)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    about = engine.describe()["forms"][f"{batch}x{sequence}"]
+    if "us" not in about:
+        raise RunFailed("the choice was not found")
+    print(round(seconds, 3))
+
+
+if __name__ == "__main__":
+    main()
