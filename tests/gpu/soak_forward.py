@@ -25,11 +25,13 @@ FORWARDS, SEEDS = 100_000, 1_000
 SHAPES = (
     (1, 256), (1, 255), (2, 100), (4, 64), (8, 32), (3, 77),
     (1, 128), (1, 31), (1, 16), (1, 1), (4, 100), (16, 16),
+    (1, 1024), (2, 600),
 )  # fmt: skip
+CONFIG = preset(MODEL).with_(max_seq_len=max(sequence for _, sequence in SHAPES))
 FORMS: dict[str, range] = {  # which of the shapes run in it
-    "all": range(12),
-    "half": range(0, 12, 2),
-    "staged": range(0, 12, 4),
+    "all": range(14),
+    "half": range(0, 14, 2),
+    "staged": range(0, 14, 4),
 }
 TEXTS = 4  # of each shape, so that what the forward before left is wrong
 LAUNCHED = 0.1  # how many of the forwards are no graphs: launching them takes longer than running
@@ -98,7 +100,7 @@ def delayed(seeds: int = SEEDS, say: Callable[[str], None] = print) -> Row:
 
 
 def _pool() -> list[Runner]:
-    config = preset(MODEL)
+    config = CONFIG
     generator = torch.Generator(device=CUDA).manual_seed(0)
     weights = {
         name: 1 + 0.1 * noise if len(shape) == 1 else 2 * noise / shape[-1] ** 0.5
@@ -114,7 +116,7 @@ def _pool() -> list[Runner]:
 
 
 def _runner(form: str, packed: PackedModel, number: int) -> Runner:
-    config, (batch, sequence) = preset(MODEL), SHAPES[number]
+    config, (batch, sequence) = CONFIG, SHAPES[number]
     shape = Shape(batch, sequence, True, torch.bfloat16)
     bound = (
         BoundForward(config, packed, shape, {})
