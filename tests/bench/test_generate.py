@@ -1,6 +1,7 @@
 """generate: the cells' rows, the other rows, the children, and the command's --peer."""
 
 import json
+import mmap
 import os
 import time
 from pathlib import Path
@@ -210,9 +211,10 @@ def test_memory_of_this_process(tmp_path, compiled_program):
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("this system does not tell")
     before = generation_child.private_bytes()
-    held = bytearray(os.urandom(20 << 20))
-    assert generation_child.private_bytes() - before > 15 << 20
-    del held
+    # pages of its own: a large object could lie where an earlier one was
+    with mmap.mmap(-1, 20 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        held.write(os.urandom(20 << 20))
+        assert generation_child.private_bytes() - before > 15 << 20
     model = generate_cell.write_model(
         preset("stories260k"), random_weights(preset("stories260k")), tmp_path / "model.bin"
     )
