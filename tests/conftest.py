@@ -11,6 +11,8 @@ import tempfile
 import pytest
 import torch
 
+from tests.interpreting import SHARE
+
 torch.set_num_threads(1)
 
 
@@ -21,6 +23,12 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.cache_folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Keep this process's share; see interpreting.py."""
+    part, parts = map(int, os.environ.get(SHARE, "0 1").split())
+    items[:] = items[part::parts]
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from onelaunch.engines.cuda.blocking import Blocking, padded
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.staged import Shape, StagedForward
 from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
+from tests.gpu.test_forward_forms import EARLY, OTHERWISE
 
 HOUR = 3_600_000_000_000
 CONFIGS = {
@@ -34,6 +36,17 @@ def main() -> None:
             config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(0)
         )
         exact = exact_logits(config, weights, tokens)
+        for what, tiles in {"otherwise": OTHERWISE, "early": EARLY}.items():
+            if config.qk_norm:
+                tiles = tiles | {"qkv": Blocking(64, padded(config.head_dim), 64, 3, tma=True)}
+            bound = StagedForward(config, weights, torch.bfloat16, device, tiles).bind(
+                2, config.max_seq_len, True, torch.bfloat16
+            )
+            bound.buffers.tokens.random_(0, config.vocab_size)
+            for _ in range(2):
+                bound.run()
+            assert bound.buffers.logits.isfinite().all(), (name, what)
+            print(f"{name}, staged {what}: finite")
         staged = StagedForward(config, weights, torch.bfloat16, device)
         expected = staged.logits(tokens.to(device))
         assert relative_error(expected, exact) < 0.05, name

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from onelaunch.config import preset
+from onelaunch.engines.cuda import staged
+from onelaunch.engines.cuda.blocking import H200, Limits
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.staged import Shape, StagedForward
 from onelaunch.errors import BadInput
@@ -14,17 +16,23 @@ from onelaunch.operators.rms_norm import launch
 from tests.compiling import absent, spilled
 
 BF16 = torch.bfloat16
+LIMITS = {
+    "sm_80": Limits(108, 166_912, tma=False),
+    "sm_90": H200,
+    "gfx942": Limits(304, 65_536, tma=False),
+}
 
 
 class Compiles:
     """In a kernel's place: compiles where the kernel would be launched."""
 
-    def __init__(self, kernel, done, spills) -> None:
-        self.kernel, self.done, self.spills = kernel, done, spills
+    def __init__(self, kernel, done, spills, room) -> None:
+        self.kernel, self.done, self.spills, self.room = kernel, done, spills, room
 
     def __getitem__(self, grid):
         def compile(*args, **kwargs):
             compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            assert compiled.metadata.shared <= self.room
             self.done.append((self.kernel.fn.__name__, self.spills(compiled)))
 
         return compile
@@ -50,13 +58,15 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path, trito
     from onelaunch.engines.cuda import fused, kernels
 
     monkeypatch.setattr(driver, "_active", absent(target))
+    monkeypatch.setattr(staged, "limits_of", lambda device: LIMITS[target])
     config = preset(name).with_(n_layers=1, vocab_size=512, max_seq_len=256)
     forward = StagedForward(config, weights_of(config), BF16, torch.device("cpu"))
     done: list[tuple[str, int]] = []
     for module in (kernels, fused):
         for kernel in [n for n in vars(module) if n.endswith("_kernel")]:
             of = getattr(module, kernel)
-            replaced = Compiles(of, done, lambda c: spilled(triton, c, tmp_path))
+            room = LIMITS[target].shared_bytes
+            replaced = Compiles(of, done, lambda c: spilled(triton, c, tmp_path), room)
             monkeypatch.setattr(module, kernel, replaced)
     forward.logits(torch.zeros(1, 256, dtype=torch.int64))
     FusedForward(config, forward.packed, Shape(1, 256), {}).run()

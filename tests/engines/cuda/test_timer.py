@@ -3,7 +3,6 @@ children, timer and device are made up."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,10 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.cuda import timer
 from onelaunch.engines.cuda.choice import find
+from onelaunch.engines.cuda.measure import Candidate
 from onelaunch.engines.cuda.search import Limits
+from onelaunch.engines.cuda.staged import Shape
+from onelaunch.errors import RunFailed
 
 CONFIG = preset("stories15m")
 PACKED = SimpleNamespace(
@@ -80,11 +82,16 @@ def test_of_one_launch_the_one(store, monkeypatch):
     assert {(job.batch, job.sequence) for jobs in Children.made.jobs for job in jobs} == {(1, 128)}
 
 
-def test_a_timer_says_inf_for_what_does_not_run(monkeypatch):
+@pytest.fixture
+def timed(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    timed = timer.Timer(CONFIG, PACKED, None)
+    packed = SimpleNamespace(embedding=torch.empty(2, 2))
+    return timer.Timer(CONFIG, packed, Shape(2, 300))
+
+
+def test_a_timer_says_inf_for_what_does_not_run(timed, monkeypatch):
     monkeypatch.setattr(timed, "_median", lambda candidate: candidate)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert timed(3.0) == 3.0
     assert timed._least == 3.0
 
@@ -93,3 +100,33 @@ def test_a_timer_says_inf_for_what_does_not_run(monkeypatch):
 
     monkeypatch.setattr(timed, "_median", fails)
     assert timed(3.0) == float("inf")
+
+
+def test_where_nothing_runs_any_more_nothing_is_chosen(timed, monkeypatch):
+    def fails(candidate):
+        raise RuntimeError("an illegal address")
+
+    def broken(device):
+        raise RuntimeError("still an illegal address")
+
+    monkeypatch.setattr(timed, "_median", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RunFailed, match=r"all broke the device: RuntimeError: an illegal address"):
+        timed(Candidate("all", {}))
+
+    def full(candidate):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(timed, "_median", full)
+    with pytest.raises(RunFailed, match="no memory"):
+        timed(Candidate("all", {}))
+
+
+def test_wrong_logits_are_no_candidates(timed):
+    rule = torch.randn(200, 7)
+    timed._compare(rule)
+    timed._compare(rule * 1.01)
+    for wrong in (rule * 1.2, rule.where(rule != rule[3, 3], float("nan"))):
+        with pytest.raises(RunFailed, match="from the rule's"):
+            timed._compare(wrong)
+    assert timed._every == 3

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput
 from onelaunch.plan import Tiling
 
 PRODUCTS = ("qkv", "out_proj", "gate_up", "down", "head")
@@ -19,11 +20,12 @@ class Blocking:
     asked for before the tile's turn. `warps` run a tile.
 
     Where a stage is a launch of its own: a tile that is `rehearsed` is computed once before its
-    turn, of no rows; with `tma` blocks are fetched by the tensor memory accelerator, if the device
-    has one and the extents allow it; a `chunk`, a multiple of `rows`, is how many keys a program of
-    attention looks at, 0 all of them; so many `programs` a multiprocessor go through all of head's
-    tiles, the next one's blocks on their way while a tile ends, 0: a program a tile; and with
-    `library` head is the product of the library that PyTorch has, of rows normalized before."""
+    turn, and nothing of it stored; with `tma` blocks are fetched by the tensor memory accelerator,
+    if the device has one and the extents allow it; a `chunk`, a multiple of `rows` and of
+    `columns`, is how many keys a program of attention looks at, 0 all of them; so many `programs` a
+    multiprocessor go through all of head's tiles, the next one's blocks on their way while a tile
+    ends, 0: a program a tile; and with `library` head is the product of the library that PyTorch
+    has, of rows normalized before."""
 
     rows: int
     columns: int
@@ -163,12 +165,16 @@ def _fitted(
             b = replace(b, loads=3)
         elif b.loads > 2:
             b = replace(b, loads=b.loads - 1)
-        elif b.rows > 16 and kind != "attention":
-            b = replace(b, rows=b.rows // 2, programs=0)
+        elif b.programs:
+            b = replace(b, programs=0)
         elif kind == "attention" and b.columns > 16:
             b = replace(b, columns=b.columns // 2)
+        elif kind != "attention" and b.inner > 16:
+            b = replace(b, inner=b.inner // 2)
+        elif b.rows > 16:
+            b = replace(b, rows=b.rows // 2)
         else:
-            break
+            raise BadInput(f"{kind}: {limits.shared_bytes} bytes of shared memory hold no tile")
     return b
 
 

@@ -29,7 +29,7 @@ WHAT = "the choice of a form"
 _SHAPE = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "qk_norm",
 )  # fmt: skip
-_EXTENT, _LOADS, _WARPS = 1024, 16, 32  # more than any tile has
+_EXTENT, _LOADS, _WARPS, _CHUNK, _PROGRAMS = 1024, 16, 32, 1 << 16, 32  # more than any has
 
 Facts = dict[str, str | int | bool]
 
@@ -138,8 +138,11 @@ def _key(facts: Facts) -> str:
 @cache
 def _sources() -> bytes:
     """The text of everything that a forward is made of here."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
+    here = Path(__file__).parent
+    package = here.parent.parent
+    files = [*here.glob("*.py"), *(package / "plan").glob("*.py")]
+    files += [package / "operators" / "handles.py"]
+    return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in sorted(files))
 
 
 def _parse(text: bytes) -> tuple[Facts, Choice] | None:
@@ -186,6 +189,8 @@ def read_blocking(data: Mapping[str, Any]) -> Blocking:
     for extent in (blocking.rows, blocking.columns, blocking.inner):
         _require(16 <= extent <= _EXTENT and extent & (extent - 1) == 0)
     _require(0 <= blocking.loads <= _LOADS)
+    _require(0 <= blocking.chunk <= _CHUNK and 0 <= blocking.programs <= _PROGRAMS)
+    _require(blocking.chunk % max(blocking.rows, blocking.columns) == 0)
     _require(1 <= blocking.warps <= _WARPS and blocking.warps & (blocking.warps - 1) == 0)
     return blocking
 

@@ -25,7 +25,7 @@ from onelaunch.engines.cuda.stages import (
 from onelaunch.engines.cuda.sync import end, publish
 from onelaunch.engines.cuda.watch import began, ended_unsaid, ready
 
-_COUNTERS = tl.constexpr(sync.COUNTERS)
+_COUNTERS, _STATUS = tl.constexpr(sync.COUNTERS), tl.constexpr(sync.STATUS)
 _GAVE_UP, _BITS = tl.constexpr(sync.GAVE_UP), tl.constexpr(sync.ROW_TILE_BITS)
 _ATTENTION_STAGES, _FFN_STAGES = tl.constexpr(3), tl.constexpr(2)
 _NOWHERE = tl.constexpr(-8)  # a number for stages that are in no launch
@@ -301,8 +301,9 @@ def forward_kernel(
             row_tiles, done * parts, patience, DOWN_BM,
         )  # fmt: skip
         head_tile(
-            tile, (wait, me), x_ptr, parts_ptr, head_w_ptr, logits_ptr, of_ptr, logit_rows,
-            n_rows, eps, D, V, PARTS, HEAD_BM, HEAD_BN, HEAD_BK, HEAD_TAIL, HEAD_LOADS, False, MODE,
+            tile, (wait, me), x_ptr, parts_ptr, head_w_ptr, logits_ptr, of_ptr,
+            sync_ptr + _STATUS, logit_rows, n_rows, eps, D, V, PARTS, HEAD_BM, HEAD_BN, HEAD_BK,
+            HEAD_TAIL, HEAD_LOADS, False, MODE,
         )  # fmt: skip
         ended_unsaid(me)
     if ends > 0:

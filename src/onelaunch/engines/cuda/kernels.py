@@ -1,7 +1,8 @@
 """The stages as kernels, one launch a stage and one tile a program.
 
-A product's tile may be rehearsed (`passes` = 2 in place of 1): computed once of no rows while the
-launch before still runs, so that its instructions and weights are near when its turn comes. The
+A product's tile may be rehearsed (`passes` = 2 in place of 1): computed once, of whatever is there
+and stored nowhere, while the launch before still runs, so that its instructions and weights are
+near when its turn comes. The
 number is no constant, or the compiler would write the tile twice. Numbers of rows are not
 specialized: every length is the same binary.
 """
@@ -320,13 +321,13 @@ def head_kernel(
         tiles = tl.cdiv(n_rows, BM) * ((V + BN - 1) // BN)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             head_tile(
-                tile, REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, of_ptr, n_rows, x_rows, eps, D, V,
-                PARTS, BM, BN, BK, TAIL, LOADS, TMA, AFTER,
+                tile, REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, of_ptr, None, n_rows, x_rows,
+                eps, D, V, PARTS, BM, BN, BK, TAIL, LOADS, TMA, AFTER,
             )  # fmt: skip
     else:
         head_tile(
-            tl.program_id(0), REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, of_ptr, n_rows, x_rows,
-            eps, D, V, PARTS, BM, BN, BK, TAIL, LOADS, TMA, MODE,
+            tl.program_id(0), REAL, x_ptr, parts_ptr, w_ptr, logits_ptr, of_ptr, None, n_rows,
+            x_rows, eps, D, V, PARTS, BM, BN, BK, TAIL, LOADS, TMA, MODE,
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from onelaunch.engines.cuda.staged import (
     CallAndProduct,
     Shape,
     limits_of,
+    on,
 )
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.plan import Launch, launches
@@ -42,6 +43,7 @@ class FusedForward(BoundForward):
     before and after whatever its tiles wait for or say, as the number in `seed` has it (watch.py).
     """
 
+    _staged = False
     _default = staticmethod(default_fused)
 
     def __init__(
@@ -73,20 +75,38 @@ class FusedForward(BoundForward):
             self.sync.zero_()
             raise
 
-    def check(self) -> None:
-        """Wait for the device; raise EngineTimeout where a tile gave up waiting."""
+    def ask(self) -> None:
+        """Have the status of what was launched brought to the host, without waiting for it."""
         from onelaunch.engines.cuda import sync
 
-        status = int(self.sync[sync.STATUS])
+        self._told.copy_(self.sync[sync.STATUS], non_blocking=True)
+        if self._asked is not None:
+            self._asked.record()
+
+    def told(self) -> None:
+        """Raise EngineTimeout where the status that was last asked for says that a tile gave up
+        waiting; logits behind it are NaN."""
+        from onelaunch.engines.cuda import sync
+
+        if self._asked is not None:
+            self._asked.synchronize()
+        status = int(self._told)
         if not status:
             return
+        self._told.zero_()
         self.sync.zero_()
         stage = self.plan.stages[(status - sync.GAVE_UP) >> sync.ROW_TILE_BITS]
         row_tile = status & ((1 << sync.ROW_TILE_BITS) - 1)
         raise EngineTimeout(
-            f"the forward was given up: a tile waited {self._patience / 1e9:g} s for row tile "
-            f"{row_tile} of {stage.label}"
+            f"a forward was given up: a tile waited {self._patience / 1e9:g} s for row tile "
+            f"{row_tile} of {stage.label}; its logits are NaN"
         )
+
+    def check(self) -> None:
+        """Wait for the device; raise EngineTimeout where a tile gave up waiting."""
+        with on(self.buffers.x.device):
+            self.ask()
+            self.told()
 
     def _calls(self) -> list[Call | CallAndProduct]:
         from onelaunch.engines.cuda import fused, sync
@@ -101,6 +121,9 @@ class FusedForward(BoundForward):
             )
         words = sync.COUNTERS + row_tiles * len(plan.stages)
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=b.x.device)
+        gpu = b.x.device.type == "cuda"
+        self._told = torch.zeros((), dtype=torch.int32, pin_memory=gpu)
+        self._asked = torch.cuda.Event() if gpu else None
         self.records, self.seed = self._watched()
         depth = self._depth
         self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)

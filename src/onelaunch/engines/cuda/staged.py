@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -145,6 +146,7 @@ class BoundForward:
     """A forward of one shape: `buffers.tokens` in, `run`, `buffers.logits` out."""
 
     qkv_buffers = 1
+    _staged = True
     _default = staticmethod(default)
 
     def __init__(
@@ -206,24 +208,41 @@ class BoundForward:
         self.buffers.of.copy_(torch.tensor(last, dtype=torch.int32))
 
     def run(self) -> None:
-        """Launch it on the current stream."""
-        for call in self.calls:
-            call()
+        """Launch it on its device's current stream."""
+        with on(self.buffers.x.device):
+            for call in self.calls:
+                call()
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all that it holds beside the weights."""
+        held = [*vars(self.buffers).values(), self._chunk_parts, self._arrived]
+        held += [c.left for c in self.calls if isinstance(c, CallAndProduct)]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def ask(self) -> None:
+        """Ask how what was launched went; `told` says. One launch a stage never waits."""
+
+    def told(self) -> None:
+        """Raise EngineTimeout where the forward that was last asked about was given up."""
 
     def check(self) -> None:
-        """Raise EngineTimeout where a forward was given up. One launch a stage never waits."""
+        """Both, at once."""
 
     def captured(self) -> torch.cuda.CUDAGraph:
         """The forward as a CUDA graph, which reads and writes the same buffers."""
-        for call in self.calls:
-            share_first_cache(call.compile())
-        self.run()
-        torch.cuda.synchronize(self.buffers.x.device)
-        graph = torch.cuda.CUDAGraph()
-        # a stream of this device, and other threads may go on
-        stream = torch.cuda.Stream(self.buffers.x.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        device = self.buffers.x.device
+        with on(device):
+            for call in self.calls:
+                share_first_cache(call.compile())
             self.run()
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may launch and copy meanwhile, though not wait for the device
+            with torch.cuda.graph(
+                graph, stream=_capturing(device), capture_error_mode="thread_local"
+            ):
+                self.run()
         return graph
 
     def _call(self, number: int) -> Call | CallAndProduct:
@@ -340,13 +359,15 @@ class BoundForward:
         self, stage: Stage, rows: Tensor, weights: Tensor
     ) -> tuple[Any, Any, int, dict[str, Any]]:
         """What a product's two sides are handed over as, its passes, and its constants. Blocks come
-        by the tensor memory accelerator from rows of whole 16 bytes, all of them."""
+        by the tensor memory accelerator from rows of whole 16 bytes, all of them, and where a
+        tile's last columns are not the next tile's first."""
         blocking = self.blockings[stage.kind]
         weight = weights if stage.kind == "head" else weights[stage.layer]
         BK, TAIL = blocks(weight.shape[-1], blocking)
         row_bytes = weight.shape[-1] * weight.element_size()
         every_row = stage.kind != "head" or self.buffers.logits.shape[0] == rows.shape[0]
-        fits = blocking.loads > 0 and row_bytes % 16 == 0 and every_row
+        apart = stage.kind != "qkv" or self._tilings["qkv"].columns == blocking.columns
+        fits = blocking.loads > 0 and row_bytes % 16 == 0 and every_row and apart
         tma = blocking.tma and fits and limits_of(rows.device).tma
         sides = (rows, weight)
         if tma:
@@ -375,16 +396,19 @@ class BoundForward:
         return weight if 2 * weight.nbytes <= cache and weight.data_ptr() % 16 == 0 else None
 
     def _place_for_chunks(self) -> None:
-        """Where attention's chunks leave their parts and count themselves, for all layers."""
+        """Where attention's chunks leave their parts and count themselves, for all layers: places
+        that launches of a kernel for each stage need."""
         blocking, plan, x = self.blockings["attention"], self.plan, self.buffers.x
-        self._chunks = -(-plan.sequence // blocking.chunk) if blocking.chunk else 1
+        self._chunks = -(-plan.sequence // blocking.chunk) if blocking.chunk and self._staged else 1
         self._chunk_parts: Tensor | None = None
         self._arrived: Tensor | None = None
         if self._chunks > 1:
-            assert blocking.chunk % blocking.rows == 0
+            if blocking.chunk % max(blocking.rows, blocking.columns):
+                raise ValueError(f"{blocking}: no chunk of whole tiles and blocks")
             tiles = -(-plan.sequence // blocking.rows) * self.config.n_heads * plan.batch
             size = blocking.rows * (padded(self.config.head_dim) + 2)
-            self._chunk_parts = torch.empty(tiles * self._chunks * size, device=x.device)
+            numbers = tiles * self._chunks * size
+            self._chunk_parts = torch.empty(numbers, dtype=torch.float32, device=x.device)
             self._arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
 
 
@@ -401,6 +425,17 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """With a GPU as the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _capturing(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs of a device are captured on."""
+    return torch.cuda.Stream(device)
 
 
 @cache

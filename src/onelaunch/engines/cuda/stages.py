@@ -561,6 +561,7 @@ def head_tile(
     w_ptr,
     logits_ptr,
     of_ptr,
+    status_ptr,
     n_rows,
     x_rows,
     eps,
@@ -577,19 +578,23 @@ def head_tile(
 ):
     """logits: (n_rows, V) of normalized rows of x: those that of, (n_rows,), says; with TMA, of all
     in their order. Its tiles go row tile first: the weights, which may be more than the second
-    cache holds, come by once."""
+    cache holds, come by once. They are NaN where a status says that the forward was given up."""
     row_tiles = tl.maximum(tl.cdiv(n_rows, BM), 1)
     row, column = tile % row_tiles * BM, tile // row_tiles * BN
     rows, columns, in_rows, in_columns = _place(row, column, n_rows, V, BM, BN)
     of = rows if TMA else tl.load(of_ptr + rows, mask=in_rows, other=0)
     early = _early(w_ptr, columns, in_columns, D, V, BN, BK, TAIL, LOADS)
     _ready(wait, MODE)
+    if status_ptr is not None:  # who gave up wrote it before it went on
+        status = tl.load(status_ptr, cache_modifier=".cg")
     total = _product(
         x_ptr, w_ptr, early, row, of, in_rows, column, columns, in_columns, D, V, BM, BN, BK, TAIL,
         LOADS, TMA,
     )  # fmt: skip
     # behind the product, or a loop of tiles is no single pipeline
     total *= _rstd(parts_ptr, x_rows, of, in_rows, eps, D, PARTS)[:, None]
+    if status_ptr is not None:
+        total = tl.where(status == 0, total, float("nan"))
     to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, total.to(logits_ptr.dtype.element_ty), mask=mask)

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.choice import STAGED, Choice, Facts, bucket, facts_of, keep
@@ -16,12 +18,15 @@ from onelaunch.engines.cuda.compilers import Compilers, Subject, how_many
 from onelaunch.engines.cuda.measure import SECONDS, Candidate, Measurement
 from onelaunch.engines.cuda.one_launch import PATIENCE, FusedForward
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of
+from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of, on
+from onelaunch.errors import RunFailed
 
 Turn = Callable[[], AbstractContextManager[None]]
 SLICE_US = 5000.0
 """What one sample takes, and so about how long a caller waits for a measurement."""
 SAMPLES = 5
+MOST_APART, ROWS_COMPARED = 0.05, 256
+"""A candidate whose logits are further than that from the rule's, in some of the rows, is wrong."""
 HOPELESS = 1.25  # of the least time so far: one sample is enough then
 LITTLE_PATIENCE = 50_000_000  # nanoseconds: nothing is measured that waits so long
 
@@ -112,7 +117,8 @@ def measured(
 
 class Timer:
     """Microseconds of a candidate: the median of some samples, each of graph replays back to back
-    in a turn of its own; inf for one that does not run."""
+    in a turn of its own; inf for one that does not run, or whose logits are wrong. Raises RunFailed
+    where nothing runs any more. The first candidate must be the rule."""
 
     def __init__(
         self,
@@ -125,21 +131,39 @@ class Timer:
         self._turn = turn
         self._device = packed.embedding.device
         self._least = math.inf
+        rows = shape.batch * shape.sequence
+        self._tokens = torch.randint(config.vocab_size, (rows,), device=self._device)
+        self._every = -(-rows // ROWS_COMPARED)
+        self._expected: Tensor | None = None
 
     def __call__(self, candidate: Candidate) -> float:
         try:
-            with torch.cuda.device(self._device):
+            with on(self._device):
                 us = self._median(candidate)
-        except Exception:  # a tile too large, programs that do not fit together, a wait given up
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(in_a_line(error)) from error
+        except Exception as error:  # a tile too large, programs that do not fit, a wait given up
+            self._check_device(candidate, error)
             return math.inf
         self._least = min(self._least, us)
         return us
 
+    def _check_device(self, candidate: Candidate, error: Exception) -> None:
+        """Raise RunFailed where nothing will run any more: then all that follows would look slow,
+        and what is left of a search is no choice."""
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as gone:
+            raise RunFailed(f"{candidate.form} broke the device: {in_a_line(error)}") from gone
+
     def _median(self, candidate: Candidate) -> float:
         bound = bind(self._config, self._packed, self._shape, candidate, LITTLE_PATIENCE)
-        bound.buffers.tokens.random_(0, self._config.vocab_size)
-        graph = bound.captured()
+        bound.buffers.tokens.copy_(self._tokens)
+        bound.buffers.logits.fill_(math.nan)
+        with self._turn():
+            graph = bound.captured()
         self._sample(graph, 1)  # the first brings the graph to the device
+        self._compare(bound.buffers.logits[:: self._every].float())
         n = max(1, int(SLICE_US / self._sample(graph, 1)))
         samples: list[float] = []
         while len(samples) < SAMPLES:
@@ -148,6 +172,14 @@ class Timer:
                 break
         bound.check()
         return sorted(samples)[len(samples) // 2]
+
+    def _compare(self, logits: Tensor) -> None:
+        """Raise RunFailed where logits are not those of the first candidate, the rule."""
+        if self._expected is None:
+            self._expected = logits
+        apart = float((logits - self._expected).norm() / self._expected.norm())
+        if not apart < MOST_APART:
+            raise RunFailed(f"logits {apart:.1%} from the rule's")
 
     def _sample(self, graph: torch.cuda.CUDAGraph, n: int) -> float:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
