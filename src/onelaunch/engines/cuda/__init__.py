@@ -4,7 +4,8 @@
 tiles. `kernels` and `staged` run them one launch a stage; `fused`, `sync` and `one_launch` any
 range of them in one; `watch`, `trace` and `timeline` tell when each tile of that ran. `search`
 lists tiles worth timing, `measure` says in which order, `timer` and `compilers` do it on a device,
-and `choice` is what is kept of it. `engine` answers meanwhile.
+`measuring` in a process of its own, and `choice` is what is kept of it. `engine` answers meanwhile;
+`chooser` is its thread, `turns` say who uses the device.
 
 What the engine can run is told here, without importing it.
 """
