@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from collections import deque
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -386,6 +387,19 @@ def test_a_turn_that_fails_is_over():
         raise KeyError
     with turns.turn():
         pass
+
+
+def test_who_is_interrupted_while_queueing_holds_nobody_up():
+    class Interrupted(deque):
+        def append(self, entry):
+            super().append(entry)
+            raise KeyboardInterrupt
+
+    turns = Turns()
+    turns._queue = Interrupted()
+    with pytest.raises(KeyboardInterrupt), turns.turn():
+        pass
+    assert not turns._queue
 
 
 def test_two_who_ask_all_the_time_take_turns():

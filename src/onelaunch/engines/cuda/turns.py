@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -22,15 +22,15 @@ class Turns:
     @contextmanager
     def turn(self) -> Iterator[None]:
         mine = object()
-        with self._changed:
-            self._queue.append(mine)
         try:
             with self._changed:
+                self._queue.append(mine)
                 self._changed.wait_for(lambda: self._queue[0] is mine)
             yield
         finally:
             with self._changed:
-                self._queue.remove(mine)
+                with suppress(ValueError):  # interrupted before it was in the queue
+                    self._queue.remove(mine)
                 self._changed.notify_all()
 
 
