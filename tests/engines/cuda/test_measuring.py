@@ -4,8 +4,6 @@ choices, ends. The children here do what they are told; the real one is tested o
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.cuda import measuring
 from onelaunch.engines.cuda.blocking import default
+from onelaunch.engines.cuda.children import Child
 from onelaunch.engines.cuda.choice import Choice, facts_of, find
 from onelaunch.engines.cuda.turns import turns_of
 from onelaunch.errors import RunFailed
@@ -77,9 +76,10 @@ def test_a_child_waits_for_its_turn_and_the_device_is_its_own_then(store):
 @pytest.mark.parametrize(
     ("does", "message"),
     [
-        ("raise SystemExit(3)", "ended"),
-        ("turn(0); raise SystemExit(3)", "ended"),
+        ("raise SystemExit(3)", r"ended \(exit status 3\)"),
+        ("turn(0); raise ValueError('no such tile')", r"ended \(ValueError: no such tile\)"),
         ("print('turn', flush=True)", "ended"),
+        ("print('turn\\nturn', flush=True); time.sleep(60)", "no answer"),
         ("print(json.dumps({'failed': 'out of memory'}))", "out of memory"),
         ("print('nothing')", "no answer"),
         ("print([])", "no answer"),
@@ -94,26 +94,26 @@ def test_what_is_no_choice_is_not_kept(store, does, message):
     assert not turns_of(torch.device("cpu"))._queue, "whatever happened, others have their turn"
 
 
-def test_it_can_be_cancelled_and_a_child_that_hangs_in_its_turn_ends(store, monkeypatch):
+def test_it_can_be_cancelled_and_a_child_that_hangs_ends(store, monkeypatch):
     began = time.monotonic()
     with pytest.raises(RunFailed, match="cancelled"):
         choose(store, "time.sleep(60)", cancelled=lambda: time.monotonic() > began + 0.5)
     monkeypatch.setattr(measuring, "LONGEST_TURN", 0.5)
     with pytest.raises(RunFailed, match="hangs"):
         choose(store, "turn(60)")
+    monkeypatch.setattr(measuring, "LONGEST_SECONDS", 0.5)
+    with pytest.raises(RunFailed, match="hangs"):
+        choose(store, "turn(0); time.sleep(60)")
     assert time.monotonic() - began < 20
     assert not turns_of(torch.device("cpu"))._queue
 
 
-def test_without_a_gpu_the_child_says_what_failed():
+def test_without_a_gpu_the_child_says_what_failed(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     subject = {"config": CONFIG.to_dict(), "dtype": "bfloat16", "device": 0, "batch": 1}
-    done = subprocess.run(
-        measuring.COMMAND,
-        input=json.dumps(subject | {"sequence": 8}) + "\n",
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    # its input has ended: it may be gone before it can say so
-    assert done.stdout == "" or "failed" in json.loads(done.stdout)
+    child = Child(measuring.COMMAND)
+    try:
+        assert child.tell(json.dumps(subject | {"sequence": 8}))
+        assert json.loads(child.hear())["failed"]
+    finally:
+        child.end()
