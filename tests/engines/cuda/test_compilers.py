@@ -15,6 +15,7 @@ from onelaunch.engines.cuda import compilers
 from onelaunch.engines.cuda.blocking import default
 from onelaunch.engines.cuda.children import Child
 from onelaunch.engines.cuda.compilers import NOT_IN_TIME, Compilers, Job, Subject, how_many
+from onelaunch.errors import RunFailed
 
 CONFIG = preset("stories15m")
 SUBJECT = Subject(CONFIG, "bfloat16", 0)
@@ -180,12 +181,16 @@ def test_as_many_children_as_cores_and_memory_allow(monkeypatch):
     monkeypatch.setattr(compilers, "usable_cores", lambda: 64)
     assert how_many(CONFIG, 256, 2, 140 << 30) == 15
     assert how_many(CONFIG, 256, 2, 8 << 30) == 3
-    assert how_many(CONFIG, 64 * 2048, 2, 140 << 30) < 8
-    assert how_many(CONFIG, 64 * 2048, 2, 1 << 20) == 1
+    assert how_many(CONFIG, 64 * 2048, 2, 140 << 30) == 15
+    assert how_many(CONFIG, 64 * 2048, 2, 28 << 30) == 4, "two forms of so many rows have room too"
+    assert how_many(CONFIG, 64 * 2048, 2, 16 << 30) == 0
+    assert how_many(CONFIG, 256, 2, 2 << 30) == 0
     monkeypatch.setattr(compilers, "usable_cores", lambda: 4)
     assert how_many(CONFIG, 256, 2, 140 << 30) == 3
     monkeypatch.setattr(compilers, "usable_cores", lambda: 1)
     assert how_many(CONFIG, 256, 2, 140 << 30) == 1
+    with pytest.raises(RunFailed, match="too little of the device's memory"):
+        Compilers(SUBJECT, 0)
 
 
 def test_an_answer_is_nothing_or_a_reason():

@@ -21,12 +21,14 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
 from onelaunch.engines.cuda.children import Child, lines_of_parent
 from onelaunch.engines.cuda.choice import STAGED, read_blocking
+from onelaunch.errors import RunFailed
 
 MOST_CHILDREN = 15
 COMMAND = (sys.executable, "-m", "onelaunch.engines.cuda.compilers")
 NOT_IN_TIME = "not in time"
 LOOK_SECONDS = 0.02
-_CHILD_BYTES = 1 << 30  # of the device's memory, that a process has before it holds a tensor
+PROCESS_BYTES = 1 << 30
+"""Of the device's memory, that a process has before it holds a tensor."""
 _REASON_LETTERS = 200
 
 
@@ -51,18 +53,28 @@ class Job:
     kind: str | None = None
 
 
+def form_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
+    """Of the buffers of a forward in few launches, the form that has most of them."""
+    qkv = config.n_layers * (config.q_dim + 2 * config.kv_dim)
+    columns = config.dim + qkv + config.q_dim + config.hidden_dim + config.vocab_size
+    return rows * columns * itemsize
+
+
 def how_many(config: ModelConfig, rows: int, itemsize: int, free_bytes: int) -> int:
-    """Children that may run at once: one core and half of the device's free memory are left."""
-    widest = 3 * config.q_dim + 2 * config.dim + config.hidden_dim + config.vocab_size
+    """Children that may run at once beside a process that measures a form of so many rows: one core
+    is left, and half of the device's free memory after two such forms. At least one unless there
+    is no memory for it."""
     layer = 4 * config.dim * (config.q_dim + config.hidden_dim)
     # pack multiplies the head with its norm in float32
     weights = config.vocab_size * config.dim * (4 * itemsize + 4) + 2 * itemsize * layer
-    each = _CHILD_BYTES + weights + rows * widest * itemsize
-    return max(1, min(MOST_CHILDREN, usable_cores() - 1, free_bytes // 2 // each))
+    one_text = form_bytes(config, min(rows, config.max_seq_len), itemsize)
+    room = (free_bytes - 2 * form_bytes(config, rows, itemsize)) // 2
+    most = max(0, room // (PROCESS_BYTES + weights + one_text))
+    return min(MOST_CHILDREN, max(1, usable_cores() - 1), most)
 
 
 class Compilers:
-    """Children at work, until `close`."""
+    """Children at work, until `close`. Raises RunFailed for less than one."""
 
     def __init__(
         self,
@@ -70,6 +82,8 @@ class Compilers:
         count: int,
         command: Sequence[str] = COMMAND,
     ) -> None:
+        if count < 1:
+            raise RunFailed("too little of the device's memory is free for a compiler")
         self._subject, self._count, self._command = subject, count, command
         self._children: list[_Worker] = []
 
@@ -154,7 +168,8 @@ class _Compiler:
         from onelaunch.engines.cuda.one_launch import FusedForward
         from onelaunch.engines.cuda.staged import BoundForward, Shape
 
-        shape = Shape(job["batch"], job["sequence"], True, self.dtype)
+        # one text: kernels are the same for any number of rows
+        shape = Shape(1, job["sequence"], True, self.dtype)
         blockings = {kind: read_blocking(b) for kind, b in job["blockings"].items()}
         if job["form"] == STAGED:
             bound = BoundForward(self.one_layer, self.packed, shape, blockings)
