@@ -82,7 +82,7 @@ def _made_up(monkeypatch):
     monkeypatch.setattr(engine_module, "choose", no_choice)
 
 
-def no_choice(config, packed, batch, sequence, store, cancelled, used):
+def no_choice(config, dtype, device, batch, sequence, store, cancelled, used):
     raise RunFailed("nothing is measured here")
 
 
@@ -169,7 +169,7 @@ def test_a_stored_choice_is_used_at_once(store):
 def test_a_choice_is_measured_in_the_background_and_then_used(store, monkeypatch):
     may_end, asked, lines = threading.Event(), [], []
 
-    def slowly(config, packed, batch, sequence, store, cancelled, used):
+    def slowly(config, dtype, device, batch, sequence, store, cancelled, used):
         asked.append((batch, sequence))
         assert may_end.wait(30)
         keep(store, facts_of(config, "bfloat16", batch, sequence, DEVICE), CHOICE)
@@ -290,7 +290,7 @@ def test_the_weights_that_were_given_go_when_all_is_made_of_them(store):
 def test_an_engine_that_is_let_go_measures_no_more(store, monkeypatch):
     begun, stopped = threading.Event(), threading.Event()
 
-    def until_cancelled(config, packed, batch, sequence, store, cancelled, used):
+    def until_cancelled(config, dtype, device, batch, sequence, store, cancelled, used):
         begun.set()
         while not cancelled():
             time.sleep(0.01)

@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,11 +199,11 @@ class CudaEngine:
         if name not in self._choices:
             kept = find(self._store, facts(self.config, packed, batch, sequence))
             if kept is None:
-                shape = batch, sequence
-                self._chooser.ask(
-                    name,
-                    _finding(self.config, packed, shape, name, self._store, self._say, self._used),
-                )
+                measure = partial(
+                    choose, self.config, self.dtype, self.device, batch, sequence, self._store,
+                    used=self._used,
+                )  # fmt: skip
+                self._chooser.ask(name, _finding(measure, name, self._store, self._say))
                 return None
             self._choices[name] = kept
         return self._choices[name]
@@ -276,19 +277,13 @@ def _bytes_of(tensors: object) -> int:
 
 
 def _finding(
-    config: ModelConfig,
-    packed: PackedModel,
-    shape: tuple[int, int],
-    name: str,
-    store: Store,
-    say: Callable[[str], None],
-    used: torch.cuda.Event | None,
+    measure: Find[Choice], name: str, store: Store, say: Callable[[str], None]
 ) -> Find[Choice]:
-    """How a choice is found and told of, without a hold on the engine."""
+    """How a choice is found and told of, without a hold on the engine or its weights."""
 
     def finding(cancelled: Callable[[], bool]) -> Choice:
         tell(say, f"measuring forms and tiles for {name} tokens in the background, once")
-        choice = choose(config, packed, *shape, store, cancelled, used)
+        choice = measure(cancelled)
         tell(say, told(name, choice, store))
         return choice
 

@@ -28,11 +28,12 @@ from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.children import Child, lines_of_parent
-from onelaunch.engines.cuda.choice import Choice, keep, read_choice
+from onelaunch.engines.cuda.choice import Choice, bucket, facts_of, find, keep, read_choice
+from onelaunch.engines.cuda.compilers import PROCESS_BYTES, form_bytes
 from onelaunch.engines.cuda.measure import SECONDS
-from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.timer import facts, measured
-from onelaunch.engines.cuda.turns import turns_of
+from onelaunch.engines.cuda.pack import pack
+from onelaunch.engines.cuda.timer import device_facts, measured
+from onelaunch.engines.cuda.turns import measuring_alone, turns_of
 from onelaunch.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ LOOK_SECONDS = 0.1
 LONGEST_TURN = 30.0
 LONGEST_SECONDS = 3 * SECONDS
 DEVIATION = 0.02
+GIB = 1 << 30
 
 
 def choose(
     config: ModelConfig,
-    packed: PackedModel,
+    dtype: torch.dtype,
+    device: torch.device,
     batch: int,
     sequence: int,
     store: Store,
@@ -58,29 +61,63 @@ def choose(
     command: Sequence[str] = COMMAND,
 ) -> Choice:
     """As timer.choose, with random weights in a process of its own, in turns with whoever uses the
-    device here; `used` is recorded at the end of each of their turns. Raises RunFailed where
-    nothing runs, the process fails, or it is cancelled."""
-    device = packed.embedding.device
+    device here; `used` is recorded at the end of each of their turns. While another process is
+    measuring on the device it waits, and takes what that has found where it is the same shape.
+    Raises RunFailed where nothing runs, memory is short, the process fails, or it is cancelled."""
+    name = str(dtype).removeprefix("torch.")
+    facts = facts_of(config, name, batch, sequence, device_facts(device))
     subject = {
         "config": config.to_dict(),
-        "dtype": str(packed.embedding.dtype).removeprefix("torch."),
+        "dtype": name,
         "device": device.index or 0,
         "batch": batch,
         "sequence": sequence,
     }
+    with measuring_alone(store, device, cancelled, LONGEST_SECONDS):
+        choice = find(store, facts)
+        if choice is None:
+            _check_memory(config, dtype.itemsize, bucket(config, batch, sequence), device)
+            choice = _ask(config, subject, command, turns_of(device).turn, cancelled, used)
+            keep(store, facts, choice)
+    return choice
+
+
+def _check_memory(
+    config: ModelConfig, itemsize: int, shape: tuple[int, int], device: torch.device
+) -> None:
+    """Raise RunFailed where measuring could leave too little of the device's memory to others: a
+    process, its weights, and two forms."""
+    batch, sequence = shape
+    weights = (config.n_params + config.vocab_size * config.dim) * itemsize  # a tied head is copied
+    needed = PROCESS_BYTES + weights + 2 * form_bytes(config, batch * sequence, itemsize)
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed:
+        raise RunFailed(
+            f"measuring takes {needed / GIB:.1f} GiB of the device's memory, {free / GIB:.1f} are "
+            "free"
+        )
+
+
+def _ask(
+    config: ModelConfig,
+    subject: Mapping[str, Any],
+    command: Sequence[str],
+    turn: Callable[[], AbstractContextManager[None]],
+    cancelled: Callable[[], bool],
+    used: torch.cuda.Event | None,
+) -> Choice:
+    """What a child finds."""
     child = Child(command)
     try:
-        data = _converse(child, json.dumps(subject), turns_of(device).turn, cancelled, used)
+        data = _converse(child, json.dumps(subject), turn, cancelled, used)
     finally:
         child.end()
+    if "failed" in data:
+        raise RunFailed(str(data["failed"]))
     try:
-        if "failed" in data:
-            raise RunFailed(str(data["failed"]))
-        choice = read_choice(data, config.n_layers)
+        return read_choice(data, config.n_layers)
     except (ValueError, TypeError, KeyError) as error:
         raise RunFailed(f"what was measured is no choice: {error}") from error
-    keep(store, facts(config, packed, batch, sequence), choice)
-    return choice
 
 
 def _converse(
