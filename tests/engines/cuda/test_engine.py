@@ -308,6 +308,25 @@ def test_an_engine_that_is_let_go_measures_no_more(store, monkeypatch):
     assert lines == ["measuring forms and tiles for 1x16 tokens in the background, once"]
 
 
+def test_an_engine_that_hears_its_own_lines_is_let_go_too(store):
+    class Host:
+        def __init__(self):
+            self.lines = []
+            self.engine = make(store, say=self.hear)
+
+        def hear(self, line):
+            self.lines.append(line)
+
+    host = Host()
+    answers(host.engine, 1, 9)
+    assert host.engine.wait(30)
+    engine, cancelled = weakref.ref(host.engine), host.engine._chooser.cancelled
+    del host
+    gc.collect()
+    assert engine() is None
+    assert cancelled.is_set()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -451,7 +470,7 @@ def test_a_chooser_finds_one_after_another_and_each_once():
     chooser.ask("4", finding(4))
     assert chooser.wait(30)
     assert chooser.take() == {"4": 4}
-    chooser.cancel()
+    chooser.cancelled.set()
     chooser.ask("5", finding(5))
     assert chooser.wait(0)
     assert chooser.take() == {}

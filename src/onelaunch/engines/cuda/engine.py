@@ -82,7 +82,8 @@ class CudaEngine:
         self._store, self._say = store or Store(), say
         self._choices: dict[str, Choice] = {}
         self._chooser: Chooser[Choice] = Chooser(say)
-        weakref.finalize(self, self._chooser.cancel)
+        # not the chooser's method: it would hold `say`, and that may hold the engine
+        weakref.finalize(self, self._chooser.cancelled.set)
         self._forms: OrderedDict[tuple[int, int], _Form] = OrderedDict()
         self._turns = turns_of(self.device)
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
