@@ -327,6 +327,26 @@ def test_an_engine_that_hears_its_own_lines_is_let_go_too(store):
     assert cancelled.is_set()
 
 
+def test_the_memory_of_an_engine_that_is_let_go_is_not_free_before_its_last_use(store, monkeypatch):
+    waited = []
+
+    class Event:
+        def synchronize(self):
+            assert packed() is not None
+            waited.append(self)
+            raise RuntimeError("the device is broken")
+
+    monkeypatch.setattr(engine_module, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    engine = make(store)
+    engine._packed = torch.zeros(4)
+    packed, used = weakref.ref(engine._packed), engine._used
+    del engine
+    gc.collect()
+    assert waited == [used]
+    assert packed() is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

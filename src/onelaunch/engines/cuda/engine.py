@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,9 @@ class CudaEngine:
         self._forms: OrderedDict[tuple[int, int], _Form] = OrderedDict()
         self._turns = turns_of(self.device)
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
+        if self._used is not None:
+            # its memory may go to another stream; when the interpreter ends, to nobody
+            weakref.finalize(self, _wait_for, self._used).atexit = False
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
@@ -270,6 +273,11 @@ class _Form:
         self._bound.check()
         logits_BSV = buffers.logits.view(*tokens_BS.shape, -1)
         return logits_BSV.to(torch.float32, copy=True)
+
+
+def _wait_for(used: torch.cuda.Event) -> None:
+    with suppress(RuntimeError):  # a device that is broken computes no more
+        used.synchronize()
 
 
 def _bytes_of(tensors: object) -> int:
