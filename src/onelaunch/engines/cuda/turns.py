@@ -44,9 +44,13 @@ class Turns:
 
 @cache
 def turns_of(device: torch.device) -> Turns:
-    """A device's turns, for every engine in this process: kernels are loaded and graphs captured in
-    them, which two threads must not do at once."""
+    """A device's turns, for every engine in this process."""
     return Turns()
+
+
+LOADING = threading.Lock()
+"""Held, within a turn, to load kernels or to capture a graph: two threads must not do so at once,
+not even on two devices."""
 
 
 @contextmanager
