@@ -159,7 +159,7 @@ class Compilation(Generic[T]):
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
             status = self._run_child(out, errors)
             if status != 0:
-                raise RunFailed(_reason(status, errors))
+                raise RunFailed(why_ended(status, errors))
             program = self._store.peek(self._key)
             if program is None:
                 out.seek(0)
@@ -254,7 +254,7 @@ class DoubleBuffer(Generic[T]):
         return self._form
 
 
-def _reason(status: int, errors: BinaryIO) -> str:
+def why_ended(status: int, errors: BinaryIO) -> str:
     """Why a child failed: its signal, or the last line it wrote on standard error."""
     if status < 0:
         with suppress(ValueError):

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from collections import deque
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from onelaunch.engines.cuda.blocking import default
 from onelaunch.engines.cuda.choice import Choice, facts_of, keep
 from onelaunch.engines.cuda.chooser import Chooser
 from onelaunch.engines.cuda.engine import CudaEngine
-from onelaunch.engines.cuda.turns import Turns
+from onelaunch.engines.cuda.turns import LOADING, Turns
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed
@@ -40,20 +41,30 @@ class Form:
     made: list[Form]
     alive: list[weakref.ref]
     timeout = False
+    fails: dict[tuple[str, str], Exception]
+    """By depth, and what is done with it."""
 
     def __init__(self, config, packed, shape, blockings, depth="stage", programs=None, patience=0):
         rows = shape.batch * shape.sequence
         self.shape, self.depth, self.programs = shape, str(depth), programs
+        self.fail("bind")
         self.buffers = SimpleNamespace(
             tokens=torch.zeros(rows, dtype=torch.int32),
             x=SimpleNamespace(device=torch.device("cuda", 0)),
             logits=torch.zeros(rows, config.vocab_size, dtype=shape.logits_dtype),
         )
+        self.n_bytes = self.buffers.tokens.nbytes + self.buffers.logits.nbytes
         self.events: list[str] = []
         Form.made.append(self)
 
+    def fail(self, how):
+        if (self.depth, how) in Form.fails:
+            raise Form.fails[self.depth, how]
+
     def _compute(self, how):
         assert not torch.is_inference_mode_enabled()
+        assert LOADING.locked() == (how == "run")
+        self.fail(how)
         self.events.append(how)
         self.buffers.logits.copy_(self.buffers.tokens[:, None])
 
@@ -61,6 +72,8 @@ class Form:
         self._compute("run")
 
     def captured(self):
+        assert LOADING.locked()
+        self.fail("capture")
         self.events.append("captured")
         return SimpleNamespace(replay=lambda: self._compute("replay"))
 
@@ -72,7 +85,7 @@ class Form:
 
 @pytest.fixture(autouse=True)
 def _made_up(monkeypatch):
-    Form.made, Form.timeout = [], False
+    Form.made, Form.timeout, Form.fails = [], False, {}
     monkeypatch.setattr(engine_module, "why_not", lambda device, config: None)
     for module in (engine_module, timer):
         monkeypatch.setattr(module, "BoundForward", Form)
@@ -81,7 +94,7 @@ def _made_up(monkeypatch):
     monkeypatch.setattr(engine_module, "choose", no_choice)
 
 
-def no_choice(config, packed, batch, sequence, store, cancelled, used):
+def no_choice(config, dtype, device, batch, sequence, store, cancelled, used):
     raise RunFailed("nothing is measured here")
 
 
@@ -168,7 +181,7 @@ def test_a_stored_choice_is_used_at_once(store):
 def test_a_choice_is_measured_in_the_background_and_then_used(store, monkeypatch):
     may_end, asked, lines = threading.Event(), [], []
 
-    def slowly(config, packed, batch, sequence, store, cancelled, used):
+    def slowly(config, dtype, device, batch, sequence, store, cancelled, used):
         asked.append((batch, sequence))
         assert may_end.wait(30)
         keep(store, facts_of(config, "bfloat16", batch, sequence, DEVICE), CHOICE)
@@ -204,7 +217,62 @@ def test_what_cannot_be_measured_is_told_once_and_the_rule_goes_on(store):
         answers(engine, 1, 9)
         assert engine.wait(30)
     assert lines[1:] == ["1x16: nothing chosen (nothing is measured here)"]
+    about = {"form": "staged", "failed": "nothing is measured here"}
+    assert engine.describe()["forms"] == {"1x9": about}
     assert {form.depth for form in Form.made} == {"stage"}
+
+
+@pytest.mark.parametrize("where", ["bind", "run", "replay"])
+def test_a_measured_form_that_fails_is_given_up_for_one_launch_a_stage(store, where):
+    lines = []
+    keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
+    engine = make(store, say=lines.append)
+    if where == "replay":
+        answers(engine, 1, 12)
+        answers(engine, 1, 9)
+    Form.fails["all", where] = RuntimeError("out of resources\nmore of it")
+    for sequence in (9, 9, 9, 12):
+        answers(engine, 1, sequence)
+    assert [(f.depth, f.shape.sequence) for f in Form.made][-2:] == [("stage", 9), ("stage", 12)]
+    why = "RuntimeError: out of resources"
+    assert lines == [f"1x16 tokens: the measured form fails ({why}); one launch a stage"]
+    about = {"form": "staged", "failed": why}
+    assert engine.describe()["forms"] == {"1x9": about, "1x12": about}
+    assert engine.wait(0), "nor is it measured again"
+    Form.fails.clear()
+    answers(make(store), 1, 9)
+    assert Form.made[-1].depth == "all", "another engine tries it"
+
+
+@pytest.mark.parametrize("error", [BadInput("too long"), EngineTimeout("given up")])
+def test_what_is_no_fault_of_a_measured_form_is_raised(store, error):
+    keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
+    engine = make(store)
+    Form.fails["all", "run"] = error
+    with pytest.raises(type(error), match=str(error)):
+        answers(engine, 1, 9)
+    Form.fails.clear()
+    answers(engine, 1, 9)
+    assert {form.depth for form in Form.made} == {"all"}
+
+
+@pytest.mark.parametrize("depth", ["auto", "all"])
+def test_what_fails_and_was_not_measured_is_raised(store, depth):
+    engine = make(store, fusion_depth=depth)
+    Form.fails["stage", "run"] = Form.fails["all", "run"] = RuntimeError("no room")
+    with pytest.raises(RuntimeError, match="no room"):
+        answers(engine, 1, 9)
+
+
+def test_without_a_graph_each_kernel_is_launched(store):
+    lines = []
+    engine = make(store, fusion_depth="stage", say=lines.append)
+    Form.fails["stage", "capture"] = RuntimeError("not now")
+    for _ in range(4):
+        answers(engine, 1, 9)
+    assert Form.made[0].events == ["run"] * 4
+    why = "RuntimeError: not now"
+    assert lines == [f"there is no CUDA graph, and each kernel is launched: {why}"]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +357,7 @@ def test_the_weights_that_were_given_go_when_all_is_made_of_them(store):
 def test_an_engine_that_is_let_go_measures_no_more(store, monkeypatch):
     begun, stopped = threading.Event(), threading.Event()
 
-    def until_cancelled(config, packed, batch, sequence, store, cancelled, used):
+    def until_cancelled(config, dtype, device, batch, sequence, store, cancelled, used):
         begun.set()
         while not cancelled():
             time.sleep(0.01)
@@ -305,6 +373,45 @@ def test_an_engine_that_is_let_go_measures_no_more(store, monkeypatch):
     gc.collect()
     assert stopped.wait(30)
     assert lines == ["measuring forms and tiles for 1x16 tokens in the background, once"]
+
+
+def test_an_engine_that_hears_its_own_lines_is_let_go_too(store):
+    class Host:
+        def __init__(self):
+            self.lines = []
+            self.engine = make(store, say=self.hear)
+
+        def hear(self, line):
+            self.lines.append(line)
+
+    host = Host()
+    answers(host.engine, 1, 9)
+    assert host.engine.wait(30)
+    engine, cancelled = weakref.ref(host.engine), host.engine._chooser.cancelled
+    del host
+    gc.collect()
+    assert engine() is None
+    assert cancelled.is_set()
+
+
+def test_the_memory_of_an_engine_that_is_let_go_is_not_free_before_its_last_use(store, monkeypatch):
+    waited = []
+
+    class Event:
+        def synchronize(self):
+            assert packed() is not None
+            waited.append(self)
+            raise RuntimeError("the device is broken")
+
+    monkeypatch.setattr(engine_module, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    engine = make(store)
+    engine._packed = torch.zeros(4)
+    packed, used = weakref.ref(engine._packed), engine._used
+    del engine
+    gc.collect()
+    assert waited == [used]
+    assert packed() is None
 
 
 @pytest.mark.parametrize(
@@ -388,6 +495,19 @@ def test_a_turn_that_fails_is_over():
         pass
 
 
+def test_who_is_interrupted_while_queueing_holds_nobody_up():
+    class Interrupted(deque):
+        def append(self, entry):
+            super().append(entry)
+            raise KeyboardInterrupt
+
+    turns = Turns()
+    turns._queue = Interrupted()
+    with pytest.raises(KeyboardInterrupt), turns.turn():
+        pass
+    assert not turns._queue
+
+
 def test_two_who_ask_all_the_time_take_turns():
     turns, order, done = Turns(), [], threading.Event()
 
@@ -437,7 +557,7 @@ def test_a_chooser_finds_one_after_another_and_each_once():
     chooser.ask("4", finding(4))
     assert chooser.wait(30)
     assert chooser.take() == {"4": 4}
-    chooser.cancel()
+    chooser.cancelled.set()
     chooser.ask("5", finding(5))
     assert chooser.wait(0)
     assert chooser.take() == {}

@@ -29,7 +29,8 @@ class Chooser(Generic[T]):
         self._asked: set[str] = set()
         self._waiting: list[tuple[str, Find[T]]] = []
         self._found: dict[str, T] = {}
-        self._cancelled = False
+        self.cancelled = threading.Event()
+        """Set it to stop as soon as may be: what has not been found then will not be."""
         self._thread: threading.Thread | None = None
         self.failed: dict[str, str] = {}
         """Why there is none, in a line."""
@@ -38,7 +39,7 @@ class Chooser(Generic[T]):
     def ask(self, name: str, find: Find[T]) -> None:
         """Have something found, once."""
         with self._changed:
-            if name in self._asked or self._cancelled:
+            if name in self._asked or self.cancelled.is_set():
                 return
             self._asked.add(name)
             self._waiting.append((name, find))
@@ -57,26 +58,20 @@ class Chooser(Generic[T]):
         with self._changed:
             return self._changed.wait_for(lambda: self._thread is None, seconds)
 
-    def cancel(self) -> None:
-        """Stop as soon as may be; what has not been found will not be."""
-        with self._changed:
-            self._cancelled = True
-            self._waiting.clear()
-
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or self.cancelled.is_set():
                     self._thread = None
                     self._changed.notify_all()
                     return
                 name, find = self._waiting.pop(0)
             try:
-                found = find(lambda: self._cancelled)
+                found = find(self.cancelled.is_set)
                 with self._changed:
                     self._found[name] = found
             except BaseException as error:  # a thread has nobody to raise to
-                if not self._cancelled:
+                if not self.cancelled.is_set():
                     self.failed[name] = in_a_line(error)
                     tell(self._say, f"{name}: nothing chosen ({self.failed[name]})")
 
@@ -85,7 +80,7 @@ def _stop_all() -> None:
     """A thread that is at work on a device when the interpreter ends can crash it."""
     choosers = list(_alive)
     for chooser in choosers:
-        chooser.cancel()
+        chooser.cancelled.set()
     for chooser in choosers:
         chooser.wait(LEAVING_SECONDS)
 

@@ -1,16 +1,13 @@
 """Child processes that compile kernels, each into Triton's own store on disk.
 
 Run as `python -m onelaunch.engines.cuda.compilers`: a line of JSON says for which model, each line
-after it is a job, and each is answered by a line: null, or why it cannot be. A child ends where its
-input ends, so with its parent too.
+after it is a job, and each is answered by a line: null, or why it cannot be.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,13 +19,16 @@ from typing import Any
 from onelaunch.compilation.child import lower_priority, usable_cores
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
+from onelaunch.engines.cuda.children import Child, lines_of_parent
 from onelaunch.engines.cuda.choice import STAGED, read_blocking
+from onelaunch.errors import RunFailed
 
 MOST_CHILDREN = 15
 COMMAND = (sys.executable, "-m", "onelaunch.engines.cuda.compilers")
 NOT_IN_TIME = "not in time"
 LOOK_SECONDS = 0.02
-_CHILD_BYTES = 1 << 30  # of the device's memory, that a process has before it holds a tensor
+PROCESS_BYTES = 1 << 30
+"""Of the device's memory, that a process has before it holds a tensor."""
 _REASON_LETTERS = 200
 
 
@@ -53,18 +53,28 @@ class Job:
     kind: str | None = None
 
 
+def form_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
+    """Of the buffers of a forward in few launches, the form that has most of them."""
+    qkv = config.n_layers * (config.q_dim + 2 * config.kv_dim)
+    columns = config.dim + qkv + config.q_dim + config.hidden_dim + config.vocab_size
+    return rows * columns * itemsize
+
+
 def how_many(config: ModelConfig, rows: int, itemsize: int, free_bytes: int) -> int:
-    """Children that may run at once: one core and half of the device's free memory are left."""
-    widest = 3 * config.q_dim + 2 * config.dim + config.hidden_dim + config.vocab_size
+    """Children that may run at once beside a process that measures a form of so many rows: one core
+    is left, and half of the device's free memory after two such forms. At least one unless there
+    is no memory for it."""
     layer = 4 * config.dim * (config.q_dim + config.hidden_dim)
     # pack multiplies the head with its norm in float32
     weights = config.vocab_size * config.dim * (4 * itemsize + 4) + 2 * itemsize * layer
-    each = _CHILD_BYTES + weights + rows * widest * itemsize
-    return max(1, min(MOST_CHILDREN, usable_cores() - 1, free_bytes // 2 // each))
+    one_text = form_bytes(config, min(rows, config.max_seq_len), itemsize)
+    room = (free_bytes - 2 * form_bytes(config, rows, itemsize)) // 2
+    most = max(0, room // (PROCESS_BYTES + weights + one_text))
+    return min(MOST_CHILDREN, max(1, usable_cores() - 1), most)
 
 
 class Compilers:
-    """Children at work, until `close`."""
+    """Children at work, until `close`. Raises RunFailed for less than one."""
 
     def __init__(
         self,
@@ -72,18 +82,20 @@ class Compilers:
         count: int,
         command: Sequence[str] = COMMAND,
     ) -> None:
+        if count < 1:
+            raise RunFailed("too little of the device's memory is free for a compiler")
         self._subject, self._count, self._command = subject, count, command
-        self._children: list[_Child] = []
+        self._children: list[_Worker] = []
 
     def compile(self, jobs: Sequence[Job], deadline: float) -> list[str | None]:
         """For each job None, or why it was not done. `deadline` by `time.monotonic`: what is not
         done then is given up, with the children at work. Those that these jobs do not need end."""
         answers: list[str | None] = [NOT_IN_TIME] * len(jobs)
         waiting = list(enumerate(jobs))[::-1]
-        self._children = [child for child in self._children if child.alive]
-        self._shrink(len(jobs))
+        self._children.sort(key=lambda child: not child.alive)
+        self._shrink(min(len(jobs), sum(child.alive for child in self._children)))
         while len(self._children) < min(self._count, len(jobs)):
-            self._children.append(_Child(self._command, self._subject))
+            self._children.append(_Worker(self._command, self._subject))
         threads = [
             threading.Thread(target=child.work, args=(waiting, answers), daemon=True)
             for child in self._children
@@ -106,59 +118,29 @@ class Compilers:
         del self._children[count:]
 
 
-class _Child:
+class _Worker(Child):
     def __init__(self, command: Sequence[str], subject: Subject) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        super().__init__(command)
         self._subject: str | None = json.dumps(asdict(subject))
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def work(self, waiting: list[tuple[int, Job]], answers: list[str | None]) -> None:
         """Take jobs until none is left or the child has ended."""
         if self._subject is not None:
             subject, self._subject = self._subject, None
-            if not self._tell(subject):
+            if not self.tell(subject):
                 return
         while waiting:
             try:
                 number, job = waiting.pop()
             except IndexError:  # another thread was faster
                 return
-            line = self._ask(json.dumps(asdict(job)))
+            line = self.hear() if self.tell(json.dumps(asdict(job))) else ""
             try:
                 answers[number] = json.loads(line)
             except ValueError:  # cut off, as the child has ended
-                answers[number] = "the compiler ended"
+                if not self.ended_by_us:
+                    answers[number] = f"the compiler ended ({self.reason()})"
                 return
-
-    def end(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # an assembler that it has called too
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-
-    def _tell(self, line: str) -> bool:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line.encode("ascii") + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            return False
-        return True
-
-    def _ask(self, line: str) -> bytes:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline() if self._tell(line) else b""
 
 
 class _Compiler:
@@ -186,7 +168,8 @@ class _Compiler:
         from onelaunch.engines.cuda.one_launch import FusedForward
         from onelaunch.engines.cuda.staged import BoundForward, Shape
 
-        shape = Shape(job["batch"], job["sequence"], True, self.dtype)
+        # one text: kernels are the same for any number of rows
+        shape = Shape(1, job["sequence"], True, self.dtype)
         blockings = {kind: read_blocking(b) for kind, b in job["blockings"].items()}
         if job["form"] == STAGED:
             bound = BoundForward(self.one_layer, self.packed, shape, blockings)
@@ -209,13 +192,14 @@ def _answer(work: Callable[[Mapping[str, Any]], None], line: str) -> str:
 def main() -> None:
     """In the child process."""
     lower_priority()
+    lines = lines_of_parent()
     # what a compiler may print is no answer
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
         os.dup2(2, 1)
         with suppress(BrokenPipeError, KeyboardInterrupt):
-            work = _Compiler(json.loads(sys.stdin.readline()))
-            for line in iter(sys.stdin.readline, ""):
-                print(_answer(work, line), file=answers, flush=True)
+            work = _Compiler(json.loads(lines.get()))
+            while True:
+                print(_answer(work, lines.get()), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onelaunch.compilation.background import tell
+from onelaunch.compilation.background import in_a_line, tell
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
@@ -24,10 +25,10 @@ from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.timer import bind, facts
-from onelaunch.engines.cuda.turns import turns_of
+from onelaunch.engines.cuda.turns import LOADING, turns_of
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 from onelaunch.plan import Depth, parse_depth
 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
@@ -47,6 +48,10 @@ class CudaEngine:
     which is for checking, or on AMD's GPUs, where one launch a stage is all there is. `dtype` is
     one of DTYPES, bfloat16 unless given. `say` gets lines for people. Raises BadInput for what
     cannot be had.
+
+    Engines may be used from several threads. At the second use of a shape a CUDA graph is captured,
+    and in these milliseconds whatever waits for the whole device in another thread fails, such as
+    torch.cuda.synchronize; to wait for a stream or an event does not.
     """
 
     def __init__(
@@ -80,21 +85,34 @@ class CudaEngine:
         self._making = threading.Lock()
         self._store, self._say = store or Store(), say
         self._choices: dict[str, Choice] = {}
+        self._given_up: dict[str, str] = {}
         self._chooser: Chooser[Choice] = Chooser(say)
-        weakref.finalize(self, self._chooser.cancel)
+        # not the chooser's method: it would hold `say`, and that may hold the engine
+        weakref.finalize(self, self._chooser.cancelled.set)
         self._forms: OrderedDict[tuple[int, int], _Form] = OrderedDict()
         self._turns = turns_of(self.device)
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
+        if self._used is not None:
+            # its memory may go to another stream; when the interpreter ends, to nobody
+            weakref.finalize(self, _wait_for, self._used).atexit = False
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
         context or an id beyond the vocabulary, EngineTimeout where a forward in few launches was
-        given up; the next one is not concerned."""
+        given up; the next one is not concerned. A measured form that fails in another way is not
+        used again: one launch a stage answers."""
         check_tokens(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
         if not (1 <= batch <= MAX_BATCH and 1 <= sequence <= MAX_SEQUENCE):
             return self._by_pytorch().logits(tokens_BS)
         with self._alone():
+            try:
+                return self._form(batch, sequence)(tokens_BS)
+            except (BadInput, RunFailed):
+                raise
+            except Exception as error:  # whatever Triton, its compiler or the driver raises
+                if not self._give_up_choice(batch, sequence, error):
+                    raise
             return self._form(batch, sequence)(tokens_BS)
 
     def generate(
@@ -122,7 +140,7 @@ class CudaEngine:
 
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, bytes of weights, what generates, and of each shape in use its
-        form, with what each form took where that was measured."""
+        form, with what each form took where that was measured, or why nothing was chosen."""
         stored = self.config.n_params * self.dtype.itemsize
         return {
             "engine": "cuda",
@@ -138,10 +156,13 @@ class CudaEngine:
         }
 
     def _about(self, batch: int, sequence: int) -> dict[str, Any]:
-        choice = self._choices.get(self._name(batch, sequence))
+        name = self._name(batch, sequence)
+        choice = self._choices.get(name)
         if choice is None:
             by_hand = self.fusion_depth not in ("auto", "stage")
-            return {"form": str(self.fusion_depth) if by_hand else STAGED}
+            why = self._given_up.get(name) or self._chooser.failed.get(name)
+            about = {"form": str(self.fusion_depth) if by_hand else STAGED}
+            return about if why is None else about | {"failed": why}
         return {"form": choice.form, "programs": choice.programs, "us": dict(choice.us)}
 
     # ---- what is made once
@@ -177,7 +198,7 @@ class CudaEngine:
         self._take_choices()
         form = self._forms.pop((batch, sequence), None)
         if form is None:
-            form = _Form(self._bind(batch, sequence))
+            form = _Form(self._bind(batch, sequence), self._say)
             self._make_room(form)
         self._forms[batch, sequence] = form  # the latest is last
         return form
@@ -195,14 +216,16 @@ class CudaEngine:
     def _choice(self, packed: PackedModel, batch: int, sequence: int) -> Choice | None:
         """The choice for a shape; where there is none, it begins to be measured."""
         name = self._name(batch, sequence)
+        if name in self._given_up:
+            return None
         if name not in self._choices:
             kept = find(self._store, facts(self.config, packed, batch, sequence))
             if kept is None:
-                shape = batch, sequence
-                self._chooser.ask(
-                    name,
-                    _finding(self.config, packed, shape, name, self._store, self._say, self._used),
-                )
+                measure = partial(
+                    choose, self.config, self.dtype, self.device, batch, sequence, self._store,
+                    used=self._used,
+                )  # fmt: skip
+                self._chooser.ask(name, _finding(measure, name, self._store, self._say))
                 return None
             self._choices[name] = kept
         return self._choices[name]
@@ -211,7 +234,22 @@ class CudaEngine:
         """Let go of the forms of shapes that have a choice now."""
         found = self._chooser.take()
         self._choices |= found
-        for shape in [shape for shape in self._forms if self._name(*shape) in found]:
+        self._drop_forms_of(found)
+
+    def _give_up_choice(self, batch: int, sequence: int, error: Exception) -> bool:
+        """Go on without the choice for a shape, whose form fails; whether there was one."""
+        name = self._name(batch, sequence)
+        if self._choices.pop(name, None) is None:
+            return False
+        self._given_up[name] = why = in_a_line(error)
+        tell(self._say, f"{name} tokens: the measured form fails ({why}); one launch a stage")
+        if self._used is not None:
+            self._used.record()  # what was launched of it is its last use
+        self._drop_forms_of({name})
+        return True
+
+    def _drop_forms_of(self, names: Container[str]) -> None:
+        for shape in [shape for shape in self._forms if self._name(*shape) in names]:
             self._drop(shape)
 
     def _make_room(self, newest: _Form) -> None:
@@ -247,11 +285,12 @@ class CudaEngine:
 
 
 class _Form:
-    """A bound forward: launched at its first use, replayed as a graph from its second."""
+    """A bound forward: launched at its first use, replayed as a graph from its second, or launched
+    further on where there can be none."""
 
-    def __init__(self, bound: BoundForward) -> None:
-        self.n_bytes = _bytes_of(bound.buffers)
-        self._bound = bound
+    def __init__(self, bound: BoundForward, say: Callable[[str], None]) -> None:
+        self.n_bytes = bound.n_bytes
+        self._bound, self._say = bound, say
         self._graph: torch.cuda.CUDAGraph | None = None
         self._uses = 0
 
@@ -259,15 +298,31 @@ class _Form:
         buffers = self._bound.buffers
         buffers.tokens.copy_(tokens_BS.flatten())
         if self._uses == 1 and buffers.x.device.type == "cuda":
-            self._graph = self._bound.captured()
+            self._capture()
         self._uses += 1
         if self._graph is None:
-            self._bound.run()
+            with LOADING:
+                self._bound.run()
         else:
             self._graph.replay()
         self._bound.check()
         logits_BSV = buffers.logits.view(*tokens_BS.shape, -1)
         return logits_BSV.to(torch.float32, copy=True)
+
+    def _capture(self) -> None:
+        try:
+            with LOADING:
+                self._graph = self._bound.captured()
+        except Exception as error:  # slower without, not wrong
+            tell(
+                self._say,
+                f"there is no CUDA graph, and each kernel is launched: {in_a_line(error)}",
+            )
+
+
+def _wait_for(used: torch.cuda.Event) -> None:
+    with suppress(RuntimeError):  # a device that is broken computes no more
+        used.synchronize()
 
 
 def _bytes_of(tensors: object) -> int:
@@ -276,19 +331,13 @@ def _bytes_of(tensors: object) -> int:
 
 
 def _finding(
-    config: ModelConfig,
-    packed: PackedModel,
-    shape: tuple[int, int],
-    name: str,
-    store: Store,
-    say: Callable[[str], None],
-    used: torch.cuda.Event | None,
+    measure: Find[Choice], name: str, store: Store, say: Callable[[str], None]
 ) -> Find[Choice]:
-    """How a choice is found and told of, without a hold on the engine."""
+    """How a choice is found and told of, without a hold on the engine or its weights."""
 
     def finding(cancelled: Callable[[], bool]) -> Choice:
         tell(say, f"measuring forms and tiles for {name} tokens in the background, once")
-        choice = choose(config, packed, *shape, store, cancelled, used)
+        choice = measure(cancelled)
         tell(say, told(name, choice, store))
         return choice
 

@@ -5,18 +5,14 @@ behind a caller's back: while one is, in whichever thread, nobody can wait for t
 
 Run as `python -m onelaunch.engines.cuda.measuring`: a line of JSON says what is to be measured. The
 child asks for the device by a line, TURN, goes on at GO, and says OVER some milliseconds later; its
-last line is what it has found, or what failed, as JSON. It ends where its input ends, so with its
-parent too.
+last line is what it has found, or what failed, as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import queue
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,10 +27,13 @@ from torch import Tensor
 from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.choice import Choice, keep, read_choice
-from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.timer import facts, measured
-from onelaunch.engines.cuda.turns import turns_of
+from onelaunch.engines.cuda.children import Child, lines_of_parent
+from onelaunch.engines.cuda.choice import Choice, bucket, facts_of, find, keep, read_choice
+from onelaunch.engines.cuda.compilers import PROCESS_BYTES, form_bytes
+from onelaunch.engines.cuda.measure import SECONDS
+from onelaunch.engines.cuda.pack import pack
+from onelaunch.engines.cuda.timer import device_facts, measured
+from onelaunch.engines.cuda.turns import measuring_alone, turns_of
 from onelaunch.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -43,13 +42,17 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, "-m", "onelaunch.engines.cuda.measuring")
 TURN, GO, OVER = "turn", "go", "over"
 LOOK_SECONDS = 0.1
-LONGEST_TURN = 10.0  # seconds; a child that takes longer hangs
+# seconds; a child that takes longer hangs
+LONGEST_TURN = 30.0
+LONGEST_SECONDS = 3 * SECONDS
 DEVIATION = 0.02
+GIB = 1 << 30
 
 
 def choose(
     config: ModelConfig,
-    packed: PackedModel,
+    dtype: torch.dtype,
+    device: torch.device,
     batch: int,
     sequence: int,
     store: Store,
@@ -58,82 +61,104 @@ def choose(
     command: Sequence[str] = COMMAND,
 ) -> Choice:
     """As timer.choose, with random weights in a process of its own, in turns with whoever uses the
-    device here; `used` is recorded at the end of each of their turns. Raises RunFailed where
-    nothing runs, the process fails, or it is cancelled."""
-    device = packed.embedding.device
+    device here; `used` is recorded at the end of each of their turns. While another process is
+    measuring on the device it waits, and takes what that has found where it is the same shape.
+    Raises RunFailed where nothing runs, memory is short, the process fails, or it is cancelled."""
+    name = str(dtype).removeprefix("torch.")
+    facts = facts_of(config, name, batch, sequence, device_facts(device))
     subject = {
         "config": config.to_dict(),
-        "dtype": str(packed.embedding.dtype).removeprefix("torch."),
+        "dtype": name,
         "device": device.index or 0,
         "batch": batch,
         "sequence": sequence,
     }
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        data = _converse(child, json.dumps(subject), turns_of(device).turn, cancelled, used)
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            with suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-    try:
-        if "failed" in data:
-            raise RunFailed(str(data["failed"]))
-        choice = read_choice(data, config.n_layers)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunFailed(f"what was measured is no choice: {error}") from error
-    keep(store, facts(config, packed, batch, sequence), choice)
+    with measuring_alone(store, device, cancelled, LONGEST_SECONDS):
+        choice = find(store, facts)
+        if choice is None:
+            _check_memory(config, dtype.itemsize, bucket(config, batch, sequence), device)
+            choice = _ask(config, subject, command, turns_of(device).turn, cancelled, used)
+            keep(store, facts, choice)
     return choice
 
 
+def _check_memory(
+    config: ModelConfig, itemsize: int, shape: tuple[int, int], device: torch.device
+) -> None:
+    """Raise RunFailed where measuring could leave too little of the device's memory to others: a
+    process, its weights, and two forms."""
+    batch, sequence = shape
+    weights = (config.n_params + config.vocab_size * config.dim) * itemsize  # a tied head is copied
+    needed = PROCESS_BYTES + weights + 2 * form_bytes(config, batch * sequence, itemsize)
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed:
+        raise RunFailed(
+            f"measuring takes {needed / GIB:.1f} GiB of the device's memory, {free / GIB:.1f} are "
+            "free"
+        )
+
+
+def _ask(
+    config: ModelConfig,
+    subject: Mapping[str, Any],
+    command: Sequence[str],
+    turn: Callable[[], AbstractContextManager[None]],
+    cancelled: Callable[[], bool],
+    used: torch.cuda.Event | None,
+) -> Choice:
+    """What a child finds."""
+    child = Child(command)
+    try:
+        data = _converse(child, json.dumps(subject), turn, cancelled, used)
+    finally:
+        child.end()
+    if "failed" in data:
+        raise RunFailed(str(data["failed"]))
+    try:
+        return read_choice(data, config.n_layers)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunFailed(f"what was measured is no choice: {error}") from error
+
+
 def _converse(
-    child: subprocess.Popen[bytes],
+    child: Child,
     subject: str,
     turn: Callable[[], AbstractContextManager[None]],
     cancelled: Callable[[], bool],
     used: torch.cuda.Event | None,
 ) -> dict[str, Any]:
     """Give turns until the answer comes."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
-    began = math.inf  # when the child got its turn
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_hear, args=(child, lines), daemon=True).start()
+    child.tell(subject)
+    # when it has to have said something else: all, and in its turn
+    end = turn_end = time.monotonic() + LONGEST_SECONDS
     with ExitStack() as held:
-        _tell(child.stdin, subject)
         while True:
             if cancelled():
                 raise RunFailed("cancelled")
-            if time.monotonic() - began > LONGEST_TURN:
+            if time.monotonic() > min(end, turn_end):
                 raise RunFailed("the measuring process hangs")
             try:
                 line = lines.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 continue
-            if line == TURN:
+            if line == TURN and turn_end == end:
                 held.enter_context(turn())
                 if used is not None:
                     used.synchronize()
-                began = time.monotonic()
-                _tell(child.stdin, GO)
+                turn_end = time.monotonic() + LONGEST_TURN
+                child.tell(GO)
             elif line == OVER:
                 held.close()
-                began = math.inf
-            else:
+                turn_end = end
+            elif line:
                 return _answer(line)
+            else:
+                raise RunFailed(f"the measuring process ended ({child.reason()})")
 
 
 def _answer(line: str) -> dict[str, Any]:
-    if not line:
-        raise RunFailed("the measuring process ended")
     try:
         data = json.loads(line)
     except ValueError:
@@ -143,20 +168,11 @@ def _answer(line: str) -> dict[str, Any]:
     return data
 
 
-def _read(pipe: IO[bytes], lines: queue.Queue[str]) -> None:
+def _hear(child: Child, lines: queue.SimpleQueue[str]) -> None:
     """Lines as they come, and an empty one at the end."""
-    with suppress(OSError, ValueError):
-        for line in pipe:
-            lines.put(line.decode("ascii", "replace").strip())
+    while line := child.hear():
+        lines.put(line)
     lines.put("")
-
-
-def _tell(pipe: IO[bytes], line: str) -> None:
-    try:
-        pipe.write(line.encode("ascii") + b"\n")
-        pipe.flush()
-    except OSError as error:
-        raise RunFailed("the measuring process ended") from error
 
 
 class _RandomWeights(Mapping[str, Tensor]):
@@ -182,8 +198,7 @@ class _Parent:
     """In the child: who gives turns, and is told."""
 
     def __init__(self, told: IO[str]) -> None:
-        self._told, self._lines = told, queue.SimpleQueue[str]()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._told, self._lines = told, lines_of_parent()
 
     def hear(self) -> str:
         return self._lines.get()
@@ -199,11 +214,6 @@ class _Parent:
             yield
         finally:
             self.tell(OVER)
-
-    def _listen(self) -> None:
-        for line in iter(sys.stdin.readline, ""):
-            self._lines.put(line)
-        os._exit(1)  # the parent has ended: nobody wants the answer
 
 
 def _measure(parent: _Parent) -> dict[str, Any]:

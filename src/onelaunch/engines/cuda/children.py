@@ -1,0 +1,88 @@
+"""Processes that are told lines and answer with lines, and end with their parent."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+from onelaunch.compilation.background import why_ended
+
+ENDING_SECONDS = 5.0
+
+
+class Child:
+    """One of them, leading a group of its own, so that what it has called ends with it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.ended_by_us = False
+        # a file: a pipe that nobody reads holds the child up when it is full
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def tell(self, line: str) -> bool:
+        """Whether it could be told."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode("ascii") + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # ValueError: `end` has closed the pipe
+            return False
+        return True
+
+    def hear(self) -> str:
+        """Its next line; empty where it has ended."""
+        assert self._process.stdout is not None
+        try:
+            return self._process.stdout.readline().decode("ascii", "replace").strip()
+        except (OSError, ValueError):
+            return ""
+
+    def reason(self) -> str:
+        """Why it has ended: its signal, or the last line of what it wrote on standard error."""
+        try:
+            return why_ended(self._process.wait(ENDING_SECONDS), self._errors)
+        except (subprocess.TimeoutExpired, ValueError):
+            return "it says nothing more"
+
+    def end(self) -> None:
+        """Kill it, with all that it has called."""
+        self.ended_by_us = True
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(OSError):
+                file.close()  # type: ignore[union-attr]
+
+
+def lines_of_parent() -> queue.SimpleQueue[str]:
+    """In a child: the lines that it is told. Where they end, nobody wants its answer: it is killed
+    then, whatever it is at, with all that it has called."""
+    lines = queue.SimpleQueue[str]()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    return lines
+
+
+def _listen(lines: queue.SimpleQueue[str]) -> None:
+    for line in iter(sys.stdin.readline, ""):
+        lines.put(line)
+    with suppress(ProcessLookupError, PermissionError):  # where it leads no group
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
