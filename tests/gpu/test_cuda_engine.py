@@ -178,6 +178,7 @@ def test_a_forward_that_was_given_up_is_told_once():
     for _ in range(2):
         bound = engine._forms[2, 20]._bound
         bound.sync[sync.STATUS] = sync.GAVE_UP + (3 << sync.ROW_TILE_BITS)
+        assert engine.logits(tokens).isnan().all()
         with pytest.raises(EngineTimeout, match="row tile 0 of layer 0 out_proj"):
             engine.logits(tokens)
         assert torch.equal(engine.logits(tokens), right)
@@ -213,8 +214,8 @@ def test_children_compile_what_is_then_loaded_at_once():
     too_large = tiles | {"head": Blocking(128, 256, 128, 4, 8)}
     compilers = Compilers(subject, 4)
     try:
-        jobs = [Job(1, 256, "staged", tiles, kind) for kind in tiles]
-        jobs += [Job(1, 256, "all", tiles), Job(1, 256, "staged", too_large, "head")]
+        jobs = [Job(128, "staged", tiles, kind) for kind in tiles]
+        jobs += [Job(128, "all", tiles), Job(128, "staged", too_large, "head")]
         start = time.monotonic()
         why = compilers.compile(jobs, start + 300)
         print(f"{len(jobs)} jobs in {time.monotonic() - start:.1f} s; the last: {why[-1]}")
@@ -223,7 +224,7 @@ def test_children_compile_what_is_then_loaded_at_once():
     assert why[:-1] == [None] * (len(jobs) - 1)
     assert why[-1]
     staged = StagedForward(LONGER, weights_of(LONGER), torch.bfloat16, CUDA)
-    bound = staged.bind(1, 256, logits_dtype=torch.bfloat16)
+    bound = staged.bind(2, 128, logits_dtype=torch.bfloat16)
     start = time.perf_counter()
     for call in bound.calls:
         call.compile().run  # noqa: B018

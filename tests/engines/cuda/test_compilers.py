@@ -55,7 +55,7 @@ def pool():
 
 
 def jobs(*doing):
-    return [Job(1, 256, each, TILES) for each in doing]
+    return [Job(256, each, TILES) for each in doing]
 
 
 def soon(seconds=60.0):
@@ -138,7 +138,7 @@ from onelaunch.config import preset
 from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
 subject = Subject(preset('stories15m'), 'bfloat16', 0)
 children = Compilers(subject, 1, command=(sys.executable, '-c', {BUSY!r}))
-children.compile([Job(1, 1, {str(at_work)!r}, {{}})], time.monotonic() + 60)
+children.compile([Job(1, {str(at_work)!r}, {{}})], time.monotonic() + 60)
 """
     with subprocess.Popen([sys.executable, "-c", program]) as parent:
         try:

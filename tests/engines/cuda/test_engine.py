@@ -77,7 +77,10 @@ class Form:
         self.events.append("captured")
         return SimpleNamespace(replay=lambda: self._compute("replay"))
 
-    def check(self):
+    def ask(self):
+        assert self.events[-1] in ("run", "replay")
+
+    def told(self):
         if Form.timeout:
             Form.timeout = False
             raise EngineTimeout("the forward was given up")

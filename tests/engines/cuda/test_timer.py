@@ -72,14 +72,14 @@ def test_a_choice_is_measured_at_its_own_size_and_kept(store):
     children = Children.made
     assert children.closed
     assert (children.subject.device, children.subject.dtype) == (1, "bfloat16")
-    assert {(j.batch, j.sequence) for jobs in children.jobs for j in jobs} == {(1, 256)}
+    assert {j.sequence for jobs in children.jobs for j in jobs} == {256}
 
 
 def test_of_one_launch_the_one(store, monkeypatch):
     _takes(monkeypatch, staged=100.0, fused=50.0)
     choice = choose(store, 1, 100)
     assert (choice.form, choice.programs) == ("all", 4)
-    assert {(job.batch, job.sequence) for jobs in Children.made.jobs for job in jobs} == {(1, 128)}
+    assert {job.sequence for jobs in Children.made.jobs for job in jobs} == {128}
 
 
 @pytest.fixture

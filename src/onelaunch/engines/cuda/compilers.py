@@ -46,7 +46,6 @@ class Job:
     """Kernels of a form: of one launch a stage, those of a kind, or of every kind where it is None;
     of fewer launches their one."""
 
-    batch: int
     sequence: int
     form: str
     blockings: Mapping[str, Blocking]

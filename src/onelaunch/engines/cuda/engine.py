@@ -98,9 +98,9 @@ class CudaEngine:
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
-        context or an id beyond the vocabulary, EngineTimeout where a forward in few launches was
-        given up; the next one is not concerned. A measured form that fails in another way is not
-        used again: one launch a stage answers."""
+        context or an id beyond the vocabulary, EngineTimeout where the forward before, of the same
+        shape and in few launches, was given up: its logits were NaN; the next is not concerned. A
+        measured form that fails in another way is not used again: one launch a stage answers."""
         check_tokens(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
         if not (1 <= batch <= MAX_BATCH and 1 <= sequence <= MAX_SEQUENCE):
@@ -295,6 +295,7 @@ class _Form:
         self._uses = 0
 
     def __call__(self, tokens_BS: Tensor) -> Tensor:
+        self._bound.told()  # of the call before
         buffers = self._bound.buffers
         buffers.tokens.copy_(tokens_BS.flatten())
         if self._uses == 1 and buffers.x.device.type == "cuda":
@@ -305,7 +306,7 @@ class _Form:
                 self._bound.run()
         else:
             self._graph.replay()
-        self._bound.check()
+        self._bound.ask()
         logits_BSV = buffers.logits.view(*tokens_BS.shape, -1)
         return logits_BSV.to(torch.float32, copy=True)
 

@@ -211,7 +211,7 @@ class Measurement:
         ]
 
     def _job(self, form: str, blockings: Mapping[str, Blocking], kind: str | None = None) -> Job:
-        return Job(self.batch, self.sequence, form, dict(blockings), kind)
+        return Job(self.sequence, form, dict(blockings), kind)
 
     def _by(self, share: float) -> float:
         return self._began + share * self.seconds

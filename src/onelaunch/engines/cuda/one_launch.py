@@ -75,6 +75,11 @@ class FusedForward(BoundForward):
             self.sync.zero_()
             raise
 
+    @property
+    def n_bytes(self) -> int:
+        watched = [self.sync, self.records, self.seed]
+        return super().n_bytes + sum(tensor.nbytes for tensor in watched if tensor is not None)
+
     def ask(self) -> None:
         """Have the status of what was launched brought to the host, without waiting for it."""
         from onelaunch.engines.cuda import sync

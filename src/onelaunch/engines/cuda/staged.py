@@ -232,7 +232,8 @@ class BoundForward:
     def captured(self) -> torch.cuda.CUDAGraph:
         """The forward as a CUDA graph, which reads and writes the same buffers."""
         device = self.buffers.x.device
-        with on(device):
+        # the stream that is the current one stays it where capturing fails, too
+        with on(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             for call in self.calls:
                 share_first_cache(call.compile())
             self.run()
