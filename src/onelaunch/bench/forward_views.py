@@ -46,8 +46,8 @@ def table(record: dict[str, Any]) -> str:
         markdown(head, body),
         "## Seconds from the weights on the device to a first forward",
         "Nothing compiled before; `chosen` with all that is measured; `kept` in a new process that "
-        "finds the choice and its kernels, from weights as checkpoints name them, after the time in "
-        "which Triton reads all of itself, once a process, to know what it has compiled.",
+        "finds the choice and its kernels, from weights as checkpoints name them, after the time "
+        "in which Triton reads all of itself, once a process, to know what it has compiled.",
         markdown(["s", *firsts], seconds),
     ]
     if any("choice" in row for row in rows):

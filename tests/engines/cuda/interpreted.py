@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from onelaunch.engines.cuda import fused, stages, sync  # noqa: E402
+from onelaunch.engines.cuda import fused, sync  # noqa: E402
 from onelaunch.engines.cuda.blocking import (  # noqa: E402
     Blocking,
     blocks,
@@ -25,6 +25,7 @@ from onelaunch.engines.cuda.blocking import (  # noqa: E402
 )
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
 from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward  # noqa: E402
+from onelaunch.engines.cuda.stages import common  # noqa: E402
 from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
@@ -287,7 +288,7 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
     the kernel waits for is written down, and the plan must be right with it."""
     choose = random.Random(seed)
     seen = []
-    monkeypatch.setattr(stages, "wait_for", lambda waiting, ptx: seen.append(waiting))
+    monkeypatch.setattr(common, "wait_for", lambda waiting, ptx: seen.append(waiting))
     monkeypatch.setattr(fused, "publish", lambda counter, me, ptx: seen.append((counter, me)))
     config = SMALL.with_(max_seq_len=60)
     batch, sequence, every = choose.choice([(2, 40, True), (3, 17, False), (5, 9, True)])

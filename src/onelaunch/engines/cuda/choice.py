@@ -140,7 +140,7 @@ def _sources() -> bytes:
     """The text of everything that a forward is made of here."""
     here = Path(__file__).parent
     package = here.parent.parent
-    files = [*here.glob("*.py"), *(package / "plan").glob("*.py")]
+    files = [*here.rglob("*.py"), *(package / "plan").glob("*.py")]
     files += [package / "operators" / "handles.py"]
     return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in sorted(files))
 
