@@ -204,14 +204,18 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
     else:
         wide = config.dim >= 768
         columns = 64 if wide else 32
+        deep = 5 if config.q_dim > 1024 else 3
+        high = 128 if 2 * config.hidden_dim > 4096 else 64  # or two tiles for a multiprocessor
         found = {
             "qkv": Blocking(64, 128, 64, 6) if wide else Blocking(64, 64, 64, 8, tma=True),
-            "out_proj": Blocking(64, 64, 128, 3, tma=True) if wide else Blocking(64, 32, loads=0),
-            "gate_up": Blocking(64, 128, 64, 4, tma=True),
+            "out_proj": Blocking(64, 64, 128, deep, tma=True)
+            if wide
+            else Blocking(64, 32, loads=0),
+            "gate_up": Blocking(high, 128, 64, 4, tma=True),
             "down": Blocking(64, columns, 128, 5, tma=True),
             "head": Blocking(128, 256, 64, 4, 8, tma=True, programs=1),
         }
-    found["attention"] = Blocking(16, 128, loads=2)
+    found["attention"] = Blocking(16 if padded(config.head_dim) <= 64 else 64, 128, loads=2)
     if padded(config.head_dim) <= 64 and rows <= 256:
         found["attention"] = Blocking(16, 256, loads=1 if rows * config.n_heads > 2560 else 3)
     return found

@@ -30,13 +30,15 @@ from onelaunch.plan.tiles import columns_of
 KINDS = ("embed", "qkv", "attention", "out_proj", "gate_up", "down", "head")
 WRITES_X = ("embed", "out_proj", "down")
 """They write x in tiles of the same columns."""
-MOST = 8
-PER_TILE = 3
+MOST = 10
+PER_TILE = 4
 REHEARSED_ROWS = 512
 NOISE = 0.02
 
 # (inner, loads), the likeliest first
-_PIPELINES = ((64, 4), (32, 6), (128, 4), (64, 3), (128, 3), (128, 2), (64, 6), (32, 3), (64, 2))
+_PIPELINES = (
+    (64, 4), (128, 5), (64, 6), (32, 6), (128, 3), (64, 3), (128, 4), (128, 2), (32, 3), (64, 2),
+)  # fmt: skip
 _PIPELINE_STEP = 0.03  # what each further one counts for in the order
 _ACCUMULATORS = (4, 128)  # float32 of a tile that a thread may hold
 _SCORES = 64  # the same of attention, whose tile is held twice
@@ -174,7 +176,7 @@ def _variants(
     # blocks that the inner dimension is a multiple of need no masks
     whole.sort(key=lambda pipeline: inner % pipeline[0] != 0)
     ways = [(*way, likely) for way in whole]
-    ways[2:2] = [(*way, other) for way in whole[:1]]
+    ways[3:3] = [(*way, other) for way in whole[:1]]
     for way in ways:
         blocking = Blocking(rows, columns, *way, tma=tma)
         if head and tma and rows * columns >= 128 * 128:
@@ -201,9 +203,9 @@ def _attention(
             chunks = [c for c in (256, 512) if max(rows, keys) <= c < sequence and rows >= 64]
             variants = [
                 option
-                for chunk in (*chunks, 0)
-                for loads in (2, 3, 1)
                 for warps in (4, 8)
+                for loads in (2, 3, 1)
+                for chunk in (*chunks, 0)
                 if fits(
                     config,
                     "attention",
