@@ -191,6 +191,7 @@ def test_logits_by_the_library(every):
     tokens = tokens_of(SMALL, 3, 17)
     exact = exact_logits(SMALL, weights, tokens)[:, slice(None) if every else slice(-1, None)]
     assert relative_error(forward.logits(tokens, every), exact) < 1e-5
+    assert [call.launches for call in forward.bind(3, 17, every).calls[-2:]] == [1, 2]
     own = forward.bind(3, 17, every, torch.float16)  # the library gives what it multiplies
     assert type(own.calls[-1]) is not type(forward.bind(3, 17, every).calls[-1])
 

@@ -171,13 +171,6 @@ def test_it_ends_in_time(second):
     assert choice.us["staged"] == 100.0
 
 
-def test_without_few_launches_none_are_compiled_or_timed():
-    device = Device(flat(100.0, d_all=50.0))
-    assert device.choose(fused=False).form == "staged"
-    assert {job.form for job in device.compiled} == {"staged"}
-    assert {c.form for c in device.timed} == {"staged"}
-
-
 def test_where_nothing_runs_there_is_no_choice():
     with pytest.raises(RunFailed, match="1x256: no form of it runs"):
         Device(lambda c: math.inf).choose()

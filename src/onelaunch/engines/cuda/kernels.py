@@ -2,9 +2,8 @@
 
 A product's tile may be rehearsed (`passes` = 2 in place of 1): computed once, of whatever is there
 and stored nowhere, while the launch before still runs, so that its instructions and weights are
-near when its turn comes. The
-number is no constant, or the compiler would write the tile twice. Numbers of rows are not
-specialized: every length is the same binary.
+near when its turn comes. That number is no constant, or the compiler would write the tile twice.
+Numbers of rows are not specialized: every length is the same binary.
 """
 
 from __future__ import annotations

@@ -68,7 +68,6 @@ class Measurement:
     itemsize: int
     compile: Compile
     time_us: TimeUs
-    fused: bool = True
     limits: Limits = H200
     seconds: float = SECONDS
     clock: Callable[[], float] = time.monotonic
@@ -90,7 +89,7 @@ class Measurement:
         self._fused_rule = default_fused(self.config, rows, self.itemsize, self.limits)
         self._compiled |= set(_kernels(self._rule))
         best, few_warps = self._staged(self._rule)
-        if self.fused and (fused := self._fused(self._fused_rule, few_warps)) is not None:
+        if (fused := self._fused(self._fused_rule, few_warps)) is not None:
             self._look_again(best, fused)
             if self._us[fused.form] < self._us[STAGED] * (1 - TIE):
                 best = fused
@@ -119,7 +118,7 @@ class Measurement:
         first = {kind: self._options(kind, *widths) for kind in WRITES_X}
         first["attention"] = self._options("attention", widths[0])
         # of what reads the sums of squares the rule's tiles alone, but for every width
-        jobs = [self._job("all", self._fused_rule)] if self.fused else []
+        jobs = [self._job("all", self._fused_rule)]
         jobs += [
             self._job(STAGED, rule | _as_wide(width), kind)
             for kind in READS_PARTS

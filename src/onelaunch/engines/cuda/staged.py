@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Call:
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    launches: ClassVar[int] = 1
 
     def __call__(self) -> None:
         self.kernel[(self.programs,)](*self.arguments, **self.options)
@@ -72,6 +73,7 @@ class CallAndProduct:
     left: Tensor
     right: Tensor
     to: Tensor
+    launches: ClassVar[int] = 2
 
     def __call__(self) -> None:
         self.call()

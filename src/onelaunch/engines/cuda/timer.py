@@ -23,7 +23,7 @@ from onelaunch.errors import RunFailed
 
 Turn = Callable[[], AbstractContextManager[None]]
 SLICE_US = 5000.0
-"""What one sample takes, and so about how long a caller waits for a measurement."""
+"""What one sample takes, one forward at least, and so about how long a caller waits for it."""
 SAMPLES = 5
 MOST_APART, ROWS_COMPARED = 0.05, 256
 """A candidate whose logits are further than that from the rule's, in some of the rows, is wrong."""
