@@ -150,7 +150,9 @@ def test_the_background_choice_ends_and_answers_as_well(store):
     assert second.describe()["forms"]["1x250"] == about
     assert second.wait(0)
     assert len(lines) == 2
-    assert waited[-1] < 0.5
+    # half of them hardly notice; who comes while 15 compilers begin to use the device waits longer
+    assert waited[len(waited) // 2] < 0.1
+    assert waited[-1] < 2
 
 
 def test_shapes_come_and_go(monkeypatch, store):

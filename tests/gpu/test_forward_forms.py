@@ -82,10 +82,16 @@ def tokens_of(config, batch, sequence, seed=0):
     return torch.randint(config.vocab_size, (batch, sequence), generator=generator)
 
 
+def plain_logits(config, weights, tokens, dtype):
+    """PyTorch's."""
+    own = Model.from_weights(config, {name: w.to(CUDA, dtype) for name, w in weights.items()})
+    with torch.no_grad():
+        return torch.nn.functional.linear(own.hidden(tokens.to(CUDA)), own.head_weight())
+
+
 @pytest.mark.parametrize(("config", "dtype"), COMBINATIONS)
 def test_logits_are_the_models(config, dtype):
     weights = weights_of(config)
-    own = Model.from_weights(config, {name: w.to(CUDA, dtype) for name, w in weights.items()})
     some = [{}]
     if dtype == torch.bfloat16:
         columns = {"columns": padded(config.head_dim)} if config.qk_norm else {}
@@ -95,9 +101,7 @@ def test_logits_are_the_models(config, dtype):
     for batch, sequence in ((1, 1), (3, 17), (2, config.max_seq_len)):
         tokens = tokens_of(config, batch, sequence)
         exact = exact_logits(config, weights, tokens)
-        with torch.no_grad():
-            hidden = own.hidden(tokens.to(CUDA))
-            plain = torch.nn.functional.linear(hidden, own.head_weight())
+        plain = plain_logits(config, weights, tokens, dtype)
         # of float32, PyTorch's own error is a few roundings
         allowed = max(1.5 * relative_error(plain, exact), 4e-6)
         for forward, given in zip(forwards, some, strict=True):
@@ -143,6 +147,8 @@ def test_logits_in_the_models_dtype_by_the_library_and_as_a_graph():
     weights = weights_of(config)
     tokens = tokens_of(config, 2, 150)
     exact = exact_logits(config, weights, tokens)
+    plain = plain_logits(config, weights, tokens, torch.bfloat16)
+    allowed = 1.5 * relative_error(plain, exact)
     for every in (True, False):
         errors = []
         for given in ({}, LIBRARY):
@@ -150,13 +156,13 @@ def test_logits_in_the_models_dtype_by_the_library_and_as_a_graph():
             bound = forward.bind(2, 150, every, torch.bfloat16)
             bound.buffers.tokens.copy_(tokens.flatten())
             bound.run()
-            plain = bound.buffers.logits.clone()
+            launched = bound.buffers.logits.clone()
             bound.buffers.logits.fill_(float("nan"))
             bound.captured().replay()
-            assert torch.equal(bound.buffers.logits, plain)
+            assert torch.equal(bound.buffers.logits, launched)
             of = exact if every else exact[:, -1:]
-            errors.append(relative_error(plain.view(of.shape), of))
-        assert errors[0] < 0.02
+            errors.append(relative_error(launched.view(of.shape), of))
+        assert errors[0] <= (allowed if every else 2 * allowed)
         assert errors[1] < 1.5 * errors[0]
 
 

@@ -3,6 +3,10 @@ and keep their tiles in registers but for some bytes. Nothing runs, so nothing e
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -123,3 +127,28 @@ def test_what_is_written_for_nvidia_is_refused_elsewhere(monkeypatch):
     for option in ("traced", "delayed"):
         with pytest.raises(BadInput, match="NVIDIA"):
             FusedForward(config, packed, Shape(1, 16), {}, **{option: True})
+
+
+NAMES = """
+import sys
+from onelaunch.engines.cuda import fused, kernels
+every = [fused.forward_kernel, kernels.head_kernel, kernels.qkv_kernel, kernels.attention_kernel]
+if sys.argv[1] == "settled":
+    kernels.settle_names()
+if sys.argv[2] == "backwards":
+    every = every[::-1]
+named = {kernel.fn.__name__: kernel.cache_key for kernel in every}
+print(sorted(named.items()))
+"""
+
+
+def names(*how):
+    command = [sys.executable, "-c", NAMES, *how]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return done.stdout
+
+
+def test_kernels_have_the_same_names_in_every_process():
+    pytest.importorskip("triton")
+    assert names("settled", "forwards") == names("settled", "backwards")

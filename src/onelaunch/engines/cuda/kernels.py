@@ -8,6 +8,8 @@ Numbers of rows are not specialized: every length is the same binary.
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -351,3 +353,14 @@ def normalize_kernel(
         tl.program_id(0), REAL, x_ptr, parts_ptr, normalized_ptr, of_ptr, n_rows, x_rows, eps, D,
         PARTS, BM, BN, MODE,
     )  # fmt: skip
+
+
+@cache
+def settle_names() -> None:
+    """Have Triton name the functions here, and those of the stages, in the order of this module.
+
+    What Triton 3.6 finds a kernel by in its store depends on whether the functions that it calls
+    had a name before: processes that compile in other orders would not find each other's kernels.
+    """
+    for function in tuple(globals().values()):
+        getattr(function, "cache_key", None)

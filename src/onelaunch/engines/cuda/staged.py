@@ -158,6 +158,8 @@ class BoundForward:
         shape: Shape,
         blockings: Mapping[str, Blocking],
     ) -> None:
+        from onelaunch.engines.cuda.kernels import settle_names
+
         batch, sequence = shape.batch, shape.sequence
         rows, dtype, device = batch * sequence, packed.embedding.dtype, packed.embedding.device
         self.config, self.packed = config, packed
@@ -188,6 +190,7 @@ class BoundForward:
         if not shape.all_positions:
             self.end_at([sequence] * batch)
         self._place_for_chunks()
+        settle_names()
         self.calls = self._calls()
 
     @cached_property
