@@ -101,5 +101,5 @@ def draw(record: dict[str, Any]) -> Figure | None:
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=15, fontsize=7)
     axes.set_ylabel("time over that of our fastest form")
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -39,6 +39,9 @@ class Blocking:
     library: bool = False
 
 
+PIPELINED_HEAD = Blocking(128, 256, 64, 4, 8, tma=True, programs=1)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of a device: its multiprocessors, the bytes of shared memory that a program can have, and
@@ -139,7 +142,27 @@ def default_fused(
         "down": Blocking(64, 32, 128, 3) if small else Blocking(64, 64, 64, 4),
         "head": Blocking(128, 128, 64, 3),
     }
+    if config.qk_norm and padded(config.head_dim) > 64:
+        # of 64 rows registers do not hold a tile with its norms, and ptxas takes 1.7 s longer
+        found["qkv"] = replace(found["qkv"], rows=32)
     return _completed(config, found, itemsize, limits)
+
+
+def at_once(
+    config: ModelConfig,
+    rows: int,
+    blockings: Mapping[str, Blocking],
+    itemsize: int,
+    limits: Limits = H200,
+) -> int:
+    """How many programs one launch of many stages has at once: two a multiprocessor from 512 rows
+    on, where its shared memory holds both, and otherwise one. One multiprocessor is no GPU, and has
+    one: its programs run one after another."""
+    if limits.multiprocessors == 1:
+        return 1
+    most = max(shared_bytes(config, kind, b, itemsize) for kind, b in blockings.items())
+    both_fit = 2 * (most + limits.shared_bytes - limits.room) <= limits.shared_bytes
+    return limits.multiprocessors * (2 if rows >= 512 and both_fit else 1)
 
 
 def _completed(
@@ -201,23 +224,38 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
             "down": Blocking(64, 32, 128, 4, rehearsed=True),
             "head": Blocking(128, 256, 32, 4, 8, tma=True, programs=1),
         }
-    else:
-        wide = config.dim >= 768
-        columns = 64 if wide else 32
-        deep = 5 if config.q_dim > 1024 else 3
-        high = 128 if 2 * config.hidden_dim > 4096 else 64  # or two tiles for a multiprocessor
+    elif config.dim < 768:
         found = {
-            "qkv": Blocking(64, 128, 64, 6) if wide else Blocking(64, 64, 64, 8, tma=True),
-            "out_proj": Blocking(64, 64, 128, deep, tma=True)
-            if wide
-            else Blocking(64, 32, loads=0),
-            "gate_up": Blocking(high, 128, 64, 4, tma=True),
-            "down": Blocking(64, columns, 128, 5, tma=True),
-            "head": Blocking(128, 256, 64, 4, 8, tma=True, programs=1),
+            "qkv": Blocking(64, 64, loads=0),
+            "out_proj": Blocking(64, 32, 64, 4, tma=True),
+            "gate_up": Blocking(64, 128, 64, 6, tma=True),
+            "down": Blocking(64, 32, 128, 5, tma=True),
+            "head": PIPELINED_HEAD,
         }
-    found["attention"] = Blocking(16 if padded(config.head_dim) <= 64 else 64, 128, loads=2)
-    if padded(config.head_dim) <= 64 and rows <= 256:
-        found["attention"] = Blocking(16, 256, loads=1 if rows * config.n_heads > 2560 else 3)
+    else:
+        deep = config.q_dim > 1024
+        found = {
+            "qkv": Blocking(128, 64, 64, 6, tma=True),
+            "out_proj": Blocking(64, 32, 128, 5, tma=True)
+            if deep
+            else Blocking(64, 64, 128, 3, rehearsed=True, tma=True),
+            "gate_up": Blocking(128, 128, 64, 6, 8, tma=True)
+            if 2 * config.hidden_dim > 4096  # or two tiles for a multiprocessor
+            else Blocking(128, 64, 64, 6, tma=True),
+            "down": Blocking(64, 32 if deep else 64, 128, 5, tma=True),
+            "head": PIPELINED_HEAD,
+        }
+    heads = rows * config.n_heads
+    if padded(config.head_dim) > 64:
+        found["attention"] = Blocking(32, 128, loads=3)
+    elif rows > 256:
+        found["attention"] = Blocking(16, 128, loads=2)
+    elif heads <= 2048:
+        found["attention"] = Blocking(16, 256, loads=3)
+    else:  # two tiles for a multiprocessor
+        found["attention"] = (
+            Blocking(16, 256, loads=1) if heads > 2560 else Blocking(16, 128, loads=2)
+        )
     return found
 
 
@@ -226,16 +264,16 @@ def _many_rows(config: ModelConfig) -> dict[str, Blocking]:
         return {
             "qkv": Blocking(64, 64, 64, 4, tma=True),
             "attention": Blocking(64, 128, loads=2, chunk=256),
-            "out_proj": Blocking(64, 32, 64, 4, rehearsed=True, tma=True),
-            "gate_up": Blocking(64, 256, 32, 6, 8),
+            "out_proj": Blocking(128, 32, 64, 4, tma=True),
+            "gate_up": Blocking(128, 128, 64, 4, 8, tma=True),
             "down": Blocking(64, 32, 128, 4, tma=True),
             "head": Blocking(128, 256, 32, 6, 8, tma=True, programs=1),
         }
     return {
-        "qkv": Blocking(128, 64, 64, 3, tma=True),
+        "qkv": Blocking(128, 64, 64, 4, tma=True),
         "attention": Blocking(64, 128 if padded(config.head_dim) <= 64 else 64, loads=2, chunk=512),
-        "out_proj": Blocking(64, 64, 128, 3, tma=True),
+        "out_proj": Blocking(64, 128, 64, 6, tma=True),
         "gate_up": Blocking(128, 128, 64, 3, tma=True),
-        "down": Blocking(128, 64, 64, 6, tma=True),
-        "head": Blocking(128, 256, 64, 4, 8, tma=True, programs=1),
+        "down": Blocking(64, 128, 64, 6, tma=True),
+        "head": PIPELINED_HEAD,
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import (
     Blocking,
+    at_once,
     blocks,
     default_fused,
     inner_of,
@@ -36,8 +37,8 @@ class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
     blockings say, and nothing of what those say of a launch a stage. In place of a depth the
     launches themselves may be given, in order from embed on; they may end before the last stage.
-    `programs` is how many run at once, as many as the device has multiprocessors unless it is
-    given; all of them must fit on it together.
+    `programs` is how many run at once, one or two a multiprocessor unless it is given; all of them
+    must fit on the device together.
 
     A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
     before and after whatever its tiles wait for or say, as the number in `seed` has it (watch.py).
@@ -63,7 +64,7 @@ class FusedForward(BoundForward):
         self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
         self._depth, self._patience = depth, patience
-        self._programs = programs or limits_of(packed.embedding.device).multiprocessors
+        self._programs = programs
         super().__init__(config, packed, shape, blockings)
 
     def run(self) -> None:
@@ -134,6 +135,9 @@ class FusedForward(BoundForward):
         self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
         constants = self._constants()
         rows = b.logits.shape[0]
+        most = self._programs or at_once(
+            c, n, self.blockings, b.x.element_size(), limits_of(b.x.device)
+        )
         found: list[Call | CallAndProduct] = []
         for launch in self.launches:
             ends = int(launch == self.launches[-1])
@@ -144,7 +148,7 @@ class FusedForward(BoundForward):
                 launch.first, launch.last, ends, self._patience,
                 self.most_tiles if self._traced else None, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip
-            programs = min(self._programs, self._tiles_of(launch))
+            programs = min(most, self._tiles_of(launch))
             found.append(Call(fused.forward_kernel, programs, given, constants))
         return found
 
