@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt src/onelaunch/__init__.py
 
 # The tests need the extras; CI also Triton, for the interpreter and compile-only tests.
 $(VENV)/.installed-dev: $(VENV)/.installed constraints-ci.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,bench,dev]' \
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,bench,coreml,dev]' \
 		$(if $(filter true,$(CI)),-c constraints-ci.txt triton)
 	@touch $@
 

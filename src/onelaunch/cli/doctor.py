@@ -20,6 +20,7 @@ EXTRAS = {
     "hf": ("transformers", "tokenizers"),
     "tokenizer": ("sentencepiece",),
     "bench": ("matplotlib",),
+    "coreml": ("coremltools",),
 }
 
 

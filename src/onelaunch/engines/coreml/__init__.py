@@ -1,0 +1,47 @@
+"""The Core ML engine: models as ML Programs. What is there is told here, without importing it."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from types import ModuleType
+
+from onelaunch.errors import BadInput, MissingExtra
+
+__all__ = ["KNOWN_VERSIONS", "coremltools", "why_not"]
+
+KNOWN_VERSIONS = ("9.0",)
+"""Of coremltools: those that programs were built and read with."""
+
+
+def why_not() -> str | None:
+    """Why programs cannot be built here; None where they can."""
+    try:
+        found = metadata.version("coremltools")
+    except metadata.PackageNotFoundError:
+        return "the package coremltools is not installed"
+    if not any(found == known or found.startswith(f"{known}.") for known in KNOWN_VERSIONS):
+        return f"coremltools {found} is not known here; {' or '.join(KNOWN_VERSIONS)} is"
+    return None
+
+
+def coremltools(purpose: str) -> ModuleType:
+    """The package, without its remarks about what this system or this PyTorch has not and without
+    its progress bars. Raises MissingExtra, and BadInput for a version that is not known."""
+    if (reason := why_not()) is not None:
+        if "not installed" in reason:
+            raise MissingExtra("coremltools", "coreml", purpose)
+        raise BadInput(f"{purpose}: {reason}; pip install 'onelaunch[coreml]'")
+    import logging
+
+    log = logging.getLogger("coremltools")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        import coremltools
+    finally:
+        log.setLevel(before)
+    log.setLevel(max(before, logging.ERROR))
+    from coremltools.converters.mil.mil.passes import pass_pipeline
+
+    pass_pipeline.tqdm = lambda passes, **_: passes
+    return coremltools
