@@ -12,7 +12,7 @@ hidden width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,7 @@ def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emi
     if plan.past:
         raise BadInput("an ML Program here begins at a text's first position")
     program = mil.Program()
-    emitter = _Emitter(plan, packed, taps)
+    emitter = Emitter(plan, packed, taps)
     begins = plan.stages[launch.first].kind == "embed"
     shape = (plan.batch, plan.sequence)
     if begins:
@@ -97,7 +97,8 @@ def tap_names(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
     """The names of a program's taps, in their order among its outputs."""
     found = []
     for stage in plan.stages[launch.first : launch.last]:
-        found += [tap_name(stage.layer, name) for name in _taps_of(stage.kind, taps)]
+        names = _taps_of(stage.kind, taps, plan.config.qk_norm)
+        found += [tap_name(stage.layer, name) for name in names]
     return found
 
 
@@ -107,97 +108,172 @@ def tap_name(layer: int, name: str) -> str:
 
 
 _FULL = {
-    "qkv": ("input", "normed", "q", "k", "v"),
+    "qkv": ("input", "normed", "q_raw", "k_raw", "v"),
+    "attention": ("q", "k"),
     "out_proj": ("mixed",),
     "gate_up": ("middle", "normed_2", "gate", "up"),
     "down": ("hidden",),
 }
 
 
-def _taps_of(kind: str, taps: Taps) -> tuple[str, ...]:
+def _taps_of(kind: str, taps: Taps, qk_norm: bool) -> tuple[str, ...]:
     if taps == "full":
-        return _FULL.get(kind, ())
+        found = _FULL.get(kind, ())
+        return found if qk_norm else tuple(name for name in found if not name.endswith("_raw"))
     return ("input",) if taps == "inputs" and kind == "qkv" else ()
 
 
-class _Emitter:
-    """Writes stages one after another into the function that is open."""
+class Builder:
+    """What forward and backward programs are written with, into the function that is open."""
+
+    def __init__(self, plan: Plan, packed: Packed) -> None:
+        from coremltools.converters.mil import Builder as mb
+
+        self.mb: Any = mb
+        self.plan, self.config, self.packed = plan, plan.config, packed
+        self.shared: dict[str, Var] = {}
+
+    def constant(self, name: str, make: Callable[[], np.ndarray]) -> Var:
+        """One that several stages share."""
+        if name not in self.shared:
+            self.shared[name] = self.mb.const(val=make())
+        return self.shared[name]
+
+    def mask(self) -> Var:
+        """What is added to scores."""
+        return self.constant("mask", lambda: causal_mask(self.plan.sequence))
+
+    def rotation(self, heads: int) -> tuple[Var, Var]:
+        """The tables of so many heads."""
+
+        def table(which: int) -> np.ndarray:
+            return rotation(self.config, heads, self.plan.sequence)[which]
+
+        cos = self.constant(f"cos {heads}", lambda: table(0))
+        return cos, self.constant(f"sin {heads}", lambda: table(1))
+
+    def inverse_rms(self, x: Var) -> Var:
+        """1 / sqrt(mean(x^2) + eps) over channels; the mean, as a sum of squares would pass
+        float16's range with a root mean square of 9 at 768 channels."""
+        mb = self.mb
+        return self.inverse_root(mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[1], keep_dims=True))
+
+    def inverse_root(self, mean: Var) -> Var:
+        """1 / sqrt(mean + eps)."""
+        return self.mb.rsqrt(x=mean, epsilon=np.float16(self.config.norm_eps))
+
+    def mean_of_heads(self, means: Sequence[Var]) -> Var:
+        """Over heads, of the means over their padded halves. By a division: 24 / 16 is a float16
+        number, 16 / 24 is none."""
+        elements = self.config.head_dim / (padded_head(self.config) // 2)
+        return self.mb.real_div(x=self.mb.add(x=means[0], y=means[1]), y=np.float16(elements))
+
+    def split(self, x: Var, count: int) -> Sequence[Var]:
+        """Equal parts of the channels."""
+        return self.mb.split(x=x, num_splits=count, axis=1) if count > 1 else [x]
+
+    def joined(self, parts: Sequence[Var]) -> Var:
+        """Channels one after another."""
+        return self.mb.concat(values=list(parts), axis=1) if len(parts) > 1 else parts[0]
+
+    def standing(self, x: Var) -> Var:
+        """Channels and positions exchanged."""
+        return self.mb.transpose(x=x, perm=[0, 3, 2, 1])
+
+    def product(self, left: Var, right: Var) -> Var:
+        """Of (B, C, 1, W) and (B, W, 1, U): (B, C, 1, U)."""
+        return self.mb.einsum(values=(left, right), equation="nchw,nwhu->nchu")
+
+    def attended(self, query: Var, key_standing: Var) -> Var:
+        """A head's attention weights, keys by queries."""
+        scores = self.product(key_standing, query)
+        return self.mb.softmax(x=self.mb.add(x=scores, y=self.mask()), axis=1)
+
+    def group(self, head: int) -> int:
+        """The kv head of a head."""
+        return head * self.config.n_kv_heads // self.config.n_heads
+
+    def linear(self, x: Var, name: str) -> Var:
+        return self.mb.conv(x=x, weight=self.mb.const(val=self.packed(name)))
+
+
+class Emitter(Builder):
+    """Writes a forward's stages one after another; `values` has what each layer's taps are of."""
 
     def __init__(self, plan: Plan, packed: Packed, taps: Taps) -> None:
-        from coremltools.converters.mil import Builder
-
-        self.mb: Any = Builder
-        self.plan, self.config, self.packed, self.taps = plan, plan.config, packed, taps
+        super().__init__(plan, packed)
+        self.taps = taps
         self.x: Var = None
+        self.values: dict[tuple[int, str], Var] = {}
         self._tapped: list[Var] = []
         self._logits: list[Var] = []
-        self._shared: dict[str, Var] = {}
 
     # ---- the stages
 
     def embed(self, stage: Stage) -> None:
-        mb, table = self.mb, self._constant("embed_tokens", self.packed(stage.weights[0]))
+        mb, table = self.mb, self.mb.const(val=self.packed(stage.weights[0]))
         rows_BSD = mb.gather(x=table, indices=self.x, axis=0)
         rows_BDS = mb.transpose(x=rows_BSD, perm=[0, 2, 1])
         self.x = mb.expand_dims(x=rows_BDS, axes=[2])
 
     def qkv(self, stage: Stage) -> None:
-        mb, c, prefix = self.mb, self.config, f"layers.{stage.layer}."
+        c, prefix = self.config, f"layers.{stage.layer}."
         x = self._tap(stage, "input", self.x)
         normed = self._tap(stage, "normed", self._norm(x, f"{prefix}input_layernorm.weight"))
-        turned = {}
+        self._turned = []
         for name, heads in (("q", c.n_heads), ("k", c.n_kv_heads)):
-            both = self._linear(normed, f"{prefix}self_attn.{name}_proj.weight")
-            first, second = mb.split(x=both, num_splits=2, axis=1)
+            both = self.linear(normed, f"{prefix}self_attn.{name}_proj.weight")
+            if c.qk_norm:
+                both = self._tap(stage, f"{name}_raw", both)
+            first, second = self.split(both, 2)
             if c.qk_norm:
                 first, second = self._head_norm(stage, name, heads, first, second)
-            turned[name] = self._rotate(heads, first, second)
-        v = self._linear(normed, f"{prefix}self_attn.v_proj.weight")
-        if "q" in _taps_of(stage.kind, self.taps):
-            for name in "qk":
-                self._tap(stage, name, mb.concat(values=turned[name], axis=1))
-            v = self._tap(stage, "v", v)
-        self._heads = (
-            self._parts(turned["q"], c.n_heads), self._parts(turned["k"], c.n_kv_heads),
-            self._split(v, c.n_kv_heads),
-        )  # fmt: skip
+            self._turned.append(self._heads(self._rotate(heads, first, second), heads))
+        self._v = self._tap(stage, "v", self.linear(normed, f"{prefix}self_attn.v_proj.weight"))
 
     def attention(self, stage: Stage) -> None:
-        mb, c, S = self.mb, self.config, self.plan.sequence
-        queries, keys, values = self._heads
-        mask = self._constant("mask", causal_mask(S))
-        standing = [mb.transpose(x=key, perm=[0, 3, 2, 1]) for key in keys]
+        queries, keys = self._turned
+        if "q" in _taps_of(stage.kind, self.taps, self.config.qk_norm):
+            self._tap(stage, "q", self.joined(queries))
+            self._tap(stage, "k", self.joined(keys))
+        self.heads = queries, keys, self.split(self._v, self.config.n_kv_heads)
+        standing = [self.standing(key) for key in keys]
         mixed = []
         for head, query in enumerate(queries):
-            group = head * c.n_kv_heads // c.n_heads
-            scores = mb.einsum(values=(standing[group], query), equation="nchw,nwhu->nchu")
-            weights = mb.softmax(x=mb.add(x=scores, y=mask), axis=1)
-            mixed.append(mb.einsum(values=(values[group], weights), equation="nchw,nwhu->nchu"))
-        self._mixed = mb.concat(values=mixed, axis=1) if len(mixed) > 1 else mixed[0]
+            weights = self.attended(query, standing[self.group(head)])
+            mixed.append(self.product(self.heads[2][self.group(head)], weights))
+        self._mixed = self.joined(mixed)
+
+    def before_out_proj(self, stage: Stage) -> Var:
+        """What it multiplies."""
+        return self._tap(stage, "mixed", self._mixed)
 
     def out_proj(self, stage: Stage) -> None:
-        mixed = self._tap(stage, "mixed", self._mixed)
-        self.x = self.mb.add(x=self.x, y=self._linear(mixed, stage.weights[0]))
+        product = self.linear(self.before_out_proj(stage), stage.weights[0])
+        self.x = self.mb.add(x=self.x, y=product)
 
     def gate_up(self, stage: Stage) -> None:
         mb, prefix = self.mb, f"layers.{stage.layer}."
         x = self._tap(stage, "middle", self.x)
         normed = self._norm(x, f"{prefix}post_attention_layernorm.weight")
         normed = self._tap(stage, "normed_2", normed)
-        gate = self._tap(stage, "gate", self._linear(normed, f"{prefix}mlp.gate_proj.weight"))
-        up = self._tap(stage, "up", self._linear(normed, f"{prefix}mlp.up_proj.weight"))
+        gate = self._tap(stage, "gate", self.linear(normed, f"{prefix}mlp.gate_proj.weight"))
+        up = self._tap(stage, "up", self.linear(normed, f"{prefix}mlp.up_proj.weight"))
         self._hidden = mb.mul(x=mb.silu(x=gate), y=up)
 
+    def before_down(self, stage: Stage) -> Var:
+        """What it multiplies."""
+        return self._tap(stage, "hidden", self._hidden)
+
     def down(self, stage: Stage) -> None:
-        hidden = self._tap(stage, "hidden", self._hidden)
-        self.x = self.mb.add(x=self.x, y=self._linear(hidden, stage.weights[0]))
+        product = self.linear(self.before_down(stage), stage.weights[0])
+        self.x = self.mb.add(x=self.x, y=product)
 
     def head(self, stage: Stage) -> None:
         normed = self._norm(self.x, "norm.weight")
         classifier = self.packed.classifier()
         for first in range(0, len(classifier), HEAD_ROWS):
-            rows = classifier[first : first + HEAD_ROWS]
-            weight = self.mb.const(val=rows)
+            weight = self.mb.const(val=classifier[first : first + HEAD_ROWS])
             self._logits.append(self.mb.conv(x=normed, weight=weight))
 
     # ---- their parts
@@ -210,64 +286,55 @@ class _Emitter:
         yield from self._tapped
 
     def _tap(self, stage: Stage, name: str, var: Var) -> Var:
-        if name in _taps_of(stage.kind, self.taps):
+        self.values[stage.layer, name] = var
+        if name in _taps_of(stage.kind, self.taps, self.config.qk_norm):
             self._tapped.append(self.mb.identity(x=var, name=tap_name(stage.layer, name)))
         return var
 
-    def _constant(self, name: str, value: np.ndarray) -> Var:
-        """One that several stages share."""
-        if name not in self._shared:
-            self._shared[name] = self.mb.const(val=value)
-        return self._shared[name]
-
-    def _linear(self, x: Var, name: str) -> Var:
-        return self.mb.conv(x=x, weight=self.mb.const(val=self.packed(name)))
-
     def _norm(self, x: Var, name: str) -> Var:
-        """x / sqrt(mean(x^2) + eps) * weight over channels; the mean, as a sum of squares would
-        pass float16's range with a root mean square of 9 at 768 channels."""
+        """x / sqrt(mean(x^2) + eps) * weight over channels."""
         mb = self.mb
-        mean = mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[1], keep_dims=True)
-        rooted = mb.rsqrt(x=mean, epsilon=np.float16(self.config.norm_eps))
-        return mb.mul(x=mb.mul(x=x, y=rooted), y=mb.const(val=self.packed(name)))
+        normalized = mb.mul(x=x, y=self.inverse_rms(x))
+        return mb.mul(x=normalized, y=mb.const(val=self.packed(name)))
 
-    def _head_norm(self, stage: Stage, name: str, heads: int, *halves: Var) -> tuple[Var, Var]:
+    def _head_norm(self, stage: Stage, name: str, heads: int, *halves: Var) -> Sequence[Var]:
         """The norm of each head, of which two halves are given."""
-        mb, half = self.mb, padded_head(self.config) // 2
-        wide = (self.plan.batch, heads, half, self.plan.sequence)
-        flat = (self.plan.batch, heads * half, 1, self.plan.sequence)
-        by_head = [mb.reshape(x=each, shape=wide) for each in halves]
-        means = [mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[2], keep_dims=True) for x in by_head]
-        mean = mb.mul(x=mb.add(x=means[0], y=means[1]), y=np.float16(half / self.config.head_dim))
-        rooted = mb.rsqrt(x=mean, epsilon=np.float16(self.config.norm_eps))
+        mb = self.mb
+        by_head, rooted = head_rms(self, heads, halves)
         weight = self.packed(f"layers.{stage.layer}.self_attn.{name}_norm.weight")
-        weights = np.split(weight, 2, axis=1)
-        first, second = (
-            mb.mul(x=mb.reshape(x=mb.mul(x=x, y=rooted), shape=flat), y=mb.const(val=w))
-            for x, w in zip(by_head, weights, strict=True)
-        )
-        return first, second
+        return [
+            mb.mul(x=flat_heads(self, mb.mul(x=x, y=rooted)), y=mb.const(val=w))
+            for x, w in zip(by_head, np.split(weight, 2, axis=1), strict=True)
+        ]
 
     def _rotate(self, heads: int, first: Var, second: Var) -> tuple[Var, Var]:
         """Rotary embedding of all heads at once."""
         mb = self.mb
-        tables = rotation(self.config, heads, self.plan.sequence)
-        cos, sin = (
-            self._constant(f"{name} {heads}", table)
-            for name, table in zip(("cos", "sin"), tables, strict=True)
-        )
+        cos, sin = self.rotation(heads)
         return (
             mb.sub(x=mb.mul(x=first, y=cos), y=mb.mul(x=second, y=sin)),
             mb.add(x=mb.mul(x=first, y=sin), y=mb.mul(x=second, y=cos)),
         )
 
-    def _parts(self, halves: tuple[Var, Var], heads: int) -> list[Var]:
+    def _heads(self, halves: tuple[Var, Var], heads: int) -> list[Var]:
         """Each head, (B, E, 1, S), of the halves of all."""
-        pairs = zip(*(self._split(half, heads) for half in halves), strict=True)
-        return [self.mb.concat(values=pair, axis=1) for pair in pairs]
+        pairs = zip(*(self.split(half, heads) for half in halves), strict=True)
+        return [self.joined(pair) for pair in pairs]
 
-    def _split(self, x: Var, count: int) -> Sequence[Var]:
-        return self.mb.split(x=x, num_splits=count, axis=1) if count > 1 else [x]
+
+def head_rms(builder: Builder, heads: int, halves: Sequence[Var]) -> tuple[list[Var], Var]:
+    """Halves as (B, heads, E / 2, S), and 1 / rms of each head and position."""
+    mb, plan, half = builder.mb, builder.plan, padded_head(builder.config) // 2
+    wide = (plan.batch, heads, half, plan.sequence)
+    by_head = [mb.reshape(x=each, shape=wide) for each in halves]
+    means = [mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[2], keep_dims=True) for x in by_head]
+    return by_head, builder.inverse_root(builder.mean_of_heads(means))
+
+
+def flat_heads(builder: Builder, x: Var) -> Var:
+    """(B, heads, E / 2, S) as channels."""
+    batch, heads, half, sequence = x.shape
+    return builder.mb.reshape(x=x, shape=(batch, heads * half, 1, sequence))
 
 
 def save(emitted: Emitted, path: Path) -> float:
