@@ -12,7 +12,7 @@ from onelaunch.engines.coreml import gradients, pack
 from onelaunch.errors import BadInput
 from onelaunch.model import Model, rope_tables, widen_rope
 from onelaunch.plan import make_plan
-from tests.engines.coreml.test_programs import MORE, looked_up, tokens_of
+from tests.engines.coreml.test_programs import MORE, looked_up, rounded_hidden, tokens_of
 from tests.engines.suite import SHAPES, SMALL, relative_error, weights_of
 
 pytest.importorskip("coremltools")
@@ -115,39 +115,11 @@ def host_end(config, weights, x, targets, scale):
 
 
 def half_gradients(config, weights, tokens, targets, scale):
-    """PyTorch's in float16, every operation of a layer by itself and so rounded; head and loss in
-    float32."""
+    """PyTorch's in float16; head and loss in float32."""
     c = config
     model = Model.from_weights(c, {name: w.half() for name, w in weights.items()})
     model.requires_grad_(True)
-    batch, sequence = tokens.shape
-    interleaved = c.rope_layout == "interleaved"
-    tables = (table.half() for table in rope_tables(c, sequence))
-    cos, sin = widen_rope(*tables, interleaved)
-    mask = torch.full((sequence, sequence), pack.MASKED).triu(1).half()
-
-    def norm(x, weight):
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + c.norm_eps) * weight
-
-    def heads(x, n):
-        return x.view(batch, sequence, n, c.head_dim).transpose(1, 2)
-
-    def rotated(x):
-        pairs = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        halves = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
-        return x * cos + (pairs if interleaved else halves) * sin
-
-    x = model.embed_tokens(tokens)
-    for w in model.layer_weights():
-        normed = norm(x, w.input_norm_D)
-        q = rotated(heads(normed @ (w.q_proj * c.head_dim**-0.5).T, c.n_heads))
-        k = rotated(heads(normed @ w.k_proj.T, c.n_kv_heads))
-        v = heads(normed @ w.v_proj.T, c.n_kv_heads)
-        k, v = (each.repeat_interleave(c.n_heads // c.n_kv_heads, 1) for each in (k, v))
-        attended = torch.softmax(q @ k.transpose(2, 3) + mask, -1) @ v
-        x = x + attended.transpose(1, 2).flatten(2) @ w.o_proj.T
-        normed = norm(x, w.post_norm_D)
-        x = x + (F.silu(normed @ w.gate_proj.T) * (normed @ w.up_proj.T)) @ w.down_proj.T
+    x = rounded_hidden(c, model, tokens)
     rows = F.rms_norm(x.float(), x.shape[-1:], model.norm.weight.float(), c.norm_eps)
     logits = F.linear(rows, model.head_weight().float())
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from onelaunch.config import preset
 from onelaunch.engines.coreml import pack
 from onelaunch.errors import BadInput
+from onelaunch.model import Model, attention, feed_forward, rms_norm, rope_tables, widen_rope
 from onelaunch.plan import make_plan, part_of
 from tests.engines.suite import (
     SHAPES,
@@ -71,13 +73,52 @@ def logits_of(outputs):
     return torch.cat(tiles, 1)[:, :, 0].transpose(1, 2).double()
 
 
-def plain_half(config, weights, tokens):
-    """PyTorch's own forward in float16: what its rounding costs."""
-    from onelaunch.model import Model
+def rounded_hidden(config, model, tokens):
+    """x of the last layer by PyTorch in float16, every operation of a layer by itself and so
+    rounded: what float16 costs."""
+    c = config
+    batch, sequence = tokens.shape
+    interleaved = c.rope_layout == "interleaved"
+    tables = (table.half() for table in rope_tables(c, sequence))
+    cos, sin = widen_rope(*tables, interleaved)
+    mask = torch.full((sequence, sequence), pack.MASKED).triu(1).half()
+    scale = c.head_dim**-0.5
 
+    def heads(x, n):
+        return x.view(batch, sequence, n, c.head_dim).transpose(1, 2)
+
+    def rotated(x):
+        pairs = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        halves = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
+        return x * cos + (pairs if interleaved else halves) * sin
+
+    x = model.embed_tokens(tokens)
+    for w in model.layer_weights():
+        normed = rounded_norm(x, w.input_norm_D, c.norm_eps)
+        q_weight = w.q_proj if c.qk_norm else w.q_proj * scale
+        q, k = heads(normed @ q_weight.T, c.n_heads), heads(normed @ w.k_proj.T, c.n_kv_heads)
+        if c.qk_norm:
+            q = rounded_norm(q, w.q_norm_E * scale, c.norm_eps)
+            k = rounded_norm(k, w.k_norm_E, c.norm_eps)
+        v = heads(normed @ w.v_proj.T, c.n_kv_heads)
+        k, v = (each.repeat_interleave(c.n_heads // c.n_kv_heads, 1) for each in (rotated(k), v))
+        attended = torch.softmax(rotated(q) @ k.transpose(2, 3) + mask, -1) @ v
+        x = x + attended.transpose(1, 2).flatten(2) @ w.o_proj.T
+        normed = rounded_norm(x, w.post_norm_D, c.norm_eps)
+        x = x + (F.silu(normed @ w.gate_proj.T) * (normed @ w.up_proj.T)) @ w.down_proj.T
+    return x
+
+
+def rounded_norm(x, weight, eps):
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def plain_half(config, weights, tokens):
+    """PyTorch's logits in float16."""
     model = Model.from_weights(config, {name: w.half() for name, w in weights.items()})
     with torch.no_grad():
-        return model(tokens)
+        x = rounded_hidden(config, model, tokens)
+        return F.linear(rounded_norm(x, model.norm.weight, config.norm_eps), model.head_weight())
 
 
 @pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
@@ -142,15 +183,11 @@ def test_a_head_of_many_rows_is_cut(tmp_path, monkeypatch):
 
 def hooked(config, weights, tokens):
     """The values of the model's own forward that taps are of, in float64, by layer and name."""
-    from onelaunch.model import Model, feed_forward, rms_norm
-
     model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
     x = model.embed_tokens(tokens).detach()
     found = []
     cos, sin = model.rope(x.device, x.dtype, tokens.shape[1])
     rope = (cos[: tokens.shape[1]], sin[: tokens.shape[1]])
-    from onelaunch.model import attention
-
     with torch.no_grad():
         for w in model.layer_weights():
             normed = rms_norm(x, w.input_norm_D, config.norm_eps)

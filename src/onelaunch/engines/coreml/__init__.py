@@ -7,7 +7,10 @@ from types import ModuleType
 
 from onelaunch.errors import BadInput, MissingExtra
 
-__all__ = ["KNOWN_VERSIONS", "coremltools", "why_not"]
+__all__ = ["DTYPES", "KNOWN_VERSIONS", "coremltools", "why_not"]
+
+DTYPES = ("float16", "float32")
+"""What programs are evaluated in."""
 
 KNOWN_VERSIONS = ("9.0",)
 """Of coremltools: those that programs were built and read with."""

@@ -81,9 +81,13 @@ class Packed:
             "o_proj": whole_rows(c, c.n_heads),
         }
 
+    def given(self, name: str) -> Tensor:
+        """A weight as the model has it, float32, contiguous, on the CPU."""
+        return self._weights[name].detach().float().cpu().contiguous()
+
     def __call__(self, name: str) -> Array:
         """Of a norm (1, C, 1, 1); of a projection (out, in, 1, 1); of the embedding (V, D)."""
-        weight = self._weights[name].detach().float().cpu()
+        weight = self.given(name)
         kind = name.removesuffix(".weight").rpartition(".")[2]
         scale = self.config.head_dim**-0.5
         if kind in ("q_norm", "k_norm"):
@@ -105,8 +109,8 @@ class Packed:
     def classifier(self) -> Array:
         """(V, D, 1, 1)."""
         tied = self.config.tied_embeddings
-        weight = self._weights["embed_tokens.weight" if tied else "lm_head.weight"]
-        return halved(weight.detach().float().cpu()[:, :, None, None])
+        weight = self.given("embed_tokens.weight" if tied else "lm_head.weight")
+        return halved(weight[:, :, None, None])
 
 
 def halved(values: Tensor) -> Array:

@@ -1,0 +1,172 @@
+"""The Core ML engine: a model as ML Programs, evaluated where Core ML does not run."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.compilation.cache import Store
+from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import check_prompts, check_tokens, not_finite
+from onelaunch.engines.coreml import DTYPES, coremltools
+from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, program_launches
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.pack import HEAD_STEP, Packed, weight_bytes
+from onelaunch.engines.coreml.package import Package
+from onelaunch.engines.coreml.programs import Programs, Wanted
+from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.engines.sampling import draw, uniforms
+from onelaunch.errors import BadInput
+from onelaunch.plan import make_plan, parse_depth
+
+MAX_SEQUENCES = 4
+"""Of how many lengths programs are kept loaded; the latest always."""
+
+
+class CoreMLEngine:
+    """Runs a model through its ML Programs; see `Engine`.
+
+    A program has a fixed length: a text is padded behind, which changes nothing before, to the next
+    power of two from 32 on, the model's context at most; texts go one after another. `dtype`
+    "float16" rounds after every operation, as a program says it, "float32" computes in float32
+    with the program's float16 constants. There is no cache of keys and values: each new token
+    reads its whole text, which is for checking and short texts. `store` keeps compiled programs.
+    Raises BadInput for what cannot be had, MissingExtra without coremltools.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        dtype: str | None = None,
+        fusion_depth: str | int = "auto",
+        say: Callable[[str], None] = lambda line: None,
+        store: Store | None = None,
+    ) -> None:
+        coremltools("--engine coreml")
+        self.config = config
+        self.dtype = dtype or DTYPES[0]
+        if self.dtype not in DTYPES:
+            raise BadInput(f"dtype {dtype!r}: the Core ML engine knows {', '.join(DTYPES)}")
+        depth = "all" if fusion_depth == "auto" else fusion_depth
+        self.fusion_depth = parse_depth(depth, config.n_layers)
+        program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
+        self.programs = Programs(store or Store())
+        self._packed = Packed(config, dict(weights))
+        self._say = say
+        self._said = False
+        self._loaded: OrderedDict[int, list[Evaluator]] = OrderedDict()
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
+        context or an id beyond the vocabulary."""
+        check_tokens(self.config, tokens_BS)
+        batch, sequence = tokens_BS.shape
+        if not tokens_BS.numel():
+            return torch.empty(batch, sequence, self.config.vocab_size)
+        texts = [self._text(text.tolist()) for text in tokens_BS.cpu()]
+        return torch.stack(texts)[:, :sequence]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        stop: Sequence[int] = (),
+        on_end: OnEnd | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`."""
+        check_prompts(self.config, prompts, n)
+        texts = []
+        for index, prompt in enumerate(prompts):
+            texts.append(self._continue(index, list(prompt), n, sampling, on_token, stop))
+            if on_end is not None:
+                on_end(index)
+        return texts
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, device, dtype, bytes of weights, fusion depth, and what was compiled."""
+        return {
+            "engine": "coreml",
+            "device": "evaluated on the CPU",
+            "dtype": self.dtype,
+            "weight_bytes": weight_bytes(self.config),
+            "fusion_depth": self.fusion_depth,
+            "lengths": list(self._loaded),
+            "compilations": self.programs.compilations,
+            "cache_hits": self.programs.hits,
+            "compile_seconds": round(self.programs.compile_seconds, 3),
+        }
+
+    def _continue(
+        self,
+        index: int,
+        text: list[int],
+        n: int,
+        sampling: Sampling,
+        on_token: OnToken | None,
+        stop: Sequence[int],
+    ) -> list[int]:
+        n = min(n, self.config.max_seq_len - len(text) + 1)
+        uniforms_N = None if sampling.greedy or not n else uniforms(sampling.seed, index, n)
+        new: list[int] = []
+        for i in range(n):
+            logits_V = self._text(text)[len(text) - 1]
+            best, token = logits_V.max(-1)
+            if not math.isfinite(best.item()):
+                raise not_finite(len(text) - 1, self.dtype)
+            if uniforms_N is not None:
+                token = draw(logits_V, sampling, uniforms_N[i : i + 1])
+            chosen = int(token.item())
+            if chosen in stop:
+                break
+            new.append(chosen)
+            text.append(chosen)
+            if on_token is not None:
+                on_token(index, chosen)
+        return new
+
+    def _text(self, ids: Sequence[int]) -> Tensor:
+        """Logits of one text and of what it is padded with, (length, V)."""
+        length = self._length(len(ids))
+        tokens = torch.tensor([[*ids, *[0] * (length - len(ids))]])
+        evaluators = self._evaluators(length)
+        given = {TOKENS: tokens, X: self._looked_up(tokens)}
+        for evaluator in evaluators:
+            outputs = evaluator({name: given[name] for name in evaluator.function.inputs})
+            given = {X: outputs.get(RESULT, tokens)}
+        tiles = [value for name, value in outputs.items() if name.startswith(LOGITS)]
+        return torch.cat(tiles, 1)[0, :, 0].T.float()
+
+    def _length(self, sequence: int) -> int:
+        power = 1 << (sequence - 1).bit_length()
+        return min(max(HEAD_STEP, power), self.config.max_seq_len)
+
+    def _looked_up(self, tokens_1S: Tensor) -> Tensor:
+        """What the first program is given where embed is the host's."""
+        table = self._packed.given("embed_tokens.weight")
+        return table[tokens_1S].half().float().transpose(1, 2)[:, :, None]
+
+    def _evaluators(self, length: int) -> list[Evaluator]:
+        if length in self._loaded:
+            self._loaded.move_to_end(length)
+            return self._loaded[length]
+        plan = make_plan(self.config, 1, length, all_positions=True)
+        found = program_launches(plan, self.fusion_depth)
+        if not self._said:
+            self._say(
+                f"Core ML runs on macOS: here its programs are evaluated, operation by operation "
+                f"in {self.dtype}"
+            )
+            self._said = True
+        paths = [self.programs.get(Wanted(plan, launch), self._packed) for launch in found]
+        while len(self._loaded) >= MAX_SEQUENCES:
+            self._loaded.popitem(last=False)
+        self._loaded[length] = [Evaluator(Package(path), self.dtype) for path in paths]  # type: ignore[arg-type]
+        return self._loaded[length]
