@@ -16,28 +16,67 @@ from onelaunch.errors import BadInput, MissingExtra
 if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
 
+COREML = "coreml"
+FORMATS = (*writable_formats(), COREML)
+
 
 def export(
     model: ModelArgument,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The file or folder to write; must not exist yet.")
     ],
-    format: Annotated[
-        str, typer.Option("--format", help=f"One of {', '.join(writable_formats())}.")
-    ],
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")],
     random: Annotated[
         bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
     ] = False,
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="coreml: tokens that a program reads at once; 256, or the model's context where "
+            "that is less, unless given.",
+        ),
+    ] = None,
+    fusion_depth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEPTH",
+            help="coreml: what one program holds: half a layer, a number of layers, or all (one "
+            "program, tokens to logits), which it is unless given.",
+        ),
+    ] = None,
+    taps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TAPS",
+            help="coreml: what programs hand out for a backward pass: none, inputs (each layer's) "
+            "or full; none unless given.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="coreml: fp16, which they are unless given."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Convert a model to another format.
 
-    Its tokenizer is copied beside it.
+    Its tokenizer is copied beside it. Core ML's programs have none.
     """
-    if format not in writable_formats():
-        raise BadInput(f"--format {format}: must be one of {', '.join(writable_formats())}")
+    if format not in FORMATS:
+        raise BadInput(f"--format {format}: must be one of {', '.join(FORMATS)}")
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already; nothing was written: choose another name for OUT")
+    if format == COREML:
+        if weights not in (None, "fp16"):
+            raise BadInput(f"--weights {weights}: must be fp16")
+        _export_programs(model, random, out, seq, fusion_depth, taps or "none", quiet)
+        return
+    programs = {"seq": seq, "fusion-depth": fusion_depth, "taps": taps, "weights": weights}
+    for name, value in programs.items():
+        if value is not None:
+            raise BadInput(f"--{name} {value}: is for --format {COREML}; leave it out")
     if format == "llama2c" and out.suffix != ".bin":
         raise BadInput(f"{out}: a llama2.c file is known by its name: OUT must end in .bin")
     from onelaunch.checkpoints import load, random_model, save
@@ -70,6 +109,32 @@ def export(
         # all of it or nothing: OUT was not there before
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
+
+
+def _export_programs(
+    model: str,
+    random: bool,
+    out: Path,
+    sequence: int | None,
+    depth: str | None,
+    taps: str,
+    quiet: bool,
+) -> None:
+    from onelaunch.checkpoints import load, random_model
+    from onelaunch.engines.coreml import coremltools
+    from onelaunch.engines.coreml.export import checked, write
+
+    loaded = random_model(model) if random else load(model)
+    asked = checked(loaded.config, out, sequence, depth, taps)
+    coremltools(f"--format {COREML}")
+    written = write(loaded.config, loaded.weights, out, *asked)
+    for each in written:
+        say(
+            f"wrote {each.path} ({each.launch.name}: {each.operations:,} operations, "
+            f"{_bytes_in(each.path):,} bytes, {each.emit_seconds + each.save_seconds:.1f} s)",
+            quiet,
+        )
+    say(f"onelaunch inspect {written[0].path} says what would run where", quiet)
 
 
 def _save_inside(tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:

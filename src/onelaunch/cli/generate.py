@@ -68,8 +68,9 @@ def generate(
         str,
         typer.Option(
             metavar="ENGINE",
-            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation) or "
-            "cuda (generates with PyTorch so far); auto is the device's own.",
+            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation), "
+            "cuda (generates with PyTorch so far) or coreml (ML Programs, evaluated here, for "
+            "checking); auto is the device's own.",
         ),
     ] = "auto",
     device: Device = "auto",

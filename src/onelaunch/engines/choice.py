@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onelaunch.config import ModelConfig
     from onelaunch.engines.engine import Engine
 
-ENGINES = ("auto", "reference", "cpu", "cuda")
+ENGINES = ("auto", "reference", "cpu", "cuda", "coreml")
 
 
 def choose(
@@ -48,6 +48,14 @@ def choose(
         from onelaunch.engines.cuda.engine import CudaEngine
 
         return CudaEngine(config, weights, device, dtype, fusion_depth, say)
+    if name == "coreml":
+        if device not in ("auto", "cpu") or threads is not None:
+            raise BadInput(
+                "--engine coreml evaluates programs on the CPU; leave out --device and --threads"
+            )
+        from onelaunch.engines.coreml.engine import CoreMLEngine
+
+        return CoreMLEngine(config, weights, dtype, fusion_depth, say)
     if name == "cpu":
         from onelaunch.engines.cpu.engine import CpuEngine
 

@@ -12,7 +12,7 @@ hidden width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,11 @@ class Emitted:
     mil: Any
     launch: Launch
     seconds: float
+
+    @property
+    def operations(self) -> int:
+        """Without constants."""
+        return sum(op.op_type != "const" for op in self.mil.functions["main"].operations)
 
 
 def program_launches(plan: Plan, depth: str | int) -> tuple[Launch, ...]:
@@ -337,8 +342,8 @@ def flat_heads(builder: Builder, x: Var) -> Var:
     return builder.mb.reshape(x=x, shape=(batch, heads * half, 1, sequence))
 
 
-def save(emitted: Emitted, path: Path) -> float:
-    """Convert a program and write it as an .mlpackage; the seconds that took."""
+def save(emitted: Emitted, path: Path, notes: Mapping[str, str] | None = None) -> float:
+    """Convert a program and write it as an .mlpackage, with notes; the seconds that took."""
     ct = coremltools(PURPOSE)
     start = time.perf_counter()
     model = ct.convert(
@@ -349,5 +354,6 @@ def save(emitted: Emitted, path: Path) -> float:
         skip_model_load=True,
         pass_pipeline=ct.PassPipeline.EMPTY,
     )
+    model.user_defined_metadata.update(notes or {})
     model.save(str(path))
     return time.perf_counter() - start

@@ -94,7 +94,8 @@ class CoreMLEngine:
         """Engine, device, dtype, bytes of weights, fusion depth, and what was compiled."""
         return {
             "engine": "coreml",
-            "device": "evaluated on the CPU",
+            "device": "cpu",
+            "programs": "evaluated",
             "dtype": self.dtype,
             "weight_bytes": weight_bytes(self.config),
             "fusion_depth": self.fusion_depth,
