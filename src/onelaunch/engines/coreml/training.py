@@ -1,0 +1,358 @@
+"""Training through ML Programs: forward and backward of the layers are programs whose weights are
+constants, so that every update makes new ones.
+
+A version of the weights is what they are after so many updates. The micro-steps of update u run on
+version u - staleness: with 0 each update waits for its programs, with 1 these are compiled in the
+background while the version before serves, and so on. Which version an update has does not depend
+on time, so that a run can be repeated and resumed; where programs are not ready, it waits, and the
+wait is measured. embed, head and loss are the host's, in float32, of the same version.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onelaunch.compilation.background import in_a_line
+from onelaunch.compilation.schedule import Measured
+from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import check_tokens
+from onelaunch.engines.coreml import DTYPES, coremltools, gradients
+from onelaunch.engines.coreml.backward import DX, DX_IN, backward_inputs
+from onelaunch.engines.coreml.compiler import Compiler, Shape, program_path
+from onelaunch.engines.coreml.emit import RESULT, TAPS, Taps, X, tap_name
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.package import Package
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput, RunFailed
+from onelaunch.plan import Launch, Stage, parse_depth
+
+MAX_STALENESS = 8
+GOAL = 64.0
+"""What the largest gradient of x is scaled to, about: far from both ends of float16."""
+LOWER, TRIES = 2.0**-8, 3
+PRODUCT_THREADS = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A version's programs, by launch."""
+
+    version: int
+    weights: Mapping[str, Tensor]
+    forward: list[Evaluator]
+    backward: list[Evaluator]
+
+
+class CoreMLTrainer(ReferenceEngine):
+    """A `TrainableEngine` whose layers run as ML Programs, evaluated here; logits, for evaluation,
+    and generation are PyTorch's of the newest weights.
+
+    `depth` is layers for each program, or half; `taps` "full", or "inputs" to compute forwards
+    again; `dtype` what programs are evaluated in. Call `updated` after each optimizer step. Raises
+    BadInput for what cannot be had, MissingExtra without coremltools.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        depth: str | int = "",
+        taps: str = "full",
+        staleness: int = 1,
+        dtype: str = DTYPES[0],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        coremltools("--engine coreml")
+        if taps not in TAPS[1:]:
+            raise BadInput(f"coreml.taps {taps}: must be {' or '.join(TAPS[1:])}")
+        if dtype not in DTYPES:
+            raise BadInput(f"coreml.dtype {dtype}: must be {' or '.join(DTYPES)}")
+        if not 0 <= staleness <= MAX_STALENESS:
+            raise BadInput(f"coreml.staleness {staleness}: must be from 0 to {MAX_STALENESS}")
+        parsed = parse_depth(depth or config.n_layers, config.n_layers)
+        if parsed in ("stage", "all"):
+            raise BadInput(
+                f"coreml.fusion_depth {depth}: training has programs of half a layer or of 1 to "
+                f"{config.n_layers} layers"
+            )
+        super().__init__(config, weights, "cpu", "float32", train=True)
+        self.version = 0
+        self.staleness = staleness
+        self.schedule = Measured(1)
+        self._depth, self._taps, self._precision = parsed, taps, dtype
+        self._say = say
+        self._shape: Shape | None = None
+        self._compiler: Compiler | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
+        self._compiling = ThreadPoolExecutor(1, "compiling")
+        self._multiplying = ThreadPoolExecutor(PRODUCT_THREADS, "products")
+        self._serving: Loaded | None = None
+        self._coming: deque[tuple[int, Future[Loaded]]] = deque()
+        self._snapshots: dict[int, dict[str, Tensor]] = {0: self._snapshot()}
+        self._counted = _nothing_counted()
+
+    # ---- what the trainer asks
+
+    def loss_and_gradients(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float = 1.0,
+        mark: Callable[[str], None] = lambda part: None,
+    ) -> Tensor:
+        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainableEngine`. The
+        gradient is of the version that serves."""
+        check_tokens(self.config, tokens_BS)
+        self._begin(*tokens_BS.shape)
+        loaded = self._loaded()
+        mark("stall")
+        known, x = self._forward(loaded, tokens_BS)
+        loss, d_x, host = self._end(loaded, x, targets_BS)
+        mark("forward")
+        factor = _loss_scale(d_x)
+        for _ in range(TRIES):
+            d_embedding, products = self._backward(loaded, known, d_x * factor)
+            found = self._awaited(products)
+            if all(bool(g.isfinite().all()) for g in (*found.values(), d_embedding)):
+                break
+            factor *= LOWER  # somewhere inside it went beyond float16
+        self._add(host, scale)
+        self._add(found, scale / factor)
+        self._add_embedding(tokens_BS, d_embedding, scale / factor)
+        mark("backward")
+        return loss
+
+    def updated(self) -> None:
+        """The parameters were changed: have the programs of what they are now compiled. Returns at
+        once; whoever needs them waits."""
+        self.version += 1
+        self._snapshots[self.version] = self._snapshot()
+        for version in [v for v in self._snapshots if v < self.version - self.staleness]:
+            del self._snapshots[version]
+        if self._shape is not None:
+            self._ask(self.version)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The versions, but the newest, that micro-steps still run on."""
+        return {
+            f"{self.version - version}.{name}": weight
+            for version, weights in self._snapshots.items()
+            if version < self.version
+            for name, weight in weights.items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """The inverse, after so many updates; the parameters are the newest version."""
+        self.version = version
+        self._snapshots = {version: self._snapshot()}
+        for name, weight in tensors.items():
+            age, _, name = name.partition(".")
+            if age.isdigit() and 0 < int(age) <= self.staleness:
+                self._snapshots.setdefault(version - int(age), {})[name] = weight.clone()
+
+    def telemetry(self) -> dict[str, Any]:
+        """What happened since it was last asked: compilations and their seconds, the wait for
+        them, conversions, the wait for products; and how many updates old the programs are."""
+        found, self._counted = self._counted, _nothing_counted()
+        served = self._serving.version if self._serving else self.version
+        return {name: round(value, 6) for name, value in found.items()} | {
+            "staleness": max(0, self.version - 1 - served), "k_to_hide": self.schedule.k,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """End the compiler and the threads."""
+        for _, coming in self._coming:
+            coming.cancel()
+        if self._compiler is not None:
+            self._compiler.close()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
+        self._multiplying.shutdown(wait=False, cancel_futures=True)
+        self._folder.cleanup()
+
+    # ---- versions
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def _begin(self, batch: int, sequence: int) -> None:
+        shape = Shape(self.config, batch, sequence, self._depth, self._taps)  # type: ignore[arg-type]
+        if shape == self._shape:
+            return
+        if self._compiler is not None:
+            self._compiler.close()
+        self._shape, self._serving = shape, None
+        self._plan, self._launches = shape.plan, shape.layer_launches()
+        self._compiler = Compiler(shape)
+        self._coming.clear()
+        for version in sorted(self._snapshots):
+            self._ask(version)
+
+    def _ask(self, version: int) -> None:
+        self._coming.append((version, self._compiling.submit(self._compile, version)))
+
+    def _compile(self, version: int) -> Loaded:
+        """In the thread: once more where it fails."""
+        try:
+            return self._compiled(version)
+        except RunFailed as error:
+            self._say(f"{in_a_line(error)}; once more, and the old programs serve meanwhile")
+            return self._compiled(version)
+
+    def _compiled(self, version: int) -> Loaded:
+        assert self._compiler is not None
+        weights = self._snapshots[version]
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        try:
+            save_file(weights, folder / "weights.safetensors")
+            start = time.perf_counter()
+            told = self._compiler.compile(folder / "weights.safetensors", folder)
+            forward, backward = (
+                [
+                    Evaluator(Package(program_path(folder, direction, number)), self._precision)  # type: ignore[arg-type]
+                    for number in range(len(self._launches))
+                ]
+                for direction in ("forward", "backward")
+            )
+            seconds = time.perf_counter() - start
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._counted["compilations"] += told["compilations"]
+        self._counted["compile_seconds"] += seconds
+        if self._serving is not None:  # else nothing ran beside it
+            self.schedule.compiled(seconds)
+        return Loaded(version, weights, forward, backward)
+
+    def _loaded(self) -> Loaded:
+        """The version that is this update's, waited for."""
+        wanted = max(0, self.version - self.staleness)
+        start = time.perf_counter()
+        while self._serving is None or self._serving.version < wanted:
+            version, coming = self._coming.popleft()
+            loaded = coming.result()
+            if version <= wanted:
+                self._serving = loaded
+        self._counted["stall_seconds"] += time.perf_counter() - start
+        return self._serving
+
+    # ---- a micro-step
+
+    def _forward(self, loaded: Loaded, tokens_BS: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Every tap by its name, and x behind the last layer."""
+        start = time.perf_counter()
+        x = loaded.weights["embed_tokens.weight"][tokens_BS].transpose(1, 2)[:, :, None]
+        x = x.half().float()
+        self._counted["conversion_seconds"] += time.perf_counter() - start
+        known: dict[str, Tensor] = {}
+        for launch, evaluator in zip(self._launches, loaded.forward, strict=True):
+            first = self._plan.stages[launch.first]
+            known[tap_name(first.layer, _input_of(first))] = x
+            outputs = evaluator({X: x})
+            x = outputs.pop(RESULT)
+            known |= outputs
+        return known, x
+
+    def _end(
+        self, loaded: Loaded, x: Tensor, targets_BS: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Norm, classifier, loss in float32: the loss, the gradient of x, and of the weights."""
+        tied = self.config.tied_embeddings
+        names = ("norm.weight", "embed_tokens.weight" if tied else "lm_head.weight")
+        norm, head = (loaded.weights[name].detach().requires_grad_(True) for name in names)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            rows = F.rms_norm(x[:, :, 0].transpose(1, 2), norm.shape, norm, self.config.norm_eps)
+            logits = F.linear(rows, head)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), targets_BS.flatten().long(), ignore_index=-1
+            )
+            d_x, d_norm, d_head = torch.autograd.grad(loss, (x, norm, head))
+        return loss.detach(), d_x, dict(zip(names, (d_norm, d_head), strict=True))
+
+    def _backward(
+        self, loaded: Loaded, known: dict[str, Tensor], d_x: Tensor
+    ) -> tuple[Tensor, dict[str, Future[Tensor]]]:
+        """The gradient of the embedded rows, and the weights' as they come."""
+        known = dict(known)
+        products: dict[str, Future[Tensor]] = {}
+        pairs = list(zip(self._launches, loaded.backward, strict=True))
+        for launch, evaluator in reversed(pairs):
+            last = self._plan.stages[launch.last - 1]
+            known[tap_name(last.layer, "d_out" if last.kind == "down" else "d_middle")] = d_x
+            names = backward_inputs(self._plan, launch, self._shape_taps)
+            outputs = evaluator({DX: d_x} | {name: known[name] for name in names})
+            d_x = outputs.pop(DX_IN)
+            known |= outputs
+            for layer in self._whole_layers(launch):
+                for name, product in self._products(layer, known).items():
+                    products[name] = self._multiplying.submit(product)
+        return d_x, products
+
+    @property
+    def _shape_taps(self) -> Taps:
+        assert self._shape is not None
+        return self._shape.taps
+
+    def _whole_layers(self, launch: Launch) -> list[int]:
+        """The layers whose backward is done with this launch."""
+        stages = self._plan.stages[launch.first : launch.last]
+        return [stage.layer for stage in stages if stage.kind == "qkv"]
+
+    def _products(self, layer: int, known: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+        prefix = tap_name(layer, "")
+        values = {n.removeprefix(prefix): v for n, v in known.items() if n.startswith(prefix)}
+        return gradients.products(self.config, layer, values)
+
+    def _awaited(self, products: dict[str, Future[Tensor]]) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        found = {name: product.result() for name, product in products.items()}
+        self._counted["product_wait_seconds"] += time.perf_counter() - start
+        return found
+
+    def _add(self, found: Mapping[str, Tensor], scale: float) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, gradient in found.items():
+            parameter = parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(gradient, alpha=scale)
+
+    def _add_embedding(self, tokens_BS: Tensor, d_x: Tensor, scale: float) -> None:
+        table = self.model.embed_tokens.weight
+        if table.grad is None:
+            table.grad = torch.zeros_like(table)
+        rows = d_x[:, :, 0].transpose(1, 2).flatten(0, 1).float()
+        table.grad.index_add_(0, tokens_BS.flatten().long(), rows, alpha=scale)
+
+
+def _input_of(stage: Stage) -> str:
+    return "input" if stage.kind == "qkv" else "middle"
+
+
+def _loss_scale(d_x: Tensor) -> float:
+    """A power of two that brings the largest gradient near GOAL."""
+    largest = float(d_x.abs().max())
+    if not (largest > 0 and math.isfinite(largest)):
+        return 1.0
+    return 2.0 ** math.floor(math.log2(GOAL / largest))
+
+
+def _nothing_counted() -> dict[str, float]:
+    names = (
+        "compilations", "compile_seconds", "stall_seconds", "conversion_seconds",
+        "product_wait_seconds",
+    )  # fmt: skip
+    return dict.fromkeys(names, 0.0)

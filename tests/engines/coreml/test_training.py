@@ -1,0 +1,225 @@
+"""Training through programs beside PyTorch's own: gradients, versions, failures."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput, RunFailed
+from onelaunch.model import Model
+from tests.engines.coreml.test_programs import tokens_of
+from tests.engines.suite import SHAPES, SMALL, relative_error
+
+pytest.importorskip("coremltools")
+
+from onelaunch.engines.coreml import compiler
+from onelaunch.engines.coreml import training as module
+from onelaunch.engines.coreml.training import CoreMLTrainer
+
+UPDATES, LR = 4, 0.05
+
+
+class InProcess:
+    """The compiler without its child, whose imports take seconds."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def compile(self, weights, folder):
+        return compiler.compile_set(self.shape, load_file(weights), folder)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "Compiler", InProcess)
+
+    def make(*args, **kwargs):
+        made.append(CoreMLTrainer(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def start_of(config, seed=0):
+    return {n: p.detach() for n, p in Model(config).init_weights(seed).named_parameters()}
+
+
+def batches_of(config, count, batch=2, sequence=24):
+    return [
+        (tokens_of(config, batch, sequence, 2 * i), tokens_of(config, batch, sequence, 2 * i + 1))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("taps", ["full", "inputs"])
+@pytest.mark.parametrize("depth", ["half", 1, ""])
+@pytest.mark.parametrize("config", [SMALL, SHAPES["qk-norm-wide-heads"]], ids=["plain", "norms"])
+def test_gradients_are_pytorchs(config, depth, taps, trainer):
+    weights = start_of(config)
+    plain = ReferenceEngine(config, weights, "cpu", train=True)
+    ours = trainer(config, weights, depth, taps)
+    (one, other) = batches_of(config, 2)
+    for tokens, targets in (one, other):
+        expected = plain.loss_and_gradients(tokens, targets, 0.5)
+        assert float(ours.loss_and_gradients(tokens, targets, 0.5)) == pytest.approx(
+            float(expected), rel=2e-3
+        )
+    for name, parameter in plain.parameters().items():
+        assert relative_error(ours.parameters()[name].grad, parameter.grad) < 2e-2, name
+    assert torch.equal(ours.logits(one[0]), plain.logits(one[0]))
+
+
+def step(engine):
+    with torch.no_grad():
+        for parameter in engine.parameters().values():
+            parameter -= LR * parameter.grad
+            parameter.grad = None
+
+
+def plain_losses(config, staleness, batches):
+    """Of plain descent with gradients of weights so many updates old."""
+    versions, losses = [start_of(config)], []
+    for update in range(UPDATES):
+        old = versions[max(0, update - staleness)]
+        engine = ReferenceEngine(config, old, "cpu", train=True)
+        for tokens, targets in batches[2 * update : 2 * update + 2]:
+            losses.append(float(engine.loss_and_gradients(tokens, targets, 0.5)))
+        newest = versions[-1]
+        versions.append({n: newest[n] - LR * p.grad for n, p in engine.parameters().items()})
+    return losses
+
+
+def run(engine, batches, first=0):
+    losses = []
+    for update in range(first, UPDATES):
+        for tokens, targets in batches[2 * update : 2 * update + 2]:
+            losses.append(float(engine.loss_and_gradients(tokens, targets, 0.5)))
+        step(engine)
+        engine.updated()
+    return losses
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_losses_are_those_of_gradients_so_old(staleness, trainer):
+    batches = batches_of(SMALL, 2 * UPDATES)
+    engine = trainer(SMALL, start_of(SMALL), staleness=staleness)
+    losses = run(engine, batches)
+    assert losses == pytest.approx(plain_losses(SMALL, staleness, batches), rel=1e-2)
+    told = engine.telemetry()
+    assert told["staleness"] == min(staleness, UPDATES - 1)
+    assert told["stall_seconds"] > 0
+    assert engine.telemetry()["stall_seconds"] == 0
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_resumed_run_goes_on_exactly(staleness, trainer):
+    batches = batches_of(SMALL, 2 * UPDATES)
+    whole = trainer(SMALL, start_of(SMALL), staleness=staleness)
+    losses = run(whole, batches)
+    first = trainer(SMALL, start_of(SMALL), staleness=staleness)
+    for update in range(2):
+        for tokens, targets in batches[2 * update : 2 * update + 2]:
+            first.loss_and_gradients(tokens, targets, 0.5)
+        step(first)
+        first.updated()
+    kept = {name: p.detach().clone() for name, p in first.parameters().items()}
+    state = {name: t.clone() for name, t in first.state_tensors().items()}
+    second = trainer(SMALL, kept, staleness=staleness)
+    second.load_state_tensors(state, 2)
+    assert run(second, batches, 2) == losses[4:]
+    for name, parameter in whole.parameters().items():
+        assert torch.equal(second.parameters()[name], parameter)
+
+
+FAILING = """
+import sys, json
+from pathlib import Path
+from onelaunch.engines.coreml import compiler
+marks = Path(sys.argv[1])
+real = compiler.compile_set
+def failing(*args):
+    (marks / str(len(list(marks.iterdir())))).touch()
+    if len(list(marks.iterdir())) in {times}:
+        {how}
+    return real(*args)
+compiler.compile_set = failing
+compiler.main()
+"""
+
+
+def failing(monkeypatch, tmp_path, times, how):
+    """A compiler that fails at these compilations."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    script = FAILING.replace("{times}", repr(times)).replace("{how}", how)
+    command = (sys.executable, "-c", script, str(marks))
+    monkeypatch.setattr(module, "Compiler", lambda shape: compiler.Compiler(shape, command))
+
+
+@pytest.mark.parametrize("how", ["raise ValueError('no such op')", "import os; os._exit(9)"])
+def test_a_compilation_that_fails_once_is_tried_again(how, trainer, monkeypatch, tmp_path):
+    failing(monkeypatch, tmp_path, {2}, how)
+    lines = []
+    batches = batches_of(SMALL, 2 * UPDATES)
+    engine = trainer(SMALL, start_of(SMALL), say=lines.append)
+    assert run(engine, batches) == pytest.approx(plain_losses(SMALL, 1, batches), rel=1e-2)
+    (line,) = lines
+    assert "once more, and the old programs serve meanwhile" in line
+
+
+def test_the_compiler_is_a_child_that_ends_with_the_trainer(trainer, monkeypatch):
+    monkeypatch.setattr(module, "Compiler", compiler.Compiler)
+    batches = batches_of(SMALL, 2 * UPDATES)
+    engine = trainer(SMALL, start_of(SMALL))
+    losses = run(engine, batches)
+    monkeypatch.setattr(module, "Compiler", InProcess)
+    assert losses == run(trainer(SMALL, start_of(SMALL)), batches)
+    child = engine._compiler._child
+    assert child.alive
+    engine.close()
+    assert not child.alive
+
+
+def test_one_that_fails_twice_ends_the_run_with_its_reason(trainer, monkeypatch, tmp_path):
+    failing(monkeypatch, tmp_path, {2, 3}, "raise ValueError('no such op')")
+    engine = trainer(SMALL, start_of(SMALL))
+    with pytest.raises(RunFailed, match="a program does not compile: no such op"):
+        run(engine, batches_of(SMALL, 2 * UPDATES))
+
+
+def test_gradients_beyond_float16_are_scaled_down(trainer, monkeypatch):
+    monkeypatch.setattr(module, "GOAL", 2.0**15)
+    weights = start_of(SMALL)
+    plain = ReferenceEngine(SMALL, weights, "cpu", train=True)
+    ours = trainer(SMALL, weights)
+    ((tokens, targets),) = batches_of(SMALL, 1)
+    plain.loss_and_gradients(tokens, targets)
+    ours.loss_and_gradients(tokens, targets)
+    for name, parameter in plain.parameters().items():
+        assert relative_error(ours.parameters()[name].grad, parameter.grad) < 2e-2, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": "all"}, "half a layer or of 1 to 2"),
+        ({"depth": "stage"}, "half a layer or of 1 to 2"),
+        ({"depth": 3}, "from 1 to 2"),
+        ({"taps": "none"}, "inputs or full"),
+        ({"staleness": 9}, "from 0 to 8"),
+        ({"dtype": "bfloat16"}, "float16 or float32"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        CoreMLTrainer(SMALL, start_of(SMALL), **options)
