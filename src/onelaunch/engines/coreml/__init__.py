@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from functools import wraps
 from importlib import metadata
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 from onelaunch.errors import BadInput, MissingExtra
 
-__all__ = ["DTYPES", "KNOWN_VERSIONS", "coremltools", "why_not"]
+__all__ = ["DTYPES", "KNOWN_VERSIONS", "coremltools", "one_at_a_time", "why_not"]
 
 DTYPES = ("float16", "float32")
 """What programs are evaluated in."""
@@ -48,3 +52,19 @@ def coremltools(purpose: str) -> ModuleType:
 
     pass_pipeline.tqdm = lambda passes, **_: passes
     return coremltools
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_building = threading.RLock()
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """For what builds programs: coremltools has one open block for all threads."""
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _building:
+            return function(*args, **kwargs)
+
+    return alone

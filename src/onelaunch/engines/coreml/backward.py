@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.emit import (
     PURPOSE,
     Builder,
@@ -64,6 +64,7 @@ def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
     return found
 
 
+@one_at_a_time
 def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full") -> Emitted:
     """The backward of a launch of whole blocks of layers. Raises BadInput for one that holds embed
     or head, and for taps "none", of which there is none."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.pack import Packed, causal_mask, padded_head, rotation
 from onelaunch.errors import BadInput
 from onelaunch.plan import Launch, Plan, Stage, launches, parse_depth
@@ -68,6 +68,7 @@ def _kinds(plan: Plan, launch: Launch) -> set[str]:
     return {stage.kind for stage in plan.stages[launch.first : launch.last]}
 
 
+@one_at_a_time
 def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emitted:
     """The program of one launch. Its input is `tokens`, (B, S) int32, where it begins with embed,
     and otherwise `x`, (B, D, 1, S); its result `x_out`, or `logits_0`, `logits_1` and so on, of
@@ -342,6 +343,7 @@ def flat_heads(builder: Builder, x: Var) -> Var:
     return builder.mb.reshape(x=x, shape=(batch, heads * half, 1, sequence))
 
 
+@one_at_a_time
 def save(emitted: Emitted, path: Path, notes: Mapping[str, str] | None = None) -> float:
     """Convert a program and write it as an .mlpackage, with notes; the seconds that took."""
     ct = coremltools(PURPOSE)

@@ -95,6 +95,7 @@ class CoreMLTrainer(ReferenceEngine):
         self.schedule = Measured(1)
         self._depth, self._taps, self._precision = parsed, taps, dtype
         self._say = say
+        self._closed = False
         self._shape: Shape | None = None
         self._compiler: Compiler | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
@@ -175,12 +176,11 @@ class CoreMLTrainer(ReferenceEngine):
 
     def close(self) -> None:
         """End the compiler and the threads."""
-        for _, coming in self._coming:
-            coming.cancel()
+        self._closed = True
         if self._compiler is not None:
             self._compiler.close()
-        self._compiling.shutdown(wait=False, cancel_futures=True)
-        self._multiplying.shutdown(wait=False, cancel_futures=True)
+        self._compiling.shutdown(cancel_futures=True)
+        self._multiplying.shutdown(cancel_futures=True)
         self._folder.cleanup()
 
     # ---- versions
@@ -209,6 +209,8 @@ class CoreMLTrainer(ReferenceEngine):
         try:
             return self._compiled(version)
         except RunFailed as error:
+            if self._closed:
+                raise
             self._say(f"{in_a_line(error)}; once more, and the old programs serve meanwhile")
             return self._compiled(version)
 
