@@ -218,7 +218,7 @@ def test_gradients_beyond_float16_are_scaled_down(trainer, monkeypatch):
     [
         ({"depth": "all"}, "half a layer or of 1 to 1"),
         ({"depth": "stage"}, "half a layer or of 1 to 1"),
-        ({"depth": 2}, "from 1 to 1"),
+        ({"depth": 2}, "or 1 layer"),
         ({"taps": "none"}, "inputs or full"),
         ({"staleness": 9}, "from 0 to 8"),
         ({"dtype": "bfloat16"}, "float16 or float32"),
