@@ -10,10 +10,10 @@ import time
 
 import pytest
 
+from onelaunch.compilation.children import Child
 from onelaunch.config import preset
 from onelaunch.engines.cuda import compilers
 from onelaunch.engines.cuda.blocking import default
-from onelaunch.engines.cuda.children import Child
 from onelaunch.engines.cuda.compilers import NOT_IN_TIME, Compilers, Job, Subject, how_many
 from onelaunch.errors import RunFailed
 

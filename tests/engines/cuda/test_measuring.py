@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from onelaunch.compilation.cache import Store
+from onelaunch.compilation.children import Child
 from onelaunch.config import preset
 from onelaunch.engines.cuda import measuring
 from onelaunch.engines.cuda.blocking import default
-from onelaunch.engines.cuda.children import Child
 from onelaunch.engines.cuda.choice import Choice, facts_of, find
 from onelaunch.engines.cuda.compilers import form_bytes
 from onelaunch.engines.cuda.turns import measuring_alone, turns_of

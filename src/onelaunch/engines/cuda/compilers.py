@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onelaunch.compilation.child import lower_priority, usable_cores
+from onelaunch.compilation.children import Child, lines_of_parent
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
-from onelaunch.engines.cuda.children import Child, lines_of_parent
 from onelaunch.engines.cuda.choice import STAGED, read_blocking
 from onelaunch.errors import RunFailed
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.cache import Store
+from onelaunch.compilation.children import Child, lines_of_parent
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.children import Child, lines_of_parent
 from onelaunch.engines.cuda.choice import Choice, bucket, facts_of, find, keep, read_choice
 from onelaunch.engines.cuda.compilers import PROCESS_BYTES, form_bytes
 from onelaunch.engines.cuda.measure import SECONDS
