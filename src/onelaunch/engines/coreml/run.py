@@ -226,7 +226,7 @@ class Runner:
 
     def _load(self) -> None:
         self._folder = tempfile.TemporaryDirectory(
-            prefix="onelaunch-coreml-", ignore_cleanup_errors=True
+            prefix="onelaunch-coreml-run-", ignore_cleanup_errors=True
         )
         self._worker = worker = _Worker((*COMMAND, self._backend))
         answer = self._ask(
