@@ -262,19 +262,19 @@ def why_ended(status: int, errors: BinaryIO) -> str:
         return f"ended by signal {-status}"
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - 16 * REASON_LETTERS))
     lines = errors.read().decode("utf-8", "replace").split("\n")
-    last = next((text for line in reversed(lines) if (text := _plain(line))), "")
+    last = next((text for line in reversed(lines) if (text := plain(line))), "")
     return last or f"exit status {status}"
 
 
 def in_a_line(error: BaseException) -> str:
     """An error's first line, with its type where that says more."""
-    text = _plain(str(error).strip().split("\n", 1)[0])
+    text = plain(str(error).strip().split("\n", 1)[0])
     if isinstance(error, OnelaunchError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _plain(line: str) -> str:
+def plain(line: str) -> str:
     """One line that a terminal shows as it is."""
     shown = "".join(letter if letter.isprintable() else " " for letter in line)
     return " ".join(shown.split())[:REASON_LETTERS]

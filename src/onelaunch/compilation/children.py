@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import queue
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from onelaunch.compilation.background import why_ended
+from onelaunch.compilation.background import plain, why_ended
 
 ENDING_SECONDS = 5.0
+SAID_BYTES = READ_BYTES = 1 << 16
 
 
 class Child:
@@ -22,6 +25,7 @@ class Child:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.ended_by_us = False
+        self._heard = bytearray()
         # a file: a pipe that nobody reads holds the child up when it is full
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -54,6 +58,23 @@ class Child:
         except (OSError, ValueError):
             return ""
 
+    def hear_within(self, seconds: float) -> str:
+        """As `hear`, which must not have been called. Raises TimeoutError."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._heard:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                # past the buffer, where a line that is cut off would be waited for without end
+                if not (more := os.read(self._process.stdout.fileno(), READ_BYTES)):
+                    return ""
+                self._heard += more
+        line, _, rest = self._heard.partition(b"\n")
+        self._heard = bytearray(rest)
+        return line.decode("ascii", "replace").strip()
+
     def reason(self) -> str:
         """Why it has ended: its signal, or the last line of what it wrote on standard error."""
         try:
@@ -61,12 +82,27 @@ class Child:
         except (subprocess.TimeoutExpired, ValueError):
             return "it says nothing more"
 
+    def said(self) -> list[str]:
+        """The last lines that it has written on standard error, living or not."""
+        try:
+            n_bytes = os.fstat(self._errors.fileno()).st_size
+            # pread: the place in the file is the child's too, and a seek would move it
+            tail = os.pread(self._errors.fileno(), SAID_BYTES, max(0, n_bytes - SAID_BYTES))
+        except (OSError, ValueError):  # ValueError: `end` has closed the file
+            return []
+        return [
+            text for line in tail.decode("utf-8", "replace").split("\n") if (text := plain(line))
+        ]
+
     def end(self) -> None:
         """Kill it, with all that it has called."""
         self.ended_by_us = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return  # a driver holds it; to close a pipe that is being read would wait for it too
         for file in (self._process.stdin, self._process.stdout, self._errors):
             with suppress(OSError):
                 file.close()  # type: ignore[union-attr]
