@@ -21,7 +21,7 @@ LISTING = """\
 onelaunch [--version] [--debug]
 prepare TEXT... --out DIR [--vocab-size N] [--tokenizer FILE] [--quiet] [--debug]
 train [RECIPE] [--preset NAME] [--data DIR] [--run DIR] [--resume] [--accum N] [--device VALUE]
-    [--set A.B=C...] [--quiet] [--debug]
+    [--engine ENGINE] [--compile-budget N] [--set A.B=C...] [--quiet] [--debug]
 eval MODEL --data DIR [--device DEVICE] [--json] [--quiet] [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
     [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--min-p P] [--seed S]

@@ -43,6 +43,24 @@ def train(
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="ENGINE",
+            help="reference (PyTorch), or coreml: layers as ML Programs, evaluated here.",
+        ),
+    ] = None,
+    compile_budget: Annotated[
+        int | None,
+        typer.Option(
+            "--compile-budget",
+            metavar="N",
+            min=0,
+            help="coreml: after N compilations save, and go on in a fresh process; 0, the usual: "
+            "never.",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Change one key of the recipe; repeatable."),
@@ -60,6 +78,10 @@ def train(
         settings["train.accum"] = accum
     if device is not None:
         settings["train.device"] = device
+    if engine is not None:
+        settings["train.engine"] = engine
+    if compile_budget is not None:
+        settings["coreml.compile_budget"] = compile_budget
     given: Recipe | None = None
     if recipe is not None:
         given = Recipe.load(recipe)
@@ -87,6 +109,8 @@ def train(
         run = run or default_run_folder(name)
         given = given.with_settings(chosen, "train").with_settings(settings, "--set")
         outcome = start(given, run, quiet)
+    if outcome.spent:
+        _go_on(run, quiet)
     at, folder = outcome.progress, shlex.quote(str(run))
     where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")
     if outcome.signal is not None:
@@ -102,3 +126,15 @@ def train(
     say(f"  {program()} eval {folder} --data {shlex.quote(outcome.recipe.data.path)}", quiet)
     say(f"  {program()} export {folder} model.bin --format llama2c", quiet)
     return 0
+
+
+def _go_on(run: Path, quiet: bool) -> None:
+    """Have a fresh process continue this run, in this one's place."""
+    import os
+    import sys
+
+    say("as many compilations as the budget has: a fresh process goes on", quiet)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "onelaunch", "train", "--resume", "--run", str(run)]
+    os.execv(sys.executable, [*command, *(["--quiet"] if quiet else [])])

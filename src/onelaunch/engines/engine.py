@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,5 +96,25 @@ class TrainableEngine(Engine, Protocol):
         """Add `scale` times the gradient of the mean loss to each parameter's `.grad`.
 
         Returns the unscaled loss as a scalar on the device. Calls `mark("forward")` and
-        `mark("backward")` as each part has been issued.
+        `mark("backward")` as each part has been issued, and `mark("stall")` where it had to wait
+        for a program to be compiled.
         """
+
+    def updated(self) -> None:
+        """The parameters were changed."""
+
+    def telemetry(self) -> dict[str, Any]:
+        """What else there is to tell of the time since it was last asked."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resume needs beside the parameters."""
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """The inverse, after so many updates."""
+
+    @property
+    def spent(self) -> bool:
+        """Whether a fresh process should go on from here."""
+
+    def close(self) -> None:
+        """Nothing more is asked of it."""

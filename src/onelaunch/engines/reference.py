@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -191,6 +191,28 @@ class ReferenceEngine:
         finally:
             self.model.training = False
         return loss.detach()
+
+    def updated(self) -> None:
+        """The parameters are what computes: there is nothing to be made of them."""
+
+    def telemetry(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Nothing to be put back."""
+
+    @property
+    def spent(self) -> bool:
+        """Never."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to be ended."""
 
     @torch.inference_mode()
     def continue_text(

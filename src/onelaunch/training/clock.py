@@ -44,7 +44,7 @@ class StepClock:
         if self._device.type == "mps":
             torch.mps.synchronize()
         now = time.perf_counter()
-        self._seconds[part] += now - self._last
+        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now
 
     def skip(self) -> None:

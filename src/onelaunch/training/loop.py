@@ -38,11 +38,13 @@ from onelaunch.training.state import Progress
 
 @dataclass
 class Outcome:
-    """How `train` ended: finished, or stopped by a signal with everything saved."""
+    """How `train` ended: finished, or stopped with everything saved, by a signal or because a fresh
+    process should go on (`spent`)."""
 
     recipe: Recipe
     progress: Progress
     signal: int | None = None
+    spent: bool = False
 
 
 @dataclass
@@ -84,11 +86,14 @@ class Trainer:
                 self._between_updates(last=progress.update >= total)
             if self.stop.received is not None or progress.update >= total:
                 break
+            if self.engine.spent:
+                break
             self._update()
-        if self.stop.received is not None:
+        spent = self.stop.received is None and progress.update < total
+        if self.stop.received is not None or spent:
             self._save()
         self._record({"kind": "end", "update": progress.update, "seconds": self._clock.end()})
-        return Outcome(self.recipe, progress, self.stop.received)
+        return Outcome(self.recipe, progress, self.stop.received, spent)
 
     def _between_updates(self, last: bool) -> None:
         progress, recipe = self.progress, self.recipe
@@ -118,6 +123,7 @@ class Trainer:
         lr = self.recipe.learning_rate(progress.update)
         self._clock.skip()
         norm = self._optimizer_step(lr)
+        self.engine.updated()
         # one wait for the device per update
         loss_sum, grad_norm = torch.stack((self._loss_sum, norm)).tolist()
         loss = loss_sum / accum
@@ -140,6 +146,7 @@ class Trainer:
             "tokens": progress.tokens,
             "seconds": seconds,
             "time": time.time(),
+            **self.engine.telemetry(),
         }
         if started_at:
             # what came before was timed by the process that was stopped

@@ -52,7 +52,8 @@ class DataSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """One update is `accum` micro-steps of `batch_size` sequences of `seq_len` tokens.
+    """One update is `accum` micro-steps of `batch_size` sequences of `seq_len` tokens. `engine`
+    "coreml" runs the layers as ML Programs, on the CPU in float32 for the rest of them.
 
     `seq_len` 0 is the model's context. `dtype` "auto" is bfloat16 autocast on CUDA, float32
     elsewhere. `norm` "auto" is this package's operator on a GPU that runs its kernel, PyTorch's
@@ -65,6 +66,7 @@ class TrainSection:
     accum: int = 1
     dropout: float = 0.0
     seed: int = 1337
+    engine: str = "reference"
     device: str = "auto"
     dtype: str = "auto"
     norm: str = "auto"
@@ -112,6 +114,20 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True)
+class CoreMLSection:
+    """Of `train.engine` "coreml". A program holds `fusion_depth` of the model: half (a layer), or a
+    number of layers, all of them where it is empty; hands out `taps` (full, or inputs: layers are
+    computed again); is evaluated in `dtype`. Micro-steps run on programs `staleness` updates old.
+    After `compile_budget` compilations (0: never) a fresh process goes on."""
+
+    fusion_depth: str = ""
+    taps: str = "full"
+    staleness: int = 1
+    dtype: str = "float16"
+    compile_budget: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All sections. `from_dict`, `load` and `with_settings` check; so does the constructor."""
 
@@ -121,6 +137,7 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    coreml: CoreMLSection = field(default_factory=CoreMLSection)
 
     def __post_init__(self) -> None:
         t, o = self.train, self.optimizer
@@ -148,8 +165,29 @@ class Recipe:
         _within("checkpoint.every", self.checkpoint.every, 0, 10**9)
         _within("checkpoint.minutes", self.checkpoint.minutes, 0.01, 10**6)
         _within("checkpoint.keep", self.checkpoint.keep, 1, 10**4)
+        _one_of("train.engine", t.engine, ("reference", "coreml"))
+        _one_of("coreml.taps", self.coreml.taps, ("full", "inputs"))
+        _one_of("coreml.dtype", self.coreml.dtype, ("float16", "float32"))
+        _within("coreml.staleness", self.coreml.staleness, 0, 8)
+        _within("coreml.compile_budget", self.coreml.compile_budget, 0, 10**9)
+        if t.engine == "coreml":
+            self._check_programs()
         if self.model.preset and self.model.preset not in PRESETS:
             preset(self.model.preset)
+
+    def _check_programs(self) -> None:
+        t = self.train
+        for name, value, right in (
+            ("dropout", t.dropout, (0.0,)),
+            ("compile", t.compile, (False,)),
+            ("device", t.device, ("auto", "cpu")),
+            ("dtype", t.dtype, ("auto", "float32")),
+            ("norm", t.norm, ("auto", "torch")),
+        ):
+            if value not in right:
+                raise BadInput(
+                    f"train.{name} = {value!r} does not go with train.engine coreml; leave it out"
+                )
 
     def model_config(self, data_vocab_size: int) -> ModelConfig:
         """The shape to train, its vocabulary taken from the data where the recipe names none.

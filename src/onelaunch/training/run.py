@@ -120,8 +120,7 @@ def resume(
         check_weights(config, weights, checkpoint / MODEL_FILE)
         parts = _build(recipe, run, config, weights, data)
         progress = saved.read_progress(state, checkpoint)
-        parameters = parts.engine.parameters()
-        saved.restore(checkpoint, state, parameters, parts.optimizer, parts.sampler)
+        saved.restore(checkpoint, state, parts.engine, parts.optimizer, parts.sampler)
         notices = [*damaged.values(), f"resumed from {checkpoint.name}"]
         if state.get("threads") != torch.get_num_threads():
             notices.append(
@@ -192,7 +191,26 @@ def _build(
         )
     seq_len = train.seq_len or config.max_seq_len
     sampler = data.train(seq_len, train.seed)
-    engine = ReferenceEngine(
+    engine = _engine(recipe, config, weights)
+    optimizer = make_optimizer(engine.parameters(), recipe)
+    return _Parts(recipe, run, data, engine, optimizer, sampler, seq_len)
+
+
+def _engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor]) -> ReferenceEngine:
+    train, programs = recipe.train, recipe.coreml
+    if train.engine == "coreml":
+        from onelaunch.engines.coreml.training import CoreMLTrainer
+
+        return CoreMLTrainer(
+            config,
+            weights,
+            programs.fusion_depth,
+            programs.taps,
+            programs.staleness,
+            programs.dtype,
+            programs.compile_budget,
+        )
+    return ReferenceEngine(
         config,
         weights,
         device=train.device,
@@ -202,8 +220,6 @@ def _build(
         train=True,
         norm=train.norm,
     )
-    optimizer = make_optimizer(engine.parameters(), recipe)
-    return _Parts(recipe, run, data, engine, optimizer, sampler, seq_len)
 
 
 def _only_begun(run: Path) -> bool:
@@ -286,6 +302,7 @@ def _train(
             trainer.display = display
         outcome = trainer.train()
     finally:
+        parts.engine.close()
         writer.close()
         if display is not None:
             if writer.dropped:

@@ -16,6 +16,7 @@ from onelaunch.training.data import Sampler, TokenData
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 GRADIENTS_FILE = "gradients.safetensors"
+ENGINE_FILE = "engine.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -42,8 +43,8 @@ def save(
     sampler: Sampler,
     accum: int,
 ) -> Path:
-    """Write a checkpoint: weights, AdamW's moments, gradients of an unfinished update, random
-    states, the sampler's position, and the progress."""
+    """Write a checkpoint: weights, AdamW's moments, gradients of an unfinished update, what the
+    engine needs beside these, random states, the sampler's position, and the progress."""
     parameters = engine.parameters()
     device = next(iter(parameters.values())).device
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: dict(parameters)}
@@ -58,6 +59,8 @@ def save(
     files[OPTIMIZER_FILE] = slots
     if progress.micro:
         files[GRADIENTS_FILE] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    if more := engine.state_tensors():
+        files[ENGINE_FILE] = more
     state: dict[str, Any] = {
         **asdict(progress),
         "accum": accum,
@@ -95,12 +98,13 @@ def read_progress(state: dict[str, Any], source: Path) -> Progress:
 def restore(
     checkpoint: Path,
     state: dict[str, Any],
-    parameters: dict[str, Tensor],
+    engine: TrainableEngine,
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
 ) -> None:
-    """Put moments, gradients, random states and the sampler back. Weights and progress are given
-    to the engine and the trainer when they are made."""
+    """Put moments, gradients, random states, the sampler and what else the engine needs back.
+    Weights and progress are given to the engine and the trainer when they are made."""
+    parameters = engine.parameters()
     device = next(iter(parameters.values())).device
     tensors = read_tensors(checkpoint, OPTIMIZER_FILE, state)
     source = checkpoint / OPTIMIZER_FILE
@@ -126,6 +130,14 @@ def restore(
             if gradient.shape != parameter.shape:
                 raise BadInput(f"{checkpoint / GRADIENTS_FILE}: {name} has the wrong shape")
             parameter.grad = gradient.to(parameter.device)
+    more = {}
+    if ENGINE_FILE in state["sha256"]:
+        more = read_tensors(checkpoint, ENGINE_FILE, state)
+        for name, tensor in more.items():
+            of = parameters.get(name.partition(".")[2])
+            if of is None or tensor.shape != of.shape:
+                raise BadInput(f"{checkpoint / ENGINE_FILE}: {name} is not of this model")
+    engine.load_state_tensors(more, state["update"])
     sampler.load_state_dict(state.get("sampler", {}))
 
 

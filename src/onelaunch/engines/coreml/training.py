@@ -62,8 +62,9 @@ class CoreMLTrainer(ReferenceEngine):
     and generation are PyTorch's of the newest weights.
 
     `depth` is layers for each program, or half; `taps` "full", or "inputs" to compute forwards
-    again; `dtype` what programs are evaluated in. Call `updated` after each optimizer step. Raises
-    BadInput for what cannot be had, MissingExtra without coremltools.
+    again; `dtype` what programs are evaluated in; `compile_budget` how many compilations until it
+    is `spent`, 0: any number. Call `updated` after each optimizer step. Raises BadInput for what
+    cannot be had, MissingExtra without coremltools.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CoreMLTrainer(ReferenceEngine):
         taps: str = "full",
         staleness: int = 1,
         dtype: str = DTYPES[0],
+        compile_budget: int = 0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         coremltools("--engine coreml")
@@ -94,6 +96,7 @@ class CoreMLTrainer(ReferenceEngine):
         self.staleness = staleness
         self.schedule = Measured(1)
         self._depth, self._taps, self._precision = parsed, taps, dtype
+        self._budget, self._compilations = compile_budget, 0
         self._say = say
         self._closed = False
         self._shape: Shape | None = None
@@ -121,6 +124,7 @@ class CoreMLTrainer(ReferenceEngine):
         self._begin(*tokens_BS.shape)
         loaded = self._loaded()
         mark("stall")
+        start, compiling = time.perf_counter(), self._is_compiling
         known, x = self._forward(loaded, tokens_BS)
         loss, d_x, host = self._end(loaded, x, targets_BS)
         mark("forward")
@@ -135,6 +139,8 @@ class CoreMLTrainer(ReferenceEngine):
         self._add(found, scale / factor)
         self._add_embedding(tokens_BS, d_embedding, scale / factor)
         mark("backward")
+        if compiling == self._is_compiling:
+            self.schedule.stepped(time.perf_counter() - start, compiling)
         return loss
 
     def updated(self) -> None:
@@ -174,6 +180,11 @@ class CoreMLTrainer(ReferenceEngine):
             "staleness": max(0, self.version - 1 - served), "k_to_hide": self.schedule.k,
         }  # fmt: skip
 
+    @property
+    def spent(self) -> bool:
+        """Whether as many programs were compiled as the budget has, and some micro-steps made."""
+        return 0 < self._budget <= self._compilations
+
     def close(self) -> None:
         """End the compiler and the threads."""
         self._closed = True
@@ -182,6 +193,10 @@ class CoreMLTrainer(ReferenceEngine):
         self._compiling.shutdown(cancel_futures=True)
         self._multiplying.shutdown(cancel_futures=True)
         self._folder.cleanup()
+
+    @property
+    def _is_compiling(self) -> bool:
+        return any(not coming.done() for _, coming in self._coming)
 
     # ---- versions
 
@@ -233,6 +248,7 @@ class CoreMLTrainer(ReferenceEngine):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._counted["compilations"] += told["compilations"]
+        self._compilations += int(told["compilations"])
         self._counted["compile_seconds"] += seconds
         if self._serving is not None:  # else nothing ran beside it
             self.schedule.compiled(seconds)
