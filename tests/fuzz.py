@@ -355,6 +355,50 @@ def _use_run(path: Path) -> None:
     read_progress(state, checkpoint)
 
 
+def _make_package(name: str) -> Callable[[Path], Path]:
+    """A Core ML program of a few operations, its weights in their own file."""
+
+    def make(folder: Path) -> Path:
+        import numpy as np
+
+        from onelaunch.engines.coreml import coremltools
+
+        ct = coremltools("a test")
+        from coremltools.converters.mil import Builder as mb
+        from coremltools.converters.mil.mil import types
+
+        def body(x: Any) -> Any:
+            y = mb.conv(x=x, weight=np.ones((8, 16, 1, 1), np.float16))
+            return mb.mul(x=mb.split(x=y, num_splits=2, axis=1)[0], y=np.float16(0.5))
+
+        x = mb.TensorSpec((1, 16, 1, 32), types.fp16)
+        model = ct.convert(
+            mb.program(input_specs=[x], opset_version=ct.target.iOS18)(body),
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+        )
+        package = folder / "tiny.mlpackage"
+        model.save(str(package))
+        return next(package.rglob(name))
+
+    return make
+
+
+def _use_package(path: Path) -> None:
+    import numpy as np
+
+    from onelaunch.engines.coreml.describe import describe, lines
+    from onelaunch.engines.coreml.package import Package
+
+    package = Package(next(p for p in path.parents if p.suffix == ".mlpackage"))
+    list(lines(describe(package)))
+    for function in package.functions.values():
+        for constant in function.constants.values():
+            np.array(package.value(constant))
+
+
 FORMATS: dict[str, Fuzzed] = {
     "llama2c": Fuzzed(_make_llama2c, _use_llama2c, mutated_bytes),
     "hf-config": Fuzzed(_make_hf("config.json"), _use_hf, mutated_json),
@@ -369,6 +413,8 @@ FORMATS: dict[str, Fuzzed] = {
     "run-best": Fuzzed(_make_run("best.json"), _use_run, mutated_json),
     "checkpoint-state": Fuzzed(_make_run("state.json"), _use_run, mutated_json),
     "checkpoint-model": Fuzzed(_make_run("model.safetensors"), _use_run, mutated_safetensors),
+    "coreml-manifest": Fuzzed(_make_package("Manifest.json"), _use_package, mutated_json),
+    "coreml-model": Fuzzed(_make_package("model.mlmodel"), _use_package, mutated_bytes),
 }
 
 

@@ -1,6 +1,7 @@
 """The command line as a whole: what it offers, what it loads, how it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -29,7 +30,7 @@ generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-ec
     [--trace FILE] [--ids] [--json] [--quiet] [--debug]
 export MODEL OUT --format VALUE [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]
     [--weights DTYPE] [--quiet]
-inspect MODEL [--random] [--fusion-depth D] [--json]
+inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json]
 bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--peer NAME=PATH...] [--quiet]
     [--debug]
 doctor [--clear-cache] [--json] [--debug]
@@ -224,7 +225,7 @@ def test_doctor_knows_every_extra():
     with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     named = {
-        extra: tuple(requirement.split(">")[0] for requirement in requirements)
+        extra: tuple(re.split("[=>]", requirement)[0] for requirement in requirements)
         for extra, requirements in extras.items()
         if extra != "dev"
     }

@@ -1,4 +1,4 @@
-"""`onelaunch inspect`: what a model is, without running it."""
+"""`onelaunch inspect`: what a model or a saved program is, without running it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Json, ModelArgument, say
-from onelaunch.errors import MissingExtra
+from onelaunch.cli.common import Json, say
+from onelaunch.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from onelaunch.checkpoints.weights import LoadedModel
 
@@ -18,7 +19,14 @@ PROMPT_TOKENS = 64
 
 
 def inspect(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|PROGRAM",
+            help="A .bin file, a Hugging Face folder, a run folder, or a preset with --random; or "
+            "a Core ML program, an .mlpackage.",
+        ),
+    ],
     random: Annotated[
         bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
     ] = False,
@@ -32,11 +40,21 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show a model's configuration and size, what running it takes, and, by batch and sequence, the
-    fusion depths chosen for it on a GPU."""
+    fusion depths chosen for it on a GPU. Of a Core ML program show inputs, outputs, operations, and
+    what would keep it off the Neural Engine."""
     import json as json_module
+    from pathlib import Path
 
     from onelaunch.checkpoints import load, random_model
+    from onelaunch.engines.coreml.package import is_package
 
+    if not random and is_package(Path(model)):
+        if fusion_depth is not None:
+            raise BadInput(
+                f"--fusion-depth {fusion_depth}: {model} is a program, of a depth already"
+            )
+        _inspect_program(Path(model), json)
+        return
     loaded = random_model(model) if random else load(model)
     plan = _plan(loaded, fusion_depth)
     choices = _choices(loaded)
@@ -51,7 +69,25 @@ def inspect(
     width = max(map(len, [*facts, *config]))
     for name, value in [*facts.items(), *config.items()]:
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
-    for name, text in (*_plan_lines(plan), *_choice_lines(choices)):
+    _print_lines((*_plan_lines(plan), *_choice_lines(choices)), width)
+
+
+def _inspect_program(path: Path, json: bool) -> None:
+    import json as json_module
+
+    from onelaunch.engines.coreml.describe import describe, lines
+    from onelaunch.engines.coreml.package import Package
+
+    described = describe(Package(path))
+    if json:
+        print(json_module.dumps(described))
+        return
+    shown = list(lines(described))
+    _print_lines(shown, max(len(name) for name, _ in shown))
+
+
+def _print_lines(lines: Iterable[tuple[str, str]], width: int) -> None:
+    for name, text in lines:
         print(f"{name:<{width}}  {text}")
 
 

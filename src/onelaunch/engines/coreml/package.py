@@ -25,12 +25,17 @@ SENTINEL = 0xDEADBEEF
 FILE_VERSION = 2
 FLOAT16, FLOAT32, INT32 = "float16", "float32", "int32"
 _NAMES = {
-    1: "bool", 2: "string", 10: FLOAT16, 11: FLOAT32, 21: "int8", 22: "int16", 23: INT32,
-    31: "uint8",
+    1: "bool", 2: "string", 10: FLOAT16, 11: FLOAT32, 12: "float64", 13: "bfloat16", 21: "int8",
+    22: "int16", 23: INT32, 24: "int64", 25: "int4", 31: "uint8", 32: "uint16", 33: "uint32",
+    34: "uint64", 35: "uint4", 36: "uint2", 37: "uint1", 38: "uint6", 39: "uint3",
 }  # fmt: skip
-"""Of the protobuf's types, those that are read here."""
-_BLOB_TYPES = {1: np.float16, 2: np.float32, 3: np.uint8, 4: np.int8}
+"""Of the protobuf's types, those that are known here."""
+_BLOB_TYPES = {1: FLOAT16, 2: FLOAT32, 3: "uint8", 4: "int8"}
+"""Of the weights' types, those that are read here."""
+_WEIGHTS = "@model_path/weights/weight.bin"
 _MANIFEST = "Manifest.json"
+_LARGEST_MODEL = 2**31 - 1
+"""Bytes of a protobuf."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,18 @@ class Operation:
 
 @dataclass(frozen=True)
 class Function:
-    """Operations in order, without constants, which are apart."""
+    """Operations in order, without constants and states, which are apart. Every name that an
+    operation reads is one of an input, a state, a constant or an operation before it."""
 
     inputs: Mapping[str, Type]
     outputs: tuple[str, ...]
     operations: tuple[Operation, ...]
     constants: Mapping[str, Constant]
+    states: Mapping[str, Type]
 
     @cached_property
     def types(self) -> dict[str, Type]:
-        """Of every value that is no constant."""
+        """Of every value that is no constant and no state."""
         found = dict(self.inputs)
         for operation in self.operations:
             found |= dict(operation.outputs)
@@ -98,6 +105,8 @@ class Package:
         from coremltools.proto import Model_pb2
 
         spec = Model_pb2.Model()
+        if model.stat().st_size > _LARGEST_MODEL:
+            raise BadInput(f"{path}: its model has more bytes than a protobuf can")
         try:
             spec.ParseFromString(model.read_bytes())
         except Exception as error:  # protobuf has its own
@@ -107,8 +116,11 @@ class Package:
         self.version: int = spec.specificationVersion
         self.weights_path = model.parent / "weights" / "weight.bin"
         self.functions = {
-            name: _function(function, path) for name, function in spec.mlProgram.functions.items()
+            name: _function(function, path)
+            for name, function in sorted(spec.mlProgram.functions.items())
         }
+        if not self.functions:
+            raise BadInput(f"{path}: has no function")
 
     @property
     def main(self) -> Function:
@@ -133,18 +145,32 @@ class Package:
                 file.seek(constant.offset)
                 record = file.read(24)
             word, dtype, n_bytes, start = struct.unpack("<IIQQ", record)
-            if word != SENTINEL or dtype not in _BLOB_TYPES:
-                raise ValueError("no record")
+            if word != SENTINEL or _BLOB_TYPES.get(dtype) != constant.type.dtype:
+                raise ValueError(f"no record of {constant.type.dtype}")
             kind = np.dtype(_BLOB_TYPES[dtype])
             count = math.prod(constant.type.shape)
             if n_bytes != count * kind.itemsize:
                 raise ValueError("another size")
+            if start + n_bytes > self.weight_file_bytes:
+                raise ValueError("cut off")
             flat = np.memmap(self.weights_path, kind, "r", start, (count,))
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, OverflowError, struct.error) as error:
             raise BadInput(
                 f"{self.weights_path}: its weights at {constant.offset} are damaged ({error})"
             ) from error
         return flat.reshape(constant.type.shape)
+
+
+def is_package(path: Path) -> bool:
+    """Whether a path is a folder that is named or made as a saved program."""
+    if not path.is_dir():
+        return False
+    if path.suffix == ".mlpackage":
+        return True
+    try:
+        return "rootModelIdentifier" in json.loads((path / _MANIFEST).read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _model_file(path: Path) -> Path:
@@ -152,38 +178,72 @@ def _model_file(path: Path) -> Path:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         found = path / "Data" / str(root)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        there = path.resolve() in found.resolve().parents and found.is_file()
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: is no .mlpackage (its {_MANIFEST} cannot be read)") from error
-    if path.resolve() not in found.resolve().parents or not found.is_file():
+    if not there:
         raise BadInput(f"{path}: its model file {root} is missing")
     return found
 
 
 def _function(proto: Any, path: Path) -> Function:
+    if proto.opset not in proto.block_specializations:
+        raise BadInput(f"{path}: a function has no operations for its version {proto.opset!r}")
     block = proto.block_specializations[proto.opset]
+    given = {each.name: each.type for each in proto.inputs}
+    states = {
+        name: _type(kind.stateType.wrappedType, path)
+        for name, kind in given.items()
+        if kind.WhichOneof("type") == "stateType"
+    }
+    inputs = {name: _type(kind, path) for name, kind in given.items() if name not in states}
     constants: dict[str, Constant] = {}
     operations = []
+    known = set(given)
     for op in block.operations:
         if op.type == "const":
-            (output,) = op.outputs
-            constants[output.name] = _constant(op.attributes["val"], path)
+            if len(op.outputs) != 1:
+                raise BadInput(f"{path}: a constant has {len(op.outputs)} names")
+            name = op.outputs[0].name
+            constants[name] = _constant(op.attributes["val"], path)
+            known.add(name)
             continue
-        if op.blocks:
-            raise BadInput(f"{path}: {op.type} has a block of its own, which is not read here")
-        inputs = {}
-        for name, given in op.inputs.items():
-            names = []
-            for argument in given.arguments:
-                if argument.WhichOneof("binding") == "name":
-                    names.append(argument.name)
-                    continue
-                names.append(f"{op.outputs[0].name}.{name}.{len(names)}")
-                constants[names[-1]] = _constant(argument.value, path)
-            inputs[name] = tuple(names)
-        outputs = tuple((output.name, _type(output.type, path)) for output in op.outputs)
-        operations.append(Operation(op.type, outputs[0][0], inputs, outputs))
-    given = {each.name: _type(each.type, path) for each in proto.inputs}
-    return Function(given, tuple(block.outputs), tuple(operations), constants)
+        operation = _operation(op, constants, path)
+        for name in operation.operands:
+            if name not in known and name not in constants:
+                raise BadInput(f"{path}: {operation.name} reads {name!r}, which nothing gives")
+        known |= dict(operation.outputs).keys()
+        operations.append(operation)
+    for name in block.outputs:
+        if name not in known or name in states:
+            raise BadInput(f"{path}: its output {name!r} is given by nothing")
+    return Function(inputs, tuple(block.outputs), tuple(operations), constants, states)
+
+
+def _operation(op: Any, constants: dict[str, Constant], path: Path) -> Operation:
+    """One without its constants: those that are written in place go to `constants`."""
+    if op.blocks:
+        raise BadInput(f"{path}: {op.type} has a block of its own, which is not read here")
+    outputs = tuple((output.name, _type(output.type, path)) for output in op.outputs)
+    name = outputs[0][0] if outputs else _own_name(op, path)
+    inputs = {}
+    for parameter, given in sorted(op.inputs.items()):
+        names = []
+        for argument in given.arguments:
+            if argument.WhichOneof("binding") == "name":
+                names.append(argument.name)
+                continue
+            names.append(f"{name}.{parameter}.{len(names)}")
+            constants[names[-1]] = _constant(argument.value, path)
+        inputs[parameter] = tuple(names)
+    return Operation(op.type, name, inputs, outputs)
+
+
+def _own_name(op: Any, path: Path) -> str:
+    """Of an operation without outputs, as write_state is."""
+    if "name" not in op.attributes:
+        return str(op.type)
+    return str(_constant(op.attributes["name"], path))
 
 
 def _type(proto: Any, path: Path) -> Type:
@@ -203,15 +263,21 @@ def _type(proto: Any, path: Path) -> Type:
 def _constant(proto: Any, path: Path) -> Constant:
     kind = _type(proto.type, path)
     if proto.WhichOneof("value") == "blobFileValue":
+        if proto.blobFileValue.fileName != _WEIGHTS:
+            raise BadInput(
+                f"{path}: has weights in {proto.blobFileValue.fileName!r}, not {_WEIGHTS}"
+            )
         return Stored(kind, int(proto.blobFileValue.offset))
     tensor = proto.immediateValue.tensor
     field = tensor.WhichOneof("value")
-    if kind.dtype == "string":
-        return str(tensor.strings.values[0])
-    if field == "bytes":
-        values = np.frombuffer(tensor.bytes.values, dtype=kind.dtype)
-    else:
-        values = np.array(getattr(tensor, field).values, dtype=kind.dtype)
-    if values.size == 1:
-        return np.broadcast_to(values.reshape(()), kind.shape)
-    return values.reshape(kind.shape)
+    try:
+        if kind.dtype == "string":
+            return str(tensor.strings.values[0])
+        if field == "bytes":
+            values = np.frombuffer(tensor.bytes.values, dtype=kind.dtype)
+        else:
+            # a list: a protobuf's own sequence wraps numbers that do not fit
+            values = np.array(list(getattr(tensor, field).values), dtype=kind.dtype)
+        return values.reshape(kind.shape)
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise BadInput(f"{path}: a constant of {kind} cannot be read ({error})") from error
