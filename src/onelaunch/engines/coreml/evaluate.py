@@ -98,8 +98,9 @@ class Evaluator:
 
     def _note(self, name: str, value: Tensor) -> None:
         if value.is_floating_point() and value.numel():
-            largest = float(value.abs().max())
-            self.largest[name] = max(largest, self.largest.get(name, 0.0))
+            largest, before = float(value.abs().max()), self.largest.get(name, 0.0)
+            if not before >= largest:  # what is no number stays
+                self.largest[name] = largest if before == before else before
 
 
 def _last_uses(function: Function) -> list[list[str]]:

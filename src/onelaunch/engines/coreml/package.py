@@ -22,7 +22,6 @@ from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput
 
 SENTINEL = 0xDEADBEEF
-FILE_VERSION = 2
 FLOAT16, FLOAT32, INT32 = "float16", "float32", "int32"
 _NAMES = {
     1: "bool", 2: "string", 10: FLOAT16, 11: FLOAT32, 12: "float64", 13: "bfloat16", 21: "int8",

@@ -1,0 +1,129 @@
+"""Whole runs through ML Programs: beside PyTorch's, stopped, resumed, their telemetry."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onelaunch.errors import BadInput
+from onelaunch.training.recipe import Recipe
+from onelaunch.training.run import resume, start
+
+pytest.importorskip("coremltools")
+
+from onelaunch.engines.coreml import compiler
+from onelaunch.engines.coreml import training as module
+
+SETTINGS = {
+    "model.n_layers": 1, "train.updates": 4, "train.accum": 2, "train.batch_size": 2,
+    "train.seq_len": 32, "eval.every": 0, "eval.batches": 1, "optimizer.warmup": 1,
+    "train.engine": "coreml",
+}  # fmt: skip
+
+
+class InProcess:
+    """The compiler without its child, whose imports take seconds."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def compile(self, weights, folder):
+        return compiler.compile_set(self.shape, load_file(weights), folder)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch):
+    monkeypatch.setattr(module, "Compiler", InProcess)
+
+
+def recipe(**more):
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in more.items()}
+    return Recipe.load("quickstart").with_settings(settings, "test")
+
+
+def records(run, kind="update"):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def final_weights(run):
+    return load_file(run / "checkpoints" / "update-00000004" / "model.safetensors")
+
+
+def test_losses_are_near_pytorchs(tmp_path):
+    """Without staleness it is the same run but for float16."""
+    start(recipe(coreml__staleness=0), tmp_path / "programs", quiet=True)
+    start(recipe(train__engine="reference"), tmp_path / "plain", quiet=True)
+    ours, plain = (records(tmp_path / name) for name in ("programs", "plain"))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in plain], rel=1e-3)
+    norms = [[r["grad_norm"] for r in each] for each in (ours, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    assert records(tmp_path / "programs", "eval")[0]["loss"] == pytest.approx(
+        records(tmp_path / "plain", "eval")[0]["loss"], rel=1e-3
+    )
+
+
+def test_what_it_tells(tmp_path):
+    start(recipe(), tmp_path / "run", quiet=True)
+    found = records(tmp_path / "run")
+    assert [r["staleness"] for r in found] == [0, 1, 1, 1]
+    assert all(r["compile_seconds"] > 0 for r in found[:3])
+    assert sum(r["compilations"] for r in found) in (6, 8)  # the last may come too late
+    for record in found:
+        seconds = record["seconds"]
+        assert seconds["stall"] == pytest.approx(record["stall_seconds"], abs=2e-3)
+        assert record["product_wait_seconds"] < seconds["backward"]
+        assert abs(seconds["unexplained"]) < 0.02 * seconds["wall"]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, tmp_path):
+    whole = recipe(coreml__staleness=staleness)
+    assert not start(whole, tmp_path / "whole", quiet=True).spent
+    spent = recipe(coreml__staleness=staleness, coreml__compile_budget=4)
+    outcome = start(spent, tmp_path / "parts", quiet=True)
+    times = 1
+    while outcome.spent:
+        assert outcome.progress.update < 4
+        outcome = resume(tmp_path / "parts", {}, quiet=True)
+        times += 1
+    assert times > 1
+    one, other = (final_weights(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run = tmp_path / "run"
+    start(recipe(train__updates=2, coreml__staleness=2), run, quiet=True)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    tensors = load_file(checkpoint / "engine.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"1", "2"}
+    from onelaunch.checkpoints.atomic import sha256_file
+    from onelaunch.checkpoints.run_folder import read_state, write_tensors
+
+    tensors["1.norm.weight"] = torch.zeros(3)
+    (checkpoint / "engine.safetensors").unlink()
+    write_tensors(checkpoint / "engine.safetensors", tensors)
+    state = read_state(checkpoint)
+    state["sha256"]["engine.safetensors"] = sha256_file(checkpoint / "engine.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput, match="1.norm.weight is not of this model"):
+        resume(run, {"train.updates": 3}, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("train.dropout", 0.1), ("train.compile", True), ("train.device", "cuda"),
+     ("train.dtype", "bfloat16"), ("train.norm", "onelaunch")],
+)  # fmt: skip
+def test_what_programs_do_not_do_is_refused(setting, value):
+    with pytest.raises(BadInput, match=f"{setting} = {value!r} does not go with"):
+        recipe(**{setting.replace(".", "__"): value})
