@@ -29,7 +29,8 @@ def program(tmp_path_factory):
     from tests.engines.coreml.tiny import built, value
 
     def body(tokens):
-        x = mb.gather(x=np.ones((40, 64), np.float16), indices=tokens, axis=0)
+        # named: coremltools numbers what has no name, through all that a process builds
+        x = mb.gather(x=np.ones((40, 64), np.float16), indices=tokens, axis=0, name="rows")
         mask = mb.const(val=np.full((1, 8, 64), -np.inf, np.float16), name="mask")
         return mb.relu(x=mb.relu(x=mb.add(x=x, y=mask)), name="out")
 
@@ -47,7 +48,7 @@ def onelaunch(capsys):
 
 FINDINGS = [
     ("cpu", "tokens: is an input or output of int32, which the CPU converts"),
-    ("cpu", "gather_0: gather looks up by index on the CPU, as an embedding within a program does"),
+    ("cpu", "rows: gather looks up by index on the CPU, as an embedding within a program does"),
     (
         "error",
         "mask: has a number that is infinite, NaN or beyond 65,504; for a mask -40,000 does",

@@ -73,8 +73,9 @@ def test_what_it_tells(tmp_path):
     start(recipe(), tmp_path / "run", quiet=True)
     found = records(tmp_path / "run")
     assert [r["staleness"] for r in found] == [0, 1, 1, 1]
-    assert all(r["compile_seconds"] > 0 for r in found[:3])
-    assert sum(r["compilations"] for r in found) in (6, 8)  # the last may come too late
+    assert found[0]["compile_seconds"] > 0
+    # the last one may come too late for its record
+    assert sum(r["compilations"] for r in found) in (6, 8)
     for record in found:
         seconds = record["seconds"]
         assert seconds["stall"] == pytest.approx(record["stall_seconds"], abs=2e-3)
