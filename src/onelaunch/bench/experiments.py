@@ -6,6 +6,7 @@ EXPERIMENTS = {
     "generate": "the CPU engine against PyTorch, llama2.c and what reading the weights takes",
     "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
     "forward": "a whole text's logits on a GPU, by launches, beside PyTorch",
+    "coreml": "what making ML Programs of a model takes, and how exact they are",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
     "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",
     "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",

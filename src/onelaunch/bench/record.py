@@ -19,7 +19,7 @@ from onelaunch.errors import BadInput
 
 SCHEMA = 1
 # What else figures may depend on: peers, and what PyTorch's own RMSNorm may be replaced through.
-PACKAGES = ("onelaunch", "torch", "triton", "numpy", "numba", "llvmlite")
+PACKAGES = ("onelaunch", "torch", "triton", "numpy", "numba", "llvmlite", "coremltools")
 PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 SWITCHES = ("TORCH_DISABLE_NATIVE_JIT", "TORCH_NATIVE_SKIP_VERSION_CHECK")
 DEFAULT_FOLDER = Path("benchmarks/records")

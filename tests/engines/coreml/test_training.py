@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
@@ -145,40 +145,80 @@ def test_a_resumed_run_goes_on_exactly(staleness, trainer):
         assert torch.equal(second.parameters()[name], parameter)
 
 
-FAILING = """
-import sys, json
+def failing(monkeypatch, *times):
+    """A compiler that fails at these compilations."""
+    done = []
+
+    class Failing(InProcess):
+        def compile(self, weights, folder):
+            done.append(weights)
+            if len(done) in times:
+                raise RunFailed("a program does not compile: no such op")
+            return super().compile(weights, folder)
+
+    monkeypatch.setattr(module, "Compiler", Failing)
+
+
+def test_a_compilation_that_fails_once_is_tried_again(trainer, monkeypatch):
+    failing(monkeypatch, 2)
+    lines = []
+    batches = batches_of(TINY, 2 * UPDATES)
+    engine = trainer(TINY, start_of(TINY), say=lines.append)
+    assert run(engine, batches) == pytest.approx(plain_losses(TINY, 1, batches), rel=1e-2)
+    (line,) = lines
+    assert "no such op; once more, and the old programs serve meanwhile" in line
+
+
+def test_one_that_fails_twice_ends_the_run_with_its_reason(trainer, monkeypatch):
+    failing(monkeypatch, 2, 3)
+    engine = trainer(TINY, start_of(TINY))
+    with pytest.raises(RunFailed, match="a program does not compile: no such op"):
+        run(engine, batches_of(TINY, 2 * UPDATES))
+
+
+CHILD = """
+import os, sys
 from pathlib import Path
 from onelaunch.engines.coreml import compiler
 marks = Path(sys.argv[1])
 real = compiler.compile_set
 def failing(*args):
     (marks / str(len(list(marks.iterdir())))).touch()
-    if len(list(marks.iterdir())) in {times}:
-        {how}
+    count = len(list(marks.iterdir()))
+    if count == 2:
+        raise ValueError("no such op")
+    if count == 3:
+        os._exit(9)
     return real(*args)
 compiler.compile_set = failing
 compiler.main()
 """
 
 
-def failing(monkeypatch, tmp_path, times, how):
-    """A compiler that fails at these compilations."""
+def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
-    script = FAILING.replace("{times}", repr(times)).replace("{how}", how)
-    command = (sys.executable, "-c", script, str(marks))
-    monkeypatch.setattr(module, "Compiler", lambda shape: compiler.Compiler(shape, command))
+    shape = compiler.Shape(TINY, 1, 8, 1, "full")
+    child = compiler.Compiler(shape, (sys.executable, "-c", CHILD, str(marks)))
+    save_file(start_of(TINY), tmp_path / "weights.safetensors")
 
+    def compiled(name):
+        (tmp_path / name).mkdir()
+        return child.compile(tmp_path / "weights.safetensors", tmp_path / name)
 
-@pytest.mark.parametrize("how", ["raise ValueError('no such op')", "import os; os._exit(9)"])
-def test_a_compilation_that_fails_once_is_tried_again(how, trainer, monkeypatch, tmp_path):
-    failing(monkeypatch, tmp_path, {2}, how)
-    lines = []
-    batches = batches_of(TINY, 2 * UPDATES)
-    engine = trainer(TINY, start_of(TINY), say=lines.append)
-    assert run(engine, batches) == pytest.approx(plain_losses(TINY, 1, batches), rel=1e-2)
-    (line,) = lines
-    assert "once more, and the old programs serve meanwhile" in line
+    try:
+        assert compiled("a")["compilations"] == 2
+        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+            "backward-0.mlpackage",
+            "forward-0.mlpackage",
+        ]
+        with pytest.raises(RunFailed, match="a program does not compile: no such op"):
+            compiled("b")
+        with pytest.raises(RunFailed, match="the compiler ended"):
+            compiled("c")
+        assert compiled("d")["compilations"] == 2
+    finally:
+        child.close()
 
 
 def test_the_compiler_is_a_child_that_ends_with_the_trainer(trainer, monkeypatch):
@@ -192,13 +232,6 @@ def test_the_compiler_is_a_child_that_ends_with_the_trainer(trainer, monkeypatch
     assert child.alive
     engine.close()
     assert not child.alive
-
-
-def test_one_that_fails_twice_ends_the_run_with_its_reason(trainer, monkeypatch, tmp_path):
-    failing(monkeypatch, tmp_path, {2, 3}, "raise ValueError('no such op')")
-    engine = trainer(TINY, start_of(TINY))
-    with pytest.raises(RunFailed, match="a program does not compile: no such op"):
-        run(engine, batches_of(TINY, 2 * UPDATES))
 
 
 def test_gradients_beyond_float16_are_scaled_down(trainer, monkeypatch):

@@ -442,7 +442,9 @@ def test_without_a_gpu_it_says_so(monkeypatch):
         choose("cuda", SMALL, weights_of(SMALL), "cuda")
     with pytest.raises(BadInput, match="--threads 2: the CUDA engine"):
         choose("cuda", SMALL, weights_of(SMALL), threads=2)
-    with pytest.raises(BadInput, match="--engine vulkan: must be auto, reference, cpu or cuda"):
+    with pytest.raises(
+        BadInput, match="--engine vulkan: must be auto, reference, cpu, cuda or coreml"
+    ):
         choose("vulkan", SMALL, weights_of(SMALL))
 
 
