@@ -101,7 +101,7 @@ def _blocks(
     )  # fmt: skip
     weights = {n: p.detach() for n, p in Model(config).init_weights(0).named_parameters()}
     plan = part_of(make_plan(config, 1, SEQUENCE, all_positions=True), "ffn")
-    case = f"ffn {dim}/{hidden} 1x{SEQUENCE} {layers} layers"
+    case = f"ffn {dim}/{hidden} 1x{SEQUENCE}, {layers} layer{'s' if layers > 1 else ''}"
     row = _row(case, plan, layers, weights, quick, on_a_mac, say, "ffn")
     say(f"{row.case}: {_told(row)}")
     return row
