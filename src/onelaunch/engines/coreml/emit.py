@@ -217,10 +217,14 @@ class Emitter(Builder):
     # ---- the stages
 
     def embed(self, stage: Stage) -> None:
-        mb, table = self.mb, self.mb.const(val=self.packed(stage.weights[0]))
-        rows_BSD = mb.gather(x=table, indices=self.x, axis=0)
-        rows_BDS = mb.transpose(x=rows_BSD, perm=[0, 2, 1])
-        self.x = mb.expand_dims(x=rows_BDS, axes=[2])
+        mb, c, plan = self.mb, self.config, self.plan
+        if c.tied_embeddings and c.vocab_size <= HEAD_ROWS:
+            table = self.constant("classifier", self.packed.classifier)  # head has the same
+        else:
+            table = mb.const(val=self.packed(stage.weights[0])[:, :, None, None])
+        rows = mb.gather(x=table, indices=self.x, axis=0)
+        rows_BSD1 = mb.reshape(x=rows, shape=(plan.batch, plan.sequence, c.dim, 1))
+        self.x = mb.transpose(x=rows_BSD1, perm=[0, 2, 3, 1])
 
     def qkv(self, stage: Stage) -> None:
         c, prefix = self.config, f"layers.{stage.layer}."
@@ -277,6 +281,10 @@ class Emitter(Builder):
 
     def head(self, stage: Stage) -> None:
         normed = self._norm(self.x, "norm.weight")
+        if self.config.vocab_size <= HEAD_ROWS:
+            weight = self.constant("classifier", self.packed.classifier)
+            self._logits.append(self.mb.conv(x=normed, weight=weight))
+            return
         classifier = self.packed.classifier()
         for first in range(0, len(classifier), HEAD_ROWS):
             weight = self.mb.const(val=classifier[first : first + HEAD_ROWS])
