@@ -182,7 +182,7 @@ class CoreMLTrainer(ReferenceEngine):
 
     @property
     def spent(self) -> bool:
-        """Whether as many programs were compiled as the budget has, and some micro-steps made."""
+        """Whether as many programs were compiled as the budget has."""
         return 0 < self._budget <= self._compilations
 
     def close(self) -> None:
