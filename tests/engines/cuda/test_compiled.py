@@ -120,6 +120,21 @@ def test_only_a_traced_or_delayed_forward_has_instructions_for_it(monkeypatch, t
             assert clocks == waits + (3 * stages if traced else 0)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 512, 576])
+def test_the_sums_of_squares_are_all_asked_for_before_the_first_is_waited_for(
+    dim, monkeypatch, triton
+):
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    config = preset("stories260k").with_(dim=dim, n_heads=4, n_kv_heads=4, n_layers=1)
+    forward = StagedForward(config, weights_of(config), BF16, torch.device("cpu"))
+    bound = forward.bind(1, 16)  # whose tiles have 32 columns
+    kernel = next(call.compile() for call in bound.calls if "gate_up" in str(call.kernel.fn))
+    loads = [n for n in kernel.asm["ptx"].splitlines() if "ld.global.cg.b32" in n]
+    assert len(loads) == bound.parts == dim // 32  # no loop: 2, 3, 16 and 18
+
+
 def test_what_is_written_for_nvidia_is_refused_elsewhere(monkeypatch):
     config = preset("stories260k")
     packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed

@@ -14,6 +14,9 @@ from onelaunch.engines.cuda.sync import wait_for
 AFTER, DEPENDENT = tl.constexpr(0), tl.constexpr(1)
 COUNTED, COUNTED_PTX = tl.constexpr(2), tl.constexpr(3)
 REAL = tl.constexpr(1)  # what a kernel of one stage hands to its tile as `wait`; 0 in a rehearsal
+# How many turns of a loop of loads are left to LLVM to unroll, which unrolls that many. Triton
+# would do it before its own passes, and one of them looks at all that is around each load.
+_UNROLLED = tl.constexpr(16)
 
 
 @triton.jit
@@ -162,9 +165,11 @@ def rstd_of(parts_ptr, n_rows, rows, in_rows, eps, D: tl.constexpr, PARTS: tl.co
     """1 / rms of rows of x, (BM,), from the sums of their squares, added in their order: by
     `tl.sum` two kernels may add them in two."""
     squares = tl.zeros_like(rows).to(tl.float32)
-    for part in tl.static_range(PARTS):
-        at = parts_ptr + part * n_rows + rows
-        squares += tl.load(at, mask=in_rows, other=0.0, cache_modifier=".cg")
+    for first in tl.static_range(0, PARTS, _UNROLLED):
+        end = first + _UNROLLED if first + _UNROLLED < PARTS else PARTS
+        for part in tl.range(first, end, num_stages=1):
+            at = parts_ptr + part * n_rows + rows
+            squares += tl.load(at, mask=in_rows, other=0.0, cache_modifier=".cg")
     return tl.rsqrt(squares / D + eps)
 
 
