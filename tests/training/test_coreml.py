@@ -14,27 +14,14 @@ from onelaunch.training.run import resume, start
 
 pytest.importorskip("coremltools")
 
-from onelaunch.engines.coreml import compiler
 from onelaunch.engines.coreml import training as module
+from tests.engines.coreml.in_process import InProcess
 
 SETTINGS = {
     "model.n_layers": 1, "train.updates": 4, "train.accum": 2, "train.batch_size": 2,
     "train.seq_len": 32, "eval.every": 0, "eval.batches": 1, "optimizer.warmup": 1,
     "train.engine": "coreml",
 }  # fmt: skip
-
-
-class InProcess:
-    """The compiler without its child, whose imports take seconds."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def compile(self, weights, folder):
-        return compiler.compile_set(self.shape, load_file(weights), folder)
-
-    def close(self):
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -78,16 +65,17 @@ def test_what_it_tells(tmp_path):
     assert sum(r["compilations"] for r in found) in (6, 8)
     for record in found:
         seconds = record["seconds"]
-        assert seconds["stall"] == pytest.approx(record["stall_seconds"], abs=2e-3)
+        # with finding out what it waits for
+        assert 0 <= seconds["stall"] - record["stall_seconds"] + 1e-4 < 0.05 * seconds["wall"]
         assert record["product_wait_seconds"] < seconds["backward"]
         assert abs(seconds["unexplained"]) < 0.02 * seconds["wall"]
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, tmp_path):
+@pytest.mark.parametrize(("staleness", "budget"), [(0, 4), (2, 2)])
+def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, budget, tmp_path):
     whole = recipe(coreml__staleness=staleness)
     assert not start(whole, tmp_path / "whole", quiet=True).spent
-    spent = recipe(coreml__staleness=staleness, coreml__compile_budget=4)
+    spent = recipe(coreml__staleness=staleness, coreml__compile_budget=budget)
     outcome = start(spent, tmp_path / "parts", quiet=True)
     times = 1
     while outcome.spent:

@@ -100,6 +100,9 @@ class TrainableEngine(Engine, Protocol):
         for a program to be compiled.
         """
 
+    def say_to(self, say: Callable[[str], None]) -> None:
+        """Where lines for people go from now on, from any thread."""
+
     def updated(self) -> None:
         """The parameters were changed."""
 

@@ -192,6 +192,9 @@ class ReferenceEngine:
             self.model.training = False
         return loss.detach()
 
+    def say_to(self, say: Callable[[str], None]) -> None:
+        """It has nothing to say."""
+
     def updated(self) -> None:
         """The parameters are what computes: there is nothing to be made of them."""
 

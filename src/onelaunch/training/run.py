@@ -199,6 +199,7 @@ def _build(
 def _engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor]) -> ReferenceEngine:
     train, programs = recipe.train, recipe.coreml
     if train.engine == "coreml":
+        from onelaunch.compilation.cache import Store
         from onelaunch.engines.coreml.training import CoreMLTrainer
 
         return CoreMLTrainer(
@@ -209,6 +210,7 @@ def _engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor]) -> 
             programs.staleness,
             programs.dtype,
             programs.compile_budget,
+            Store(),
         )
     return ReferenceEngine(
         config,
@@ -300,6 +302,7 @@ def _train(
             for line in resumed.notices if resumed else ():
                 display.notice(line)
             trainer.display = display
+            parts.engine.say_to(display.notice)
         outcome = trainer.train()
     finally:
         parts.engine.close()

@@ -79,11 +79,12 @@ def program_gradients(config, weights, tokens, targets, depth, taps, precision, 
         emit.save(backward.emit_backward(plan, launch, packed, taps), path)
         evaluator = Evaluator(Package(path), precision)
         names = backward.backward_inputs(plan, launch, taps)
-        assert [*evaluator.function.inputs] == ["dx", *names]
+        assert [*evaluator.function.inputs] == names
         stages = plan.stages[launch.first : launch.last]
         top = "d_out" if stages[-1].kind == "down" else "d_middle"
         known[emit.tap_name(stages[-1].layer, top)] = dx
-        outputs = evaluator({"dx": dx} | {name: known[name] for name in names})
+        known["dx"] = dx
+        outputs = evaluator({name: known[name] for name in names})
         dx = outputs.pop("dx_in")
         known |= outputs
     for layer in range(config.n_layers):

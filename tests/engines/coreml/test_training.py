@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from onelaunch.compilation.cache import Store
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.model import Model
@@ -19,23 +20,11 @@ pytest.importorskip("coremltools")
 from onelaunch.engines.coreml import compiler
 from onelaunch.engines.coreml import training as module
 from onelaunch.engines.coreml.training import CoreMLTrainer
+from tests.engines.coreml.in_process import InProcess
 
 UPDATES, LR = 4, 0.05
 TINY = SMALL.with_(n_layers=1)
 NORMS = SHAPES["qk-norm-wide-heads"]
-
-
-class InProcess:
-    """The compiler without its child, whose imports take seconds."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def compile(self, weights, folder):
-        return compiler.compile_set(self.shape, load_file(weights), folder)
-
-    def close(self):
-        pass
 
 
 @pytest.fixture
@@ -65,8 +54,15 @@ def batches_of(config, count, batch=2, sequence=24):
 
 @pytest.mark.parametrize(
     ("config", "depth", "taps"),
-    [(SMALL, "half", "full"), (SMALL, "half", "inputs"), (SMALL, 1, "full"), (NORMS, "", "inputs")],
-    ids=["half-full", "half-inputs", "1-full", "norms-inputs"],
+    [
+        (SMALL, "half", "full"),
+        (SMALL, "half", "inputs"),
+        (SMALL, 1, "full"),
+        (NORMS, "", "inputs"),
+        (SMALL, "stage", "full"),
+        (NORMS, "stage", "full"),
+    ],
+    ids=["half-full", "half-inputs", "1-full", "norms-inputs", "stage", "norms-stage"],
 )
 def test_gradients_are_pytorchs(config, depth, taps, trainer):
     weights = start_of(config)
@@ -145,6 +141,48 @@ def test_a_resumed_run_goes_on_exactly(staleness, trainer):
         assert torch.equal(second.parameters()[name], parameter)
 
 
+def test_programs_without_weights_are_taken_from_the_store(trainer, tmp_path, monkeypatch):
+    """Those of attention, of every layer; those with weights are new in every update."""
+    batch = batches_of(SMALL, 1, batch=1, sequence=8)[0]
+
+    def updates(count, depth):
+        engine = trainer(SMALL, start_of(SMALL), depth, staleness=0, store=Store(tmp_path))
+        for _ in range(count):
+            engine.loss_and_gradients(*batch)
+            step(engine)
+            engine.updated()
+            told = engine.telemetry()
+            yield told["compilations"], told["cache_hits"]
+
+    # two layers: the second one's attention hits at once, and from then on both in both directions
+    assert list(updates(2, "stage")) == [(18, 2), (16, 4)]
+    monkeypatch.setattr(
+        module, "Compiler", compiler.Compiler
+    )  # a process that is told of the store
+    assert list(updates(1, "stage")) == [(16, 4)]
+    assert list(updates(1, "half")) == [(8, 0)]
+    assert len(Store(tmp_path).entries()) == 2
+
+
+def test_another_shape_in_the_middle_has_programs_of_its_own(trainer):
+    engine = trainer(TINY, start_of(TINY), staleness=1)
+    plain = ReferenceEngine(TINY, start_of(TINY), "cpu", train=True)
+    (one,), (other,) = batches_of(TINY, 1), batches_of(TINY, 1, sequence=16)
+    for tokens, targets in (one, other, one):
+        expected = float(plain.loss_and_gradients(tokens, targets))
+        assert float(engine.loss_and_gradients(tokens, targets)) == pytest.approx(
+            expected, rel=2e-3
+        )
+    for engine_ in (engine, plain):
+        step(engine_)
+    engine.updated()  # compiling for the one while the other comes
+    expected = float(plain.loss_and_gradients(*other))
+    engine.loss_and_gradients(*other)
+    step(engine)
+    engine.updated()
+    assert float(engine.loss_and_gradients(*other)) == pytest.approx(expected, rel=2e-3)
+
+
 def failing(monkeypatch, *times):
     """A compiler that fails at these compilations."""
     done = []
@@ -163,7 +201,8 @@ def test_a_compilation_that_fails_once_is_tried_again(trainer, monkeypatch):
     failing(monkeypatch, 2)
     lines = []
     batches = batches_of(TINY, 2 * UPDATES)
-    engine = trainer(TINY, start_of(TINY), say=lines.append)
+    engine = trainer(TINY, start_of(TINY))
+    engine.say_to(lines.append)
     assert run(engine, batches) == pytest.approx(plain_losses(TINY, 1, batches), rel=1e-2)
     (line,) = lines
     assert "no such op; once more, and the old programs serve meanwhile" in line
@@ -199,7 +238,7 @@ def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
     shape = compiler.Shape(TINY, 1, 8, 1, "full")
-    child = compiler.Compiler(shape, (sys.executable, "-c", CHILD, str(marks)))
+    child = compiler.Compiler(shape, None, (sys.executable, "-c", CHILD, str(marks)))
     save_file(start_of(TINY), tmp_path / "weights.safetensors")
 
     def compiled(name):
@@ -249,8 +288,8 @@ def test_gradients_beyond_float16_are_scaled_down(trainer, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": "all"}, "half a layer or of 1 to 1"),
-        ({"depth": "stage"}, "half a layer or of 1 to 1"),
+        ({"depth": "all"}, "of a stage, of half a layer or of 1 to 1"),
+        ({"depth": "stage", "taps": "inputs"}, "only whole blocks"),
         ({"depth": 2}, "or 1 layer"),
         ({"taps": "none"}, "inputs or full"),
         ({"staleness": 9}, "from 0 to 8"),

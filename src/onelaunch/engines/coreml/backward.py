@@ -20,14 +20,17 @@ from typing import Any
 
 from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.emit import (
+    HANDED,
     PURPOSE,
     Builder,
     Emitted,
     Emitter,
     Taps,
     Var,
+    X,
     flat_heads,
     head_rms,
+    placeholders,
     tap_name,
 )
 from onelaunch.engines.coreml.pack import Packed, padded_head
@@ -35,6 +38,14 @@ from onelaunch.errors import BadInput
 from onelaunch.plan import NO_LAYER, Launch, Plan, Stage
 
 DX, DX_IN = "dx", "dx_in"
+BACK = {
+    "down": ("d_hidden",), "out_proj": ("d_mixed",),
+    "attention": ("d_heads_q", "d_heads_k", "d_heads_v"),
+}  # fmt: skip
+"""What the backward of a stage hands on beside the gradient of x, where a program ends there."""
+_TAKEN = {
+    "gate_up": (DX, *BACK["down"]), "attention": BACK["out_proj"], "qkv": (DX, *BACK["attention"]),
+}  # fmt: skip
 _READS = {
     "qkv": ("input", "q_raw", "k_raw"),
     "attention": ("q", "k", "v"),
@@ -50,9 +61,11 @@ _OPERANDS = {
 
 
 def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
-    """The names of a backward program's inputs beside `dx`."""
-    found = []
+    """The names of a backward program's inputs. The taps of a program of attention alone have no
+    layer in their names."""
     stages = plan.stages[launch.first : launch.last]
+    found = list(_TAKEN.get(stages[-1].kind, (DX,)))
+    alone = len(stages) == 1 and stages[0].kind == "attention"
     for number, stage in enumerate(stages):
         names: tuple[str, ...] = _READS.get(stage.kind, ())
         if taps == "inputs":
@@ -60,14 +73,15 @@ def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
             names = (_BEGINS[stage.kind],) if stage.kind in _BEGINS and first else ()
         if not plan.config.qk_norm:
             names = tuple(name for name in names if not name.endswith("_raw"))
-        found += [tap_name(stage.layer, name) for name in names]
+        found += names if alone else [tap_name(stage.layer, name) for name in names]
     return found
 
 
 @one_at_a_time
 def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full") -> Emitted:
-    """The backward of a launch of whole blocks of layers. Raises BadInput for one that holds embed
-    or head, and for taps "none", of which there is none."""
+    """The backward of a launch of whole blocks of layers, or with taps "full" of single stages.
+    Raises BadInput for one that holds embed or head, and for taps "none", of which there is
+    none."""
     coremltools(PURPOSE)
     from coremltools import target
     from coremltools.converters.mil import mil
@@ -78,17 +92,11 @@ def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full
         raise BadInput("a backward program is of layers; embed and head have theirs on the host")
     if taps == "none":
         raise BadInput("without taps there is no backward; use inputs or full")
+    if taps == "inputs" and (stages[0].kind not in _BEGINS or stages[-1].kind in HANDED):
+        raise BadInput("only whole blocks can be computed again from their inputs; use taps full")
     program = mil.Program()
     emitter = _Backward(plan, packed)
-    shapes = {DX: plan.config.dim} | {
-        name: _channels(plan, name) for name in backward_inputs(plan, launch, taps)
-    }
-    given = {
-        name: mil.Placeholder(
-            sym_shape=(plan.batch, channels, 1, plan.sequence), dtype=mil.types.fp16, name=name
-        )
-        for name, channels in shapes.items()
-    }
+    given = placeholders(plan, backward_inputs(plan, launch, taps), _kind)
     with mil.Function(given, opset_version=target.iOS18) as function:
         emitter.begin(function.inputs, stages, again=taps == "inputs")
         for stage in reversed(stages):
@@ -98,16 +106,13 @@ def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full
     return Emitted(program, launch, time.perf_counter() - start)
 
 
-def _channels(plan: Plan, name: str) -> int:
-    """Of a tap."""
-    c, kind = plan.config, name.split("_", 2)[2]
-    E = padded_head(c)
-    return {
-        "input": c.dim, "middle": c.dim, "normed": c.dim, "normed_2": c.dim,
-        "q": c.n_heads * E, "q_raw": c.n_heads * E, "mixed": c.n_heads * E,
-        "k": c.n_kv_heads * E, "k_raw": c.n_kv_heads * E, "v": c.n_kv_heads * E,
-        "gate": c.hidden_dim, "up": c.hidden_dim, "hidden": c.hidden_dim,
-    }[kind]  # fmt: skip
+def _kind(name: str) -> str:
+    """What an input is the gradient of, or is."""
+    if name == DX:
+        return X
+    if name.startswith("layer_"):
+        return name.split("_", 2)[2]
+    return name.removeprefix("d_").removeprefix("heads_")
 
 
 class _Backward(Builder):
@@ -115,14 +120,23 @@ class _Backward(Builder):
 
     def begin(self, inputs: dict[str, Var], stages: Sequence[Stage], again: bool) -> None:
         """Take the inputs, or compute from them what was not kept."""
-        self.dx = self._given = inputs[DX]
+        self.dx = self._given = inputs.get(DX)
+        self._ends = stages[0].kind
         self._named: list[tuple[str, Var]] = []
         self._values: dict[tuple[int, str], Var] = {}
         for stage in stages:
             for name in _READS.get(stage.kind, ()):
-                if (tap := tap_name(stage.layer, name)) in inputs:
+                if (tap := tap_name(stage.layer, name)) in inputs or (tap := name) in inputs:
                     self._values[stage.layer, name] = inputs[tap]
         self._attention: dict[int, Any] = {}
+        self._d_hidden, self._d_mixed = inputs.get("d_hidden"), inputs.get("d_mixed")
+        if stages[-1].kind == "qkv":
+            d_q, d_k, self._d_v = (inputs[name] for name in BACK["attention"])
+            c = self.config
+            self._d_heads: tuple[Sequence[Var], Sequence[Var]] = (
+                self.split(d_q, c.n_heads),
+                self.split(d_k, c.n_kv_heads),
+            )
         if again:
             self._again(inputs, stages)
 
@@ -146,8 +160,14 @@ class _Backward(Builder):
 
     def outputs(self) -> list[Var]:
         """Of the program, named."""
-        pairs = [(DX_IN, self.dx), *self._named]
-        return [self.mb.identity(x=var, name=name) for name, var in pairs]
+        results = [(DX_IN, self.dx)]
+        if self._ends == "attention":
+            d_q, d_k = (self.joined(each) for each in self._d_heads)
+            results = list(zip(BACK["attention"], (d_q, d_k, self._d_v), strict=True))
+        elif self._ends in BACK:
+            (name,) = BACK[self._ends]
+            results = [(name, self._d_hidden if self._ends == "down" else self._d_mixed)]
+        return [self.mb.identity(x=var, name=name) for name, var in results + self._named]
 
     # ---- the stages
 

@@ -1,8 +1,9 @@
 """A child process that compiles all programs of a training step, for one version of the weights.
 
 Run as `python -m onelaunch.engines.coreml.compiler`: a line of JSON says for which model, shape,
-depth and taps; each line after it names a file of weights and a folder for the programs, and is
-answered by a line: what it took, or why it cannot be.
+depth and taps, and which store of compiled programs is asked first; each line after it names a file
+of weights and a folder for the programs, and is answered by a line: what it took, or why it cannot
+be.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onelaunch.compilation.cache import Store
 from onelaunch.compilation.child import lower_priority
 from onelaunch.compilation.children import Child, lines_of_parent
 from onelaunch.config import ModelConfig
-from onelaunch.engines.coreml.emit import Taps, program_launches
+from onelaunch.engines.coreml.emit import Taps
+from onelaunch.engines.coreml.programs import DIRECTIONS, Programs, Wanted
 from onelaunch.errors import RunFailed
-from onelaunch.plan import Depth, Launch, Plan, make_plan
+from onelaunch.plan import Depth, Launch, Plan, launches, make_plan
 
 COMMAND = (sys.executable, "-m", "onelaunch.engines.coreml.compiler")
 _REASON_LETTERS = 300
@@ -46,8 +49,11 @@ class Shape:
         """The launches that are programs in training: of layers, as embed and head are the
         host's."""
         plan = self.plan
-        found = program_launches(plan, self.depth)
-        return [each for each in found if plan.stages[each.first].kind != "head"]
+        return [
+            each
+            for each in launches(plan, self.depth)
+            if plan.stages[each.first].kind not in ("embed", "head")
+        ]
 
 
 def program_path(folder: Path, direction: str, number: int) -> Path:
@@ -55,26 +61,35 @@ def program_path(folder: Path, direction: str, number: int) -> Path:
     return folder / f"{direction}-{number}.mlpackage"
 
 
-def compile_set(shape: Shape, weights: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Write forward and backward programs of every launch; how many, and the seconds."""
-    from onelaunch.engines.coreml.backward import emit_backward
-    from onelaunch.engines.coreml.emit import emit, save
+def compile_set(
+    shape: Shape, weights: dict[str, Any], folder: Path, store: Store | None = None
+) -> dict[str, float]:
+    """Write forward and backward programs of every launch; how many were compiled, how many the
+    store had, and the seconds. The store is asked for every one, and keeps those without weights:
+    the others are of this update alone."""
     from onelaunch.engines.coreml.pack import Packed
 
     start, plan, packed = time.perf_counter(), shape.plan, Packed(shape.config, weights)
-    found = shape.layer_launches()
-    for number, launch in enumerate(found):
-        save(emit(plan, launch, packed, shape.taps), program_path(folder, "forward", number))
-        backward = emit_backward(plan, launch, packed, shape.taps)
-        save(backward, program_path(folder, "backward", number))
-    return {"compilations": 2 * len(found), "seconds": time.perf_counter() - start}
+    programs = Programs(store)
+    for number, launch in enumerate(shape.layer_launches()):
+        for direction in DIRECTIONS:
+            wanted = Wanted(plan, launch, shape.taps, direction)
+            path = program_path(folder, direction, number)
+            programs.get(wanted, packed, path, keep=not wanted.weights)
+    return {
+        "compilations": programs.compilations,
+        "hits": programs.hits,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 class Compiler:
     """The child, from the parent's side; it begins at once and stays until `close`."""
 
-    def __init__(self, shape: Shape, command: tuple[str, ...] = COMMAND) -> None:
-        self._shape, self._command = shape, command
+    def __init__(
+        self, shape: Shape, store: Store | None = None, command: tuple[str, ...] = COMMAND
+    ) -> None:
+        self._shape, self._store, self._command = shape, store, command
         self._child: Child | None = None
 
     def compile(self, weights: Path, folder: Path) -> dict[str, float]:
@@ -83,7 +98,7 @@ class Compiler:
         if self._child is None or not self._child.alive:
             self.close()
             self._child = Child(self._command)
-            self._child.tell(json.dumps(_as_data(self._shape)))
+            self._child.tell(json.dumps(_as_data(self._shape, self._store)))
         child = self._child
         line = ""
         if child.tell(json.dumps({"weights": str(weights), "folder": str(folder)})):
@@ -103,16 +118,17 @@ class Compiler:
             self._child = None
 
 
-def _as_data(shape: Shape) -> dict[str, Any]:
-    return {**vars(shape), "config": shape.config.to_dict()}
+def _as_data(shape: Shape, store: Store | None) -> dict[str, Any]:
+    kept = None if store is None else {"folder": str(store.folder), "limit": store.limit_bytes}
+    return {**vars(shape), "config": shape.config.to_dict(), "store": kept}
 
 
-def _work(shape: Shape, job: dict[str, str]) -> str:
+def _work(shape: Shape, store: Store | None, job: dict[str, str]) -> str:
     from safetensors.torch import load_file
 
     try:
         weights = load_file(job["weights"])
-        return json.dumps(compile_set(shape, weights, Path(job["folder"])))
+        return json.dumps(compile_set(shape, weights, Path(job["folder"]), store))
     except Exception as error:  # whatever coremltools raises
         reason = str(error).strip() or type(error).__name__
         return json.dumps({"failed": reason[:_REASON_LETTERS]})
@@ -127,9 +143,11 @@ def main() -> None:
         os.dup2(2, 1)
         with suppress(BrokenPipeError, KeyboardInterrupt):
             data = json.loads(lines.get())
+            kept = data.pop("store")
+            store = kept and Store(Path(kept["folder"]), kept["limit"])
             shape = Shape(**{**data, "config": ModelConfig.from_dict(data["config"])})
             while True:
-                print(_work(shape, json.loads(lines.get())), file=answers, flush=True)
+                print(_work(shape, store, json.loads(lines.get())), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.pack import Packed, causal_mask, padded_head, rotation
 from onelaunch.errors import BadInput
@@ -32,6 +33,10 @@ HEAD_ROWS = 65_536
 """Channels that one convolution may have; a larger head is cut."""
 PURPOSE = "an ML Program"
 X, TOKENS, RESULT, LOGITS = "x", "tokens", "x_out", "logits"
+HANDED = {"qkv": ("q", "k", "v"), "attention": ("mixed",), "gate_up": ("hidden",)}
+"""What a stage hands to the next one beside x, an input or output where a program begins or ends
+between the two. Of no layer by name: all layers share the program of a stage without weights."""
+_TAKEN = {"attention": HANDED["qkv"], "out_proj": (X, "mixed"), "down": (X, "hidden")}
 
 Var = Any
 """A value of coremltools' own representation (MIL)."""
@@ -49,6 +54,18 @@ class Emitted:
     def operations(self) -> int:
         """Without constants."""
         return sum(op.op_type != "const" for op in self.mil.functions["main"].operations)
+
+
+def channels(config: ModelConfig, name: str) -> int:
+    """Of x, or of a tap by its name without the layer."""
+    E = padded_head(config)
+    return {
+        X: config.dim, "input": config.dim, "middle": config.dim, "normed": config.dim,
+        "normed_2": config.dim, "q": config.n_heads * E, "q_raw": config.n_heads * E,
+        "mixed": config.n_heads * E, "k": config.n_kv_heads * E, "k_raw": config.n_kv_heads * E,
+        "v": config.n_kv_heads * E, "gate": config.hidden_dim, "up": config.hidden_dim,
+        "hidden": config.hidden_dim,
+    }[name]  # fmt: skip
 
 
 def program_launches(plan: Plan, depth: str | int) -> tuple[Launch, ...]:
@@ -72,7 +89,8 @@ def _kinds(plan: Plan, launch: Launch) -> set[str]:
 def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emitted:
     """The program of one launch. Its input is `tokens`, (B, S) int32, where it begins with embed,
     and otherwise `x`, (B, D, 1, S); its result `x_out`, or `logits_0`, `logits_1` and so on, of
-    (B, rows, 1, S) each; then its taps, by the names of `tap_names`."""
+    (B, rows, 1, S) each; then its taps, by the names of `tap_names`. One that begins or ends inside
+    a block takes or gives what is HANDED there."""
     coremltools(PURPOSE)
     from coremltools.converters.mil import mil
 
@@ -81,31 +99,51 @@ def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emi
         raise BadInput("an ML Program here begins at a text's first position")
     program = mil.Program()
     emitter = Emitter(plan, packed, taps)
-    begins = plan.stages[launch.first].kind == "embed"
+    stages = plan.stages[launch.first : launch.last]
     shape = (plan.batch, plan.sequence)
-    if begins:
+    if stages[0].kind == "embed":
         given = {TOKENS: mil.Placeholder(sym_shape=shape, dtype=mil.types.int32, name=TOKENS)}
     else:
-        wide = (plan.batch, plan.config.dim, 1, plan.sequence)
-        given = {X: mil.Placeholder(sym_shape=wide, dtype=mil.types.fp16, name=X)}
+        given = placeholders(plan, _TAKEN.get(stages[0].kind, (X,)))
     from coremltools import target
 
     with mil.Function(given, opset_version=target.iOS18) as function:
-        (emitter.x,) = function.inputs.values()
-        for stage in plan.stages[launch.first : launch.last]:
+        emitter.begin(function.inputs, stages)
+        for stage in stages:
             getattr(emitter, stage.kind)(stage)
         function.set_outputs(list(emitter.outputs()))
     program.add_function("main", function)
     return Emitted(program, launch, time.perf_counter() - start)
 
 
+def placeholders(
+    plan: Plan, names: Sequence[str], kind: Callable[[str], str] = lambda name: name
+) -> dict[str, Any]:
+    """Inputs, (B, C, 1, S), with as many channels as what `kind` says that they are."""
+    from coremltools.converters.mil import mil
+
+    return {
+        name: mil.Placeholder(
+            sym_shape=(plan.batch, channels(plan.config, kind(name)), 1, plan.sequence),
+            dtype=mil.types.fp16,
+            name=name,
+        )
+        for name in names
+    }
+
+
 def tap_names(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
     """The names of a program's taps, in their order among its outputs."""
-    found = []
-    for stage in plan.stages[launch.first : launch.last]:
+    stages, found = plan.stages[launch.first : launch.last], []
+    for stage in stages:
         names = _taps_of(stage.kind, taps, plan.config.qk_norm)
-        found += [tap_name(stage.layer, name) for name in names]
+        found += [tap_name(stage.layer, name) for name in names if name not in _handed(stages)]
     return found
+
+
+def _handed(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """What a program of these is given or gives that is no tap of its own."""
+    return _TAKEN.get(stages[0].kind, ()) + HANDED.get(stages[-1].kind, ())
 
 
 def tap_name(layer: int, name: str) -> str:
@@ -213,6 +251,18 @@ class Emitter(Builder):
         self.values: dict[tuple[int, str], Var] = {}
         self._tapped: list[Var] = []
         self._logits: list[Var] = []
+        self._no_taps: tuple[str, ...] = ()
+        self._ends = ""
+
+    def begin(self, inputs: Mapping[str, Var], stages: Sequence[Stage]) -> None:
+        """With the inputs of the program of these stages."""
+        self._no_taps, self._ends = _handed(stages), stages[-1].kind
+        self.x = inputs.get(TOKENS, inputs.get(X))
+        if stages[0].kind == "attention":
+            of = {"q": self.config.n_heads, "k": self.config.n_kv_heads}
+            self._turned = [list(self.split(inputs[name], heads)) for name, heads in of.items()]
+            self._v = inputs["v"]
+        self._mixed, self._hidden = inputs.get("mixed"), inputs.get("hidden")
 
     # ---- the stages
 
@@ -295,13 +345,21 @@ class Emitter(Builder):
     def outputs(self) -> Iterator[Var]:
         """Of the program, named."""
         results = [(f"{LOGITS}_{i}", v) for i, v in enumerate(self._logits)] or [(RESULT, self.x)]
+        if self._ends == "qkv":
+            queries, keys = self._turned
+            results = [("q", self.joined(queries)), ("k", self.joined(keys)), ("v", self._v)]
+        elif self._ends == "attention":
+            results = [("mixed", self._mixed)]
+        elif self._ends == "gate_up":
+            results = [("hidden", self._hidden)]
         for name, var in results:
             yield self.mb.identity(x=var, name=name)
         yield from self._tapped
 
     def _tap(self, stage: Stage, name: str, var: Var) -> Var:
         self.values[stage.layer, name] = var
-        if name in _taps_of(stage.kind, self.taps, self.config.qk_norm):
+        taps = _taps_of(stage.kind, self.taps, self.config.qk_norm)
+        if name in taps and name not in self._no_taps:
             self._tapped.append(self.mb.identity(x=var, name=tap_name(stage.layer, name)))
         return var
 

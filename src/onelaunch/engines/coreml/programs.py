@@ -1,7 +1,8 @@
 """ML Programs compiled where nobody has kept them: emitted, converted, saved.
 
 A program's key is of what it states, of what builds it, and of its weights: after an update it is
-another program. What is kept is the package's folder as one file.
+another program. One of a stage without weights (attention) is the same for every layer and update.
+What is kept is the package's folder as one file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onelaunch.engines.coreml.pack import Packed
 from onelaunch.plan import Launch, Plan
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 SUFFIX = ".mlpackage"
 WHAT = "an ML Program"
 _SOURCES = ("emit.py", "backward.py", "pack.py")
@@ -50,8 +52,8 @@ class Wanted:
         plan, stages = self.plan, self.plan.stages[self.launch.first : self.launch.last]
         states = {
             "config": plan.config.to_dict(), "batch": plan.batch, "sequence": plan.sequence,
-            "stages": [stage.code for stage in stages], "taps": self.taps,
-            "direction": self.direction,
+            "stages": [stage.code if self.weights else stage.kind for stage in stages],
+            "taps": self.taps, "direction": self.direction,
         }  # fmt: skip
         program = json.dumps(states, sort_keys=True).encode("ascii") + _sources()
         weights = self._buffers(packed) if self.weights else None
@@ -78,9 +80,12 @@ class Programs:
         self._store = store
         self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
 
-    def get(self, wanted: Wanted, packed: Packed) -> Path:
-        """Where the program lies; whoever asks may remove it."""
-        path = Path(tempfile.mkdtemp(dir=self._folder.name)) / f"program{SUFFIX}"
+    def get(
+        self, wanted: Wanted, packed: Packed, path: Path | None = None, keep: bool = True
+    ) -> Path:
+        """Where the program lies, `path` if that is given; whoever asks may remove it. One that is
+        compiled here goes into the store where it is to `keep`."""
+        path = path or Path(tempfile.mkdtemp(dir=self._folder.name)) / f"program{SUFFIX}"
         key = None if self._store is None else wanted.key(packed)
         if self._store is not None and key is not None and self._store.contains(key):
             kept = self._store.get(key)
@@ -94,7 +99,7 @@ class Programs:
         seconds = time.perf_counter() - start
         self.compilations += 1
         self.compile_seconds += seconds
-        if self._store is not None and key is not None:
+        if self._store is not None and key is not None and keep:
             about: dict[str, str | float] = {"what": WHAT, "seconds": seconds}
             self._store.put(key, _fold(path), about)
         return path

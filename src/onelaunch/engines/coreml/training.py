@@ -6,6 +6,9 @@ version u - staleness: with 0 each update waits for its programs, with 1 these a
 background while the version before serves, and so on. Which version an update has does not depend
 on time, so that a run can be repeated and resumed; where programs are not ready, it waits, and the
 wait is measured. embed, head and loss are the host's, in float32, of the same version.
+
+Where each stage is a program, those of attention have no weights: the store has them from the
+second update on, and in other processes.
 """
 
 from __future__ import annotations
@@ -27,23 +30,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onelaunch.compilation.background import in_a_line
+from onelaunch.compilation.cache import Store
 from onelaunch.compilation.schedule import Measured
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.coreml import DTYPES, coremltools, gradients
-from onelaunch.engines.coreml.backward import DX, DX_IN, backward_inputs
+from onelaunch.engines.coreml.backward import BACK, DX, DX_IN
 from onelaunch.engines.coreml.compiler import Compiler, Shape, program_path
-from onelaunch.engines.coreml.emit import RESULT, TAPS, Taps, X, tap_name
+from onelaunch.engines.coreml.emit import HANDED, RESULT, TAPS, X, tap_name
 from onelaunch.engines.coreml.evaluate import Evaluator
 from onelaunch.engines.coreml.package import Package
+from onelaunch.engines.coreml.programs import DIRECTIONS
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
-from onelaunch.plan import Launch, Stage, parse_depth
+from onelaunch.plan import Launch, parse_depth
 
 MAX_STALENESS = 8
 GOAL = 64.0
 """What the largest gradient of x is scaled to, about: far from both ends of float16."""
 LOWER, TRIES = 2.0**-8, 3
+_BEGINS, _ENDS = {"qkv": "input", "gate_up": "middle"}, {"out_proj": "d_middle", "down": "d_out"}
+"""As which tap x is known where a program begins with such a stage; its gradient where one ends."""
+_HANDED = tuple(name for names in HANDED.values() for name in names)
+_HANDED_BACK = tuple(name for names in BACK.values() for name in names)
 PRODUCT_THREADS = 1
 
 
@@ -61,10 +70,11 @@ class CoreMLTrainer(ReferenceEngine):
     """A `TrainableEngine` whose layers run as ML Programs, evaluated here; logits, for evaluation,
     and generation are PyTorch's of the newest weights.
 
-    `depth` is layers for each program, or half; `taps` "full", or "inputs" to compute forwards
-    again; `dtype` what programs are evaluated in; `compile_budget` how many compilations until it
-    is `spent`, 0: any number. Call `updated` after each optimizer step. Raises BadInput for what
-    cannot be had, MissingExtra without coremltools.
+    `depth` is layers for each program, or half, or stage; `taps` "full", or "inputs" to compute
+    forwards again; `dtype` what programs are evaluated in; `compile_budget` how many compilations
+    until it is `spent`, 0: any number; `store` what is asked for programs before they are compiled.
+    Call `updated` after each optimizer step. Raises BadInput for what cannot be had, MissingExtra
+    without coremltools.
     """
 
     def __init__(
@@ -76,7 +86,7 @@ class CoreMLTrainer(ReferenceEngine):
         staleness: int = 1,
         dtype: str = DTYPES[0],
         compile_budget: int = 0,
-        say: Callable[[str], None] = lambda line: None,
+        store: Store | None = None,
     ) -> None:
         coremltools("--engine coreml")
         if taps not in TAPS[1:]:
@@ -86,10 +96,15 @@ class CoreMLTrainer(ReferenceEngine):
         if not 0 <= staleness <= MAX_STALENESS:
             raise BadInput(f"coreml.staleness {staleness}: must be from 0 to {MAX_STALENESS}")
         parsed = parse_depth(depth or config.n_layers, config.n_layers)
-        if parsed in ("stage", "all"):
+        if parsed == "all":
             raise BadInput(
-                f"coreml.fusion_depth {depth}: training has programs of half a layer or of 1 to "
-                f"{config.n_layers} layers"
+                f"coreml.fusion_depth {depth}: training has programs of a stage, of half a layer "
+                f"or of 1 to {config.n_layers} layers; embed and head are not in them"
+            )
+        if parsed == "stage" and taps != "full":
+            raise BadInput(
+                "coreml.fusion_depth stage: only whole blocks can be computed again from their "
+                "inputs; leave coreml.taps at full"
             )
         super().__init__(config, weights, "cpu", "float32", train=True)
         self.version = 0
@@ -97,7 +112,8 @@ class CoreMLTrainer(ReferenceEngine):
         self.schedule = Measured(1)
         self._depth, self._taps, self._precision = parsed, taps, dtype
         self._budget, self._compilations = compile_budget, 0
-        self._say = say
+        self._store = store
+        self._say: Callable[[str], None] = lambda line: None
         self._closed = False
         self._shape: Shape | None = None
         self._compiler: Compiler | None = None
@@ -142,6 +158,10 @@ class CoreMLTrainer(ReferenceEngine):
         if compiling == self._is_compiling:
             self.schedule.stepped(time.perf_counter() - start, compiling)
         return loss
+
+    def say_to(self, say: Callable[[str], None]) -> None:
+        """Where lines for people go from now on, from the thread that compiles."""
+        self._say = say
 
     def updated(self) -> None:
         """The parameters were changed: have the programs of what they are now compiled. Returns at
@@ -211,43 +231,51 @@ class CoreMLTrainer(ReferenceEngine):
             self._compiler.close()
         self._shape, self._serving = shape, None
         self._plan, self._launches = shape.plan, shape.layer_launches()
-        self._compiler = Compiler(shape)
+        self._compiler = Compiler(shape, self._store)
+        for _, coming in self._coming:
+            coming.cancel()
         self._coming.clear()
         for version in sorted(self._snapshots):
             self._ask(version)
 
     def _ask(self, version: int) -> None:
-        self._coming.append((version, self._compiling.submit(self._compile, version)))
+        # with all that the thread is to read: another shape may come before it does
+        assert self._compiler is not None
+        work = self._compiler, len(self._launches), version, self._snapshots[version]
+        self._coming.append((version, self._compiling.submit(self._compile, *work)))
 
-    def _compile(self, version: int) -> Loaded:
+    def _compile(
+        self, compiler: Compiler, count: int, version: int, weights: Mapping[str, Tensor]
+    ) -> Loaded:
         """In the thread: once more where it fails."""
         try:
-            return self._compiled(version)
+            return self._compiled(compiler, count, version, weights)
         except RunFailed as error:
-            if self._closed:
+            if self._closed or compiler is not self._compiler:
                 raise
             self._say(f"{in_a_line(error)}; once more, and the old programs serve meanwhile")
-            return self._compiled(version)
+            return self._compiled(compiler, count, version, weights)
 
-    def _compiled(self, version: int) -> Loaded:
-        assert self._compiler is not None
-        weights = self._snapshots[version]
+    def _compiled(
+        self, compiler: Compiler, count: int, version: int, weights: Mapping[str, Tensor]
+    ) -> Loaded:
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         try:
-            save_file(weights, folder / "weights.safetensors")
+            save_file(dict(weights), folder / "weights.safetensors")
             start = time.perf_counter()
-            told = self._compiler.compile(folder / "weights.safetensors", folder)
+            told = compiler.compile(folder / "weights.safetensors", folder)
             forward, backward = (
                 [
                     Evaluator(Package(program_path(folder, direction, number)), self._precision)  # type: ignore[arg-type]
-                    for number in range(len(self._launches))
+                    for number in range(count)
                 ]
-                for direction in ("forward", "backward")
+                for direction in DIRECTIONS
             )
             seconds = time.perf_counter() - start
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._counted["compilations"] += told["compilations"]
+        self._counted["cache_hits"] += told["hits"]
         self._compilations += int(told["compilations"])
         self._counted["compile_seconds"] += seconds
         if self._serving is not None:  # else nothing ran beside it
@@ -275,13 +303,18 @@ class CoreMLTrainer(ReferenceEngine):
         x = x.half().float()
         self._counted["conversion_seconds"] += time.perf_counter() - start
         known: dict[str, Tensor] = {}
+        given = {X: x}
         for launch, evaluator in zip(self._launches, loaded.forward, strict=True):
             first = self._plan.stages[launch.first]
-            known[tap_name(first.layer, _input_of(first))] = x
-            outputs = evaluator({X: x})
-            x = outputs.pop(RESULT)
-            known |= outputs
-        return known, x
+            if first.kind in _BEGINS:
+                known[tap_name(first.layer, _BEGINS[first.kind])] = given[X]
+            outputs = evaluator({name: given[name] for name in evaluator.function.inputs})
+            if RESULT in outputs:
+                given[X] = outputs.pop(RESULT)
+            handed = {name: outputs.pop(name) for name in _HANDED if name in outputs}
+            given |= handed
+            known |= outputs | {tap_name(first.layer, name): v for name, v in handed.items()}
+        return known, given[X]
 
     def _end(
         self, loaded: Loaded, x: Tensor, targets_BS: Tensor
@@ -304,25 +337,28 @@ class CoreMLTrainer(ReferenceEngine):
         self, loaded: Loaded, known: dict[str, Tensor], d_x: Tensor
     ) -> tuple[Tensor, dict[str, Future[Tensor]]]:
         """The gradient of the embedded rows, and the weights' as they come."""
-        known = dict(known)
+        known, given = dict(known), {DX: d_x}
         products: dict[str, Future[Tensor]] = {}
         pairs = list(zip(self._launches, loaded.backward, strict=True))
         for launch, evaluator in reversed(pairs):
             last = self._plan.stages[launch.last - 1]
-            known[tap_name(last.layer, "d_out" if last.kind == "down" else "d_middle")] = d_x
-            names = backward_inputs(self._plan, launch, self._shape_taps)
-            outputs = evaluator({DX: d_x} | {name: known[name] for name in names})
-            d_x = outputs.pop(DX_IN)
+            if last.kind in _ENDS:
+                known[tap_name(last.layer, _ENDS[last.kind])] = given[DX]
+            pool = known | given
+            for name in _HANDED:
+                if (tap := tap_name(last.layer, name)) in known:
+                    pool[name] = known[tap]
+            outputs = evaluator({name: pool[name] for name in evaluator.function.inputs})
+            if DX_IN in outputs:
+                given[DX] = outputs.pop(DX_IN)
+            for name in _HANDED_BACK:
+                if name in outputs:
+                    given[name] = outputs.pop(name)
             known |= outputs
             for layer in self._whole_layers(launch):
                 for name, product in self._products(layer, known).items():
                     products[name] = self._multiplying.submit(product)
-        return d_x, products
-
-    @property
-    def _shape_taps(self) -> Taps:
-        assert self._shape is not None
-        return self._shape.taps
+        return given[DX], products
 
     def _whole_layers(self, launch: Launch) -> list[int]:
         """The layers whose backward is done with this launch."""
@@ -356,10 +392,6 @@ class CoreMLTrainer(ReferenceEngine):
         table.grad.index_add_(0, tokens_BS.flatten().long(), rows, alpha=scale)
 
 
-def _input_of(stage: Stage) -> str:
-    return "input" if stage.kind == "qkv" else "middle"
-
-
 def _loss_scale(d_x: Tensor) -> float:
     """A power of two that brings the largest gradient near GOAL."""
     largest = float(d_x.abs().max())
@@ -370,7 +402,7 @@ def _loss_scale(d_x: Tensor) -> float:
 
 def _nothing_counted() -> dict[str, float]:
     names = (
-        "compilations", "compile_seconds", "stall_seconds", "conversion_seconds",
+        "compilations", "cache_hits", "compile_seconds", "stall_seconds", "conversion_seconds",
         "product_wait_seconds",
     )  # fmt: skip
     return dict.fromkeys(names, 0.0)
