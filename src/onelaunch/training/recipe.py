@@ -115,10 +115,10 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class CoreMLSection:
-    """Of `train.engine` "coreml". A program holds `fusion_depth` of the model: stage, half (a layer),
-    or a number of layers, all of them where it is empty; hands out `taps` (full, or inputs: layers are
-    computed again); is evaluated in `dtype`. Micro-steps run on programs `staleness` updates old.
-    After `compile_budget` compilations (0: never) a fresh process goes on."""
+    """Of `train.engine` "coreml". A program holds `fusion_depth` of the model: stage, half (a
+    layer), or a number of layers, all of them where it is empty; hands out `taps` (full, or inputs:
+    layers are computed again); is evaluated in `dtype`. Micro-steps run on programs `staleness`
+    updates old. After `compile_budget` compilations (0: never) a fresh process goes on."""
 
     fusion_depth: str = ""
     taps: str = "full"
