@@ -7,6 +7,8 @@ EXPERIMENTS = {
     "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
     "forward": "a whole text's logits on a GPU, by launches, beside PyTorch",
     "coreml": "what making ML Programs of a model takes, and how exact they are",
+    "recompile": "how many micro-steps hide the compilation of an update, and what fewer wait",
+    "compile-budget": "whether a process can only compile so many times, or so many layers",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
     "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",
     "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",

@@ -1,0 +1,188 @@
+"""compile-budget: whether a process can only compile so many times.
+
+A trainer of the published study began a fresh process after 72 compilations, as more were thought
+to fail; the study made 312 in one, then 150 distinct ones, without a failure. The same here with ML
+Programs: compiled again and again for new weights, then of 150 shapes; seconds and memory by
+number; what a fresh process costs; and how many layers one program may have until it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onelaunch.bench.record import Row
+from onelaunch.bench.tables import figure as digits
+from onelaunch.bench.tables import markdown, provenance
+from onelaunch.engines.coreml import coremltools
+from onelaunch.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNIT = "s"
+AGAIN, DISTINCT = 312, 150
+QUICK_AGAIN, QUICK_DISTINCT = 40, 20
+RESTARTS = 5
+LAYERS = (12, 24, 48, 96, 192)
+QUICK_LAYERS = (12, 24)
+CHILD = (sys.executable, "-m", "onelaunch.bench.compile_budget_child")
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case; yields rows."""
+    if torch.device(device).type != "cpu":
+        raise BadInput(f"compile-budget: --device {device}: programs are made on the CPU")
+    coremltools("bench compile-budget")
+    for what, count in (
+        ("again", QUICK_AGAIN if quick else AGAIN),
+        ("distinct", QUICK_DISTINCT if quick else DISTINCT),
+    ):
+        yield _many(what, count, say)
+    yield _restart(2 if quick else RESTARTS, say)
+    for layers in QUICK_LAYERS if quick else LAYERS:
+        row = _layers(layers, say)
+        yield row
+        if row.notes["refused"]:
+            break
+
+
+def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
+    told = _child(what, str(count))
+    seconds, memory = told["seconds"], told["bytes"]
+    tenth = max(1, len(seconds) // 10)
+    first, last = (statistics.median(part) for part in (seconds[:tenth], seconds[-tenth:]))
+    case = f"{count} compilations, {'new weights' if what == 'again' else 'distinct shapes'}"
+    row = Row.of(
+        case,
+        seconds,
+        notes={
+            "failures": told["failures"],
+            "first_tenth": round(first, 4),
+            "last_tenth": round(last, 4),
+            "bytes_before": told["bytes_before"],
+            "bytes_after": memory[-1],
+            "bytes_a_compilation": round(_slope(memory[len(memory) // 2 :])),
+            "bytes_by_number": memory[:: max(1, len(memory) // 50)],
+        },
+    )
+    say(
+        f"{case}: {told['failures']} failed, {first:.3f} s at first, {last:.3f} s at last; "
+        f"{row.notes['bytes_a_compilation'] / 1e3:+,.1f} kB each over the second half"
+    )
+    return row
+
+
+def _restart(count: int, say: Callable[[str], None]) -> Row:
+    """A fresh process until it has compiled once, less a compilation."""
+    samples = [
+        told["until_first"] - told["second"] for told in (_child("restart") for _ in range(count))
+    ]
+    row = Row.of("a fresh process", samples)
+    say(f"{row.case}: {row.ours:.2f} s more than a compilation")
+    return row
+
+
+def _layers(layers: int, say: Callable[[str], None]) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        told = _child("layers", str(layers), str(Path(folder) / "whole.mlpackage"))
+    notes = {name: told[name] for name in ("refused", "weight_bytes", "operations")}
+    row = Row(f"{layers} layers of 768/2048 in a program", told["seconds"], notes=notes)
+    answer = f"refused: {told['refused']}" if told["refused"] else "made"
+    say(f"{row.case}: {row.ours:.1f} s, {told['weight_bytes'] / 1e6:,.0f} MB; {answer}")
+    return row
+
+
+def _child(*words: str) -> dict[str, Any]:
+    done = subprocess.run([*CHILD, *words], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunFailed(f"a process that compiles ended with {done.returncode}: {reason}")
+    return json.loads(lines[-1])  # type: ignore[no-any-return]
+
+
+def _slope(values: list[int]) -> float:
+    """Of the line of least squares."""
+    if len(values) < 2:
+        return 0.0
+    return statistics.linear_regression(range(len(values)), values).slope
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    rows = record["rows"]
+    many = [row for row in rows if "failures" in row]
+    layers = [row for row in rows if "refused" in row]
+    parts = [
+        f"# Compilations in one process, on {record['device']}",
+        provenance(record),
+        "ML Programs of one layer of stories260k, forward, emitted, converted and saved.",
+        markdown(
+            ["", "failed", "s (median)", "first tenth", "last tenth", "MB before", "MB after",
+             "kB a compilation"],
+            [
+                [
+                    row["case"], str(row["failures"]), f"{row['ours']:.3f}",
+                    f"{row['first_tenth']:.3f}", f"{row['last_tenth']:.3f}",
+                    f"{row['bytes_before'] / 1e6:,.0f}", f"{row['bytes_after'] / 1e6:,.0f}",
+                    f"{row['bytes_a_compilation'] / 1e3:+,.1f}",
+                ]
+                for row in many
+            ],
+        ),
+        "Memory is what the system counts for the process; its growth is over the second half of "
+        "the compilations. The study: 312 and 150 without a failure, about 1.7 s a restart.",
+    ]  # fmt: skip
+    parts += [
+        f"A fresh process takes {digits(row['ours'])} s more than a compilation in an old one."
+        for row in rows
+        if row["case"] == "a fresh process"
+    ]
+    if layers:
+        parts += [
+            "## How many layers a program may have",
+            markdown(
+                ["", "s", "MB of weights", "operations", ""],
+                [
+                    [
+                        row["case"], digits(row["ours"]), f"{row['weight_bytes'] / 1e6:,.0f}",
+                        f"{row['operations']:,}", row["refused"] or "made",
+                    ]
+                    for row in layers
+                ],
+            ),
+            "What is refused is so by this package's own check of a saved program; coremltools "
+            "wrote it.",
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Memory by number."""
+    from onelaunch.bench import plots
+
+    many = [row for row in record["rows"] if "bytes_by_number" in row]
+    if not many:
+        return None
+    figure = plots.new_figure(7, 4)
+    axes = figure.subplots()
+    for row in many:
+        memory = [n / 1e6 for n in row["bytes_by_number"]]
+        step = max(1, row["n"] // 50)
+        axes.plot([i * step for i in range(len(memory))], memory, label=row["case"])
+    axes.set_xlabel("compilations")
+    axes.set_ylabel("memory of the process, MB")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(f"Compilations in one process, {record['device']}", fontsize=10)
+    return figure
