@@ -1,7 +1,7 @@
-"""What takes long: every kill, the whole fuzz, Shakespeare, forwards on a GPU; and the quickstart,
-timed.
+"""What takes long: every kill, the whole fuzz, Shakespeare, training through ML Programs, forwards
+on a GPU; and the quickstart, timed.
 
-python tests/soak.py [--out DIR] [quickstart] [kills] [fuzz] [shakespeare] [forward]
+python tests/soak.py [--out DIR] [quickstart] [kills] [fuzz] [shakespeare] [programs] [forward]
 
 Leaves records under --out, benchmarks/records by default.
 """
@@ -33,6 +33,7 @@ from tests.kills import interrupt_until_done, outcome, run_to_the_end  # noqa: E
 
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 KILLS = 50
+PROGRAM_KILLS = 20
 EXAMPLES = 10_000
 
 
@@ -139,6 +140,19 @@ def shakespeare(out: Path) -> bool:
     return max(losses) <= 1.70
 
 
+def programs(out: Path) -> bool:
+    """Train through ML Programs: losses as the reference trainer's with weights as old, within 1%;
+    and killed at 20 random moments."""
+    from tests.program_soak import beside_the_reference, killed
+
+    beside = beside_the_reference()
+    print(f"programs: losses at most {beside.ours:.3%} from the reference's", flush=True)
+    kill = killed(PROGRAM_KILLS)
+    print(f"programs: {kill.ours:.0f} of {PROGRAM_KILLS} kills resumed exactly", flush=True)
+    _write("soak-programs", "see the case", [beside, kill], out)
+    return beside.ours < 0.01 and kill.ours == PROGRAM_KILLS
+
+
 def forward(out: Path) -> bool:
     """100,000 forwards in changing shapes and forms, and 1,000 seeds of delays: no wrong bit."""
     import torch
@@ -184,6 +198,7 @@ def main() -> int:
         "kills": kills,
         "fuzz": fuzz,
         "shakespeare": shakespeare,
+        "programs": programs,
         "forward": forward,
     }
     parser = argparse.ArgumentParser()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.errors import BadInput
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import resume, start
@@ -16,6 +20,7 @@ pytest.importorskip("coremltools")
 
 from onelaunch.engines.coreml import training as module
 from tests.engines.coreml.in_process import InProcess
+from tests.program_soak import beside_the_reference
 
 SETTINGS = {
     "model.n_layers": 1, "train.updates": 4, "train.accum": 2, "train.batch_size": 2,
@@ -87,6 +92,49 @@ def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, budge
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+def test_a_run_that_was_killed_after_a_checkpoint_goes_on_exactly(tmp_path):
+    """The killed one has its compiler in a child; kills at random moments are the soak's."""
+    # a rate that does not depend on how many updates there are to be
+    start(recipe(optimizer__min_lr_ratio=1.0), tmp_path / "whole", quiet=True)
+    run = tmp_path / "killed"
+    settings = SETTINGS | {
+        "checkpoint.every": 1, "train.updates": 400, "optimizer.min_lr_ratio": 1.0,
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "onelaunch",
+        "train",
+        "quickstart",
+        "--run",
+        str(run),
+        "--quiet",
+    ]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={json.dumps(value)}"]
+    process = subprocess.Popen(command)
+    try:
+        while len(list((run / "checkpoints").glob("update-*/state.json"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -9
+    assert list_checkpoints(run)[-1].name < "update-00000004"
+    resume(run, {"train.updates": 4, "checkpoint.every": 0}, quiet=True)
+    assert [r["loss"] for r in records(run)] == [r["loss"] for r in records(tmp_path / "whole")]
+    one, other = final_weights(run), final_weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_losses_are_those_of_a_reference_with_weights_as_old():
+    settings = {"train.updates": 3, "train.accum": 2, "train.seq_len": 32, "model.n_layers": 1}
+    row = beside_the_reference(**settings)
+    assert row.ours < 1e-2
+    assert len(row.notes["losses"]) == 3
+    assert row.notes["losses"] != row.notes["reference"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onelaunch.bench.findings import Finding
 from onelaunch.bench.record import Row
 from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
@@ -115,6 +116,57 @@ def _slope(values: list[int]) -> float:
     if len(values) < 2:
         return 0.0
     return statistics.linear_regression(range(len(values)), values).slope
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Failures, a restart's price, and how large a program may be."""
+    rows = {row["case"]: row for row in record["rows"]}
+    found = []
+    for key, published in (("budget-312", AGAIN), ("budget-150", DISTINCT)):
+        kind = "new weights" if published == AGAIN else "distinct shapes"
+        row = next((r for c, r in rows.items() if c.endswith(kind)), None)
+        if row is None:
+            continue
+        slower, fewer = row["last_tenth"] / row["first_tenth"], row["n"] < published
+        found.append(
+            Finding(
+                (key,),
+                f"{published} compilations in one process do not fail",
+                f"{published}, none failed",
+                f"{row['n']}, {row['failures'] or 'none'} failed",
+                "refuted" if row["failures"] else "not applicable" if fewer else "confirmed",
+                ("a quick run; " if fewer else "")
+                + f"the last tenth took {slower:.2f} times the first's time; "
+                f"{row['bytes_a_compilation'] / 1e3:+.1f} kB each",
+            )
+        )
+    if row := rows.get("a fresh process"):
+        found.append(
+            Finding(
+                ("budget-restart",),
+                "a restart costs seconds, so a budget is to be avoided",
+                "about 1.7 s",
+                f"{row['ours']:.2f} s",
+                "confirmed" if row["ours"] > 0.5 else "refuted",
+                "a process that imports coremltools and compiles once, less a compilation",
+                row["ours"] / 1.7,
+            )
+        )
+    layers = [row for row in rows.values() if "refused" in row]
+    if made := [row for row in layers if not row["refused"]]:
+        most = max(made, key=lambda row: row["weight_bytes"])
+        refused = next((row["refused"] for row in layers if row["refused"]), "none was refused")
+        found.append(
+            Finding(
+                ("sram",),
+                "162 MB of weights in one program meet no limit",
+                "162 MB",
+                f"{most['weight_bytes'] / 1e6:,.0f} MB",
+                "confirmed" if most["weight_bytes"] > 162e6 else "refuted",
+                f"made and saved, not run on a Neural Engine; {refused}",
+            )
+        )
+    return found
 
 
 def table(record: dict[str, Any]) -> str:

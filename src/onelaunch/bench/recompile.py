@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from onelaunch.bench.findings import Finding
 from onelaunch.bench.program_training import Driver, Update, driver, told_by
+from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
 from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
@@ -25,15 +27,13 @@ from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput
 
 UNIT = "s"
-PUBLISHED = (
-    ("stories15M, feed-forward", 0.244, 0.003, 82),
-    ("stories15M, whole", 1.0, 0.003, 338),
-    ("stories110M, feed-forward", 0.512, 0.008, 64),
-    ("stories110M, 4 layers", 1.0, 0.008, 125),
-    ("stories110M, whole", 4.2, 0.008, 520),
-    ("stories110M, whole, its measured step", 4.2, 0.1687, None),
-)
-"""Seconds of a compilation and of a micro-step, and K as it was given."""
+KEYS = ("hide-15m-ffn", "hide-15m", "hide-110m-ffn", "hide-110m-4", "hide-110m")
+MEASURED_STEP = 0.1687
+"""Seconds of a whole micro-step of stories110M, as the study measured it elsewhere."""
+NEAR = 0.03
+"""How far a K may be off and still be the published one: its times are rounded."""
+HIDDEN, SHOWN = 0.02, 0.1
+"""Of an update: waiting less than the one is no wait, more than the other is one."""
 CASES = (("stories260k", 64, 16), ("stories15m", 32, 4))
 """Model, tokens, and micro-steps of the updates from which K is found."""
 QUICK_CASES = CASES[:1]
@@ -45,14 +45,20 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
         raise BadInput(f"recompile: --device {device}: programs are made and evaluated on the CPU")
     coremltools("bench recompile")
-    for what, compiling, step, given in PUBLISHED:
-        k = micro_steps_to_hide(compiling, step)
-        yield Row(
-            f"published: {what}", compiling, notes={"step": step, "k": k, "published_k": given}
-        )
+    for key in KEYS:
+        values = PUBLISHED[key].values
+        compiling, step = float(values["compiling, s"]), float(values["micro-step, s"])
+        yield _published(PUBLISHED[key].row, compiling, step, int(values["K"]))
+    yield _published("stories110M, whole, its measured step", compiling, MEASURED_STEP, None)
     for model, sequence, first_k in QUICK_CASES if quick else CASES:
         with driver(model, sequence) as training:
             yield from _case(f"{model} 1x{sequence}", training, first_k, quick, say)
+
+
+def _published(what: str, compiling: float, step: float, given: int | None) -> Row:
+    k = micro_steps_to_hide(compiling, step)
+    notes = {"step": step, "k": k, "published_k": given}
+    return Row(f"published: {what}", compiling, notes=notes)
 
 
 def _case(
@@ -91,6 +97,48 @@ def _case(
                 "threads": torch.get_num_threads(),
             },
         )
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of each K of the published table by its own times, and of whether K hides here."""
+    rows = {row["case"]: row for row in record["rows"]}
+    found = []
+    for key in KEYS:
+        row = rows.get(f"published: {PUBLISHED[key].row}")
+        if row is None:
+            continue
+        ratio = row["k"] / row["published_k"]
+        near = abs(ratio - 1) <= NEAR
+        found.append(
+            Finding(
+                (key,),
+                f"{PUBLISHED[key].row}: micro-steps that hide {row['ours']:g} s of compiling",
+                f"K {row['published_k']}",
+                f"K {row['k']}, by its own times",
+                "confirmed" if near else "refuted",
+                "compile / step, rounded up" + ("" if ratio == 1 else f"; {ratio - 1:+.1%}"),
+                ratio,
+            )
+        )
+    models = {case.rsplit(",", 1)[0] for case in rows if "wait_share" in rows[case]}
+    for model in sorted(models):
+        if not {f"{model}, K", f"{model}, K/2"} <= rows.keys():
+            continue
+        whole, half = rows[f"{model}, K"], rows[f"{model}, K/2"]
+        hides = whole["wait_share"] < HIDDEN and half["wait_share"] > SHOWN
+        found.append(
+            Finding(
+                KEYS,
+                f"{model} here: K micro-steps hide a compilation, fewer do not",
+                "not measured",
+                f"K {whole['k']} waits {whole['wait_share']:.1%} of an update, "
+                f"K {half['k']} {half['wait_share']:.1%}",
+                "confirmed" if hides else "refuted",
+                f"{whole['compile_seconds']:.2f} s of compiling beside micro-steps of "
+                f"{1e3 * whole['step']:.0f} ms",
+            )
+        )
+    return found
 
 
 def table(record: dict[str, Any]) -> str:

@@ -1,0 +1,98 @@
+"""bench recompile and bench compile-budget, made small: rows, tables, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+
+from onelaunch.bench.record import write_record
+from onelaunch.checkpoints.atomic import read_json
+from onelaunch.errors import BadInput, RunFailed
+
+pytest.importorskip("coremltools")
+
+from onelaunch.bench import compile_budget, program_training, recompile
+from onelaunch.engines.coreml import training
+from tests.engines.coreml.in_process import InProcess
+from tests.engines.suite import SMALL
+
+
+def table_of(experiment, module, rows, folder):
+    path = write_record(experiment, module.UNIT, rows, folder, "here")
+    return module.table(read_json(path))
+
+
+def test_k_is_found_and_less_waits(monkeypatch, tmp_path):
+    class Slow(InProcess):
+        """Compiles once; then waits, as a compiler does that has a core of its own."""
+
+        made = tmp_path / "made"
+
+        def compile(self, weights, folder):
+            if not self.made.exists():
+                super().compile(weights, folder)
+                shutil.copytree(folder, self.made)
+            shutil.copytree(self.made, folder, dirs_exist_ok=True)
+            time.sleep(0.2)
+            return {"compilations": 2, "hits": 0}
+
+    small = SMALL.with_(n_layers=1, vocab_size=512, max_seq_len=32)
+    monkeypatch.setattr(program_training, "preset", lambda name: small)
+    monkeypatch.setattr(training, "Compiler", Slow)
+    monkeypatch.setattr(recompile, "QUICK_CASES", (("stories260k", 16, 2),))
+    monkeypatch.setattr(recompile, "FIRST_UPDATES", 5)
+    monkeypatch.setattr(recompile, "QUICK_UPDATES", 2)
+    lines = []
+    rows = list(recompile.run("cpu", True, lines.append))
+    count = len(recompile.KEYS) + 1
+    published, measured = rows[:count], rows[count:]
+    assert [row.notes["k"] for row in published] == [82, 334, 64, 125, 525, 25]
+    assert [row.case for row in measured] == [f"stories260k 1x16, {k}" for k in ("K/2", "K", "2K")]
+    half, whole, twice = measured
+    assert half.notes["k"] == whole.notes["k"] // 2
+    assert twice.notes["k"] == 2 * whole.notes["k"]
+    assert half.ours > 0.05 > twice.ours
+    assert half.notes["wait_share"] > twice.notes["wait_share"]
+    text = table_of("recompile", recompile, rows, tmp_path)
+    assert "| stories15M, whole " in text
+    assert "| stories260k 1x16, K/2 " in text
+
+
+def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
+    monkeypatch.setattr(compile_budget, "QUICK_DISTINCT", 3)
+    monkeypatch.setattr(compile_budget, "QUICK_LAYERS", (1,))
+    monkeypatch.setattr(compile_budget, "_restart", lambda count, say: _row("a fresh process"))
+    lines = []
+    rows = list(compile_budget.run("cpu", True, lines.append))
+    again, distinct, _, layers = rows
+    assert (again.n, distinct.n) == (4, 3)
+    for row in (again, distinct):
+        assert row.notes["failures"] == 0
+        assert row.ours > 0
+        assert row.notes["bytes_after"] >= row.notes["bytes_before"] > 10**7
+    assert layers.notes["weight_bytes"] > 14e6
+    assert not layers.notes["refused"]
+    text = table_of("compile-budget", compile_budget, rows, tmp_path)
+    assert "| 4 compilations, new weights " in text
+    assert "| 1 layers of 768/2048 in a program " in text
+    assert compile_budget.draw({"device": "here", "rows": [row.to_dict() for row in rows]})
+
+
+def _row(case):
+    from onelaunch.bench.record import Row
+
+    return Row(case, 1.0)
+
+
+def test_a_process_that_ends_says_why():
+    with pytest.raises(RunFailed, match="a process that compiles ended with 1: KeyError"):
+        compile_budget._child("nothing")
+
+
+@pytest.mark.parametrize("module", [recompile, compile_budget])
+def test_another_device_is_refused(module):
+    with pytest.raises(BadInput, match="on the CPU"):
+        next(module.run("meta", True, print))
