@@ -10,12 +10,18 @@ import typer
 
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
 from onelaunch.cli.common import Debug, Quiet, say
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
+
+ALL = "all"
 
 
 def bench(
     experiment: Annotated[
-        str, typer.Argument(metavar="EXPERIMENT", help=f"One of: {', '.join(EXPERIMENTS)}.")
+        str,
+        typer.Argument(
+            metavar="EXPERIMENT",
+            help=f"One of: {', '.join(EXPERIMENTS)}; or all: every one that applies here.",
+        ),
     ],
     device: Annotated[
         str | None,
@@ -43,11 +49,14 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time ours beside its peers in one run, and leave a record."""
-    if experiment not in EXPERIMENTS:
+    if experiment not in (*EXPERIMENTS, ALL):
         close = difflib.get_close_matches(experiment, EXPERIMENTS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EXPERIMENTS)}"
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EXPERIMENTS)}, all"
         raise BadInput(f"unknown experiment {experiment!r}; {hint}")
     peers = _peers(peer or [])
+    if experiment == ALL:
+        _all(device, quick, out, peers, quiet)
+        return
     from onelaunch.bench.record import device_name
     from onelaunch.bench.runner import conduct
     from onelaunch.engines.reference import resolve_device
@@ -55,6 +64,22 @@ def bench(
     place = str(resolve_device(device or ("auto" if experiment in ON_THE_GPU else "cpu")))
     say(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
     print(conduct(experiment, place, quick, out, lambda line: say(line, quiet), peers))
+
+
+def _all(device: str | None, quick: bool, out: Path, peers: dict[str, Path], quiet: bool) -> None:
+    if peers:
+        raise BadInput("--peer goes with one experiment, not with all; leave it out")
+    from onelaunch.bench.everything import conduct_all, summary
+    from onelaunch.engines.reference import resolve_device
+
+    def device_of(on_the_gpu: bool) -> str:
+        return str(resolve_device(device or ("auto" if on_the_gpu else "cpu")))
+
+    found = conduct_all(device_of, quick, out, lambda line: say(line, quiet))
+    print(summary(found))
+    failed = [done.experiment for done in found if done.failed]
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(found)} experiments failed: {', '.join(failed)}")
 
 
 def _peers(named: list[str]) -> dict[str, Path]:
