@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
+from onelaunch import cli
 from onelaunch.bench import everything
 from onelaunch.bench.record import Row, rows_there
-from onelaunch import cli
 from onelaunch.errors import BadInput, MissingExtra, RunFailed
 
 
