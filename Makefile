@@ -39,8 +39,10 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
+# Two at a time, as CI has two cores; then, one by one, those that time something.
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests -m 'not soak'
+	$(BIN)/python -m pytest tests -m 'not soak and not quiet' -n 2 --dist worksteal
+	$(BIN)/python -m pytest tests -m 'not soak and quiet'
 
 # What takes long: the tests so marked, every kill, the whole fuzz, Shakespeare, and on a machine with
 # a GPU its forwards (with the packages there: PYTHONPATH=src python3 tests/soak.py forward). Leaves

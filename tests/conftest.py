@@ -25,8 +25,22 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.cache_folder, ignore_errors=True)
 
 
+QUIET = (
+    "bench/test_forward.py", "bench/test_generate.py", "bench/test_recompiling.py",
+    "bench/test_rounds.py", "bench/test_timing.py", "cli/test_generate.py", "cli/test_train.py",
+    "compilation/test_background.py", "compilation/test_children.py",
+    "compilation/test_double_buffer.py", "engines/cpu/test_cold.py",
+    "engines/cpu/test_threads.py", "training/test_coreml.py", "training/test_display.py",
+    "training/test_loop.py",
+)  # fmt: skip
+"""Files of tests that time something, or wait for a process for so long."""
+
+
 def pytest_collection_modifyitems(items):
-    """Keep this process's share; see interpreting.py."""
+    """Mark those that are to run alone; keep this process's share, see interpreting.py."""
+    for item in items:
+        if item.path.as_posix().endswith(QUIET):
+            item.add_marker("quiet")
     part, parts = map(int, os.environ.get(SHARE, "0 1").split())
     items[:] = items[part::parts]
 

@@ -20,7 +20,7 @@ from tests.kills import interrupt_until_done, outcome, run_to_the_end
 STALENESS = 1
 SETTINGS = {
     "train.updates": 20, "train.accum": 10, "train.batch_size": 2, "train.seq_len": 128,
-    "optimizer.warmup": 2, "eval.every": 10, "eval.batches": 4,
+    "eval.every": 10, "eval.batches": 4,
 }  # fmt: skip
 KILLED = {
     "train__engine": "coreml", "train__dropout": 0.0, "train__updates": 120,
