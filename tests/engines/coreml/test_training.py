@@ -258,6 +258,9 @@ def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path):
         assert compiled("d")["compilations"] == 2
     finally:
         child.close()
+    with pytest.raises(RunFailed, match="the compiler was closed"):  # and begins no other child
+        compiled("e")
+    assert child._child is None
 
 
 def test_the_compiler_is_a_child_that_ends_with_the_trainer(trainer, monkeypatch):
@@ -269,8 +272,11 @@ def test_the_compiler_is_a_child_that_ends_with_the_trainer(trainer, monkeypatch
     assert losses == run(trainer(TINY, start_of(TINY)), batches)
     child = engine._compiler._child
     assert child.alive
+    for _ in range(3):  # more that wait for their turn
+        engine.updated()
     engine.close()
     assert not child.alive
+    assert engine._compiler._child is None
 
 
 def test_gradients_beyond_float16_are_scaled_down(trainer, monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,15 +92,21 @@ class Compiler:
     ) -> None:
         self._shape, self._store, self._command = shape, store, command
         self._child: Child | None = None
+        self._closed = False
+        self._lock = threading.Lock()  # one thread compiles while another may close
 
     def compile(self, weights: Path, folder: Path) -> dict[str, float]:
         """Have a set compiled into an empty folder; see `compile_set`. Raises RunFailed with the
-        reason where it cannot be; the next call begins a new child where this one has ended."""
-        if self._child is None or not self._child.alive:
-            self.close()
-            self._child = Child(self._command)
-            self._child.tell(json.dumps(_as_data(self._shape, self._store)))
-        child = self._child
+        reason where it cannot be, or it was closed; the next call begins a new child where this one
+        has ended."""
+        with self._lock:
+            if self._closed:
+                raise RunFailed("the compiler was closed")
+            if self._child is None or not self._child.alive:
+                self._end()
+                self._child = Child(self._command)
+                self._child.tell(json.dumps(_as_data(self._shape, self._store)))
+            child = self._child
         line = ""
         if child.tell(json.dumps({"weights": str(weights), "folder": str(folder)})):
             line = child.hear()
@@ -112,7 +119,12 @@ class Compiler:
         return answer  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End it."""
+        """End it for good."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _end(self) -> None:
         if self._child is not None:
             self._child.end()
             self._child = None
