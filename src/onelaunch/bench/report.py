@@ -75,7 +75,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """Parts by experiment, then by device, and the published rows that they are held against."""
+    """Parts by experiment, those that answer something first, then by device; and the published
+    rows that they are held against."""
 
     parts: tuple[Part, ...]
     published: Mapping[str, Published]
@@ -129,10 +130,12 @@ def gather(paths: Iterable[Path], published: Mapping[str, Published] = PUBLISHED
     the file's name, for one that is no record; a record whose experiment cannot make findings or a
     table of it is kept, with a line that says so."""
     parts = [_part(path, read_record(path), published) for path in record_files(paths)]
+    answering = {part.experiment for part in parts if part.findings}
     order = {name: place for place, name in enumerate(EXPERIMENTS)}
     parts.sort(
         key=lambda part: (
-            order.get(part.experiment, len(order)), part.experiment, part.device, part.where
+            part.experiment not in answering, order.get(part.experiment, len(order)),
+            part.experiment, part.device, part.where,
         )
     )  # fmt: skip
     return Report(tuple(parts), published)

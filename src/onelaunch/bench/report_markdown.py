@@ -49,9 +49,9 @@ def _experiment(name: str, parts: Sequence[Part], folder: Path) -> str:
     if name in EXPERIMENTS:
         found.append(EXPERIMENTS[name][0].upper() + EXPERIMENTS[name][1:] + ".")
     if lines := finding_lines(parts):
-        found.append(_table(FINDING_HEADER, [cells for _, cells in lines]))
+        found.append(_words_table(FINDING_HEADER, [cells for _, cells in lines]))
     for part in parts:
-        found.append(f"**{_words(part.device)}**: {_links(part, folder)}. {part.origin}")
+        found.append(f"{_links(part, folder)}: {part.origin or _words(part.device)}")
         found += [f"- {_words(problem)}" for problem in part.problems]
         if not part.table:
             found.append(_table(ROW_HEADER, row_lines(part.record)))
@@ -87,7 +87,7 @@ def _published(report: Report) -> str:
             for key, row in report.published.items()
             if row.study == study
         ]
-        found += [f"### {told}", _table(("row", "figures", "experiment", "verdict"), lines)]
+        found += [f"### {told}", _words_table(("row", "figures", "experiment", "verdict"), lines)]
     return "\n\n".join(found)
 
 
@@ -101,6 +101,12 @@ def _answer(report: Report, key: str) -> str:
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Every cell in its column, whatever a record has in it."""
     return markdown(header, [[_words(each) for each in cells] for cells in lines])
+
+
+def _words_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """With words in its columns, which stand to the left."""
+    names, rule, *rest = _table(header, lines).split("\n")
+    return "\n".join([names, rule.replace(":", "-"), *rest])
 
 
 def _words(text: str) -> str:
