@@ -42,9 +42,11 @@ READING = (
     "devices as much as programs.",
     "What stands side by side in a table was measured in one run, in turns. Figures of different "
     "runs on a CPU are not compared: its cores are shared, and their speed changes from hour to "
-    "hour. Spreads, p20 to p80, stand with the rows of every record that has them.",
+    "hour. A spread is from the 20th to the 80th percentile of a case's n samples in one run; what "
+    "was measured once has none.",
 )
 ROW_HEADER = ("case", "ours", "unit", "p20 to p80", "n")
+PUBLISHED_HEADER = ("row", "figures", "experiment", "verdict")
 FINDING_HEADER = ("claim", "published", "device", "ours", "ratio", "verdict", "why")
 
 

@@ -60,7 +60,11 @@ def number_of(text: str) -> float | None:
 def cell(text: str) -> str:
     """A cell of a table, with the number that it is sorted by where the text is not just that."""
     number = number_of(text)
-    key = "" if number is None or _PLAIN_NUMBER.fullmatch(text.strip()) else f' data-n="{number:g}"'
+    key = (
+        ""
+        if number is None or _PLAIN_NUMBER.fullmatch(text.strip())
+        else f' data-n="{number:.15g}"'
+    )
     return f"<td{key}>{inline(text.strip())}</td>"
 
 

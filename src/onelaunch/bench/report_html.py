@@ -7,15 +7,14 @@ from importlib import resources
 from pathlib import Path
 
 from onelaunch.bench.experiments import EXPERIMENTS
-from onelaunch.bench.findings import Verdict
 from onelaunch.bench.record import slug
 from onelaunch.bench.report import (
     FINDING_HEADER,
+    PUBLISHED_HEADER,
     READING,
     ROW_HEADER,
     STUDIES,
     TITLE,
-    VERDICTS,
     Part,
     Report,
     counted,
@@ -130,14 +129,13 @@ def _experiment(
 
 def _finding(cells: Sequence[str]) -> list[str]:
     """The cells of a finding: its verdict, the last but one, in its colour."""
-    verdict = next(name for name in VERDICTS if name == cells[-2])
-    badge = f'<td class="verdict">{_badge(verdict, {verdict: 1})}</td>'
+    badge = f'<td class="verdict">{_badge(cells[-2])}</td>'
     return [*map(cell, cells[:-2]), badge, cell(cells[-1])]
 
 
-def _badge(verdict: Verdict | None, counts: Mapping[Verdict, int]) -> str:
+def _badge(verdict: str) -> str:
     kind = verdict if verdict in ("confirmed", "refuted") else "none"
-    return f'<span class="{kind}">{escape(counted(counts))}</span>'
+    return f'<span class="{kind}">{escape(verdict)}</span>'
 
 
 def _view(part: Part) -> str:
@@ -183,8 +181,7 @@ def _published(report: Report) -> str:
             for key, row in report.published.items()
             if row.study == study
         ]
-        header = ("row", "figures", "experiment", "verdict")
-        found += [f"<h3>{escape(told)}</h3>", table(header, body, "words")]
+        found += [f"<h3>{escape(told)}</h3>", table(PUBLISHED_HEADER, body, "words")]
     return "\n".join([*found, "</section>"])
 
 
@@ -199,8 +196,7 @@ def _verdicts(report: Report, key: str) -> str:
     if not answers:
         return inline(report.unanswered(key))
     return "".join(
-        f"<div{_of([device])}>{escape(device)}: "
-        f"{_badge(next(iter(counts)) if len(counts) == 1 else None, counts)}</div>"
+        f"<div{_of([device])}>{escape(device)}: {_badge(counted(counts))}</div>"
         for device, counts in answers.items()
     )
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from onelaunch.bench.experiments import EXPERIMENTS
 from onelaunch.bench.report import (
     FINDING_HEADER,
+    PUBLISHED_HEADER,
     READING,
     ROW_HEADER,
     STUDIES,
@@ -49,7 +50,7 @@ def _experiment(name: str, parts: Sequence[Part], folder: Path) -> str:
     if name in EXPERIMENTS:
         found.append(EXPERIMENTS[name][0].upper() + EXPERIMENTS[name][1:] + ".")
     if lines := finding_lines(parts):
-        found.append(_words_table(FINDING_HEADER, [cells for _, cells in lines]))
+        found.append(_table(FINDING_HEADER, [cells for _, cells in lines], len(FINDING_HEADER)))
     for part in parts:
         found.append(f"{_links(part, folder)}: {part.origin or _words(part.device)}")
         found += [f"- {_words(problem)}" for problem in part.problems]
@@ -87,7 +88,7 @@ def _published(report: Report) -> str:
             for key, row in report.published.items()
             if row.study == study
         ]
-        found += [f"### {told}", _words_table(("row", "figures", "experiment", "verdict"), lines)]
+        found += [f"### {told}", _table(PUBLISHED_HEADER, lines, len(PUBLISHED_HEADER))]
     return "\n\n".join(found)
 
 
@@ -98,15 +99,9 @@ def _answer(report: Report, key: str) -> str:
     return "; ".join(f"{device}: {counted(counts)}" for device, counts in answers.items())
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """Every cell in its column, whatever a record has in it."""
-    return markdown(header, [[_words(each) for each in cells] for cells in lines])
-
-
-def _words_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """With words in its columns, which stand to the left."""
-    names, rule, *rest = _table(header, lines).split("\n")
-    return "\n".join([names, rule.replace(":", "-"), *rest])
+    return markdown(header, [[_words(each) for each in cells] for cells in lines], left)
 
 
 def _words(text: str) -> str:

@@ -16,7 +16,7 @@ def report(
     records: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RECORD...]",
+            metavar="RECORD...",
             help="Records, or folders of them; if not given benchmarks/records.",
         ),
     ] = None,
