@@ -156,6 +156,16 @@ def test_a_view_that_fails_is_said_and_the_others_stay(monkeypatch, tmp_path):
     assert "- without findings: KeyError" in document(report, tmp_path)
 
 
+def test_a_view_of_another_kind_is_said(monkeypatch, tmp_path):
+    invent(monkeypatch, findings=lambda record: None, table=lambda record: ["a"])
+    write(tmp_path, record())
+    (part,) = gather([tmp_path], PUBLISHED).parts
+    assert part.problems == (
+        "without findings: TypeError: NoneType in the place of list",
+        "without a table: TypeError: list in the place of str",
+    )
+
+
 def test_an_answer_to_nothing_published_is_said(monkeypatch, tmp_path):
     invent(monkeypatch, findings=lambda record: [finding(answers=["prize"])])
     write(tmp_path, record())

@@ -216,7 +216,10 @@ def _asked(
     if make is None:
         return nothing
     try:
-        return make(record)
+        made = make(record)
+        if not isinstance(made, type(nothing)):
+            raise TypeError(f"{type(made).__name__} in the place of {type(nothing).__name__}")
+        return made
     except Exception as error:
         problems.append(f"without {what}: {in_a_line(error)}")
         return nothing
