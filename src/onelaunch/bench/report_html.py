@@ -117,9 +117,8 @@ def _experiment(
         problems = [*part.problems, *([failed[part.path]] if part.path in failed else [])]
         found += [
             f"<div{_of([part.device])}>",
-            _view(part),
+            _view(part, plots),
             *(f'<p class="problem">{escape(each)}</p>' for each in problems),
-            _plot(part, plots),
             _rows(part),
             "</div>",
         ]
@@ -138,18 +137,16 @@ def _badge(verdict: str) -> str:
     return f'<span class="{kind}">{escape(verdict)}</span>'
 
 
-def _view(part: Part) -> str:
-    """A record's table, under its device, with the line of where it comes from."""
+def _view(part: Part, plots: Mapping[Path, str]) -> str:
+    """A record's table, under its device: where it comes from, its plot, its figures."""
+    origin = f'<div class="origin">{to_html(part.origin)}</div>'
     if not part.table:
         head = f"<h3>{escape(part.experiment)} on {escape(part.device)}</h3>"
-        return f'{head}\n<div class="origin">{to_html(part.origin)}</div>'
-    before, origin, after = (
-        part.table.partition(part.origin) if part.origin else (part.table, "", "")
-    )
-    if not origin:  # the table does not say it
-        before, origin, after = "", part.origin, part.table
-    made = f'<div class="origin">{to_html(origin)}</div>'
-    return "\n".join([to_html(before, 3), made, to_html(after, 3)])
+        return "\n".join([head, origin, _plot(part, plots)])
+    title, found, after = part.table.partition(part.origin) if part.origin else ("", "", "")
+    if not found:  # the table does not say it
+        title, _, after = part.table.partition("\n\n")
+    return "\n".join([to_html(title, 3), origin, _plot(part, plots), to_html(after, 3)])
 
 
 def _plot(part: Part, plots: Mapping[Path, str]) -> str:
