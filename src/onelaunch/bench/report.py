@@ -297,6 +297,12 @@ def figures(row: Published) -> str:
     )
 
 
+def described(experiment: str) -> str:
+    """An experiment in a sentence, where bench knows it."""
+    told = EXPERIMENTS.get(experiment)
+    return f"{told[0].upper()}{told[1:]}." if told else ""
+
+
 def counted(verdicts: Mapping[Verdict, int]) -> str:
     """Verdicts in words: of one alone its name, of several how many of each."""
     if len(verdicts) == 1:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from onelaunch.bench.experiments import EXPERIMENTS
 from onelaunch.bench.record import slug
 from onelaunch.bench.report import (
     FINDING_HEADER,
@@ -18,6 +17,7 @@ from onelaunch.bench.report import (
     Part,
     Report,
     counted,
+    described,
     figures,
     finding_lines,
     row_lines,
@@ -108,8 +108,8 @@ def _experiment(
     name: str, parts: Sequence[Part], plots: Mapping[Path, str], failed: Mapping[Path, str]
 ) -> str:
     found = [f"<h2>{escape(name)}</h2>"]
-    if name in EXPERIMENTS:
-        found.append(f"<p>{escape(EXPERIMENTS[name])}</p>")
+    if told := described(name):
+        found.append(f"<p>{escape(told)}</p>")
     if lines := finding_lines(parts):
         body = [line(_finding(cells), _of([device])) for device, cells in lines]
         found.append(table(FINDING_HEADER, body, "words"))

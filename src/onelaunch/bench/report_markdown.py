@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from onelaunch.bench.experiments import EXPERIMENTS
 from onelaunch.bench.report import (
     FINDING_HEADER,
     PUBLISHED_HEADER,
@@ -18,6 +17,7 @@ from onelaunch.bench.report import (
     Part,
     Report,
     counted,
+    described,
     figures,
     finding_lines,
     row_lines,
@@ -47,8 +47,8 @@ def document(report: Report, folder: Path) -> str:
 
 def _experiment(name: str, parts: Sequence[Part], folder: Path) -> str:
     found = [f"## {_words(name)}"]
-    if name in EXPERIMENTS:
-        found.append(EXPERIMENTS[name][0].upper() + EXPERIMENTS[name][1:] + ".")
+    if told := described(name):
+        found.append(told)
     if lines := finding_lines(parts):
         found.append(_table(FINDING_HEADER, [cells for _, cells in lines], len(FINDING_HEADER)))
     for part in parts:
