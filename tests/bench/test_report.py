@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onelaunch.bench import plots
-from onelaunch.bench.report import gather, times
+from onelaunch.bench.report import FINDING_HEADER, gather, times
 from onelaunch.bench.report_html import page
 from onelaunch.bench.report_markdown import document
 from onelaunch.bench.report_svg import plots_of
@@ -61,6 +61,12 @@ def test_verdicts_stand_by_claim_and_device(held, tmp_path):
     assert '<span class="confirmed">confirmed</span>' in rows[0][1]
     assert '<td data-n="1234">1,234x</td>' in rows[0][1]
     assert "| a call costs | 160 us    | NVIDIA H200" in text
+
+
+def test_a_card_on_a_phone_names_what_a_column_does(held):
+    html = page(held)
+    for place, name in enumerate(FINDING_HEADER[1:], start=2):
+        assert f'td:nth-child({place})::before {{ content: "{name}: "; }}' in html
 
 
 def test_the_summary_counts_statements_and_rows_by_device(held, tmp_path):

@@ -112,7 +112,7 @@ def _experiment(
         found.append(f"<p>{escape(told)}</p>")
     if lines := finding_lines(parts):
         body = [line(_finding(cells), _of([device])) for device, cells in lines]
-        found.append(table(FINDING_HEADER, body, "words"))
+        found.append(table(FINDING_HEADER, body, "words findings"))
     for part in parts:
         problems = [*part.problems, *([failed[part.path]] if part.path in failed else [])]
         found += [
