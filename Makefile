@@ -6,7 +6,7 @@ NEXT := .venv-triton-next
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: install run test lint types unit soak test-convergence test-gpu memcheck test-triton-next
-.PHONY: clean
+.PHONY: results clean
 
 install: $(VENV)/.installed
 
@@ -83,6 +83,10 @@ $(NEXT)/.installed: pyproject.toml constraints.txt constraints-triton-next.txt
 	$(NEXT)/bin/python -m pip install -q -c constraints.txt -c constraints-triton-next.txt \
 		-e '.[dev]' triton
 	@touch $@
+
+# What the records say of the published studies; a test fails where it is not of these records.
+results: $(VENV)/.installed-dev
+	$(BIN)/onelaunch report --markdown docs/results.md
 
 clean:
 	rm -rf $(VENV) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

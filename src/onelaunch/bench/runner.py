@@ -61,7 +61,7 @@ def conduct(
         try:
             keep()
         except Exception as error:
-            say(f"the last rows are lost: {_in_a_line(error)}")
+            say(f"the last rows are lost: {in_a_line(error)}")
         if path is not None:
             _leave_views(module, path, say)
             say(f"record: {path}")
@@ -108,7 +108,7 @@ def _leave_views(module: ModuleType, path: Path, say: Callable[[str], None]) -> 
             say(text.rstrip())
         except Exception as error:
             path.with_suffix(".md").unlink(missing_ok=True)
-            say(f"without a table: {_in_a_line(error)}")
+            say(f"without a table: {in_a_line(error)}")
     if hasattr(module, "draw"):
         picture = path.with_suffix(".png")
         try:
@@ -120,10 +120,11 @@ def _leave_views(module: ModuleType, path: Path, say: Callable[[str], None]) -> 
         except Exception as error:
             # an older picture would be taken for this record's
             picture.unlink(missing_ok=True)
-            say(f"without a picture: {_in_a_line(error)}")
+            say(f"without a picture: {in_a_line(error)}")
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """What went wrong, in one line; our own errors say it themselves."""
     lines = str(error).strip().splitlines()
     what = lines[0][:200] if lines else "no message"
     return what if isinstance(error, OnelaunchError) else f"{type(error).__name__}: {what}"

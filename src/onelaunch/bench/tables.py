@@ -8,19 +8,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, its columns aligned: the first to the left, the others to the right."""
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table, its columns aligned: the first, or as many as `left`, to the left, the others to the
+    right."""
     body = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in (list(header), *body)) for i in range(len(header))]
+    # a rule to the right is a dash and a colon at least
+    widths = [max(2, *(len(row[i]) for row in (header, *body))) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return f"| {' | '.join(padded)} |"
 
-    rule = [("-" * (w - 1) + ":") if i else "-" * w for i, w in enumerate(widths)]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join(line(cells) for cells in (header, rule, *body))
 
 

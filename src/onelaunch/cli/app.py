@@ -15,6 +15,7 @@ from onelaunch.cli.export import export
 from onelaunch.cli.generate import generate
 from onelaunch.cli.inspect import inspect
 from onelaunch.cli.prepare import prepare
+from onelaunch.cli.report import report
 from onelaunch.cli.train import train
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ for name, verb in (
     ("export", export),
     ("inspect", inspect),
     ("bench", bench),
+    ("report", report),
     ("doctor", doctor),
 ):
     app.command(name)(verb)

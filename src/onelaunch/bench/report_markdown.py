@@ -1,0 +1,108 @@
+"""A report as Markdown, to be kept beside the records: tables and plots are linked, not copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from onelaunch.bench.report import (
+    FINDING_HEADER,
+    PUBLISHED_HEADER,
+    READING,
+    ROW_HEADER,
+    STUDIES,
+    TITLE,
+    Part,
+    Report,
+    counted,
+    described,
+    figures,
+    finding_lines,
+    row_lines,
+    summary,
+    summary_lines,
+)
+from onelaunch.bench.tables import markdown
+
+MADE = "Made of the records by `make results`; to be made again, not to be edited."
+
+
+def document(report: Report, folder: Path) -> str:
+    """The whole text, with links from a file in `folder`."""
+    header, lines = summary_lines(report)
+    parts = [
+        f"# {TITLE}",
+        MADE,
+        *summary(report),
+        _table(header, lines),
+        *READING,
+        *(_experiment(name, of_it, folder) for name, of_it in report.experiments.items()),
+        _published(report),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _experiment(name: str, parts: Sequence[Part], folder: Path) -> str:
+    found = [f"## {_words(name)}"]
+    if told := described(name):
+        found.append(told)
+    if lines := finding_lines(parts):
+        found.append(_table(FINDING_HEADER, [cells for _, cells in lines], len(FINDING_HEADER)))
+    for part in parts:
+        found.append(f"{_links(part, folder)}: {part.origin or _words(part.device)}")
+        found += [f"- {_words(problem)}" for problem in part.problems]
+        if not part.table:
+            found.append(_table(ROW_HEADER, row_lines(part.record)))
+    return "\n\n".join(found)
+
+
+def _links(part: Part, folder: Path) -> str:
+    """The record, and what lies beside it."""
+    beside = [("record", part.path)]
+    beside += [
+        (name, path)
+        for name, path in (
+            ("table", part.path.with_suffix(".md")), ("plot", part.path.with_suffix(".png"))
+        )
+        if path.is_file()
+    ]  # fmt: skip
+    return ", ".join(
+        f"[{name}]({quote(Path(os.path.relpath(path, folder)).as_posix())})"
+        for name, path in beside
+    )
+
+
+def _published(report: Report) -> str:
+    found = ["## Every published row"]
+    for study, told in STUDIES.items():
+        lines = [
+            [
+                f"{row.table}: {row.row}",
+                figures(row) or "-",
+                row.answer or "-",
+                _answer(report, key),
+            ]
+            for key, row in report.published.items()
+            if row.study == study
+        ]
+        found += [f"### {told}", _table(PUBLISHED_HEADER, lines, len(PUBLISHED_HEADER))]
+    return "\n\n".join(found)
+
+
+def _answer(report: Report, key: str) -> str:
+    answers = report.answers(key)
+    if not answers:
+        return report.unanswered(key)
+    return "; ".join(f"{device}: {counted(counts)}" for device, counts in answers.items())
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Every cell in its column, whatever a record has in it."""
+    return markdown(header, [[_words(each) for each in cells] for cells in lines], left)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split()).replace("<", "&lt;").replace("\\|", "|").replace("|", "\\|")
