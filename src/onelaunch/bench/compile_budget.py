@@ -130,7 +130,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         slower, fewer = row["last_tenth"] / row["first_tenth"], row["n"] < published
         found.append(
             Finding(
-                (key,),
+                (key, "budget-252") if published == AGAIN else (key,),
                 f"{published} compilations in one process do not fail",
                 f"{published}, none failed",
                 f"{row['n']}, {row['failures'] or 'none'} failed",
