@@ -1,0 +1,148 @@
+"""accumulation: what more micro-steps an update save, and what they cost in learning.
+
+Training through ML Programs waits at every update until the new weights are compiled (staleness 0,
+as in the published study); PyTorch computes with the weights themselves and has nothing to wait
+for. Updates of every length take turns. A micro-step's milliseconds are without the wait, as the
+study's are; rates are with everything. On a GPU also what an update would have to make again for
+the kernels. Then validation losses after equally many tokens (accumulation_learning.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from onelaunch.bench.accumulation_learning import learning
+from onelaunch.bench.accumulation_views import draw, findings, table
+from onelaunch.bench.kernel_weights import renewals
+from onelaunch.bench.program_training import (
+    Driver,
+    Update,
+    check_device,
+    driver,
+    pytorch_driver,
+    why_no_programs,
+)
+from onelaunch.bench.record import Row
+from onelaunch.compilation.schedule import throughput
+
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
+
+UNIT = "ms"
+Counts = Mapping[int, int]
+"""How many updates are timed, by micro-steps an update; 0: computed from the others."""
+PROGRAMS: tuple[tuple[str, int, Counts], ...] = (
+    ("stories260k", 64, {1: 9, 10: 7, 50: 3, 100: 3, 500: 1}),
+    ("stories15m", 32, {1: 5, 10: 4, 50: 2, 100: 1, 500: 0}),
+)
+PYTORCH: tuple[tuple[str, int, Counts], ...] = (
+    ("stories260k", 64, {1: 40, 10: 10, 50: 5, 100: 5, 500: 2}),
+    ("stories15m", 32, {1: 20, 10: 6, 50: 2, 100: 2, 500: 1}),
+)
+QUICK_PROGRAMS = (("stories260k", 64, {1: 5, 10: 4, 50: 2}),)
+QUICK_PYTORCH = (("stories260k", 64, {1: 20, 10: 5, 50: 3, 100: 2}),)
+WARM_MICRO_STEPS = 5
+BASE = 10
+"""Micro-steps an update that speedups are over, as in the study."""
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case; yields rows."""
+    check_device("accumulation", device)
+    if reason := why_no_programs(device):
+        say(f"without ML Programs: {reason}")
+    else:
+        for model, sequence, counts in QUICK_PROGRAMS if quick else PROGRAMS:
+            with driver(model, sequence, staleness=0) as programs:
+                case = f"ML Programs {model} 1x{sequence}"
+                yield from _rates(case, programs, counts, say)
+    for model, sequence, counts in QUICK_PYTORCH if quick else PYTORCH:
+        training = pytorch_driver(model, sequence, device)
+        yield from _rates(f"PyTorch {model} 1x{sequence}", training, counts, say)
+        yield from renewals(model, sequence, training, say)
+    yield from learning(device, quick, say)
+
+
+def _rates(
+    case: str, training: Driver[Any], counts: Counts, say: Callable[[str], None]
+) -> Iterator[Row]:
+    training.update(WARM_MICRO_STEPS)
+    timed: dict[int, list[Update]] = {accum: [] for accum in counts}
+    for number in range(max(counts.values())):
+        for accum, count in counts.items():  # in turn, as the machine has better and worse times
+            if number < count:
+                timed[accum].append(training.update(accum))
+    rates = {
+        accum: statistics.median(u.micro_steps / u.seconds for u in updates)
+        for accum, updates in timed.items()
+        if updates
+    }
+    for accum, updates in timed.items():
+        if updates:
+            row = _measured(f"{case}, accum {accum}", accum, updates)
+        else:
+            row = _computed(f"{case}, accum {accum}", accum, timed)
+        row.notes |= {
+            "sequence": training.sequence,
+            "tokens_per_s": round(row.notes["micro_steps_per_s"] * training.sequence, 2),
+            "speedup": round(row.notes["micro_steps_per_s"] / rates[BASE], 4),
+            "threads": torch.get_num_threads(),
+        }
+        say(_told(row))
+        yield row
+
+
+def _measured(case: str, accum: int, updates: list[Update]) -> Row:
+    rates = Row.of(case, [u.micro_steps / u.seconds for u in updates])
+    return Row.of(
+        case,
+        [1e3 * (u.seconds - u.stall_seconds) / accum for u in updates],
+        notes={
+            "accum": accum,
+            "micro_steps_per_s": round(rates.ours, 4),
+            "rate_spread": [round(v, 4) for v in rates.spread or ()],
+            "updates_per_s": round(rates.ours / accum, 5),
+            "compile_seconds": round(statistics.median(u.stall_seconds for u in updates), 5),
+            "compile_share": round(
+                statistics.median(u.stall_seconds / u.seconds for u in updates), 5
+            ),
+            "optimizer_share": round(
+                statistics.median(u.optimizer_seconds / u.seconds for u in updates), 5
+            ),
+            "computed": False,
+        },
+    )
+
+
+def _computed(case: str, accum: int, timed: Mapping[int, list[Update]]) -> Row:
+    """By K / (K step + compile), the micro-step of the longest update that was timed."""
+    longest = max(k for k, updates in timed.items() if updates)
+    step = statistics.median((u.seconds - u.stall_seconds) / longest for u in timed[longest])
+    compiling = statistics.median(u.stall_seconds for each in timed.values() for u in each)
+    rate = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
+    return Row(
+        case,
+        1e3 * step,
+        n=0,
+        notes={
+            "accum": accum,
+            "micro_steps_per_s": round(rate, 4),
+            "updates_per_s": round(rate / accum, 5),
+            "compile_seconds": round(compiling, 5),
+            "compile_share": round(compiling * rate / accum, 5),
+            "optimizer_share": None,
+            "computed": True,
+        },
+    )
+
+
+def _told(row: Row) -> str:
+    notes = row.notes
+    return (
+        f"{row.case}: {row.ours:.2f} ms a micro-step, {notes['micro_steps_per_s']:.2f} a second, "
+        f"{notes['compile_share']:.1%} of it compiling"
+        + (" (computed, not timed)" if notes["computed"] else "")
+    )
