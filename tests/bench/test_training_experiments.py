@@ -1,0 +1,152 @@
+"""The experiments that time training, made small: rows, tables, findings, pictures, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from onelaunch.bench.record import write_record
+from onelaunch.checkpoints.atomic import read_json
+from onelaunch.errors import BadInput
+
+pytest.importorskip("coremltools")
+
+from onelaunch.bench import accumulation, accumulation_learning, program_training, step_breakdown
+from onelaunch.bench.published import PUBLISHED
+from onelaunch.engines.coreml import training
+from tests.engines.coreml.in_process import InProcess
+from tests.engines.suite import SMALL
+
+TINY = SMALL.with_(n_layers=2, vocab_size=512, max_seq_len=32)
+EXPERIMENTS = (accumulation, step_breakdown)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Models of a few thousand weights, compiled in this process."""
+    monkeypatch.setattr(program_training, "preset", lambda name: TINY)
+    monkeypatch.setattr(training, "Compiler", InProcess)
+
+
+class Told:
+    """What an experiment gave: rows by case, and its views of the record."""
+
+    def __init__(self, name, module, folder, device="cpu"):
+        self.lines = []
+        rows = list(module.run(device, True, self.lines.append))
+        self.record = read_json(write_record(name, module.UNIT, rows, folder, "here"))
+        self.rows = {row["case"]: row for row in self.record["rows"]}
+        assert len(self.rows) == len(rows), "two rows of one case"
+        self.text = module.table(self.record)
+        self.findings = module.findings(self.record)
+        self.keys = {key for each in self.findings for key in each.answers}
+        assert self.keys <= PUBLISHED.keys()
+        figure = module.draw(self.record)
+        for axes in figure.axes:
+            assert axes.get_xlabel(), "an axis without a name"
+
+    def verdicts(self, key):
+        return [each.verdict for each in self.findings if key in each.answers]
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS)
+def test_another_device_is_refused(module):
+    with pytest.raises(BadInput, match="cpu and cuda"):
+        next(iter(module.run("meta", True, print)))
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS)
+def test_an_empty_record_says_nothing(module):
+    record = {"device": "here", "rows": []}
+    assert module.findings(record) == []
+    assert module.draw(record) is None
+    assert module.table(record).startswith("# ")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    counts = {1: 2, 10: 2, 50: 1, 100: 0}
+    monkeypatch.setattr(accumulation, "QUICK_PROGRAMS", (("stories260k", 16, counts),))
+    monkeypatch.setattr(accumulation, "QUICK_PYTORCH", (("stories260k", 16, {10: 2, 50: 1}),))
+    monkeypatch.setattr(accumulation_learning, "QUICK_MICRO_STEPS", 20)
+    monkeypatch.setattr(accumulation_learning, "QUICK_ACCUMS", (10, 20))
+    monkeypatch.setattr(accumulation_learning, "EVAL_BATCHES", 1)
+
+
+def test_more_micro_steps_compile_less(small, few, tmp_path):
+    told = Told("accumulation", accumulation, tmp_path)
+    rows = [told.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
+    shares = [row["compile_share"] for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[-1] < shares[0] < 1
+    assert rows[1]["speedup"] == 1
+    assert [row["computed"] for row in rows] == [False, False, False, True]
+    assert rows[-1]["n"] == 0
+    assert rows[-1]["micro_steps_per_s"] > rows[1]["micro_steps_per_s"]
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(16 * row["micro_steps_per_s"], rel=1e-3)
+        assert row["updates_per_s"] * row["accum"] == pytest.approx(
+            row["micro_steps_per_s"], rel=0.02
+        )
+    assert told.rows["PyTorch stories260k 1x16, accum 10"]["compile_share"] == 0
+    assert {"accum-10", "accum-50", "accum-100", "accum-learning"} <= told.keys
+    assert "accum-500" not in told.keys
+    assert told.verdicts("accum-10")[1] == "refuted"  # PyTorch has nothing to compile
+    assert "## What they cost in learning" in told.text
+
+
+def test_learning_is_of_as_many_tokens(few, tmp_path):
+    lines = []
+    rows = list(accumulation_learning.learning("cpu", True, lines.append))
+    assert [row.notes["rule"] for row in rows] == ["any", "none", "linear"]
+    assert len({row.notes["tokens"] for row in rows}) == 1
+    base, none, linear = rows
+    assert base.n == len(accumulation_learning.QUICK_SEEDS)
+    assert none.notes["rate"] == base.notes["rate"] == linear.notes["rate"] / 2
+    assert all(0 < row.ours < math.log(512) + 1 for row in rows)
+
+
+def test_parts_add_up_to_the_micro_step(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(step_breakdown, "QUICK_CASES", (("stories260k", 16),))
+    monkeypatch.setattr(step_breakdown, "QUICK_UPDATES", 2)
+    monkeypatch.setattr(step_breakdown, "K", 2)
+    told = Told("step-breakdown", step_breakdown, tmp_path)
+    for case in ("ML Programs stories260k 1x16", "PyTorch stories260k 1x16"):
+        rows = {row["part"]: row for row in told.rows.values() if row.get("of") == case}
+        parts = [
+            row["share"] for name, row in rows.items() if name != "whole" and "beside" not in name
+        ]
+        assert sum(parts) == pytest.approx(1, abs=0.1)  # medians, each of another update
+        assert abs(rows["unexplained"]["share"]) < 0.1
+        assert {"data", "optimizer"} <= rows.keys()
+    programs = {row["part"] for row in told.rows.values() if row.get("of", "").startswith("ML")}
+    for direction in ("forward", "backward"):
+        for kind in ("products", "elementwise", "moves", "rounding", "interpreting"):
+            assert f"{direction}: {kind}" in programs
+        assert {f"{direction}: conversions", f"{direction}: classifier"} <= programs
+    depths = [row for row in told.rows.values() if "depth" in row]
+    assert [row["depth"] for row in depths] == ["stage", "half", "all layers"]
+    assert [row["programs"] for row in depths] == [20, 8, 2]
+    expected = {key for key in PUBLISHED if key.startswith("part-") and "110m" not in key}
+    assert expected | {"backward-mega"} == told.keys
+    assert "## By how much a program holds" in told.text
+
+
+def test_what_looks_at_the_parts_changes_nothing(small):
+    from onelaunch.bench.step_parts import program_parts
+
+    with program_training.driver("stories260k", 16, staleness=0) as watched:
+        watched.micro_step(1.0)
+        with program_parts(watched) as update:
+            update(2, True)
+        engine = watched.engine
+        assert not {"_forward", "_end", "_backward", "_products"} & engine.__dict__.keys()
+        weights = {n: p.detach().clone() for n, p in engine.parameters().items()}
+    with program_training.driver("stories260k", 16, staleness=0) as plain:
+        plain.micro_step(1.0)
+        for _ in range(2):
+            plain.micro_step(0.5)
+        plain.optimizer.step()
+        for name, parameter in plain.engine.parameters().items():
+            assert parameter.equal(weights[name]), name
