@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import time
 
 import pytest
 
@@ -12,21 +14,47 @@ from onelaunch.errors import BadInput
 
 pytest.importorskip("coremltools")
 
-from onelaunch.bench import accumulation, accumulation_learning, program_training, step_breakdown
+from onelaunch.bench import (
+    accumulation,
+    accumulation_learning,
+    program_training,
+    stack,
+    step_breakdown,
+)
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.engines.coreml import training
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
 
 TINY = SMALL.with_(n_layers=2, vocab_size=512, max_seq_len=32)
-EXPERIMENTS = (accumulation, step_breakdown)
+COMPILING = 0.05
+EXPERIMENTS = (accumulation, stack, step_breakdown)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The programs of each shape."""
+    return tmp_path_factory.mktemp("programs"), {}
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Models of a few thousand weights, compiled in this process."""
+def small(monkeypatch, made):
+    """Models of a few thousand weights, whose programs are compiled once; then that is a wait."""
+    place, folders = made
+
+    class Once(InProcess):
+        def compile(self, weights, folder):
+            if self.shape not in folders:
+                kept = place / str(len(folders))
+                kept.mkdir()
+                super().compile(weights, kept)
+                folders[self.shape] = kept
+            shutil.copytree(folders[self.shape], folder, dirs_exist_ok=True)
+            time.sleep(COMPILING)
+            return {"compilations": 2, "hits": 0}
+
     monkeypatch.setattr(program_training, "preset", lambda name: TINY)
-    monkeypatch.setattr(training, "Compiler", InProcess)
+    monkeypatch.setattr(training, "Compiler", Once)
 
 
 class Told:
@@ -150,3 +178,25 @@ def test_what_looks_at_the_parts_changes_nothing(small):
         plain.optimizer.step()
         for name, parameter in plain.engine.parameters().items():
             assert parameter.equal(weights[name]), name
+
+
+def test_each_optimization_is_over_the_first(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(stack, "QUICK_CASES", (("stories260k", 16, 2),))
+    monkeypatch.setattr(stack, "SHORT", 2)
+    monkeypatch.setattr(stack, "LONG", 8)
+    told = Told("stack", stack, tmp_path)
+    programs = {row["stage"]: row for row in told.rows.values() if row["of"].startswith("ML")}
+    assert list(programs) == list(stack.STAGES)
+    baseline, accumulated, _, asymptote = programs.values()
+    assert baseline["speedup"] == 1
+    assert baseline["ours"] < accumulated["ours"] < asymptote["ours"]
+    assert baseline["wait_share"] > accumulated["wait_share"] > 0.1
+    assert asymptote["wait_share"] < 0.01
+    for row in (baseline, accumulated):
+        assert row["model"] == pytest.approx(row["ours"], rel=0.5)
+    pytorch = [row["stage"] for row in told.rows.values() if row["of"].startswith("PyTorch")]
+    assert pytorch == ["stack-baseline", "stack-accumulation", "stack-asymptote"]
+    assert told.keys == set(stack.STAGES)
+    assert told.verdicts("stack-baseline") == ["not applicable"] * 2
+    assert len(told.verdicts("stack-background")) == 2
+    assert "and compiling in the background" in told.text

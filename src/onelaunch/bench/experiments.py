@@ -9,6 +9,7 @@ EXPERIMENTS = {
     "coreml": "what making ML Programs of a model takes, and how exact they are",
     "accumulation": "what more micro-steps an update save, and what they cost in learning",
     "step-breakdown": "where a micro-step's time goes, forward and backward, part by part",
+    "stack": "accumulation, background compilation and no overhead at all, one after the other",
     "recompile": "how many micro-steps hide the compilation of an update, and what fewer wait",
     "compile-budget": "whether a process can only compile so many times, or so many layers",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
