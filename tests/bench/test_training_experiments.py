@@ -17,6 +17,8 @@ pytest.importorskip("coremltools")
 from onelaunch.bench import (
     accumulation,
     accumulation_learning,
+    overlap,
+    overlap_background,
     program_training,
     stack,
     step_breakdown,
@@ -28,7 +30,7 @@ from tests.engines.suite import SMALL
 
 TINY = SMALL.with_(n_layers=2, vocab_size=512, max_seq_len=32)
 COMPILING = 0.05
-EXPERIMENTS = (accumulation, stack, step_breakdown)
+EXPERIMENTS = (accumulation, overlap, stack, step_breakdown)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,7 @@ def test_what_looks_at_the_parts_changes_nothing(small):
 def test_each_optimization_is_over_the_first(small, monkeypatch, tmp_path):
     monkeypatch.setattr(stack, "QUICK_CASES", (("stories260k", 16, 2),))
     monkeypatch.setattr(stack, "SHORT", 2)
-    monkeypatch.setattr(stack, "LONG", 8)
+    monkeypatch.setattr(stack, "QUICK_LONG", 8)
     told = Told("stack", stack, tmp_path)
     programs = {row["stage"]: row for row in told.rows.values() if row["of"].startswith("ML")}
     assert list(programs) == list(stack.STAGES)
@@ -200,3 +202,37 @@ def test_each_optimization_is_over_the_first(small, monkeypatch, tmp_path):
     assert told.verdicts("stack-baseline") == ["not applicable"] * 2
     assert len(told.verdicts("stack-background")) == 2
     assert "and compiling in the background" in told.text
+
+
+def test_a_forward_is_timed_beside_compilations(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(overlap, "preset", lambda name: TINY)
+    monkeypatch.setattr(overlap_background, "Compiler", training.Compiler)
+    monkeypatch.setattr(overlap, "QUICK_CASES", (("stories260k", 16),))
+    monkeypatch.setattr(overlap, "QUICK_ROUNDS", 2)
+    monkeypatch.setattr(overlap, "ALONE_SECONDS", 0.05)
+    told = Told("overlap", overlap, tmp_path)
+    alone, beside = told.rows.values()
+    assert beside["case"] == "ML Program stories260k 1x16, beside 8 compilations"
+    for row in (alone, beside):
+        assert row["n"] >= 2
+        assert 0 < row["median"] <= row["most"]
+        assert 0 < row["ours"] <= row["most"]
+    assert beside["slowdown"] > 0
+    assert beside["compile_alone"] >= COMPILING / 2  # two compilations an answer
+    assert told.keys == {"overlap-alone", "overlap-beside"}
+    beside["slowdown"] = overlap.LITTLE + 0.01
+    assert overlap.findings(told.record)[1].verdict == "refuted"
+    beside["slowdown"] = overlap.LITTLE
+    assert overlap.findings(told.record)[1].verdict == "confirmed"
+    assert "study: beside 20 compilations" in told.text
+
+
+def test_a_compiler_that_fails_beside_a_forward_is_told():
+    class Fails:
+        each = 2
+
+        def compile(self):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        overlap._beside(lambda: None, Fails(), [])

@@ -12,7 +12,7 @@ from onelaunch.training.evaluate import evaluate
 from onelaunch.training.recipe import Recipe
 
 MODEL, BATCH, SEQUENCE = "stories260k", 4, 64
-MICRO_STEPS, QUICK_MICRO_STEPS = 1000, 200
+MICRO_STEPS, QUICK_MICRO_STEPS = 1000, 100
 ACCUMS, QUICK_ACCUMS = (1, 10, 50, 100), (1, 10, 50)
 RULES, QUICK_RULES = ("none", "sqrt", "linear"), ("none", "linear")
 BASE_ACCUM = 10

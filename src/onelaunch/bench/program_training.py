@@ -85,7 +85,7 @@ def driver(
 ) -> Iterator[Driver[CoreMLTrainer]]:
     """Through ML Programs, of a preset with random weights."""
     config = preset(name)
-    engine = CoreMLTrainer(config, _random_weights(config), store=store, **options)
+    engine = CoreMLTrainer(config, random_weights(config), store=store, **options)
     try:
         yield Driver(engine, config, sequence)
     finally:
@@ -95,11 +95,12 @@ def driver(
 def pytorch_driver(name: str, sequence: int, device: str) -> Driver[ReferenceEngine]:
     """With PyTorch on a device, as the trainer does it, of a preset with random weights."""
     config = preset(name)
-    engine = ReferenceEngine(config, _random_weights(config), device, train=True, norm="auto")
+    engine = ReferenceEngine(config, random_weights(config), device, train=True, norm="auto")
     return Driver(engine, config, sequence)
 
 
-def _random_weights(config: ModelConfig) -> dict[str, Tensor]:
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """The same ones each time."""
     return {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
 
 

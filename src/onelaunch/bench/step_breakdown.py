@@ -42,8 +42,8 @@ CASES = (("stories260k", 64), ("stories15m", 32))
 QUICK_CASES = CASES[:1]
 DEPTHS = ("stage", "half", "")
 """The last, all layers in a program, is the one told part by part."""
-UPDATES, QUICK_UPDATES = 15, 5
-K = 10
+UPDATES, QUICK_UPDATES = 9, 3
+K = 5
 """Micro-steps an update, of which one optimizer step is shared."""
 
 
@@ -61,7 +61,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         with pytorch_parts(training) as update:
             for _ in range(2):
                 update(K)
-            samples = [update(K) for _ in range(2 * updates)]
+            samples = [update(K) for _ in range(10 * updates)]
         yield from _rows(f"PyTorch {model} 1x{sequence}", samples, {}, say)
 
 
