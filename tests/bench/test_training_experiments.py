@@ -10,7 +10,7 @@ import pytest
 
 from onelaunch.bench.record import write_record
 from onelaunch.checkpoints.atomic import read_json
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 
 pytest.importorskip("coremltools")
 
@@ -22,6 +22,8 @@ from onelaunch.bench import (
     program_training,
     stack,
     step_breakdown,
+    warm_up,
+    warm_up_child,
 )
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.engines.coreml import training
@@ -30,7 +32,7 @@ from tests.engines.suite import SMALL
 
 TINY = SMALL.with_(n_layers=2, vocab_size=512, max_seq_len=32)
 COMPILING = 0.05
-EXPERIMENTS = (accumulation, overlap, stack, step_breakdown)
+EXPERIMENTS = (accumulation, overlap, stack, step_breakdown, warm_up)
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +238,42 @@ def test_a_compiler_that_fails_beside_a_forward_is_told():
 
     with pytest.raises(ValueError, match="no"):
         overlap._beside(lambda: None, Fails(), [])
+
+
+def test_the_first_micro_steps_are_told(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(warm_up, "_child", lambda *words: warm_up_child.main(*map(str, words)))
+    monkeypatch.setattr(warm_up, "QUICK_PYTORCH", (("stories260k", 16, 140, 2),))
+    monkeypatch.setattr(warm_up, "QUICK_PROGRAMS", (("stories260k", 16, 32, 1),))
+    monkeypatch.setattr(warm_up, "QUICK_AFTER", 4)
+    told = Told("warm-up", warm_up, tmp_path)
+    for mark in ("micro-step 1", "micro-step 30", "from 136 on"):
+        assert told.rows[f"PyTorch stories260k 1x16, {mark}"]["ours"] > 0
+    programs = told.rows["ML Programs stories260k 1x16, from 25 on"]
+    assert (programs["steps"], programs["n"], len(programs["by_step"])) == (32, 8, 32)
+    fresh = told.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
+    assert (fresh["steps"], fresh["processes"]) == (4, 2)
+    # the wait for a compilation is no part of a micro-step
+    assert fresh["by_step"][0] < 1e3 * COMPILING + fresh["by_step"][-1]
+    assert told.keys == {"warm-1", "warm-30", "warm-136"}
+    assert told.verdicts("warm-136")[1:] == ["not applicable"] * 2  # too few micro-steps
+    assert "study: from 136 on" in told.text
+
+
+@pytest.mark.parametrize(
+    ("times", "number"),
+    [
+        ([1.0] * 40, 1),
+        ([1.5] + [1.0] * 39, 2),
+        ([1.5] * 10 + [1.0] * 30, 11),
+        ([1.0] * 20 + [9.0] + [1.0] * 19, 1),  # one interruption is none
+        ([1.0 + 0.1 * (i < 35) for i in range(40)], None),
+        ([2.0 - i / 40 for i in range(40)], None),
+    ],
+)
+def test_steady_is_from_where_nothing_changes(times, number):
+    assert warm_up.steady_from(times, warm_up.WITHIN) == number
+
+
+def test_a_process_that_cannot_train_says_why():
+    with pytest.raises(RunFailed, match="a process that trains ended with 1"):
+        warm_up._child("PyTorch", "cpu", "nothing", 16, 1, 0, 0)

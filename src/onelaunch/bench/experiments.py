@@ -8,6 +8,7 @@ EXPERIMENTS = {
     "forward": "a whole text's logits on a GPU, by launches, beside PyTorch",
     "coreml": "what making ML Programs of a model takes, and how exact they are",
     "accumulation": "what more micro-steps an update save, and what they cost in learning",
+    "warm-up": "what the first micro-steps take, and from which on they take no less",
     "overlap": "what a forward takes while something is compiled beside it",
     "step-breakdown": "where a micro-step's time goes, forward and backward, part by part",
     "stack": "accumulation, background compilation and no overhead at all, one after the other",
