@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 
 import pytest
+import torch
 
 from onelaunch.bench.record import write_record
 from onelaunch.checkpoints.atomic import read_json
@@ -277,3 +279,33 @@ def test_steady_is_from_where_nothing_changes(times, number):
 def test_a_process_that_cannot_train_says_why():
     with pytest.raises(RunFailed, match="a process that trains ended with 1"):
         warm_up._child("PyTorch", "cpu", "nothing", 16, 1, 0, 0)
+
+
+def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
+    from onelaunch.engines.cuda import compilers, staged
+    from onelaunch.engines.cuda.blocking import Limits
+
+    jobs = []
+
+    class Compilers:
+        def __init__(self, subject, count):
+            self.store = os.environ["TRITON_CACHE_DIR"]
+
+        def compile(self, given, deadline):
+            jobs.extend(given)
+            return [None if len(jobs) % 2 else "it does not fit"]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(compilers, "Compilers", Compilers)
+    monkeypatch.setattr(staged, "limits_of", lambda device: Limits())
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    kernels = overlap_background.KernelCompilations(TINY, 16, torch.device("cuda", 0))
+    needed = 1 + overlap.COMPILATIONS * (overlap.ROUNDS + overlap.ALONE_ROUNDS)
+    for _ in range(needed):
+        kernels.compile()
+    kernels.close()
+    assert len({str(job) for job in jobs}) == needed
+    assert kernels.refused == needed // 2
+    assert os.environ["TRITON_CACHE_DIR"] == "before"

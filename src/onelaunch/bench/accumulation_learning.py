@@ -19,6 +19,7 @@ BASE_ACCUM = 10
 """At which all rules are the same rate, and where seeds say how much chance does."""
 SEEDS, QUICK_SEEDS = (1, 2, 3), (1, 2)
 RATE = 3e-3
+"""At BASE_ACCUM; below quickstart's 8e-3, so that ten times as much is still a rate to try."""
 WARMUP_SHARE = 0.05
 EVAL_BATCH, EVAL_BATCHES = 64, 4
 

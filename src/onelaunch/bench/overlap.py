@@ -176,6 +176,7 @@ def _case(
             row.notes |= {
                 "compilations": count,
                 "compiled": background.name,
+                "refused": background.refused,
                 "slowdown": round(statistics.median(slower), 4),
                 "slowdown_spread": [round(v, 4) for v in percentiles(slower)],
                 "compile_alone": round(statistics.median(compiled["alone"]), 4),

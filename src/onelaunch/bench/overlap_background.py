@@ -28,6 +28,7 @@ class ProgramCompilations:
 
     name = "ML Programs"
     each = 2
+    refused = 0
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], sequence: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -59,29 +60,25 @@ class KernelCompilations:
         from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
         from onelaunch.engines.cuda.staged import limits_of
 
+        self.refused = 0
         self._before = os.environ.get(TRITON_STORE)
         self._folder = tempfile.TemporaryDirectory()
         os.environ[TRITON_STORE] = self._folder.name
         blockings = default(config, sequence, 2, limits_of(device))
         tiles = [
             replace(blockings["gate_up"], inner=inner, loads=loads, warps=warps)
-            for inner, loads, warps in product((32, 64), (2, 3, 4), (2, 4, 8))
+            for inner, loads, warps in product((32, 64, 128), (2, 3, 4, 5), (2, 4, 8))
         ]
         self._jobs = [Job(sequence, STAGED, {**blockings, "gate_up": t}, "gate_up") for t in tiles]
-        self._next = 0
         self._compilers = Compilers(Subject(config, "bfloat16", device.index or 0), 1)
 
     def compile(self) -> None:
-        """The next one, waited for; one that does not fit this GPU is compiled all the same."""
-        if self._next == len(self._jobs):
-            shutil.rmtree(self._folder.name)  # else all would be found there
-            self._next = 0
+        """The next one, waited for; one that does not fit this GPU is counted in `refused`."""
+        if not self._jobs:
+            raise RunFailed("every tiling was compiled: another would be found, not compiled")
         deadline = time.monotonic() + PATIENCE_SECONDS
-        job = self._jobs[self._next]
-        self._next += 1
-        (answer,) = self._compilers.compile([job], deadline)
-        if answer is not None and time.monotonic() >= deadline:
-            raise RunFailed(f"a kernel was not compiled: {answer}")
+        (answer,) = self._compilers.compile([self._jobs.pop()], deadline)
+        self.refused += answer is not None
 
     def close(self) -> None:
         """End the child; the store of kernels is again the one that was."""
