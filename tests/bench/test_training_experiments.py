@@ -103,6 +103,7 @@ def few(monkeypatch):
     counts = {1: 2, 10: 2, 50: 1, 100: 0}
     monkeypatch.setattr(accumulation, "QUICK_PROGRAMS", (("stories260k", 16, counts),))
     monkeypatch.setattr(accumulation, "QUICK_PYTORCH", (("stories260k", 16, {10: 2, 50: 1}),))
+    monkeypatch.setattr(accumulation, "PYTORCH_SAMPLE", 30)
     monkeypatch.setattr(accumulation_learning, "QUICK_MICRO_STEPS", 20)
     monkeypatch.setattr(accumulation_learning, "QUICK_ACCUMS", (10, 20))
     monkeypatch.setattr(accumulation_learning, "EVAL_BATCHES", 1)
@@ -116,7 +117,8 @@ def test_more_micro_steps_compile_less(small, few, tmp_path):
     assert 0 < shares[-1] < shares[0] < 1
     assert rows[1]["speedup"] == 1
     assert [row["computed"] for row in rows] == [False, False, False, True]
-    assert rows[-1]["n"] == 0
+    assert [row["updates_timed"] for row in rows] == [2, 2, 1, 0]
+    assert told.rows["PyTorch stories260k 1x16, accum 10"]["updates_timed"] == 2 * 3
     assert rows[-1]["micro_steps_per_s"] > rows[1]["micro_steps_per_s"]
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(16 * row["micro_steps_per_s"], rel=1e-3)
@@ -205,7 +207,11 @@ def test_each_optimization_is_over_the_first(small, monkeypatch, tmp_path):
     assert told.keys == set(stack.STAGES)
     assert told.verdicts("stack-baseline") == ["not applicable"] * 2
     assert len(told.verdicts("stack-background")) == 2
-    assert "and compiling in the background" in told.text
+    assert "| ML Programs stories260k 1x16: 8 micro-steps an update, compiled in the " in told.text
+    assert told.verdicts("stack-accumulation") == ["not applicable"] * 2  # fewer than the study's
+    for row in told.rows.values():
+        row["k"], row["speedup"] = stack.LONG, 100.0
+    assert {each.verdict for each in stack.findings(told.record)[1:2]} == {"confirmed"}
 
 
 def test_a_forward_is_timed_beside_compilations(small, monkeypatch, tmp_path):

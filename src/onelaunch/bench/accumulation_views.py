@@ -106,7 +106,7 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             ("accum-learning",),
             f"with {accum} micro-steps an update the learning rate is to grow in proportion",
-            "not measured",
+            "advised, not measured",
             f"loss by rule: {told}; {base['accum']} micro-steps: {base['ours']:.3f} nats",
             "confirmed" if gain > noise else "refuted",
             f"the linear rule {'wins' if gain > 0 else 'loses'} {abs(gain):.3f} nats; best is "
@@ -179,10 +179,10 @@ def _line(row: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
     share = row["optimizer_share"]
     return [
-        row["case"], digits(row["ours"]), _spread(row), str(row["n"]),
+        row["case"], digits(row["ours"]), _spread(row), str(row["updates_timed"]),
         digits(row["micro_steps_per_s"]), f"{row['updates_per_s']:.3f}",
         digits(row["tokens_per_s"]), f"{row['compile_share']:.1%}",
-        "-" if share is None else f"{share:.1%}", f"{row['speedup']:.2f}", *theirs,
+        "-" if share is None else f"{share:.2%}", f"{row['speedup']:.2f}", *theirs,
     ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from onelaunch.bench.step_breakdown_views import draw, findings, table
 from onelaunch.bench.step_parts import (
     BESIDE,
     EVALUATING,
+    WAITING,
     WHOLE,
     Seconds,
     program_parts,
@@ -106,6 +107,7 @@ def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None
                 "programs": counts[depth],
                 "forward_programs": round(evaluating["forward"], 4),
                 "backward_programs": round(evaluating["backward"], 4),
+                **_products(looked[depth]),
             },
         )
         say(
@@ -113,6 +115,14 @@ def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None
             f"{evaluating['forward']:.2f} ms, backward {evaluating['backward']:.2f} ms"
         )
         yield row
+
+
+def _products(samples: Sequence[Seconds]) -> dict[str, float]:
+    """Milliseconds of the weights' gradients, and of the wait for them."""
+    return {
+        note: round(statistics.median(1e3 * each.get(part, 0.0) for each in samples), 4)
+        for note, part in (("products", BESIDE), ("product_wait", WAITING))
+    }
 
 
 def _rows(

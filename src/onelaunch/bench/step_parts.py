@@ -28,6 +28,7 @@ from onelaunch.training.clock import StepClock
 
 WHOLE, UNEXPLAINED = "whole", "unexplained"
 DATA, OPTIMIZER = "data", "optimizer"
+WAITING = "backward: waiting for products"
 BESIDE = "beside: weights' gradients"
 """What another thread computes meanwhile: no part of the sum."""
 PRODUCTS = frozenset(("conv", "matmul", "einsum"))
@@ -147,7 +148,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
             ("_forward", "forward: rows and taps"),
             ("_end", "forward: norm and loss"),
             ("_backward", "backward: copies and sums"),
-            ("_awaited", "backward: waiting for products"),
+            ("_awaited", WAITING),
             ("_add", "backward: copies and sums"),
             ("_add_embedding", "backward: copies and sums"),
         ):
