@@ -153,7 +153,7 @@ def test_parts_add_up_to_the_micro_step(small, monkeypatch, tmp_path):
         parts = [
             row["share"] for name, row in rows.items() if name != "whole" and "beside" not in name
         ]
-        assert sum(parts) == pytest.approx(1, abs=0.1)  # medians, each of another update
+        assert sum(parts) == pytest.approx(1, abs=1e-3)
         assert abs(rows["unexplained"]["share"]) < 0.1
         assert {"data", "optimizer"} <= rows.keys()
     programs = {row["part"] for row in told.rows.values() if row.get("of", "").startswith("ML")}

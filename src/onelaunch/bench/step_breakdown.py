@@ -128,25 +128,26 @@ def _products(samples: Sequence[Seconds]) -> dict[str, float]:
 def _rows(
     case: str, samples: Sequence[Seconds], notes: dict[str, Any], say: Callable[[str], None]
 ) -> Iterator[Row]:
-    """A row for every part, and of the whole."""
+    """A row for every part, and of the whole. Shares are of all samples' time, so that they add
+    up."""
     parts = sorted({name for each in samples for name in each} - {WHOLE, BESIDE})
-    for part in [WHOLE, *parts, *([BESIDE] if BESIDE in samples[0] else [])]:
+    whole = sum(each[WHOLE] for each in samples)
+    shares = {
+        part: sum(each.get(part, 0.0) for each in samples) / whole
+        for part in [WHOLE, *parts, *([BESIDE] if BESIDE in samples[0] else [])]
+    }
+    for part, share in shares.items():
         yield Row.of(
             f"{case}: {part}",
             [1e3 * each.get(part, 0.0) for each in samples],
             notes={
                 "of": case,
                 "part": part,
-                "share": round(
-                    statistics.median(each.get(part, 0.0) / each[WHOLE] for each in samples), 5
-                ),
+                "share": round(share, 5),
                 "micro_steps": K,
                 "threads": torch.get_num_threads(),
                 **(notes if part == WHOLE else {}),
             },
         )
-    told = ", ".join(
-        f"{part} {statistics.median(each.get(part, 0.0) / each[WHOLE] for each in samples):.1%}"
-        for part in parts
-    )
+    told = ", ".join(f"{part} {shares[part]:.1%}" for part in parts)
     say(f"{case}: {1e3 * statistics.median(each[WHOLE] for each in samples):.2f} ms; {told}")

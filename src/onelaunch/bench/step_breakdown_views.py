@@ -119,7 +119,7 @@ def _sum(case: str, rows: Shares) -> Finding:
         f"{case}: the parts add up to the micro-step",
         f"{THEIR_WHOLE:g} ms; the estimates leave {lost:.1f} ms of the backward "
         f"({lost / THEIR_WHOLE:.0%} of the micro-step) to nobody",
-        f"{rows[WHOLE]['ours']:.2f} ms, {left:.1%} of it to no part",
+        f"{rows[WHOLE]['ours']:.2f} ms, {left:.2%} of it to no part",
         "confirmed" if abs(left) < ADDS_UP else "refuted",
         f"within {ADDS_UP:.0%} is confirmed",
     )
@@ -272,7 +272,7 @@ def draw(record: dict[str, Any]) -> Figure | None:
     found = cases(record)
     if not found:
         return None
-    figure = plots.new_figure(10, 1.6 + 0.9 * len(found))
+    figure = plots.new_figure(10, 2.4 + 0.7 * len(found))
     axes = figure.subplots()
     names = dict.fromkeys(
         part for rows in found.values() for part, _ in _ordered(rows) if part not in (WHOLE, BESIDE)
@@ -290,6 +290,6 @@ def draw(record: dict[str, Any]) -> Figure | None:
         for case, share in zip(found, shares, strict=True):
             left[case] += share
     axes.set_xlabel("share of a micro-step, %")
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.3))
+    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
     axes.set_title(f"A micro-step by parts, {record['device']}", fontsize=10)
     return figure
