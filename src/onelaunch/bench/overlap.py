@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 64))
 QUICK_CASES = CASES[:1]
-ROUNDS, QUICK_ROUNDS = 5, 3
+ROUNDS, QUICK_ROUNDS = 5, 2
 COMPILATIONS = 4
 """A round: 20 in all, as in the study."""
 ALONE_SECONDS = 2.0
@@ -76,7 +76,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
                 calls["CUDA engine"] = _cuda(config, sequence, place)
             else:
                 calls["ML Program"] = opened.enter_context(_program(config, sequence))
-                if not quick:
+                if not quick and model == CASES[0][0]:
                     calls["PyTorch"] = _pytorch(config, sequence)
             for name, call in calls.items():
                 case = f"{name} {model} 1x{sequence}"

@@ -43,7 +43,7 @@ CASES = (("stories260k", 64), ("stories15m", 32))
 QUICK_CASES = CASES[:1]
 DEPTHS = ("stage", "half", "")
 """The last, all layers in a program, is the one told part by part."""
-UPDATES, QUICK_UPDATES = 9, 3
+UPDATES, QUICK_UPDATES = 9, 2
 K = 5
 """Micro-steps an update, of which one optimizer step is shared."""
 
