@@ -1,4 +1,5 @@
-"""Training through ML Programs, driven update by update, for the experiments that time it."""
+"""Training driven update by update, through ML Programs or PyTorch, for the experiments that time
+it."""
 
 from __future__ import annotations
 
@@ -6,19 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig, preset
+from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput, MissingExtra
 from onelaunch.model import Model
 from onelaunch.training.data import open_data
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import make_optimizer
 
 SEED = 1
+Engine = TypeVar("Engine", bound=ReferenceEngine)
 
 
 @dataclass(frozen=True)
@@ -31,44 +37,88 @@ class Update:
     optimizer_seconds: float
 
 
-class Driver:
+class Driver(Generic[Engine]):
     """Updates of a trainer on the built-in stories, one text of `sequence` tokens at a time."""
 
-    def __init__(self, engine: CoreMLTrainer, config: ModelConfig, sequence: int) -> None:
+    def __init__(self, engine: Engine, config: ModelConfig, sequence: int) -> None:
         self.engine = engine
-        self._optimizer = make_optimizer(engine.parameters(), Recipe())
+        self.sequence = sequence
+        self.optimizer = make_optimizer(engine.parameters(), Recipe())
         self._sampler = open_data("stories", SEED).train(sequence, SEED)
 
-    def update(self, k: int) -> Update:
-        """One of k micro-steps."""
+    def texts(self) -> tuple[Tensor, Tensor]:
+        """The next micro-step's tokens and targets."""
+        tokens, targets = self._sampler.next(1)
+        return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def micro_step(self, scale: float) -> None:
+        """Forward and backward of the next text."""
+        self.engine.loss_and_gradients(*self.texts(), scale)
+
+    def update(self, k: int, renew: bool = True) -> Update:
+        """One of k micro-steps. Without `renew` the programs are kept, as if weights that change
+        asked for no new ones: what is computed is then of old weights, and takes as long."""
         self.engine.telemetry()
         start = time.perf_counter()
         for _ in range(k):
-            tokens, targets = self._sampler.next(1)
-            self.engine.loss_and_gradients(
-                torch.from_numpy(tokens), torch.from_numpy(targets), 1 / k
-            )
+            self.micro_step(1 / k)
+        self.wait()
         stepping = time.perf_counter()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.engine.updated()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if renew:
+            self.engine.updated()
+        self.wait()
         end = time.perf_counter()
         told = self.engine.telemetry()
-        return Update(k, end - start, told["stall_seconds"], end - stepping)
+        return Update(k, end - start, told.get("stall_seconds", 0.0), end - stepping)
+
+    def wait(self) -> None:
+        """For the device; nothing on a CPU."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
 
 
 @contextmanager
 def driver(
     name: str, sequence: int, store: Store | None = None, **options: Any
-) -> Iterator[Driver]:
-    """Of a preset with random weights."""
+) -> Iterator[Driver[CoreMLTrainer]]:
+    """Through ML Programs, of a preset with random weights."""
     config = preset(name)
-    weights = {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
-    engine = CoreMLTrainer(config, weights, store=store, **options)
+    engine = CoreMLTrainer(config, random_weights(config), store=store, **options)
     try:
         yield Driver(engine, config, sequence)
     finally:
         engine.close()
+
+
+def pytorch_driver(name: str, sequence: int, device: str) -> Driver[ReferenceEngine]:
+    """With PyTorch on a device, as the trainer does it, of a preset with random weights."""
+    config = preset(name)
+    engine = ReferenceEngine(config, random_weights(config), device, train=True, norm="auto")
+    return Driver(engine, config, sequence)
+
+
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """The same ones each time."""
+    return {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
+
+
+def why_no_programs(device: str) -> str | None:
+    """Why training through ML Programs is not timed here; None where it is."""
+    if torch.device(device).type != "cpu":
+        return f"--device {device}: ML Programs are made and evaluated on the CPU"
+    try:
+        coremltools("bench")
+    except MissingExtra as error:
+        return str(error)
+    return None
+
+
+def check_device(experiment: str, device: str) -> None:
+    """Raise BadInput for a device that training is not timed on."""
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise BadInput(f"{experiment}: --device {device}: it is timed on cpu and cuda")
 
 
 def told_by(say: Callable[[str], None], case: str, updates: list[Update]) -> None:

@@ -24,6 +24,7 @@ from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
 from onelaunch.compilation.schedule import micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.errors import BadInput
 
 UNIT = "s"
@@ -62,7 +63,11 @@ def _published(what: str, compiling: float, step: float, given: int | None) -> R
 
 
 def _case(
-    case: str, training: Driver, first_k: int, quick: bool, say: Callable[[str], None]
+    case: str,
+    training: Driver[CoreMLTrainer],
+    first_k: int,
+    quick: bool,
+    say: Callable[[str], None],
 ) -> Iterator[Row]:
     for number in range(FIRST_UPDATES):
         training.update(first_k)

@@ -148,7 +148,7 @@ class CoreMLTrainer(ReferenceEngine):
         for _ in range(TRIES):
             d_embedding, products = self._backward(loaded, known, d_x * factor)
             found = self._awaited(products)
-            if all(bool(g.isfinite().all()) for g in (*found.values(), d_embedding)):
+            if _all_finite(*found.values(), d_embedding):
                 break
             factor *= LOWER  # somewhere inside it went beyond float16
         self._add(host, scale)
@@ -390,6 +390,10 @@ class CoreMLTrainer(ReferenceEngine):
             table.grad = torch.zeros_like(table)
         rows = d_x[:, :, 0].transpose(1, 2).flatten(0, 1).float()
         table.grad.index_add_(0, tokens_BS.flatten().long(), rows, alpha=scale)
+
+
+def _all_finite(*gradients: Tensor) -> bool:
+    return all(bool(g.isfinite().all()) for g in gradients)
 
 
 def _loss_scale(d_x: Tensor) -> float:

@@ -1,0 +1,224 @@
+"""What a record of accumulation says: the table, the picture, and the study's statements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from onelaunch.bench.findings import Finding
+from onelaunch.bench.published import PUBLISHED
+from onelaunch.bench.tables import figure as digits
+from onelaunch.bench.tables import markdown, provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
+AS_MUCH = 0.8
+"""Of a published speedup: as much of it is the same statement. It depends on how many micro-steps
+a compilation lasts, which is another number here; far less says that it is no such win here."""
+MOSTLY = 0.5
+"""Of the time: an update of 10 that compiles for longer than this mostly compiles."""
+LEAST_NATS = 0.02
+"""A difference of losses below this, or below what seeds alone make, is none."""
+Rows = list[dict[str, Any]]
+
+
+def series(record: dict[str, Any]) -> dict[str, Rows]:
+    """The rows of rates, by what trained, shortest updates first."""
+    found: dict[str, Rows] = {}
+    for row in record["rows"]:
+        if "micro_steps_per_s" in row:
+            found.setdefault(row["case"].rsplit(", ", 1)[0], []).append(row)
+    return {name: sorted(rows, key=lambda row: row["accum"]) for name, rows in found.items()}
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """By what trained, each published number of micro-steps; then what they cost in learning."""
+    found = []
+    for name, rows in series(record).items():
+        by_accum = {row["accum"]: row for row in rows}
+        for key in KEYS:
+            row, base = by_accum.get(int(PUBLISHED[key].row)), by_accum.get(10)
+            if row is None or base is None:
+                continue
+            if key == "accum-10":
+                found.append(_baseline(name, row))
+            else:
+                found.append(_speedup(key, name, row, base))
+    return found + list(_learning(record))
+
+
+def _baseline(name: str, row: dict[str, Any]) -> Finding:
+    theirs = PUBLISHED["accum-10"].values
+    share, published = row["compile_share"], float(theirs["compiling, %"]) / 100
+    return Finding(
+        ("accum-10",),
+        f"{name}: with 10 micro-steps an update most of the time is compiling",
+        f"{published:.1%} compiling; {theirs['ms/micro-step']} ms a micro-step, "
+        f"{theirs['micro-steps/s']} a second",
+        f"{share:.1%} compiling; {row['ours']:.1f} ms a micro-step, "
+        f"{row['micro_steps_per_s']:.2f} a second",
+        "confirmed" if share > MOSTLY else "refuted",
+        _compilation(row),
+        share / published,
+    )
+
+
+def _speedup(key: str, name: str, row: dict[str, Any], base: dict[str, Any]) -> Finding:
+    theirs = PUBLISHED[key].values
+    published = float(theirs["speedup"])
+    ratio = row["speedup"] / published
+    return Finding(
+        (key,),
+        f"{name}: {row['accum']} micro-steps an update are {published:g} times as fast as 10",
+        f"{published:g} times, {theirs['compiling, %']:g}% compiling",
+        f"{row['speedup']:.2f} times, {row['compile_share']:.1%} compiling"
+        + ("; computed, not timed" if row["computed"] else ""),
+        "confirmed" if ratio >= AS_MUCH else "refuted",
+        _compilation(base),
+        ratio,
+    )
+
+
+def _compilation(row: dict[str, Any]) -> str:
+    """How many micro-steps a compilation lasts, which all speedups follow from."""
+    if not row["compile_seconds"]:
+        return "the weights are arguments here: an update has nothing to compile"
+    steps = 1e3 * row["compile_seconds"] / row["ours"]
+    return f"a compilation lasts as long as {steps:.0f} micro-steps here"
+
+
+def _learning(record: dict[str, Any]) -> Iterator[Finding]:
+    rows = [row for row in record["rows"] if "rule" in row]
+    base = next((row for row in rows if row["rule"] == "any"), None)
+    if base is None:
+        return
+    noise = max(LEAST_NATS, base["range"])
+    above = sorted({row["accum"] for row in rows if row["accum"] > base["accum"]})
+    for accum in above:
+        by_rule = {row["rule"]: row["ours"] for row in rows if row["accum"] == accum}
+        if not {"none", "linear"} <= by_rule.keys():
+            continue
+        gain = by_rule["none"] - by_rule["linear"]
+        best = min(by_rule, key=lambda rule: by_rule[rule])
+        told = ", ".join(f"{rule} {loss:.3f}" for rule, loss in by_rule.items())
+        yield Finding(
+            ("accum-learning",),
+            f"with {accum} micro-steps an update the learning rate is to grow in proportion",
+            "advised, not measured",
+            f"loss by rule: {told}; {base['accum']} micro-steps: {base['ours']:.3f} nats",
+            "confirmed" if gain > noise else "refuted",
+            f"the linear rule {'wins' if gain > 0 else 'loses'} {abs(gain):.3f} nats; best is "
+            f"{best}, {by_rule[best] - base['ours']:+.3f} nats from {base['accum']} micro-steps "
+            f"after as many tokens; seeds alone make {base['range']:.3f}",
+        )
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    parts = [f"# Micro-steps an update, on {record['device']}", provenance(record)]
+    rates = [row for rows in series(record).values() for row in rows]
+    if rates:
+        parts += [
+            "## What more of them save",
+            markdown(
+                [
+                    "one text at a time", "ms/micro-step", "p20-p80", "updates timed",
+                    "micro-steps/s", "updates/s", "tokens/s", "compiling", "optimizer",
+                    "over 10", "study: ms", "/s", "compiling", "over 10",
+                ],
+                [_line(row) for row in rates],
+            ),
+            "Milliseconds are without the wait for a compilation, rates with it. The study: "
+            "stories110M on an M1 Pro; its milliseconds stand beside ours and are not compared. "
+            "Through ML Programs every update waits for its compilation, and they are evaluated "
+            "on this CPU; 0 updates timed: computed as K / (K step + compile). The study's row of "
+            "500 is so, too.",
+        ]  # fmt: skip
+    made = [row for row in record["rows"] if "when" in row]
+    if made:
+        parts += [
+            "## What is made of the weights on the GPU",
+            markdown(
+                ["", "ms", "p20-p80", "when"],
+                [[row["case"], digits(row["ours"]), _spread(row), row["when"]] for row in made],
+            ),
+        ]
+    learnt = [row for row in record["rows"] if "rule" in row]
+    if learnt:
+        parts += [
+            "## What they cost in learning",
+            markdown(
+                ["", "rate at its highest", "updates", "tokens", "validation loss, nats", "seeds",
+                 "least to most"],
+                [
+                    [
+                        row["case"].removeprefix("learning "), f"{row['rate']:.2g}",
+                        str(row["updates"]), f"{row['tokens']:,}", f"{row['ours']:.4f}",
+                        str(row["n"]), f"{row['range']:.4f}" if row["n"] > 1 else "-",
+                    ]
+                    for row in learnt
+                ],
+            ),
+            "Equally many tokens for every row. Rules scale the rate of 10 micro-steps an update; "
+            "no row's rate was searched for. The study trained on synthetic data and measured no "
+            "loss.",
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    published = PUBLISHED.get(f"accum-{row['accum']}")
+    theirs = ["-"] * 4
+    if published is not None:
+        values = published.values
+        theirs = [
+            f"{values['ms/micro-step']}", f"{values['micro-steps/s']}",
+            f"{values['compiling, %']}%", f"{values['speedup']}",
+        ]  # fmt: skip
+    share = row["optimizer_share"]
+    return [
+        row["case"], digits(row["ours"]), _spread(row), str(row["updates_timed"]),
+        digits(row["micro_steps_per_s"]), f"{row['updates_per_s']:.3f}",
+        digits(row["tokens_per_s"]), f"{row['compile_share']:.1%}",
+        "-" if share is None else f"{share:.2%}", f"{row['speedup']:.2f}", *theirs,
+    ]  # fmt: skip
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return "-".join(digits(end) for end in row["spread"]) if row["spread"] else "-"
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Rates over 10 micro-steps', and the losses."""
+    from onelaunch.bench import plots
+
+    rates = series(record)
+    if not rates:
+        return None
+    figure = plots.new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    for name, rows in rates.items():
+        left.plot([r["accum"] for r in rows], [r["speedup"] for r in rows], "o-", label=name)
+    theirs = [PUBLISHED[key] for key in KEYS]
+    xs, ys = [int(p.row) for p in theirs], [float(p.values["speedup"]) for p in theirs]
+    left.plot(xs, ys, "k--", marker="x", label="study, M1 Pro's Neural Engine")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("micro-steps an update")
+    left.set_ylabel("micro-steps/s, over those of 10 an update")
+    learnt = [row for row in record["rows"] if "rule" in row]
+    for rule in dict.fromkeys(row["rule"] for row in learnt if row["rule"] != "any"):
+        shown = sorted(
+            (row for row in learnt if row["rule"] in (rule, "any")), key=lambda row: row["accum"]
+        )
+        right.plot([r["accum"] for r in shown], [r["ours"] for r in shown], "o-", label=rule)
+    right.set_xscale("log")
+    right.set_xlabel("micro-steps an update")
+    right.set_ylabel("validation loss after as many tokens, nats")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"Micro-steps an update, {record['device']}", fontsize=10)
+    return figure
