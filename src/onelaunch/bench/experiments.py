@@ -9,6 +9,8 @@ EXPERIMENTS = {
     "coreml": "what making ML Programs of a model takes, and how exact they are",
     "recompile": "how many micro-steps hide the compilation of an update, and what fewer wait",
     "compile-budget": "whether a process can only compile so many times, or so many layers",
+    "cache": "what keeping compiled programs saves, and that no wrong one is served",
+    "weight-mutability": "which ways of giving a program its weights take new ones",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
     "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",
     "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",
