@@ -177,7 +177,7 @@ def _row(kind: str, what: str, expected: str, told: list[Told]) -> Row:
     wanted = (len(told), 0) if expected == HIT else (0, len(told))
     row.notes = {
         "kind": kind, "what": what, "expected": expected,
-        "found": f"{hits} hits, {compilations} compiled",
+        "found": f"{hits} of {len(told)} kept, {compilations} compiled",
         "as_expected": (hits, compilations) == wanted, "compilations": compilations,
     }  # fmt: skip
     return row
