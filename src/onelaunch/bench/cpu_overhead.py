@@ -78,8 +78,14 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     rounds = QUICK_ROUNDS if quick else ROUNDS
     host = (ALLOCATED, allocations), (COPIED, copies), (SUMMED, sums), (LOCKED, locks)
-    for what, make in host:
-        yield from _of_samples(what, in_rounds(make(), rounds))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the study's loops have one
+    try:
+        found = {what: in_rounds(make(), rounds) for what, make in host}
+    finally:
+        torch.set_num_threads(threads)
+    for what, samples in found.items():
+        yield from _of_samples(what, samples)
     calls = {"an operation of torch": dispatch(torch.device("cpu"))}
     calls |= _compiled_call(say)
     if place.type == "cuda":
