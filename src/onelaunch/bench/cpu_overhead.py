@@ -201,7 +201,7 @@ def table(record: dict[str, Any]) -> str:
             "for.",
         ]
     if steps:
-        lines = [[*_figures(row), f"{row['of_never']:.3f}x"] for row in steps]
+        lines = [[row["case"], *_figures(row)[1:], f"{row['of_never']:.3f}x"] for row in steps]
         parts += [
             "## Asking for the loss after each step",
             markdown(["", "ms a step", "p20-p80", "n", "of never"], lines),

@@ -11,7 +11,8 @@ from typing import Any
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, its columns aligned: the first to the left, the others to the right."""
     body = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in (list(header), *body)) for i in range(len(header))]
+    # two at least: a rule of a colon alone is none
+    widths = [max(2, *(len(row[i]) for row in (list(header), *body))) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
