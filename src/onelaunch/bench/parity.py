@@ -98,10 +98,8 @@ def _engines(place: torch.device, say: Callable[[str], None]) -> Iterator[tuple[
     if reason := cpu.why_not():
         say(f"without the CPU engine: {reason}")
     else:
-        from onelaunch.engines.cpu.engine import CpuEngine
-
         for dtype in cpu.DTYPES:
-            yield "cpu", dtype, _maker(CpuEngine, dtype=dtype, wait=True)
+            yield "cpu", dtype, _maker(_compiled, dtype=dtype)
     if _has_coremltools(say):
         from onelaunch.engines.coreml.engine import CoreMLEngine
 
@@ -111,6 +109,14 @@ def _engines(place: torch.device, say: Callable[[str], None]) -> Iterator[tuple[
 
 def _maker(engine: Callable[..., Engine], **options: Any) -> Make:
     return lambda config, weights: engine(config, dict(weights), **options)
+
+
+def _compiled(config: ModelConfig, weights: Weights, dtype: str) -> Engine:
+    """The CPU engine, not the one that answers until it is there."""
+    from onelaunch.bench.compiled import ready
+    from onelaunch.engines.cpu.engine import CpuEngine
+
+    return ready(CpuEngine(config, weights, dtype=dtype))
 
 
 def _has_coremltools(say: Callable[[str], None]) -> bool:
