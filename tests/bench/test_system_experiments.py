@@ -230,14 +230,18 @@ def test_lines_to_every_output(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("times", "cost", "expected"),
-    [(2.0, 0.029, ["confirmed", "confirmed"]), (1.9, 0.03, ["refuted", "refuted"])],
+    ("step", "times", "cost", "expected"),
+    [
+        (5.0, 2.0, 0.029, ["confirmed", "confirmed"]),
+        (5.0, 1.9, 0.03, ["refuted", "refuted"]),
+        (50.0, 1.0, 0.0, ["not applicable", "confirmed"]),
+    ],
 )
-def test_what_a_slow_terminal_may_cost(times, cost, expected):
+def test_what_a_slow_terminal_may_cost(step, times, cost, expected):
     row = {
         "case": "small 4x32 slow terminal", "times_naive": times, "cost_of_display": cost,
         "cost_spread": [0.0, 0.1], "terminal_bytes_per_second": 4000,
-        "peers": {"unwatched": 5.0, "a line each update": 10.0},
+        "peers": {"unwatched": step, "a line each update": step * times},
     }  # fmt: skip
     assert [f.verdict for f in terminal_io.findings({"rows": [row]})] == expected
 

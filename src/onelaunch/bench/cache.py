@@ -238,7 +238,7 @@ def table(record: dict[str, Any]) -> str:
         f"# The store of compiled programs, on {record['device']}",
         provenance(record),
         "Until the program is there: asked for, and compiled where it must be, or read, every byte "
-        "verified. A process's start and imports are not counted.",
+        "verified; asking hashes the weights. A process's start and imports are not counted.",
         markdown(
             ["", "ms", "p20-p80", "n", "of compiling", "expected", "found", "as expected"], lines
         ),
