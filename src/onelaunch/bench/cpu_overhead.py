@@ -142,7 +142,7 @@ def _steps(place: torch.device, rounds: int) -> Iterator[Row]:
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of each part of the study's probe."""
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
-    found = []
+    step, found = float(PUBLISHED["part-whole"].values["ms"]), []
     for key, where in ANSWERS.items():
         row, published = rows.get(where), float(PUBLISHED[key].values["ms"])
         if row is None:
@@ -155,7 +155,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 f"{'under ' if key == 'host-allocation' else ''}{published:g} ms",
                 f"{digits(row['ours'])} ms",
                 "confirmed" if times <= MOST_TIMES else "refuted",
-                f"{digits(times)} times the published; {_why(key, rows)}",
+                f"{digits(times)} times the published, {row['ours'] / step:.1%} of the study's "
+                f"micro-step; {_why(key, rows)}",
                 times,
             )
         )
