@@ -246,6 +246,12 @@ def test_what_a_slow_terminal_may_cost(step, times, cost, expected):
     assert [f.verdict for f in terminal_io.findings({"rows": [row]})] == expected
 
 
+def test_a_cost_that_noise_hides_is_not_told():
+    assert terminal_io._judged(True, (-0.02, 0.01))[0] == "confirmed"
+    assert terminal_io._judged(False, (0.04, 0.08))[0] == "refuted"
+    assert terminal_io._judged(True, (-0.5, 0.1))[0] == "not applicable"
+
+
 def test_a_pipe_and_a_file_take_lines():
 
     for output in (terminal_io.pipe, terminal_io.file):
