@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onelaunch.bench.findings import Finding
+from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
 from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
@@ -266,6 +268,25 @@ def _told(row: Row) -> str:
             for precision, error in notes["errors"].items()
         )
     return text
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of the largest program that was made: its bytes are weights, but for a hundredth."""
+    ones = [row for row in record["rows"] if row["programs"] == 1 and "errors" in row]
+    if not ones:
+        return []
+    largest = max(ones, key=lambda row: row["bytes"])
+    mb, published = largest["bytes"] / 1e6, float(PUBLISHED["sram"].values["MB"])
+    return [
+        Finding(
+            ("sram",),
+            f"{published:g} MB of weights in one program meet no limit",
+            f"{published:g} MB, run on a Neural Engine",
+            f"{mb:,.0f} MB, evaluated on a CPU ({largest['case']})",
+            "not applicable",
+            "made, saved and read back; what a Neural Engine's memory holds cannot be asked here",
+        )
+    ]
 
 
 def table(record: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ LAUNCHED = (
 def table(record: Record) -> str:
     """In Markdown: the published tables with ours beside them, every depth, the price of a call."""
     rows = record["rows"]
-    cases = _by_case(rows)
+    cases = by_case(rows)
     ffns = {key: ways for key, ways in cases.items() if _part(key[0]) == "FFN"}
     attentions = {key: ways for key, ways in cases.items() if _part(key[0]) == "attention"}
     parts = [
@@ -85,7 +85,7 @@ def table(record: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _by_case(rows: Rows) -> dict[Key, Ways]:
+def by_case(rows: Rows) -> dict[Key, Ways]:
     """Rows of ways by (model, tokens, variant), then by depth."""
     found: dict[Key, Ways] = {}
     for row in rows:
@@ -137,7 +137,7 @@ def _block_table(first: str, cases: dict[Key, Ways]) -> str:
 
 def _model_table(rows: Rows) -> str:
     compiling = next((row["ours"] for row in rows if row["case"] == "compilation"), None)
-    cases = {key: ways for key, ways in _by_case(rows).items() if _part(key[0]) == "all"}
+    cases = {key: ways for key, ways in by_case(rows).items() if _part(key[0]) == "all"}
     fewest = {model: min(n for m, n, _ in cases if m == model) for model, _, _ in cases}
     lines = []
     for (model, tokens, variant), ways in cases.items():
@@ -249,7 +249,7 @@ def draw(record: Record) -> Figure | None:
     """Time against calls, one line a model; a panel for each number of tokens and each variant, of
     several numbers of threads the most. None where no whole model was timed."""
     rows = record["rows"]
-    cases = {key: ways for key, ways in _by_case(rows).items() if _part(key[0]) == "all"}
+    cases = {key: ways for key, ways in by_case(rows).items() if _part(key[0]) == "all"}
     if not cases:
         return None
     most = max((row.get("threads", 0) for row in rows if "depth" in row), default=0)

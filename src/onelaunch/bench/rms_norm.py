@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from onelaunch.bench import rms_norm_views
+from onelaunch.bench import rms_norm_findings, rms_norm_views
 from onelaunch.bench.norm_cell import (
     PASSES,
     Cell,
@@ -47,6 +47,7 @@ from onelaunch.operators.rms_norm.plan import backward_plan, forward_plan
 
 UNIT = "us"
 table, draw = rms_norm_views.table, rms_norm_views.draw
+findings = rms_norm_findings.findings
 
 Shape = tuple[int, int]
 

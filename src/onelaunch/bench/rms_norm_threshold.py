@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onelaunch.bench import plots
+from onelaunch.bench.findings import Finding
 from onelaunch.bench.norm_cell import PASSES, Cell, each_reason_once, host_times, kernel_times
 from onelaunch.bench.peers.rms_norm import Contender, Norm, has_kernel, ours, peers
 from onelaunch.bench.record import Row
 from onelaunch.bench.rms_norm import row_of
+from onelaunch.bench.rms_norm_findings import threshold_finding
 from onelaunch.bench.tables import markdown, provenance
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
@@ -133,6 +135,16 @@ def _notes(cell: Cell) -> dict[str, object]:
     facts = (cell.rows, cell.columns, cell.dtype.itemsize, count)
     auto = {"forward": forward_plan(*facts).kernel, "backward": backward_plan(*facts).kernel}
     return {"dtype": "bfloat16", "multiprocessors": count, "auto": auto}
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of the published row count, for all of the rule's widths together."""
+    ratios = _ratios(record)
+    narrow = [width for width in _axes(ratios)[0] if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
+    if not narrow:
+        return []
+    on_gpu = any(row["case"].endswith(" gpu") for row in record["rows"])
+    return [threshold_finding(_threshold_of(ratios, narrow), on_gpu)]
 
 
 def table(record: dict[str, Any]) -> str:

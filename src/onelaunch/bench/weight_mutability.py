@@ -1,0 +1,386 @@
+"""weight-mutability: which ways of giving a program its weights take new ones without compiling.
+
+The published study found through private interfaces that weights must be constants: as inputs,
+packed into the input's channels or overwritten on disk they were refused, or had no effect. The
+same asked of the public converter, of one linear map: whether it converts, and whether the result,
+evaluated on this CPU from the saved program, follows weights that change. Whether the Neural Engine
+would run it is not asked here and not known.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelaunch.bench.findings import Finding, Verdict
+from onelaunch.bench.published import PUBLISHED
+from onelaunch.bench.record import Row
+from onelaunch.bench.rounds import digest, in_rounds
+from onelaunch.bench.tables import figure as digits
+from onelaunch.bench.tables import markdown, provenance
+from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.evaluate import Evaluator, Precision
+from onelaunch.engines.coreml.lint import lint
+from onelaunch.engines.coreml.package import Package
+from onelaunch.errors import BadInput
+
+UNIT = "ms"
+COLUMNS, OUT, WIDTH = 288, 768, 64
+"""Of the map, and of how many tokens: the first of stories15M's feed-forward."""
+EVALUATIONS, QUICK_EVALUATIONS = 200, 40
+CONVERSIONS, QUICK_CONVERSIONS = 7, 3
+MOST_APART = 1e-4
+"""Error of a result in float32 against float64, relative; other weights are 1.4 apart."""
+PRECISION: Precision = "float32"
+
+X, W, BOTH, STATE, RESULT = "x", "w", "both", "w_state", "out"
+CONSTANTS, FILE, INPUTS = "constants", "a weight file overwritten", "an input of a convolution"
+PRODUCT, LINEAR = "an input of a matmul", "an input of a linear layer"
+PACKED, KEPT = "packed into the input's channels", "a state"
+
+Given = dict[str, Tensor]
+
+
+@dataclass
+class Way:
+    """How a program has its weights: the function's inputs, its body, and what a call is given."""
+
+    name: str
+    inputs: Callable[[], dict[str, Any]]
+    body: Callable[[Any, Mapping[str, Any], Tensor], Any]
+    given: Callable[[Tensor, Tensor], Given]
+    baked: bool = False
+
+
+def ways() -> list[Way]:
+    """All of them."""
+    row = COLUMNS * OUT // WIDTH
+    return [
+        Way(CONSTANTS, _x, _of_constants, lambda x, w: {X: x}, baked=True),
+        Way(INPUTS, lambda: _x() | _spec(W, OUT, COLUMNS, 1, 1), _of_inputs, _both_given),
+        Way(PRODUCT, lambda: _x() | _spec(W, 1, 1, OUT, COLUMNS), _of_product, _as_matrix),
+        Way(LINEAR, lambda: _x() | _spec(W, OUT, COLUMNS), _of_linear, _both_given),
+        Way(PACKED, lambda: _spec(BOTH, 1, COLUMNS + row, 1, WIDTH), _of_packed, _packed),
+        Way(KEPT, lambda: _x() | _state(STATE, OUT, COLUMNS, 1, 1), _of_state, _state_given),
+    ]
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every way; yields rows."""
+    if torch.device(device).type != "cpu":
+        raise BadInput(f"weight-mutability: --device {device}: programs are evaluated on the CPU")
+    coremltools("bench weight-mutability")
+    made: dict[str, Made] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for way in ways():
+            folder = Path(name) / str(len(made))
+            made[way.name] = _made(way, folder, QUICK_CONVERSIONS if quick else CONVERSIONS)
+        made[FILE] = _overwritten(Path(name), QUICK_CONVERSIONS if quick else CONVERSIONS)
+        calls = {case: each.call for case, each in made.items() if each.call is not None}
+        contestants = {case: partial(_milliseconds, call) for case, call in calls.items()}
+        samples = in_rounds(contestants, QUICK_EVALUATIONS if quick else EVALUATIONS)
+    for case, each in made.items():
+        notes = each.notes | {"threads": torch.get_num_threads()}
+        if case in samples:
+            row = Row.of(case, samples[case], notes=notes)
+        else:
+            row = Row(case, each.notes["refused_ms"], notes=notes)
+        say(f"{row.case}: {_in_words(row.notes)}")
+        yield row
+
+
+@dataclass
+class Made:
+    """One way's programs: what is to be said of them, and an evaluation, None where refused."""
+
+    notes: dict[str, Any]
+    call: Callable[[], object] | None = None
+
+
+def _made(way: Way, folder: Path, conversions: int) -> Made:
+    """Convert; evaluate with two weights, changed as this way changes them."""
+    x, weights = _numbers()
+    seconds: list[float] = []
+    for number in range(conversions):
+        start = time.perf_counter()
+        try:
+            _convert(way, weights[0], folder / f"{number}.mlpackage")
+        except ValueError as error:
+            if "must be const" not in str(error):
+                raise
+            took = 1e3 * (time.perf_counter() - start)
+            refused = str(error).strip().splitlines()[0]
+            notes = {"converts": False, "refused": refused, "follows": False, "refused_ms": took}
+            return Made(notes)
+        seconds.append(1e3 * (time.perf_counter() - start))
+    package = Package(folder / "0.mlpackage")
+    evaluator = changed = _evaluator(package)
+    if way.baked:
+        _convert(way, weights[1], folder / "other.mlpackage")
+        changed = _evaluator(Package(folder / "other.mlpackage"))
+    errors = [
+        _apart(each(way.given(x, w))[RESULT], x, w)
+        for each, w in zip((evaluator, changed), weights, strict=True)
+    ]
+    notes = {
+        "converts": True,
+        "follows": max(errors) < MOST_APART,
+        "error": float(f"{max(errors):.1e}"),
+        "compiled_anew": way.baked,
+        "convert_ms": digest(seconds),
+        "remarks": sorted({str(each) for each in lint(package)}),
+    }
+    return Made(notes, partial(evaluator, way.given(x, weights[0])))
+
+
+def _overwritten(folder: Path, loads: int) -> Made:
+    """Two saved programs of the same form: the file of weights of one over that of the other."""
+    x, weights = _numbers()
+    way, loading = ways()[0], []
+    paths = [folder / f"{number}.mlpackage" for number in range(2)]
+    for path, w in zip(paths, weights, strict=True):
+        _convert(way, w, path)
+    packages = [Package(path) for path in paths]
+    loaded = _evaluator(packages[0])
+    shutil.copyfile(packages[1].weights_path, packages[0].weights_path)
+    before = _apart(loaded({X: x})[RESULT], x, weights[1])
+    for _ in range(loads):
+        start = time.perf_counter()
+        shutil.copyfile(packages[1].weights_path, packages[0].weights_path)
+        again = _evaluator(Package(paths[0]))
+        loading.append(1e3 * (time.perf_counter() - start))
+    after = _apart(again({X: x})[RESULT], x, weights[1])
+    notes = {
+        "converts": True,
+        "follows": before < MOST_APART,
+        "follows_loaded_anew": after < MOST_APART,
+        "error": float(f"{after:.1e}"),
+        "compiled_anew": False,
+        "change_ms": digest(loading),
+    }
+    return Made(notes, partial(again, {X: x}))
+
+
+def _numbers() -> tuple[Tensor, list[Tensor]]:
+    """x, (1, COLUMNS, 1, WIDTH), and two weights, (OUT, COLUMNS), all of them float16 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, COLUMNS, 1, WIDTH, generator=generator).half().float()
+    made = [torch.randn(OUT, COLUMNS, generator=generator) for _ in range(2)]
+    return x, [(w / COLUMNS**0.5).half().float() for w in made]
+
+
+def _apart(result: Tensor, x: Tensor, w: Tensor) -> float:
+    """Error of a result against float64."""
+    exact = w.double() @ x[0, :, 0].double()
+    return float((result.reshape(exact.shape).double() - exact).norm() / exact.norm())
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _evaluator(package: Package) -> Evaluator:
+    """A state is given with each call, as the host would have written it before."""
+    function = package.main
+    if function.states:
+        operations = tuple(
+            replace(each, kind="identity", inputs={"x": each.inputs["input"]})
+            if each.kind == "read_state"
+            else each
+            for each in function.operations
+        )
+        function = replace(
+            function, inputs={**function.inputs, **function.states}, operations=operations
+        )
+        package.functions["main"] = function
+    return Evaluator(package, PRECISION)
+
+
+def _convert(way: Way, weight: Tensor, path: Path) -> None:
+    """Emit, convert and save. Raises ValueError where coremltools refuses it."""
+    ct = coremltools("bench weight-mutability")
+    from coremltools.converters.mil import Builder, mil
+
+    program = mil.Program()
+    with mil.Function(way.inputs(), opset_version=ct.target.iOS18) as function:
+        function.set_outputs([way.body(Builder, function.inputs, weight)])
+    program.add_function("main", function)
+    ct.convert(
+        program,
+        convert_to="mlprogram",
+        minimum_deployment_target=ct.target.iOS18,
+        skip_model_load=True,
+        pass_pipeline=ct.PassPipeline.EMPTY,
+    ).save(str(path))
+
+
+# ---- the ways: their inputs, what they compute, what they are given
+
+
+def _spec(name: str, *shape: int) -> dict[str, Any]:
+    from coremltools.converters.mil import mil
+
+    return {name: mil.Placeholder(sym_shape=shape, dtype=mil.types.fp16, name=name)}
+
+
+def _x() -> dict[str, Any]:
+    return _spec(X, 1, COLUMNS, 1, WIDTH)
+
+
+def _state(name: str, *shape: int) -> dict[str, Any]:
+    from coremltools.converters.mil import mil
+    from coremltools.converters.mil.mil.program import StateTensorPlaceholder
+
+    return {name: StateTensorPlaceholder(sym_shape=shape, dtype=mil.types.fp16, name=name)}
+
+
+def _half(weight: Tensor) -> Any:
+    return weight.numpy().astype(np.float16)[:, :, None, None]
+
+
+def _of_constants(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    return mb.conv(x=inputs[X], weight=mb.const(val=_half(weight)), name=RESULT)
+
+
+def _of_inputs(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    return mb.conv(x=inputs[X], weight=inputs[W], name=RESULT)
+
+
+def _of_product(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    x_1SC = mb.transpose(x=inputs[X], perm=[0, 2, 1, 3])
+    return mb.matmul(x=inputs[W], y=x_1SC, name=RESULT)
+
+
+def _of_linear(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    x_SC = mb.transpose(x=mb.reshape(x=inputs[X], shape=(COLUMNS, WIDTH)), perm=[1, 0])
+    return mb.linear(x=x_SC, weight=inputs[W], name=RESULT)
+
+
+def _of_packed(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    both, row = inputs[BOTH], COLUMNS * OUT // WIDTH
+    x = mb.slice_by_size(x=both, begin=[0, 0, 0, 0], size=[1, COLUMNS, 1, WIDTH])
+    w = mb.slice_by_size(x=both, begin=[0, COLUMNS, 0, 0], size=[1, row, 1, WIDTH])
+    return mb.conv(x=x, weight=mb.reshape(x=w, shape=[OUT, COLUMNS, 1, 1]), name=RESULT)
+
+
+def _of_state(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    return mb.conv(x=inputs[X], weight=mb.read_state(input=inputs[STATE]), name=RESULT)
+
+
+def _both_given(x: Tensor, w: Tensor) -> Given:
+    return {X: x, W: w[:, :, None, None]}
+
+
+def _as_matrix(x: Tensor, w: Tensor) -> Given:
+    return {X: x, W: w[None, None]}
+
+
+def _packed(x: Tensor, w: Tensor) -> Given:
+    return {BOTH: torch.cat((x, w.reshape(1, -1, 1, WIDTH)), 1)}
+
+
+def _state_given(x: Tensor, w: Tensor) -> Given:
+    return {X: x, STATE: w[:, :, None, None]}
+
+
+# ---- what it says
+
+ANSWERS = {
+    "mutable-inputs": (INPUTS, "weights as an input of the program are refused"),
+    "mutable-packed": (PACKED, "weights packed into the channels are refused"),
+    "mutable-file": (FILE, "overwriting the file of weights has no effect on what is loaded"),
+    "mutable-matmul": (PRODUCT, "an emitter of products would be refused alike"),
+}
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of each way that the study tried."""
+    rows, found = {row["case"]: row for row in record["rows"]}, []
+    for key, (case, claim) in ANSWERS.items():
+        row = rows.get(case)
+        if row is None:
+            continue
+        works = row["converts"] and row["follows"]
+        verdict: Verdict = "refuted" if works else "confirmed"
+        why = "public converter, evaluated on a CPU; whether the Neural Engine runs it is not known"
+        if case == FILE:  # when the file is read is the evaluator's affair, not the program's
+            verdict = "not applicable"
+            why = "this package's evaluator reads it once; when Core ML does is not asked here"
+        found.append(
+            Finding(
+                (key,),
+                claim,
+                str(PUBLISHED[key].values["told"]),
+                _in_words(row),
+                verdict,
+                why,
+            )
+        )
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    rows = record["rows"]
+    told = {case: str(PUBLISHED[key].values["told"]) for key, (case, _) in ANSWERS.items()}
+    lines = [
+        [
+            row["case"], "yes" if row["converts"] else "no",
+            "loaded anew" if row.get("follows_loaded_anew") else "yes" if row["follows"] else "no",
+            digits(row["ours"]) if row["converts"] else "-",
+            "-".join(digits(v) for v in row["spread"] or ()) or "-",
+            _median(row.get("convert_ms" if row.get("compiled_anew") else "change_ms", {})),
+            _median(row.get("convert_ms", {})), told.get(row["case"], "-"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    parts = [
+        f"# Weights that are no constants, on {record['device']}",
+        provenance(record),
+        f"One linear map, {COLUMNS} to {OUT}, of {WIDTH} tokens. A result follows where it is "
+        f"within {MOST_APART:g} of float64 with one weight and then with another; a program with "
+        "constants does so compiled anew. Milliseconds of evaluating the saved program on this "
+        "CPU in float32: they say nothing about the Neural Engine, nor whether it takes the "
+        "program at all.",
+        markdown(
+            [
+                "weights are", "converts", "result follows", "evaluating, ms", "p20-p80",
+                "to change them, ms", "converting, ms", "the study",
+            ],
+            lines,
+        ),
+    ]  # fmt: skip
+    refused = [f"{row['case']}: {row['refused']}" for row in rows if row.get("refused")]
+    if refused:
+        parts.append("Refused: " + "; ".join(refused) + ".")
+    parts.append(
+        "In a state the weights are written by the host before a call; that is not timed here. "
+        "The study calls its emitter of products never called; of this package every emitter is "
+        "reached (tests/engines/coreml/test_weights_as_constants.py)."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _median(found: Mapping[str, Any]) -> str:
+    return digits(found.get("median"))
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    if not row["converts"]:
+        return "refused"
+    if row.get("follows_loaded_anew"):
+        return "no effect on what is loaded, taken when loaded anew"
+    follows = "the result follows" if row["follows"] else "the result does not follow"
+    return f"converts, {follows}{', compiled anew' if row['compiled_anew'] else ''}"

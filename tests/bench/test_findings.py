@@ -1,0 +1,83 @@
+"""What committed records say about the published studies, and that every published row is asked."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from onelaunch.bench.experiments import EXPERIMENTS
+from onelaunch.bench.fusion_depth_findings import judged
+from onelaunch.bench.published import PUBLISHED
+from onelaunch.bench.rms_norm_findings import threshold_finding
+from onelaunch.checkpoints.atomic import read_json
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
+PATHS = sorted(path for path in RECORDS.glob("*/*.json") if path.stem in EXPERIMENTS)
+
+
+def findings_of(path):
+    module = importlib.import_module(f"onelaunch.bench.{path.stem.replace('-', '_')}")
+    return module.findings(read_json(path)) if hasattr(module, "findings") else []
+
+
+def found(device, experiment):
+    """Verdicts by key; of a key with several findings, all of them."""
+    verdicts = {}
+    for finding in findings_of(RECORDS / device / f"{experiment}.json"):
+        for key in finding.answers:
+            verdicts.setdefault(key, []).append(finding.verdict)
+    return verdicts
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_findings_answer_published_rows_with_figures(path):
+    for finding in findings_of(path):
+        assert set(finding.answers) <= PUBLISHED.keys()
+        assert all((finding.claim, finding.published, finding.why))
+        assert finding.ours or finding.verdict == "not applicable"
+        assert "\n" not in finding.claim + finding.ours + finding.why
+
+
+def test_every_published_row_has_an_experiment_or_says_why_not():
+    for key, row in PUBLISHED.items():
+        known = row.answer in EXPERIMENTS
+        assert known != bool(row.why_not), key
+
+
+def test_fused_layers_pay_where_a_call_is_launched_one_by_one():
+    verdicts = found("nvidia-h200", "fusion-depth")
+    for key in ("ffn-64", "ffn-288-128", "whole-15m", "whole-110m", "part-110m-4", "part-110m-8"):
+        assert sorted(verdicts[key]) == ["confirmed", "refuted"], key  # one by one, and a graph
+    assert verdicts["sweet-spot"] == ["refuted", "refuted"]
+    assert verdicts["call-price"] == ["refuted", "refuted"]
+    on_a_cpu = found("amd-epyc-2-cores", "fusion-depth")
+    assert on_a_cpu["call-price"] == on_a_cpu["whole-110m"] == ["refuted"]
+    assert all(len(each) == 1 for each in on_a_cpu.values())
+
+
+def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
+    verdicts = found("nvidia-h200", "rms-norm")
+    assert len(verdicts) == 42
+    assert [key for key, each in verdicts.items() if each == ["refuted"]] == [
+        "norm-forward-4096-512"
+    ]
+    assert set(map(tuple, found("amd-epyc-2-cores", "rms-norm").values())) == {("not applicable",)}
+    assert found("nvidia-h200", "rms-norm-threshold") == {"norm-rows": ["confirmed"]}
+    assert found("amd-epyc-2-cores", "rms-norm-threshold") == {"norm-rows": ["not applicable"]}
+
+
+@pytest.mark.parametrize(
+    ("speedup", "verdict"), [(2.0, "confirmed"), (1.99, "refuted"), (0.9, "refuted")]
+)
+def test_half_of_a_gain_confirms_it(speedup, verdict):
+    assert judged(speedup, 3.0)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [(2048, "confirmed"), (8192, "confirmed"), (1024, "refuted"), (None, "refuted")],
+)
+def test_a_threshold_may_be_a_power_of_two_off(rows, verdict):
+    assert threshold_finding(rows, on_gpu=True).verdict == verdict
