@@ -129,7 +129,23 @@ def test_more_micro_steps_compile_less(small, few, tmp_path):
     assert {"accum-10", "accum-50", "accum-100", "accum-learning"} <= told.keys
     assert "accum-500" not in told.keys
     assert told.verdicts("accum-10")[1] == "refuted"  # PyTorch has nothing to compile
+    assert told.verdicts("accum-learning") == ["not applicable"]  # of one update
     assert "## What they cost in learning" in told.text
+
+
+def test_a_rule_wins_by_more_than_seeds_do():
+    def row(accum, rule, loss, spread=0.0):
+        case = f"learning, accum {accum}, rule {rule}"
+        return {
+            "case": case, "accum": accum, "rule": rule, "ours": loss, "range": spread, "updates": 9,
+        }  # fmt: skip
+
+    def verdict(linear):
+        rows = [row(10, "any", 1.0, 0.1), row(50, "none", 2.0), row(50, "linear", linear)]
+        (found,) = accumulation.findings({"rows": rows})
+        return found.verdict
+
+    assert [verdict(loss) for loss in (1.85, 1.95, 2.5)] == ["confirmed", "refuted", "refuted"]
 
 
 def test_learning_is_of_as_many_tokens(few, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding
+from onelaunch.bench.findings import Finding, Verdict
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
@@ -19,6 +19,8 @@ AS_MUCH = 0.8
 a compilation lasts, which is another number here; far less says that it is no such win here."""
 MOSTLY = 0.5
 """Of the time: an update of 10 that compiles for longer than this mostly compiles."""
+LEAST_UPDATES = 5
+"""In a run, for its loss to say anything about a learning rate."""
 LEAST_NATS = 0.02
 """A difference of losses below this, or below what seeds alone make, is none."""
 Rows = list[dict[str, Any]]
@@ -100,7 +102,11 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
         by_rule = {row["rule"]: row["ours"] for row in rows if row["accum"] == accum}
         if not {"none", "linear"} <= by_rule.keys():
             continue
+        updates = min(row["updates"] for row in rows if row["accum"] == accum)
+        verdict: Verdict = "not applicable"
         gain = by_rule["none"] - by_rule["linear"]
+        if updates >= LEAST_UPDATES:
+            verdict = "confirmed" if gain > noise else "refuted"
         best = min(by_rule, key=lambda rule: by_rule[rule])
         told = ", ".join(f"{rule} {loss:.3f}" for rule, loss in by_rule.items())
         yield Finding(
@@ -108,9 +114,10 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
             f"with {accum} micro-steps an update the learning rate is to grow in proportion",
             "advised, not measured",
             f"loss by rule: {told}; {base['accum']} micro-steps: {base['ours']:.3f} nats",
-            "confirmed" if gain > noise else "refuted",
-            f"the linear rule {'wins' if gain > 0 else 'loses'} {abs(gain):.3f} nats; best is "
-            f"{best}, {by_rule[best] - base['ours']:+.3f} nats from {base['accum']} micro-steps "
+            verdict,
+            f"{updates} updates; the linear rule {'wins' if gain > 0 else 'loses'} "
+            f"{abs(gain):.3f} nats; best is {best}, "
+            f"{by_rule[best] - base['ours']:+.3f} nats from {base['accum']} micro-steps "
             f"after as many tokens; seeds alone make {base['range']:.3f}",
         )
 
