@@ -22,7 +22,7 @@ from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
 from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
-from onelaunch.compilation.schedule import micro_steps_to_hide, throughput
+from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.errors import BadInput
@@ -38,7 +38,7 @@ HIDDEN, SHOWN = 0.02, 0.1
 CASES = (("stories260k", 64, 16), ("stories15m", 32, 4))
 """Model, tokens, and micro-steps of the updates from which K is found."""
 QUICK_CASES = CASES[:1]
-FIRST_UPDATES, UPDATES, QUICK_UPDATES = 6, 10, 5
+FIRST_UPDATES, UPDATES, QUICK_UPDATES = 8, 8, 5
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
@@ -62,6 +62,13 @@ def _published(what: str, compiling: float, step: float, given: int | None) -> R
     return Row(f"published: {what}", compiling, notes=notes)
 
 
+def _to_hide(schedule: Measured) -> int:
+    """By a compilation beside the work and a micro-step alone, as the study has it: a micro-step
+    beside one is longer, which is what there is to spare."""
+    compiling, step = schedule.compile_seconds, schedule.step_seconds
+    return schedule.k if compiling is None or step is None else micro_steps_to_hide(compiling, step)
+
+
 def _case(
     case: str,
     training: Driver[CoreMLTrainer],
@@ -69,11 +76,13 @@ def _case(
     quick: bool,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
+    k, schedule = first_k, training.engine.schedule
     for number in range(FIRST_UPDATES):
-        training.update(first_k)
-        schedule = training.engine.schedule
-        say(f"{case}: {number + 1} of {FIRST_UPDATES} updates to find K: {schedule.k}")
-    k = schedule.k
+        # of the K found so far: beside fewer micro-steps a compilation has the machine for itself
+        # while the update waits, and seems shorter than it will be
+        training.update(k)
+        k = max(k, _to_hide(schedule))
+        say(f"{case}: {number + 1} of {FIRST_UPDATES} updates to find K: {k}")
     ks = sorted({max(1, k // 2), k, 2 * k})
     timed: dict[int, list[Update]] = {each: [] for each in ks}
     for _ in range(2):  # in turn, as the machine has better and worse times
@@ -180,8 +189,9 @@ def table(record: dict[str, Any]) -> str:
                 [_line(row) for row in measured],
             ),
             "Compiling is emitting, converting, saving and reading back, in a process of low "
-            "priority; a micro-step is the evaluation of forward and backward programs. The model: "
-            "K / max(K step, compile).",
+            "priority; a micro-step is the evaluation of forward and backward programs. K is a "
+            "compilation's time beside the work over that of a micro-step alone, in updates of K. "
+            "The model: K / max(K step, compile).",
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
