@@ -27,6 +27,7 @@ def pytest_unconfigure(config):
 
 QUIET = (
     "bench/test_forward.py", "bench/test_generate.py", "bench/test_recompiling.py",
+    "bench/test_report_browser.py",
     "bench/test_rounds.py", "bench/test_timing.py", "cli/test_generate.py", "cli/test_train.py",
     "compilation/test_background.py", "compilation/test_children.py",
     "compilation/test_double_buffer.py", "engines/cpu/test_cold.py",
