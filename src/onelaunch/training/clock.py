@@ -59,7 +59,8 @@ class StepClock:
             self._events[-1][1].synchronize()
             for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
                 if part is not None:
-                    self._seconds[part] += before.elapsed_time(after) * 1e-3
+                    seconds = before.elapsed_time(after) * 1e-3
+                    self._seconds[part] = self._seconds.get(part, 0.0) + seconds
         wall = time.perf_counter() - self._begin
         explained = sum(self._seconds.values())
         return {**self._seconds, "wall": wall, "unexplained": wall - explained}
