@@ -42,7 +42,7 @@ def test_k_is_found_and_less_waits(monkeypatch, tmp_path):
     monkeypatch.setattr(program_training, "preset", lambda name: small)
     monkeypatch.setattr(training, "Compiler", Slow)
     monkeypatch.setattr(recompile, "QUICK_CASES", (("stories260k", 16, 2),))
-    monkeypatch.setattr(recompile, "FIRST_UPDATES", 5)
+    monkeypatch.setattr(recompile, "QUICK_FIRST_UPDATES", 5)
     monkeypatch.setattr(recompile, "QUICK_UPDATES", 2)
     lines = []
     rows = list(recompile.run("cpu", True, lines.append))

@@ -255,6 +255,35 @@ def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path):
     assert "<svg" not in html
 
 
+def test_a_second_run_is_held_against_the_first(monkeypatch, tmp_path):
+    """Statement by statement; what only one run or one device has is counted, and no verdict."""
+
+    def findings(record):
+        second = record["commit"] == "second"
+        found = [
+            finding("refuted" if second else "confirmed", ours="2 us" if second else "1 us"),
+            finding(claim="the same"),
+        ]
+        return found if second else [*found, finding(claim="the first run's alone")]
+
+    invent(monkeypatch, findings=findings)
+    write(tmp_path / "first", record(), record(device=GPU))
+    write(tmp_path / "second", record(commit="second"))
+    report = gather([tmp_path / "first"], PUBLISHED, again=[tmp_path / "second"])
+    html, text = both(report, tmp_path)
+    assert len(report.parts) == 2
+    for made in (section(html, "again"), text):
+        assert "1 record was made a second time" in made
+        assert "of 2 statements 1 have the same verdict again, 1 another" in made
+    line = next(line for line in text.splitlines() if line.startswith("| made-up"))
+    assert [cell.strip() for cell in line.strip("|").split("|")][2:] == ["2", "1", "1", "1"]
+    line = next(line for line in text.splitlines() if "2 us" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["a call costs", CPU, "1 us", "confirmed", "2 us", "refuted"]
+    assert 'href="#again"' in html
+    assert 'id="again"' not in page(gather([tmp_path / "first"], PUBLISHED))
+
+
 @pytest.mark.parametrize(
     ("ratio", "text"),
     [(None, "-"), (float("nan"), "-"), (0, "0.00x"), (0.0123, "0.012x"), (1.5, "1.50x")],

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 UNIT = "s"
 AGAIN, DISTINCT = 312, 150
-QUICK_AGAIN, QUICK_DISTINCT = 40, 20
+QUICK_AGAIN, QUICK_DISTINCT = 20, 10
 RESTARTS = 5
 LAYERS = (12, 24, 48, 96, 192)
-QUICK_LAYERS = (12, 24)
+QUICK_LAYERS = (12,)
 CHILD = (sys.executable, "-m", "onelaunch.bench.compile_budget_child")
 
 

@@ -38,7 +38,10 @@ HIDDEN, SHOWN = 0.02, 0.1
 CASES = (("stories260k", 64, 16), ("stories15m", 32, 4))
 """Model, tokens, and micro-steps of the updates from which K is found."""
 QUICK_CASES = CASES[:1]
-FIRST_UPDATES, UPDATES, QUICK_UPDATES = 8, 6, 5
+FIRST_UPDATES, QUICK_FIRST_UPDATES = 8, 5
+ROUNDS, UPDATES = 2, 4
+"""Of each length, after one that is not counted."""
+QUICK_ROUNDS, QUICK_UPDATES = 1, 2
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
@@ -79,18 +82,20 @@ def _case(
     say: Callable[[str], None],
 ) -> Iterator[Row]:
     k, schedule = first_k, training.engine.schedule
-    for number in range(FIRST_UPDATES):
+    first = QUICK_FIRST_UPDATES if quick else FIRST_UPDATES
+    for number in range(first):
         # of the K found so far: beside fewer micro-steps a compilation has the machine for itself
         # while the update waits, and seems shorter than it will be
         training.update(k)
         k = max(k, _to_hide(schedule))
-        say(f"{case}: {number + 1} of {FIRST_UPDATES} updates to find K: {k}")
+        say(f"{case}: {number + 1} of {first} updates to find K: {k}")
     ks = sorted({max(1, k // 2), k, 2 * k})
     timed: dict[int, list[Update]] = {each: [] for each in ks}
-    for _ in range(2):  # in turn, as the machine has better and worse times
+    # in turn, as the machine has better and worse times
+    for _ in range(QUICK_ROUNDS if quick else ROUNDS):
         for each in ks:
             training.update(each)  # whose programs an update of another length has asked for
-            for _ in range((QUICK_UPDATES if quick else UPDATES) // 2 + 1):
+            for _ in range(QUICK_UPDATES if quick else UPDATES):
                 timed[each].append(training.update(each))
     compiling, step = schedule.compile_seconds, schedule.step_seconds_beside
     assert compiling is not None

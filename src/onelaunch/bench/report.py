@@ -77,11 +77,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """Parts by experiment, those that answer something first, then by device; and the published
-    rows that they are held against."""
+    """Parts by experiment, those that answer something first, then by device; the published rows
+    that they are held against; and the parts of a second run, where there was one."""
 
     parts: tuple[Part, ...]
     published: Mapping[str, Published]
+    again: tuple[Part, ...] = ()
 
     @property
     def devices(self) -> list[str]:
@@ -127,11 +128,19 @@ class Report:
         return NO_FINDING if row.answer in self.experiments else NO_RECORD
 
 
-def gather(paths: Iterable[Path], published: Mapping[str, Published] = PUBLISHED) -> Report:
-    """Everything about the records at these paths, files or folders of them. Raises BadInput, with
-    the file's name, for one that is no record; a record whose experiment cannot make findings or a
-    table of it is kept, with a line that says so."""
-    parts = [_part(path, read_record(path), published) for path in record_files(paths)]
+def gather(
+    paths: Iterable[Path],
+    published: Mapping[str, Published] = PUBLISHED,
+    again: Iterable[Path] = (),
+) -> Report:
+    """Everything about the records at these paths, files or folders of them, and of those of a
+    second run in `again`. Raises BadInput, with the file's name, for one that is no record; a
+    record whose experiment cannot make findings or a table of it is kept, with a line that says
+    so."""
+    parts, second = (
+        [_part(path, read_record(path), published) for path in record_files(each)]
+        for each in (paths, again)
+    )
     answering = {part.experiment for part in parts if part.findings}
     order = {name: place for place, name in enumerate(EXPERIMENTS)}
     parts.sort(
@@ -140,7 +149,7 @@ def gather(paths: Iterable[Path], published: Mapping[str, Published] = PUBLISHED
             part.experiment, part.device, part.where,
         )
     )  # fmt: skip
-    return Report(tuple(parts), published)
+    return Report(tuple(parts), published, tuple(second))
 
 
 def record_files(paths: Iterable[Path]) -> list[Path]:

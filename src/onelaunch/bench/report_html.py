@@ -24,6 +24,15 @@ from onelaunch.bench.report import (
     summary,
     summary_lines,
 )
+from onelaunch.bench.report_again import (
+    AGAIN_HEADER,
+    AGAIN_TITLE,
+    DIFFERING_HEADER,
+    again_lines,
+    again_summary,
+    differing_lines,
+    repeated,
+)
 from onelaunch.bench.report_convert import cell, escape, inline, line, table, to_html
 
 # What a browser is told: nothing from elsewhere, whatever a record holds.
@@ -58,6 +67,7 @@ def page(
             _experiment(name, of_it, plots or {}, failed or {})
             for name, of_it in report.experiments.items()
         ),
+        *_again(report),
         _published(report),
         _records(report.parts),
         "</main>",
@@ -97,6 +107,8 @@ def _contents(report: Report) -> str:
         f'<li{_of(part.device for part in parts)}><a href="#{slug(name)}">{escape(name)}</a></li>'
         for name, parts in report.experiments.items()
     ]
+    if repeated(report):
+        items.append(f'<li><a href="#again">{escape(AGAIN_TITLE)}</a></li>')
     items += [
         '<li><a href="#published">every published row</a></li>',
         '<li><a href="#records">records</a></li>',
@@ -161,6 +173,21 @@ def _rows(part: Part) -> str:
     rows = table(ROW_HEADER, [line(map(cell, cells)) for cells in row_lines(part.record)])
     shut = "" if part.table else " open"
     return f"<details{shut}><summary>Every row, with its spread</summary>{rows}</details>"
+
+
+def _again(report: Report) -> list[str]:
+    found = repeated(report)
+    if not found:
+        return []
+    parts = [f"<p>{inline(again_summary(found))}</p>"]
+    for header, lines in (
+        (AGAIN_HEADER, again_lines(found)),
+        (DIFFERING_HEADER, list(differing_lines(found))),
+    ):
+        if lines:
+            body = [line(map(cell, cells), _of([device])) for device, cells in lines]
+            parts.append(table(header, body, "words"))
+    return [f'<section id="again"><h2>{escape(AGAIN_TITLE)}</h2>', *parts, "</section>"]
 
 
 def _published(report: Report) -> str:

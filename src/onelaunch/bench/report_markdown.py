@@ -24,6 +24,15 @@ from onelaunch.bench.report import (
     summary,
     summary_lines,
 )
+from onelaunch.bench.report_again import (
+    AGAIN_HEADER,
+    AGAIN_TITLE,
+    DIFFERING_HEADER,
+    again_lines,
+    again_summary,
+    differing_lines,
+    repeated,
+)
 from onelaunch.bench.tables import markdown
 
 MADE = "Made of the records by `make results`; to be made again, not to be edited."
@@ -39,6 +48,7 @@ def document(report: Report, folder: Path) -> str:
         _table(header, lines),
         *READING,
         *(_experiment(name, of_it, folder) for name, of_it in report.experiments.items()),
+        *_again(report),
         _published(report),
     ]
     text = "\n\n".join(parts) + "\n"
@@ -73,6 +83,17 @@ def _links(part: Part, folder: Path) -> str:
         f"[{name}]({quote(Path(os.path.relpath(path, folder)).as_posix())})"
         for name, path in beside
     )
+
+
+def _again(report: Report) -> list[str]:
+    found = repeated(report)
+    if not found:
+        return []
+    parts = [f"## {AGAIN_TITLE}", again_summary(found)]
+    parts.append(_table(AGAIN_HEADER, [cells for _, cells in again_lines(found)], 2))
+    if other := [cells for _, cells in differing_lines(found)]:
+        parts.append(_table(DIFFERING_HEADER, other, len(DIFFERING_HEADER)))
+    return parts
 
 
 def _published(report: Report) -> str:

@@ -20,6 +20,15 @@ def report(
             help="Records, or folders of them; if not given benchmarks/records.",
         ),
     ] = None,
+    again: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--again",
+            metavar="FOLDER",
+            help="Records of a second run: whether their verdicts are the same. May be given "
+            "several times.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -40,8 +49,8 @@ def report(
     from onelaunch.bench.report import gather
     from onelaunch.checkpoints.atomic import write_text
 
-    found = gather(records or [DEFAULT_FOLDER])
-    for part in found.parts:
+    found = gather(records or [DEFAULT_FOLDER], again=again or [])
+    for part in (*found.parts, *found.again):
         for problem in part.problems:
             say(f"{part.where}: {problem}", quiet)
     if markdown:
