@@ -54,7 +54,6 @@ AS_MUCH = 0.8
 MODEL_NEAR = 0.1
 """Of the model's rate: the model leaves out the optimizer, and noise is of this size on a machine
 that others use."""
-LOOK_SECONDS = 0.01
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
@@ -81,7 +80,7 @@ def _programs(
     ):
         for each in (waiting, background):
             each.update(2)
-            _settle(each.engine)
+            each.engine.settle()
 
         def turn(
             stage: str, training: Driver[CoreMLTrainer], k: int, renew: bool = True
@@ -93,7 +92,7 @@ def _programs(
                 updates = [training.update(k, renew) for _ in range(count)]
                 if stage == "stack-background":
                     updates = [_with_wait(updates[0], training.engine)]
-                _settle(training.engine)
+                training.engine.settle()
                 timed[stage] += updates
                 return count * k / sum(update.seconds for update in updates)
 
@@ -141,17 +140,10 @@ def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
     """With the wait that the next update would begin with: what was compiled beside this one may
     not be done."""
     start = time.perf_counter()
-    _, coming = engine._coming[0]
-    coming.result()
+    engine.settle()
     wait = time.perf_counter() - start
     stall = update.stall_seconds + wait
     return replace(update, seconds=update.seconds + wait, stall_seconds=stall)
-
-
-def _settle(engine: CoreMLTrainer) -> None:
-    """Wait until nothing is being compiled."""
-    while engine._is_compiling:
-        time.sleep(LOOK_SECONDS)
 
 
 def _pytorch(

@@ -205,6 +205,11 @@ class CoreMLTrainer(ReferenceEngine):
         """Whether as many programs were compiled as the budget has."""
         return 0 < self._budget <= self._compilations
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled; raises what a compilation ended with."""
+        for _, coming in list(self._coming):
+            coming.result()
+
     def close(self) -> None:
         """End the compiler and the threads."""
         self._closed = True
