@@ -8,7 +8,13 @@ import os
 import pytest
 import torch
 
-from onelaunch.bench import cpu_overhead, cpu_overhead_cases, parity, terminal_io
+from onelaunch.bench import (
+    cpu_overhead,
+    cpu_overhead_cases,
+    parity,
+    parity_views,
+    terminal_io,
+)
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import write_record
 from onelaunch.checkpoints.atomic import read_json
@@ -207,10 +213,22 @@ def test_errors_of_engines_and_gradients(monkeypatch, tmp_path):
     record = record_of(parity, rows, tmp_path)
     logits = {(r["engine"], r["dtype"]): r for r in record["rows"] if r["what"] == "logits"}
     assert logits["reference", "float32"]["ours"] < 1e-5 < logits["coreml", "float32"]["ours"]
-    assert len([row for row in rows if row.notes["what"] == "gradients"]) == 2
+    gradients = {(r["engine"], r["dtype"]): r for r in record["rows"] if r["what"] == "gradients"}
+    assert len(gradients) == 4
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 5e-2)):
+        row = gradients["reference", dtype]
+        assert 0 < row["ours"] < most
+        assert row["ours"] <= row["worst_error"]
+        assert row["parameters"] == len(SMALL.weight_shapes())
+        assert row["norm"] == "torch"  # on a CPU training is PyTorch's
+        assert row["times_pytorch"] == pytest.approx(1, abs=0.01)
     kinds = {row["kind"]: row for row in record["rows"] if row["what"] == "magnitude"}
     assert kinds["add"]["ours"] > 39_000  # the mask
     assert {finding.verdict for finding in parity.findings(record)} == {"confirmed"}
+    gradients["reference", "bfloat16"]["times_pytorch"] = parity_views.MOST_TIMES + 0.01
+    refuted = [f.claim for f in parity.findings(record) if f.verdict == "refuted"]
+    assert len(refuted) == 1
+    assert "gradients of training in bfloat16" in refuted[0]
 
 
 # ---- terminal-io
