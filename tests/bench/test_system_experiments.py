@@ -4,6 +4,7 @@ rows, tables, findings, pictures, what is refused."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from onelaunch.bench import baked_or_argument, cache, cache_programs, weight_mut
 from onelaunch.engines.coreml import training
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
+from tests.interpreting import run_interpreted
 
 
 def record_of(module, rows, folder):
@@ -166,6 +168,42 @@ def test_which_weights_are_followed(monkeypatch, tmp_path):
         "mutable-matmul": "refuted",
         "mutable-file": "not applicable",
     }
+
+
+def on_a_gpu(case, **more):
+    took = {"median": 0.5, "spread": [0.4, 0.6], "n": 5}
+    row = {
+        "case": case, "ours": 0.2, "spread": [0.1, 0.3], "by": "kernels", "converts": True,
+        "follows": True, "compiled_anew": False, "change_ms": took, "convert_ms": took,
+    }  # fmt: skip
+    return row | more
+
+
+def test_what_is_said_of_a_gpus_ways():
+    from onelaunch.bench import weight_mutability_views as views
+
+    rows = [
+        on_a_gpu(views.ARGUMENTS),
+        on_a_gpu(views.OTHERS, follows=False, follows_loaded_anew=True),
+        on_a_gpu(views.CONSTEXPR, compiled_anew=True),
+        on_a_gpu(views.EAGER),
+    ]
+    record = {"device": "a GPU", "rows": rows}
+    said = {"mutable-inputs": "refuted", "mutable-file": "confirmed"}
+    assert verdicts(weight_mutability, record) == said
+    cells = {
+        line.split(" |")[0].strip("| "): [cell.strip() for cell in line.split("|")][3]
+        for line in weight_mutability.table(record).splitlines()
+        if line.startswith("| ")
+    }
+    assert [cells[row["case"]] for row in rows] == ["yes", "captured anew", "compiled anew", "yes"]
+    rows[0]["compiled_anew"] = rows[1]["follows"] = True
+    said = {"mutable-inputs": "confirmed", "mutable-file": "refuted"}
+    assert verdicts(weight_mutability, record) == said
+
+
+def test_a_gpus_ways_through_the_interpreter():
+    run_interpreted(Path(__file__).with_name("interpreted_weight_mutability.py"))
 
 
 # ---- baked-or-argument
