@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from onelaunch.bench.generation_speed import BareLoop
+from onelaunch.bench.generation_speed import BareLoop, check_texts
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.rig import trainer as bench_trainer
 from onelaunch.bench.training_speed import bare_updates
 from onelaunch.config import preset
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import RunFailed
 from onelaunch.training.recipe import Recipe
 from tests.engines.suite import SHAPES, exact_logits, relative_error, weights_of
 
@@ -23,6 +24,45 @@ def test_the_bare_generation_loop_writes_our_tokens(prompt):
     ours = ReferenceEngine(config, weights, device="cpu").generate([prompt], 40, Sampling())[0]
     assert BareLoop(config, weights).generate(prompt, 40) == ours
     assert len(set(ours)) > 5
+
+
+class Likes:
+    """Logits in an engine's place: after token 1 it likes 2 and, a little less, 3; else 4."""
+
+    def __init__(self, less):
+        self.likes = torch.zeros(6)
+        self.likes[2], self.likes[3], self.likes[5] = 1, 1 - less, -1
+
+    def logits(self, tokens_BS):
+        last = tokens_BS[0, :, None]
+        return torch.where(last == 1, self.likes, torch.eye(6)[4])[None]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "less", "alike"),
+    [
+        ([2, 4], [2, 4], 1, 2),
+        ([2, 4], [3, 4], 1e-4, 0),  # of a spread of 2
+        ([3, 4, 4], [2, 4, 4], 0, 0),
+    ],
+)
+def test_texts_that_part_at_a_near_tie_are_of_one_model(ours, theirs, less, alike):
+    assert check_texts("m", Likes(less), torch.float32, ours, theirs) == alike
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "less", "message"),
+    [
+        ([2, 4], [3, 4], 3e-4, "the bare loop writes 3 as token 0, 1.5e-04 of"),
+        ([3, 4], [2, 4], 3e-4, "the engine writes 3 as token 0"),
+        ([2, 4], [3, 2], 0, "the bare loop writes 2 as token 1"),
+        ([2, 4], [3, 4], torch.nan, "the engine writes 2 as token 0, nan"),
+        ([2, 4], [2], 0, "the engine writes 2 tokens, the loop 1"),
+    ],
+)
+def test_a_token_that_the_engine_would_not_write_is_told(ours, theirs, less, message):
+    with pytest.raises(RunFailed, match=message):
+        check_texts("m", Likes(less), torch.float32, ours, theirs)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)

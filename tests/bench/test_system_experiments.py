@@ -4,11 +4,18 @@ rows, tables, findings, pictures, what is refused."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from onelaunch.bench import cpu_overhead, cpu_overhead_cases, parity, terminal_io
+from onelaunch.bench import (
+    cpu_overhead,
+    cpu_overhead_cases,
+    parity,
+    parity_views,
+    terminal_io,
+)
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import write_record
 from onelaunch.checkpoints.atomic import read_json
@@ -21,6 +28,7 @@ from onelaunch.bench import baked_or_argument, cache, cache_programs, weight_mut
 from onelaunch.engines.coreml import training
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
+from tests.interpreting import run_interpreted
 
 
 def record_of(module, rows, folder):
@@ -162,6 +170,42 @@ def test_which_weights_are_followed(monkeypatch, tmp_path):
     }
 
 
+def on_a_gpu(case, **more):
+    took = {"median": 0.5, "spread": [0.4, 0.6], "n": 5}
+    row = {
+        "case": case, "ours": 0.2, "spread": [0.1, 0.3], "by": "kernels", "converts": True,
+        "follows": True, "compiled_anew": False, "change_ms": took, "convert_ms": took,
+    }  # fmt: skip
+    return row | more
+
+
+def test_what_is_said_of_a_gpus_ways():
+    from onelaunch.bench import weight_mutability_views as views
+
+    rows = [
+        on_a_gpu(views.ARGUMENTS),
+        on_a_gpu(views.OTHERS, follows=False, follows_loaded_anew=True),
+        on_a_gpu(views.CONSTEXPR, compiled_anew=True),
+        on_a_gpu(views.EAGER),
+    ]
+    record = {"device": "a GPU", "rows": rows}
+    said = {"mutable-inputs": "refuted", "mutable-file": "confirmed"}
+    assert verdicts(weight_mutability, record) == said
+    cells = {
+        line.split(" |")[0].strip("| "): [cell.strip() for cell in line.split("|")][3]
+        for line in weight_mutability.table(record).splitlines()
+        if line.startswith("| ")
+    }
+    assert [cells[row["case"]] for row in rows] == ["yes", "captured anew", "compiled anew", "yes"]
+    rows[0]["compiled_anew"] = rows[1]["follows"] = True
+    said = {"mutable-inputs": "confirmed", "mutable-file": "refuted"}
+    assert verdicts(weight_mutability, record) == said
+
+
+def test_a_gpus_ways_through_the_interpreter():
+    run_interpreted(Path(__file__).with_name("interpreted_weight_mutability.py"))
+
+
 # ---- baked-or-argument
 
 
@@ -207,10 +251,22 @@ def test_errors_of_engines_and_gradients(monkeypatch, tmp_path):
     record = record_of(parity, rows, tmp_path)
     logits = {(r["engine"], r["dtype"]): r for r in record["rows"] if r["what"] == "logits"}
     assert logits["reference", "float32"]["ours"] < 1e-5 < logits["coreml", "float32"]["ours"]
-    assert len([row for row in rows if row.notes["what"] == "gradients"]) == 2
+    gradients = {(r["engine"], r["dtype"]): r for r in record["rows"] if r["what"] == "gradients"}
+    assert len(gradients) == 4
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 5e-2)):
+        row = gradients["reference", dtype]
+        assert 0 < row["ours"] < most
+        assert row["ours"] <= row["worst_error"]
+        assert row["parameters"] == len(SMALL.weight_shapes())
+        assert row["norm"] == "torch"  # on a CPU training is PyTorch's
+        assert row["times_pytorch"] == pytest.approx(1, abs=0.01)
     kinds = {row["kind"]: row for row in record["rows"] if row["what"] == "magnitude"}
     assert kinds["add"]["ours"] > 39_000  # the mask
     assert {finding.verdict for finding in parity.findings(record)} == {"confirmed"}
+    gradients["reference", "bfloat16"]["times_pytorch"] = parity_views.MOST_TIMES + 0.01
+    refuted = [f.claim for f in parity.findings(record) if f.verdict == "refuted"]
+    assert len(refuted) == 1
+    assert "gradients of training in bfloat16" in refuted[0]
 
 
 # ---- terminal-io

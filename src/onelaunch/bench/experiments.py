@@ -17,7 +17,7 @@ EXPERIMENTS = {
     "cache": "what keeping compiled programs saves, and that no wrong one is served",
     "weight-mutability": "which ways of giving a program its weights take new ones",
     "cpu-overhead": "what the host takes beside arithmetic in a step, and what a call costs",
-    "parity": "how far each engine is from float64, in each precision",
+    "parity": "how far engines, and the gradients of training, are from float64",
     "baked-or-argument": "from how many micro-steps an update weights as constants would pay",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
     "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",

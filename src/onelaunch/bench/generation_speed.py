@@ -1,12 +1,13 @@
 """generation-speed: the reference engine against a bare PyTorch loop with a KV cache.
 
 The bare loop is written for speed and nothing else: plain functions, weights in tuples, a
-preallocated cache, greedy, batch one. Both write the same tokens; texts are timed in turn.
+preallocated cache, greedy, batch one. Both write the same tokens, or where two tokens are nearly as
+likely and sums of another order decide, either of them; texts are timed in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from onelaunch.bench.record import Row
 from onelaunch.bench.rig import in_turn, row_beside
 from onelaunch.config import ModelConfig, preset
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import Engine, Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
 from onelaunch.model import Model, rope_tables
@@ -23,6 +24,11 @@ from onelaunch.model import Model, rope_tables
 UNIT = "tokens/s"
 CASES = {"stories260k": 200, "stories15m": 100, "stories110m": 24}
 QUICK = ("stories260k", "stories15m")
+NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""How far behind the best logit a greedy token's may be, of the spread from the least to the best:
+what sums of another order and other points of rounding make of the engine's arithmetic. Of 100
+tokens of stories15m in bfloat16 on a CPU it was up to 7e-3; a wrong token is half the spread
+behind."""
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
@@ -41,13 +47,42 @@ def _compare(name: str, n: int, device: str, blocks: int, say: Callable[[str], N
     engine = ReferenceEngine(config, weights, device=device)
     placed = {k: v.to(engine.device, engine.dtype) for k, v in weights.items()}
     bare = BareLoop(config, placed)
-    expected = bare.generate([1], n)
-    if engine.generate([[1]], n, Sampling())[0] != expected:
-        raise RunFailed(f"{name}: the bare loop and the engine write different tokens")
+    ours, theirs = engine.generate([[1]], n, Sampling())[0], bare.generate([1], n)
+    alike = check_texts(name, engine, engine.dtype, ours, theirs)
+    if alike < n:
+        say(f"{name}: the same {alike} tokens, then two that are nearly as likely")
     samples = in_turn(
         lambda: engine.generate([[1]], n, Sampling()), lambda: bare.generate([1], n), n, 1, blocks
     )
-    return row_beside(f"{name} greedy {n}", samples, "bare loop", say)
+    dtype = str(engine.dtype).removeprefix("torch.")
+    return row_beside(
+        f"{name} greedy {n}", samples, "bare loop", say, dtype=dtype, tokens_alike=alike
+    )
+
+
+def check_texts(
+    name: str, engine: Engine, dtype: torch.dtype, ours: Sequence[int], theirs: Sequence[int]
+) -> int:
+    """How many tokens two greedy texts, which follow token 1, begin with in common. Where they are
+    not the same text, every token of either must be the engine's own choice after the text before
+    it, or nearly: raises RunFailed where one is further behind the best than NEAR_TIE."""
+    if len(ours) != len(theirs):
+        raise RunFailed(f"{name}: the engine writes {len(ours)} tokens, the loop {len(theirs)}")
+    if list(ours) == list(theirs):
+        return len(ours)
+    for writer, text in (("the engine", ours), ("the bare loop", theirs)):
+        logits_NV = engine.logits(torch.tensor([[1, *text[:-1]]]))[0].double().cpu()
+        best_N, least_N = logits_NV.amax(-1), logits_NV.amin(-1)
+        chosen_N = logits_NV.gather(-1, torch.tensor(text)[:, None])[:, 0]
+        behind_N = (best_N - chosen_N) / (best_N - least_N)
+        within_N = behind_N <= NEAR_TIE[dtype]  # of what is no number: not
+        if not within_N.all():
+            at = int(within_N.int().argmin())
+            raise RunFailed(
+                f"{name}: {writer} writes {text[at]} as token {at}, {behind_N[at]:.1e} of the "
+                "logits' spread behind the engine's best"
+            )
+    return next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
 
 
 class BareLoop:

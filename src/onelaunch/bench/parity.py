@@ -1,10 +1,10 @@
 """parity: how far each engine is from float64, in each precision that it knows on this machine.
 
 Logits of every position of a text, random weights, against the same model in float64; beside each
-what PyTorch loses in the same precision. Then the largest magnitude that each kind of operation of
-the ML Programs gives, against float16's end, and the gradients of training through ML Programs
-against float64 autograd. Programs are evaluated on the CPU: that is what they mean, not what a
-Neural Engine computes.
+what PyTorch loses in the same precision. The gradients of every parameter against float64 autograd,
+of training with the reference engine, and on the CPU through ML Programs. On the CPU too the
+largest magnitude that each kind of operation of the ML Programs gives, against float16's end.
+Programs are evaluated on the CPU: that is what they mean, not what a Neural Engine computes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.findings import Finding
+from onelaunch.bench.parity_views import FLOAT16_END, draw, findings, table
 from onelaunch.bench.record import Row
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
@@ -28,22 +27,15 @@ from onelaunch.errors import BadInput, MissingExtra
 from onelaunch.model import Model
 from onelaunch.plan import make_plan
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
 
 UNIT = "relative error"
 MODELS = (("stories260k", 128), ("stories15m", 64))
 """And of how many tokens."""
 QUICK_MODELS = MODELS[:1]
 GRADIENTS = ("stories260k", 64)
+"""Of training through ML Programs; with the reference engine all of MODELS."""
 SEED = 1
-MOST_TIMES = 2.0
-"""What an engine may lose, times what PyTorch does in the same precision: sums of other order and
-other points of rounding differ by less."""
-MOST_APART = {"float32": 1e-2, "float16": 5e-2}
-"""Of gradients, all of them together: programs hold weights in float16, a relative 5e-4 each, which
-either precision passes on; in float16 every operation rounds as well."""
-FLOAT16_END = 65_504
 
 Weights = dict[str, Tensor]
 Make = Callable[[ModelConfig, Weights], Engine]
@@ -61,17 +53,18 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     for name, sequence in QUICK_MODELS if quick else MODELS:
-        config, weights, tokens, _ = _problem(name, sequence)
+        config, weights, tokens, targets = _problem(name, sequence)
         exact = _exact_logits(config, weights, tokens)
         for engine, dtype, make in _engines(place, say):
             logits = make(config, weights).logits(tokens.to(place)).cpu().double()
             beside = _pytorch(config, weights, tokens, dtype, place, engine)
             yield _logits_row(f"{name} 1x{sequence}", engine, dtype, logits, beside, exact)
+        yield from _trained(f"{name} 1x{sequence}", config, weights, tokens, targets, place)
         if place.type == "cpu" and _has_coremltools(say):
             yield from _magnitudes(f"{name} 1x{sequence}", config, weights, tokens)
     if place.type == "cpu" and _has_coremltools(lambda line: None):
         for dtype in ("float32", "float16"):
-            yield _gradients(*GRADIENTS, dtype)
+            yield _by_programs(*GRADIENTS, dtype)
 
 
 def _problem(name: str, sequence: int) -> tuple[ModelConfig, Weights, Tensor, Tensor]:
@@ -215,8 +208,34 @@ def _magnitudes(model: str, config: ModelConfig, weights: Weights, tokens: Tenso
             )  # fmt: skip
 
 
-def _gradients(name: str, sequence: int, dtype: str) -> Row:
-    """Of every parameter, after one micro-step through forward and backward programs."""
+def _trained(
+    model: str,
+    config: ModelConfig,
+    weights: Weights,
+    tokens: Tensor,
+    targets: Tensor,
+    place: torch.device,
+) -> Iterator[Row]:
+    """Gradients of a micro-step as `onelaunch train` takes it, in each precision it has: float32,
+    and autocast to bfloat16, the weights in float32. Beside it the same with PyTorch's norm."""
+    exact = _autograd(config, weights, tokens, targets, torch.float64)
+    for dtype in ("float32", "bfloat16"):
+        if dtype == "bfloat16" and place.type == "cuda" and not torch.cuda.is_bf16_supported():
+            continue
+        engine = ReferenceEngine(
+            config, dict(weights), device=str(place), dtype=dtype, train=True, norm="auto"
+        )
+        engine.loss_and_gradients(tokens, targets)
+        found, there = _grads(engine.parameters()), (tokens.to(place), targets.to(place))
+        beside = _autograd(config, weights, *there, getattr(torch, dtype))
+        row = _gradients_row(model, "reference", dtype, found, exact, beside, "PyTorch")
+        times = round(row.ours / row.peers["PyTorch"], 3)
+        row.notes |= {"norm": engine.norm, "times_pytorch": times}
+        yield row
+
+
+def _by_programs(name: str, sequence: int, dtype: str) -> Row:
+    """Gradients of one micro-step through forward and backward programs."""
     from onelaunch.engines.coreml.training import CoreMLTrainer
 
     config, weights, tokens, targets = _problem(name, sequence)
@@ -225,21 +244,28 @@ def _gradients(name: str, sequence: int, dtype: str) -> Row:
     trainer = CoreMLTrainer(config, dict(weights), staleness=0, dtype=dtype)
     try:
         trainer.loss_and_gradients(tokens, targets)
-        found = {
-            n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None
-        }
+        found = _grads(dict(trainer.model.named_parameters()))
     finally:
         trainer.close()
+    model, peer = f"{name} 1x{sequence}", "PyTorch, weights in float16"
+    return _gradients_row(model, "coreml", dtype, found, exact, beside, peer)
+
+
+def _gradients_row(
+    model: str, engine: str, dtype: str, found: Weights, exact: Weights, beside: Weights, peer: str
+) -> Row:
+    """Of every parameter: the error of all together, and the parameter whose own is the largest."""
     errors = {n: _apart(found[n], g) for n, g in exact.items()}
     worst = max(errors, key=lambda n: errors[n])
     together = [torch.cat([g[n].flatten() for n in exact]) for g in (found, exact, beside)]
     return Row(
-        f"{name} 1x{sequence} gradients, coreml {dtype}",
+        f"{model} gradients, {engine} {dtype}",
         _apart(together[0], together[1]),
-        peers={"PyTorch, weights in float16": _apart(together[2], together[1])},
+        peers={peer: _apart(together[2], together[1])},
         notes={
-            "what": "gradients", "model": name, "engine": "coreml", "dtype": dtype,
+            "what": "gradients", "model": model, "engine": engine, "dtype": dtype,
             "parameters": len(exact), "worst": worst, "worst_error": float(f"{errors[worst]:.3g}"),
+            "worst_pytorch": float(f"{_apart(beside[worst], exact[worst]):.3g}"),
         },
     )  # fmt: skip
 
@@ -247,128 +273,16 @@ def _gradients(name: str, sequence: int, dtype: str) -> Row:
 def _autograd(
     config: ModelConfig, weights: Weights, tokens: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> Weights:
-    model = Model.from_weights(config, {name: w.to(dtype) for name, w in weights.items()})
+    """By PyTorch, where the tokens are; bfloat16 is autocast's, the weights in float32."""
+    place, narrow = tokens.device, dtype == torch.bfloat16
+    stored = torch.float32 if narrow else dtype
+    model = Model.from_weights(config, {name: w.to(place, stored) for name, w in weights.items()})
     model.requires_grad_(True)
-    logits = F.linear(model.hidden(tokens), model.head_weight())
+    with torch.autocast(place.type, torch.bfloat16, enabled=narrow):
+        logits = F.linear(model.hidden(tokens), model.head_weight()).to(stored)
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+    return _grads(dict(model.named_parameters()))
 
 
-def findings(record: dict[str, Any]) -> list[Finding]:
-    """Nothing here was published: what the record says of our own engines."""
-    found = []
-    for row in record["rows"]:
-        if row["what"] == "logits" and row["engine"] != "reference":
-            within = row["times_pytorch"] <= MOST_TIMES
-            found.append(
-                Finding(
-                    (),
-                    f"{row['model']}: the {row['engine']} engine in {row['dtype']} loses no more "
-                    f"than {MOST_TIMES:g} times what PyTorch does",
-                    "not measured",
-                    f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
-                    "confirmed" if within else "refuted",
-                    "relative error of all logits against float64; the most likely token is the "
-                    f"same at {row['same_argmax']:.1%} of positions",
-                    row["times_pytorch"],
-                )
-            )
-        if row["what"] == "gradients":
-            most = MOST_APART[row["dtype"]]
-            found.append(
-                Finding(
-                    (),
-                    f"gradients through ML Programs in {row['dtype']} are within {most:g}",
-                    "not measured",
-                    f"{row['ours']:.1e}",
-                    "confirmed" if row["ours"] <= most else "refuted",
-                    f"{row['parameters']} parameters together against float64 autograd; the worst, "
-                    f"{row['worst']}, {row['worst_error']:.1e}",
-                )
-            )
-    return found + list(_by_magnitude(record))
-
-
-def _by_magnitude(record: dict[str, Any]) -> Iterator[Finding]:
-    rows = [row for row in record["rows"] if row["what"] == "magnitude"]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        most = max((r for r in rows if r["model"] == model), key=lambda row: row["ours"])
-        yield Finding(
-            (),
-            f"{model}: no operation of a forward program comes near float16's end",
-            "not measured",
-            f"{most['ours']:,.0f} of {FLOAT16_END:,} ({most['kind']})",
-            "refuted" if most["beyond"] else "confirmed",
-            f"random weights, evaluated in float32; {most['beyond']} operations pass a limit that "
-            "the linter knows; the mask of attention is meant to be large",
-        )
-
-
-def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
-    rows = record["rows"]
-    parts = [f"# Errors against float64, on {record['device']}", provenance(record)]
-    logits = [row for row in rows if row["what"] == "logits"]
-    gradients = [row for row in rows if row["what"] == "gradients"]
-    magnitude = [row for row in rows if row["what"] == "magnitude"]
-    if logits:
-        lines = [
-            [
-                f"{row['model']}, {row['engine']} {row['dtype']}", f"{row['ours']:.2e}",
-                f"{row['peers']['PyTorch']:.2e}", f"{row['times_pytorch']:.2f}x",
-                f"{row['largest']:.2e}", f"{row['same_argmax']:.1%}",
-            ]
-            for row in logits
-        ]  # fmt: skip
-        header = ["logits", "error", "PyTorch", "times", "largest of one", "same token"]
-        parts += [
-            "## Logits of every position",
-            markdown(header, lines),
-            "Relative, all logits together, random weights. PyTorch has the engine's precision: "
-            "bfloat16 of the CPU engine is its weights', an ML Program's weights are float16.",
-        ]
-    if gradients:
-        lines = [
-            [
-                row["case"], f"{row['ours']:.2e}", *(f"{v:.2e}" for v in row["peers"].values()),
-                f"{row['worst']} {row['worst_error']:.2e}",
-            ]
-            for row in gradients
-        ]  # fmt: skip
-        header = ["gradients", "error", "PyTorch, float16 weights", "worst parameter"]
-        parts += ["## Gradients through ML Programs", markdown(header, lines)]
-    if magnitude:
-        lines = [
-            [f"{row['model']}, {row['kind']}", f"{row['ours']:,.3g}", f"{row['of_float16']:.2%}"]
-            for row in magnitude
-        ]
-        parts += [
-            "## The largest magnitude by kind of operation",
-            markdown(["ML Program of a forward", "largest", "of float16's end"], lines),
-            "The mask, -40,000, is added to scores: it is meant to be large.",
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Errors of logits, ours beside PyTorch's in the same precision."""
-    from onelaunch.bench import plots
-
-    rows = [row for row in record["rows"] if row["what"] == "logits"]
-    if not rows:
-        return None
-    figure = plots.new_figure(7.5, 1.2 + 0.4 * len(rows))
-    axes = figure.subplots()
-    at = range(len(rows))
-    ours, theirs = [row["ours"] for row in rows], [row["peers"]["PyTorch"] for row in rows]
-    axes.barh([i - 0.2 for i in at], ours, 0.38, color="#1f5a8f", label="the engine")
-    axes.barh([i + 0.2 for i in at], theirs, 0.38, color="#999999", label="PyTorch")
-    names = [f"{row['model']}, {row['engine']} {row['dtype']}" for row in rows]
-    axes.set_yticks(list(at), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("relative error of logits against float64")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
-    axes.set_title(f"Errors by engine and precision, {record['device']}", fontsize=10)
-    return figure
+def _grads(parameters: Weights) -> Weights:
+    return {n: p.grad.double().cpu() for n, p in parameters.items() if p.grad is not None}

@@ -4,7 +4,7 @@ The published study found through private interfaces that weights must be consta
 packed into the input's channels or overwritten on disk they were refused, or had no effect. The
 same asked of the public converter, of one linear map: whether it converts, and whether the result,
 evaluated on this CPU from the saved program, follows weights that change. Whether the Neural Engine
-would run it is not asked here and not known.
+would run it is not asked here and not known. What the ways of a GPU are: weight_mutability_cuda.py.
 """
 
 from __future__ import annotations
@@ -22,31 +22,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelaunch.bench.findings import Finding, Verdict
-from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import digest, in_rounds
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.weight_mutability_views import (
+    COLUMNS,
+    CONSTANTS,
+    FILE,
+    INPUTS,
+    KEPT,
+    LINEAR,
+    MOST_APART,
+    OUT,
+    PACKED,
+    PRODUCT,
+    WIDTH,
+    findings,
+    in_words,
+    table,
+)
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.evaluate import Evaluator, Precision
 from onelaunch.engines.coreml.lint import lint
 from onelaunch.engines.coreml.package import Package
 from onelaunch.errors import BadInput
 
+__all__ = ["UNIT", "findings", "run", "table"]
+
 UNIT = "ms"
-COLUMNS, OUT, WIDTH = 288, 768, 64
-"""Of the map, and of how many tokens: the first of stories15M's feed-forward."""
 EVALUATIONS, QUICK_EVALUATIONS = 200, 40
 CONVERSIONS, QUICK_CONVERSIONS = 7, 3
-MOST_APART = 1e-4
-"""Error of a result in float32 against float64, relative; other weights are 1.4 apart."""
 PRECISION: Precision = "float32"
 
 X, W, BOTH, STATE, RESULT = "x", "w", "both", "w_state", "out"
-CONSTANTS, FILE, INPUTS = "constants", "a weight file overwritten", "an input of a convolution"
-PRODUCT, LINEAR = "an input of a matmul", "an input of a linear layer"
-PACKED, KEPT = "packed into the input's channels", "a state"
 
 Given = dict[str, Tensor]
 
@@ -76,9 +83,26 @@ def ways() -> list[Way]:
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """Every way; yields rows."""
-    if torch.device(device).type != "cpu":
-        raise BadInput(f"weight-mutability: --device {device}: programs are evaluated on the CPU")
+    """Every way of the device; yields rows."""
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise BadInput(f"weight-mutability: --device {device}: runs on cpu or cuda")
+    for row in _by_programs(quick) if place.type == "cpu" else _by_kernels(place, quick):
+        say(f"{row.case}: {in_words(row.notes)}")
+        yield row
+
+
+def _by_kernels(place: torch.device, quick: bool) -> Iterator[Row]:
+    from onelaunch.engines.cuda import why_not
+
+    if reason := why_not(place):
+        raise BadInput(f"weight-mutability: --device {place}: {reason}; use cpu")
+    from onelaunch.bench.weight_mutability_cuda import rows
+
+    yield from rows(place, quick)
+
+
+def _by_programs(quick: bool) -> Iterator[Row]:
     coremltools("bench weight-mutability")
     made: dict[str, Made] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -92,11 +116,9 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     for case, each in made.items():
         notes = each.notes | {"threads": torch.get_num_threads()}
         if case in samples:
-            row = Row.of(case, samples[case], notes=notes)
+            yield Row.of(case, samples[case], notes=notes)
         else:
-            row = Row(case, each.notes["refused_ms"], notes=notes)
-        say(f"{row.case}: {_in_words(row.notes)}")
-        yield row
+            yield Row(case, each.notes["refused_ms"], notes=notes)
 
 
 @dataclass
@@ -293,94 +315,3 @@ def _packed(x: Tensor, w: Tensor) -> Given:
 
 def _state_given(x: Tensor, w: Tensor) -> Given:
     return {X: x, STATE: w[:, :, None, None]}
-
-
-# ---- what it says
-
-ANSWERS = {
-    "mutable-inputs": (INPUTS, "weights as an input of the program are refused"),
-    "mutable-packed": (PACKED, "weights packed into the channels are refused"),
-    "mutable-file": (FILE, "overwriting the file of weights has no effect on what is loaded"),
-    "mutable-matmul": (PRODUCT, "an emitter of products would be refused alike"),
-}
-
-
-def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of each way that the study tried."""
-    rows, found = {row["case"]: row for row in record["rows"]}, []
-    for key, (case, claim) in ANSWERS.items():
-        row = rows.get(case)
-        if row is None:
-            continue
-        works = row["converts"] and row["follows"]
-        verdict: Verdict = "refuted" if works else "confirmed"
-        why = "public converter, evaluated on a CPU; whether the Neural Engine runs it is not known"
-        if case == FILE:  # when the file is read is the evaluator's affair, not the program's
-            verdict = "not applicable"
-            why = "this package's evaluator reads it once; when Core ML does is not asked here"
-        found.append(
-            Finding(
-                (key,),
-                claim,
-                str(PUBLISHED[key].values["told"]),
-                _in_words(row),
-                verdict,
-                why,
-            )
-        )
-    return found
-
-
-def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
-    rows = record["rows"]
-    told = {case: str(PUBLISHED[key].values["told"]) for key, (case, _) in ANSWERS.items()}
-    lines = [
-        [
-            row["case"], "yes" if row["converts"] else "no",
-            "loaded anew" if row.get("follows_loaded_anew") else "yes" if row["follows"] else "no",
-            digits(row["ours"]) if row["converts"] else "-",
-            "-".join(digits(v) for v in row["spread"] or ()) or "-",
-            _median(row.get("convert_ms" if row.get("compiled_anew") else "change_ms", {})),
-            _median(row.get("convert_ms", {})), told.get(row["case"], "-"),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    parts = [
-        f"# Weights that are no constants, on {record['device']}",
-        provenance(record),
-        f"One linear map, {COLUMNS} to {OUT}, of {WIDTH} tokens. A result follows where it is "
-        f"within {MOST_APART:g} of float64 with one weight and then with another; a program with "
-        "constants does so compiled anew. Milliseconds of evaluating the saved program on this "
-        "CPU in float32: they say nothing about the Neural Engine, nor whether it takes the "
-        "program at all.",
-        markdown(
-            [
-                "weights are", "converts", "result follows", "evaluating, ms", "p20-p80",
-                "to change them, ms", "converting, ms", "the study",
-            ],
-            lines,
-        ),
-    ]  # fmt: skip
-    refused = [f"{row['case']}: {row['refused']}" for row in rows if row.get("refused")]
-    if refused:
-        parts.append("Refused: " + "; ".join(refused) + ".")
-    parts.append(
-        "In a state the weights are written by the host before a call; that is not timed here. "
-        "The study calls its emitter of products never called; of this package every emitter is "
-        "reached (tests/engines/coreml/test_weights_as_constants.py)."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def _median(found: Mapping[str, Any]) -> str:
-    return digits(found.get("median"))
-
-
-def _in_words(row: Mapping[str, Any]) -> str:
-    if not row["converts"]:
-        return "refused"
-    if row.get("follows_loaded_anew"):
-        return "no effect on what is loaded, taken when loaded anew"
-    follows = "the result follows" if row["follows"] else "the result does not follow"
-    return f"converts, {follows}{', compiled anew' if row['compiled_anew'] else ''}"
