@@ -3,8 +3,9 @@
 The published study found that Apple's compiler keeps programs by hashes of program, options and
 weights, across processes, so that a program without weights is found again and one with weights
 never after an update. The same asked of this package's store: of ML Programs (one layer, and its
-attention, which has no weights) and of the CPU engine's object code, which serves any weights.
-`ours` is seconds until the program is there; imports and the start of a process are not counted.
+attention, which has no weights) and of the CPU engine's object code, which serves any weights. On a
+GPU it is asked of Triton's store of the CUDA engine's kernels, see cache_cuda.py. `ours` is seconds
+until the program is there; imports and the start of a process are not counted.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ AT_ONCE, DAMAGED, REPAIRED = "two processes at once", "a damaged entry", "after 
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """Every case of what can be compiled here; yields rows."""
+    """Every case of what can be compiled here, or on a GPU of its kernels; yields rows."""
+    if torch.device(device).type == "cuda":
+        from onelaunch.bench import cache_cuda
+
+        yield from cache_cuda.run(device, quick, say)
+        return
     if torch.device(device).type != "cpu":
         raise BadInput(f"cache: --device {device}: programs are compiled on the CPU; use cpu")
     repeats = QUICK_REPEATS if quick else REPEATS
@@ -197,6 +203,10 @@ ANSWERS = {
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of each statement about what is kept, and of what it saves."""
+    from onelaunch.bench import cache_cuda
+
+    if cache_cuda.is_of_kernels(record):
+        return cache_cuda.findings(record)
     rows = {(row["kind"], row["what"]): row for row in record["rows"]}
     found = []
     for key, (what, claim) in ANSWERS.items():
@@ -218,32 +228,45 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     return found
 
 
+ABOUT = (
+    "Until the program is there: asked for, and compiled where it must be, or read, every byte "
+    "verified; asking hashes the weights. A process's start and imports are not counted."
+)
+STUDY = (
+    "The study: kept by hashes of program, options and weights, across processes; one without "
+    "weights a hit, one with weights a miss after every update. It gives no times. Two processes "
+    "at once do not wait for each other: both compile, and one entry is kept."
+)
+
+
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
+    from onelaunch.bench import cache_cuda
+
+    of_kernels = cache_cuda.is_of_kernels(record)
     rows = record["rows"]
     cold = {row["kind"]: row["ours"] for row in rows if row["what"] == EMPTY}
     lines = []
     for row in rows:
         low, high = row["spread"] or (row["ours"], row["ours"])
         times = cold.get(row["kind"], row["ours"]) / row["ours"]
+        no_times = row["what"] == EMPTY or row.get("failed")
         lines.append(
             [
                 row["case"], digits(row["ours"] * 1e3),
                 f"{digits(low * 1e3)}-{digits(high * 1e3)}", str(row["n"]),
-                f"{times:,.1f}x" if row["what"] != EMPTY else "-", row["expected"], row["found"],
+                "-" if no_times else f"{times:,.1f}x", row["expected"], row["found"],
                 "yes" if row["as_expected"] else "no",
             ]
         )  # fmt: skip
     parts = [
         f"# The store of compiled programs, on {record['device']}",
         provenance(record),
-        "Until the program is there: asked for, and compiled where it must be, or read, every byte "
-        "verified; asking hashes the weights. A process's start and imports are not counted.",
+        cache_cuda.ABOUT if of_kernels else ABOUT,
         markdown(
             ["", "ms", "p20-p80", "n", "of compiling", "expected", "found", "as expected"], lines
         ),
-        "The study: kept by hashes of program, options and weights, across processes; one without "
-        "weights a hit, one with weights a miss after every update. It gives no times. Two "
-        "processes at once do not wait for each other: both compile, and one entry is kept.",
+        *(cache_cuda.details(record) if of_kernels else ()),
+        cache_cuda.STUDY if of_kernels else STUDY,
     ]
     return "\n\n".join(parts) + "\n"

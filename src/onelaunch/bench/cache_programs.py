@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from onelaunch.bench.children import READY, together
 from onelaunch.bench.compiled import compiled_program
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
@@ -96,37 +96,11 @@ def damage(folder: Path) -> None:
 def elsewhere(folder: Path, model: str, kind: str, seeds: list[int]) -> list[Told]:
     """`get` by a process for each seed, all at once. Raises RunFailed where one fails."""
     command = [sys.executable, "-m", "onelaunch.bench.cache_programs", str(folder), model, kind]
-    children = [
-        subprocess.Popen(
-            [*command, str(seed)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for seed in seeds
-    ]  # fmt: skip
-    try:
-        for child in children:
-            assert child.stdout is not None
-            child.stdout.readline()
-        for child in children:
-            assert child.stdin is not None
-            child.stdin.write("go\n")
-            child.stdin.flush()
-    except BrokenPipeError:
-        pass  # one has ended: why is told below
-    try:
-        return [_told(child.communicate(), child.wait()) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-
-
-def _told(streams: tuple[str, str], code: int) -> Told:
-    lines = streams[0].splitlines()
-    if code or not lines:
-        reason = (streams[1].strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"a process with a store ended with {code}: {reason}")
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
+    found = together([[*command, str(seed)] for seed in seeds])
+    for each in found:
+        if each.reason:
+            raise RunFailed(f"a process with a store {each.reason}")
+    return [each.told for each in found]
 
 
 def _main(folder: str, model: str, kind: str, seed: str) -> Told:
@@ -135,7 +109,7 @@ def _main(folder: str, model: str, kind: str, seed: str) -> Told:
         from onelaunch.engines.coreml import coremltools
 
         coremltools("bench cache")
-    print("ready", flush=True)
+    print(READY, flush=True)
     sys.stdin.readline()
     return case.get(Path(folder))
 

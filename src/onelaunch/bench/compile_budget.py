@@ -4,6 +4,7 @@ A trainer of the published study began a fresh process after 72 compilations, as
 to fail; the study made 312 in one, then 150 distinct ones, without a failure. The same here with ML
 Programs: compiled again and again for new weights, then of 150 shapes; seconds and memory by
 number; what a fresh process costs; and how many layers one program may have until it is refused.
+The same on a GPU with Triton's kernels: compile_budget_cuda.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ CHILD = (sys.executable, "-m", "onelaunch.bench.compile_budget_child")
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
+    if torch.device(device).type == "cuda":
+        from onelaunch.bench import compile_budget_cuda
+
+        yield from compile_budget_cuda.run(device, quick, say)
+        return
     if torch.device(device).type != "cpu":
         raise BadInput(f"compile-budget: --device {device}: programs are made on the CPU")
     coremltools("bench compile-budget")
@@ -57,11 +63,15 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 
 def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
-    told = _child(what, str(count))
+    case = f"{count} compilations, {'new weights' if what == 'again' else 'distinct shapes'}"
+    return many_row(case, child((*CHILD, what, str(count))), say)
+
+
+def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:
+    """Of what a child says of many compilations, the first tenth of them and the last."""
     seconds, memory = told["seconds"], told["bytes"]
     tenth = max(1, len(seconds) // 10)
     first, last = (statistics.median(part) for part in (seconds[:tenth], seconds[-tenth:]))
-    case = f"{count} compilations, {'new weights' if what == 'again' else 'distinct shapes'}"
     row = Row.of(
         case,
         seconds,
@@ -71,7 +81,7 @@ def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
             "last_tenth": round(last, 4),
             "bytes_before": told["bytes_before"],
             "bytes_after": memory[-1],
-            "bytes_a_compilation": round(_slope(memory[len(memory) // 2 :])),
+            "bytes_a_compilation": round(slope(memory[len(memory) // 2 :])),
             "bytes_by_number": memory[:: max(1, len(memory) // 50)],
         },
     )
@@ -83,18 +93,20 @@ def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
 
 
 def _restart(count: int, say: Callable[[str], None]) -> Row:
-    """A fresh process until it has compiled once, less a compilation."""
-    samples = [
-        told["until_first"] - told["second"] for told in (_child("restart") for _ in range(count))
-    ]
-    row = Row.of("a fresh process", samples)
+    return restart_row([child((*CHILD, "restart")) for _ in range(count)], say)
+
+
+def restart_row(told: list[dict[str, Any]], say: Callable[[str], None]) -> Row:
+    """Fresh processes until they have compiled once, less a compilation."""
+    row = Row.of("a fresh process", [each["until_first"] - each["second"] for each in told])
     say(f"{row.case}: {row.ours:.2f} s more than a compilation")
     return row
 
 
 def _layers(layers: int, say: Callable[[str], None]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        told = _child("layers", str(layers), str(Path(folder) / "whole.mlpackage"))
+        words = "layers", str(layers), str(Path(folder) / "whole.mlpackage")
+        told = child((*CHILD, *words))
     notes = {name: told[name] for name in ("refused", "weight_bytes", "operations")}
     row = Row(f"{layers} layers of 768/2048 in a program", told["seconds"], notes=notes)
     answer = f"refused: {told['refused']}" if told["refused"] else "made"
@@ -102,8 +114,9 @@ def _layers(layers: int, say: Callable[[str], None]) -> Row:
     return row
 
 
-def _child(*words: str) -> dict[str, Any]:
-    done = subprocess.run([*CHILD, *words], capture_output=True, text=True)
+def child(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a process says. Raises RunFailed where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -111,7 +124,7 @@ def _child(*words: str) -> dict[str, Any]:
     return json.loads(lines[-1])  # type: ignore[no-any-return]
 
 
-def _slope(values: list[int]) -> float:
+def slope(values: list[int]) -> float:
     """Of the line of least squares."""
     if len(values) < 2:
         return 0.0
@@ -120,6 +133,10 @@ def _slope(values: list[int]) -> float:
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Failures, a restart's price, and how large a program may be."""
+    from onelaunch.bench import compile_budget_cuda
+
+    if compile_budget_cuda.is_of_kernels(record):
+        return compile_budget_cuda.findings(record)
     rows = {row["case"]: row for row in record["rows"]}
     found = []
     for key, published in (("budget-312", AGAIN), ("budget-150", DISTINCT)):
@@ -169,15 +186,28 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     return found
 
 
+ABOUT = "ML Programs of one layer of stories260k, forward, emitted, converted and saved."
+LAST = (
+    "Memory is what the system counts for the process; its growth is over the second half of "
+    "the compilations. The study: 312 and 150 without a failure, about 1.7 s a restart."
+)
+LAYERS_END = (
+    "What is refused is so by this package's own check of a saved program; coremltools wrote it."
+)
+
+
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
+    from onelaunch.bench import compile_budget_cuda as on_gpu
+
+    of_kernels = on_gpu.is_of_kernels(record)
     rows = record["rows"]
     many = [row for row in rows if "failures" in row]
     layers = [row for row in rows if "refused" in row]
     parts = [
         f"# Compilations in one process, on {record['device']}",
         provenance(record),
-        "ML Programs of one layer of stories260k, forward, emitted, converted and saved.",
+        on_gpu.ABOUT if of_kernels else ABOUT,
         markdown(
             ["", "failed", "s (median)", "first tenth", "last tenth", "MB before", "MB after",
              "kB a compilation"],
@@ -191,8 +221,8 @@ def table(record: dict[str, Any]) -> str:
                 for row in many
             ],
         ),
-        "Memory is what the system counts for the process; its growth is over the second half of "
-        "the compilations. The study: 312 and 150 without a failure, about 1.7 s a restart.",
+        *(on_gpu.memory_table(many) if of_kernels else ()),
+        on_gpu.LAST if of_kernels else LAST,
     ]  # fmt: skip
     parts += [
         f"A fresh process takes {digits(row['ours'])} s more than a compilation in an old one."
@@ -201,9 +231,9 @@ def table(record: dict[str, Any]) -> str:
     ]
     if layers:
         parts += [
-            "## How many layers a program may have",
+            f"## How many layers a {'launch' if of_kernels else 'program'} may have",
             markdown(
-                ["", "s", "MB of weights", "operations", ""],
+                ["", "s", "MB of weights", "stages" if of_kernels else "operations", ""],
                 [
                     [
                         row["case"], digits(row["ours"]), f"{row['weight_bytes'] / 1e6:,.0f}",
@@ -212,14 +242,13 @@ def table(record: dict[str, Any]) -> str:
                     for row in layers
                 ],
             ),
-            "What is refused is so by this package's own check of a saved program; coremltools "
-            "wrote it.",
+            on_gpu.LAYERS_END if of_kernels else LAYERS_END,
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
 def draw(record: dict[str, Any]) -> Figure | None:
-    """Memory by number."""
+    """Memory by number, the GPU's too."""
     from onelaunch.bench import plots
 
     many = [row for row in record["rows"] if "bytes_by_number" in row]
@@ -227,10 +256,15 @@ def draw(record: dict[str, Any]) -> Figure | None:
         return None
     figure = plots.new_figure(7, 4)
     axes = figure.subplots()
-    for row in many:
-        memory = [n / 1e6 for n in row["bytes_by_number"]]
+    for row, key, where in (
+        (row, key, where)
+        for row in many
+        for key, where in (("bytes_by_number", ""), ("gpu_bytes_by_number", ", the GPU's"))
+        if key in row
+    ):
+        memory = [n / 1e6 for n in row[key]]
         step = max(1, row["n"] // 50)
-        axes.plot([i * step for i in range(len(memory))], memory, label=row["case"])
+        axes.plot([i * step for i in range(len(memory))], memory, label=row["case"] + where)
     axes.set_xlabel("compilations")
     axes.set_ylabel("memory of the process, MB")
     axes.set_ylim(bottom=0)

@@ -78,8 +78,8 @@ def layers(count: str, path: str) -> dict[str, Any]:
 
 def _many(cases: list[tuple[int, int]]) -> dict[str, Any]:
     coremltools("bench compile-budget")
-    seconds, memory, failures = [], [], 0
-    before = _memory()
+    seconds, of_process, failures = [], [], 0
+    before = memory()
     for sequence, seed in cases:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
@@ -89,8 +89,8 @@ def _many(cases: list[tuple[int, int]]) -> dict[str, Any]:
                 print(f"{sequence}: {error}", file=sys.stderr)
                 failures += 1
             seconds.append(round(time.perf_counter() - start, 5))
-        memory.append(_memory())
-    return {"seconds": seconds, "bytes": memory, "bytes_before": before, "failures": failures}
+        of_process.append(memory())
+    return {"seconds": seconds, "bytes": of_process, "bytes_before": before, "failures": failures}
 
 
 def _compile(path: Path, sequence: int, seed: int) -> None:
@@ -103,7 +103,7 @@ def _weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in Model(config).init_weights(seed).named_parameters()}
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes that the process has now; where that cannot be read, the most it has had."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

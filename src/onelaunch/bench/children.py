@@ -1,0 +1,91 @@
+"""Child processes of experiments that begin their work together, and how each ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+READY = "ready"
+_REASON_LETTERS = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: `told` what it printed last, as JSON, None where it is none;
+    `reason` why it failed, or nothing; `seconds` from the word to begin to its end."""
+
+    told: Any
+    reason: str
+    seconds: float
+
+
+def together(
+    commands: Sequence[Sequence[str]],
+    env: Sequence[Mapping[str, str] | None] | None = None,
+    patience: float | None = None,
+) -> list[Ended]:
+    """Run processes that say READY once all is imported and then wait for a line, which all get at
+    the same time. One that has not ended after `patience` seconds is killed."""
+    environments = env or [None] * len(commands)
+    children = [
+        subprocess.Popen(
+            command, text=True, env=None if each is None else dict(each),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for command, each in zip(commands, environments, strict=True)
+    ]  # fmt: skip
+    try:
+        for child in children:
+            assert child.stdout is not None
+            while (line := child.stdout.readline()) and line.strip() != READY:
+                pass  # what a library may have to say
+        start = time.monotonic()
+        for child in children:
+            _begin(child)
+        return [_end(child, start, patience) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def _begin(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    try:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has ended: why is told when it is waited for
+
+
+def _end(child: subprocess.Popen[str], start: float, patience: float | None) -> Ended:
+    left = None if patience is None else max(0.1, start + patience - time.monotonic())
+    killed, told = "", None
+    try:
+        out, err = child.communicate(timeout=left)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        out, err = child.communicate()
+        killed = f"killed after {patience:g} s"
+    seconds = time.monotonic() - start
+    try:
+        told = json.loads(out.splitlines()[-1])
+    except (ValueError, IndexError):
+        pass
+    failed = child.returncode or told is None
+    return Ended(told, killed or (_reason(child.returncode, err) if failed else ""), seconds)
+
+
+def _reason(code: int, err: str) -> str:
+    if code < 0:
+        try:
+            return f"ended by {signal.Signals(-code).name}"
+        except ValueError:  # none that Python has a name for
+            return f"ended by signal {-code}"
+    last = (err.strip().splitlines() or ["it said nothing"])[-1]
+    return f"ended with {code}: {last[:_REASON_LETTERS]}"
