@@ -32,7 +32,7 @@ from onelaunch.bench.cpu_overhead_cases import (
     of_each,
     sums,
 )
-from onelaunch.bench.findings import Finding
+from onelaunch.bench.findings import Finding, below, standard_error, unless
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, in_rounds, ratio
@@ -148,15 +148,16 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         if row is None:
             continue
         times = row["ours"] / published
+        verdict = below(times, MOST_TIMES, standard_error(row["spread"], row["n"]) / published)
         found.append(
             Finding(
                 (key,),
                 f"{PUBLISHED[key].row} take the host little",
                 f"{'under ' if key == 'host-allocation' else ''}{published:g} ms",
                 f"{digits(row['ours'])} ms",
-                "confirmed" if times <= MOST_TIMES else "refuted",
+                verdict,
                 f"{digits(times)} times the published, {row['ours'] / step:.1%} of the study's "
-                f"micro-step; {_why(key, rows)}",
+                f"micro-step; {_why(key, rows)}{unless(verdict)}",
                 times,
             )
         )

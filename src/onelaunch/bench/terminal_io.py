@@ -13,12 +13,12 @@ import select
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict
+from onelaunch.bench.findings import Finding, Verdict, below, standard_error, unless
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row, percentiles
 from onelaunch.bench.rig import trainer as timed_trainer
@@ -48,9 +48,6 @@ LEAST_TIMES = 2.0
 many times depends on the terminal's speed, which the study does not tell."""
 FREE = 0.05
 """Of an update: what a line written to a file may cost and still be nothing."""
-NOISE = 0.2
-"""A cost whose 20th and 80th percentile are further apart than this, of an update, is not told: it
-was another program's doing."""
 
 CASES = {
     "stories260k 8x128": {
@@ -276,14 +273,14 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 def _to_a_file(case: str, row: dict[str, Any]) -> Finding:
     cost = row["times_naive"] - 1
-    verdict, why = _judged(cost <= FREE, row["naive_cost_spread"])
+    verdict = below(cost, FREE, standard_error(row["naive_cost_spread"], row["naive_n"]))
     return Finding(
         ("terminal-file",),
         f"{case}: a line each step to a file costs nothing",
         f"{PUBLISHED['terminal-file'].values['micro-steps/s']:g} micro-steps/s",
         f"{_rate(row, 'a line each update')} updates/s, {_rate(row, 'unwatched')} unwatched",
         verdict,
-        f"{cost:+.0%} an update{why}; nothing is up to {FREE:.0%}",
+        f"{cost:+.0%} an update; nothing is up to {FREE:.0%}{unless(verdict)}",
     )
 
 
@@ -310,23 +307,17 @@ def _to_a_terminal(case: str, row: dict[str, Any]) -> Finding:
 
 def _by_the_display(case: str, row: dict[str, Any]) -> Finding:
     cost = row["cost_of_display"]
-    verdict, why = _judged(cost < MOST_COST, row["cost_spread"])
+    verdict = below(cost, MOST_COST, standard_error(row["cost_spread"], row["n"]))
+    spread = " to ".join(f"{end:+.1%}" for end in row["cost_spread"])
     return Finding(
         ("terminal-slow",),
         f"{case}: our display costs less than {MOST_COST:.0%} of an update on that terminal",
         "not measured",
-        f"{cost:+.1%} ({row['cost_spread'][0]:+.1%} to {row['cost_spread'][1]:+.1%})",
+        f"{cost:+.1%} ({spread})",
         verdict,
-        f"drawn by a thread of its own: a terminal that stands still delays nothing else{why}",
+        "drawn by a thread of its own: a terminal that stands still delays nothing else"
+        + unless(verdict),
     )
-
-
-def _judged(holds: bool, spread: Sequence[float]) -> tuple[Verdict, str]:
-    """Of a cost and its spread."""
-    low, high = spread
-    if high - low > NOISE:
-        return "not applicable", f" ({low:+.0%} to {high:+.0%}: the machine had other work)"
-    return ("confirmed" if holds else "refuted"), ""
 
 
 def _rate(row: dict[str, Any], peer: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 BINARIES = (".cubin", ".hsaco")
 GROUP = "__grp__"
 """How the file begins that is written last, with the paths of a kernel's other files."""
-INSTRUCTION_BYTES, DESTINATION = 16, 2
-"""Of NVIDIA's instructions since Volta: their size, and which byte names the register written."""
 
 
 class Counts:
@@ -72,29 +69,3 @@ def cut(path: Path) -> None:
     """Leave the first half of a file."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-
-
-def change(path: Path) -> None:
-    """Change a bit in the middle of a kernel's code: of which register an instruction writes, where
-    it writes one."""
-    content = bytearray(path.read_bytes())
-    start, size = code_of(content)
-    middle = size // 2 // INSTRUCTION_BYTES * INSTRUCTION_BYTES
-    content[start + middle + DESTINATION] ^= 1
-    path.write_bytes(content)
-
-
-def code_of(binary: bytes | bytearray) -> tuple[int, int]:
-    """Where the code begins in an ELF file of 64 bits, and its bytes: the largest section whose
-    name begins with .text."""
-    (table,) = struct.unpack_from("<Q", binary, 0x28)
-    size, count, names = struct.unpack_from("<3H", binary, 0x3A)
-    sections = [struct.unpack_from("<2I4Q", binary, table + size * i) for i in range(count)]
-    text = sections[names][4]  # where names lie
-    found = [
-        (extent, offset)
-        for name, _, _, _, offset, extent in sections
-        if binary.startswith(b".text", text + name)
-    ]
-    extent, offset = max(found)
-    return offset, extent

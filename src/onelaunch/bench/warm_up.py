@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict
+from onelaunch.bench.findings import Finding, Verdict, above, standard_error, unless
 from onelaunch.bench.program_training import check_device, why_no_programs
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
@@ -153,14 +153,16 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 continue
             theirs = float(PUBLISHED[key].values["ms"])
             least = SLOWER if mark == 1 else 1 + WITHIN
+            error = standard_error(last["spread"], row["n"]) / last["ours"]
+            verdict = above(row["over_end"], least, error)
             found.append(
                 Finding(
                     (key,),
                     f"{case}: micro-step {mark} takes longer than the last ones",
                     f"{theirs / end:.2f} times as long ({theirs:g} ms, then {end:g})",
                     f"{row['over_end']:.2f} times as long ({row['ours']:.2f} ms)",
-                    "confirmed" if row["over_end"] > least else "refuted",
-                    f"more than {least:g} times as long is confirmed",
+                    verdict,
+                    f"more than {least:g} times as long is confirmed{unless(verdict)}",
                     row["over_end"] / (theirs / end),
                 )
             )
