@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onelaunch.bench.experiments import NOT_ON_A_GPU
 from onelaunch.bench.findings import Finding
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
@@ -67,7 +68,8 @@ FORMS = ("constants", "arguments", "PyTorch")
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every model; yields rows."""
     if torch.device(device).type != "cpu":
-        raise BadInput(f"baked-or-argument: --device {device}: programs are evaluated on the CPU")
+        reason = NOT_ON_A_GPU["baked-or-argument"]
+        raise BadInput(f"baked-or-argument: --device {device}: it is for a CPU; {reason}")
     coremltools("bench baked-or-argument")
     for name in QUICK_MODELS if quick else MODELS:
         for row in _model(name, quick):

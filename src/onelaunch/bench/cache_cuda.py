@@ -280,8 +280,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 "not measured",
                 row["found"],
                 "confirmed" if row["as_expected"] else "refuted",
-                "Triton's store does not verify what it reads, this package's own does; one that "
-                "is damaged stays until TRITON_CACHE_DIR is cleared",
+                f"{'; '.join(row['outcomes'])}; Triton's store does not verify what it reads, this "
+                "package's own does: one that is damaged stays until TRITON_CACHE_DIR is cleared",
             )
         )
     return found

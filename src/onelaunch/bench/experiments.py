@@ -25,6 +25,16 @@ EXPERIMENTS = {
     "rms-norm-training": "a training step with our RMSNorm and with PyTorch's",
 }
 
+NOT_ON_A_GPU = {
+    "generate": "texts are written by PyTorch there, which generation-speed times",
+    "coreml": "ML Programs are made and evaluated on the CPU",
+    "recompile": "weights are arguments of its kernels, so an update has nothing compiled; what it "
+    "packs anew is in accumulation, and the micro-steps that hide it are one",
+    "baked-or-argument": "weights are arguments of its kernels; what a constant costs there is in "
+    "weight-mutability",
+}
+"""Why an experiment has no form for a GPU."""
+
 # Those that run on the GPU where there is one, unless told otherwise; the others run on the CPU.
 ON_THE_GPU = frozenset(
     name for name in EXPERIMENTS if name == "forward" or name.startswith("rms-norm")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from onelaunch.bench.experiments import NOT_ON_A_GPU
 from onelaunch.bench.findings import Finding
 from onelaunch.bench.program_training import Driver, Update, driver, told_by
 from onelaunch.bench.published import PUBLISHED
@@ -47,7 +48,9 @@ QUICK_ROUNDS, QUICK_UPDATES = 1, 2
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
     if torch.device(device).type != "cpu":
-        raise BadInput(f"recompile: --device {device}: programs are made and evaluated on the CPU")
+        raise BadInput(
+            f"recompile: --device {device}: it is for a CPU; {NOT_ON_A_GPU['recompile']}"
+        )
     coremltools("bench recompile")
     for key in KEYS:
         values = PUBLISHED[key].values

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_args
 
-from onelaunch.bench.experiments import EXPERIMENTS
+from onelaunch.bench.experiments import EXPERIMENTS, NOT_ON_A_GPU
 from onelaunch.bench.findings import Finding, Verdict
 from onelaunch.bench.published import PUBLISHED, Published
 from onelaunch.bench.record import rows_there
@@ -307,9 +307,12 @@ def figures(row: Published) -> str:
 
 
 def described(experiment: str) -> str:
-    """An experiment in a sentence, where bench knows it."""
-    told = EXPERIMENTS.get(experiment)
-    return f"{told[0].upper()}{told[1:]}." if told else ""
+    """An experiment in a sentence, where bench knows it; and why a GPU has no record of it."""
+    told, not_there = EXPERIMENTS.get(experiment), NOT_ON_A_GPU.get(experiment)
+    if not told:
+        return ""
+    more = f" Not on a GPU: {not_there}." if not_there else ""
+    return f"{told[0].upper()}{told[1:]}.{more}"
 
 
 def counted(verdicts: Mapping[Verdict, int]) -> str:

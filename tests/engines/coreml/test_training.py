@@ -197,6 +197,20 @@ def failing(monkeypatch, *times):
     monkeypatch.setattr(module, "Compiler", Failing)
 
 
+def test_threads_beside_the_trainer_take_one_core_each(trainer):
+    """And the trainer's own keeps what it had; a thread takes its number at its first operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = trainer(TINY, start_of(TINY))
+        for executor in (engine._compiling, engine._multiplying):
+            executor.submit(torch.ones(512, 512).half).result()
+            assert executor.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_compilation_that_fails_once_is_tried_again(trainer, monkeypatch):
     failing(monkeypatch, 2)
     lines = []

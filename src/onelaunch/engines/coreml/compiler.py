@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onelaunch.compilation.cache import Store
 from onelaunch.compilation.child import lower_priority
 from onelaunch.compilation.children import Child, lines_of_parent
@@ -149,6 +151,7 @@ def _work(shape: Shape, store: Store | None, job: dict[str, str]) -> str:
 def main() -> None:
     """In the child process."""
     lower_priority()
+    torch.set_num_threads(1)  # the trainer has the cores
     lines = lines_of_parent()
     # what a compiler may print is no answer
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:

@@ -53,7 +53,22 @@ _BEGINS, _ENDS = {"qkv": "input", "gate_up": "middle"}, {"out_proj": "d_middle",
 """As which tap x is known where a program begins with such a stage; its gradient where one ends."""
 _HANDED = tuple(name for names in HANDED.values() for name in names)
 _HANDED_BACK = tuple(name for names in BACK.values() for name in names)
-PRODUCT_THREADS = 1
+
+
+def _beside(name: str) -> ThreadPoolExecutor:
+    """A thread beside the one that trains, whose operations take one core. With teams of both,
+    libgomp has more threads than cores, and from then on its threads sleep where they would wait
+    for a moment: operations of either take several times as long (docs/log.md)."""
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(1, name)
+    executor.submit(_take_one_core).result()
+    torch.set_num_threads(threads)  # for threads that are yet to come
+    return executor
+
+
+def _take_one_core() -> int:
+    torch.set_num_threads(1)
+    return torch.get_num_threads()  # a thread that was not asked yet takes the number set last
 
 
 @dataclass(frozen=True)
@@ -118,8 +133,7 @@ class CoreMLTrainer(ReferenceEngine):
         self._shape: Shape | None = None
         self._compiler: Compiler | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
-        self._compiling = ThreadPoolExecutor(1, "compiling")
-        self._multiplying = ThreadPoolExecutor(PRODUCT_THREADS, "products")
+        self._compiling, self._multiplying = _beside("compiling"), _beside("products")
         self._serving: Loaded | None = None
         self._coming: deque[tuple[int, Future[Loaded]]] = deque()
         self._snapshots: dict[int, dict[str, Tensor]] = {0: self._snapshot()}
