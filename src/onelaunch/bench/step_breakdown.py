@@ -24,7 +24,7 @@ from onelaunch.bench.program_training import (
     pytorch_driver,
     why_no_programs,
 )
-from onelaunch.bench.record import Row
+from onelaunch.bench.record import Row, percentiles
 from onelaunch.bench.step_breakdown_views import draw, findings, table
 from onelaunch.bench.step_parts import (
     BESIDE,
@@ -117,11 +117,13 @@ def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None
         yield row
 
 
-def _products(samples: Sequence[Seconds]) -> dict[str, float]:
+def _products(samples: Sequence[Seconds]) -> dict[str, Any]:
     """Milliseconds of the weights' gradients, and of the wait for them."""
+    waits = [1e3 * each.get(WAITING, 0.0) for each in samples]
     return {
-        note: round(statistics.median(1e3 * each.get(part, 0.0) for each in samples), 4)
-        for note, part in (("products", BESIDE), ("product_wait", WAITING))
+        "products": round(statistics.median(1e3 * each.get(BESIDE, 0.0) for each in samples), 4),
+        "product_wait": round(statistics.median(waits), 4),
+        "product_wait_spread": [round(v, 4) for v in percentiles(waits)],
     }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict
+from onelaunch.bench.findings import Finding, Verdict, above, below, standard_error, unless
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.step_parts import BESIDE, EVALUATING, UNEXPLAINED, WHOLE
 from onelaunch.bench.tables import figure as digits
@@ -72,7 +73,7 @@ def _share(case: str, key: str, names: tuple[str, ...], rows: Shares) -> Finding
     ms = sum(rows[name]["ours"] for name in names if name in rows)
     share = sum(rows[name]["share"] for name in names if name in rows)
     told = PUBLISHED[key].values.get("told")
-    verdict, why = _judged(key, share, theirs, rows)
+    verdict, why = _judged(key, names, share, theirs, rows)
     return Finding(
         (key,),
         f"{case}: the share of {PUBLISHED[key].row} in a micro-step",
@@ -84,24 +85,27 @@ def _share(case: str, key: str, names: tuple[str, ...], rows: Shares) -> Finding
     )
 
 
-def _judged(key: str, share: float, theirs: float, rows: Shares) -> tuple[Verdict, str]:
+def _judged(
+    key: str, names: tuple[str, ...], share: float, theirs: float, rows: Shares
+) -> tuple[Verdict, str]:
     """What is said of a part: halves are to be near, programs most of their half, small parts
     small; conversions and elementwise operations are other ones here, and only shown."""
+    there = [rows[name] for name in names if name in rows]
+    errors = (standard_error(row["spread"], row["n"]) for row in there)
+    error = math.hypot(*errors) / rows[WHOLE]["ours"]
     if key in _halves(rows):
-        near = abs(share - theirs) <= NEAR
-        return ("confirmed" if near else "refuted"), f"within {100 * NEAR:g} points is confirmed"
+        verdict = below(abs(share - theirs), NEAR, error)
+        return verdict, f"within {100 * NEAR:g} points is confirmed{unless(verdict)}"
     if key.endswith("-eval"):
         half = sum(rows[name]["share"] for name in _halves(rows)[key.removesuffix("-eval")])
-        most = share > MOST * half
+        verdict = above(share / half, MOST, error / half)
         why = (
             f"{share / half:.0%} of this half; more than {MOST:.0%} is confirmed: it is most of it"
         )
-        return ("confirmed" if most else "refuted"), why
+        return verdict, why + unless(verdict)
     if key.endswith(("-classifier", "-cpu")):
-        little = share < LITTLE
-        return (
-            "confirmed" if little else "refuted"
-        ), f"less than {LITTLE:.0%} is confirmed: little"
+        verdict = below(share, LITTLE, error)
+        return verdict, f"less than {LITTLE:.0%} is confirmed: little{unless(verdict)}"
     why = "residuals are in the programs here"
     if key.endswith("-io"):
         why = "no memory of another device is converted to and from here"
@@ -132,6 +136,8 @@ def _products(record: dict[str, Any]) -> Iterator[Finding]:
         if "depth" not in row:
             continue
         share = row["product_wait"] / row["ours"]
+        error = standard_error(row["product_wait_spread"], row["n"]) / row["ours"]
+        verdict = below(share, LITTLE, error)
         yield Finding(
             ("part-backward-dw",),
             f"{row['case']}: the weights' gradients are computed beside the backward, and hardly "
@@ -139,9 +145,9 @@ def _products(record: dict[str, Any]) -> Iterator[Finding]:
             "29 ms beside it, awaited 0.005 ms",
             f"{row['products']:.2f} ms beside it, awaited {row['product_wait']:.2f} ms "
             f"({share:.1%} of the micro-step)",
-            "confirmed" if share < LITTLE else "refuted",
+            verdict,
             f"a wait of less than {LITTLE:.0%} of a micro-step is hardly one; a program hands out "
-            "its gradients when it ends",
+            f"its gradients when it ends{unless(verdict)}",
         )
 
 

@@ -219,10 +219,12 @@ class CoreMLTrainer(ReferenceEngine):
         """Whether as many programs were compiled as the budget has."""
         return 0 < self._budget <= self._compilations
 
-    def settle(self) -> None:
-        """Wait until nothing is being compiled; raises what a compilation ended with."""
-        for _, coming in list(self._coming):
-            coming.result()
+    def settle(self, version: int | None = None) -> None:
+        """Wait until the programs of a version are compiled; if not given, until nothing is being
+        compiled. Raises what a compilation ended with."""
+        for each, coming in list(self._coming):
+            if version is None or each <= version:
+                coming.result()
 
     def close(self) -> None:
         """End the compiler and the threads."""
@@ -395,9 +397,11 @@ class CoreMLTrainer(ReferenceEngine):
         self._counted["product_wait_seconds"] += time.perf_counter() - start
         return found
 
-    def _add(self, found: Mapping[str, Tensor], scale: float) -> None:
+    def _add(self, found: dict[str, Tensor], scale: float) -> None:
+        """Takes them out, so that each one's memory is given back with it."""
         parameters = dict(self.model.named_parameters())
-        for name, gradient in found.items():
+        while found:
+            name, gradient = found.popitem()
             parameter = parameters[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
