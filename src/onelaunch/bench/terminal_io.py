@@ -37,9 +37,8 @@ BYTES_PER_SECOND = 4000
 # A pseudo-terminal takes about 20 kB at once, then nothing until most of that was read: what is
 # printed must be several times that before its speed is the terminal's.
 NAIVE_UPDATES, QUICK_NAIVE_UPDATES = 660, 330
-# On the slow terminal, where the display's cost has to be told from noise: more and longer blocks.
-SLOW_BLOCKS, SLOW_SECONDS = 15, 1.0
-BLOCKS, SECONDS = 7, 0.4
+# On the slow terminal, where the display's cost has to be told from noise: many blocks.
+SLOW_BLOCKS, BLOCKS, SECONDS = 120, 7, 0.4
 QUICK_SLOW_BLOCKS, QUICK_BLOCKS, QUICK_SECONDS = 7, 3, 0.4
 MOST_COST = 0.03
 """Of an update: what the display may cost anywhere, a slow terminal too."""
@@ -89,7 +88,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
             if quick:
                 blocks, seconds = QUICK_SLOW_BLOCKS if slow else QUICK_BLOCKS, QUICK_SECONDS
             else:
-                blocks, seconds = (SLOW_BLOCKS, SLOW_SECONDS) if slow else (BLOCKS, SECONDS)
+                blocks, seconds = SLOW_BLOCKS if slow else BLOCKS, SECONDS
             with timed_trainer(recipe, device) as trainer, output() as descriptor:
                 updates = QUICK_NAIVE_UPDATES if quick else NAIVE_UPDATES
                 samples = _watch(trainer, descriptor, blocks, seconds, updates if slow else None)
