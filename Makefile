@@ -86,7 +86,7 @@ $(NEXT)/.installed: pyproject.toml constraints.txt constraints-triton-next.txt
 
 # What the records say of the published studies; a test fails where it is not of these records.
 results: $(VENV)/.installed-dev
-	$(BIN)/onelaunch report --markdown docs/results.md
+	$(BIN)/onelaunch report --again benchmarks/again --markdown docs/results.md
 
 clean:
 	rm -rf $(VENV) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -54,10 +54,16 @@ def again_summary(found: list[Repeated]) -> str:
     """In a sentence."""
     pairs = sum(len(each.pairs) for each in found)
     other = sum(len(each.differing) for each in found)
+    opposite = sum(
+        "not applicable" not in (one.verdict, second.verdict)
+        for each in found
+        for one, second in each.differing
+    )
     count = "1 record was" if len(found) == 1 else f"{len(found)} records were"
     return (
         f"{count} made a second time, by a run of its own: of {pairs} statements "
-        f"{pairs - other} have the same verdict again, {other} another."
+        f"{pairs - other} have the same verdict again, {other} another, {opposite} of these the "
+        "opposite one; the others have none in one of the runs, as they are too near a bar."
     )
 
 

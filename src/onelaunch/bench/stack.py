@@ -11,6 +11,7 @@ nothing is compiled: there the last row is without the optimizer's step.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench.findings import Finding, Verdict, below, standard_error, unless
+from onelaunch.bench.findings import Finding, Verdict, above, below, standard_error, unless
 from onelaunch.bench.program_training import (
     Driver,
     Update,
@@ -210,6 +211,7 @@ def _label(stage: str, k: int) -> str:
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of every stage, its speedup over the first; of the one in the background, the model too."""
     found = []
+    first = {row["of"]: row for row in record["rows"] if row["stage"] == STAGES[0]}
     for row in record["rows"]:
         key = row["stage"]
         published = float(PUBLISHED[key].values["speedup"])
@@ -229,7 +231,9 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             why = "weights are arguments here: only the optimizer's step is shared by more"
         elif row["stage"] == STAGES[2]:
             why += f"; {row['wait_share']:.1%} of an update waits"
-        verdict: Verdict = "confirmed" if times >= AS_MUCH else "refuted"
+        errors = (standard_error(r["spread"], r["n"]) / r["ours"] for r in (row, first[row["of"]]))
+        verdict: Verdict = above(times, AS_MUCH, times * math.hypot(*errors))
+        why += unless(verdict)
         if row["k"] != LONG:
             verdict, why = "not applicable", f"a quick run: {row['k']} micro-steps an update"
         found.append(
