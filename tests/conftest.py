@@ -5,6 +5,7 @@ Compiled programs of a session lie in a folder of its own, made at the first tes
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -14,6 +15,10 @@ import torch
 from tests.interpreting import SHARE
 
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
