@@ -33,7 +33,7 @@ export MODEL OUT --format VALUE [--random] [--seq N] [--fusion-depth DEPTH] [--t
 inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json]
 bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--peer NAME=PATH...] [--quiet]
     [--debug]
-report [RECORD...] [--out FILE] [--markdown FILE] [--quiet] [--debug]
+report [RECORD...] [--again FOLDER...] [--out FILE] [--markdown FILE] [--quiet] [--debug]
 doctor [--clear-cache] [--json] [--debug]
 """
 
