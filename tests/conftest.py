@@ -15,9 +15,8 @@ import torch
 from tests.interpreting import SHARE
 
 torch.set_num_threads(1)
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as a shell starts what runs in its background
+# a shell ignores it for what runs in its background
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -195,6 +196,18 @@ def failing(monkeypatch, *times):
             return super().compile(weights, folder)
 
     monkeypatch.setattr(module, "Compiler", Failing)
+
+
+def test_settling_waits_for_a_version_and_no_newer_one(trainer):
+    engine, old, new = trainer(TINY, start_of(TINY)), Future(), Future()
+    engine._coming.extend([(1, old), (2, new)])
+    old.set_result(None)
+    engine.settle(1)
+    new.set_exception(RunFailed("no such op"))
+    engine.settle(1)
+    with pytest.raises(RunFailed, match="no such op"):
+        engine.settle()
+    engine._coming.clear()
 
 
 def test_threads_beside_the_trainer_take_one_core_each(trainer):
