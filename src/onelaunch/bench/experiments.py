@@ -28,10 +28,10 @@ EXPERIMENTS = {
 NOT_ON_A_GPU = {
     "generate": "texts are written by PyTorch there, which generation-speed times",
     "coreml": "ML Programs are made and evaluated on the CPU",
-    "recompile": "weights are arguments of a GPU's kernels, so an update has nothing compiled; what it "
-    "packs anew is in accumulation, and the micro-steps that hide it are one",
-    "baked-or-argument": "weights are arguments of a GPU's kernels; what a constant costs there is in "
-    "weight-mutability",
+    "recompile": "weights are arguments of a GPU's kernels, so an update has nothing compiled; "
+    "what it packs anew is in accumulation, and the micro-steps that hide it are one",
+    "baked-or-argument": "weights are arguments of a GPU's kernels; what a constant costs there is "
+    "in weight-mutability",
 }
 """Why an experiment has no form for a GPU."""
 
