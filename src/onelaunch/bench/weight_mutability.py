@@ -41,6 +41,7 @@ from onelaunch.bench.weight_mutability_views import (
     table,
 )
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.emit import write
 from onelaunch.engines.coreml.evaluate import Evaluator, Precision
 from onelaunch.engines.coreml.lint import lint
 from onelaunch.engines.coreml.package import Package
@@ -239,13 +240,7 @@ def _convert(way: Way, weight: Tensor, path: Path) -> None:
     with mil.Function(way.inputs(), opset_version=ct.target.iOS18) as function:
         function.set_outputs([way.body(Builder, function.inputs, weight)])
     program.add_function("main", function)
-    ct.convert(
-        program,
-        convert_to="mlprogram",
-        minimum_deployment_target=ct.target.iOS18,
-        skip_model_load=True,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-    ).save(str(path))
+    write(program, path)
 
 
 # ---- the ways: their inputs, what they compute, what they are given

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from onelaunch.compilation.background import plain, why_ended
 
@@ -21,9 +22,10 @@ SAID_BYTES = READ_BYTES = 1 << 16
 
 
 class Child:
-    """One of them, leading a group of its own, so that what it has called ends with it."""
+    """One of them, leading a group of its own, so that what it has called ends with it. A child
+    that is killed leaves its temporary files: they lie in `scratch`, if that is given."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], scratch: Path | None = None) -> None:
         self.ended_by_us = False
         self._heard = bytearray()
         # a file: a pipe that nobody reads holds the child up when it is full
@@ -34,6 +36,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,
+            env=None if scratch is None else os.environ | {"TMPDIR": str(scratch)},
         )
 
     @property

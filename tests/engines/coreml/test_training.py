@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from concurrent.futures import Future
 
 import pytest
@@ -261,9 +262,11 @@ compiler.main()
 """
 
 
-def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path):
-    marks = tmp_path / "marks"
+def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path, monkeypatch):
+    marks, temporary = tmp_path / "marks", tmp_path / "temporary"
     marks.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     shape = compiler.Shape(TINY, 1, 8, 1, "full")
     child = compiler.Compiler(shape, None, (sys.executable, "-c", CHILD, str(marks)))
     save_file(start_of(TINY), tmp_path / "weights.safetensors")
@@ -283,8 +286,11 @@ def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path):
         with pytest.raises(RunFailed, match="the compiler ended"):
             compiled("c")
         assert compiled("d")["compilations"] == 2
+        assert any(temporary.iterdir())
+        assert not any(temporary.rglob("*.mlpackage"))  # each is as large as its weights
     finally:
         child.close()
+    assert not any(temporary.iterdir())
     with pytest.raises(RunFailed, match="the compiler was closed"):  # and begins no other child
         compiled("e")
     assert child._child is None

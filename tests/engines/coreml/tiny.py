@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.emit import write
 from onelaunch.engines.coreml.package import Package
 
 DTYPES = {"float16": "fp16", "float32": "fp32", "int32": "int32", "bool": "bool"}
@@ -37,15 +38,8 @@ def built(folder: Path, body: Callable[..., Any], *inputs: tuple[str, tuple[int,
         for dtype, shape in inputs
     ]
     program = mb.program(input_specs=specs, opset_version=ct.target.iOS18)(body)
-    model = ct.convert(
-        program,
-        convert_to="mlprogram",
-        minimum_deployment_target=ct.target.iOS18,
-        skip_model_load=True,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-    )
     path = folder / "tiny.mlpackage"
-    model.save(str(path))
+    write(program, path)
     return path
 
 

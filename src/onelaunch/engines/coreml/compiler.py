@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -94,6 +95,7 @@ class Compiler:
     ) -> None:
         self._shape, self._store, self._command = shape, store, command
         self._child: Child | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
         self._closed = False
         self._lock = threading.Lock()  # one thread compiles while another may close
 
@@ -106,7 +108,7 @@ class Compiler:
                 raise RunFailed("the compiler was closed")
             if self._child is None or not self._child.alive:
                 self._end()
-                self._child = Child(self._command)
+                self._child = Child(self._command, Path(self._scratch.name))
                 self._child.tell(json.dumps(_as_data(self._shape, self._store)))
             child = self._child
         line = ""
@@ -125,6 +127,7 @@ class Compiler:
         with self._lock:
             self._closed = True
             self._end()
+            self._scratch.cleanup()
 
     def _end(self) -> None:
         if self._child is not None:

@@ -11,6 +11,7 @@ hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -409,19 +410,28 @@ def flat_heads(builder: Builder, x: Var) -> Var:
     return builder.mb.reshape(x=x, shape=(batch, heads * half, 1, sequence))
 
 
-@one_at_a_time
 def save(emitted: Emitted, path: Path, notes: Mapping[str, str] | None = None) -> float:
     """Convert a program and write it as an .mlpackage, with notes; the seconds that took."""
+    return write(emitted.mil, path, notes)
+
+
+@one_at_a_time
+def write(program: Any, path: Path, notes: Mapping[str, str] | None = None) -> float:
+    """The same of a program of coremltools."""
     ct = coremltools(PURPOSE)
     start = time.perf_counter()
-    model = ct.convert(
-        emitted.mil,
-        convert_to="mlprogram",
-        minimum_deployment_target=ct.target.iOS18,
-        compute_units=ct.ComputeUnit.CPU_AND_NE,
-        skip_model_load=True,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-    )
-    model.user_defined_metadata.update(notes or {})
-    model.save(str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # coremltools keeps what it converts in the system's folder until the process ends
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            compute_units=ct.ComputeUnit.CPU_AND_NE,
+            skip_model_load=True,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            package_dir=str(Path(scratch) / "converted.mlpackage"),
+        )
+        model.user_defined_metadata.update(notes or {})
+        model.save(str(path))
     return time.perf_counter() - start
