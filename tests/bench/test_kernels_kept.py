@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import write_record
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput, RunFailed
+from onelaunch.operators.kept import verified
 from onelaunch.operators.rms_norm import launch
 from tests.compiling import absent
 from tests.interpreting import run_interpreted
@@ -68,7 +70,7 @@ def processes(number_kernel, monkeypatch):
     sizes = {}
 
     def engine(seed):
-        with triton_store.counting() as counts:
+        with triton_store.counting() as counts, stand_in.store:
             kernels = [number_kernel.warmup(target, NUMBER=n, grid=(1,)) for n in KERNELS]
         code = [kernel.asm["cubin"] for kernel in kernels]
         error = any(
@@ -89,12 +91,15 @@ def processes(number_kernel, monkeypatch):
             ended.append(Ended([engine(seed.encode()) for seed in seeds], "", 1.0))
         return ended
 
+    stand_in.store = verified
     monkeypatch.setattr(cache_cuda, "together", stand_in)
     monkeypatch.setattr(cache_cuda, "why_not", lambda device: None)
     return stand_in
 
 
-def test_kernels_are_kept_and_damage_is_told(processes, tmp_path):
+@pytest.mark.parametrize("found_out", [True, False])
+def test_kernels_are_kept_and_damage_is_told(processes, tmp_path, found_out):
+    processes.store = verified if found_out else nullcontext()
     rows = list(cache.run("cuda", False, lambda line: None))
     record, text = record_of("cache", cache, rows, tmp_path)
     found = {row["what"]: row for row in record["rows"]}
@@ -102,18 +107,25 @@ def test_kernels_are_kept_and_damage_is_told(processes, tmp_path):
         cache.EMPTY, cache.SAME, cache.UPDATED, cache.OTHER, cache.OTHER_UPDATED, cache.AT_ONCE,
     ]  # fmt: skip
     assert list(found) == [*right, cache_cuda.CUT]
-    assert [what for what, row in found.items() if row["as_expected"]] == right
+    as_expected = [*right, cache_cuda.CUT] if found_out else right
+    assert [what for what, row in found.items() if row["as_expected"]] == as_expected
     counts = {what: (row["n"], row["found"].split(";")[0]) for what, row in found.items()}
     assert counts[cache.EMPTY] == (2, "0 read, 4 compiled")
     assert counts[cache.SAME] == counts[cache.UPDATED] == (1, "0 read, 0 compiled")
     assert counts[cache.OTHER] == (2, "4 read, 0 compiled")
     assert found[cache.AT_ONCE]["found"].endswith("2 kept; a third process: 2 read, 0 compiled")
-    assert counts[cache_cuda.CUT] == (1, "2 read, 0 compiled, 1 of 1 failed")
-    assert found[cache_cuda.CUT]["found"].endswith("damaged still")
-    assert " bytes: RuntimeError: no kernel image" in text
+    if found_out:
+        assert counts[cache_cuda.CUT] == (1, "1 read, 1 compiled")
+        assert found[cache_cuda.CUT]["found"].endswith("whole again")
+        assert " bytes: the same logits" in text
+    else:
+        assert counts[cache_cuda.CUT] == (1, "2 read, 0 compiled, 1 of 1 failed")
+        assert found[cache_cuda.CUT]["found"].endswith("damaged still")
+        assert " bytes: RuntimeError: no kernel image" in text
     verdicts = {key: f.verdict for f in cache.findings(record) for key in f.answers or [""]}
     assert verdicts == {
-        "cache-key": "confirmed", "cache-weight-free": "confirmed", "": "refuted",
+        "cache-key": "confirmed", "cache-weight-free": "confirmed",
+        "": "confirmed" if found_out else "refuted",
         "cache-exists": "not applicable", "cache-weights": "not applicable",
     }  # fmt: skip
 

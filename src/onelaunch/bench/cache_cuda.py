@@ -42,6 +42,7 @@ from onelaunch.errors import BadInput, RunFailed
 KERNELS = "kernels"
 NAME = "the CUDA engine's kernels"
 CUT = f"{DAMAGED}, half a kernel"
+CUT_LAUNCHER = f"{DAMAGED}, half a library"
 CHILD = (sys.executable, "-m", "onelaunch.bench.cache_cuda_child")
 PATIENCE_SECONDS = 120.0
 REPEATS = 2
@@ -51,14 +52,14 @@ ABOUT = (
     "Seconds until the first logits of a new engine (stories15m, one text of 64 tokens, bfloat16, "
     "one launch a stage): weights packed, kernels and what launches them, in C, compiled or read, "
     "everything launched once. A process's start, imports and opening the device are not counted. "
-    "Read is of Triton's store on disk, of kernels; in the same process it is not asked again. One "
-    "kernel is damaged, the largest."
+    "Read is of Triton's store on disk, of kernels; in the same process it is not asked again. Of "
+    "the kernels the largest is damaged, and of the libraries that launch them."
 )
 STUDY = (
     "The study: kept by hashes of program, options and weights, across processes; one without "
     "weights a hit, one with weights a miss after every update. It gives no times. Here every "
-    "kernel is one without weights. Triton does not verify what it reads: a damaged kernel stays "
-    "until its store is cleared."
+    "kernel is one without weights. Triton does not verify what it reads: by the digests that this "
+    "package puts there."
 )
 
 
@@ -100,7 +101,10 @@ def _rows(folder: Path, device: str, quick: bool) -> Iterator[Row]:
     yield _row(kept, OTHER_UPDATED, HIT, updated, seed=1)
     if not quick:
         yield _at_once(kept, folder / "at once", device)
-    yield _damaged(kept, store, device)
+    damaged = {CUT: triton_store.binaries, CUT_LAUNCHER: triton_store.launchers}
+    for what, of in damaged.items():
+        if of(store):
+            yield _damaged(kept, store, device, what, of)
 
 
 def _processes(folders: Sequence[Path], device: str, seeds: Sequence[int]) -> list[list[Told]]:
@@ -169,18 +173,20 @@ def _at_once(kept: _Kept, folder: Path, device: str) -> Row:
     return row
 
 
-def _damaged(kept: _Kept, store: Path, device: str) -> Row:
-    """The largest kernel cut in half in a copy of a store. One whose code is another is not tried:
-    it may write anywhere, and never end."""
+def _damaged(
+    kept: _Kept, store: Path, device: str, what: str, of: Callable[[Path], list[Path]]
+) -> Row:
+    """The first of some files cut in half in a copy of a store. One whose code is another is not
+    tried: where it is not found out it may write anywhere, and never end."""
     with tempfile.TemporaryDirectory(dir=store.parent) as name:
         copy = triton_store.copied(store, Path(name) / "copy")
-        path = triton_store.binaries(copy)[0]
+        path = of(copy)[0]
         triton_store.cut(path)
         content = path.read_bytes()
         ((told,),) = _processes([copy], device, [0])
         still = path.is_file() and path.read_bytes() == content
-    row = _row(kept, CUT, MISS, [told])
-    anew = told["compilations"] == 1
+    row = _row(kept, what, MISS, [told])
+    anew = not still and told["compilations"] == (what == CUT)
     row.notes |= {
         "found": f"{row.notes['found']}; {'damaged still' if still else 'whole again'}",
         "as_expected": anew and row.notes["wrong"] == row.notes["failed"] == 0,
@@ -272,16 +278,18 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 "no kernel has weights in it: after an update there is nothing to be compiled",
             ),
         ]  # fmt: skip
-    if row := rows.get(CUT):
+    damaged = [rows[what] for what in (CUT, CUT_LAUNCHER) if what in rows]
+    if damaged:
+        outcomes = [line for row in damaged for line in row["outcomes"]]
         found.append(
             Finding(
                 (),
                 "a damaged entry is found out and compiled anew",
                 "not measured",
-                row["found"],
-                "confirmed" if row["as_expected"] else "refuted",
-                f"{'; '.join(row['outcomes'])}; Triton's store does not verify what it reads, this "
-                "package's own does: one that is damaged stays until TRITON_CACHE_DIR is cleared",
+                "; ".join(row["found"] for row in damaged),
+                "confirmed" if all(row["as_expected"] for row in damaged) else "refuted",
+                f"{'; '.join(outcomes)}; Triton's store does not verify what it reads: by the "
+                "digests that this package puts there",
             )
         )
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from onelaunch.operators.kept import DIGEST
 
 BINARIES = (".cubin", ".hsaco")
 GROUP = "__grp__"
@@ -47,22 +50,36 @@ def environment(folder: Path) -> dict[str, str]:
 
 def binaries(folder: Path) -> list[Path]:
     """Of the kernels kept under a folder, the largest first."""
-    found = [path for path in folder.rglob("*") if path.suffix in BINARIES]
-    return sorted(found, key=lambda path: (-path.stat().st_size, path))
+    return _by_size(path for path in folder.rglob("*") if path.suffix in BINARIES)
+
+
+def launchers(folder: Path) -> list[Path]:
+    """Libraries that launch kernels, the largest first."""
+    return _by_size(path for path in folder.rglob("*launcher*") if path.suffix == ".so")
+
+
+def _by_size(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (-path.stat().st_size, path))
 
 
 def entries(folder: Path) -> int:
     """How many kernels are kept under a folder to the last of their files."""
-    return sum(path.with_name(path.name.removeprefix(GROUP)).is_file()
-               for path in folder.rglob(f"{GROUP}*"))  # fmt: skip
+    return sum(path.with_name(path.name.removeprefix(GROUP)).is_file() for path in _groups(folder))
 
 
 def copied(folder: Path, to: Path) -> Path:
     """A copy that is read in its own place: Triton keeps the paths of its files as a whole."""
     shutil.copytree(folder, to)
-    for path in to.rglob(f"{GROUP}*"):
-        path.write_text(path.read_text().replace(str(folder), str(to)))
+    for path in _groups(to):
+        content = path.read_text().replace(str(folder), str(to))
+        path.write_text(content)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        path.with_name(path.name + DIGEST).write_text(digest)
     return to
+
+
+def _groups(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(f"{GROUP}*") if path.suffix != DIGEST]
 
 
 def cut(path: Path) -> None:

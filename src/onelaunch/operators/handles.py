@@ -8,12 +8,14 @@ so this is done with the versions it was run with, and everywhere else the slow 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from onelaunch.operators.kept import verified
 
 data_ptr = Tensor.data_ptr
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -46,14 +48,18 @@ def bind(
     assert all(t is None for t in tensors[given:]), "tensors that are missing come last"
     rest = (*tensors[given:], *numbers)
 
+    compiling: AbstractContextManager[None] = verified
+
     def launch(*tensors: Tensor) -> None:
-        with _guard(device):
+        nonlocal compiling
+        with _guard(device), compiling:
             kernel[(grid,)](*tensors, *rest, **constants, **options)
+        compiling = nullcontext()
 
     if not _handles(kernel, device):
         return launch
     index = device.index
-    with torch.cuda.device(index):
+    with torch.cuda.device(index), verified:
         compiled = kernel.warmup(*tensors, *numbers, grid=(1,), **constants, **options)
         launcher = compiled.run
     if launcher.global_scratch_size or launcher.profile_scratch_size:

@@ -177,7 +177,7 @@ class _Compiler:
         stages = bound.plan.stages
         for number, call in enumerate(bound.calls):
             if job["kind"] is None or stages[number].kind == job["kind"]:
-                call.compile().run  # noqa: B018 - loads it: that tells whether it fits
+                call.load()  # that tells whether it fits
 
 
 def _answer(work: Callable[[Mapping[str, Any]], None], line: str) -> str:

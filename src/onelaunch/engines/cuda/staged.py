@@ -24,6 +24,7 @@ from onelaunch.engines.cuda.blocking import (
 )
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.errors import BadInput
+from onelaunch.operators.kept import verified
 from onelaunch.plan import Part, Plan, Stage, TilePlan, counts, make_plan, make_tiles, part_of
 
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -62,7 +63,16 @@ class Call:
 
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
-        return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+        with verified:
+            return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+
+    def load(self) -> Any:
+        """The compiled kernel, on its device; nothing is launched. Raises what the driver says of
+        one that does not fit."""
+        with verified:
+            compiled = self.compile()
+            compiled.run  # noqa: B018 - loads it
+            return compiled
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,10 @@ class CallAndProduct:
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
         return self.call.compile()
+
+    def load(self) -> Any:
+        """The compiled kernel, on its device."""
+        return self.call.load()
 
 
 class StagedForward:
@@ -192,6 +206,7 @@ class BoundForward:
         self._place_for_chunks()
         settle_names()
         self.calls = self._calls()
+        self._compiling: AbstractContextManager[None] = verified  # of the first run
 
     @cached_property
     def tiles(self) -> TilePlan:
@@ -214,9 +229,10 @@ class BoundForward:
 
     def run(self) -> None:
         """Launch it on its device's current stream."""
-        with on(self.buffers.x.device):
+        with on(self.buffers.x.device), self._compiling:
             for call in self.calls:
                 call()
+        self._compiling = nullcontext()
 
     @property
     def n_bytes(self) -> int:
@@ -240,7 +256,7 @@ class BoundForward:
         # the stream that is the current one stays it where capturing fails, too
         with on(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             for call in self.calls:
-                share_first_cache(call.compile())
+                share_first_cache(call.load())
             self.run()
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
@@ -457,15 +473,15 @@ def limits_of(device: torch.device) -> Limits:
 
 
 def share_first_cache(compiled: Any) -> None:
-    """Have a multiprocessor give its first cache to shared memory, as much as it can. Between
-    kernels that want it divided in different ways a multiprocessor must run empty: with all of them
-    alike, the stages of a 15-million-parameter model took 138 us in place of 158."""
+    """Have a multiprocessor give its first cache to shared memory, as much as it can, for a kernel
+    that is loaded. Between kernels that want it divided in different ways a multiprocessor must run
+    empty: with all of them alike, the stages of a 15-million-parameter model took 138 us in place
+    of 158."""
     if torch.version.hip is not None:
         return
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # another system's name for it: slower, not wrong
         return
-    compiled.run  # noqa: B018 - loads the kernel onto the device
     carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
     driver.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), carveout, 100)
