@@ -126,6 +126,28 @@ def test_a_store_without_digests_is_compiled_anew_once(store):
         assert compiled() == (code, True)
 
 
+def test_kernels_that_people_put_there_need_no_digest(store, tmp_path, monkeypatch):
+    with knobs.cache.scope(), knobs.compilation.scope():
+        knobs.cache.dump_dir, knobs.cache.override_dir = (str(tmp_path / n) for n in "do")
+        knobs.compilation.dump_ir = True
+        with verified:
+            compiled()
+        dumped = files(tmp_path / "d")
+        assert dumped
+        assert not any(path.suffix == DIGEST for path in dumped)
+        knobs.compilation.dump_ir = False
+        (ptx,) = (path for path in dumped if path.suffix == ".ptx")
+        assert "7" in ptx.read_text()
+        put = tmp_path / "o" / ptx.parent.name / ptx.name
+        put.parent.mkdir(parents=True)
+        put.write_text(ptx.read_text() + "\n// of a person\n")
+        knobs.compilation.override = knobs.compilation.always_compile = True
+        seven_kernel.device_caches.clear()
+        with verified:
+            kernel = seven_kernel.warmup(torch.zeros(1, dtype=torch.int32), grid=(1,))
+    assert "of a person" in kernel.asm["ptx"]
+
+
 @pytest.mark.skipif(not C_COMPILER, reason="needs a C compiler")
 @pytest.mark.parametrize("damage", ["half", "another byte", "empty"])
 def test_libraries_too(store, damage):

@@ -62,17 +62,23 @@ def _manager() -> type[Any]:
     from triton.runtime.cache import FileCacheManager
 
     class DigestCacheManager(FileCacheManager):
-        """Files of one kernel, or one library, each beside its digest."""
+        """Files of one kernel, or one library, each beside its digest; not those that people put
+        in the place of what is compiled, or look at (TRITON_KERNEL_OVERRIDE, _DUMP)."""
+
+        def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
+            super().__init__(key, override=override, dump=dump)
+            self._of_people = override or dump
 
         def put(self, data: Any, filename: str, binary: bool = True) -> str:
             content = data if isinstance(data, bytes) else str(data).encode()
             path: str = super().put(content, filename)
-            super().put(hashlib.sha256(content).hexdigest(), filename + DIGEST)
+            if not self._of_people:
+                super().put(hashlib.sha256(content).hexdigest(), filename + DIGEST)
             return path
 
         def get_file(self, filename: str) -> str | None:
             path: str | None = super().get_file(filename)
-            return path if path is not None and _is_whole(path) else None
+            return path if path is None or self._of_people or _is_whole(path) else None
 
         def get_group(self, filename: str) -> dict[str, str] | None:
             path = self.get_file(f"__grp__{filename}")
