@@ -271,7 +271,8 @@ class TestTraining:
         digits = [piece for piece in learnt if any(b"%d" % digit in piece for digit in range(10))]
         assert digits
         assert all(len(piece.strip()) == 1 for piece in digits)
-        assert set("".join(CORPUS)) - {"\n"} <= {
+        # sentencepiece leaves a tab to its byte, before 0.2.3
+        assert set("".join(CORPUS)) - {"\n", "\t"} <= {
             piece.decode() for piece in learnt if len(piece.decode()) == 1
         }
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,14 @@ def test_doctor_says_how_to_get_what_is_missing(onelaunch, monkeypatch):
     monkeypatch.setattr(doctor, "EXTRAS", {"hf": ("no-such-package",)})
     _, out, _ = onelaunch("doctor")
     assert "without no-such-package; pip install 'onelaunch[hf]'" in out
+
+
+def test_every_option_is_named():
+    """Typer 0.27 names one that is not after its metavar."""
+    for command in app_module.app.registered_commands:
+        hints = typing.get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            for about in getattr(hint, "__metadata__", ()):
+                if isinstance(about, typer.models.OptionInfo):
+                    names = (about.default, *about.param_decls)  # as Typer has it before it runs
+                    assert str(names[0]).startswith("--"), f"{command.name}: {name}"

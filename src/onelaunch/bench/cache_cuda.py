@@ -58,8 +58,8 @@ ABOUT = (
 STUDY = (
     "The study: kept by hashes of program, options and weights, across processes; one without "
     "weights a hit, one with weights a miss after every update. It gives no times. Here every "
-    "kernel is one without weights. Triton does not verify what it reads: by the digests that this "
-    "package puts there."
+    "kernel is one without weights. Triton does not verify what it reads; for its own kernels this "
+    "package does, by digests that it puts there."
 )
 
 
@@ -288,8 +288,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 "not measured",
                 "; ".join(row["found"] for row in damaged),
                 "confirmed" if all(row["as_expected"] for row in damaged) else "refuted",
-                f"{'; '.join(outcomes)}; Triton's store does not verify what it reads: by the "
-                "digests that this package puts there",
+                f"{'; '.join(outcomes)}; by the digests that this package puts into Triton's "
+                "store, which does not verify what it reads",
             )
         )
     return found

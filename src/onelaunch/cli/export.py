@@ -32,6 +32,7 @@ def export(
     seq: Annotated[
         int | None,
         typer.Option(
+            "--seq",
             metavar="N",
             min=1,
             help="coreml: tokens that a program reads at once; 256, or the model's context where "
@@ -41,6 +42,7 @@ def export(
     fusion_depth: Annotated[
         str | None,
         typer.Option(
+            "--fusion-depth",
             metavar="DEPTH",
             help="coreml: what one program holds: half a layer, a number of layers, or all (one "
             "program, tokens to logits), which it is unless given.",
@@ -49,6 +51,7 @@ def export(
     taps: Annotated[
         str | None,
         typer.Option(
+            "--taps",
             metavar="TAPS",
             help="coreml: what programs hand out for a backward pass: none, inputs (each layer's) "
             "or full; none unless given.",
@@ -56,7 +59,9 @@ def export(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="coreml: fp16, which they are unless given."),
+        typer.Option(
+            "--weights", metavar="DTYPE", help="coreml: fp16, which they are unless given."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

@@ -30,11 +30,12 @@ def generate(
     ] = False,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Where none lies beside the model."),
+        typer.Option("--tokenizer", metavar="FILE", help="Where none lies beside the model."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
+            "--prompt",
             metavar="TEXT|@FILE|-",
             help="How the text begins: itself, a file, or - for standard input; one final line "
             "end of a file is dropped. May be given several times. Without it the text begins "
@@ -45,28 +46,34 @@ def generate(
         bool, typer.Option("--no-echo", help="The continuation alone, without the prompt.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="The most tokens to add.")
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The most tokens to add.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the most likely token each time.")
+        float,
+        typer.Option("--temperature", metavar="T", help="0 takes the most likely token each time."),
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option(metavar="K", help="Draw among the K most likely; 0: all.")
+        int, typer.Option("--top-k", metavar="K", help="Draw among the K most likely; 0: all.")
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(metavar="P", help="Draw among the likeliest that add up to P; 1: all."),
+        typer.Option(
+            "--top-p", metavar="P", help="Draw among the likeliest that add up to P; 1: all."
+        ),
     ] = 0.9,
     min_p: Annotated[
         float,
-        typer.Option(metavar="P", help="Draw among those P times as likely as the best; 0: all."),
+        typer.Option(
+            "--min-p", metavar="P", help="Draw among those P times as likely as the best; 0: all."
+        ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(metavar="S", help="The same seed draws the same text again.")
+        int, typer.Option("--seed", metavar="S", help="The same seed draws the same text again.")
     ] = 0,
     engine: Annotated[
         str,
         typer.Option(
+            "--engine",
             metavar="ENGINE",
             help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation), "
             "cuda (generates with PyTorch so far) or coreml (ML Programs, evaluated here, for "
@@ -77,6 +84,7 @@ def generate(
     dtype: Annotated[
         str | None,
         typer.Option(
+            "--dtype",
             metavar="DTYPE",
             help="float32, bfloat16 or float16; bfloat16 on a CUDA GPU and float32 elsewhere "
             "unless given.",
@@ -85,6 +93,7 @@ def generate(
     threads: Annotated[
         int | None,
         typer.Option(
+            "--threads",
             metavar="N",
             min=1,
             help="CPU threads; as many as measure fastest unless given (reference engine: "
@@ -94,6 +103,7 @@ def generate(
     fusion_depth: Annotated[
         str,
         typer.Option(
+            "--fusion-depth",
             metavar="DEPTH",
             help="What one call holds: auto (on the CPU a whole generation), stage, half, a number "
             "of layers, or all (one forward).",
@@ -102,6 +112,7 @@ def generate(
     trace: Annotated[
         Path | None,
         typer.Option(
+            "--trace",
             metavar="FILE",
             help="On an NVIDIA GPU, write when each tile of one forward ran, for ui.perfetto.dev: "
             "of the prompts, or without one of a whole context, in one launch unless "

@@ -33,6 +33,7 @@ def inspect(
     fusion_depth: Annotated[
         str | None,
         typer.Option(
+            "--fusion-depth",
             metavar="D",
             help="List the launches at this depth: stage, half, a number of layers, or all.",
         ),
