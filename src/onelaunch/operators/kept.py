@@ -12,7 +12,6 @@ import json
 import threading
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 DIGEST = ".sha256"
@@ -37,12 +36,7 @@ class _Verified:
                 knobs.cache.manager_class = _manager()
                 self._ours = True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         from triton import knobs
 
         with self._lock:
