@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -114,7 +115,7 @@ def test_a_run_that_was_killed_after_a_checkpoint_goes_on_exactly(tmp_path):
     ]
     for name, value in settings.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while len(list((run / "checkpoints").glob("update-*/state.json"))) < 2:
             assert process.poll() is None
