@@ -20,11 +20,11 @@ from onelaunch.engines.cuda.choice import find
 from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.measure import Candidate
-from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward
 from onelaunch.engines.cuda.timer import Timer, facts
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import EngineTimeout
+from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.model import Model
 from tests.engines.suite import (
     SHAPES,
@@ -107,6 +107,82 @@ def test_depths_by_hand_have_the_same_bits(depth):
             assert relative_error(logits, exact) <= allowed
             assert torch.equal(whole.logits(tokens), logits)
     assert parted.describe()["forms"]["1x200"] == {"form": str(depth)}
+
+
+@pytest.mark.parametrize("depth", ["stage", "half", "all"])
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_result_is_not_changed_by_later_calls(depth, where):
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda", fusion_depth=depth)
+    tokens = [tokens_of(LONGER, 2, 100, seed).to(where) for seed in range(10)]
+    kept = [engine.logits(each) for each in tokens]
+    narrow = [engine.logits(each, torch.bfloat16) for each in tokens]
+    again = [engine.logits(each).clone() for each in tokens]
+    assert len({result.data_ptr() for result in kept}) == 10
+    for one, other, third in zip(kept, again, narrow, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)
+        assert torch.equal(one.bfloat16(), third)
+
+
+@pytest.mark.parametrize("head", [Blocking(128, 128, library=True), None])
+def test_float32_logits_of_either_head_are_as_exact(head):
+    """Of a library's product, and of a kernel's: written in float32 at once."""
+    weights, tokens = weights_of(LONGER), tokens_of(LONGER, 1, 200)
+    exact, allowed = allowed_error(LONGER, weights, tokens, torch.bfloat16)
+    packed = StagedForward(LONGER, weights, torch.bfloat16, CUDA).packed
+    tiles = {} if head is None else {"head": head}
+    shape = Shape(1, 200, True, torch.bfloat16, own_logits=False)
+    bound = BoundForward(LONGER, packed, shape, tiles)
+    ids = tokens.flatten().to(CUDA)
+    for dtype in (torch.float32, torch.bfloat16):
+        launched, replayed = torch.full((2, 200, LONGER.vocab_size), float("nan"), device=CUDA).to(
+            dtype
+        )
+        bound.launch(ids, launched)
+        replay = bound.replayed()
+        replay.prepare(replayed)
+        replay(ids, replayed)
+        assert relative_error(launched.view(exact.shape), exact) <= allowed
+        assert torch.equal(launched, replayed)
+
+
+@pytest.mark.parametrize("depth", ["stage", "half", "all"])
+@pytest.mark.parametrize("bad", [-1, LONGER.vocab_size, 1 << 40])
+def test_a_bad_id_on_the_gpu_is_told_by_a_later_call(depth, bad):
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda", fusion_depth=depth)
+    tokens = tokens_of(LONGER, 2, 60).to(CUDA)
+    expected = engine.logits(tokens)
+    wrong = tokens.clone()
+    wrong[1, 20] = bad
+    for _ in range(3):  # launched, captured, replayed
+        got = engine.logits(wrong)
+        assert torch.equal(got[0], expected[0])
+        assert got[1, 20:].isnan().all()
+        with pytest.raises(BadInput, match=f"an earlier call: id {bad} is outside"):
+            engine.logits(tokens)
+        assert torch.equal(engine.logits(tokens), expected)
+    engine.logits(wrong)
+    with pytest.raises(BadInput, match=f"id {bad} is outside"):
+        engine.describe()
+    engine.describe()
+
+
+def test_logits_wait_for_nothing():
+    """With seconds of work ahead of it on the GPU a call returns, whatever the ids' place."""
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda", fusion_depth="stage")
+    tokens = tokens_of(LONGER, 2, 60)
+    for each in (tokens, tokens.to(CUDA)):
+        for _ in range(3):
+            engine.logits(each)
+    each = tokens.to(CUDA)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    ahead = torch.cuda.Event()
+    ahead.record()
+    results = [engine.logits(ids, dtype) for ids in (tokens, each) for dtype in (torch.float32,)]
+    assert not ahead.query(), "the calls returned while the work ahead of them was running"
+    torch.cuda.synchronize()
+    assert torch.equal(*results)
 
 
 def test_the_background_choice_ends_and_answers_as_well(store):

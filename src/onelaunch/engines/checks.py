@@ -28,21 +28,32 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], n: int)
 
 
 def check_tokens(config: ModelConfig, tokens_BS: Tensor) -> None:
-    """Raise BadInput for more positions than the context or an id beyond the vocabulary."""
+    """Raise BadInput for more positions than the context or an id beyond the vocabulary. Ids that
+    lie on a GPU are waited for."""
+    check_length(config, tokens_BS)
+    if tokens_BS.numel():
+        _check_range(config, int(tokens_BS.min()), int(tokens_BS.max()), "the tokens")
+
+
+def check_length(config: ModelConfig, tokens_BS: Tensor) -> None:
+    """Raise BadInput for more positions than the context."""
     length = tokens_BS.shape[1]
     if length > config.max_seq_len:
         raise BadInput(f"{length} tokens do not fit the model's context of {config.max_seq_len}")
-    if tokens_BS.numel():
-        _check_range(config, int(tokens_BS.min()), int(tokens_BS.max()), "the tokens")
 
 
 def _check_range(config: ModelConfig, least: int, largest: int, name: str) -> None:
     wrong = least if least < 0 else largest
     if not 0 <= wrong < config.vocab_size:
-        raise BadInput(
-            f"{name}: id {wrong} is outside the model's vocabulary of {config.vocab_size}; "
-            "is this the model's own tokenizer?"
-        )
+        raise outside_vocabulary(config, wrong, name)
+
+
+def outside_vocabulary(config: ModelConfig, token: int, name: str) -> BadInput:
+    """The error for an id that the model has no embedding for."""
+    return BadInput(
+        f"{name}: id {token} is outside the model's vocabulary of {config.vocab_size}; "
+        "is this the model's own tokenizer?"
+    )
 
 
 def not_finite(position: int, dtype: str) -> RunFailed:

@@ -99,6 +99,49 @@ def test_lengths_at_both_sides_of_a_tile(batch, sequence):
         assert torch.equal(forward.logits(tokens[text : text + 1])[0, 0], every[text, 0])
 
 
+@pytest.mark.parametrize("form", ["staged", "all"])
+@pytest.mark.parametrize("bad", [-1, SMALL.vocab_size, 1 << 40])
+def test_an_id_outside_the_vocabulary_is_told_and_gives_nan(form, bad):
+    """From it on, in its own sequence alone."""
+    forward = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU)
+    packed, tokens = forward.packed, tokens_of(SMALL, 3, 19)
+    expected = forward.logits(tokens)
+    assert packed.take_bad_id() is None
+    tokens[1, 7] = bad
+    if form == "staged":
+        got = forward.logits(tokens)
+    else:
+        fused = FusedForward(SMALL, packed, Shape(3, 19), {}, form)
+        fused.buffers.tokens.copy_(tokens.flatten())
+        fused.run()
+        got = fused.buffers.logits.view(expected.shape)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[2], expected[2])
+    assert got[1, 7:].isnan().all()
+    assert packed.take_bad_id() == bad
+    assert packed.take_bad_id() is None
+
+
+@pytest.mark.parametrize("form", ["staged", "all", "half"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_callers_ids_and_logits(form, dtype):
+    """The same bits as through the buffers, in float32 and in the model's dtype."""
+    forward = StagedForward(SMALL, weights_of(SMALL), dtype, CPU)
+    tokens = tokens_of(SMALL, 2, 19)
+    expected = forward.logits(tokens)
+    shape = Shape(2, 19, True, dtype, own_logits=False)
+    if form == "staged":
+        bound = BoundForward(SMALL, forward.packed, shape, {})
+    else:
+        bound = FusedForward(SMALL, forward.packed, shape, {}, form)
+    ids = torch.cat((torch.tensor([3]), tokens.flatten()))[1:]  # aligned to 8 bytes
+    for wanted in (torch.float32, dtype):
+        logits = torch.full((38, SMALL.vocab_size), float("nan"), dtype=wanted)
+        bound.launch(ids, logits)
+        assert torch.equal(logits.view(expected.shape), expected.to(wanted))
+    assert bound.buffers.logits.numel() == 0
+
+
 def test_what_stands_behind_changes_nothing_before():
     weights, tokens = weights_of(SMALL), tokens_of(SMALL, 1, 20)
     forward = StagedForward(SMALL, weights, torch.float32, CPU)

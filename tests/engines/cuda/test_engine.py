@@ -30,6 +30,7 @@ from tests.engines.suite import SMALL, weights_of
 
 DEVICE = {"device": "made up", "multiprocessors": 4, "torch": "2", "triton": "3"}
 CPU = torch.device("cpu")
+BYTES_PER_ROW = 100
 CHOICE = Choice(
     "all", default(SMALL, 16, 2), 4, {"rule": 9.0, "staged": 8.0, "all": 5.0}, 1.5, 7, "today"
 )
@@ -48,12 +49,8 @@ class Form:
         rows = shape.batch * shape.sequence
         self.shape, self.depth, self.programs = shape, str(depth), programs
         self.fail("bind")
-        self.buffers = SimpleNamespace(
-            tokens=torch.zeros(rows, dtype=torch.int32),
-            x=SimpleNamespace(device=torch.device("cuda", 0)),
-            logits=torch.zeros(rows, config.vocab_size, dtype=shape.logits_dtype),
-        )
-        self.n_bytes = self.buffers.tokens.nbytes + self.buffers.logits.nbytes
+        self.buffers = SimpleNamespace(x=SimpleNamespace(device=torch.device("cuda", 0)))
+        self.n_bytes = rows * BYTES_PER_ROW
         self.events: list[str] = []
         Form.made.append(self)
 
@@ -61,29 +58,47 @@ class Form:
         if (self.depth, how) in Form.fails:
             raise Form.fails[self.depth, how]
 
-    def _compute(self, how):
+    def _compute(self, how, ids, logits):
         assert not torch.is_inference_mode_enabled()
         assert LOADING.locked() == (how == "run")
+        assert ids.dtype == torch.int64
         self.fail(how)
         self.events.append(how)
-        self.buffers.logits.copy_(self.buffers.tokens[:, None])
+        logits.copy_(ids[:, None])
 
-    def run(self):
-        self._compute("run")
+    def launch(self, ids, logits):
+        self._compute("run", ids, logits)
 
-    def captured(self):
+    def replayed(self):
         assert LOADING.locked()
         self.fail("capture")
         self.events.append("captured")
-        return SimpleNamespace(replay=lambda: self._compute("replay"))
+        return Replayed(self)
 
     def ask(self):
         assert self.events[-1] in ("run", "replay")
 
-    def told(self):
+    def told(self, wait):
+        assert not wait
         if Form.timeout:
             Form.timeout = False
             raise EngineTimeout("the forward was given up")
+
+
+class Replayed:
+    def __init__(self, form):
+        self.form, self.prepared = form, set()
+
+    def prepare(self, logits):
+        assert LOADING.locked()
+        self.prepared.add(logits.dtype)
+
+    def is_prepared(self, dtype):
+        return dtype in self.prepared
+
+    def __call__(self, ids, logits):
+        assert logits.dtype in self.prepared
+        self.form._compute("replay", ids, logits)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +148,54 @@ def test_a_shape_is_launched_first_and_replayed_from_its_second_use(store):
     assert Form.made[1].events == ["run"]
 
 
+@pytest.mark.parametrize("uses", [1, 3])
+def test_logits_in_the_engines_own_dtype(store, uses):
+    engine, tokens = make(store), tokens_of(2, 5)
+    for _ in range(uses):
+        narrow = engine.logits(tokens, torch.bfloat16)
+        wide = engine.logits(tokens)
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(narrow.float(), wide)
+    assert engine.logits(tokens_of(65, 2), torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(BadInput, match=r"logits in torch.float16: .* torch.float32 or .*bfloat16"):
+        engine.logits(tokens, torch.float16)
+
+
+def test_a_result_is_not_changed_by_later_calls(store):
+    engine = make(store)
+    tokens = [(tokens_of(2, 5) + i) % SMALL.vocab_size for i in range(10)]
+    results = [engine.logits(each) for each in tokens]
+    for each, result in zip(tokens, results, strict=True):
+        assert torch.equal(result, each[:, :, None].float().expand_as(result))
+
+
+def test_ids_of_any_integer_dtype_and_layout(store):
+    engine, tokens = make(store), tokens_of(4, 6)
+    expected = engine.logits(tokens)
+    assert torch.equal(engine.logits(tokens.to(torch.int32)), expected)
+    assert torch.equal(engine.logits(tokens.T.contiguous().T), expected)
+
+
+@pytest.mark.parametrize("bad", [-1, SMALL.vocab_size])
+def test_ids_on_the_host_are_checked_at_once(store, bad):
+    tokens = tokens_of(2, 5)
+    tokens[1, 2] = bad
+    with pytest.raises(BadInput, match=f"id {bad} is outside the model's vocabulary"):
+        make(store).logits(tokens)
+    assert Form.made == []
+
+
+@pytest.mark.parametrize("how", ["logits", "describe"])
+def test_a_bad_id_that_a_kernel_met_is_told_once_afterwards(store, how):
+    engine = make(store)
+    answers(engine, 1, 4)
+    engine._packed.bad_id[0] = 99
+    with pytest.raises(BadInput, match="the tokens of an earlier call: id 99 is outside"):
+        engine.describe() if how == "describe" else engine.logits(tokens_of(1, 4))
+    answers(engine, 1, 4)
+    engine.describe()
+
+
 def test_it_works_in_anybodys_inference_mode(store):
     engine = make(store)
     with torch.inference_mode():
@@ -153,10 +216,7 @@ def test_the_least_recently_used_shapes_go(store, monkeypatch):
 
 
 def test_buffers_are_bounded_and_the_latest_always_has_its_own(store, monkeypatch):
-    def n_bytes(rows):
-        return rows * (4 + 2 * SMALL.vocab_size)
-
-    monkeypatch.setattr(engine_module, "MAX_FORM_BYTES", n_bytes(10))
+    monkeypatch.setattr(engine_module, "MAX_FORM_BYTES", 10 * BYTES_PER_ROW)
     engine = make(store)
     for sequence in (4, 5, 2):
         answers(engine, 1, sequence)

@@ -16,13 +16,14 @@ from torch import Tensor
 from onelaunch.compilation.background import in_a_line, tell
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_tokens
+from onelaunch.engines.checks import check_length, check_tokens, outside_vocabulary
 from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
 from onelaunch.engines.cuda.chooser import Chooser, Find
 from onelaunch.engines.cuda.measuring import choose
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.timer import bind, facts
 from onelaunch.engines.cuda.turns import LOADING, turns_of
@@ -96,24 +97,35 @@ class CudaEngine:
             # its memory may go to another stream; when the interpreter ends, to nobody
             weakref.finalize(self, _wait_for, self._used).atexit = False
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
-        context or an id beyond the vocabulary, EngineTimeout where the forward before, of the same
-        shape and in few launches, was given up: its logits were NaN; the next is not concerned. A
-        measured form that fails in another way is not used again: one launch a stage answers."""
-        check_tokens(self.config, tokens_BS)
+    def logits(self, tokens_BS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits of every position, (B, S, V), in float32 or the engine's own dtype: the caller's
+        own tensor, on the GPU.
+
+        Launches and returns: nothing here waits for the GPU. Ids that come on the host are checked
+        at once: BadInput for one beyond the vocabulary, or for more positions than the context.
+        Of ids that lie on the GPU a kernel looks at each: the logits of its sequence are NaN from
+        a bad one on, and a later call, or `describe`, raises BadInput that names it. EngineTimeout
+        likewise tells of a forward before, of the same shape and in few launches, that was given
+        up; its logits are NaN, and so may be those that were launched before this was told. A
+        measured form that fails in another way is not used again: one kernel per stage answers.
+        """
+        if dtype not in (torch.float32, self.dtype):
+            raise BadInput(f"logits in {dtype}: this engine gives torch.float32 or {self.dtype}")
+        self._check_bad_id()
+        check = check_tokens if tokens_BS.device.type == "cpu" else check_length
+        check(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
         if not (1 <= batch <= MAX_BATCH and 1 <= sequence <= MAX_SEQUENCE):
-            return self._by_pytorch().logits(tokens_BS)
+            return self._by_pytorch().logits(tokens_BS).to(dtype)
         with self._alone():
             try:
-                return self._form(batch, sequence)(tokens_BS)
+                return self._form(batch, sequence)(tokens_BS, dtype)
             except (BadInput, RunFailed):
                 raise
             except Exception as error:  # whatever Triton, its compiler or the driver raises
                 if not self._give_up_choice(batch, sequence, error):
                     raise
-            return self._form(batch, sequence)(tokens_BS)
+            return self._form(batch, sequence)(tokens_BS, dtype)
 
     def generate(
         self,
@@ -138,9 +150,19 @@ class CudaEngine:
             self._take_choices()
         return ended
 
+    def _check_bad_id(self) -> None:
+        """Raise BadInput where a forward met an id that the model does not have."""
+        if self._packed is not None and (bad_id := self._packed.take_bad_id()) is not None:
+            raise outside_vocabulary(self.config, bad_id, "the tokens of an earlier call")
+
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, bytes of weights, what generates, and of each shape in use its
-        form, with what each form took where that was measured, or why nothing was chosen."""
+        form, with what each form took where that was measured, or why nothing was chosen. Waits
+        for the forwards that were launched; raises BadInput where one of them met an id outside
+        the vocabulary."""
+        if self._used is not None:
+            self._used.synchronize()
+        self._check_bad_id()
         stored = self.config.n_params * self.dtype.itemsize
         return {
             "engine": "cuda",
@@ -198,14 +220,15 @@ class CudaEngine:
         self._take_choices()
         form = self._forms.pop((batch, sequence), None)
         if form is None:
-            form = _Form(self._bind(batch, sequence), self._say)
+            bound = self._bind(batch, sequence)
+            form = _Form(bound, self.config.vocab_size, self.device, self._say)
             self._make_room(form)
         self._forms[batch, sequence] = form  # the latest is last
         return form
 
     def _bind(self, batch: int, sequence: int) -> BoundForward:
         packed = self._pack()
-        shape = Shape(batch, sequence, True, self.dtype)
+        shape = Shape(batch, sequence, True, self.dtype, own_logits=False)
         if self.fusion_depth not in ("auto", "stage"):
             return FusedForward(self.config, packed, shape, {}, self.fusion_depth)
         choice = self._choice(packed, batch, sequence) if self._measures else None
@@ -285,40 +308,62 @@ class CudaEngine:
 
 
 class _Form:
-    """A bound forward: launched at its first use, replayed as a graph from its second, or launched
-    further on where there can be none."""
+    """A bound forward: launched at its first use, replayed from its second, or launched further on
+    where there can be no graph."""
 
-    def __init__(self, bound: BoundForward, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        bound: BoundForward,
+        columns: int,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
         self.n_bytes = bound.n_bytes
-        self._bound, self._say = bound, say
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._bound, self._columns, self._device, self._say = bound, columns, device, say
+        self._replay: Replay | None = None
         self._uses = 0
 
-    def __call__(self, tokens_BS: Tensor) -> Tensor:
-        self._bound.told()  # of the call before
-        buffers = self._bound.buffers
-        buffers.tokens.copy_(tokens_BS.flatten())
-        if self._uses == 1 and buffers.x.device.type == "cuda":
+    def __call__(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+        self._bound.told(wait=False)  # of the calls before
+        ids_N = _on_device(tokens_BS, self._device)
+        logits_BSV = torch.empty(
+            *tokens_BS.shape, self._columns, dtype=dtype, device=self._device
+        )
+        logits = logits_BSV.flatten(0, 1)
+        if self._uses == 1 and self._bound.buffers.x.device.type == "cuda":
             self._capture()
         self._uses += 1
-        if self._graph is None:
+        if self._replay is None:
             with LOADING:
-                self._bound.run()
+                self._bound.launch(ids_N, logits)
         else:
-            self._graph.replay()
+            if not self._replay.is_prepared(dtype):
+                with LOADING:
+                    self._replay.prepare(logits)
+            self._replay(ids_N, logits)
         self._bound.ask()
-        logits_BSV = buffers.logits.view(*tokens_BS.shape, -1)
-        return logits_BSV.to(torch.float32, copy=True)
+        return logits_BSV
 
     def _capture(self) -> None:
         try:
             with LOADING:
-                self._graph = self._bound.captured()
+                self._replay = self._bound.replayed()
         except Exception as error:  # slower without, not wrong
             tell(
                 self._say,
                 f"there is no CUDA graph, and each kernel is launched: {in_a_line(error)}",
             )
+
+
+def _on_device(tokens_BS: Tensor, device: torch.device) -> Tensor:
+    """Ids as the first kernel reads them, (N,), int64; those of the host are copied without a wait,
+    from pinned memory that PyTorch keeps until the copy has ended."""
+    ids_N = tokens_BS.to(torch.int64).flatten()
+    if ids_N.device == device:
+        return ids_N
+    if ids_N.device.type == "cpu" and device.type == "cuda":
+        ids_N = ids_N.pin_memory()
+    return ids_N.to(device, non_blocking=True)
 
 
 def _wait_for(used: torch.cuda.Event) -> None:

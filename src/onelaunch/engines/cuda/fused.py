@@ -75,7 +75,7 @@ _RUN_TIME = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=("tokens_ptr",))
 def forward_kernel(
     tokens_ptr,
     embedding_ptr,
@@ -94,6 +94,7 @@ def forward_kernel(
     head_w_ptr,
     logits_ptr,
     of_ptr,
+    bad_id_ptr,
     sync_ptr,
     records_ptr,
     seed_ptr,
@@ -177,8 +178,8 @@ def forward_kernel(
         began(me)
         ready(me)
         embed_tile(
-            tile, None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, EMBED_BM, X_BN,
-            AFTER,
+            tile, None, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, bad_id_ptr, n_rows, V, D,
+            EMBED_BM, X_BN, AFTER,
         )  # fmt: skip
         publish(counters + tile // parts, me, MODE == COUNTED_PTX)
     turn = _turn(turn, tiles)

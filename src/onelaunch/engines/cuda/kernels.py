@@ -69,21 +69,25 @@ def _fetch(next_ptr, next_bytes, FETCH: tl.constexpr):
         )
 
 
-@triton.jit(do_not_specialize=("n_rows",))
+# the ids are the caller's, aligned as they come
+@triton.jit(do_not_specialize=("n_rows",), do_not_specialize_on_alignment=("tokens_ptr",))
 def embed_kernel(
     tokens_ptr,
     embedding_ptr,
     x_ptr,
     parts_ptr,
+    bad_id_ptr,
     n_rows,
+    V: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     MODE: tl.constexpr,
 ):
     embed_tile(
-        tl.program_id(0), REAL, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, n_rows, D, BM, BN, MODE
-    )
+        tl.program_id(0), REAL, tokens_ptr, embedding_ptr, x_ptr, parts_ptr, bad_id_ptr, n_rows, V,
+        D, BM, BN, MODE,
+    )  # fmt: skip
     # not before: the next kernel reads weights before it waits, and what ran before this launch
     # may have written them
     _let_next_begin(MODE)

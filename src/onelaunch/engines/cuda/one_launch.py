@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,14 +68,20 @@ class FusedForward(BoundForward):
         self._programs = programs
         super().__init__(config, packed, shape, blockings)
 
-    def run(self) -> None:
-        """Launch it on the current stream. Where some of its launches were made and not all, the
-        counters are cleared: they would be ahead of the epoch, and let later forwards pass."""
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Where some of its launches were made and not all, the counters are cleared: they would
+        be ahead of the epoch, and let later forwards pass."""
         try:
-            super().run()
+            yield
         except BaseException:
             self.sync.zero_()
             raise
+
+    def last_call(self, logits: Tensor) -> Call | CallAndProduct:
+        last = self.calls[-1]
+        assert isinstance(last, Call)
+        return last.with_tensor(self.buffers.logits, logits)
 
     @property
     def n_bytes(self) -> int:
@@ -89,12 +96,15 @@ class FusedForward(BoundForward):
         if self._asked is not None:
             self._asked.record()
 
-    def told(self) -> None:
+    def told(self, wait: bool = True) -> None:
         """Raise EngineTimeout where the status that was last asked for says that a tile gave up
-        waiting; logits behind it are NaN."""
+        waiting; logits behind it are NaN. Without `wait` a status that is not there yet is left to
+        a later call."""
         from onelaunch.engines.cuda import sync
 
         if self._asked is not None:
+            if not wait and not self._asked.query():
+                return
             self._asked.synchronize()
         status = int(self._told)
         if not status:
@@ -134,7 +144,7 @@ class FusedForward(BoundForward):
         depth = self._depth
         self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
         constants = self._constants()
-        rows = b.logits.shape[0]
+        rows = b.of.shape[0]
         most = self._programs or at_once(
             c, n, self.blockings, b.x.element_size(), limits_of(b.x.device)
         )
@@ -144,7 +154,8 @@ class FusedForward(BoundForward):
             given: tuple[Any, ...] = (
                 b.tokens, w.embedding, b.x, b.parts, w.qkv, w.cos if w.norms is None else w.norms,
                 w.cos, w.sin, b.qkv, b.mixed, w.out, w.gate_up, b.hidden, w.down, w.head, b.logits,
-                b.of, self.sync, self.records, self.seed, n, plan.sequence, rows, row_tiles,
+                b.of, w.bad_id, self.sync, self.records, self.seed, n, plan.sequence, rows,
+                row_tiles,
                 launch.first, launch.last, ends, self._patience,
                 self.most_tiles if self._traced else None, c.norm_eps, c.head_dim**-0.5,
             )  # fmt: skip

@@ -22,7 +22,8 @@ from onelaunch.model import rope_tables
 class PackedModel:
     """embedding: (V, D); of L layers, qkv: (L, (H + 2 K) E, D); norms: (L, 2, E), of queries and
     keys, or None where the model has none; out: (L, D, H E); gate_up: (L, 2 F, D); down: (L, D, F);
-    head: (V, D); cos and sin: (positions, E / 2) in float32."""
+    head: (V, D); cos and sin: (positions, E / 2) in float32; bad_id: (1,), int64, on the host,
+    where a kernel leaves an id that the model does not have: 0 otherwise."""
 
     embedding: Tensor
     qkv: Tensor
@@ -33,6 +34,16 @@ class PackedModel:
     head: Tensor
     cos: Tensor
     sin: Tensor
+    bad_id: Tensor
+
+    def take_bad_id(self) -> int | None:
+        """What was left in `bad_id`, once. The host's memory alone is looked at: of forwards that
+        are under way it may not be there yet."""
+        found = int(self.bad_id)
+        if not found:
+            return None
+        self.bad_id.zero_()
+        return found
 
 
 def pack(
@@ -61,6 +72,7 @@ def pack(
         folded(classifier, "norm.weight").to(device=device, dtype=dtype),
         cos,
         sin,
+        torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda"),
     )
     for layer in range(layers):
         prefix = f"layers.{layer}."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from onelaunch.errors import BadInput
 from onelaunch.operators.kept import verified
 from onelaunch.plan import Part, Plan, Stage, TilePlan, counts, make_plan, make_tiles, part_of
 
+if TYPE_CHECKING:
+    from onelaunch.engines.cuda.replay import Replay
+
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A kernel, its arguments, its constants."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Buffers:
-    """tokens: (N,), int32; x: (N, D); parts: (parts of a row, N), float32; qkv: (layers that have
+    """tokens: (N,), int64; x: (N, D); parts: (parts of a row, N), float32; qkv: (layers that have
     their own, N, (H + 2 K) E); mixed: (N, H E); hidden: (N, F); logits: (rows, V); of: (rows,),
     int32, the rows of x that they are of, ascending."""
 
@@ -60,6 +63,10 @@ class Call:
 
     def __call__(self) -> None:
         self.kernel[(self.programs,)](*self.arguments, **self.options)
+
+    def with_tensor(self, old: Tensor, new: Tensor) -> Call:
+        """The same with another tensor in the place of one of its arguments."""
+        return replace(self, arguments=tuple(new if a is old else a for a in self.arguments))
 
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
@@ -87,7 +94,14 @@ class CallAndProduct:
 
     def __call__(self) -> None:
         self.call()
-        torch.mm(self.left, self.right, out=self.to)
+        self.multiply(self.to)
+
+    def multiply(self, to: Tensor) -> None:
+        """The product alone, into `to`, of the factors' dtype or in float32."""
+        if to.dtype == self.left.dtype:
+            torch.mm(self.left, self.right, out=to)
+        else:
+            torch.mm(self.left, self.right, out_dtype=to.dtype, out=to)
 
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
@@ -149,17 +163,20 @@ class StagedForward:
 @dataclass(frozen=True)
 class Shape:
     """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
-    written."""
+    written. Without `own_logits` it has no buffer for them: it runs by `launch` and `replayed`
+    alone, into tensors of its caller's."""
 
     batch: int
     sequence: int
     all_positions: bool = True
     logits_dtype: torch.dtype = torch.float32
     part: Part = "whole"
+    own_logits: bool = True
 
 
 class BoundForward:
-    """A forward of one shape: `buffers.tokens` in, `run`, `buffers.logits` out."""
+    """A forward of one shape: `buffers.tokens` in, `run`, `buffers.logits` out; or by `launch` or
+    `replayed` from and into its caller's tensors."""
 
     qkv_buffers = 1
     _staged = True
@@ -192,13 +209,15 @@ class BoundForward:
 
         logit_rows = rows if shape.all_positions else batch
         self.buffers = Buffers(
-            torch.zeros(rows, dtype=torch.int32, device=device),  # ids that a model has
+            torch.zeros(rows, dtype=torch.int64, device=device),  # ids that a model has
             empty(rows, config.dim),
             empty(self.parts, rows, dtype=torch.float32),
             empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
             empty(rows, config.q_dim),
             empty(rows, config.hidden_dim),
-            empty(logit_rows, config.vocab_size, dtype=shape.logits_dtype),
+            empty(
+                logit_rows if shape.own_logits else 0, config.vocab_size, dtype=shape.logits_dtype
+            ),
             torch.arange(logit_rows, dtype=torch.int32, device=device),
         )
         if not shape.all_positions:
@@ -229,10 +248,41 @@ class BoundForward:
 
     def run(self) -> None:
         """Launch it on its device's current stream."""
-        with on(self.buffers.x.device), self._compiling:
+        with on(self.buffers.x.device), self._compiling, self.whole():
             for call in self.calls:
                 call()
         self._compiling = nullcontext()
+
+    def launch(self, ids_N: Tensor, logits: Tensor) -> None:
+        """Launch it on the current stream, with a caller's ids, (N,), int64, and into a caller's
+        logits, (rows, V), float32 or the model's dtype."""
+        with on(self.buffers.x.device), self._compiling, self.whole():
+            for call in self.calls_on(ids_N, logits):
+                call()
+        self._compiling = nullcontext()
+
+    def calls_on(self, ids_N: Tensor, logits: Tensor) -> list[Call | CallAndProduct]:
+        """Its calls with other ids and logits."""
+        calls = [*self.calls[:-1], self.last_call(logits)]
+        first = calls[0]
+        assert isinstance(first, Call)
+        calls[0] = first.with_tensor(self.buffers.tokens, ids_N)
+        return calls
+
+    def last_call(self, logits: Tensor) -> Call | CallAndProduct:
+        """The last call, as it writes other logits."""
+        return self._call(len(self.plan.stages) - 1, logits)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """In it all of its calls are launched; or an exception ends it."""
+        return nullcontext()
+
+    def replayed(self) -> Replay:
+        """`launch` as a function that launches the first and the last call, and in between replays
+        a CUDA graph of the others."""
+        from onelaunch.engines.cuda.replay import Replay
+
+        return Replay(self)
 
     @property
     def n_bytes(self) -> int:
@@ -244,8 +294,9 @@ class BoundForward:
     def ask(self) -> None:
         """Ask how what was launched went; `told` says. One launch a stage never waits."""
 
-    def told(self) -> None:
-        """Raise EngineTimeout where the forward that was last asked about was given up."""
+    def told(self, wait: bool = True) -> None:
+        """Raise EngineTimeout where the forward that was last asked about was given up, as far as
+        that is known without waiting unless `wait`."""
 
     def check(self) -> None:
         """Both, at once."""
@@ -259,30 +310,26 @@ class BoundForward:
                 share_first_cache(call.load())
             self.run()
             torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
-            # other threads may launch and copy meanwhile, though not wait for the device
-            with torch.cuda.graph(
-                graph, stream=_capturing(device), capture_error_mode="thread_local"
-            ):
-                self.run()
-        return graph
+            return captured(self.run, device)
 
-    def _call(self, number: int) -> Call | CallAndProduct:
+    def _call(self, number: int, logits: Tensor | None = None) -> Call | CallAndProduct:
+        """A stage's call; head's may write other logits than the buffer."""
         from onelaunch.engines.cuda import stages
         from onelaunch.operators.handles import dependent_launch
 
         stage, (row_tiles, column_tiles) = self.plan.stages[number], self.counts[number]
         device = self.buffers.x.device
         mode = stages.DEPENDENT if dependent_launch(device) else stages.AFTER
-        make = {
+        to = self.buffers.logits if logits is None else logits
+        make: dict[str, Callable[[Stage], Made]] = {
             "embed": self._embed, "qkv": self._qkv, "attention": self._attention,
             "out_proj": self._add_product, "gate_up": self._gate_up, "down": self._add_product,
-            "head": self._head,
+            "head": partial(self._head, logits=to),
         }  # fmt: skip
         pdl = {"launch_pdl": True} if mode == stages.DEPENDENT else {}
         blocking = self.blockings[stage.kind]
-        if stage.kind == "head" and blocking.library and self._library_multiplies():
-            return self._head_by_library({"MODE": mode.value} | pdl)
+        if stage.kind == "head" and blocking.library and self._library_multiplies(to):
+            return self._head_by_library({"MODE": mode.value} | pdl, to)
         kernel, given, constants = make[stage.kind](stage)
         programs = row_tiles * column_tiles
         if stage.kind == "attention":
@@ -296,16 +343,21 @@ class BoundForward:
         options = constants | {"MODE": mode.value, "num_warps": blocking.warps} | pdl
         return Call(kernel, programs, given, options)
 
-    def _library_multiplies(self) -> bool:
+    def _library_multiplies(self, logits: Tensor) -> bool:
         """Whether the library's product gives logits of the dtype that is wanted."""
-        return self.buffers.logits.dtype == self.buffers.x.dtype
+        x = self.buffers.x
+        if logits.dtype == x.dtype:
+            return True
+        cuda = x.device.type == "cuda" and torch.version.hip is None
+        return cuda and logits.dtype == torch.float32
 
     def _embed(self, stage: Stage) -> Made:
         from onelaunch.engines.cuda.kernels import embed_kernel
 
         b, blocking = self.buffers, self.blockings[stage.kind]
-        given = b.tokens, self.packed.embedding, b.x, b.parts, b.x.shape[0]
-        return embed_kernel, given, {"D": self.config.dim} | _size(blocking)
+        given = b.tokens, self.packed.embedding, b.x, b.parts, self.packed.bad_id, b.x.shape[0]
+        c = self.config
+        return embed_kernel, given, {"V": c.vocab_size, "D": c.dim} | _size(blocking)
 
     def _qkv(self, stage: Stage) -> Made:
         from onelaunch.engines.cuda.kernels import qkv_kernel
@@ -351,31 +403,31 @@ class BoundForward:
         constants |= {"D": c.dim, "F": c.hidden_dim, "PARTS": self.parts}
         return gate_up_kernel, given, constants
 
-    def _head(self, stage: Stage) -> Made:
+    def _head(self, stage: Stage, logits: Tensor) -> Made:
         from onelaunch.engines.cuda.kernels import head_kernel
 
         c, w, b = self.config, self.packed, self.buffers
-        rows = b.logits.shape[0]
+        rows = b.of.shape[0]
         x, weight, _, constants = self._product(stage, b.x, w.head)
-        given = x, b.parts, weight, b.logits, b.of, rows, b.x.shape[0], c.norm_eps
+        given = x, b.parts, weight, logits, b.of, rows, b.x.shape[0], c.norm_eps
         constants |= {"D": c.dim, "V": c.vocab_size, "PARTS": self.parts}
         # of one pipeline a tile's way out has shared memory of its own: too much in float32
-        narrow = b.logits.element_size() <= b.x.element_size()
+        narrow = logits.element_size() <= b.x.element_size()
         persistent = self.blockings["head"].programs > 0 and constants["TMA"] and narrow
         return head_kernel, given, constants | {"PERSISTENT": persistent}
 
-    def _head_by_library(self, options: dict[str, Any]) -> CallAndProduct:
+    def _head_by_library(self, options: dict[str, Any], logits: Tensor) -> CallAndProduct:
         from onelaunch.engines.cuda.kernels import normalize_kernel
 
         c, b = self.config, self.buffers
-        rows = b.logits.shape[0]
+        rows = b.of.shape[0]
         normalized = torch.empty(rows, c.dim, dtype=b.x.dtype, device=b.x.device)
         given = b.x, b.parts, normalized, b.of, rows, b.x.shape[0], c.norm_eps
         size = {"BM": 16, "BN": min(128, padded(c.dim))}
         programs = -(-rows // size["BM"]) * -(-c.dim // size["BN"])
         constants = {"D": c.dim, "PARTS": self.parts, "num_warps": 4} | size
         call = Call(normalize_kernel, programs, given, constants | options)
-        return CallAndProduct(call, normalized, self.packed.head.T, b.logits)
+        return CallAndProduct(call, normalized, self.packed.head.T, logits)
 
     def _product(
         self, stage: Stage, rows: Tensor, weights: Tensor
@@ -387,7 +439,7 @@ class BoundForward:
         weight = weights if stage.kind == "head" else weights[stage.layer]
         BK, TAIL = blocks(weight.shape[-1], blocking)
         row_bytes = weight.shape[-1] * weight.element_size()
-        every_row = stage.kind != "head" or self.buffers.logits.shape[0] == rows.shape[0]
+        every_row = stage.kind != "head" or self.buffers.of.shape[0] == rows.shape[0]
         apart = stage.kind != "qkv" or self._tilings["qkv"].columns == blocking.columns
         fits = blocking.loads > 0 and row_bytes % 16 == 0 and every_row and apart
         tma = blocking.tma and fits and limits_of(rows.device).tma
@@ -452,6 +504,15 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """With a GPU as the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """What is launched by a function, whose kernels are loaded, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads may launch and copy meanwhile, though not wait for the device
+    with torch.cuda.graph(graph, stream=_capturing(device), capture_error_mode="thread_local"):
+        run()
+    return graph
 
 
 @cache
