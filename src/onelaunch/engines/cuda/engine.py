@@ -326,9 +326,7 @@ class _Form:
     def __call__(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         self._bound.told(wait=False)  # of the calls before
         ids_N = _on_device(tokens_BS, self._device)
-        logits_BSV = torch.empty(
-            *tokens_BS.shape, self._columns, dtype=dtype, device=self._device
-        )
+        logits_BSV = torch.empty(*tokens_BS.shape, self._columns, dtype=dtype, device=self._device)
         logits = logits_BSV.flatten(0, 1)
         if self._uses == 1 and self._bound.buffers.x.device.type == "cuda":
             self._capture()
