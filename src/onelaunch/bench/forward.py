@@ -1,8 +1,10 @@
-"""forward: a whole text's logits on a GPU, by how many launches it takes, beside PyTorch.
+"""forward: a whole text's logits on a GPU, by how many launches it takes, compared with PyTorch.
 
-Random weights in bfloat16, logits of every position in bfloat16, as PyTorch gives them. Ours: a
-launch a stage, half a layer, one or more layers, or the whole, with the rule's tiles, and `chosen`,
-the form and the tiles that the engine's own measurement chooses, each as a CUDA graph. Peers: the
+Random weights in bfloat16, logits of every position in bfloat16, as PyTorch gives them. `ours` is
+what a user gets: the wall time of `engine.logits`, WALL_CALLS calls back to back with one wait at
+the end, ids on the GPU; `logits float32` the same with float32 logits. Beside it the forms' graphs
+alone: one kernel per stage, half a layer, one or more layers, or the whole, with the rule's tiles,
+and `chosen`, the form and the tiles that the engine's own measurement chooses. Peers: the
 forward that a careful user writes, run as it is, through torch.compile, and both as CUDA graphs.
 Triton's store and ours are empty at the beginning of a run: seconds to a first forward are those of
 compiling, `its kernel alone` those of compiling the one kernel of `fused all`; `kept` are those of
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.bench.forward_views import draw, table
-from onelaunch.bench.gpu_forwards import pytorch_samples, random_weights, replays
+from onelaunch.bench.gpu_forwards import pytorch_samples, random_weights, replays, walls
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio
@@ -41,6 +43,7 @@ from onelaunch.config import ModelConfig, preset
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed
 
 if TYPE_CHECKING:
+    from onelaunch.engines.cuda.engine import CudaEngine
     from onelaunch.engines.cuda.pack import PackedModel
     from onelaunch.engines.cuda.staged import BoundForward
 
@@ -57,6 +60,7 @@ CASES = (
 )
 QUICK_CASES = CASES[:1]
 ROUNDS, QUICK_ROUNDS = 15, 9
+LOGITS, FLOAT32 = "logits", "logits float32"
 CHOSEN, KEPT, READS_ITSELF = "chosen", "kept", "Triton reads itself"
 FUSED, ITS_KERNEL = "fused all", "its kernel alone"
 TRITON_STORE = "TRITON_CACHE_DIR"
@@ -118,8 +122,11 @@ def _case(
     with torch.inference_mode():
         expected = bare(tokens).float()
         forms, notes = _ours(config, weights, batch, sequence, tokens, expected, store, say)
-        mine = list(forms)
+        mine = [*forms, LOGITS, FLOAT32]
+        engine = _engine(config, weights, store)
         contestants = {name: replays(*form) for name, form in forms.items()}
+        for name, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
+            contestants[name] = walls(partial(engine.logits, tokens, dtype))
         peers, seconds = pytorch_samples(bare, tokens)
         contestants |= peers
         notes["seconds_to_first"]["torch.compile"] = round(seconds, 2)
@@ -188,6 +195,16 @@ def _ours(
     return found, notes
 
 
+def _engine(config: ModelConfig, weights: dict[str, Tensor], folder: Path | None) -> CudaEngine:
+    """The engine that finds what was chosen; without a folder, of one kernel per stage."""
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda.engine import CudaEngine
+
+    if folder is None:
+        return CudaEngine(config, weights, "cuda", "bfloat16", "stage")
+    return CudaEngine(config, weights, "cuda", "bfloat16", store=Store(folder))
+
+
 def _chosen(
     config: ModelConfig,
     packed: PackedModel,
@@ -225,18 +242,22 @@ def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -
 
 
 def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) -> Row:
-    forms = {name: digest(samples[name]) for name in mine}
-    fastest = min(mine, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
+    forms = {name: digest(samples[name]) for name in mine if name not in (LOGITS, FLOAT32)}
+    fastest = min(forms, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
     best = CHOSEN if CHOSEN in mine else fastest
     peers = {name: values for name, values in samples.items() if name not in mine}
+    ours = samples[LOGITS]
     notes |= {
         "form": best,
         "forms": forms,
+        "graph": forms[best]["median"],
+        FLOAT32: digest(samples[FLOAT32]),
+        "over_graph": round(ratio(ours, samples[best]), 4),
         "over_fastest": round(ratio(samples[best], samples[fastest]), 4),
-        "speedup": {name: round(ratio(values, samples[best]), 4) for name, values in peers.items()},
+        "speedup": {name: round(ratio(values, ours), 4) for name, values in peers.items()},
     }
     medians = {name: digest(values)["median"] for name, values in peers.items()}
-    return Row.of(case, samples[best], peers=medians, notes=notes)
+    return Row.of(case, ours, peers=medians, notes=notes)
 
 
 def _floor_us(config: ModelConfig, rows: int, bandwidth: float) -> float:
@@ -250,4 +271,5 @@ def _floor_us(config: ModelConfig, rows: int, bandwidth: float) -> float:
 def _told(row: Row) -> str:
     forms = ", ".join(f"{name} {each['median']:.1f}" for name, each in row.notes["forms"].items())
     peers = ", ".join(f"{name} {value:.1f}" for name, value in row.peers.items())
-    return f"{row.case}: {row.notes['form']} {row.ours:.1f} us ({forms}); {peers}"
+    wide = row.notes[FLOAT32]["median"]
+    return f"{row.case}: {row.ours:.1f} us, float32 {wide:.1f} (graphs: {forms}); {peers}"

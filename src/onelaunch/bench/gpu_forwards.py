@@ -18,7 +18,7 @@ from onelaunch.bench.peers.forward import BareForward
 from onelaunch.config import ModelConfig
 
 SAMPLE_US = 4000.0
-EAGER_CALLS = 10
+EAGER_CALLS, WALL_CALLS = 10, 400
 DEVIATION = 0.02
 
 Sample = Callable[[], float]
@@ -86,6 +86,23 @@ def replays(graph: torch.cuda.CUDAGraph, owner: object) -> Sample:
     def sample(owner: object = owner) -> float:
         return timed(n)
 
+    return sample
+
+
+def walls(call: Callable[[], object]) -> Sample:
+    """Microseconds a call by the host's clock, of WALL_CALLS back to back and one wait."""
+
+    def sample() -> float:
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(WALL_CALLS):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e6 / WALL_CALLS
+
+    for _ in range(3):
+        call()  # launched, captured, replayed
     return sample
 
 

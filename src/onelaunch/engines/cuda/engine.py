@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,13 @@ from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.staging import Staging
 from onelaunch.engines.cuda.timer import bind, facts
 from onelaunch.engines.cuda.turns import LOADING, turns_of
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput, RunFailed
+from onelaunch.operators.handles import current_device, current_stream
 from onelaunch.plan import Depth, parse_depth
 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
@@ -93,6 +95,8 @@ class CudaEngine:
         self._forms: OrderedDict[tuple[int, int], _Form] = OrderedDict()
         self._turns = turns_of(self.device)
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None  # of the last call
+        self._staging = Staging()
         if self._used is not None:
             # its memory may go to another stream; when the interpreter ends, to nobody
             weakref.finalize(self, _wait_for, self._used).atexit = False
@@ -103,8 +107,9 @@ class CudaEngine:
 
         Launches and returns: nothing here waits for the GPU. Ids that come on the host are checked
         at once: BadInput for one beyond the vocabulary, or for more positions than the context.
-        Of ids that lie on the GPU a kernel looks at each: the logits of its sequence are NaN from
-        a bad one on, and a later call, or `describe`, raises BadInput that names it. EngineTimeout
+        Of ids that lie on the GPU a kernel looks at each: the logits of a sequence are NaN from a
+        bad one on, perhaps before it too, and a later call, or `describe`, raises BadInput that
+        names it. EngineTimeout
         likewise tells of a forward before, of the same shape and in few launches, that was given
         up; its logits are NaN, and so may be those that were launched before this was told. A
         measured form that fails in another way is not used again: one kernel per stage answers.
@@ -119,13 +124,14 @@ class CudaEngine:
             return self._by_pytorch().logits(tokens_BS).to(dtype)
         with self._alone():
             try:
-                return self._form(batch, sequence)(tokens_BS, dtype)
+                ids_N = self._staging.on_device(tokens_BS.flatten(), self.device)
+                return self._form(batch, sequence)(ids_N, dtype).view(batch, sequence, -1)
             except (BadInput, RunFailed):
                 raise
             except Exception as error:  # whatever Triton, its compiler or the driver raises
                 if not self._give_up_choice(batch, sequence, error):
                     raise
-            return self._form(batch, sequence)(tokens_BS, dtype)
+            return self._form(batch, sequence)(ids_N, dtype).view(batch, sequence, -1)
 
     def generate(
         self,
@@ -221,7 +227,7 @@ class CudaEngine:
         form = self._forms.pop((batch, sequence), None)
         if form is None:
             bound = self._bind(batch, sequence)
-            form = _Form(bound, self.config.vocab_size, self.device, self._say)
+            form = _Form(bound, self.config.vocab_size, self._say)
             self._make_room(form)
         self._forms[batch, sequence] = form  # the latest is last
         return form
@@ -255,9 +261,9 @@ class CudaEngine:
 
     def _take_choices(self) -> None:
         """Let go of the forms of shapes that have a choice now."""
-        found = self._chooser.take()
-        self._choices |= found
-        self._drop_forms_of(found)
+        if found := self._chooser.take():
+            self._choices |= found
+            self._drop_forms_of(found)
 
     def _give_up_choice(self, batch: int, sequence: int, error: Exception) -> bool:
         """Go on without the choice for a shape, whose form fails; whether there was one."""
@@ -294,17 +300,41 @@ class CudaEngine:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """A turn on the device, after what was done in the last one, whichever its stream; with
-        tensors that outlive a caller's inference mode."""
-        with self._turns.turn(), torch.inference_mode(False), torch.no_grad():
-            if self._used is None:
-                yield
-                return
-            with torch.cuda.device(self.device):
-                self._used.wait()
-                try:
-                    yield
-                finally:
-                    self._used.record()
+        tensors that outlive a caller's inference mode.
+
+        Most calls come with the device and the stream of the call before. What they need not is
+        left out, as each of PyTorch's guards takes the host 3 to 10 us, of about 100 that a small
+        model's forward takes the GPU.
+        """
+        with self._turns.turn():
+            inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+            try:
+                with torch.inference_mode(False) if inference else nullcontext():
+                    if self._used is None:
+                        yield
+                        return
+                    with self._on_device():
+                        stream = self._stream_after_the_last()
+                        try:
+                            yield
+                        finally:
+                            self._used.record(stream)
+            finally:
+                torch.set_grad_enabled(gradients)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        here = current_device() == self.device.index
+        return nullcontext() if here else torch.cuda.device(self.device)
+
+    def _stream_after_the_last(self) -> torch.cuda.Stream:
+        """The current stream, after what was launched on another one."""
+        assert self._used is not None
+        handle = current_stream(self.device.index)
+        if self._stream is None or handle != self._stream.cuda_stream:
+            self._stream = torch.cuda.current_stream(self.device)
+            self._used.wait(self._stream)
+        return self._stream
 
 
 class _Form:
@@ -315,19 +345,16 @@ class _Form:
         self,
         bound: BoundForward,
         columns: int,
-        device: torch.device,
         say: Callable[[str], None],
     ) -> None:
         self.n_bytes = bound.n_bytes
-        self._bound, self._columns, self._device, self._say = bound, columns, device, say
+        self._bound, self._columns, self._say = bound, columns, say
         self._replay: Replay | None = None
         self._uses = 0
 
-    def __call__(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
         self._bound.told(wait=False)  # of the calls before
-        ids_N = _on_device(tokens_BS, self._device)
-        logits_BSV = torch.empty(*tokens_BS.shape, self._columns, dtype=dtype, device=self._device)
-        logits = logits_BSV.flatten(0, 1)
+        logits = torch.empty(len(ids_N), self._columns, dtype=dtype, device=ids_N.device)
         if self._uses == 1 and self._bound.buffers.x.device.type == "cuda":
             self._capture()
         self._uses += 1
@@ -340,7 +367,7 @@ class _Form:
                     self._replay.prepare(logits)
             self._replay(ids_N, logits)
         self._bound.ask()
-        return logits_BSV
+        return logits
 
     def _capture(self) -> None:
         try:
@@ -351,17 +378,6 @@ class _Form:
                 self._say,
                 f"there is no CUDA graph, and each kernel is launched: {in_a_line(error)}",
             )
-
-
-def _on_device(tokens_BS: Tensor, device: torch.device) -> Tensor:
-    """Ids as the first kernel reads them, (N,), int64; those of the host are copied without a wait,
-    from pinned memory that PyTorch keeps until the copy has ended."""
-    ids_N = tokens_BS.to(torch.int64).flatten()
-    if ids_N.device == device:
-        return ids_N
-    if ids_N.device.type == "cpu" and device.type == "cuda":
-        ids_N = ids_N.pin_memory()
-    return ids_N.to(device, non_blocking=True)
 
 
 def _wait_for(used: torch.cuda.Event) -> None:
