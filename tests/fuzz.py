@@ -14,6 +14,7 @@ A format is a row of FORMATS: how to make a valid file, how to read and use it, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import struct
@@ -344,12 +345,17 @@ def _use_run(path: Path) -> None:
     from onelaunch.training.state import read_progress
 
     run = path.parents[2] if path.parent.name.startswith("update-") else path.parent
+    # Damage that a checksum does not show, as made by whoever writes both.
     if path.name == run_folder.MODEL_FILE:
-        # Damage that a checksum does not show, as made by whoever writes both.
-        state_file = path.with_name("state.json")
-        state = json.loads(state_file.read_text())
-        state["sha256"][path.name] = sha256_file(path)
-        state_file.write_text(json.dumps(state))
+        state = run_folder.read_state(path.parent)
+        sums = {**state["sha256"], path.name: sha256_file(path)}
+        run_folder._write_state(path.parent, state, sums)
+    elif path.name == run_folder.STATE_FILE:
+        with contextlib.suppress(ValueError, RecursionError, TypeError, LookupError):
+            state = json.loads(path.read_bytes())
+            sums = dict(state["sha256"])
+            sums.pop(run_folder.STATE_FILE, None)
+            run_folder._write_state(path.parent, state, sums)
     _touch(run_folder.read(run))
     checkpoint, state, _ = run_folder.newest_whole_checkpoint(run)
     read_progress(state, checkpoint)

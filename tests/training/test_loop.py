@@ -333,9 +333,7 @@ def test_resume_refuses_another_model_other_data_and_a_changed_unfinished_update
         runs.resume(run, {}, recipe(model__n_layers=1), quiet=True)
     with pytest.raises(BadInput, match="same accum"):
         runs.resume(run, {"train.accum": 5}, quiet=True)
-    state = json.loads((list_checkpoints(run)[-1] / "state.json").read_text())
-    state["data"] = "another"
-    (list_checkpoints(run)[-1] / "state.json").write_text(json.dumps(state))
+    run_folder.change_state(list_checkpoints(run)[-1], {"data": "another"})
     with pytest.raises(BadInput, match="resume needs the same"):
         runs.resume(run, {}, quiet=True)
 

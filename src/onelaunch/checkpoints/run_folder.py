@@ -8,11 +8,13 @@
     RUN/checkpoints/update-00000100/  model, optimizer, perhaps gradients (.safetensors); state.json
 
 A checkpoint appears by one rename, after every file in it was synced; state.json holds the sha256
-of the others. A damaged one is recognised and never trusted.
+of the others and of its own content. A damaged one is recognised and never trusted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -38,6 +40,9 @@ from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
 
 SCHEMA = 1
+# Of state.json. 2 added the checksum of its own content; 1 is still read.
+STATE_SCHEMA = 2
+STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 _NAME = re.compile(r"update-(\d{8,})(?:-micro-(\d{4,}))?")
 
@@ -75,16 +80,36 @@ def write_checkpoint(
         for name, tensors in files.items():
             write_tensors(folder / name, tensors)
             sums[name] = sha256_file(folder / name)
-        write_json(folder / "state.json", {"schema": SCHEMA, **state, "sha256": sums})
+        _write_state(folder, state, sums)
     return target
 
 
+def change_state(checkpoint: Path, changes: Mapping[str, Any]) -> None:
+    """Replace fields of a checkpoint's state.json, atomically; its tensors stay as they are."""
+    state = read_state(checkpoint)
+    _write_state(checkpoint, {**state, **changes}, state["sha256"])
+
+
+def _write_state(folder: Path, state: Mapping[str, Any], sums: Mapping[str, str]) -> None:
+    state = {**state, "schema": STATE_SCHEMA, "sha256": dict(sums)}
+    sums = {**sums, STATE_FILE: _state_digest(state)}
+    write_json(folder / STATE_FILE, {**state, "sha256": sums})
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    """The sha256 of a state's content, whatever its white space; `state` is without the digest."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json; raises BadInput where it is missing or not of this schema."""
-    path = checkpoint / "state.json"
+    """A checkpoint's state.json; raises BadInput where it is missing, damaged or of another schema.
+
+    Its `sha256` holds the checksums of the other files.
+    """
+    path = checkpoint / STATE_FILE
     state = read_json(path)
-    if state.get("schema") != SCHEMA:
-        raise BadInput(f"{path}: schema {state.get('schema')!r} is not {SCHEMA}, the one read here")
+    if (schema := state.get("schema")) not in (1, STATE_SCHEMA):
+        raise BadInput(f"{path}: schema {schema!r} is not {STATE_SCHEMA}, the one read here")
     for name in ("update", "micro"):
         if type(state.get(name)) is not int or not 0 <= state[name] < 1 << 53:
             raise BadInput(f"{path}: {name} is not a count")
@@ -93,16 +118,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         isinstance(k, str) and isinstance(v, str) for k, v in sums.items()
     ):
         raise BadInput(f"{path}: the checksums are missing")
+    if schema != 1 and sums.pop(STATE_FILE, None) != _state_digest(state):
+        raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
     return state
 
 
 def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
     """One file's tensors, its checksum verified first; raises BadInput where it is damaged."""
     path = checkpoint / name
-    expected = state["sha256"].get(name)
+    _check_file(path, state["sha256"].get(name))
     try:
-        if expected is None or sha256_file(path) != expected:
-            raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
         return load_file(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
@@ -110,19 +135,26 @@ def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str
         raise BadInput(f"{path}: not a valid safetensors file ({error})") from error
 
 
+def _check_file(path: Path, expected: str | None) -> None:
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
+    if found != expected:
+        raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
+
+
 def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
     """The newest checkpoint whose files all match their checksums, its state, and each damaged one
-    that was passed over with a line about it. Raises BadInput where there is none."""
+    that was passed over with what is wrong with it. Raises BadInput where there is none."""
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             state = read_state(checkpoint)
             for name, expected in state["sha256"].items():
-                path = checkpoint / Path(name).name
-                if not path.is_file() or sha256_file(path) != expected:
-                    raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
-        except (BadInput, OSError) as error:
-            damaged[checkpoint] = f"passed over a damaged checkpoint: {error}"
+                _check_file(checkpoint / Path(name).name, expected)
+        except BadInput as error:
+            damaged[checkpoint] = str(error)
             continue
         return checkpoint, state, damaged
     hint = next(iter(damaged.values()), "it has none")
@@ -162,16 +194,22 @@ def set_best(run: Path, checkpoint: Path, update: int, val_loss: float) -> None:
 
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint that best.json points at, if it is there."""
-    if not (run / "best.json").is_file():
-        return None
     try:
-        name = read_json(run / "best.json").get("checkpoint")
+        return _named_best(run)
     except BadInput:
         return None
+
+
+def _named_best(run: Path) -> Path:
+    """The checkpoint that best.json points at; raises BadInput where there is none."""
+    best = run / "best.json"
+    name = read_json(best).get("checkpoint")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        return None
+        raise BadInput(f"{best}: damaged: it names no checkpoint")
     path = run / "checkpoints" / name
-    return path if path.is_dir() else None
+    if not path.is_dir():
+        raise BadInput(f"{best}: its checkpoint {name} is missing")
+    return path
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -189,17 +227,29 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> LoadedModel:
     """The best checkpoint of a run folder (the newest whole one if no evaluation has chosen yet or
-    the best is damaged), or the given checkpoint."""
-    if (path / "state.json").is_file():
+    the best is damaged), or the given checkpoint.
+
+    The model's `notices` name what is damaged and what was read instead.
+    """
+    if (path / STATE_FILE).is_file():
         return _read_checkpoint(path)
     run = read_run(path)
-    best = best_checkpoint(path)
-    if best is not None:
-        with suppress(BadInput):
-            return _read_checkpoint(best, path)
+    passed: list[str] = []
+    if (path / "best.json").exists():
+        try:
+            return _read_checkpoint(_named_best(path), path)
+        except BadInput as error:
+            passed.append(str(error))
     if not list_checkpoints(path):
         raise BadInput(f"{path}: this run has no checkpoint yet (it was to be {run.get('name')})")
-    return _read_checkpoint(newest_whole_checkpoint(path)[0], path)
+    checkpoint, _, damaged = newest_whole_checkpoint(path)
+    passed += [reason for reason in damaged.values() if reason not in passed]
+    model = _read_checkpoint(checkpoint, path)
+    model.notices = tuple(
+        f"passed over a damaged checkpoint: {reason}; {checkpoint.name} is used instead"
+        for reason in passed
+    )
+    return model
 
 
 def _read_checkpoint(checkpoint: Path, source: Path | None = None) -> LoadedModel:

@@ -17,7 +17,8 @@ class LoadedModel:
 
     `weights` has exactly `config.weight_shapes()`'s names and shapes, in the file's dtype, mapped
     from the file where the format allows. `extras` are tensors that a format stores beside the
-    weights and must give back unchanged.
+    weights and must give back unchanged. `notices` are lines that a user must see, such as what was
+    read in the place of a damaged file.
     """
 
     config: ModelConfig
@@ -27,6 +28,7 @@ class LoadedModel:
     bos_id: int | None = 1
     stop_ids: tuple[int, ...] = (1, 2)
     extras: dict[str, Tensor] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:

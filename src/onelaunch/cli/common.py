@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from onelaunch.checkpoints.weights import LoadedModel
 
 debug = False
 """Whether an error shows its traceback; set by `--debug`."""
@@ -43,6 +46,17 @@ def say(text: str, quiet: bool = False) -> None:
         # standard error may be gone: what is being done matters more
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+
+
+def load_model(model: str, random: bool = False) -> LoadedModel:
+    """The MODEL of a verb, its notices on standard error, with --quiet too: the user gets another
+    model than the one that was named."""
+    from onelaunch.checkpoints import load, random_model
+
+    loaded = random_model(model) if random else load(model)
+    for line in loaded.notices:
+        say(line)
+    return loaded
 
 
 def program() -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, say
+from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, say
 from onelaunch.errors import BadInput
 
 # Longer contexts are read in windows of this; the window is printed.
@@ -36,13 +36,12 @@ def evaluate(
 
     The whole split, in non-overlapping windows of the model's context, 2,048 at most.
     """
-    from onelaunch import checkpoints
     from onelaunch.checkpoints.tokenizers import check_tokenizer, find_tokenizer
     from onelaunch.engines.reference import ReferenceEngine
     from onelaunch.training.data import open_data
     from onelaunch.training.evaluate import evaluate as evaluate_batches
 
-    loaded = checkpoints.load(model)
+    loaded = load_model(model)
     tokens = open_data(data, seed=0)
     config = loaded.config
     try:

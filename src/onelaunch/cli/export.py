@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onelaunch.checkpoints import writable_formats
-from onelaunch.cli.common import ModelArgument, Quiet, say
+from onelaunch.cli.common import ModelArgument, Quiet, load_model, say
 from onelaunch.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def export(
             raise BadInput(f"--{name} {value}: is for --format {COREML}; leave it out")
     if format == "llama2c" and out.suffix != ".bin":
         raise BadInput(f"{out}: a llama2.c file is known by its name: OUT must end in .bin")
-    from onelaunch.checkpoints import load, random_model, save
+    from onelaunch.checkpoints import save
     from onelaunch.checkpoints.tokenizers import find_tokenizer
 
-    loaded = random_model(model) if random else load(model)
+    loaded = load_model(model, random)
     missing = f"no tokenizer found beside {model}; none was written"
     try:
         tokenizer = find_tokenizer(loaded)
@@ -125,11 +125,10 @@ def _export_programs(
     taps: str,
     quiet: bool,
 ) -> None:
-    from onelaunch.checkpoints import load, random_model
     from onelaunch.engines.coreml import coremltools
     from onelaunch.engines.coreml.export import checked, write
 
-    loaded = random_model(model) if random else load(model)
+    loaded = load_model(model, random)
     asked = checked(loaded.config, out, sequence, depth, taps)
     coremltools(f"--format {COREML}")
     written = write(loaded.config, loaded.weights, out, *asked)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, say
+from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, say
 from onelaunch.cli.timeline import traced_device, write_timeline
 from onelaunch.errors import BadInput, MissingExtra
 
@@ -134,13 +134,12 @@ def generate(
     texts = _read_prompts(prompt or [])
     traced = None if trace is None else traced_device(device)
 
-    from onelaunch.checkpoints import load, random_model
     from onelaunch.engines.choice import choose
     from onelaunch.engines.engine import Sampling
     from onelaunch.generation.text import complete
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    loaded = random_model(model) if random else load(model)
+    loaded = load_model(model, random)
     found = _tokenizer(tokenizer, loaded, model, needed=bool(texts) or not ids)
     prompts = _prompts(texts, loaded, found, model)
     if trace is not None and traced is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Json, say
+from onelaunch.cli.common import Json, load_model, say
 from onelaunch.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def inspect(
     import json as json_module
     from pathlib import Path
 
-    from onelaunch.checkpoints import load, random_model
     from onelaunch.engines.coreml.package import is_package
 
     if not random and is_package(Path(model)):
@@ -56,7 +55,7 @@ def inspect(
             )
         _inspect_program(Path(model), json)
         return
-    loaded = random_model(model) if random else load(model)
+    loaded = load_model(model, random)
     plan = _plan(loaded, fusion_depth)
     choices = _choices(loaded)
     facts = {**_facts(model, loaded), "plan": plan, "choices": choices}

@@ -121,7 +121,8 @@ def resume(
         parts = _build(recipe, run, config, weights, data)
         progress = saved.read_progress(state, checkpoint)
         saved.restore(checkpoint, state, parts.engine, parts.optimizer, parts.sampler)
-        notices = [*damaged.values(), f"resumed from {checkpoint.name}"]
+        notices = [f"passed over a damaged checkpoint: {reason}" for reason in damaged.values()]
+        notices.append(f"resumed from {checkpoint.name}")
         if state.get("threads") != torch.get_num_threads():
             notices.append(
                 f"PyTorch had {state.get('threads')} threads, now {torch.get_num_threads()}: the "
