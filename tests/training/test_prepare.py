@@ -63,6 +63,7 @@ def test_one_file_is_split_at_nine_tenths_of_its_characters(tmp_path):
         "dtype": "uint16",
         "vocab_size": 259,
         "bos_id": 1,
+        "eos_id": None,
         "tokenizer": {
             "kind": "bytes",
             "file": "tokenizer.bytes",

@@ -31,7 +31,8 @@ class JsonTokenizer:
 
     `bos_id` begins a text, by the tokenizer's own template, or else by tokenizer_config.json, or
     config.json. `stop_ids` end one: the eos ids of generation_config.json or config.json, the
-    eos_token of tokenizer_config.json, and `bos_id`. A file that stands alone may have none.
+    eos_token of tokenizer_config.json, and `bos_id`. `eos_id` is that eos_token, or else the first
+    of the eos ids. A file that stands alone may have none.
     """
 
     kind = "json"
@@ -56,9 +57,11 @@ class JsonTokenizer:
         sample = _guarded(lambda: self._tokenizer.encode("a"), path)
         template = sample.ids[:1] if sample.special_tokens_mask[:1] == [1] else []
         self._adds_bos = bool(template)
-        self.bos_id, self.stop_ids = self._special_ids(path, template)
+        self.bos_id, self.eos_id, self.stop_ids = self._special_ids(path, template)
 
-    def _special_ids(self, path: Path, template: list[int]) -> tuple[int | None, tuple[int, ...]]:
+    def _special_ids(
+        self, path: Path, template: list[int]
+    ) -> tuple[int | None, int | None, tuple[int, ...]]:
         tables = {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
             file = path.with_name(name)
@@ -80,8 +83,9 @@ class JsonTokenizer:
             return []
 
         bos = (template or named("bos_token") or numbered("bos_token_id"))[:1]
-        stops = {*bos, *named("eos_token"), *numbered("eos_token_id")}
-        return (bos[0] if bos else None), tuple(sorted(stops))
+        eos = [*named("eos_token"), *numbered("eos_token_id")]
+        stops = tuple(sorted({*bos, *eos}))
+        return (bos[0] if bos else None), (eos[0] if eos else None), stops
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text. As in transformers, `bos` adds the begin-of-text id only where the
@@ -124,7 +128,9 @@ class JsonTokenizer:
                 file.write(self._settings)
         generation = path.with_name("generation_config.json")
         if self.stop_ids and not generation.exists():
-            ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids)}
+            # the first of them is `eos_id` again
+            stops = sorted(self.stop_ids, key=lambda stop: stop != self.eos_id)
+            ids = {"bos_token_id": self.bos_id, "eos_token_id": stops}
             write_json(generation, ids)
         with atomic_file(path) as file:
             file.write(self._bytes)

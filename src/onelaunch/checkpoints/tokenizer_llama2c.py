@@ -78,6 +78,7 @@ class Llama2cTokenizer:
 
     kind = "llama2c"
     bos_id: int | None = 1
+    eos_id: int | None = 2
     stop_ids: tuple[int, ...] = (1, 2)
 
     def __init__(

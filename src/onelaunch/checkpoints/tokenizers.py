@@ -52,11 +52,15 @@ class StreamDecoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `fingerprint` is the SHA-256 of the file (of "bytes" for bytes)."""
+    """Text to ids and back. `fingerprint` is the SHA-256 of the file (of "bytes" for bytes).
+
+    `bos_id` begins a text and `eos_id` ends one, each None where the tokenizer names none.
+    """
 
     kind: str
     vocab_size: int
     bos_id: int | None
+    eos_id: int | None
     stop_ids: tuple[int, ...]
     fingerprint: str
 
@@ -83,6 +87,7 @@ class BytesTokenizer:
     kind = "bytes"
     vocab_size = FIRST_PIECE
     bos_id: int | None = 1
+    eos_id: int | None = 2
     stop_ids: tuple[int, ...] = (1, 2)
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
 

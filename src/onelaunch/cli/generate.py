@@ -39,7 +39,7 @@ def generate(
             metavar="TEXT|@FILE|-",
             help="How the text begins: itself, a file, or - for standard input; one final line "
             "end of a file is dropped. May be given several times. Without it the text begins "
-            "at BOS.",
+            "at BOS, or at EOS where the model has no BOS.",
         ),
     ] = None,
     no_echo: Annotated[
@@ -231,16 +231,22 @@ def _prompts(
 
     if texts and tokenizer is not None:
         return encode_prompts(tokenizer, texts)
-    bos_id = loaded.bos_id
-    if bos_id is None and tokenizer is not None:
-        bos_id = tokenizer.bos_id
-    if bos_id is None:
+    first = _first_id(loaded, tokenizer)
+    if first is None:
         raise BadInput(f"{model}: the model names no BOS to begin with; give it a --prompt")
-    return [Prompt("", [bos_id])]
+    return [Prompt("", [first])]
+
+
+def _first_id(loaded: LoadedModel, tokenizer: Tokenizer | None) -> int | None:
+    """What a text without a prompt begins with: BOS, or the EOS of the text before it."""
+    named = [loaded.bos_id]
+    if tokenizer is not None:
+        named += [tokenizer.bos_id, tokenizer.eos_id]
+    return next((token for token in named if token is not None), None)
 
 
 def _bos_ids(loaded: LoadedModel, tokenizer: Tokenizer | None) -> set[int | None]:
-    return {loaded.bos_id, tokenizer.bos_id if tokenizer else None}
+    return {_first_id(loaded, tokenizer), tokenizer.bos_id if tokenizer else None}
 
 
 class _Output:

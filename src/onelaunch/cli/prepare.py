@@ -62,6 +62,15 @@ def _summary(prepared: Prepared, out: Path) -> str:
         f"from {n_files:,} file{'s' if n_files > 1 else ''} "
         f"({manifest.tokenizer.kind}, vocabulary {manifest.vocab_size:,}, {manifest.dtype})"
     ]
+    if manifest.eos_id is not None:
+        lines.append(
+            f"the tokenizer names no BOS: documents end with its EOS, id {manifest.eos_id}"
+        )
+    elif manifest.bos_id is None:
+        lines.append(
+            "the tokenizer names neither a BOS nor an EOS: documents follow one another without a "
+            "separator, and a model does not learn where a text ends"
+        )
     if prepared.ignored:
         lines.append(f"ignored {prepared.ignored:,} files that are hidden or not .txt or .md")
     lines.append(f"next: onelaunch train --data {out}")

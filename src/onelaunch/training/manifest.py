@@ -60,11 +60,13 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that manifest.json says. `bos_id` is None where the tokenizer has none."""
+    """Everything that manifest.json says. Documents begin with `bos_id`, or where that is None end
+    with `eos_id`; where that is None too, they have no separator."""
 
     dtype: str
     vocab_size: int
     bos_id: int | None
+    eos_id: int | None
     tokenizer: TokenizerFacts
     synthetic: bool
     splits: dict[str, SplitFacts]
@@ -95,13 +97,14 @@ class Manifest:
                 f"{path}: dtype {dtype[:20]!r}: a vocabulary of {vocab_size} takes "
                 f"{dtype_for(vocab_size)}"
             )
-        has_bos = table.get("bos_id") is not None
         tokenizer = table.table("tokenizer")
         splits = table.table("splits")
         return cls(
             dtype=dtype,
             vocab_size=vocab_size,
-            bos_id=table.count("bos_id", vocab_size - 1) if has_bos else None,
+            bos_id=table.id("bos_id", vocab_size),
+            # folders that were made before documents could end with one do not name it
+            eos_id=table.id("eos_id", vocab_size) if "eos_id" in table else None,
             tokenizer=TokenizerFacts(
                 kind=tokenizer.text("kind"),
                 file=tokenizer.text("file", _FILE_NAME, "a plain file name"),
@@ -135,6 +138,9 @@ class _Table:
         self._data = data
         self._where = where
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._data
+
     def _bad(self, key: str, needed: str) -> BadInput:
         return BadInput(
             f"{self._where}: {key} must be {needed}, not {repr(self._data[key])[:60]}; "
@@ -162,6 +168,9 @@ class _Table:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self._bad(key, f"a whole number from {least} to {most}")
         return value
+
+    def id(self, key: str, vocab_size: int) -> int | None:
+        return None if self.get(key) is None else self.count(key, vocab_size - 1)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)

@@ -1,7 +1,8 @@
 """Text to token files: train.bin, val.bin, the tokenizer, and a manifest that is written last.
 
 The text is read twice, a document at a time: once to measure and check it, once to write tokens.
-A line that holds only <|endoftext|> ends a document; so does the end of a file.
+A line that holds only <|endoftext|> ends a document; so does the end of a file. Its tokens begin
+with BOS, or end with EOS where the tokenizer names no BOS.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class _Source:
 
 
 class _Piece(NamedTuple):
-    """Text for one split; `begins` says whether a document begins here."""
+    """Text for one split; `begins` and `ends` say whether a document does so here."""
 
     split: str
     text: str
-    begins: bool
+    begins: bool = True
+    ends: bool = True
 
 
 def prepare(
@@ -77,9 +79,10 @@ def prepare(
     """Tokenize text files and folders into the new folder `out`, which appears whole or not at all.
 
     `vocab_size` trains a tokenizer of that many pieces on the training text; otherwise `tokenizer`
-    is a file, or "bytes". Documents begin with BOS. The last tenth of the text is for validation:
-    from the first document boundary at or after 90% of the characters if that leaves at least 5%,
-    otherwise from 90% within a document (and then without BOS).
+    is a file, or "bytes". Documents begin with BOS, or end with EOS where the tokenizer names no
+    BOS; where it names neither they have no separator. The last tenth of the text is for
+    validation: from the first document boundary at or after 90% of the characters if that leaves at
+    least 5%, otherwise from 90% within a document (and then without a separator).
     `progress` is given a line about once a second, only where it takes long.
     Raises BadInput naming the file, flag or folder.
     """
@@ -244,13 +247,13 @@ def _pieces(sources: list[_Source], total: int, ticker: _Ticker) -> Iterator[_Pi
             end = seen + len(text)
             if split == "train" and end >= cut:
                 if (total - end) * 20 >= total:
-                    yield _Piece("train", text, True)
+                    yield _Piece("train", text)
                 else:
-                    yield _Piece("train", text[: cut - seen], True)
-                    yield _Piece("val", text[cut - seen :], False)
+                    yield _Piece("train", text[: cut - seen], ends=False)
+                    yield _Piece("val", text[cut - seen :], begins=False)
                 split = "val"
             else:
-                yield _Piece(split, text, True)
+                yield _Piece(split, text)
             seen = end
 
 
@@ -261,6 +264,11 @@ def _training_text(sources: list[_Source], total: int, ticker: _Ticker) -> Itera
         if piece.split == "train":
             kept = len(piece.text) * _TOKENIZER_TEXT // total
             yield piece.text[: max(1, kept)] if total > _TOKENIZER_TEXT else piece.text
+
+
+def separating_eos(tokenizer: Tokenizer) -> int | None:
+    """The id that ends each document: EOS, where there is no BOS that begins the next."""
+    return tokenizer.eos_id if tokenizer.bos_id is None else None
 
 
 class _TokenWriter:
@@ -283,6 +291,8 @@ class _TokenWriter:
             part = piece.text[at : at + step]
             self._bytes += len(part.encode("utf-8"))
             self._write(self._tokenizer.encode(part, bos=False))
+        if piece.ends and (eos_id := separating_eos(self._tokenizer)) is not None:
+            self._write([eos_id])
         self._documents += 1
 
     def _write(self, ids: Iterable[int]) -> None:
@@ -319,6 +329,7 @@ def _write(
         dtype=dtype_for(tokenizer.vocab_size),
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
+        eos_id=separating_eos(tokenizer),
         tokenizer=TokenizerFacts(
             tokenizer.kind, tokenizer.save(folder).name, tokenizer.fingerprint
         ),
