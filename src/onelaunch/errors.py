@@ -21,6 +21,25 @@ class EngineTimeout(RunFailed):
     """A part of a model's work was not finished in time. The message names the stage."""
 
 
+class Terminated(BaseException):
+    """A signal that ends the process now, through every `finally`: no half-made file stays."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. PyTorch raises RuntimeError where one on a CPU does, and a kind
+    of it on a GPU."""
+    text = str(error)
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(word in text for word in words)
+    )
+
+
 class MissingExtra(OnelaunchError, ImportError):
     """An optional dependency is not installed."""
 

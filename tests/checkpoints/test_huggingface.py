@@ -17,7 +17,7 @@ from torch import Tensor
 from onelaunch.checkpoints import huggingface, tensors
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig, RopeScaling
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 
 CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=40, max_seq_len=32
@@ -497,7 +497,7 @@ class TestWrite:
             )
 
         monkeypatch.setattr(tensors, "save_file", full)
-        with pytest.raises(BadInput, match="the disk is full"):
+        with pytest.raises(RunFailed, match="the disk is full"):
             huggingface.write(LoadedModel(CONFIG, random_weights(CONFIG)), tmp_path / "out")
         assert not any(tmp_path.iterdir())
 

@@ -143,7 +143,7 @@ def test_usage_errors_are_one_line_and_exit_2(onelaunch, argv, named):
         (BadInput("x.bin: too\n  short"), 2, "onelaunch: x.bin: too short"),
         (RunFailed("the loss is not a number"), 1, "onelaunch: the loss is not a number"),
         (FileNotFoundError(2, "No such file", "y"), 2, "onelaunch: y: No such file"),
-        (OSError(28, "No space left on device"), 2, "onelaunch: No space left on device"),
+        (OSError(28, "No space left on device"), 1, "onelaunch: No space left on device"),
         (MemoryError(), 1, "onelaunch: not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "memory"),
@@ -195,7 +195,7 @@ def test_a_full_disk_behind_standard_output():
             stderr=subprocess.PIPE,
             timeout=60,
         )
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.decode() == "onelaunch: No space left on device\n"
 
 

@@ -18,7 +18,7 @@ from onelaunch.checkpoints.run_folder import (
     newest_whole_checkpoint,
     read_state,
 )
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 from onelaunch.model import Model
 from onelaunch.training import run as runs
 from onelaunch.training.clock import PARTS
@@ -130,9 +130,9 @@ def test_a_stop_during_evaluation_is_made_up_for(tmp_path, monkeypatch):
     runs.start(r, tmp_path / "whole", quiet=True)
     evaluate = Trainer._evaluate
 
-    def interrupted(self):
+    def interrupted(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(self)
+        return evaluate(self, *args)
 
     monkeypatch.setattr(Trainer, "_evaluate", interrupted)
     stopped = runs.start(r, tmp_path / "cut", quiet=True)
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
     micro_step = Trainer._micro_step
     monkeypatch.setattr(Trainer, "_micro_step", poisoned)
-    with pytest.raises(BadInput, match="at update 5; stopped; the last good checkpoint is"):
+    with pytest.raises(RunFailed, match="at update 5; stopped; the last good checkpoint is"):
         runs.start(r, tmp_path / "run", quiet=True)
     assert list_checkpoints(tmp_path / "run")[-1].name == "update-00000004"
     good = run_folder.read(tmp_path / "run")
@@ -292,7 +292,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
             raise tensors.SafetensorError(f"I/O error: no space (os error {errno.ENOSPC})")
 
     monkeypatch.setattr(tensors, "save_file", full)
-    with pytest.raises(BadInput, match="the disk is full"):
+    with pytest.raises(RunFailed, match="the disk is full"):
         runs.start(r, tmp_path / "run", quiet=True)
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["update-00000002"]
@@ -430,7 +430,7 @@ def test_gradients_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
             self._save()
 
     monkeypatch.setattr(Trainer, "_micro_step", poisoned)
-    with pytest.raises(BadInput, match="at update 3; stopped"):
+    with pytest.raises(RunFailed, match="at update 3; stopped"):
         runs.start(r, tmp_path / "run", quiet=True)
     assert list_checkpoints(tmp_path / "run")[-1].name == "update-00000002"
 

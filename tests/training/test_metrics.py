@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 from onelaunch.training import metrics
 from onelaunch.training.metrics import MetricsWriter, drop_after, read_metrics
 
@@ -56,7 +56,7 @@ def test_a_full_disk_is_kept_as_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.os, "write", no_space)
     writer.push({"kind": "update"})
     assert writer.flush()
-    assert isinstance(writer.error, BadInput)
+    assert isinstance(writer.error, RunFailed)
     assert "disk is full" in str(writer.error)
     writer.close()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from onelaunch.checkpoints.tokenizers import BytesTokenizer, Llama2cTokenizer, load_tokenizer
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 from onelaunch.training import prepare as prepare_module
 from onelaunch.training.data import open_data
 from onelaunch.training.manifest import Manifest, dtype_for
@@ -365,7 +365,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare_module._TokenWriter, "add", full)
-    with pytest.raises(BadInput, match=r"out.*the disk is full"):
+    with pytest.raises(RunFailed, match=r"out.*the disk is full"):
         prepare([path], tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.txt"]
 

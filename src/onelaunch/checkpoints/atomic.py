@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run again",
@@ -24,17 +24,20 @@ _REASONS = {
 }
 
 
-def write_error(path: Path | str, error: OSError) -> BadInput:
-    """The one line for a write that the system refused."""
+def write_error(path: Path | str, error: OSError) -> OnelaunchError:
+    """The one line for a write that the system refused: RunFailed where the disk is full, BadInput
+    where the place is at fault."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-    return BadInput(f"{path}: cannot write: {reason}")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (RunFailed if full else BadInput)(f"{path}: cannot write: {reason}")
 
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that replaces `path` when the block ends without an error.
 
-    Raises BadInput where the disk is full or the place cannot be written; `path` is then as it was.
+    Raises RunFailed where the disk is full, BadInput where the place cannot be written; `path` is
+    then as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -17,7 +17,7 @@ from onelaunch.checkpoints.atomic import write_error
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors and sync them; `path` belongs into a folder of `atomic_directory`.
 
-    Raises BadInput where the system refuses.
+    Raises RunFailed where the disk is full, BadInput where the system refuses otherwise.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:

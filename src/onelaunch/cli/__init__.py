@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
-from onelaunch.errors import OnelaunchError
+from onelaunch.errors import OnelaunchError, Terminated, is_out_of_memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,22 +62,16 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         _discard_standard_output()
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 2, error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _fail(f"{where}{error.strerror or error}", 1 if full else 2, error)
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except _Terminated as terminated:
+    except Terminated as terminated:
         return 128 + terminated.number
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("not enough memory; take a smaller model, or another device", 1, error)
-
-
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP: leaves through every `finally`, so that no half-made file stays."""
-
-    def __init__(self, number: int, frame: object) -> None:
-        self.number = number
 
 
 @contextlib.contextmanager
@@ -95,7 +90,7 @@ def _signals_unwind() -> Iterator[None]:
 
 
 def _raise_terminated(number: int, frame: object) -> None:
-    raise _Terminated(number, frame)
+    raise Terminated(number)
 
 
 def _mend_standard_streams() -> None:
@@ -125,14 +120,3 @@ def _fail(message: str, code: int, error: BaseException) -> int:
     else:
         print(f"onelaunch: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """PyTorch raises RuntimeError where a CPU allocation fails, and a kind of it on a GPU."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )

@@ -31,10 +31,14 @@ def train(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="DIR", help="Run folder; default: a new one under runs/."),
+        typer.Option(
+            "--run",
+            metavar="DIR",
+            help="Run folder; default: a new one under runs/, with --resume the newest there.",
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --run, exactly.")
+        bool, typer.Option("--resume", help="Continue a run exactly where it stopped.")
     ] = False,
     accum: Annotated[
         int | None,
@@ -63,7 +67,12 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Change one key of the recipe; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="A.B=C",
+            help="Change one key of the recipe; repeatable. train.seed=N draws other weights and "
+            "batches; 1337 unless the recipe names it.",
+        ),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -92,12 +101,14 @@ def train(
     named = {"model.preset": preset, "data.path": data}
     chosen = {key: value for key, value in named.items() if value is not None}
 
-    from onelaunch.training.run import default_run_folder, start
+    from onelaunch.training.folders import default_run_folder, newest_run
     from onelaunch.training.run import resume as resume_run
+    from onelaunch.training.run import start
 
     if resume:
         if run is None:
-            raise BadInput("--resume needs --run DIR, the run to continue")
+            run = newest_run()
+            say(f"--resume without --run: the newest run is {run}", quiet)
         if given is not None:
             given = given.with_settings(chosen, "train").with_settings(settings, "--set")
         if data is not None:
@@ -106,9 +117,10 @@ def train(
     else:
         assert given is not None
         name = Path(recipe).stem if recipe else preset or "quickstart"
-        run = run or default_run_folder(name)
         given = given.with_settings(chosen, "train").with_settings(settings, "--set")
-        outcome = start(given, run, quiet)
+        place = default_run_folder(name) if run is None else run
+        outcome = start(given, place, quiet, numbered=run is None)
+    run = outcome.run
     if outcome.spent:
         _go_on(run, quiet)
     at, folder = outcome.progress, shlex.quote(str(run))

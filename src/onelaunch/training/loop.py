@@ -1,8 +1,9 @@
 """The training loop: gradient accumulation, exact resume, measured telemetry.
 
 One update is `accum` micro-steps, each the forward and backward of one batch, and one optimizer
-step on their averaged gradient. Between updates come evaluation and checkpoints; between
-micro-steps, and only there, the run can be told to stop: it then saves the gradients so far.
+step on their averaged gradient. Between updates come checkpoints and evaluation, which follows a
+checkpoint: whatever ends it, what was trained is saved. Between micro-steps, and only there, the
+run can be told to stop: it then saves the gradients so far.
 
 The order of all batches is fixed by the recipe, and a micro-step's gradient is scaled by 1/accum
 wherever it is computed; several processes can therefore share one update's micro-steps by taking
@@ -12,6 +13,7 @@ every n-th of them and summing gradients before the optimizer step.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from onelaunch.checkpoints.run_folder import prune_checkpoints, set_best
 from onelaunch.engines.engine import TrainableEngine
-from onelaunch.errors import BadInput
+from onelaunch.errors import RunFailed
 from onelaunch.training import state as saved
 from onelaunch.training.clock import StepClock
 from onelaunch.training.data import Sampler, TokenData
@@ -42,6 +44,7 @@ class Outcome:
     process should go on (`spent`)."""
 
     recipe: Recipe
+    run: Path
     progress: Progress
     signal: int | None = None
     spent: bool = False
@@ -93,7 +96,7 @@ class Trainer:
         if self.stop.received is not None or spent:
             self._save()
         self._record({"kind": "end", "update": progress.update, "seconds": self._clock.end()})
-        return Outcome(self.recipe, progress, self.stop.received, spent)
+        return Outcome(self.recipe, self.run, progress, self.stop.received, spent)
 
     def _between_updates(self, last: bool) -> None:
         progress, recipe = self.progress, self.recipe
@@ -102,14 +105,17 @@ class Trainer:
         def due(every: int) -> bool:
             return at > 0 and (last or (every > 0 and at % every == 0))
 
-        is_best = False
-        if due(recipe.eval.every) and progress.evaluated < at:
-            is_best = self._evaluate()
+        if self.stop.received is not None:
+            return
+        evaluated_next = due(recipe.eval.every) and progress.evaluated < at
         minutes = (time.monotonic() - self._saved_time) / 60
         overdue = at > 0 and minutes >= recipe.checkpoint.minutes
-        regular = (due(recipe.checkpoint.every) or overdue) and self.stop.received is None
-        if is_best or regular:
-            self._save(is_best)
+        if due(recipe.checkpoint.every) or overdue or evaluated_next:
+            before = self.checkpoint
+            self._save(prune=not evaluated_next)
+            if evaluated_next:
+                self._evaluate(before)
+                self._prune()
 
     def _update(self) -> None:
         """Micro-steps up to the update's last, or to a stop; then the optimizer step."""
@@ -180,8 +186,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _evaluate(self) -> bool:
-        """Evaluate on the fixed batches; returns whether the loss is the lowest so far."""
+    def _evaluate(self, before: Path | None) -> None:
+        """Evaluate on the fixed batches, and note the loss in the checkpoint of this moment.
+
+        A checkpoint whose loss is not finite is deleted, unless it is the one from `before`.
+        """
         progress, recipe = self.progress, self.recipe
         batches = self.data.eval_batches(
             "val", self.seq_len, recipe.train.batch_size, recipe.eval.batches
@@ -189,8 +198,11 @@ class Trainer:
         with self._timed("evaluation"):
             result = evaluate(self.engine, batches, stop=lambda: self.stop.received is not None)
         if not result.whole:
-            return False  # the resumed run does it again
+            return  # the resumed run does it again
         if not math.isfinite(result.loss):
+            if self.checkpoint is not None and self.checkpoint != before:
+                shutil.rmtree(self.checkpoint, ignore_errors=True)
+                self.checkpoint = before
             raise self._diverged(result.loss, None, progress.update)
         progress.evaluated, progress.val_loss = progress.update, result.loss
         is_best = progress.best_val_loss is None or result.loss < progress.best_val_loss
@@ -206,9 +218,14 @@ class Trainer:
             }
         )
         self._notice(f"update {progress.update}: validation loss {result.loss:.4f}")
-        return is_best
+        assert self.checkpoint is not None
+        with self._timed("checkpoint"):
+            self.metrics.flush()
+            saved.save_progress(self.checkpoint, progress)
+            if is_best:
+                set_best(self.run, self.checkpoint, progress.update, result.loss)
 
-    def _save(self, is_best: bool = False) -> None:
+    def _save(self, prune: bool = True) -> None:
         """Write a checkpoint of this moment, once; records of what led here go to disk first."""
         progress = self.progress
         at = (progress.update, progress.micro)
@@ -226,10 +243,13 @@ class Trainer:
                     self.sampler,
                     self.recipe.train.accum,
                 )
-            if is_best and self.checkpoint is not None:
-                set_best(self.run, self.checkpoint, progress.update, progress.val_loss or 0.0)
-            prune_checkpoints(self.run, self.recipe.checkpoint.keep)
         self._saved_at, self._saved_time = at, time.monotonic()
+        if prune:
+            self._prune()
+
+    def _prune(self) -> None:
+        with self._timed("checkpoint"):
+            prune_checkpoints(self.run, self.recipe.checkpoint.keep)
 
     def _check_partial(self) -> None:
         """Gradients of an unfinished update are saved only where they are worth it."""
@@ -247,12 +267,12 @@ class Trainer:
         if inside and time.monotonic() - self._saved_time >= self.recipe.checkpoint.minutes * 60:
             self._save()
 
-    def _diverged(self, loss: float, grad_norm: float | None, update: int) -> BadInput:
+    def _diverged(self, loss: float, grad_norm: float | None, update: int) -> RunFailed:
         norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
         kept = f"the last good checkpoint is {self.checkpoint}"
         if self.checkpoint is None:
             kept = "there was no checkpoint yet"
-        return BadInput(
+        return RunFailed(
             f"{self.run}: the loss is {loss}{norm} at update {update}; stopped; "
             f"{kept}; try a lower optimizer.lr or a longer optimizer.warmup"
         )

@@ -11,12 +11,13 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from onelaunch.checkpoints.atomic import atomic_file, write_error
-from onelaunch.errors import BadInput
+from onelaunch.errors import OnelaunchError
 
 SCHEMA = 1
 QUEUE_RECORDS = 10_000
@@ -26,20 +27,23 @@ class MetricsWriter:
     """Appends records to a file from its own thread.
 
     The queue is bounded: where the disk stalls so long that it is full, records are dropped,
-    counted in `dropped`, and the count is written once the disk answers again.
+    counted in `dropped`, and the count is written once the disk answers again. Where the file is
+    removed meanwhile, or another put in its place, records go on in the file of that name, a new
+    one begun by the last "run" record; `say` is told so, from the thread.
     """
 
     def __init__(self, path: Path, queue_records: int = QUEUE_RECORDS) -> None:
         self.path = path
         self.dropped = 0
-        self.error: BadInput | None = None
+        self.error: OnelaunchError | None = None
+        self.say: Callable[[str], None] = lambda line: None
+        self._head: dict[str, Any] | None = None
         self._said_dropped = 0
         self._queue: queue.Queue[dict[str, Any] | threading.Event | None] = queue.Queue(
             queue_records
         )
         try:
-            # Raw: a line is one write, and no lock of Python's is held while the disk stalls.
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._descriptor = _open(path)
         except OSError as error:
             raise write_error(path, error) from error
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -89,6 +93,9 @@ class MetricsWriter:
         waiting = [item for item in items if isinstance(item, threading.Event)]
         if self.error is None:
             try:
+                if self._reopened() and self._head is not None:
+                    records.insert(0, self._head)
+                self._head = next((r for r in records if r.get("kind") == "run"), self._head)
                 data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
                 while data:
                     data = data[os.write(self._descriptor, data) :]
@@ -98,6 +105,22 @@ class MetricsWriter:
                 self.error = write_error(self.path, error)
         for done in waiting:
             done.set()
+
+    def _reopened(self) -> bool:
+        """Follow the path where it is no longer the open file; whether that made a new file."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
+                return False
+        descriptor = _open(self.path)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        self.say(f"{self.path} was removed or replaced: records go on in a file of that name")
+        return os.fstat(descriptor).st_size == 0
+
+
+def _open(path: Path) -> int:
+    # Raw: a line is one write, and no lock of Python's is held while the disk stalls.
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,14 @@ from onelaunch.training import metrics as telemetry
 from onelaunch.training import state as saved
 from onelaunch.training.data import Sampler, TokenData, open_data
 from onelaunch.training.display import Display, Header
+from onelaunch.training.folders import (
+    claim,
+    path_from_run,
+    with_absolute_data,
+    with_found_data,
+)
 from onelaunch.training.loop import Outcome, Trainer
+from onelaunch.training.memory import check_fits, names_batch_size
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.signals import StopSignals
 from onelaunch.training.state import Progress
@@ -68,22 +75,28 @@ class _Resumed:
     notices: tuple[str, ...]
 
 
-def start(recipe: Recipe, run: Path, quiet: bool = False) -> Outcome:
-    """Train from random weights into a new run folder.
+def start(recipe: Recipe, run: Path, quiet: bool = False, numbered: bool = False) -> Outcome:
+    """Train from random weights into a new run folder; the outcome names it.
 
-    Raises BadInput where the folder holds something already, or the recipe does not fit its data.
+    `numbered` adds -2, -3, ... to the folder's name where it is taken. Raises BadInput where the
+    folder holds something already, the recipe does not fit its data, or the run cannot fit in
+    memory; RunFailed where it diverges, or memory or the disk do not suffice.
     """
-    if run.exists() and not run.is_dir():
+    if not numbered and run.exists() and not run.is_dir():
         raise BadInput(f"{run}: is a file; choose another --run folder")
-    begun = run.is_dir() and _only_begun(run)
-    if run.is_dir() and any(run.iterdir()) and not begun:
+    begun = not numbered and run.is_dir() and _only_begun(run)
+    if not numbered and run.is_dir() and any(run.iterdir()) and not begun:
         raise _holds_files(run)
-    with StopSignals() as stop:
+    with StopSignals() as stop, names_batch_size(recipe):
         data = _open_data(recipe)
+        recipe = with_absolute_data(recipe)
         config = recipe.model_config(data.vocab_size)
         parts = _first_parts(recipe, run, config, data)
-        _make_folder(parts, begun)
-        with _only_here(run):
+        existed = run.is_dir()
+        if numbered:
+            parts = replace(parts, run=claim(run))
+        _make_folder(parts, begun, existed and not numbered)
+        with _only_here(parts.run), names_batch_size(recipe, parts.run):
             return _train(parts, stop, quiet)
 
 
@@ -98,24 +111,26 @@ def resume(
     """
     if not (run / "run.json").is_file():
         raise BadInput(f"{run}: is not a run folder (no run.json), so there is nothing to resume")
-    with StopSignals() as stop, _only_here(run):
-        saved_recipe = Recipe.load(str(run / "recipe.toml"))
-        recipe = saved_recipe.with_settings(settings, "--set")
-        config = ModelConfig.from_dict(read_run(run).get("config"), str(run / "run.json"))
+    saved_recipe = Recipe.load(str(run / "recipe.toml"))
+    recipe = saved_recipe.with_settings(settings, "--set")
+    with StopSignals() as stop, _only_here(run), names_batch_size(recipe, run):
+        described = read_run(run)
+        if "data.path" in settings:
+            recipe = with_absolute_data(recipe)
+        else:
+            recipe = with_found_data(recipe, run, described)
+        config = ModelConfig.from_dict(described.get("config"), str(run / "run.json"))
         data = _open_data(recipe)
-        if recipe.model_config(data.vocab_size) != config or (
-            given is not None and given.model_config(data.vocab_size) != config
-        ):
-            raise BadInput(
-                f"{run}: is a run of another model; choose another --run folder, "
-                "or leave out what changes the model"
-            )
+        for named in (recipe, given):
+            if named is not None:
+                _check_same_model(f"{run}: is a run", config, named.model_config(data.vocab_size))
         changed = recipe if recipe != saved_recipe else None
         if not list_checkpoints(run):
             # stopped before its first: the recipe alone says how it begins
             return _train(_first_parts(recipe, run, config, data), stop, quiet, changed=changed)
         checkpoint, state, damaged = newest_whole_checkpoint(run)
         _check_state(run, checkpoint, state, recipe, config, data)
+        _check_memory(recipe, config)
         weights = read_tensors(checkpoint, MODEL_FILE, state)
         check_weights(config, weights, checkpoint / MODEL_FILE)
         parts = _build(recipe, run, config, weights, data)
@@ -134,7 +149,7 @@ def resume(
                 f"the norm was {norm}, now it is {parts.engine.norm}: the last bits of what "
                 f"follows may differ; --set train.norm={norm} keeps it"
             )
-        if given is not None and given != recipe:
+        if given is not None and with_absolute_data(given) != recipe:
             notices.append(
                 "the run's own recipe is used; --set changes it, a named recipe does not"
             )
@@ -150,6 +165,17 @@ def _open_data(recipe: Recipe) -> TokenData:
     return open_data(recipe.data.path, recipe.train.seed)
 
 
+def _check_same_model(what: str, config: ModelConfig, other: ModelConfig) -> None:
+    """Raise BadInput naming the fields in which a run's configuration is not the one here."""
+    there, here = config.to_dict(), other.to_dict()
+    different = [f"{k} is {there[k]}, here {here[k]}" for k in there if there[k] != here[k]]
+    if different:
+        raise BadInput(
+            f"{what} of another model ({'; '.join(different)}); choose another --run folder, or "
+            "leave out what changes the model"
+        )
+
+
 def _check_state(
     run: Path,
     checkpoint: Path,
@@ -160,8 +186,8 @@ def _check_state(
 ) -> None:
     """Raise BadInput unless a checkpoint goes on with this recipe, model and data."""
     source = str(checkpoint / "state.json")
-    if ModelConfig.from_dict(state.get("config"), source) != config:
-        raise BadInput(f"{checkpoint}: is a checkpoint of another model than {run}'s")
+    found = ModelConfig.from_dict(state.get("config"), source)
+    _check_same_model(f"{checkpoint}: is a checkpoint", found, config)
     if state.get("data") != data.fingerprint:
         raise BadInput(
             f"{run}: its data is not {recipe.data.path} as it is now; resume needs the same"
@@ -175,23 +201,35 @@ def _check_state(
 
 def _first_parts(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData) -> _Parts:
     """A run at its beginning; leaves PyTorch's random state as it begins."""
+    _check_memory(recipe, config)
     weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
     parts = _build(recipe, run, config, weights, data)
     torch.manual_seed(recipe.train.seed)
     return parts
 
 
+def _sequence_length(recipe: Recipe, config: ModelConfig) -> int:
+    if recipe.train.seq_len > config.max_seq_len:
+        raise BadInput(
+            f"train.seq_len is {recipe.train.seq_len}, beyond the model's context of "
+            f"{config.max_seq_len}; lower it, or raise model.max_seq_len"
+        )
+    return recipe.train.seq_len or config.max_seq_len
+
+
+def _check_memory(recipe: Recipe, config: ModelConfig) -> None:
+    device = resolve_device(recipe.train.device)
+    check_fits(recipe, config, _sequence_length(recipe, config), device)
+
+
 def _build(
     recipe: Recipe, run: Path, config: ModelConfig, weights: dict[str, Tensor], data: TokenData
 ) -> _Parts:
     train = recipe.train
-    if train.seq_len > config.max_seq_len:
-        raise BadInput(
-            f"train.seq_len is {train.seq_len}, beyond the model's context of "
-            f"{config.max_seq_len}; lower it, or raise model.max_seq_len"
-        )
-    seq_len = train.seq_len or config.max_seq_len
+    seq_len = _sequence_length(recipe, config)
     sampler = data.train(seq_len, train.seed)
+    # checked at the call: a validation split that is too short is said before the first step
+    data.eval_batches("val", seq_len, train.batch_size, recipe.eval.batches)
     engine = _engine(recipe, config, weights)
     optimizer = make_optimizer(engine.parameters(), recipe)
     return _Parts(recipe, run, data, engine, optimizer, sampler, seq_len)
@@ -239,9 +277,10 @@ def _holds_files(run: Path) -> BadInput:
     )
 
 
-def _make_folder(parts: _Parts, begun: bool) -> None:
-    """Write what a run folder begins with, run.json last; on an error nothing is left behind."""
-    run, existed = parts.run, parts.run.is_dir()
+def _make_folder(parts: _Parts, begun: bool, existed: bool) -> None:
+    """Write what a run folder begins with, run.json last; on an error nothing is left behind but
+    the folder where it `existed`."""
+    run = parts.run
     try:
         if begun:
             (run / "checkpoints").rmdir()
@@ -254,7 +293,7 @@ def _make_folder(parts: _Parts, begun: bool) -> None:
     try:
         write_text(run / "recipe.toml", parts.recipe.to_toml())
         parts.data.tokenizer.save(run)
-        write_json(run / "run.json", _describe(run, parts.engine.config, parts.data))
+        write_json(run / "run.json", _describe(parts))
     except BaseException as error:
         for path in run.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -275,6 +314,9 @@ def _train(
     """Run the loop, with telemetry. `changed` is written over the run's recipe."""
     run = parts.run
     progress = resumed.progress if resumed else Progress()
+    notices = list(resumed.notices) if resumed else []
+    if resumed and not (run / "metrics.jsonl").exists():
+        notices.append("metrics.jsonl was removed: its records begin anew here")
     if changed is not None:
         write_text(run / "recipe.toml", changed.to_toml())
     telemetry.drop_after(run / "metrics.jsonl", progress.update, progress.evaluated)
@@ -300,9 +342,10 @@ def _train(
         writer.push(_run_record(parts, progress))
         if not quiet:
             display = Display(_header(parts), (progress.update, progress.micro))
-            for line in resumed.notices if resumed else ():
+            for line in notices:
                 display.notice(line)
             trainer.display = display
+            writer.say = display.notice
             parts.engine.say_to(display.notice)
         outcome = trainer.train()
     finally:
@@ -330,20 +373,17 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
 
 
-def default_run_folder(name: str) -> Path:
-    """runs/NAME-DATE-TIME."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _describe(run: Path, config: ModelConfig, data: TokenData) -> dict[str, Any]:
+def _describe(parts: _Parts) -> dict[str, Any]:
+    config, data = parts.engine.config, parts.data
     return {
         "schema": SCHEMA,
-        "name": run.name,
+        "name": parts.run.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": config.to_dict(),
         "parameters": config.n_params,
         "data": {
             "label": data.label,
+            "path_from_run": path_from_run(parts.recipe.data.path, parts.run),
             "fingerprint": data.fingerprint,
             "synthetic": data.synthetic,
             "tokenizer": data.tokenizer.fingerprint,
@@ -368,6 +408,7 @@ def _run_record(parts: _Parts, at: Progress) -> dict[str, Any]:
         "parameters": parts.engine.config.n_params,
         "data": parts.data.label,
         "synthetic": parts.data.synthetic,
+        "seed": parts.recipe.train.seed,
         "device": str(parts.engine.device),
         "norm": parts.engine.norm,
         "threads": torch.get_num_threads(),
@@ -380,7 +421,7 @@ def _header(parts: _Parts) -> Header:
     train, config, device = parts.recipe.train, parts.engine.config, parts.engine.device
     per_micro = train.batch_size * parts.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    where = f"on {name}, norm {parts.engine.norm}"
+    where = f"on {name}, norm {parts.engine.norm}, seed {train.seed}"
     return Header(
         title=f"onelaunch train: {parts.run}",
         lines=(

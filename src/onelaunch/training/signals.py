@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP ask a run to save and leave; a second SIGINT does not wait."""
+"""SIGINT, SIGTERM and SIGHUP ask a run to save and leave; a second one does not wait."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from onelaunch.errors import Terminated
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 # A terminal and a wrapper may both pass on one Ctrl-C; a second one from a person comes later.
@@ -15,7 +17,8 @@ PATIENCE_SECONDS = 1.0
 
 
 class StopSignals:
-    """While entered, the first signal sets `received` instead of ending the process."""
+    """While entered, the first signal sets `received` instead of ending the process; one that comes
+    more than PATIENCE_SECONDS later ends it at once, by KeyboardInterrupt or Terminated."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -45,5 +48,7 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = number, now
-        elif number == signal.SIGINT and now - self._since > PATIENCE_SECONDS:
-            raise KeyboardInterrupt
+        elif now - self._since > PATIENCE_SECONDS:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise Terminated(number)

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelaunch.checkpoints.run_folder import MODEL_FILE, read_tensors, write_checkpoint
+from onelaunch.checkpoints.run_folder import (
+    MODEL_FILE,
+    change_state,
+    read_tensors,
+    write_checkpoint,
+)
 from onelaunch.engines.engine import TrainableEngine
 from onelaunch.errors import BadInput
 from onelaunch.training.data import Sampler, TokenData
@@ -74,6 +79,11 @@ def save(
         "torch": torch.__version__,
     }
     return write_checkpoint(run, state, files)
+
+
+def save_progress(checkpoint: Path, progress: Progress) -> None:
+    """Write what an evaluation found into the checkpoint that was saved before it."""
+    change_state(checkpoint, asdict(progress))
 
 
 def read_progress(state: dict[str, Any], source: Path) -> Progress:

@@ -1,0 +1,186 @@
+"""Whether a run fits in memory: an estimate that is never above what it takes, and what is free.
+
+What is refused here cannot fit; what is not may still run out of memory, and is then told of
+`train.batch_size` by `names_batch_size`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from onelaunch.checkpoints.run_folder import list_checkpoints
+from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput, RunFailed, is_out_of_memory
+from onelaunch.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a training step holds at once, at the least.
+
+    `fixed` is there whatever the batch: float32 weights, AdamW's two moments and, with `gradients`,
+    at the optimizer's step. `sequence` is what one sequence adds during the backward pass.
+    """
+
+    fixed: int
+    gradients: int
+    sequence: int
+    batch_size: int
+    gradients_stay: bool
+
+    @property
+    def total(self) -> int:
+        """The larger of the two moments: the optimizer's step, and the backward pass's start."""
+        backward = self.fixed + self.batch_size * self.sequence
+        backward += self.gradients if self.gradients_stay else 0
+        return max(self.fixed + self.gradients, backward)
+
+    def largest_batch(self, available: int) -> int:
+        """The largest batch that this estimate lets into `available` bytes; 0 where none fits."""
+        left = available - self.fixed - (self.gradients if self.gradients_stay else 0)
+        return max(0, left) // max(1, self.sequence)
+
+
+def need(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) -> Need:
+    """The estimate: see `Need`. `autocast` says whether the step computes in bfloat16.
+
+    A layer keeps for its backward pass, of each position: both norms' inputs (float32, the residual
+    stream) and outputs, q, k, v and the attention's output, gate, up, silu(gate) and their product.
+    Of the logits three float32 copies exist when their gradient is made: log-probabilities, and
+    the gradients of the log-probabilities and of the logits. torch.compile computes what is
+    elementwise again and puts the logits' gradient in their place.
+
+    Against the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four layers of
+    llama-3.2-1b, 64 to 32,768 tokens) it is 0.87 to 0.995 of them, less only where attention
+    keeps its scores (0.19); of five compiled ones 0.57 to 0.83; of three on a CPU 0.62 to 0.77.
+    """
+    c, parameters = config, config.n_params
+    item = 2 if autocast else 4
+    attention = 2 * c.q_dim + 2 * c.kv_dim
+    if recipe.train.compile:
+        layer = item * (c.dim + attention + 2 * c.hidden_dim)
+        logits = item * c.vocab_size
+    else:
+        layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + 4 * c.hidden_dim)
+        logits = 3 * 4 * c.vocab_size
+    position = c.n_layers * layer + logits
+    if recipe.train.engine == "coreml":
+        position = 0  # its layers run elsewhere, in a precision of their own
+    return Need(
+        fixed=3 * 4 * parameters,
+        gradients=4 * parameters,
+        sequence=seq_len * position,
+        batch_size=recipe.train.batch_size,
+        gradients_stay=recipe.train.accum > 1,
+    )
+
+
+def check_fits(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.device) -> None:
+    """Raise BadInput, naming the field to change, where a run cannot fit in the device's memory."""
+    available = available_bytes(device)
+    if available is None:
+        return
+    autocast = device.type == "cuda" if recipe.train.dtype == "auto" else False
+    autocast = autocast or recipe.train.dtype == "bfloat16"
+    needed = need(recipe, config, seq_len, autocast)
+    if needed.total <= available:
+        return
+    batch, fits = needed.batch_size, needed.largest_batch(available)
+    if needed.fixed + needed.gradients > available:
+        change = "train a smaller model ([model])"
+    elif fits:
+        change = f"set train.batch_size to {fits} or less"
+    else:
+        change = "set train.batch_size to 1 and lower train.seq_len"
+    raise BadInput(
+        f"this run takes at least {_gigabytes(needed.total)} of memory "
+        f"({_gigabytes(needed.fixed + needed.gradients)} for the weights, their gradients and "
+        f"AdamW's state, {_gigabytes(batch * needed.sequence)} for a batch of {batch} x {seq_len}) "
+        f"and {device} has {_gigabytes(available)} free: {change}"
+    )
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.3g} GB"
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a device; None where nobody says.
+
+    For a processor that is what the system calls available and its swap, or what the process's
+    control group still allows where that is less.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + held
+    limits = [_system_bytes(), *_group_bytes()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _system_bytes() -> int | None:
+    with suppress(OSError, ValueError, KeyError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return 1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0))
+    with suppress(OSError, ValueError, AttributeError):  # not on Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _group_bytes(
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """What each control group that this process is in, and each around it, still allows."""
+    found = []
+    with suppress(OSError, ValueError):
+        for line in membership.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                top, names = mount, ("memory.max", "memory.current", "file")
+            elif "memory" in controllers.split(","):
+                top = mount / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+            else:
+                continue
+            inner = top / path.lstrip("/")
+            for folder in (inner, *inner.parents):
+                if (left := _left_in(folder, *names)) is not None:
+                    found.append(left)
+                if folder == top:
+                    break
+    return found
+
+
+def _left_in(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+    with suppress(OSError, ValueError, KeyError):
+        most = int((folder / limit).read_text())  # "max" is no number: no limit
+        lines = (folder / "memory.stat").read_text().splitlines()
+        statistics = dict(line.split() for line in lines)
+        return max(0, most - int((folder / usage).read_text()) + int(statistics[cached]))
+    return None
+
+
+@contextmanager
+def names_batch_size(recipe: Recipe, run: Path | None = None) -> Iterator[None]:
+    """Turn running out of memory into one line that names the field to change, and the checkpoint
+    of `run` that is kept."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        batch = recipe.train.batch_size
+        change = f"lower train.batch_size, which is {batch}"
+        if batch == 1:
+            change = "lower train.seq_len, as train.batch_size is 1, or train a smaller model"
+        where = f"{run}: " if run else ""
+        kept = list_checkpoints(run) if run else []
+        after = f"; {kept[-1].name} is kept, --resume continues from it" if kept else ""
+        raise RunFailed(f"{where}not enough memory: {change}{after}") from error
