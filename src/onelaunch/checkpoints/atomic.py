@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,13 +60,17 @@ def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `path` (which must not exist) when the block ends well.
 
-    The files in it must have been written and synced; `atomic_file` does both.
+    The files in it must have been written and synced; `atomic_file` does both. Temporary folders
+    of the same `path` that killed processes left behind are removed first.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = None
     try:
+        _remove_abandoned(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        descriptor = _lock(temporary)
         yield temporary
         sync_directory(temporary)
         os.rename(temporary, path)
@@ -74,6 +79,38 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds a folder's lock as long as it is open, and so at most as long as this
+    process lives; None where it is held already, or where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of `path` that no living process holds."""
+    own = re.compile(re.escape(f".{path.name}.") + r"\d+\.tmp")
+    with suppress(OSError):
+        for folder in path.parent.iterdir():
+            if own.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                descriptor = _lock(folder)
+                if descriptor is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from onelaunch.training.manifest import (
     TokenizerFacts,
     dtype_for,
 )
+from onelaunch.training.packed import check_is_not_packed
 
 SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -90,6 +92,8 @@ def prepare(
     _check_out(out)
     made = None if vocab_size is not None else load_tokenizer(tokenizer)
     sources, ignored = _find_sources(texts)
+    for source in sources:
+        check_is_not_packed(source.path)
     with atomic_directory(out) as folder:
         ticker = _Ticker(progress, 2 if vocab_size is None else 3)
         total = _measure(sources, ticker)
@@ -136,24 +140,49 @@ def _find_sources(texts: Sequence[str | Path]) -> tuple[list[_Source], int]:
 
 def _text_files(folder: Path) -> tuple[list[str], int]:
     """Relative names of the text files below a folder, sorted; hidden files and folders are not
-    looked at. And the number of other files."""
+    looked at. And the number of other files.
+
+    Linked folders are read too, after those that lie there; each folder is read once, however many
+    links lead to it, and a link to a folder around it is not followed.
+    """
 
     def refuse(error: OSError) -> None:
         raise BadInput(f"{error.filename}: cannot read: {error.strerror or error}") from error
 
     names: list[str] = []
     others = 0
-    for parent, folders, entries in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for entry in entries:
-            path = Path(parent, entry)
-            if entry.startswith(".") or path.suffix.lower() not in TEXT_SUFFIXES:
-                others += 1
-            elif path.is_file():
-                names.append(path.relative_to(folder).as_posix())
-            else:
-                others += 1
+    seen: set[str] = set()
+    waiting = deque([folder])
+    while waiting:
+        top = waiting.popleft()
+        if os.path.realpath(top) in seen:
+            continue
+        for parent, folders, entries in os.walk(top, onerror=refuse):
+            here = os.path.realpath(parent)
+            seen.add(here)
+            inner = [Path(parent, name) for name in sorted(folders) if not name.startswith(".")]
+            waiting += [
+                path for path in inner if path.is_symlink() and not _holds(path.resolve(), here)
+            ]
+            folders[:] = [
+                path.name
+                for path in inner
+                if not path.is_symlink() and os.path.realpath(path) not in seen
+            ]
+            for entry in entries:
+                path = Path(parent, entry)
+                if entry.startswith(".") or path.suffix.lower() not in TEXT_SUFFIXES:
+                    others += 1
+                elif path.is_file():
+                    names.append(path.relative_to(folder).as_posix())
+                else:
+                    others += 1
     return sorted(names), others
+
+
+def _holds(folder: Path, inner: str) -> bool:
+    """Whether a resolved folder is another one, or is around it."""
+    return Path(inner).is_relative_to(folder)
 
 
 class _Ticker:
