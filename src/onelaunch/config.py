@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from onelaunch.errors import BadInput
@@ -88,6 +88,11 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name} must be true or false, not {getattr(self, name)!r}")
 
+    @classmethod
+    def required_fields(cls) -> tuple[str, ...]:
+        """The names of the fields that have no default."""
+        return tuple(field.name for field in fields(cls) if field.default is MISSING)
+
     @property
     def q_dim(self) -> int:
         """Width of the query projection: heads x head width."""
@@ -151,6 +156,11 @@ class ModelConfig:
         unknown = sorted(set(data) - known)
         if unknown:
             raise BadInput(f"{source}: unknown field {unknown[0]!r} in the model configuration")
+        missing = [name for name in cls.required_fields() if name not in data]
+        if missing:
+            raise BadInput(
+                f"{source}: incomplete model configuration: {', '.join(missing)} missing"
+            )
         data = dict(data)
         try:
             if data.get("rope_scaling") is not None:

@@ -231,6 +231,16 @@ def test_the_summary_says_where_the_context_ended_the_text(model, onelaunch):
     assert "context" not in err
 
 
+def test_the_summary_says_which_seed_draws_the_text_again(model, onelaunch):
+    _, text, err = onelaunch("generate", model)
+    assert "; seed 0" in err
+    assert onelaunch("generate", model, "--seed", "0")[1] == text
+    _, other, err = onelaunch("generate", model, "--seed", "3")
+    assert "; seed 3" in err
+    assert other != text
+    assert "seed" not in onelaunch("generate", model, "--temperature", "0")[2]
+
+
 def test_bad_input_is_one_line_and_exit_2(model, onelaunch, tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")

@@ -131,5 +131,33 @@ def test_the_vocabulary_is_the_datas_unless_named():
 def test_a_preset_takes_changes_and_a_changed_width_a_new_head_width():
     config = with_set("model.preset=stories260k", "model.dim=128").model_config(512)
     assert (config.dim, config.head_dim, config.n_kv_heads) == (128, 16, 8)
-    with pytest.raises(BadInput, match="without a preset"):
-        with_set("model.dim=64").model_config(512)
+
+
+def test_an_incomplete_model_names_the_file_and_what_is_missing(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[model]\ndim = 64\nn_heads = 4\nhidden_dim = 128\n")
+    wanted = r"mine\.toml: \[model\] has no n_layers, max_seq_len; .*preset = "
+    with pytest.raises(BadInput, match=wanted):
+        Recipe.load(str(path)).model_config(512)
+    whole = Recipe.load(str(path)).with_settings(
+        {"model.n_layers": 2, "model.max_seq_len": 32, "model.n_heads": 5}, "--set"
+    )
+    with pytest.raises(BadInput, match=r"mine\.toml: \[model\]: dim 64 is not a multiple"):
+        whole.model_config(512)
+
+
+def test_where_a_recipe_was_read_from_makes_no_difference(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(Recipe().to_toml())
+    assert Recipe.load(str(path)) == Recipe()
+    with pytest.raises(BadInput, match="unknown key source"):
+        Recipe.from_dict({"source": "x"}, "test")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nupdates = 7\n")
+    assert Recipe.load(str(path)).train.updates == 7
+    path.write_bytes("[train]\nupdates = 7\n".encode("utf-16"))
+    with pytest.raises(BadInput, match=r"mine\.toml: is UTF-16; save it as UTF-8"):
+        Recipe.load(str(path))

@@ -68,7 +68,13 @@ def generate(
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="S", help="The same seed draws the same text again.")
+        int,
+        typer.Option(
+            "--seed",
+            metavar="S",
+            help="The same seed draws the same text again, also where none is given; another "
+            "seed draws another text.",
+        ),
     ] = 0,
     engine: Annotated[
         str,
@@ -159,7 +165,7 @@ def generate(
         print(_as_json(model, runner, sampling, max_new_tokens, completions))
     else:
         out.finish()
-    say(_summary(runner, completions, max_new_tokens), quiet)
+    say(_summary(runner, completions, max_new_tokens, sampling), quiet)
 
 
 def _read_prompts(given: list[str]) -> list[str]:
@@ -355,7 +361,7 @@ def _as_json(
     )
 
 
-def _summary(engine: Engine, completions: list[Completion], n: int) -> str:
+def _summary(engine: Engine, completions: list[Completion], n: int, sampling: Sampling) -> str:
     """Tokens and speed, and why a text is shorter than asked where the context is."""
     from onelaunch.generation.text import tokens_per_second
 
@@ -372,6 +378,8 @@ def _summary(engine: Engine, completions: list[Completion], n: int) -> str:
     parts.append(f"{read} prompt token{'s' * (read != 1)}")
     wrote = about.get("generates_with", about["engine"])
     parts.append(f"{wrote} engine on {about['device']} in {about['dtype']}")
+    if not sampling.greedy:
+        parts.append(f"seed {sampling.seed}")
     context = engine.config.max_seq_len
     if any(len(c.prompt.ids) + len(c.ids) > context and len(c.ids) < n for c in completions):
         parts.append(f"ended by the model's context of {context} tokens")

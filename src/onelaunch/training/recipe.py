@@ -5,6 +5,7 @@ Pure data: no torch. An unknown key is refused with the nearest known one.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import math
 import tomllib
@@ -129,7 +130,10 @@ class CoreMLSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All sections. `from_dict`, `load` and `with_settings` check; so does the constructor."""
+    """All sections. `from_dict`, `load` and `with_settings` check; so does the constructor.
+
+    `source` is where the recipe was read from, for messages; it makes no difference.
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -138,6 +142,7 @@ class Recipe:
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     coreml: CoreMLSection = field(default_factory=CoreMLSection)
+    source: str = field(default="the recipe", compare=False)
 
     def __post_init__(self) -> None:
         t, o = self.train, self.optimizer
@@ -198,16 +203,22 @@ class Recipe:
         chosen.setdefault("vocab_size", data_vocab_size)
         if chosen["vocab_size"] != data_vocab_size:
             raise BadInput(
-                f"model.vocab_size is {chosen['vocab_size']}, but the data's tokenizer has "
-                f"{data_vocab_size} ids; leave it out to take the data's"
+                f"{self.source}: model.vocab_size is {chosen['vocab_size']}, but the data's "
+                f"tokenizer has {data_vocab_size} ids; leave it out to take the data's"
             )
         if self.model.preset:
             base = preset(self.model.preset).to_dict()
             if {"dim", "n_heads"} & set(chosen):
                 # a changed width takes a new head width unless the recipe fixes one
                 base.update(head_dim=0, n_kv_heads=0)
-            return ModelConfig.from_dict(base | chosen, "recipe [model]")
-        return ModelConfig.from_dict(chosen, "recipe [model] without a preset")
+            return ModelConfig.from_dict(base | chosen, f"{self.source}: [model]")
+        missing = [name for name in ModelConfig.required_fields() if name not in chosen]
+        if missing:
+            raise BadInput(
+                f"{self.source}: [model] has no {', '.join(missing)}; add what is missing, or name "
+                f'a preset, such as preset = "{next(iter(PRESETS))}"'
+            )
+        return ModelConfig.from_dict(chosen, f"{self.source}: [model]")
 
     @property
     def lr_scale(self) -> float:
@@ -249,7 +260,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str) -> Recipe:
         """Build from parsed TOML; raises BadInput naming `source` and the key."""
-        return _merged(cls(), data, source)
+        return _merged(cls(source=source), data, source)
 
     @classmethod
     def load(cls, name: str) -> Recipe:
@@ -272,15 +283,18 @@ class Recipe:
 
     @classmethod
     def parse(cls, raw: bytes, source: str) -> Recipe:
-        """Build from TOML bytes."""
+        """Build from TOML bytes; a byte order mark before them, which some editors write, is no
+        part of it."""
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadInput(f"{source}: is UTF-16; save it as UTF-8")
         try:
-            data = tomllib.loads(raw.decode("utf-8"))
+            data = tomllib.loads(raw.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{source}: not valid TOML ({error})") from error
         return cls.from_dict(data, source)
 
 
-SECTIONS = tuple(section.name for section in fields(Recipe))
+SECTIONS = tuple(section.name for section in fields(Recipe) if section.name != "source")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
