@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from onelaunch import checkpoints, cli
+from onelaunch.checkpoints.tokenizers import Llama2cTokenizer
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
 from tests.engines.suite import weights_of
@@ -71,6 +72,12 @@ def written(onelaunch):
         return out
 
     return run
+
+
+def larger_tokenizer() -> Llama2cTokenizer:
+    """The byte tokenizer's pieces and three more: "ab" and its letters."""
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+    return Llama2cTokenizer([*pieces, b"ab", b"a", b"b"], [0.0] * 262)
 
 
 def ids_of(text: str) -> list[int]:
@@ -277,13 +284,15 @@ def test_standard_input_that_is_not_utf8(model, onelaunch, monkeypatch):
     assert "standard input" in err
 
 
-def test_the_wrong_tokenizer_is_refused(model, onelaunch):
-    if not STORIES.exists():
-        pytest.skip("tok512.bin is not beside the repository")
-    code, _, err = onelaunch("generate", model, "--tokenizer", WEIGHTS / "tok512.bin")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "512" in err
-    assert "259" in err
+def test_a_text_that_needs_an_id_beyond_the_model_is_refused(model, onelaunch, tmp_path):
+    larger = larger_tokenizer().save(tmp_path)
+    code, out, err = onelaunch("generate", model, "--tokenizer", larger, "--prompt", "abab")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "prompt 1: 'ab' is id 259 of the tokenizer" in err
+    assert "vocabulary of 259" in err
+    code, out, _ = onelaunch("generate", model, "--tokenizer", larger, "--prompt", "xyz")
+    assert code == 0
+    assert out.startswith("xyz")
 
 
 def test_weights_that_are_not_numbers_fail_in_one_line(bare, onelaunch):

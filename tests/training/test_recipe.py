@@ -122,8 +122,10 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
 
 def test_the_vocabulary_is_the_datas_unless_named():
     assert with_set("model.preset=stories15m").model_config(259).vocab_size == 259
-    with pytest.raises(BadInput, match="512.*259"):
-        with_set("model.preset=stories15m", "model.vocab_size=512").model_config(259)
+    padded = with_set("model.preset=stories15m", "model.vocab_size=320")
+    assert padded.model_config(259).vocab_size == 320
+    with pytest.raises(BadInput, match="258.*259"):
+        with_set("model.preset=stories15m", "model.vocab_size=258").model_config(259)
     kept = with_set("model.preset=stories260k").model_config(512)
     assert kept == PRESETS["stories260k"]
 

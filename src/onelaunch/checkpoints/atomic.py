@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
 _REASONS = {
@@ -139,7 +140,10 @@ def write_json(path: Path | str, data: Any) -> None:
 
 
 def read_json(path: Path | str, limit: int = 64 << 20) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes; raises BadInput naming the file."""
+    """A JSON object from a file of at most `limit` bytes, a byte order mark dropped.
+
+    Raises BadInput naming the file.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read(limit + 1)
@@ -147,9 +151,12 @@ def read_json(path: Path | str, limit: int = 64 << 20) -> dict[str, Any]:
         raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
     if len(raw) > limit:
         raise BadInput(f"{path}: larger than {limit} bytes; this is not a configuration file")
+    refuse_pointer(path, raw)
     try:
-        data = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = json.loads(raw.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise BadInput(f"{path}: not valid JSON (nested too deep)") from error
+    except ValueError as error:
         raise BadInput(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise BadInput(f"{path}: must hold a JSON object")

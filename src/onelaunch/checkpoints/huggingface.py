@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from onelaunch.checkpoints.atomic import atomic_directory, read_json, write_json
+from onelaunch.checkpoints.lfs import refuse_pointer_at
 from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.tensors import write_tensors
 from onelaunch.checkpoints.weights import LoadedModel, check_weights
@@ -25,6 +26,22 @@ from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.errors import BadInput
 
 _MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+}
+"""Fields that a config.json must have, by the names that they have here."""
+_OTHER_FIELDS = {
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "original_max_seq_len": "original_max_position_embeddings",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_OUR_NAME = re.compile(rf"\b({'|'.join(_FIELDS | _OTHER_FIELDS)})\b")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -51,7 +68,7 @@ def read(path: Path) -> LoadedModel:
     try:
         config = parse_config(data)
     except BadInput as error:
-        raise BadInput(f"{config_path}: {error}") from error
+        raise BadInput(f"{config_path}: {_in_their_words(str(error))}") from error
     bos_id, stop_ids = _special_ids(path, data, config)
     return LoadedModel(
         config=config,
@@ -71,20 +88,12 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
     # Qwen3's own default; Llama's is hidden_size / num_attention_heads, ours too.
     head_dim = data.get("head_dim", 128 if architecture == "Qwen3ForCausalLM" else None)
     rope_theta, rope_scaling = _rope(data)
-    fields = {
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "hidden_dim": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_seq_len": "max_position_embeddings",
-    }
-    for theirs in fields.values():
+    for theirs in _FIELDS.values():
         if theirs not in data:
             raise BadInput(f"{theirs} is missing; is this a language model's configuration?")
     kv_heads = data.get("num_key_value_heads")
     return ModelConfig(
-        **{ours: data[theirs] for ours, theirs in fields.items()},
+        **{ours: data[theirs] for ours, theirs in _FIELDS.items()},
         n_kv_heads=heads if kv_heads is None else kv_heads,  # type: ignore[arg-type]
         head_dim=0 if head_dim is None else head_dim,
         norm_eps=data.get("rms_norm_eps", 1e-6),
@@ -94,6 +103,11 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
         qk_norm=architecture == "Qwen3ForCausalLM",
         tied_embeddings=data.get("tie_word_embeddings", False),
     )
+
+
+def _in_their_words(message: str) -> str:
+    """An error about a ModelConfig, with the names that the fields have in a config.json."""
+    return _OUR_NAME.sub(lambda found: (_FIELDS | _OTHER_FIELDS)[found[1]], message)
 
 
 def _architecture(data: dict[str, Any]) -> str:
@@ -238,6 +252,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.safetensors", re.ASCII)
 @contextmanager
 def _open(file: Path) -> Iterator[Any]:
     """A mapped safetensors file; whatever is wrong with it is BadInput."""
+    refuse_pointer_at(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -266,13 +281,23 @@ def write(model: LoadedModel, out: Path) -> None:
         name if name.startswith("lm_head.") else f"model.{name}": tensor.detach().contiguous()
         for name, tensor in weights.items()
     }
+    bos_id, stop_ids = _ids_it_has(model)
     with atomic_directory(out) as folder:
-        write_json(folder / "config.json", config_json(config, model.bos_id, model.stop_ids, dtype))
+        write_json(folder / "config.json", config_json(config, bos_id, stop_ids, dtype))
         write_json(
             folder / "generation_config.json",
-            {"bos_token_id": model.bos_id, "eos_token_id": _one_or_list(list(model.stop_ids))},
+            {"bos_token_id": bos_id, "eos_token_id": _one_or_list(list(stop_ids))},
         )
         write_tensors(folder / _WEIGHTS, tensors)
+
+
+def _ids_it_has(model: LoadedModel) -> tuple[int | None, tuple[int, ...]]:
+    """BOS and the ids that end a text, without those that the vocabulary has no row for."""
+    size, bos_id = model.config.vocab_size, model.bos_id
+    return (
+        bos_id if bos_id is not None and 0 <= bos_id < size else None,
+        tuple(i for i in model.stop_ids if 0 <= i < size),
+    )
 
 
 def config_json(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from onelaunch.checkpoints.atomic import atomic_file
+from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
@@ -147,6 +148,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
 
 
 def _refuse_other_formats(path: Path, raw: bytes) -> None:
+    refuse_pointer(path, raw)
     if raw.startswith(_VERSIONED_MAGIC):
         version = int.from_bytes(raw[4:8], "little", signed=True)
         raise BadInput(

@@ -34,6 +34,7 @@ from onelaunch.checkpoints.atomic import (
     sync_directory,
     write_json,
 )
+from onelaunch.checkpoints.lfs import refuse_pointer_at
 from onelaunch.checkpoints.tensors import write_tensors
 from onelaunch.checkpoints.weights import LoadedModel, check_weights
 from onelaunch.config import ModelConfig
@@ -126,6 +127,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
     """One file's tensors, its checksum verified first; raises BadInput where it is damaged."""
     path = checkpoint / name
+    refuse_pointer_at(path)
     _check_file(path, state["sha256"].get(name))
     try:
         return load_file(path)

@@ -15,10 +15,13 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from onelaunch.checkpoints.atomic import atomic_file
+from onelaunch.checkpoints.foreign_stderr import without_stderr
+from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.errors import BadInput, MissingExtra
 
 FIRST_BYTE = 3
@@ -77,6 +80,7 @@ class Llama2cTokenizer:
     """
 
     kind = "llama2c"
+    file_name = "tokenizer.bin"
     bos_id: int | None = 1
     eos_id: int | None = 2
     stop_ids: tuple[int, ...] = (1, 2)
@@ -98,7 +102,6 @@ class Llama2cTokenizer:
         if max_token_length is None:
             max_token_length = max(map(len, pieces))
         self.max_token_length = max_token_length
-        self.fingerprint = hashlib.sha256(self.to_bytes()).hexdigest()
         self._ids: dict[bytes, int] = {}
         for i in range(FIRST_PIECE, len(pieces)):
             self._ids.setdefault(pieces[i], i)
@@ -108,6 +111,16 @@ class Llama2cTokenizer:
         falls_apart = not any(map(crossing.search, pieces[FIRST_PIECE:]))
         self._chunks = re.compile(r" *[^ ]+| +" if falls_apart else r"(?s:.+)")
         self._cache: dict[str, tuple[int, ...]] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's bytes, which have one form only."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def file_fingerprint(self) -> str:
+        """The same."""
+        return self.fingerprint
 
     @classmethod
     def from_bytes(cls, data: bytes, source: Path | str = "tokenizer.bin") -> Llama2cTokenizer:
@@ -127,6 +140,7 @@ class Llama2cTokenizer:
             raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
         if len(data) > MAX_FILE_BYTES:
             raise BadInput(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a llama2.c tokenizer")
+        refuse_pointer(path, data)
         return cls.from_bytes(data, path)
 
     def to_bytes(self) -> bytes:
@@ -136,9 +150,9 @@ class Llama2cTokenizer:
             parts += (struct.pack("<fI", score, len(piece)), piece)
         return b"".join(parts)
 
-    def save(self, folder: Path | str) -> Path:
-        """Write `tokenizer.bin` into a folder, atomically."""
-        path = Path(folder) / "tokenizer.bin"
+    def save(self, folder: Path | str, prefix: str = "") -> Path:
+        """Write `tokenizer.bin`, `prefix` before its name, into a folder, atomically."""
+        path = Path(folder) / (prefix + self.file_name)
         with atomic_file(path) as file:
             file.write(self.to_bytes())
         return path
@@ -196,10 +210,11 @@ class Llama2cTokenizer:
         return [i if i > 0 else FIRST_BYTE - i for i in ids if i != gone]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, without the space that `encode` put before it; 1 and 2 are silent.
+        """Text of the ids, without the space that `encode` put before it; 1 and 2 are silent, and
+        so are ids beyond the vocabulary, which a model may have for padding.
 
-        Raises BadInput for an id beyond the vocabulary. To decode a continuation alone, push its
-        prompt through `decoder()` first, or its leading space is taken for the added one.
+        To decode a continuation alone, push its prompt through `decoder()` first, or its leading
+        space is taken for the added one.
         """
         stream = self.decoder()
         return "".join([stream.push(token) for token in ids]) + stream.finish()
@@ -208,11 +223,13 @@ class Llama2cTokenizer:
         """Decodes id by id."""
         return Utf8Stream(self._piece_bytes, 1)
 
+    def piece(self, token: int) -> str:
+        """An id's name in the vocabulary."""
+        return self.pieces[token].decode("utf-8", "replace")
+
     def _piece_bytes(self, token: int, first: bool) -> bytes:
         if not 0 <= token < self.vocab_size:
-            raise BadInput(
-                f"token id {token} is beyond the tokenizer's vocabulary of {self.vocab_size}"
-            )
+            return b""
         if FIRST_BYTE <= token < FIRST_PIECE:
             return bytes([token - FIRST_BYTE])
         if token in (1, 2):
@@ -248,13 +265,13 @@ def from_sentencepiece(
 ) -> Llama2cTokenizer:
     """Convert a serialized sentencepiece BPE model with byte fallback, as llama2.c does.
 
-    Only pieces and scores are taken: a model that also rewrites text before it splits it (other
-    normalization than identity, spaces collapsed) does that no more.
-    Raises BadInput naming `source` for any other model, MissingExtra without sentencepiece.
+    Only pieces and scores are taken. Raises BadInput naming `source` for a model that does more
+    (normalizes text, collapses spaces, has pieces that users defined) or is of another kind,
+    MissingExtra without sentencepiece.
     """
-    processor = _sentencepiece().SentencePieceProcessor()
+    processor = _sentencepiece(f"reading {source}").SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(model)
+        without_stderr(lambda: processor.LoadFromSerializedProto(model))
         n = processor.vocab_size()
     except (RuntimeError, TypeError) as error:
         raise BadInput(f"{source}: not a sentencepiece model ({error})") from error
@@ -265,9 +282,29 @@ def from_sentencepiece(
     if n < FIRST_PIECE or special != (0, 1, 2) or not processor.is_byte(FIRST_BYTE):
         raise BadInput(f"{source}: needs ids 0 unknown, 1 begin, 2 end, 3 to 258 the bytes")
     try:
-        return Llama2cTokenizer(pieces, scores)
+        made = Llama2cTokenizer(pieces, scores)
     except BadInput as error:
         raise BadInput(f"{source}: {error}") from None
+    unscored = [pieces[i].decode("utf-8") for i in range(FIRST_PIECE, n) if scores[i] >= 0]
+    for text in (*_PROBES, *unscored[:_MOST_UNSCORED]):
+        if made.encode(text, bos=False) != processor.encode(text):
+            raise BadInput(
+                f"{source}: it rewrites a text before splitting it, or has pieces that users "
+                "defined, which is not read here; convert it to a tokenizer.json"
+            )
+    return made
+
+
+# What normalization, or a missing space before the text, would change.
+_PROBES = (
+    "a",
+    "  two  spaces and\ta tab ",
+    "line\nline",
+    "\uff21\u00bd\ufb01 e\u0301 \u00c5 \u2126 \u200b\u00a0x",
+    "12 \U0001f600",
+)
+# Pieces that users define have a score of 0, beside the first that was learnt.
+_MOST_UNSCORED = 256
 
 
 def train_llama2c(texts: Iterable[str], vocab_size: int) -> Llama2cTokenizer:
@@ -282,7 +319,7 @@ def train_llama2c(texts: Iterable[str], vocab_size: int) -> Llama2cTokenizer:
             f"vocabulary size {vocab_size}: must be from {FIRST_PIECE + 1} to {MAX_PIECES} "
             f"({FIRST_PIECE} pieces are control characters and bytes)"
         )
-    trainer = _sentencepiece().SentencePieceTrainer
+    trainer = _sentencepiece("training a tokenizer").SentencePieceTrainer
     model = io.BytesIO()
     try:
         trainer.train(
@@ -334,9 +371,9 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
-def _sentencepiece() -> Any:
+def _sentencepiece(purpose: str) -> Any:
     try:
         import sentencepiece
     except ImportError:
-        raise MissingExtra("sentencepiece", "tokenizer", "training a tokenizer") from None
+        raise MissingExtra("sentencepiece", "tokenizer", purpose) from None
     return sentencepiece

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, say
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, MissingExtra
 
 # Longer contexts are read in windows of this; the window is printed.
 MAX_WINDOW = 2048
 BATCH_TOKENS = 8192
 # logits of a batch, 0.5 GB in float32; one window may need more
 BATCH_LOGITS = 1 << 27
+
+
+if TYPE_CHECKING:
+    from onelaunch.checkpoints.weights import LoadedModel
+    from onelaunch.training.data import TokenData
 
 
 def evaluate(
@@ -36,7 +41,6 @@ def evaluate(
 
     The whole split, in non-overlapping windows of the model's context, 2,048 at most.
     """
-    from onelaunch.checkpoints.tokenizers import check_tokenizer, find_tokenizer
     from onelaunch.engines.reference import ReferenceEngine
     from onelaunch.training.data import open_data
     from onelaunch.training.evaluate import evaluate as evaluate_batches
@@ -44,19 +48,7 @@ def evaluate(
     loaded = load_model(model)
     tokens = open_data(data, seed=0)
     config = loaded.config
-    try:
-        check_tokenizer(tokens.tokenizer, config, model)
-    except BadInput as error:
-        raise BadInput(
-            f"--data {data}: its tokenizer has {tokens.vocab_size} ids, "
-            f"but {model} has a vocabulary of {config.vocab_size}; prepare the text with its own"
-        ) from error
-    own = find_tokenizer(loaded)
-    if own is not None and own.fingerprint != tokens.tokenizer.fingerprint:
-        raise BadInput(
-            f"--data {data}: was made with another tokenizer than {model}'s; "
-            "prepare the text with the model's own (onelaunch prepare --tokenizer)"
-        )
+    _check_tokenizer(model, loaded, data, tokens, quiet)
     engine = ReferenceEngine(config, loaded.weights, device=device, dtype="float32")
     window = min(config.max_seq_len, MAX_WINDOW)
     batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size)
@@ -94,3 +86,30 @@ def evaluate(
         f"{result.tokens:,} tokens of {tokens.label}, in non-overlapping windows of {window}",
         quiet,
     )
+
+
+def _check_tokenizer(
+    model: str, loaded: LoadedModel, data: str, tokens: TokenData, quiet: bool
+) -> None:
+    """Raise BadInput where the data's tokenizer is not the model's, or its ids are beyond it; say
+    so where that cannot be told."""
+    from onelaunch.checkpoints.tokenizer_compare import same_tokenizer
+    from onelaunch.checkpoints.tokenizers import check_ids, find_tokenizer, size_note
+
+    config, made_with = loaded.config, tokens.tokenizer
+    note = size_note(made_with, config)
+    try:
+        own = find_tokenizer(loaded)
+    except (BadInput, MissingExtra) as error:
+        say(f"note: the model's tokenizer cannot be compared with the data's: {error}", quiet)
+        own = None
+    # one of another size than the model's, lying beside it by chance, says nothing of the data
+    if own is not None and (note or not size_note(own, config)):
+        if not same_tokenizer(own, made_with):
+            raise BadInput(
+                f"--data {data}: was made with another tokenizer than {model}'s; "
+                "prepare the text with the model's own (onelaunch prepare --tokenizer)"
+            )
+    elif note:
+        say(note.replace("the tokenizer", "the data's tokenizer"), quiet)
+    check_ids(made_with, [tokens.largest_id("val")], config, f"--data {data}")

@@ -1,4 +1,10 @@
-"""`onelaunch export`: a model from one format into another, its tokenizer with it."""
+"""`onelaunch export`: a model from one format into another, its tokenizer with it.
+
+Into a Hugging Face folder the tokenizer goes under its usual name, beside OUT/NAME.bin as
+NAME.tokenizer.bin (or .bytes, .json): several models share a folder, and loading NAME.bin looks
+for that name first. A model whose tokenizer cannot be used is exported without it, and a line on
+standard error, with --quiet too, names the file and the reason.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +73,9 @@ def export(
 ) -> None:
     """Convert a model to another format.
 
-    Its tokenizer is copied beside it. Core ML's programs have none.
+    Its tokenizer comes along: into the folder, or beside OUT.bin as OUT.tokenizer.bin (or .json,
+    .bytes), where OUT.bin's readers here look first. One that cannot be used is left out, and a
+    line says why. Core ML's programs have none.
     """
     if format not in FORMATS:
         raise BadInput(f"--format {format}: must be one of {', '.join(FORMATS)}")
@@ -87,12 +95,14 @@ def export(
     from onelaunch.checkpoints import save
     from onelaunch.checkpoints.tokenizers import find_tokenizer
 
+    if format == "llama2c":
+        _refuse_own_tokenizer(out)
     loaded = load_model(model, random)
-    missing = f"no tokenizer found beside {model}; none was written"
+    unusable = None
     try:
         tokenizer = find_tokenizer(loaded)
-    except MissingExtra as error:
-        tokenizer, missing = None, f"the tokenizer was not copied: {error}"
+    except (BadInput, MissingExtra) as error:
+        tokenizer, unusable = None, error
     save(loaded, out, format)
     say(f"wrote {out} ({format}, {_bytes_in(out):,} bytes)", quiet)
     if format == "llama2c" and (loaded.bos_id, loaded.stop_ids) != (1, (1, 2)):
@@ -102,18 +112,42 @@ def export(
             f"{', '.join(map(str, loaded.stop_ids)) or 'none'}",
             quiet,
         )
+    if unusable is not None:
+        say(f"the tokenizer was left out: {unusable}")
+    elif tokenizer is None:
+        say(f"no tokenizer found beside {model}; none was written", quiet)
     if tokenizer is None:
-        say(missing, quiet)
         return
+    prefix = "" if out.is_dir() else f"{out.stem}."
     try:
         if out.is_dir():
             _save_inside(tokenizer, out, quiet)
         else:
-            _save_beside(tokenizer, out, quiet)
+            say(f"wrote {tokenizer.save(out.parent, prefix)}", quiet)
     except BaseException:
-        # all of it or nothing: OUT was not there before
+        # all of it or nothing: neither OUT nor its own tokenizer was there before
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        for name in _own_names(out) if prefix else ():
+            out.with_name(name).unlink(missing_ok=True)
         raise
+
+
+def _own_names(out: Path) -> list[str]:
+    """What the files of OUT.bin's own tokenizer may be called."""
+    from onelaunch.checkpoints.tokenizers import FILE_NAMES
+
+    settings = ("tokenizer_config.json", "generation_config.json")
+    return [f"{out.stem}.{name}" for name in (*FILE_NAMES, *settings)]
+
+
+def _refuse_own_tokenizer(out: Path) -> None:
+    """What would be taken for OUT.bin's tokenizer must not be there before it."""
+    for name in _own_names(out):
+        if os.path.lexists(out.with_name(name)):
+            raise BadInput(
+                f"{out.with_name(name)}: exists already, and would be taken for the tokenizer of "
+                f"{out.name}; nothing was written: choose another name for OUT, or remove it"
+            )
 
 
 def _export_programs(
@@ -149,30 +183,6 @@ def _save_inside(tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
     say(f"wrote {tokenizer.save(folder)}", quiet)
     if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
         say(f"wrote {save_for_transformers(tokenizer, folder)}, for transformers", quiet)
-
-
-def _save_beside(tokenizer: Tokenizer, out: Path, quiet: bool) -> None:
-    """Put the tokenizer into the folder of `out`, where another model's may already be."""
-    import tempfile
-
-    from onelaunch.checkpoints.atomic import atomic_file
-
-    with tempfile.TemporaryDirectory(prefix="onelaunch-") as folder:
-        made = tokenizer.save(Path(folder))
-        name, content = made.name, made.read_bytes()
-    target = out.parent / name
-    if not os.path.lexists(target):
-        with atomic_file(target) as file:
-            file.write(content)
-        say(f"wrote {target}", quiet)
-    elif target.is_file() and target.read_bytes() == content:
-        say(f"{target} is this model's tokenizer already", quiet)
-    else:
-        say(
-            f"{target} belongs to another model and was kept; this model's tokenizer was not "
-            f"written: export into a folder of its own to carry it along",
-            quiet,
-        )
 
 
 def _bytes_in(out: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from pathlib import Path
@@ -37,9 +38,9 @@ def generate(
         typer.Option(
             "--prompt",
             metavar="TEXT|@FILE|-",
-            help="How the text begins: itself, a file, or - for standard input; one final line "
-            "end of a file is dropped. May be given several times. Without it the text begins "
-            "at BOS, or at EOS where the model has no BOS.",
+            help="How the text begins: itself, a file, or - for standard input; a byte order mark "
+            "and one final line end of a file are dropped. May be given several times. Without it "
+            "the text begins at BOS, or at EOS where the model has no BOS.",
         ),
     ] = None,
     no_echo: Annotated[
@@ -146,7 +147,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     loaded = load_model(model, random)
-    found = _tokenizer(tokenizer, loaded, model, needed=bool(texts) or not ids)
+    found = _tokenizer(tokenizer, loaded, model, bool(texts) or not ids, quiet)
     prompts = _prompts(texts, loaded, found, model)
     if trace is not None and traced is not None:
         written = [each.ids for each in prompts] if texts else []
@@ -157,7 +158,8 @@ def generate(
         engine, loaded.config, loaded.weights, device, dtype, threads, fusion_depth, out.notice
     )
     loaded.weights, loaded.extras = {}, {}  # the engine has what it needs of them
-    stop = sorted({*loaded.stop_ids, *(found.stop_ids if found else ())})
+    ends = {*loaded.stop_ids, *(found.stop_ids if found else ())}
+    stop = sorted(i for i in ends if i < loaded.config.vocab_size)
     completions = complete(
         runner, prompts, max_new_tokens, sampling, stop, found, None if json_ else out.piece
     )
@@ -198,35 +200,44 @@ def _read_prompt(prompt: str) -> str:
 
 
 def _decode(raw: bytes, name: str) -> str:
-    """UTF-8 text without one final line end, which editors and `echo` add."""
+    """UTF-8 text without a byte order mark and one final line end, which editors add."""
     if len(raw) > _LARGEST_PROMPT:
         raise BadInput(f"{name}: more than {_LARGEST_PROMPT >> 20} MiB; no context holds so much")
+    from onelaunch.checkpoints.lfs import refuse_pointer
+
+    refuse_pointer(name, raw)
     try:
-        text = raw.decode("utf-8")
+        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: not UTF-8 text (byte {error.start})") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _tokenizer(spec: str | None, loaded: LoadedModel, model: str, needed: bool) -> Tokenizer | None:
+def _tokenizer(
+    spec: str | None, loaded: LoadedModel, model: str, needed: bool, quiet: bool
+) -> Tokenizer | None:
     """The one named, else the one found for the model; None only where none is needed."""
-    from onelaunch.checkpoints.tokenizers import check_tokenizer, find_tokenizer, load_tokenizer
+    from onelaunch.checkpoints.tokenizers import find_tokenizer, load_tokenizer, size_note
 
+    mend = "name one with --tokenizer FILE, or print token ids with --ids and no --prompt"
     if spec is not None:
-        tokenizer = load_tokenizer(spec)
-        check_tokenizer(tokenizer, loaded.config, spec)
-        return tokenizer
-    try:
-        found = find_tokenizer(loaded)
-    except MissingExtra:
+        found: Tokenizer | None = load_tokenizer(spec)
+    else:
+        try:
+            found = find_tokenizer(loaded)
+        except (BadInput, MissingExtra) as error:
+            if needed and isinstance(error, BadInput):
+                raise BadInput(f"{error}; {mend}") from error
+            if needed:
+                raise
+            say(f"note: the model's tokenizer cannot be used: {error}", quiet)
+            return None
+    if found is None:
         if needed:
-            raise
+            raise BadInput(f"{model}: no tokenizer found for it; {mend}")
         return None
-    if found is None and needed:
-        raise BadInput(
-            f"{model}: no tokenizer found for it; name one with --tokenizer FILE, "
-            "or print token ids with --ids and no --prompt"
-        )
+    if needed and (note := size_note(found, loaded.config)):
+        say(note, quiet)
     return found
 
 
@@ -236,7 +247,7 @@ def _prompts(
     from onelaunch.generation.text import Prompt, encode_prompts
 
     if texts and tokenizer is not None:
-        return encode_prompts(tokenizer, texts)
+        return encode_prompts(tokenizer, texts, loaded.config)
     first = _first_id(loaded, tokenizer)
     if first is None:
         raise BadInput(f"{model}: the model names no BOS to begin with; give it a --prompt")

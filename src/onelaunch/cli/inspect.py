@@ -64,7 +64,9 @@ def inspect(
         return
     config = facts.pop("config")
     del facts["plan"], facts["choices"]
-    if facts["tokenizer"] is not None:
+    if facts.pop("tokenizer_error") is not None:
+        facts["tokenizer"] = "cannot be used"
+    elif facts["tokenizer"] is not None:
         facts["tokenizer"] = "{kind}, {vocab_size:,} tokens".format(**facts["tokenizer"])
     width = max(map(len, [*facts, *config]))
     for name, value in [*facts.items(), *config.items()]:
@@ -162,11 +164,12 @@ def _depth_name(depth: str) -> str:
 def _facts(name: str, loaded: LoadedModel) -> dict[str, Any]:
     from onelaunch.checkpoints.tokenizers import find_tokenizer
 
+    unusable = None
     try:
         tokenizer = find_tokenizer(loaded)
-    except MissingExtra as error:
-        tokenizer = None
-        say(f"the tokenizer cannot be read: {error}")
+    except (BadInput, MissingExtra) as error:
+        tokenizer, unusable = None, str(error)
+        say(f"the tokenizer cannot be used: {error}")
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in loaded.weights.values()}
     return {
         "model": name,
@@ -181,6 +184,7 @@ def _facts(name: str, loaded: LoadedModel) -> dict[str, Any]:
             "vocab_size": tokenizer.vocab_size,
             "fingerprint": tokenizer.fingerprint,
         },
+        "tokenizer_error": unusable,
         "bos_id": loaded.bos_id,
         "stop_ids": list(loaded.stop_ids),
         "config": loaded.config.to_dict(),

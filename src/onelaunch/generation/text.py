@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from onelaunch.checkpoints.tokenizers import Tokenizer
+from onelaunch.checkpoints.tokenizers import Tokenizer, check_ids
+from onelaunch.config import ModelConfig
 from onelaunch.engines.engine import Engine, Sampling
 
 OnPiece = Callable[[int, int | None, str], None]
@@ -36,9 +37,18 @@ class Completion:
     seconds: float = 0.0
 
 
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
-    """The texts with their token ids, BOS included."""
-    return [Prompt(text, tokenizer.encode(text)) for text in texts]
+def encode_prompts(
+    tokenizer: Tokenizer, texts: Sequence[str], config: ModelConfig | None = None
+) -> list[Prompt]:
+    """The texts with their token ids, BOS included.
+
+    Raises BadInput, naming the piece, where a text needs an id that the model of `config` lacks.
+    """
+    prompts = [Prompt(text, tokenizer.encode(text)) for text in texts]
+    if config is not None:
+        for index, prompt in enumerate(prompts):
+            check_ids(tokenizer, prompt.ids, config, f"prompt {index + 1}")
+    return prompts
 
 
 def complete(

@@ -56,6 +56,9 @@ class TokenData(Protocol):
         """The same (tokens_BS, targets_BS) each time: the whole split in windows that do not
         overlap, or `max_batches` of its batches, spread evenly."""
 
+    def largest_id(self, split: str) -> int:
+        """The largest token id of the split; that of the tokenizer where it is endless."""
+
     def n_tokens(self, split: str) -> int | None:
         """Tokens in the split; None where it is endless."""
 

@@ -42,7 +42,8 @@ class SplitFacts:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """The tokenizer that made the tokens; `fingerprint` is its own."""
+    """The tokenizer that made the tokens; `fingerprint` is its own, in older manifests that of its
+    file's bytes."""
 
     kind: str
     file: str

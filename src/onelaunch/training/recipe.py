@@ -197,11 +197,12 @@ class Recipe:
     def model_config(self, data_vocab_size: int) -> ModelConfig:
         """The shape to train, its vocabulary taken from the data where the recipe names none.
 
-        Raises BadInput where the shape is incomplete or its vocabulary is not the data's.
+        A larger vocabulary than the data's is padded. Raises BadInput where the shape is incomplete
+        or its vocabulary smaller than the data's.
         """
         chosen = {k: v for k, v in asdict(self.model).items() if v is not None and k != "preset"}
         chosen.setdefault("vocab_size", data_vocab_size)
-        if chosen["vocab_size"] != data_vocab_size:
+        if chosen["vocab_size"] < data_vocab_size:
             raise BadInput(
                 f"{self.source}: model.vocab_size is {chosen['vocab_size']}, but the data's "
                 f"tokenizer has {data_vocab_size} ids; leave it out to take the data's"

@@ -104,6 +104,10 @@ class StoryData:
             rows = slice(i * batch_size, (i + 1) * batch_size)
             yield tokens_NS[rows], targets_NS[rows]
 
+    def largest_id(self, split: str) -> int:
+        """The tokenizer's: the stories do not end."""
+        return self.vocab_size - 1
+
     def n_tokens(self, split: str) -> None:
         """None: the stories do not end."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from onelaunch.checkpoints.lfs import refuse_pointer_at
 from onelaunch.checkpoints.tokenizers import Tokenizer, load_tokenizer
 from onelaunch.errors import BadInput
 from onelaunch.training.batches import Batch, check_request, check_state, split_rows, spread
@@ -28,6 +29,7 @@ class TokenFile:
         self.path = path
         self.n_tokens = facts.tokens
         self.vocab_size = vocab_size
+        self.largest_id = -1
         self._dtype = np.dtype(dtype).newbyteorder("<")
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the data
@@ -35,11 +37,13 @@ class TokenFile:
         except OSError as error:
             raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
         if size % ITEM_BYTES[dtype]:
+            refuse_pointer_at(path)
             raise BadInput(
                 f"{path}: its {size} bytes are not a whole number of {dtype} tokens; "
                 "run `onelaunch prepare` again"
             )
         if size != facts.tokens * ITEM_BYTES[dtype]:
+            refuse_pointer_at(path)
             raise BadInput(
                 f"{path}: holds {size // ITEM_BYTES[dtype]} tokens, the manifest says "
                 f"{facts.tokens}; run `onelaunch prepare` again"
@@ -69,13 +73,15 @@ class TokenFile:
         return rows_BR
 
     def check(self, sha256: str) -> None:
-        """Read everything once: ids within the vocabulary, and the digest as in the manifest."""
+        """Read everything once: ids within the vocabulary, and the digest as in the manifest.
+        Finds `largest_id`, -1 for an empty file."""
         digest = hashlib.sha256()
         buffer = np.empty(min(_SCAN_TOKENS, self.n_tokens), self._dtype)
         for start in range(0, self.n_tokens, _SCAN_TOKENS):
             chunk = buffer[: self.n_tokens - start]
             self.read_into(start, chunk)
-            if int(chunk.max()) >= self.vocab_size:
+            self.largest_id = max(self.largest_id, int(chunk.max()))
+            if self.largest_id >= self.vocab_size:
                 at = int(np.argmax(chunk >= self.vocab_size))
                 raise BadInput(
                     f"{self.path}: token {start + at} is id {int(chunk[at])}, beyond the "
@@ -115,9 +121,12 @@ class FileData:
     def _load_tokenizer(self, manifest: Manifest) -> Tokenizer:
         path = self.folder / manifest.tokenizer.file
         tokenizer = load_tokenizer(path)
-        found = (tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id)
+        found = (tokenizer.kind, tokenizer.vocab_size, tokenizer.bos_id)
         said = manifest.tokenizer
-        if found != (said.kind, said.fingerprint, manifest.vocab_size, manifest.bos_id):
+        # older manifests have the digest of the file
+        known = (tokenizer.fingerprint, tokenizer.file_fingerprint)
+        right = (said.kind, manifest.vocab_size, manifest.bos_id)
+        if found != right or said.fingerprint not in known:
             raise BadInput(
                 f"{path}: is not the tokenizer that the manifest describes; "
                 "run `onelaunch prepare` again"
@@ -156,6 +165,10 @@ class FileData:
             yield split_rows(file.rows(rows * seq_len, seq_len + 1))
         if tail and (everything or not full):
             yield split_rows(file.rows([full * seq_len], tail + 1))
+
+    def largest_id(self, split: str) -> int:
+        """The largest id in the split's file."""
+        return self._files[split].largest_id
 
     def n_tokens(self, split: str) -> int:
         """Tokens in the split."""
