@@ -20,6 +20,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from onelaunch.checkpoints.atomic import atomic_directory, atomic_file, write_json
+from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.checkpoints.tokenizers import Tokenizer, load_tokenizer, train_llama2c
 from onelaunch.errors import BadInput
 from onelaunch.training.manifest import (
@@ -217,6 +218,8 @@ def _documents(source: _Source, ticker: _Ticker) -> Iterator[str]:
             document = bytearray()
             start = 0
             for line in file:
+                if size == 0:
+                    refuse_pointer(source.path, line)
                 digest.update(line)
                 if line.strip() == SEPARATOR.encode():
                     yield from _decoded(document, start, source.path)
