@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     tensors["1.norm.weight"] = torch.zeros(3)
     (checkpoint / "engine.safetensors").unlink()
     write_tensors(checkpoint / "engine.safetensors", tensors)
-    state = read_state(checkpoint)
+    state = read_state(checkpoint) | {"schema": 1}  # without a checksum of its own
     state["sha256"]["engine.safetensors"] = sha256_file(checkpoint / "engine.safetensors")
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(BadInput, match="1.norm.weight is not of this model"):

@@ -228,7 +228,7 @@ def test_limited_evaluation_is_spread_and_always_the_same(tmp_path):
 def test_evaluation_needs_two_tokens(tmp_path, n):
     make_folder(tmp_path, n_val=n)
     data = open_data(str(tmp_path))
-    with pytest.raises(BadInput, match=r"val\.bin: holds"):
+    with pytest.raises(BadInput, match=r"val\.bin: evaluation needs two tokens, this has"):
         data.eval_batches("val", 8, 3)
 
 

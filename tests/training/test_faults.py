@@ -48,7 +48,7 @@ def words(**changed) -> list[str]:
 
 def test_a_validation_split_that_is_too_short_is_said_before_the_first_step(tmp_path):
     data = make_folder(tmp_path / "data", n_train=100, n_val=1)
-    with pytest.raises(BadInput, match=r"val\.bin: holds 1 token"):
+    with pytest.raises(BadInput, match=r"val\.bin: evaluation needs two tokens, this has 1"):
         runs.start(recipe(data__path=str(data)), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 

@@ -7,6 +7,7 @@ What is refused here cannot fit; what is not may still run out of memory, and is
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -169,18 +170,24 @@ def _left_in(folder: Path, limit: str, usage: str, cached: str) -> int | None:
 
 @contextmanager
 def names_batch_size(recipe: Recipe, run: Path | None = None) -> Iterator[None]:
-    """Turn running out of memory into one line that names the field to change, and the checkpoint
-    of `run` that is kept."""
+    """Turn running out of memory into one line that names the field to change, and where there is
+    a `run` already, how it goes on from its newest checkpoint."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         batch = recipe.train.batch_size
-        change = f"lower train.batch_size, which is {batch}"
         if batch == 1:
             change = "lower train.seq_len, as train.batch_size is 1, or train a smaller model"
+        elif run is None:
+            change = f"lower train.batch_size, which is {batch}"
+        else:
+            kept = list_checkpoints(run)
+            start = f" from {kept[-1].name}" if kept else ""
+            change = (
+                f"lower train.batch_size, which is {batch}: continue{start} with "
+                f"--resume --run {shlex.quote(str(run))} --set train.batch_size={batch // 2}"
+            )
         where = f"{run}: " if run else ""
-        kept = list_checkpoints(run) if run else []
-        after = f"; {kept[-1].name} is kept, --resume continues from it" if kept else ""
-        raise RunFailed(f"{where}not enough memory: {change}{after}") from error
+        raise RunFailed(f"{where}not enough memory: {change}") from error

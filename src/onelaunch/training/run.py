@@ -421,7 +421,7 @@ def _header(parts: _Parts) -> Header:
     train, config, device = parts.recipe.train, parts.engine.config, parts.engine.device
     per_micro = train.batch_size * parts.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    where = f"on {name}, norm {parts.engine.norm}, seed {train.seed}"
+    where = f"seed {train.seed}, on {name}, norm {parts.engine.norm}"
     return Header(
         title=f"onelaunch train: {parts.run}",
         lines=(

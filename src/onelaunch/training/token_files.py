@@ -148,7 +148,10 @@ class FileData:
         check_request(split, seq_len, batch_size)
         file = self._files[split]
         if file.n_tokens < 2:
-            raise BadInput(f"{file.path}: holds {file.n_tokens} tokens; evaluation needs two")
+            raise BadInput(
+                f"{file.path}: evaluation needs two tokens, this has {file.n_tokens}; "
+                "prepare more text"
+            )
         return self._eval_batches(file, seq_len, batch_size, max_batches)
 
     @staticmethod
