@@ -141,6 +141,13 @@ class TestFaults:
         with pytest.raises(BadInput, match=r"tokenizer_config\.json: not valid JSON"):
             found_at(tmp_path, 257)
 
+    def test_settings_that_are_not_there_are_named(self, tmp_path: Path) -> None:
+        pytest.importorskip("tokenizers")
+        write_json_tokenizer(tmp_path)
+        (tmp_path / "tokenizer_config.json").symlink_to("absent")
+        with pytest.raises(BadInput, match=r"tokenizer_config\.json: cannot read"):
+            found_at(tmp_path, 257)
+
     def test_each_of_several_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.bin").write_bytes(b"damaged")
         (tmp_path / "tokenizer.json").write_text("{")

@@ -302,7 +302,7 @@ class TestExport:
         for name in ("config.json", "generation_config.json"):
             assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] is None
         # nor is it waited for
-        code, out, err = onelaunch("generate", model, "--prompt", "a", *REFERENCE)
+        code, _, err = onelaunch("generate", model, "--prompt", "a", *REFERENCE)
         assert code == 0, err
 
 

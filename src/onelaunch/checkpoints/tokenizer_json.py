@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
+from os.path import lexists
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,11 +66,11 @@ class JsonTokenizer:
         own = path.name.endswith(f".{FILE_NAME}")
         prefix = path.name.removesuffix(FILE_NAME) if own else ""
         settings = path.with_name(f"{prefix}tokenizer_config.json")
-        self._settings = _read(settings, _SETTINGS_BYTES) if settings.is_file() else None
+        self._settings = _read(settings, _SETTINGS_BYTES) if lexists(settings) else None
         tables = {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
             file = path.with_name(prefix + name)
-            tables[name] = read_json(file, _SETTINGS_BYTES) if file.is_file() else {}
+            tables[name] = read_json(file, _SETTINGS_BYTES) if lexists(file) else {}
         _library(path)
         _guarded(lambda: self._build(data, tables), path)
 

@@ -33,7 +33,8 @@ def prepare(
         typer.Option(
             "--tokenizer",
             metavar="FILE",
-            help="A tokenizer.bin or tokenizer.json; default: bytes, a vocabulary of 259.",
+            help="A tokenizer.bin, tokenizer.json or tokenizer.model; default: bytes, a vocabulary "
+            "of 259.",
         ),
     ] = None,
     quiet: Quiet = False,
