@@ -16,6 +16,7 @@ from onelaunch.operators.rms_norm.plan import (
 )
 from tests.operators.rms_norm.edge_suite import EdgeSuite
 from tests.operators.rms_norm.kernel_suite import KernelSuite, every_row_mode
+from tests.operators.rms_norm.source_suite import BLOCK_ROW_SHAPES, SMALL_SHAPES, SourceSuite
 from tests.operators.rms_norm.suite import Case, Results, check, inputs, run
 
 CUDA = torch.device("cuda", 0)
@@ -23,7 +24,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 GIB = 2**30
 
 
-class TestOnCuda(KernelSuite, EdgeSuite):
+class TestOnCuda(KernelSuite, EdgeSuite, SourceSuite):
     device = CUDA
     dtypes = ((BF16, F32), (F16, F32), (F32, BF16))
     main_dtypes = (BF16, F32)
@@ -32,6 +33,8 @@ class TestOnCuda(KernelSuite, EdgeSuite):
     source_row_mode = "auto"
     row_counts = (1, 7, 4096, 131072)
     independent_widths = (64, 96, 128, 257, 768)
+    its_shapes = (*SMALL_SHAPES, *BLOCK_ROW_SHAPES)
+    its_dtypes = (BF16, F32)
 
     @pytest.mark.parametrize("rule", ["tuned", "source"])
     @pytest.mark.parametrize(

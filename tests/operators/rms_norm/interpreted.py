@@ -24,6 +24,7 @@ from tests.interpreting import mend_loop_bounds  # noqa: E402
 from tests.operators.rms_norm import suite  # noqa: E402
 from tests.operators.rms_norm.edge_suite import FAR_ELEMENTS, EdgeSuite  # noqa: E402
 from tests.operators.rms_norm.kernel_suite import KernelSuite  # noqa: E402
+from tests.operators.rms_norm.source_suite import SourceSuite  # noqa: E402
 from tests.operators.rms_norm.suite import Case  # noqa: E402
 
 # A CPU counts as one; with more, several programs share the tiles and their partials are added.
@@ -54,7 +55,7 @@ slow_reduce = interpreter.ReduceOps.generic_reduce
 interpreter.ReduceOps.generic_reduce = _add_pairs_at_once(slow_reduce)
 
 
-class TestInterpreted(KernelSuite, EdgeSuite):
+class TestInterpreted(KernelSuite, EdgeSuite, SourceSuite):
     device = torch.device("cpu")
     dtypes = ((torch.float32, torch.float16), (torch.float16, torch.float32))
     main_dtypes = (torch.float32, torch.float16)
@@ -63,6 +64,9 @@ class TestInterpreted(KernelSuite, EdgeSuite):
     source_row_mode = "block"
     row_counts = (1, 7, 40, 60)
     independent_widths = (96,)
+    its_shapes = ((63, 41), (517, 60))
+    its_dtypes = (torch.float16,)
+    its_ways = ({"in_place": True}, {"rule": "source", "row_mode": "block"})
 
     def far_storage(self, tmp_path):
         """A file that is nearly all hole."""

@@ -24,6 +24,7 @@ from tests.operators.rms_norm.suite import (
     check,
     check_promises,
     check_roundings,
+    check_roundings_of_dw,
     eager_forward,
     inputs,
     lay_out,
@@ -92,16 +93,19 @@ class KernelSuite:
     @every_path
     @pytest.mark.parametrize("casting", CASTINGS)
     def test_roundings_are_those_of_the_casting(self, path, casting):
-        for dtype, _ in self.dtypes:
+        for dtype, other in self.dtypes:
             if dtype == torch.float32:
                 continue
-            for offset in (0.0, 1.0):
+            for weight_dtype, offset in ((dtype, 0.0), (dtype, 1.0), (other, 0.0)):
                 case = self.on_path(path, dtype)
                 rows = max(case.rows, -(-4096 // case.columns))
-                meaning = {"weight_dtype": dtype, "casting": casting, "offset": offset}
+                meaning = {"weight_dtype": weight_dtype, "casting": casting, "offset": offset}
                 case = replace(case, shape=(rows, case.columns), **meaning)
                 x, weight, dy = inputs(case, self.device)
-                check_roundings(case, run(case, x, weight, dy).y, x, weight)
+                got = run(case, x, weight, dy)
+                if weight_dtype == dtype:
+                    check_roundings(case, got.y, x, weight)
+                check_roundings_of_dw(case, got.dw, x, weight, dy)
 
     @every_path
     @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.1])

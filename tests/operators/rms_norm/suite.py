@@ -9,7 +9,7 @@ dtype, which is plain PyTorch under autograd: the formulas of the Hugging Face m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -292,6 +292,21 @@ def check_roundings(case: Case, y: Tensor, x: Tensor, weight: Tensor | None) -> 
         assert share(other) < 0.9, (
             f"{case}: {share(other):.2%} of {other}'s bits, where few are due"
         )
+
+
+def check_roundings_of_dw(
+    case: Case, dw: Tensor, x: Tensor, weight: Tensor | None, dy: Tensor
+) -> None:
+    """Fail unless dW's terms are rounded where the casting says: as autograd of Llama's module
+    rounds them, or, as in Gemma's, not at all. Relative to the distance between these two, dW is
+    near its own one: a few elements at most fall to the other side of the last rounding."""
+    rounded, unrounded = (
+        eager(replace(case, casting=casting), x, weight, dy).dw for casting in ("llama", "gemma")
+    )
+    own, other = (rounded, unrounded) if case.casting == "llama" else (unrounded, rounded)
+    apart = error(other, own)
+    assert apart > 0, f"{case}: too few terms to tell the castings apart"
+    assert error(dw, own) <= 0.5 * apart, f"{case}: {error(dw, own):.2g} of {apart:.2g} off"
 
 
 def check_promises(case: Case, device: torch.device) -> None:

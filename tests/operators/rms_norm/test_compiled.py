@@ -150,4 +150,4 @@ def test_a_kernel_that_spills_is_noticed(compile_for):
     """The published tile at 512 columns is known to spill, so the measure must say so."""
     x, weight = torch.empty(rows_of(512), 512, dtype=BF16), torch.empty(512, dtype=BF16)
     kernels = compile_for("sm_90", x, weight, rule="source")
-    assert max(kernel.spilled for kernel in kernels) > 100
+    assert max(kernel.spilled for kernel in kernels) > 0

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from onelaunch import RMSNorm, rms_norm
+from onelaunch.operators.rms_norm.reference import rms_norm_backward
 from tests.operators.rms_norm.suite import Case, Results, check, gradients, inputs, run
 
 CPU = torch.device("cpu")
@@ -103,6 +104,12 @@ def test_it_equals_the_model_its_casting_is_named_after(casting, offset, module,
     assert float((y == want).float().mean()) >= 0.999
     for got, right in zip(gradients(ours, x), gradients(theirs, x), strict=True):
         torch.testing.assert_close(got, right, rtol=1e-5 if dtype == F32 else 2e-2, atol=1e-5)
+    theirs.zero_grad()
+    theirs(x).backward(dy)
+    dw = rms_norm_backward(dy, x, ours.weight.detach(), 1e-6, casting, offset)[1]
+    torch.testing.assert_close(dw, theirs.weight.grad)
+    if dtype == BF16:  # but for a sum in another order, at both sides of a rounding boundary
+        assert float((dw == theirs.weight.grad).float().mean()) >= 0.95
     if dtype == BF16:
         other = "llama" if casting == "gemma" else "gemma"
         another = run(replace(case, casting=other), x, ours.weight, dy).y

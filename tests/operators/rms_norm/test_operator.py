@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onelaunch import RMSNorm, rms_norm
+from onelaunch.operators.rms_norm.reference import rms_norm_backward
 from tests.operators.rms_norm.suite import (
     CASTINGS,
     STRIDED,
@@ -19,6 +20,7 @@ from tests.operators.rms_norm.suite import (
     assert_same,
     check,
     check_roundings,
+    check_roundings_of_dw,
     eager_forward,
     gradients,
     inputs,
@@ -61,6 +63,21 @@ def test_roundings_are_those_of_the_casting(dtype, weight_dtype, casting):
         assert torch.equal(y, eager_forward(x, weight, case.eps, casting, 0.0))
     else:
         check_roundings(case, y, x, weight)
+
+
+@pytest.mark.parametrize("casting", CASTINGS)
+@pytest.mark.parametrize("weight_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_closed_form_rounds_dw_as_the_casting_says(dtype, weight_dtype, casting):
+    """As autograd of the plain form does, but in `none`, where it rounds nothing."""
+    case = Case((64, 96), dtype, weight_dtype, casting)
+    x, weight, dy = inputs(case, CPU)
+    dw = rms_norm_backward(dy, x, weight, case.eps, casting)[1]
+    assert dw.dtype == weight_dtype
+    if dtype == F32:
+        torch.testing.assert_close(dw, run(case, x, weight, dy).dw)
+    else:
+        check_roundings_of_dw(case, dw, x, weight, dy)
 
 
 def test_it_says_once_that_there_is_no_kernel():

@@ -40,9 +40,10 @@ def rms_norm(
 
     `casting` says where results are rounded: `llama` and `gemma` as the Hugging Face models of
     these names do, `none` in x's dtype throughout but for the float32 sum of squares and its root;
-    `reference` has the table. Gradients are computed in float32 and rounded once, whatever the
-    casting; dW is the same from run to run, and a row's result does not depend on the other rows as
-    long as `row_mode` or the rule gives them the same path.
+    `reference` has the table. Gradients are computed in float32 and rounded once, but for dW in
+    `llama`, whose terms are rounded as autograd of Hugging Face's module rounds them. dW is the
+    same from run to run, and a row's result does not depend on the other rows as long as `row_mode`
+    or the rule gives them the same path.
 
     `in_place` lets the backward write dX over the gradient that came in: less memory, for graphs in
     which nobody else reads that gradient. Not where y is added to something, as in x + rms_norm(x):

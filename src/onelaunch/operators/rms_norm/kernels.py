@@ -4,7 +4,8 @@ Forward, of one row:   y = x * rstd * scale,   rstd = 1 / sqrt(mean(x^2) + eps)
 Backward:              m = dy * scale,   n = x * rstd
                        dx = rstd * (m - n * mean(m * n))
                        dscale = sum over rows of dy * n
-(Zhang and Sennrich, 1910.07467). The scale is weight + offset, or 1.
+(Zhang and Sennrich, 1910.07467). The scale is weight + offset, or 1. In the llama casting n and
+dy * n are rounded in dscale, as autograd of Hugging Face's module rounds them.
 
 The forward stores no rstd: the backward must read x anyway and adds its squares beside m * x, in
 one reduction. That saves the writes, the reads and the tensor (docs/log.md has figures).
@@ -50,6 +51,19 @@ def _scale(w, offset, x_dtype: tl.constexpr, CASTING: tl.constexpr):
     if CASTING != 1:
         scale = scale.to(w.dtype).to(tl.float32)
     return scale
+
+
+@triton.jit
+def _dscale_terms(dy, n, x_dtype: tl.constexpr, w_dtype: tl.constexpr, CASTING: tl.constexpr):
+    """What a row adds to dscale, in float32. Llama's module multiplies the weight with n in x's
+    dtype; its autograd rounds dy * n to the dtype in which x and the weight meet, and only then
+    adds up."""
+    if CASTING == 0:
+        n = n.to(x_dtype).to(tl.float32)
+    terms = dy * n
+    if CASTING == 0 and x_dtype == w_dtype:
+        terms = terms.to(x_dtype).to(tl.float32)
+    return terms
 
 
 @triton.jit
@@ -240,7 +254,7 @@ def backward_kernel(
         n = x * rstd
         dx = rstd * (m - n * (rstd * dot / C))
         if WEIGHT_GRADIENT:
-            dscale += dy * n
+            dscale += _dscale_terms(dy, n, x_ptr.dtype.element_ty, w_ptr.dtype.element_ty, CASTING)
         dx_offsets = _row_offsets(row, inner, dx_outer, dx_inner, C, LAYOUT)
         tl.store(dx_ptr + dx_offsets + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if WEIGHT_GRADIENT:
@@ -321,7 +335,10 @@ def backward_chunked_kernel(
                 partial = partials_ptr + program.to(tl.int64) * C + column
                 # The first tile begins the sum, so nothing has to be cleared before.
                 so_far = tl.load(partial, mask=(column < C) & (tile != program), other=0.0)
-                total = so_far.to(tl.float32) + tl.sum(dy * n, 0)
+                terms = _dscale_terms(
+                    dy, n, x_ptr.dtype.element_ty, w_ptr.dtype.element_ty, CASTING
+                )
+                total = so_far.to(tl.float32) + tl.sum(terms, 0)
                 tl.store(partial, total.to(partials_ptr.dtype.element_ty), mask=column < C)
 
 

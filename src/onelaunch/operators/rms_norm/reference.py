@@ -10,9 +10,14 @@ The three castings differ in where they round to the input's dtype:
 | gemma | float32 | float32 | float32, rounded once |
 | none | float32 | rounded | weight + offset rounded to the input's dtype, product rounded |
 
-`llama` and `gemma` are what the Hugging Face models of these names compute. `none` works in the
-input's dtype, except that the sum of squares and the reciprocal root stay in float32: summing
-squares in bfloat16 loses most of its bits, in float16 it overflows.
+`llama` and `gemma` are what the Hugging Face models of these names compute, and their gradient of
+the weight is what autograd makes of those models: in `llama` dW is the sum of dY times the rounded
+x / rms, each product rounded to the dtype in which x and weight meet, summed in float32; in `gemma`
+nothing is rounded before the sum. `none` works in the input's dtype, except that the sum of squares
+and the reciprocal root stay in float32: summing squares in bfloat16 loses most of its bits, in
+float16 it overflows. So in half precision `none` differs from a module that works in the input's
+dtype throughout (Liger-Kernel's tests compare with one, and expect failures), and its dW, which
+rounds nothing before the sum, is the more exact one.
 """
 
 from __future__ import annotations
@@ -57,6 +62,8 @@ def rms_norm_backward(
     """(dX, dW) in closed form, computed in float32 and rounded once (float64 for float64 inputs):
 
     m = dy * scale,  n = x * rstd,  dx = rstd * (m - n * mean(m * n)),  dw = sum of dy * n
+
+    Only in dw of `llama` n and dy * n are rounded before.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_wide, dy_wide = x.to(wide), dy.to(wide)
@@ -68,7 +75,11 @@ def rms_norm_backward(
     dx = rstd * (m - n * (m * n).mean(-1, keepdim=True))
     if weight is None:
         return dx.to(x.dtype), None
-    return dx.to(x.dtype), (dy_wide * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    terms = dy_wide * n
+    if casting == "llama":
+        meeting = torch.promote_types(x.dtype, weight.dtype)
+        terms = (dy.to(meeting) * n.to(x.dtype)).to(wide)
+    return dx.to(x.dtype), terms.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
 def _scale(
