@@ -10,7 +10,6 @@ import pytest
 from onelaunch.bench.experiments import EXPERIMENTS
 from onelaunch.bench.fusion_depth_findings import judged
 from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.rms_norm_findings import threshold_finding
 from onelaunch.checkpoints.atomic import read_json
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
@@ -64,7 +63,8 @@ def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
         "norm-forward-4096-512"
     ]
     assert set(map(tuple, found("amd-epyc-2-cores", "rms-norm").values())) == {("not applicable",)}
-    assert found("nvidia-h200", "rms-norm-threshold") == {"norm-rows": ["confirmed"]}
+    # the record is of our tuned tiles, of which the published sentence does not speak
+    assert found("nvidia-h200", "rms-norm-threshold") == {"norm-rows": ["not applicable"]}
     assert found("amd-epyc-2-cores", "rms-norm-threshold") == {"norm-rows": ["not applicable"]}
 
 
@@ -73,11 +73,3 @@ def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
 )
 def test_half_of_a_gain_confirms_it(speedup, verdict):
     assert judged(speedup, 3.0)[0] == verdict
-
-
-@pytest.mark.parametrize(
-    ("rows", "verdict"),
-    [(2048, "confirmed"), (8192, "confirmed"), (1024, "refuted"), (None, "refuted")],
-)
-def test_a_threshold_may_be_a_power_of_two_off(rows, verdict):
-    assert threshold_finding(rows, on_gpu=True).verdict == verdict

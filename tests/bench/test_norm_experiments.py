@@ -11,6 +11,7 @@ from onelaunch import cli
 from onelaunch.bench import (
     norm_cell,
     rms_norm,
+    rms_norm_paths,
     rms_norm_threshold,
     rms_norm_training,
     rms_norm_views,
@@ -305,6 +306,47 @@ def test_rms_norm_threshold_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert (folder / "rms-norm-threshold.png").stat().st_size > 5000
 
 
+def on_a_cpu(rows, columns, dtype, device):
+    return norm_cell.Cell(rows, columns, dtype, CPU)
+
+
+def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
+    """Beside the tuned pair: our kernels by the published tile, and Liger's two paths, at the
+    sentence's widths and row counts only."""
+    monkeypatch.setattr(rms_norm_threshold, "has_kernel", lambda place, say: True)
+    monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
+    monkeypatch.setattr(norm_cell, "synchronizer", lambda device: lambda: None)
+    monkeypatch.setattr(rms_norm_threshold, "QUICK_ROWS", (16, 4096))
+    monkeypatch.setattr(rms_norm_threshold, "QUICK_COLUMNS", (8, 64))
+    monkeypatch.setattr(
+        rms_norm_threshold,
+        "ours",
+        lambda: [Contender(name, lambda: right, form=True) for name in ("row", "block")],
+    )
+    liger = [
+        Contender(name, lambda: InPlace.apply, in_place=True)
+        for name in ("liger block", "liger row")
+    ]
+    source = [Contender(name, lambda: right) for name in ("source block", "source row")]
+    monkeypatch.setattr(rms_norm_threshold, "liger_paths", lambda say: liger)
+    monkeypatch.setattr(rms_norm_threshold, "source_paths", lambda: source)
+    gpu |= {"source block": 3.0, "source row": 6.0, "liger block": 2.0, "liger row": 8.0}
+    rows = list(rms_norm_threshold.run("cuda", True, lambda line: None))
+    of_the_sentence = [row for row in rows if row.case.startswith("4096x64 ")]
+    assert [set(row.notes["forms"]) for row in of_the_sentence] == [
+        {"source block", "source row", "liger block", "liger row"}
+    ] * 3
+    assert len(rows) == 12
+    assert all("forms" not in row.notes for row in rows if row not in of_the_sentence)
+    assert all(row.peers.keys() == {"row"} and row.notes["best_peer"] == "row" for row in rows)
+    record = a_record(rows)
+    for key, ratio in (("source", 0.5), ("liger", 0.25), ("tuned", 0.5)):
+        ratios = rms_norm_paths.ratios_of(record, rms_norm_paths.PAIRS[key])
+        assert ratios == {
+            pass_: {(4096, 64): pytest.approx(ratio, rel=1e-3)} for pass_ in norm_cell.PASSES
+        }
+
+
 def test_rms_norm_threshold_as_on_a_gpu(gpu, monkeypatch):
     """The block path, 3 us, against the row path, 4 us."""
     forms = {c.name: c for c in contenders() if c.form}
@@ -314,9 +356,7 @@ def test_rms_norm_threshold_as_on_a_gpu(gpu, monkeypatch):
     norms = {c.name: c.fresh() for c in there}
     monkeypatch.setattr(norm_cell, "synchronizer", lambda device: lambda: None)
     gpu["ours"] = 3.0
-    monkeypatch.setattr(
-        rms_norm_threshold, "Cell", lambda r, c, dtype, device: norm_cell.Cell(r, c, dtype, CPU)
-    )
+    monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
     rows = list(
         rms_norm_threshold._shape(8, 16, torch.device("cuda"), there, norms, lambda line: None)
     )

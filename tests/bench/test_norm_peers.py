@@ -41,6 +41,13 @@ def test_the_copy_takes_the_published_rule_and_the_original_keeps_its_own(tmp_pa
         assert after(64, 65536, True) == "row"
 
 
+def test_ligers_block_path_is_taken_at_every_number_of_rows(tmp_path, monkeypatch):
+    released = a_module(tmp_path, monkeypatch, 2)
+    patched = peers.with_source_rule(released, peers.BLOCK_CONDITION)
+    assert [patched.path0(512, n) for n in (1, 512, 65536)] == ["block"] * 3
+    assert patched.path1(1024, 65536) == patched.path1(64, 1, True) == "row"
+
+
 @pytest.mark.parametrize("places", [0, 1, 3])
 def test_a_liger_that_looks_otherwise_is_not_patched(tmp_path, monkeypatch, places):
     with pytest.raises(ValueError, match=f"stands in {places} places"):
@@ -54,6 +61,8 @@ def test_missing_peers_are_said(monkeypatch):
     found = peers.peers(torch.device("cuda"), lines.append)
     assert [contender.name for contender in found] == ["torch", "torch.compile"]
     assert [line.split(":")[0] for line in lines] == ["without Liger", "without QuACK"]
+    assert peers.liger_paths(lines.append) == []
+    assert lines[-1].startswith("without Liger")
 
 
 def test_a_cpu_has_no_more_than_pytorch():

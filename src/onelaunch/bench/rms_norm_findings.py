@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from onelaunch.bench import rms_norm_paths
 from onelaunch.bench.findings import Finding, Verdict
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.tables import figure as digits
@@ -22,6 +23,8 @@ NO_CHANGE = 0.02
 the rule's, which are its control, differ by up to a hundredth."""
 ROWS_FACTOR = 2.0
 """How far the row count of the rule may be off: the counts measured are powers of 2."""
+SENTENCE = f"the lowest row count where every pass wins, up to {BLOCK_ROW_MAX_BLOCK_SIZE}"
+_PUBLISHED_ROWS = f"{PUBLISHED['norm-rows'].values['rows']:,} rows"
 _PASSES = {"both": "full", "backward": "backward", "forward": "forward"}
 KEYS = tuple(key for key in PUBLISHED if key.startswith("norm-") and key != "norm-rows")
 
@@ -71,22 +74,49 @@ def _of_shape(key: str, width: int, row: dict[str, Any]) -> Iterator[Finding]:
     )
 
 
-def threshold_finding(rows: int | None, on_gpu: bool) -> Finding:
-    """Of the lowest row count from which the block path pays, for all of the rule's widths."""
-    published = float(PUBLISHED["norm-rows"].values["rows"])
-    claim = f"several rows in a program pay from so many rows on, up to {BLOCK_ROW_MAX_BLOCK_SIZE}"
-    if not on_gpu:
-        return _elsewhere(("norm-rows",), claim)
+def sentence_findings(record: dict[str, Any]) -> list[Finding]:
+    """Of the lowest row count at which every pass wins, 16 rows a tile against one row: our kernels
+    in that form, and Liger's own."""
+    if not record["rows"]:
+        return []
+    if not any(row["case"].endswith(" gpu") for row in record["rows"]):
+        return [_elsewhere(("norm-rows",), SENTENCE)]
+    found = []
+    for key in ("source", "liger"):
+        pair = rms_norm_paths.PAIRS[key]
+        if ratios := rms_norm_paths.ratios_of(record, pair):
+            found.append(sentence_finding(ratios, pair.label))
+    if found:
+        return found
+    why = "the record has our tuned tiles alone, of which the sentence does not speak"
+    return [Finding(("norm-rows",), SENTENCE, _PUBLISHED_ROWS, "", "not applicable", why)]
+
+
+def sentence_finding(ratios: rms_norm_paths.Ratios, label: str) -> Finding:
+    """Of one pair of paths."""
+    published = int(PUBLISHED["norm-rows"].values["rows"])
+    rows = rms_norm_paths.wins_from(ratios, rms_norm_paths.PASSES, rms_norm_paths.WIDTHS)
     near = rows is not None and 1 / ROWS_FACTOR <= rows / published <= ROWS_FACTOR
+    alone = [
+        (pass_, rms_norm_paths.wins_from(ratios, (pass_,), rms_norm_paths.WIDTHS))
+        for pass_ in rms_norm_paths.PASSES
+    ]
+    told = ", ".join(f"{pass_} from {_rows_said(count)}" for pass_, count in alone)
+    losers = rms_norm_paths.losers_at(ratios, published)
+    at = f"; at {published:,} rows do not win: {', '.join(losers)}" if losers else ""
     return Finding(
         ("norm-rows",),
-        claim,
-        f"{published:,.0f} rows",
+        f"{SENTENCE}: {label}",
+        _PUBLISHED_ROWS,
         f"{rows:,} rows" if rows is not None else "none",
         "confirmed" if near else "refuted",
-        "our block path against our row path: no pass of any width loses from there on",
+        f"widths 64 to {BLOCK_ROW_MAX_BLOCK_SIZE}: {told}{at}",
         rows / published if rows is not None else None,
     )
+
+
+def _rows_said(count: int | None) -> str:
+    return "no count on" if count is None else f"{count:,} rows on"
 
 
 def _elsewhere(keys: tuple[str, ...], claim: str) -> Finding:

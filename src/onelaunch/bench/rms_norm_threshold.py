@@ -2,8 +2,10 @@
 
 The way the published rule set its constant: the lowest row count from which the block path beats
 the row path, for every width and for all of the rule's widths together. Ratios within a hundredth
-of 1 are ties, and decide nothing. On a CPU, which has neither path, the plain form stands against
-PyTorch's RMSNorm in their place.
+of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows:
+`rms_norm_paths` holds it against our kernels in that form and against Liger's, on its own widths
+and row counts. On a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm in
+their place.
 """
 
 from __future__ import annotations
@@ -13,13 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench import plots
+from onelaunch.bench import plots, rms_norm_paths
 from onelaunch.bench.findings import Finding
 from onelaunch.bench.norm_cell import PASSES, Cell, each_reason_once, host_times, kernel_times
-from onelaunch.bench.peers.rms_norm import Contender, Norm, has_kernel, ours, peers
+from onelaunch.bench.peers.rms_norm import (
+    Contender,
+    Norm,
+    has_kernel,
+    liger_paths,
+    ours,
+    peers,
+    source_paths,
+)
 from onelaunch.bench.record import Row
 from onelaunch.bench.rms_norm import row_of
-from onelaunch.bench.rms_norm_findings import threshold_finding
+from onelaunch.bench.rms_norm_findings import sentence_findings
+from onelaunch.bench.rms_norm_paths import TIE, Ratios, verdict
 from onelaunch.bench.tables import markdown, provenance
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
@@ -42,10 +53,6 @@ CPU_QUICK_ROWS, CPU_QUICK_COLUMNS = (256, 1024), (64, 256)
 
 SAMPLES = 15
 CPU_CALLS, CPU_SAMPLES = 20, 5
-TIE = 0.01  # ratios as near to 1 as this come out on either side from run to run
-
-Ratios = dict[str, dict[tuple[int, int], float]]
-"""By pass, then by (rows, columns)."""
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
@@ -60,21 +67,18 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         rows = CPU_QUICK_ROWS if quick else CPU_ROWS
         columns = CPU_QUICK_COLUMNS if quick else CPU_COLUMNS
     contenders = _contenders(place)
-    norms = {contender.name: contender.fresh() for contender in contenders}
+    of_the_sentence = [*source_paths(), *liger_paths(say)] if on_gpu else []
+    norms = {c.name: c.fresh() for c in (*contenders, *of_the_sentence)}
     stream = torch.cuda.Stream(place) if on_gpu else None
     for width in columns:
         for count in rows:
+            there = list(contenders)
+            if count in rms_norm_paths.ROWS and width in rms_norm_paths.WIDTHS:
+                there += of_the_sentence
             with torch.cuda.stream(stream):
-                found = list(_shape(count, width, place, contenders, norms, say))
+                found = list(_shape(count, width, place, there, norms, say))
             torch.cuda.empty_cache()  # a graph's memory is its own until this
             yield from found
-
-
-def verdict(ratio: float | None) -> str:
-    """Of block time over row time: wins, tie, or loses, as a pass that was not timed does."""
-    if ratio is None or ratio > 1 + TIE:
-        return "loses"
-    return "wins" if ratio < 1 - TIE else "tie"
 
 
 def lowest_winning(ratios: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> int | None:
@@ -110,7 +114,10 @@ def _shape(
     norms: Mapping[str, Norm],
     say: Callable[[str], None],
 ) -> Iterator[Row]:
+    """The rows of one shape: the first contender against the second, the others as forms."""
     on_gpu = device.type == "cuda"
+    norms = {c.name: norms[c.name] for c in contenders}
+    first, second, *others = norms
     cell = Cell(rows, columns, torch.bfloat16 if on_gpu else torch.float32, device)
     notes = _notes(cell) if on_gpu else {"dtype": "float32"}
     words = []
@@ -119,9 +126,10 @@ def _shape(
             times = kernel_times(cell, pass_, contenders, norms, SAMPLES, say)
         else:
             times = host_times(cell, pass_, contenders, norms, CPU_CALLS, CPU_SAMPLES, say)
-        if len(times) < len(contenders):
+        if not {first, second} <= times.keys():
             continue
-        row = row_of(f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}", times, {"ours"})
+        case = f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}"
+        row = row_of(case, times, {"ours", *others})
         row.notes |= notes
         words.append(f"{pass_} {row.notes['ratio']:.2f}")
         yield row
@@ -139,12 +147,7 @@ def _notes(cell: Cell) -> dict[str, object]:
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of the published row count, for all of the rule's widths together."""
-    ratios = _ratios(record)
-    narrow = [width for width in _axes(ratios)[0] if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
-    if not narrow:
-        return []
-    on_gpu = any(row["case"].endswith(" gpu") for row in record["rows"])
-    return [threshold_finding(_threshold_of(ratios, narrow), on_gpu)]
+    return sentence_findings(record)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -167,6 +170,7 @@ def table(record: dict[str, Any]) -> str:
         ]
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
         parts.append(markdown(["rows", *map(str, widths)], lines))
+    parts += rms_norm_paths.tables(record)
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,6 +36,8 @@ Norm = Callable[[Tensor, Tensor], Tensor]
 # What Liger asks before it takes its row path, and what the published rule asks.
 LIGER_CONDITION = "BLOCK_SIZE > 256 or n_rows < 4096 * 8 or row_mode"
 SOURCE_CONDITION = "BLOCK_SIZE > 512 or n_rows < 4096 or row_mode"
+# Its block path at every row count that is measured.
+BLOCK_CONDITION = "BLOCK_SIZE > 512 or row_mode"
 
 # With what PyTorch puts the QuACK that it carries in place of its own kernels: from which of its
 # versions on, and the versions of nvidia-cutlass-dsl that it knows to work.
@@ -64,16 +66,24 @@ class Contender:
 
 def ours() -> list[Contender]:
     """`ours`, by automatic choice; then with each path forced, and by the published rule."""
-
-    def norm(**how: str) -> Callable[[], Norm]:
-        return lambda: lambda x, weight: rms_norm(x, weight, EPS, **how)  # type: ignore[arg-type]
-
     return [
         Contender("ours", lambda: _ours, form=True),
-        Contender("row", norm(row_mode="row"), form=True, sibling=True),
-        Contender("block", norm(row_mode="block"), form=True, sibling=True),
-        Contender("source", norm(rule="source"), form=True, sibling=True),
+        Contender("row", _ours_as(row_mode="row"), form=True, sibling=True),
+        Contender("block", _ours_as(row_mode="block"), form=True, sibling=True),
+        Contender("source", _ours_as(rule="source"), form=True, sibling=True),
     ]
+
+
+def source_paths() -> list[Contender]:
+    """Ours as the published rule has it, 16 rows a tile and one row, at any number of rows."""
+    return [
+        Contender(f"source {mode}", _ours_as(rule="source", row_mode=mode), form=True, sibling=True)
+        for mode in ("block", "row")
+    ]
+
+
+def _ours_as(**how: str) -> Callable[[], Norm]:
+    return lambda: lambda x, weight: rms_norm(x, weight, EPS, **how)  # type: ignore[arg-type]
 
 
 def ours_in_place() -> Contender:
@@ -180,39 +190,63 @@ def _compiled() -> Norm:
     return torch.compile(_torch, fullgraph=True)
 
 
-def _liger(say: Callable[[str], None]) -> list[Contender]:
+def liger_paths(say: Callable[[str], None]) -> list[Contender]:
+    """Liger's two paths as it has them, at any number of rows; what is missing is said."""
+    released = _import_liger(say)
+    if released is None:
+        return []
     try:
-        released = importlib.import_module("liger_kernel.ops.rms_norm")
+        by_blocks = with_source_rule(released, BLOCK_CONDITION)
+    except ValueError as error:
+        say(f"without Liger's two paths: {error}")
+        return []
+    return [
+        Contender(name, partial(_liger_norm, module, row), in_place=True, sibling=True)
+        for name, module, row in (("liger block", by_blocks, None), ("liger row", released, True))
+    ]
+
+
+def _import_liger(say: Callable[[str], None]) -> ModuleType | None:
+    try:
+        return importlib.import_module("liger_kernel.ops.rms_norm")
     except Exception as error:
         say(f"without Liger: {_reason(error)}")
+        return None
+
+
+def _liger_norm(module: ModuleType, row_mode: bool | None = None) -> Norm:
+    apply = module.LigerRMSNormFunction.apply
+    return lambda x, weight: apply(x, weight, EPS, 0.0, "llama", True, row_mode)
+
+
+def _liger(say: Callable[[str], None]) -> list[Contender]:
+    released = _import_liger(say)
+    if released is None:
         return []
-
-    def norm(module: ModuleType, row_mode: bool | None = None) -> Norm:
-        apply = module.LigerRMSNormFunction.apply
-        return lambda x, weight: apply(x, weight, EPS, 0.0, "llama", True, row_mode)
-
     found = [
-        Contender("liger", partial(norm, released), in_place=True),
-        Contender("liger row", partial(norm, released, True), in_place=True, sibling=True),
+        Contender("liger", partial(_liger_norm, released), in_place=True),
+        Contender("liger row", partial(_liger_norm, released, True), in_place=True, sibling=True),
     ]
     try:
         patched = with_source_rule(released)
     except ValueError as error:
         say(f"without Liger by the published rule: {error}")
         return found
-    return [*found, Contender("liger source", partial(norm, patched), in_place=True, sibling=True)]
+    source = Contender("liger source", partial(_liger_norm, patched), in_place=True, sibling=True)
+    return [*found, source]
 
 
-def with_source_rule(released: ModuleType) -> ModuleType:
-    """A second copy of Liger's module, its two thresholds those of the published rule; the first
-    stays as it is. Raises ValueError unless exactly two places change."""
+def with_source_rule(released: ModuleType, condition: str = SOURCE_CONDITION) -> ModuleType:
+    """A second copy of Liger's module, its two thresholds those of the published rule, or of
+    another `condition` of the row path; the first stays as it is. Raises ValueError unless exactly
+    two places change."""
     text = inspect.getsource(released)
     if (places := text.count(LIGER_CONDITION)) != 2:
         raise ValueError(f"its condition stands in {places} places of {released.__name__}, not 2")
     # A file, as Triton reads the source of what it compiles from one; only while it imports.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "liger_rms_norm_by_source_rule.py"
-        path.write_text(text.replace(LIGER_CONDITION, SOURCE_CONDITION), encoding="utf-8")
+        path.write_text(text.replace(LIGER_CONDITION, condition), encoding="utf-8")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None:
             raise ValueError("its copy cannot be imported")
