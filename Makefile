@@ -63,9 +63,11 @@ test-convergence:
 		$(BIN)/python tests/convergence/run.py; \
 	fi
 
-# On a machine with a GPU and the packages already there.
+# On a machine with a GPU and the packages already there; six at a time where pytest-xdist is among
+# them. Leaves a record in benchmarks/records.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu -p tests.gpu.recording \
+		$$($(PYTHON) -c 'import xdist; print("-n 6 --dist loadgroup")' 2>/dev/null)
 
 # There too, with compute-sanitizer: no address that is nobody's, no word read that nobody wrote.
 memcheck:
