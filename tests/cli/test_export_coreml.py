@@ -34,7 +34,7 @@ def run(*arguments):
 def test_one_program_gives_the_models_logits(tmp_path):
     out = tmp_path / "model.mlpackage"
     result = run("stories260k", out, "--seq", 64)
-    assert f"wrote {out} (all: 455 operations" in result.stderr
+    assert f"wrote {out} (all: 576 operations" in result.stderr
     assert result.stdout == ""
     assert [each.name for each in tmp_path.iterdir()] == ["model.mlpackage"]
     loaded = random_model("stories260k")

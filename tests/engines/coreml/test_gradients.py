@@ -19,6 +19,7 @@ pytest.importorskip("coremltools")
 
 from onelaunch.engines.coreml import backward, emit
 from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.norm import stated_eps
 from onelaunch.engines.coreml.package import Package
 
 
@@ -46,7 +47,7 @@ def rounded(config, weights):
 
 def exact_gradients(config, weights, tokens, targets, dtype=torch.float64):
     """Of the model that the programs state, by autograd: loss and gradients by canonical name."""
-    config = config.with_(norm_eps=float(torch.tensor(config.norm_eps).half()))
+    config = config.with_(norm_eps=stated_eps(config.norm_eps))
     parameters = {name: w.to(dtype) for name, w in stated(config, weights).items()}
     model = Model.from_weights(config, parameters).requires_grad_(True)
     tables = (table.half().to(dtype) for table in rope_tables(config, tokens.shape[1]))
@@ -107,7 +108,7 @@ def host_end(config, weights, x, targets, scale):
     head = weights["embed_tokens.weight" if tied else "lm_head.weight"].double()
     head.requires_grad_(True)
     rows = x[:, :, 0].transpose(1, 2)
-    eps = float(torch.tensor(config.norm_eps).half())
+    eps = stated_eps(config.norm_eps)
     logits = F.linear(F.rms_norm(rows, rows.shape[-1:], norm, eps), head)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     loss.backward()

@@ -140,6 +140,14 @@ PROBES = {
     "sub": (lambda x, y: mb.sub(x=x, y=y), lambda x, y: x - y),
     "mul": (lambda x, y: mb.mul(x=x, y=y), lambda x, y: x * y),
     "real_div": (lambda x, y: mb.real_div(x=x, y=y), lambda x, y: x / y),
+    "maximum": (lambda x, y: mb.maximum(x=x, y=y), lambda x, y: torch.where(x > y, x, y)),
+    "abs": (lambda x, y: mb.abs(x=x), lambda x, y: x * x.sign()),
+    "ceil": (lambda x, y: mb.ceil(x=x), lambda x, y: -torch.floor(-x)),
+    "exp2": (lambda x, y: mb.exp2(x=x), lambda x, y: 2.0**x),
+    "log": (
+        lambda x, y: mb.log(x=mb.mul(x=x, y=x), epsilon=np.float16(0.5)),
+        lambda x, y: torch.log1p(x * x - 0.5),
+    ),
     "identity": (lambda x, y: mb.identity(x=x), lambda x, y: x),
     "sigmoid": (lambda x, y: mb.sigmoid(x=x), lambda x, y: 1 / (1 + torch.exp(-x))),
     "silu": (lambda x, y: mb.silu(x=x), lambda x, y: x / (1 + torch.exp(-x))),
@@ -150,6 +158,10 @@ PROBES = {
     "softmax": (
         lambda x, y: mb.softmax(x=x, axis=1),
         lambda x, y: torch.exp(x) / torch.exp(x).sum(1, keepdim=True),
+    ),
+    "reduce_max": (
+        lambda x, y: mb.reduce_max(x=x, axes=[1], keep_dims=True),
+        lambda x, y: x.sort(1).values[:, -1:],
     ),
     "reduce_mean": (
         lambda x, y: mb.reduce_mean(x=x, axes=[1], keep_dims=True),

@@ -21,18 +21,20 @@ from typing import Any
 from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.emit import (
     HANDED,
+    HEAD_AXIS,
     PURPOSE,
     Builder,
     Emitted,
     Emitter,
     Taps,
-    Var,
     X,
     flat_heads,
-    head_rms,
+    head_divisor,
+    normalize_heads,
     placeholders,
     tap_name,
 )
+from onelaunch.engines.coreml.norm import Var, normalize, normalize_backward
 from onelaunch.engines.coreml.pack import Packed, padded_head
 from onelaunch.errors import BadInput
 from onelaunch.plan import NO_LAYER, Launch, Plan, Stage
@@ -258,11 +260,10 @@ class _Backward(Builder):
 
     def _norm_back(self, x: Var, d_out: Var, name: str) -> Var:
         mb = self.mb
-        inverse = self.inverse_rms(x)
-        normalized = mb.mul(x=x, y=inverse)
+        norm = normalize(mb, self.config.norm_eps, [x], axis=1)
         weighted = mb.mul(x=d_out, y=mb.const(val=self.packed(name)))
-        mean = mb.reduce_mean(x=mb.mul(x=weighted, y=normalized), axes=[1], keep_dims=True)
-        return mb.mul(x=mb.sub(x=weighted, y=mb.mul(x=normalized, y=mean)), y=inverse)
+        (dx,) = normalize_backward(mb, norm, [weighted], axis=1)
+        return dx
 
     def _rotate_back(self, heads: int, d_heads: Sequence[Var]) -> tuple[Var, Var]:
         """From each head's gradient to those of the halves of all, before the rotation."""
@@ -280,22 +281,15 @@ class _Backward(Builder):
     ) -> tuple[Var, Var]:
         mb, half = self.mb, padded_head(self.config) // 2
         raw = self._values[stage.layer, f"{name}_raw"]
-        by_head, inverse = head_rms(self, heads, self.split(raw, 2))
+        norm = normalize_heads(self, heads, self.split(raw, 2))
         weight = self.packed(f"layers.{stage.layer}.self_attn.{name}_norm.weight")
         wide = (self.plan.batch, heads, half, self.plan.sequence)
-        normalized = [mb.mul(x=x, y=inverse) for x in by_head]
         weighted = []
         for i, d_half in enumerate(d_halves):
             part = weight[:, i * heads * half : (i + 1) * heads * half]
             product = mb.mul(x=d_half, y=mb.const(val=part.copy()))
             weighted.append(mb.reshape(x=product, shape=wide))
-        means = [
-            mb.reduce_mean(x=mb.mul(x=g, y=x), axes=[2], keep_dims=True)
-            for g, x in zip(weighted, normalized, strict=True)
-        ]
-        mean = self.mean_of_heads(means)
-        first, second = (
-            flat_heads(self, mb.mul(x=mb.sub(x=g, y=mb.mul(x=x, y=mean)), y=inverse))
-            for g, x in zip(weighted, normalized, strict=True)
-        )
+        divisor = head_divisor(self.config)
+        found = normalize_backward(mb, norm, weighted, HEAD_AXIS, divisor)
+        first, second = (flat_heads(self, each) for each in found)
         return first, second

@@ -22,6 +22,7 @@ import numpy as np
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools, one_at_a_time
+from onelaunch.engines.coreml.norm import Normalized, Var, normalize
 from onelaunch.engines.coreml.pack import Packed, causal_mask, padded_head, rotation
 from onelaunch.errors import BadInput
 from onelaunch.plan import Launch, Plan, Stage, launches, parse_depth
@@ -38,9 +39,8 @@ HANDED = {"qkv": ("q", "k", "v"), "attention": ("mixed",), "gate_up": ("hidden",
 """What a stage hands to the next one beside x, an input or output where a program begins or ends
 between the two. Of no layer by name: all layers share the program of a stage without weights."""
 _TAKEN = {"attention": HANDED["qkv"], "out_proj": (X, "mixed"), "down": (X, "hidden")}
-
-Var = Any
-"""A value of coremltools' own representation (MIL)."""
+HEAD_AXIS = 2
+"""Of the elements, where heads have an axis of their own."""
 
 
 @dataclass(frozen=True)
@@ -197,22 +197,6 @@ class Builder:
         cos = self.constant(f"cos {heads}", lambda: table(0))
         return cos, self.constant(f"sin {heads}", lambda: table(1))
 
-    def inverse_rms(self, x: Var) -> Var:
-        """1 / sqrt(mean(x^2) + eps) over channels; the mean, as a sum of squares would pass
-        float16's range with a root mean square of 9 at 768 channels."""
-        mb = self.mb
-        return self.inverse_root(mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[1], keep_dims=True))
-
-    def inverse_root(self, mean: Var) -> Var:
-        """1 / sqrt(mean + eps)."""
-        return self.mb.rsqrt(x=mean, epsilon=np.float16(self.config.norm_eps))
-
-    def mean_of_heads(self, means: Sequence[Var]) -> Var:
-        """Over heads, of the means over their padded halves. By a division: 24 / 16 is a float16
-        number, 16 / 24 is none."""
-        elements = self.config.head_dim / (padded_head(self.config) // 2)
-        return self.mb.real_div(x=self.mb.add(x=means[0], y=means[1]), y=np.float16(elements))
-
     def split(self, x: Var, count: int) -> Sequence[Var]:
         """Equal parts of the channels."""
         return self.mb.split(x=x, num_splits=count, axis=1) if count > 1 else [x]
@@ -367,17 +351,20 @@ class Emitter(Builder):
     def _norm(self, x: Var, name: str) -> Var:
         """x / sqrt(mean(x^2) + eps) * weight over channels."""
         mb = self.mb
-        normalized = mb.mul(x=x, y=self.inverse_rms(x))
+        (normalized,) = normalize(mb, self.config.norm_eps, [x], axis=1).parts
         return mb.mul(x=normalized, y=mb.const(val=self.packed(name)))
 
     def _head_norm(self, stage: Stage, name: str, heads: int, *halves: Var) -> Sequence[Var]:
         """The norm of each head, of which two halves are given."""
         mb = self.mb
-        by_head, rooted = head_rms(self, heads, halves)
         weight = self.packed(f"layers.{stage.layer}.self_attn.{name}_norm.weight")
         return [
-            mb.mul(x=flat_heads(self, mb.mul(x=x, y=rooted)), y=mb.const(val=w))
-            for x, w in zip(by_head, np.split(weight, 2, axis=1), strict=True)
+            mb.mul(x=flat_heads(self, x), y=mb.const(val=w))
+            for x, w in zip(
+                normalize_heads(self, heads, halves).parts,
+                np.split(weight, 2, axis=1),
+                strict=True,
+            )
         ]
 
     def _rotate(self, heads: int, first: Var, second: Var) -> tuple[Var, Var]:
@@ -395,13 +382,17 @@ class Emitter(Builder):
         return [self.joined(pair) for pair in pairs]
 
 
-def head_rms(builder: Builder, heads: int, halves: Sequence[Var]) -> tuple[list[Var], Var]:
-    """Halves as (B, heads, E / 2, S), and 1 / rms of each head and position."""
-    mb, plan, half = builder.mb, builder.plan, padded_head(builder.config) // 2
-    wide = (plan.batch, heads, half, plan.sequence)
-    by_head = [mb.reshape(x=each, shape=wide) for each in halves]
-    means = [mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[2], keep_dims=True) for x in by_head]
-    return by_head, builder.inverse_root(builder.mean_of_heads(means))
+def normalize_heads(builder: Builder, heads: int, halves: Sequence[Var]) -> Normalized:
+    """The norm of each head over its halves, (B, heads, E / 2, S)."""
+    plan, config = builder.plan, builder.config
+    wide = (plan.batch, heads, padded_head(config) // 2, plan.sequence)
+    by_head = [builder.mb.reshape(x=each, shape=wide) for each in halves]
+    return normalize(builder.mb, config.norm_eps, by_head, HEAD_AXIS, head_divisor(config))
+
+
+def head_divisor(config: ModelConfig) -> float:
+    """Elements of a head over those of its padded half."""
+    return config.head_dim / (padded_head(config) // 2)
 
 
 def flat_heads(builder: Builder, x: Var) -> Var:

@@ -29,7 +29,7 @@ Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 SUFFIX = ".mlpackage"
 WHAT = "an ML Program"
-_SOURCES = ("emit.py", "backward.py", "pack.py")
+_SOURCES = ("emit.py", "backward.py", "norm.py", "pack.py")
 
 
 @dataclass(frozen=True)
