@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +17,13 @@ from typer.testing import CliRunner
 
 from onelaunch.checkpoints import random_model
 from onelaunch.cli.export import export
-from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.errors import BadInput, MissingExtra, OnelaunchError
 from tests.engines.suite import exact_logits, relative_error
 
 pytest.importorskip("coremltools")
 
 from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.lint import lint
 from onelaunch.engines.coreml.package import Package
 
 app = typer.Typer()
@@ -87,9 +94,111 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save", full)
-    with pytest.raises(BadInput, match="cannot write: No space left"):
+    with pytest.raises(BadInput, match="cannot write: the disk is full"):
         run("stories260k", tmp_path / "a.mlpackage", "--seq", 32)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", ["all", "half"])
+@pytest.mark.parametrize(
+    ("name", "number", "message"),
+    [
+        ("embed_tokens.weight", 65_520.0, "of magnitude 65,520; .* float16, which ends at 65,504"),
+        ("norm.weight", -7e4, "of magnitude 70,000"),
+        ("layers.3.mlp.up_proj.weight", 1e38, "of magnitude 9[0-9,]*;"),
+        ("layers.1.self_attn.v_proj.weight", 1e5, "of magnitude 100,000"),
+        ("layers.0.input_layernorm.weight", math.inf, "infinite or NaN"),
+        ("layers.4.self_attn.o_proj.weight", math.nan, "infinite or NaN"),
+    ],
+)
+def test_a_weight_that_float16_cannot_hold_is_named(
+    name, number, message, depth, tmp_path, monkeypatch
+):
+    loaded = random_model("stories260k")
+    loaded.weights[name].view(-1)[3] = number
+    monkeypatch.setattr("onelaunch.checkpoints.random_model", lambda model: loaded)
+    out = tmp_path / ("a.mlpackage" if depth == "all" else "a")
+    with pytest.raises(BadInput, match=f"^{re.escape(name)}: has .*{message}"):
+        run("stories260k", out, "--seq", 32, "--fusion-depth", depth)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_at_the_end_of_float16_is_no_error(tmp_path, monkeypatch):
+    loaded = random_model("stories260k")
+    loaded.weights["layers.0.mlp.up_proj.weight"].view(-1)[3] = 65_519.0  # rounds to 65,504
+    monkeypatch.setattr("onelaunch.checkpoints.random_model", lambda model: loaded)
+    run("stories260k", tmp_path / "a.mlpackage", "--seq", 32)
+    errors = [each for each in lint(Package(tmp_path / "a.mlpackage")) if each.severity == "error"]
+    assert errors == []
+
+
+WEIGHTS = "/tmp/weights/weight.bin"
+NOT_WRITTEN = {
+    "weights": RuntimeError(
+        "[MIL FileWriter]: Unknown error occurred while writing data to the file."
+    ),
+    "a package's item": RuntimeError(
+        "filesystem error: cannot copy: Input/output error [/tmp/a] [/tmp/b.mlpackage/weights]"
+    ),
+    "a package's copy": shutil.Error(
+        [(WEIGHTS, WEIGHTS, f"[Errno 28] No space left on device: {WEIGHTS!r}")] * 2
+    ),
+    "the model": OSError(28, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("full", ["out", "temporary"])
+@pytest.mark.parametrize("error", NOT_WRITTEN.values(), ids=NOT_WRITTEN)
+def test_a_full_disk_is_one_line(error, full, tmp_path, monkeypatch):
+    """coremltools writes weights to the system's temporary folder first, then copies twice."""
+    import coremltools
+
+    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
+    temporary.mkdir()
+    folder.mkdir()
+    out = folder / "a.mlpackage"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def disk_usage(place):
+        is_full = Path(place).is_relative_to(folder if full == "out" else temporary)
+        return SimpleNamespace(free=4096 if is_full else 1 << 40)
+
+    def refused(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(coremltools, "convert", refused)
+    place = out if full == "out" else f"{temporary}, where programs are converted (TMPDIR)"
+    expected = f"{place}: cannot write: the disk is full; free some space and run again"
+    with pytest.raises(OnelaunchError) as raised:
+        run("stories260k", out, "--seq", 32)
+    assert str(raised.value) == expected
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", NOT_WRITTEN.values(), ids=NOT_WRITTEN)
+def test_another_failure_to_write_is_one_line_too(error, tmp_path, monkeypatch):
+    import coremltools
+
+    def refused(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(coremltools, "convert", refused)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1 << 40))
+    with pytest.raises(OnelaunchError, match="a.mlpackage: cannot write: ") as raised:
+        run("stories260k", tmp_path / "a.mlpackage", "--seq", 32)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_failure_to_write_is_not_said_to_be_one(tmp_path, monkeypatch):
+    import coremltools
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such pass")
+
+    monkeypatch.setattr(coremltools, "convert", broken)
+    with pytest.raises(RuntimeError, match="no such pass"):
+        run("stories260k", tmp_path / "a.mlpackage", "--seq", 32)
 
 
 def test_options_of_programs_are_for_programs(tmp_path):

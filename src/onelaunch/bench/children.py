@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from onelaunch.compilation.environment import child_environment
+
 READY = "ready"
 _REASON_LETTERS = 120
 
@@ -34,7 +36,7 @@ def together(
     environments = env or [None] * len(commands)
     children = [
         subprocess.Popen(
-            command, text=True, env=None if each is None else dict(each),
+            command, text=True, env=child_environment() if each is None else dict(each),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for command, each in zip(commands, environments, strict=True)

@@ -24,6 +24,7 @@ from onelaunch.bench.findings import Finding
 from onelaunch.bench.record import Row
 from onelaunch.bench.tables import figure as digits
 from onelaunch.bench.tables import markdown, provenance
+from onelaunch.compilation.environment import child_environment
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, RunFailed
 
@@ -116,6 +117,7 @@ def _layers(layers: int, say: Callable[[str], None]) -> Row:
 
 def child(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a process says. Raises RunFailed where it fails."""
+    env = child_environment() if env is None else env
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:

@@ -39,6 +39,7 @@ from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio
 from onelaunch.bench.timing import copy_bandwidth
+from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed
 
@@ -234,7 +235,9 @@ def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -
     kernels, imports and the device's context aside; and those that Triton reads itself."""
     subject = json.dumps([config.to_dict(), batch, sequence, str(store)])
     command = [sys.executable, "-m", "onelaunch.bench.forward_child", subject]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=CHILD_SECONDS, env=child_environment()
+    )
     if done.returncode:
         raise RunFailed(f"a process with the choice kept failed: {done.stderr[-500:]}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from onelaunch.bench.generate_cell import (
 from onelaunch.bench.peers.run_c import RunC
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import digest, in_rounds, ratio
+from onelaunch.compilation.environment import child_environment
 from onelaunch.config import preset
 from onelaunch.engines.cpu.engine import CpuEngine
 from onelaunch.engines.engine import Engine, Sampling
@@ -169,7 +169,7 @@ def in_child(what: str, model: Path, **environment: str) -> dict[str, float]:
     try:
         done = subprocess.run(
             command,
-            env=os.environ | environment,
+            env=child_environment(**environment),
             capture_output=True,
             text=True,
             timeout=CHILD_SECONDS,

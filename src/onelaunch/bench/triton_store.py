@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from onelaunch.compilation.environment import child_environment
 from onelaunch.operators.kept import DIGEST
 
 BINARIES = (".cubin", ".hsaco")
@@ -45,7 +45,7 @@ def counting() -> Iterator[Counts]:
 def environment(folder: Path) -> dict[str, str]:
     """Of a process that keeps Triton's kernels, and this package's choices, under a folder."""
     stores = {"TRITON_CACHE_DIR": folder / "triton", "ONELAUNCH_CACHE": folder / "choices"}
-    return os.environ | {name: str(path) for name, path in stores.items()}
+    return child_environment(**{name: str(path) for name, path in stores.items()})
 
 
 def binaries(folder: Path) -> list[Path]:

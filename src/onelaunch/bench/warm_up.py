@@ -21,6 +21,7 @@ from onelaunch.bench.program_training import check_device, why_no_programs
 from onelaunch.bench.published import PUBLISHED
 from onelaunch.bench.record import Row
 from onelaunch.bench.tables import markdown, provenance
+from onelaunch.compilation.environment import child_environment
 from onelaunch.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 def _child(*words: str | int) -> dict[str, Any]:
     command = [*CHILD, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -145,8 +145,11 @@ def _go_on(run: Path, quiet: bool) -> None:
     import os
     import sys
 
+    from onelaunch.compilation.environment import child_environment
+
     say("as many compilations as the budget has: a fresh process goes on", quiet)
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "onelaunch", "train", "--resume", "--run", str(run)]
-    os.execv(sys.executable, [*command, *(["--quiet"] if quiet else [])])
+    command += ["--quiet"] if quiet else []
+    os.execve(sys.executable, command, child_environment())

@@ -22,6 +22,7 @@ from onelaunch.compilation import entry
 from onelaunch.compilation.cache import Store
 from onelaunch.compilation.child import NOT_KEPT, Destination
 from onelaunch.compilation.entry import Damaged
+from onelaunch.compilation.environment import child_environment
 from onelaunch.errors import OnelaunchError, RunFailed
 
 T = TypeVar("T")
@@ -184,6 +185,7 @@ class Compilation(Generic[T]):
                 stdout=out,
                 stderr=errors,
                 start_new_session=True,
+                env=child_environment(),
             )
         deadline = time.monotonic() + self._timeout
         while True:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from onelaunch.compilation.background import plain, why_ended
+from onelaunch.compilation.environment import child_environment
 
 ENDING_SECONDS = 5.0
 SAID_BYTES = READ_BYTES = 1 << 16
@@ -36,7 +37,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,
-            env=None if scratch is None else os.environ | {"TMPDIR": str(scratch)},
+            env=child_environment(**({} if scratch is None else {"TMPDIR": str(scratch)})),
         )
 
     @property

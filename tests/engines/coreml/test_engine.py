@@ -110,6 +110,13 @@ def test_a_damaged_entry_is_compiled_again(tmp_path):
     assert again.programs.compilations == 1
 
 
+def test_a_weight_that_float16_cannot_hold_is_named():
+    weights = dict(weights_of(SMALL))
+    weights["layers.1.mlp.down_proj.weight"] = weights["layers.1.mlp.down_proj.weight"] * 1e6
+    with pytest.raises(BadInput, match=r"^layers\.1\.mlp\.down_proj\.weight: has a number of"):
+        CoreMLEngine(SMALL, weights).generate([[1]], 3, Sampling())
+
+
 def test_it_says_once_that_it_evaluates():
     lines = []
     engine = CoreMLEngine(SMALL, weights_of(SMALL), say=lines.append)

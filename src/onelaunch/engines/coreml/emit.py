@@ -11,6 +11,9 @@ hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onelaunch.compilation.background import in_a_line
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.norm import Normalized, Var, normalize
@@ -34,6 +38,10 @@ all that the backward of a layer reads."""
 HEAD_ROWS = 65_536
 """Channels that one convolution may have; a larger head is cut."""
 PURPOSE = "an ML Program"
+_WRITE_ERRORS = ("[MIL FileWriter]", "filesystem error")
+"""How the errors begin with which coremltools' native parts say that they could not write."""
+_OVERHEAD_BYTES = 1 << 20
+"""Of a package without its weights, at most."""
 X, TOKENS, RESULT, LOGITS = "x", "tokens", "x_out", "logits"
 HANDED = {"qkv": ("q", "k", "v"), "attention": ("mixed",), "gate_up": ("hidden",)}
 """What a stage hands to the next one beside x, an input or output where a program begins or ends
@@ -408,21 +416,40 @@ def save(emitted: Emitted, path: Path, notes: Mapping[str, str] | None = None) -
 
 @one_at_a_time
 def write(program: Any, path: Path, notes: Mapping[str, str] | None = None) -> float:
-    """The same of a program of coremltools."""
+    """The same of a program of coremltools. Raises OSError where it cannot be written, with the
+    folder that is full as its file name."""
     ct = coremltools(PURPOSE)
     start = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     # coremltools keeps what it converts in the system's folder until the process ends
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
-        model = ct.convert(
-            program,
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS18,
-            compute_units=ct.ComputeUnit.CPU_AND_NE,
-            skip_model_load=True,
-            pass_pipeline=ct.PassPipeline.EMPTY,
-            package_dir=str(Path(scratch) / "converted.mlpackage"),
-        )
-        model.user_defined_metadata.update(notes or {})
-        model.save(str(path))
+        try:
+            model = ct.convert(
+                program,
+                convert_to="mlprogram",
+                minimum_deployment_target=ct.target.iOS18,
+                compute_units=ct.ComputeUnit.CPU_AND_NE,
+                skip_model_load=True,
+                pass_pipeline=ct.PassPipeline.EMPTY,
+                package_dir=str(Path(scratch) / "converted.mlpackage"),
+            )
+            model.user_defined_metadata.update(notes or {})
+            model.save(str(path))
+        except (OSError, RuntimeError) as error:
+            raise _write_error(error, program, path.parent) from error
     return time.perf_counter() - start
+
+
+def _write_error(error: OSError | RuntimeError, program: Any, folder: Path) -> Exception:
+    """An OSError with the reason, for a write that failed: coremltools' native parts have an error
+    of their own for it, without a reason, and shutil a list of files."""
+    if isinstance(error, RuntimeError) and not str(error).startswith(_WRITE_ERRORS):
+        return error
+    constants = (op.val.val for op in program.functions["main"].find_ops(op_type="const"))
+    needed = _OVERHEAD_BYTES + sum(getattr(value, "nbytes", 0) for value in constants)
+    for place in (folder, Path(tempfile.gettempdir())):  # weights are written to the latter first
+        if shutil.disk_usage(place).free < needed:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return OSError(errno.EIO, in_a_line(error), str(folder))

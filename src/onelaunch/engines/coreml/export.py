@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from onelaunch.checkpoints.atomic import write_error
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml.emit import (
     LOGITS,
@@ -75,14 +76,18 @@ def write(
     taps: Taps,
 ) -> list[Written]:
     """Write the programs of a forward over one text of `sequence` tokens, all positions' logits;
-    they appear whole or not at all. A folder has a list of them, `programs.json`, too."""
+    they appear whole or not at all. A folder has a list of them, `programs.json`, too. Raises
+    BadInput for weights that float16 does not hold."""
     plan = make_plan(config, 1, sequence, all_positions=True)
     packed = Packed(config, weights)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise BadInput(f"{name}: has numbers that are infinite or NaN; nothing was written")
     found = program_launches(plan, depth)
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise BadInput(f"{out}: cannot write: {error.strerror or error}") from error
+        raise write_error(out, error) from error
     try:
         written = []
         for number, launch in enumerate(found, start=1):
@@ -102,7 +107,9 @@ def write(
         folder.rename(out)
         return [replace(each, path=out / each.path.name) for each in written]
     except OSError as error:
-        raise BadInput(f"{out}: cannot write: {error.strerror or error}") from error
+        converting = error.filename == tempfile.gettempdir()
+        place = f"{error.filename}, where programs are converted (TMPDIR)" if converting else out
+        raise write_error(place, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from onelaunch.engines.coreml.package import (
     FLOAT16,
+    FLOAT16_MAX,
     FLOAT32,
     Constant,
     Function,
@@ -43,7 +44,6 @@ MAX_EXTENT = 65_536  # F
 OLD_MAX_EXTENT = 16_384  # of height, width and what is summed over, before A16: F
 WIDTH_SLICE_MAX = 4_094  # of what is cut, before A16: a sixteenth of float16's end: F, G
 PRODUCT_MAX = 32_752  # the last float16 before 2^15: F, G
-FLOAT16_MAX = 65_504
 WEIGHT_FILE_MAX = 2_147_483_648  # bytes: 2593
 IPHONE_MAX = 1_000_000_000  # bytes of weights: coremltools' guide
 STATE_STEP = 32  # 2631

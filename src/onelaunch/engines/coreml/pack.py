@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
+from onelaunch.engines.coreml.package import FLOAT16_MAX
+from onelaunch.errors import BadInput
 from onelaunch.model import rope_tables
 
 HEAD_STEP = 32
@@ -86,7 +88,8 @@ class Packed:
         return self._weights[name].detach().float().cpu().contiguous()
 
     def __call__(self, name: str) -> Array:
-        """Of a norm (1, C, 1, 1); of a projection (out, in, 1, 1); of the embedding (V, D)."""
+        """Of a norm (1, C, 1, 1); of a projection (out, in, 1, 1); of the embedding (V, D). Raises
+        BadInput where float16 does not hold it."""
         weight = self.given(name)
         kind = name.removesuffix(".weight").rpartition(".")[2]
         scale = self.config.head_dim**-0.5
@@ -101,16 +104,26 @@ class Packed:
             if kind == "q_proj" and not self.config.qk_norm:
                 weight = weight * scale
         if kind == "embed_tokens":
-            return halved(weight)
+            return _held(name, weight)
         if weight.dim() == 1:
-            return halved(weight.view(1, -1, 1, 1))
-        return halved(weight[:, :, None, None])
+            return _held(name, weight.view(1, -1, 1, 1))
+        return _held(name, weight[:, :, None, None])
 
     def classifier(self) -> Array:
-        """(V, D, 1, 1)."""
-        tied = self.config.tied_embeddings
-        weight = self.given("embed_tokens.weight" if tied else "lm_head.weight")
-        return halved(weight[:, :, None, None])
+        """(V, D, 1, 1). Raises BadInput where float16 does not hold it."""
+        name = "embed_tokens.weight" if self.config.tied_embeddings else "lm_head.weight"
+        return _held(name, self.given(name)[:, :, None, None])
+
+
+def _held(name: str, weight: Tensor) -> Array:
+    """In float16. What is infinite or NaN already stays so, and the logits tell."""
+    found = halved(weight)
+    if np.isfinite(found).all() or not weight.isfinite().all():
+        return found
+    raise BadInput(
+        f"{name}: has a number of magnitude {float(weight.abs().max()):,.0f}; an ML Program has "
+        f"its weights in float16, which ends at {FLOAT16_MAX:,}"
+    )
 
 
 def halved(values: Tensor) -> Array:

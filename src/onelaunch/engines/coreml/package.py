@@ -23,6 +23,7 @@ from onelaunch.errors import BadInput
 
 SENTINEL = 0xDEADBEEF
 FLOAT16, FLOAT32, INT32 = "float16", "float32", "int32"
+FLOAT16_MAX = 65_504
 _NAMES = {
     1: "bool", 2: "string", 10: FLOAT16, 11: FLOAT32, 12: "float64", 13: "bfloat16", 21: "int8",
     22: "int16", 23: INT32, 24: "int64", 25: "int4", 31: "uint8", 32: "uint16", 33: "uint32",
