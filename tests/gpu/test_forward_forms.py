@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from onelaunch.engines.cuda import sync
 from onelaunch.engines.cuda.blocking import Blocking, default_fused, padded
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.staged import Shape, StagedForward
@@ -242,6 +241,8 @@ def test_a_graph_has_the_same_bits(form):
 
 
 def test_a_wait_gives_up_and_says_where():
+    from onelaunch.engines.cuda import sync  # it imports Triton
+
     config = EVERY["heads of 48, longer"]
     given = alike(config, 100, torch.bfloat16, {})
     staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA, given)
