@@ -1,8 +1,6 @@
-"""One thread: small tensors gain nothing from two, and lose much where another process is busy.
+"""One thread: small tensors gain nothing from two, and lose much where another process is busy."""
 
-Compiled programs of a session lie in a folder of its own, made at the first test that needs one.
-"""
-
+import fcntl
 import os
 import shutil
 import signal
@@ -12,7 +10,11 @@ import tempfile
 import pytest
 import torch
 
+from tests import skips
 from tests.interpreting import SHARE
+
+STORE = "ONELAUNCH_TESTS_STORE"
+"""The variable that names the folder of a run's compiled programs."""
 
 torch.set_num_threads(1)
 # a shell ignores it for what runs in its background
@@ -21,12 +23,23 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_configure(config):
-    config.cache_folder = tempfile.mkdtemp(prefix="onelaunch-cache-")
-    os.environ["ONELAUNCH_CACHE"] = config.cache_folder
+    """What is compiled goes to one store for all processes of a run, which begins empty: workers of
+    xdist and suites in processes of their own find it named in the environment."""
+    config.made_store = None
+    if STORE not in os.environ:
+        config.made_store = os.environ[STORE] = tempfile.mkdtemp(prefix="onelaunch-tests-")
+    os.environ["ONELAUNCH_CACHE"] = os.environ[STORE]
 
 
 def pytest_unconfigure(config):
-    shutil.rmtree(config.cache_folder, ignore_errors=True)
+    if config.made_store is not None:
+        del os.environ[STORE]
+        shutil.rmtree(config.made_store, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if line := skips.summary(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)
 
 
 QUIET = (
@@ -54,14 +67,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def compiled_program() -> bytes:
-    """The CPU engine's object code, in the session's store too."""
+    """The CPU engine's object code, in the run's store too. The first process of the run that wants
+    it compiles it; the others wait for that."""
     from onelaunch.compilation.background import Compilation
     from onelaunch.compilation.cache import Store, program_key
     from onelaunch.engines.cpu import program
 
     command = [sys.executable, "-m", "onelaunch.engines.cpu.native.build"]
     key = program_key(program.source(), program.options())
-    compilation = Compilation(Store(), key, command, bytes, print, "the program")
-    code = compilation.wait()
+    with open(os.path.join(os.environ[STORE], ".compiling"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        compilation = Compilation(Store(), key, command, bytes, print, "the program")
+        code = compilation.wait()
     assert code is not None, compilation.failed
     return code

@@ -18,6 +18,7 @@ from tests.engines.suite import (
     exact_logits,
     layers_alone,
     relative_error,
+    rows_of_tokens,
     weights_of,
 )
 
@@ -128,15 +129,17 @@ def plain_half(config, weights, tokens):
 @pytest.mark.parametrize("config", [*SHAPES.values(), *MORE.values()], ids=[*SHAPES, *MORE])
 def test_logits_are_the_models(config, tmp_path):
     weights = weights_of(config)
-    batch, sequence = 2, config.max_seq_len
-    tokens = tokens_of(config, batch, sequence)
+    size = 2, config.max_seq_len
+    tokens = rows_of_tokens(config, size)
     exact = exact_logits(config, weights, tokens)
     allowed = 1.5 * relative_error(plain_half(config, weights, tokens), exact)
-    (package,), _ = saved(tmp_path, config, weights, batch, sequence, "all")
-    errors = {
-        precision: relative_error(logits_of(run([package], weights, tokens, precision)), exact)
-        for precision in ("float64", "float32", "float16")
-    }
+    packages, _ = saved(tmp_path, config, weights, *size, "all")
+
+    def error(precision):
+        parts = (logits_of(run(packages, weights, each, precision)) for each in tokens.split(2))
+        return relative_error(torch.cat(list(parts)), exact)
+
+    errors = {precision: error(precision) for precision in ("float64", "float32", "float16")}
     assert errors["float16"] <= allowed
     assert errors["float32"] <= allowed
     assert errors["float32"] == pytest.approx(errors["float64"], rel=1e-3)

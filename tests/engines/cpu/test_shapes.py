@@ -13,7 +13,7 @@ from onelaunch.engines.engine import Sampling
 from onelaunch.model import Model
 from onelaunch.plan import every_depth
 from tests.engines.cpu.making import floats_at, logits_of, make_engine, make_runtime
-from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
+from tests.engines.suite import SMALL, exact_logits, relative_error, rows_of_tokens, weights_of
 
 pytestmark = pytest.mark.usefixtures("compiled_program")
 
@@ -22,12 +22,11 @@ TINY = SMALL.with_(n_layers=1, n_heads=2, n_kv_heads=2, max_seq_len=12)
 
 
 def errors(config, dtype=torch.float32, threads=1, seed=0):
-    """The engine's error, plain PyTorch's and the engine's against weights that are not rounded."""
+    """The engine's error, plain PyTorch's and the engine's against weights that are not rounded;
+    over hundreds of rows, see ROWS."""
     weights = weights_of(config, seed)
     rounded = {name: w.to(dtype).float() if w.dim() == 2 else w for name, w in weights.items()}
-    length = min(config.max_seq_len, 11)
-    generator = torch.Generator().manual_seed(seed + 1)
-    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    tokens = rows_of_tokens(config, (1, min(config.max_seq_len, 11)), seed=seed + 1)
     exact = exact_logits(config, rounded, tokens)
     name = str(dtype).removeprefix("torch.")
     logits = make_engine(config, weights, dtype=name, threads=threads).logits(tokens)
@@ -55,7 +54,7 @@ SHAPES = {
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def test_every_shape_is_as_exact_as_plain_pytorch(config, threads):
     ours, plain, _ = errors(config, threads=threads)
-    # a handful of numbers: their roundings do not average out as a large model's do
+    # 0.5x to 1.3x with vectors of 16 numbers; shorter ones sum heads of 264 in more steps
     assert ours <= max(2 * plain, ROUNDING)
 
 
@@ -83,7 +82,7 @@ def test_random_shapes_are_as_exact_as_plain_pytorch():
     for seed in range(25):
         config = random_config(seed)
         ours, plain, _ = errors(config, threads=1 + seed % 3, seed=seed)
-        assert ours <= max(4 * plain, ROUNDING), (seed, config)
+        assert ours <= max(2 * plain, ROUNDING), (seed, config)
         ours_2, plain_2 = ours_2 + ours**2, plain_2 + plain**2
     assert ours_2**0.5 <= 1.5 * plain_2**0.5
 
