@@ -42,27 +42,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
 
 
-QUIET = (
-    "bench/test_forward.py", "bench/test_generate.py",
-    "bench/test_recompiling.py::test_k_is_found_and_less_waits",
-    "bench/test_report_browser.py::test_the_page_of_the_kept_records", "bench/test_rounds.py",
-    "bench/test_timing.py", "cli/test_generate.py", "cli/test_train.py",
-    "compilation/test_background.py", "compilation/test_children.py",
-    "compilation/test_double_buffer.py", "engines/cpu/test_cold.py",
-    "engines/cpu/test_threads.py", "training/test_coreml.py::test_what_it_tells",
-    "training/test_display.py", "training/test_loop.py",
-)  # fmt: skip
-"""Files of tests, and tests, that time something, or wait for a process for so long."""
-
-
 def pytest_collection_modifyitems(items):
-    """Mark those that are to run alone; keep this process's share, see interpreting.py."""
-    for item in items:
-        path = item.path.as_posix()
-        if path.endswith(QUIET) or f"{path}::{item.originalname}".endswith(QUIET):
-            item.add_marker("quiet")
+    """Keep this process's share, see interpreting.py. Files that need the compiled program come
+    last: one worker makes it while another runs the rest."""
     part, parts = map(int, os.environ.get(SHARE, "0 1").split())
     items[:] = items[part::parts]
+    last = {item.path for item in items if "compiled_program" in item.fixturenames}
+    items.sort(key=lambda item: item.path in last)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def interrupt_until_done(
             _wait_for_progress(run, process)
         time.sleep(rng.random() * 0.5)
         os.kill(process.pid, number) if process.poll() is None else None
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=300)
         story.append(
             {
                 "seconds": round(time.monotonic() - started, 2),
@@ -127,7 +127,7 @@ def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:
     """Until this process has written telemetry, or ended."""
     path = run / "metrics.jsonl"
     before = path.stat().st_size if path.exists() else 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.stat().st_size > before + 200:
             return

@@ -14,6 +14,7 @@ pytest.importorskip("coremltools")
 from onelaunch.bench import coreml
 
 
+@pytest.mark.extended
 def test_every_case_has_its_figures_and_a_line(monkeypatch, tmp_path):
     monkeypatch.setattr(coreml, "SEQUENCE", 32)
     monkeypatch.setattr(coreml, "FFN", ((32, 48),))

@@ -16,6 +16,7 @@ from onelaunch.plan import launches, make_plan
 from tests.interpreting import run_interpreted
 
 
+@pytest.mark.extended
 def test_every_way_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted_fusion_depth.py"))
 

@@ -196,13 +196,14 @@ def test_a_busy_loop_computes_and_ends():
     assert child.poll() is not None
 
 
+@pytest.mark.extended
 def test_children_measure_and_say_what_is_wrong(tmp_path, compiled_program):
     model = generate_cell.write_model(
         preset("stories260k"), random_weights(preset("stories260k")), tmp_path / "model.bin"
     )
     found = generate_life.in_child("start", model)
     assert found["compiled"] == 1.0
-    assert 0 < found["ready_seconds"] < found["seconds"] < 60
+    assert 0 < found["ready_seconds"] < found["seconds"]
     with pytest.raises(RunFailed, match=r"^start: .*absent\.bin: no such file"):
         generate_life.in_child("start", tmp_path / "absent.bin")
 

@@ -31,6 +31,7 @@ def record_of(experiment, module, rows, folder):
     return record, module.table(record)
 
 
+@pytest.mark.extended
 def test_the_children_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted_kernels_kept.py"))
 

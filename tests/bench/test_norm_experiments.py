@@ -59,6 +59,7 @@ def test_rms_norm_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert (folder / "rms-norm.png").stat().st_size > 5000
 
 
+@pytest.mark.extended
 def test_what_torch_compile_cannot_do_is_said_and_left_out(monkeypatch):
     def broken(x, weight):
         raise RuntimeError("no C++ compiler found\nmore")

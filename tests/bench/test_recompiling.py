@@ -24,7 +24,10 @@ def table_of(experiment, module, rows, folder):
     return module.table(read_json(path))
 
 
-def test_k_is_found_and_less_waits(monkeypatch, tmp_path):
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """Of the experiment, where a compilation takes a fifth of a second."""
+
     class Slow(InProcess):
         """Compiles once; then waits, as a compiler does that has a core of its own."""
 
@@ -44,8 +47,18 @@ def test_k_is_found_and_less_waits(monkeypatch, tmp_path):
     monkeypatch.setattr(recompile, "QUICK_CASES", (("stories260k", 16, 2),))
     monkeypatch.setattr(recompile, "QUICK_FIRST_UPDATES", 5)
     monkeypatch.setattr(recompile, "QUICK_UPDATES", 2)
-    lines = []
-    rows = list(recompile.run("cpu", True, lines.append))
+    return list(recompile.run("cpu", True, [].append))
+
+
+@pytest.mark.soak
+def test_less_than_k_waits(rows):
+    half, _, twice = rows[-3:]
+    assert half.ours > 0.05 > twice.ours
+    assert half.notes["wait_share"] > twice.notes["wait_share"]
+
+
+@pytest.mark.extended
+def test_k_is_found(rows, tmp_path):
     count = len(recompile.KEYS) + 1
     published, measured = rows[:count], rows[count:]
     assert [row.notes["k"] for row in published] == [82, 334, 64, 125, 525, 25]
@@ -53,8 +66,6 @@ def test_k_is_found_and_less_waits(monkeypatch, tmp_path):
     half, whole, twice = measured
     assert half.notes["k"] == whole.notes["k"] // 2
     assert twice.notes["k"] == 2 * whole.notes["k"]
-    assert half.ours > 0.05 > twice.ours
-    assert half.notes["wait_share"] > twice.notes["wait_share"]
     text = table_of("recompile", recompile, rows, tmp_path)
     assert "| stories15M, whole " in text
     assert "| stories260k 1x16, K/2 " in text
@@ -106,6 +117,7 @@ def test_a_verdict_where_waits_are_far_from_the_bars(whole, half, verdict):
     assert ("too near" in finding.why) == (verdict == "not applicable")
 
 
+@pytest.mark.extended
 def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
     monkeypatch.setattr(compile_budget, "QUICK_DISTINCT", 3)

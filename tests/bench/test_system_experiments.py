@@ -62,6 +62,7 @@ def test_another_device_is_refused(module):
 # ---- cache
 
 
+@pytest.mark.extended
 def test_programs_are_kept_and_damage_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "MODEL", "stories260k")
     monkeypatch.setattr(cache, "QUICK_REPEATS", 1)
@@ -150,6 +151,7 @@ def test_twice_a_published_time_is_the_most(ms, verdict):
 # ---- weight-mutability
 
 
+@pytest.mark.extended
 def test_which_weights_are_followed(monkeypatch, tmp_path):
     for name, value in (("COLUMNS", 64), ("OUT", 96), ("WIDTH", 32)):
         monkeypatch.setattr(weight_mutability, name, value)
@@ -204,6 +206,7 @@ def test_what_is_said_of_a_gpus_ways():
     assert verdicts(weight_mutability, record) == said
 
 
+@pytest.mark.extended
 def test_a_gpus_ways_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted_weight_mutability.py"))
 
@@ -211,6 +214,7 @@ def test_a_gpus_ways_through_the_interpreter():
 # ---- baked-or-argument
 
 
+@pytest.mark.extended
 def test_constants_and_arguments_are_the_same_layer(monkeypatch, tmp_path):
     monkeypatch.setattr(baked_or_argument, "QUICK_MODELS", ("stories260k",))
     monkeypatch.setattr(baked_or_argument, "SEQUENCE", 16)
@@ -243,6 +247,7 @@ def test_constants_overtake_where_their_step_is_told_to_be_shorter(spread, n):
 # ---- parity
 
 
+@pytest.mark.extended
 def test_errors_of_engines_and_gradients(monkeypatch, tmp_path):
     monkeypatch.setattr(parity, "QUICK_MODELS", (("stories260k", 16),))
     monkeypatch.setattr(parity, "GRADIENTS", ("stories260k", 16))
@@ -274,6 +279,7 @@ def test_errors_of_engines_and_gradients(monkeypatch, tmp_path):
 # ---- terminal-io
 
 
+@pytest.mark.extended
 def test_lines_to_every_output(monkeypatch, tmp_path):
     monkeypatch.setattr(terminal_io, "QUICK_SLOW_BLOCKS", 1)
     monkeypatch.setattr(terminal_io, "QUICK_BLOCKS", 1)

@@ -99,7 +99,7 @@ def test_the_known_text_comes_out_of_the_real_command():
     process = shell(
         *("generate", str(STORIES), "--temperature", "0", "--max-new-tokens", "256", "--ids")
     )
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert out.decode() == (WEIGHTS / "stories260K_greedy_ids_n256.txt").read_text()
     assert b"tokens/s" in err
@@ -310,7 +310,7 @@ def test_a_reader_that_leaves_is_no_error(bare):
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    assert process.wait(120) == 0
+    assert process.wait(300) == 0
     assert err == b""
 
 
@@ -319,7 +319,7 @@ def test_an_interrupt_keeps_what_was_written_and_exits_130():
     process = shell("generate", "stories42m", *options)
     begun = os.read(process.stdout.fileno(), 100)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert 0 < len(ids_of((begun + out).decode())) < 1024
     assert b"Traceback" not in err

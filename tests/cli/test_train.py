@@ -19,7 +19,7 @@ from tests.kills import interrupt_until_done, outcome, run_to_the_end, train_com
 
 def onelaunch(*words, **rest):
     command = [sys.executable, "-m", "onelaunch", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **rest)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +104,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd, 
 
 
 def test_sigterm_saves_partial_gradients_says_how_to_go_on_and_resumes_exactly(tmp_path):
-    long = {"train__updates": 4, "train__accum": 200, "checkpoint__every": 0, "eval__every": 0}
+    long = {"train__updates": 2, "train__accum": 500, "checkpoint__every": 0, "eval__every": 0}
     run_to_the_end(tmp_path / "whole", **long)
     run = tmp_path / "cut"
     command = [word for word in train_command(run, **long) if word != "--quiet"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # then it is within the second one, for a second or more
     wait_for(run / "metrics.jsonl", '"kind": "update"', process)
-    time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
     assert f" train --resume --run {run}" in said
     newest = list_checkpoints(run)[-1]
@@ -141,13 +141,13 @@ def test_a_terminal_gets_a_live_panel_and_ends_clean(tmp_path):
             seen += chunk
     except OSError:
         pass
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert b"\x1b[2K" in seen  # redrawn in place
     assert b"\x1b[?25h" in seen  # the cursor is back
     assert b"next:" in seen
 
 
-def wait_for(path, text, process, seconds=60):
+def wait_for(path, text, process, seconds=300):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and text in path.read_text():
@@ -159,7 +159,7 @@ def wait_for(path, text, process, seconds=60):
 def test_a_closed_standard_error_stops_nothing(tmp_path):
     command = " ".join(map(shlex.quote, train_command(tmp_path / "run", train__updates=2)))
     command = command.replace(" --quiet", "")
-    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], capture_output=True, timeout=120)
+    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], capture_output=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, b"")
     assert list_checkpoints(tmp_path / "run")
 
@@ -168,10 +168,10 @@ def test_sigterm_during_prepare_leaves_nothing(tmp_path):
     (tmp_path / "text.txt").write_text("a word or two\n" * 2_000_000)
     command = [sys.executable, "-m", "onelaunch", "prepare", "text.txt", "--out", "data"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob(".data.*.tmp")) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(300) == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

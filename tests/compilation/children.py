@@ -21,7 +21,7 @@ def compiler(program: bytes = b"program", first: str = "pass") -> list[str]:
     return child(f"{DELIVER}\n{first}\ndeliver(sys.argv[-1], {program!r})")
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait for what another process does."""
     end = time.monotonic() + seconds
     while not condition():

@@ -33,5 +33,5 @@ def compiling(store, said):
     yield begin
     for compilation in begun:
         compilation.cancel()
-        compilation.wait(20)
+        compilation.wait(60)
         assert compilation.ended

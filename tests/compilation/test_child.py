@@ -65,7 +65,7 @@ def test_past_an_unusable_store_it_goes_to_standard_output(to, tmp_path):
     chatter = "print('compiling ' * 100, flush=True); print('not yet flushed')"
     with open(tmp_path / "out", "w+b") as out:
         subprocess.run(
-            [*compiler(b"\r\n\x00\xff", chatter), str(to)], stdout=out, check=True, timeout=60
+            [*compiler(b"\r\n\x00\xff", chatter), str(to)], stdout=out, check=True, timeout=300
         )
         out.seek(0)
         header, program = entry.read(out, "key")
@@ -75,7 +75,7 @@ def test_past_an_unusable_store_it_goes_to_standard_output(to, tmp_path):
 
 def test_with_neither_way_open_it_fails(to, tmp_path):
     to = unusable(to, tmp_path)
-    done = subprocess.run([*compiler(), str(to)], capture_output=True, timeout=60)
+    done = subprocess.run([*compiler(), str(to)], capture_output=True, timeout=300)
     assert done.returncode != 0
     last = done.stderr.decode().splitlines()[-1]
     assert RunFailed.__name__ in last
@@ -90,7 +90,7 @@ def test_a_child_lowers_its_priority(session):
         "before = os.nice(0); lower_priority(); print(before, os.nice(0))"
     )
     done = subprocess.run(
-        child(code), stdout=subprocess.PIPE, check=True, timeout=60, start_new_session=session
+        child(code), stdout=subprocess.PIPE, check=True, timeout=300, start_new_session=session
     )
     before, after = map(int, done.stdout.split())
     assert after == min(19, before + NICENESS)

@@ -9,7 +9,7 @@ def test_a_buffer_takes_a_new_form_as_soon_as_it_is_there(compiling):
     assert (buffer.current(), buffer.swaps) == ("old", 0)
     compilation = compiling()
     buffer.begin(compilation)
-    compilation.wait(20)
+    compilation.wait(60)
     assert (buffer.current(), buffer.swaps) == ("program", 1)
     assert (buffer.current(), buffer.swaps) == ("program", 1)
     compilation.cancel()
@@ -24,7 +24,7 @@ def test_a_failure_keeps_the_old_form(compiling):
     for number, command in enumerate([child("sys.exit(1)"), compiler()]):
         compilation = compiling(command)
         buffer.begin(compilation)
-        compilation.wait(20)
+        compilation.wait(60)
         assert (buffer.current(), buffer.swaps) == (("old", "program")[number], number)
 
 
@@ -33,10 +33,10 @@ def test_a_newer_compilation_replaces_an_unfinished_one(compiling):
     older, newer = compiling(child(HANG), key="older"), compiling()
     buffer.begin(older)
     buffer.begin(newer)
-    assert older.wait(20) is None
+    assert older.wait(60) is None
     assert older.ended
     buffer.begin(newer)
-    assert newer.wait(20) == "program"
+    assert newer.wait(60) == "program"
     assert (buffer.current(), buffer.swaps) == ("program", 1)
 
 
@@ -44,6 +44,6 @@ def test_a_finished_one_is_not_lost_to_a_newer(compiling):
     buffer = DoubleBuffer("old")
     older = compiling()
     buffer.begin(older)
-    older.wait(20)
+    older.wait(60)
     buffer.begin(compiling(child(HANG), key="newer"))
     assert (buffer.current(), buffer.swaps) == ("program", 1)

@@ -14,12 +14,13 @@ from tests.convergence import llama
 SHORT = replace(llama.SMALL.with_qk_norm(), updates=10)
 
 
+@pytest.mark.extended
 def test_the_kernels_train_as_torch_does_in_float32():
     """A process of its own: Triton chooses between interpreter and compiler when it is imported."""
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, Path(__file__).with_name("run.py")]
     command += ["--updates", "4", "--dtype", "float32", "--model", "qk-norm"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("good") == 1, done.stdout
 

@@ -71,12 +71,12 @@ def test_what_it_tells(tmp_path):
     assert sum(r["compilations"] for r in found) in (6, 8)
     for record in found:
         seconds = record["seconds"]
-        # with finding out what it waits for
-        assert 0 <= seconds["stall"] - record["stall_seconds"] + 1e-4 < 0.05 * seconds["wall"]
-        assert record["product_wait_seconds"] < seconds["backward"]
-        assert abs(seconds["unexplained"]) < 0.02 * seconds["wall"]
+        # one part of the step's clock holds each wait, measured inside it
+        assert 0 <= record["stall_seconds"] <= seconds["stall"] + 1e-4
+        assert 0 < record["product_wait_seconds"] < seconds["backward"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("staleness", "budget"), [(0, 4), (2, 2)])
 def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, budget, tmp_path):
     whole = recipe(coreml__staleness=staleness)
@@ -95,6 +95,7 @@ def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, budge
     assert losses[0] == losses[1]
 
 
+@pytest.mark.extended
 def test_a_run_that_was_killed_after_a_checkpoint_goes_on_exactly(tmp_path):
     """The killed one has its compiler in a child; kills at random moments are the soak's."""
     # a rate that does not depend on how many updates there are to be
@@ -130,6 +131,7 @@ def test_a_run_that_was_killed_after_a_checkpoint_goes_on_exactly(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.extended
 def test_losses_are_those_of_a_reference_with_weights_as_old():
     settings = {"train.updates": 3, "train.accum": 2, "train.seq_len": 32, "model.n_layers": 1}
     row = beside_the_reference(**settings)

@@ -3,15 +3,13 @@
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from onelaunch.bench import terminal_io
-from onelaunch.bench.rig import trainer as bench_trainer
-from onelaunch.bench.terminal_io import BYTES_PER_SECOND, watch
 from onelaunch.training.clock import PARTS
 from onelaunch.training.display import DRAWS_PER_SECOND, Display, Header, sparkline
-from onelaunch.training.recipe import Recipe
+from tests.compilation.children import until
 
 HEADER = Header("onelaunch train: runs/x", ("model  m", "data   d"), 100, 2, 64)
 CLEAR_LINE = b"\x1b[2K"
@@ -76,33 +74,70 @@ def test_three_speeds_are_told_apart():
     assert shown["tokens/s"] == "320"
 
 
-def test_a_terminal_is_redrawn_at_most_four_times_a_second(screen):
+class Ticks(threading.Event):
+    """In the place of the event that closes a display: its thread waits for a tick instead of for
+    a time, and notes how long it would have waited."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self._tick, self._done = [], threading.Semaphore(0), threading.Semaphore(0)
+
+    def wait(self, timeout=None):
+        if self.asked:
+            self._done.release()
+        self.asked.append(timeout)
+        assert self._tick.acquire(timeout=60)
+        return self.is_set()
+
+    def set(self):
+        super().set()
+        self._tick.release()
+
+    def tick(self):
+        """Let the thread go once round."""
+        self._tick.release()
+        assert self._done.acquire(timeout=60)
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    ticks = Ticks()
+    stands_in = SimpleNamespace(Event=lambda: ticks, Thread=threading.Thread)
+    monkeypatch.setattr("onelaunch.training.display.threading", stands_in)
+    return ticks
+
+
+def frames(seen: bytearray) -> int:
+    return bytes(seen).count(HEADER.title.encode())
+
+
+def test_a_terminal_is_redrawn_four_times_a_second_whatever_happens_in_between(screen, ticks):
     slave, seen = screen
     display = Display(HEADER, (0, 0), slave)
-    start = time.monotonic()
-    update = 0
-    while time.monotonic() - start < 1.5:
-        update += 1
-        display.progress(update % 100, 0)
-        display.push(update_record(update))
-        time.sleep(0.001)
-    display.close()
-    elapsed = time.monotonic() - start
-    time.sleep(0.1)
-    frames = bytes(seen).count(HEADER.title.encode())
-    assert update > 50
-    assert (
-        2 <= frames <= DRAWS_PER_SECOND * elapsed + 3
-    )  # the first, the last, and one for rounding
-    assert "forward 75.0%" in seen.decode()
+    for tick in range(1, 4):
+        for update in range(100):
+            display.progress(tick, update % 2)
+            display.push(update_record(update))
+        ticks.tick()
+        until(lambda tick=tick: frames(seen) == tick)
+    display.close(60)
+    assert set(ticks.asked) == {1 / DRAWS_PER_SECOND} == {0.25}
+    until(lambda: "forward 75.0%" in seen.decode())
+    assert frames(seen) <= 4  # the last one, of the end
 
 
-def test_an_unchanged_panel_is_not_drawn_again(screen):
+def test_an_unchanged_panel_is_not_drawn_again(screen, ticks):
     slave, seen = screen
     display = Display(HEADER, (5, 0), slave)
-    time.sleep(1.6)
-    assert bytes(seen).count(HEADER.title.encode()) <= 2
-    display.close()
+    for _ in range(5):
+        ticks.tick()
+    display.notice("a notice")  # what is written after it shows that all before has come
+    ticks.tick()
+    until(lambda: b"a notice" in seen)
+    before = frames(seen)
+    ticks.tick()
+    display.close(60)
+    assert frames(seen) == before <= 2  # a notice pushes the panel down
 
 
 def test_a_terminal_that_stands_still_stops_nobody():
@@ -113,86 +148,15 @@ def test_a_terminal_that_stands_still_stops_nobody():
     filler = threading.Thread(target=os.write, args=(slave, b"x" * 1_000_000), daemon=True)
     filler.start()
     time.sleep(0.3)
-    start = time.monotonic()
-    for update in range(20_000):
+    for update in range(20_000):  # one that waited for the terminal would do so for ever
         display.push(update_record(update))
         display.notice("line")
     assert display.dropped > 0
-    pushed = time.monotonic() - start
     display.close(seconds=0.5)
     assert display._thread.is_alive(), "the terminal was to be stuck"
-    assert pushed < 20, "pushing waited for the terminal"
     os.close(master)  # hangs up: both threads end
     display._thread.join(10)
     assert not display._thread.is_alive()
-
-
-SMALL = {
-    "model.preset": "stories260k",
-    "model.n_layers": 2,
-    "model.max_seq_len": 32,
-    "train.batch_size": 4,
-    "train.threads": 1,
-    "train.updates": 10**6,
-}
-
-
-class Accounted(Display):
-    """A display that adds up what the training thread spends in it, in the processor's time."""
-
-    spent = 0.0
-
-    def progress(self, update: int, micro: int) -> None:
-        start = time.thread_time()
-        super().progress(update, micro)
-        self.spent += time.thread_time() - start
-
-    def push(self, record: dict) -> None:
-        start = time.thread_time()
-        super().push(record)
-        self.spent += time.thread_time() - start
-
-
-def share_of_watching(rate: int | None, seconds: float = 3.0) -> float:
-    """The display's part of the processor's time while a small model trains: its own thread, and
-    what the training thread spends in its calls. Read from their clocks, not by comparing two runs:
-    other work on the machine, and its changing speed, do not move it."""
-    recipe = Recipe().with_settings(SMALL, "test")
-    with bench_trainer(recipe, "cpu") as trainer, terminal_io.terminal(rate) as descriptor:
-        trainer._update()
-        display = trainer.display = Accounted(HEADER, (0, 0), descriptor)
-        clock = time.pthread_getcpuclockid(display._thread.ident)
-        time.sleep(0.4)  # what the thread imports once is no cost of watching
-        drawn, start = time.clock_gettime(clock), time.process_time()
-        while time.process_time() - start < seconds:
-            trainer._update()
-        total = time.process_time() - start
-        drawing = time.clock_gettime(clock) - drawn
-        trainer.display = None
-        display.close(seconds=0.3)
-        return (drawing + display.spent) / total
-
-
-@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads here")
-@pytest.mark.parametrize("rate", [BYTES_PER_SECOND, None], ids=["slow", "fast"])
-def test_watching_costs_little(rate):
-    assert share_of_watching(rate) < 0.01
-
-
-@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads here")
-def test_a_display_that_draws_too_often_is_caught(monkeypatch):
-    monkeypatch.setattr("onelaunch.training.display.DRAWS_PER_SECOND", 100)
-    assert share_of_watching(None, 1.5) > 0.02
-
-
-def test_printing_each_step_waits_for_a_slow_terminal():
-    with bench_trainer(Recipe().with_settings(SMALL, "test"), "cpu") as trainer:
-        worked = time.thread_time()
-        samples = watch(trainer, BYTES_PER_SECOND, blocks=0, seconds=0.1, naive_updates=330)
-        worked = time.thread_time() - worked
-    took = 330 * samples["naive"][0] / 1e3
-    assert took > 2.0, "330 lines of some 60 bytes at 4,000 a second, less what is buffered"
-    assert took > 1.5 * worked
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 5000])

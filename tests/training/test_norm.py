@@ -136,7 +136,7 @@ def test_without_a_kernel_the_operator_says_so_before_anything_is_printed(tmp_pa
     for norm in ("torch", "onelaunch"):
         command = [*train_command(tmp_path / norm, train__updates=2, train__norm=norm)]
         command.remove("--quiet")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         said.append(done.stderr)
     assert "no kernel" not in said[0]

@@ -20,7 +20,7 @@ SHAPE = (1, 3, 1, 5)
 
 def hang():
     """As a call of Core ML hangs: with the interpreter's lock."""
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(600)
 
 
 class Doubles:

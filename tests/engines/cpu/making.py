@@ -18,7 +18,7 @@ from onelaunch.plan import make_plan
 def make_engine(config: ModelConfig, weights: dict[str, Tensor], **options) -> CpuEngine:
     """An engine in its compiled form."""
     engine = CpuEngine(config, weights, **options)
-    assert engine.wait(60), engine.failed
+    assert engine.wait(300), engine.failed
     return engine
 
 

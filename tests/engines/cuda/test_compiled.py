@@ -54,6 +54,7 @@ def weights_of(config):
     return {n: torch.zeros(shape, dtype=BF16) for n, shape in config.weight_shapes().items()}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("name", ["stories15m", "qwen3-0.6b"])
 def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path, triton):
@@ -84,6 +85,7 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path, trito
     assert max(spills.values()) <= 128, spills
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("part", ["ffn", "attention"])
 def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path, triton):
     from triton.runtime import driver
@@ -98,6 +100,7 @@ def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path, triton):
     assert spilled(triton, compiled[0], tmp_path) <= 512
 
 
+@pytest.mark.extended
 def test_only_a_traced_or_delayed_forward_has_instructions_for_it(monkeypatch, triton):
     from triton.runtime import driver
 

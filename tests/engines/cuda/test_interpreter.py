@@ -3,7 +3,11 @@ interpreted_engine.py, each in a process of its own."""
 
 from pathlib import Path
 
+import pytest
+
 from tests.interpreting import run_interpreted
+
+pytestmark = pytest.mark.extended
 
 
 def test_the_stages_through_the_interpreter():

@@ -112,6 +112,7 @@ def check_forms(compile_for, target: str, columns: int, dtypes) -> None:
                 assert kernel.spilled <= most, f"{told}: a thread spills {kernel.spilled} bytes"
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("target", "columns"), [(t, c) for t in SAMPLE for c in SAMPLE[t]])
 def test_a_sample_of_the_forms_stays_in_registers(compile_for, target, columns):
     check_forms(compile_for, target, columns, (BF16,))
@@ -136,6 +137,7 @@ def test_every_meaning_stays_in_registers(compile_for, target, casting, weight_d
             assert kernel.spilled <= MOST_SPILLED[target]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("target", SAMPLE)
 def test_strided_rows_stay_in_registers(compile_for, target):
     """Queries of a packed projection, and rows of a wider tensor."""

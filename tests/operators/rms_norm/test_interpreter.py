@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.interpreting import run_interpreted
 
 
+@pytest.mark.extended
 def test_the_kernels_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted.py"))
