@@ -10,9 +10,9 @@ import pytest
 
 WANTED = (
     (r"could not import '(\w+)", None),
+    (r"\bhf extra\b", "transformers"),
     (r"(\w+) is not installed", None),
     (r"no NVIDIA GPU|needs (two GPUs|60 GiB)", "a GPU"),
-    (r"\bhf extra\b", "transformers"),
     (r"no browser", "a browser"),
     (r"C compiler", "a C compiler"),
     (r"Core ML is not here", "Core ML"),

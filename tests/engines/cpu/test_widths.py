@@ -22,6 +22,7 @@ from tests.engines.suite import (
     exact_logits,
     greedy_by_recomputing,
     relative_error,
+    rows_of_tokens,
     weights_of,
 )
 
@@ -60,13 +61,12 @@ def test_every_shape_is_as_exact_as_plain_pytorch(code, threads, dtype):
         weights = {
             n: w.to(dtype).float() if w.dim() == 2 else w for n, w in weights_of(config).items()
         }
-        tokens = torch.randint(
-            0, config.vocab_size, (config.max_seq_len,), generator=torch.Generator().manual_seed(1)
-        )
-        exact = exact_logits(config, weights, tokens[None])[0]
-        plain = relative_error(Model.from_weights(config, weights)(tokens[None])[0], exact)
+        tokens_NS = rows_of_tokens(config, (1, config.max_seq_len))
+        exact = exact_logits(config, weights, tokens_NS)
+        plain = relative_error(Model.from_weights(config, weights)(tokens_NS), exact)
         runtime = make_runtime(code, config, weights, threads, dtype)
-        ours = relative_error(logits_of(runtime, tokens.tolist()), exact)
+        logits = torch.stack([logits_of(runtime, tokens_S.tolist()) for tokens_S in tokens_NS])
+        ours = relative_error(logits, exact)
         if not ours <= max(2 * plain, 2.0**-22):
             wrong[name] = ours
     assert not wrong
