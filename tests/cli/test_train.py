@@ -104,13 +104,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd, 
 
 
 def test_sigterm_saves_partial_gradients_says_how_to_go_on_and_resumes_exactly(tmp_path):
-    long = {"train__updates": 2, "train__accum": 600, "checkpoint__every": 0, "eval__every": 0}
+    long = {"train__updates": 2, "train__accum": 200, "checkpoint__every": 0, "eval__every": 0}
     run_to_the_end(tmp_path / "whole", **long)
     run = tmp_path / "cut"
     command = [word for word in train_command(run, **long) if word != "--quiet"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(run / "metrics.jsonl", '"kind": "update"', process)
-    time.sleep(0.1)  # a few micro-steps into the second update, which has hundreds
+    time.sleep(0.1)  # a few micro-steps into the second update, which has 200
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
