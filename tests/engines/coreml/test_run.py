@@ -330,7 +330,7 @@ def test_a_child_that_hangs_ends_though_its_parent_was_killed():
     program = """
 from tests.engines.coreml.test_run import run, runner, some
 run.GRACE_SECONDS = 0.5
-with runner("HangsAtThird", predict=1.0) as program:
+with runner("HangsAtThird", predict=3.0) as program:
     program.predict(some())
     print("predicted", flush=True)
     program.predict(some())
