@@ -64,6 +64,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from onelaunch.engines.cpu import usable_cores
+    from onelaunch.engines.cpu.prefetch_choice import processor_name
 
     cuda, cuda_missing = _cuda()
     mps_missing = _why_no_mps()
@@ -75,7 +76,7 @@ def examine() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "cpu": {
-            "model": _cpu_model(),
+            "model": processor_name(),
             "cores": os.cpu_count(),
             "usable_cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
@@ -117,14 +118,17 @@ def _cpu_engine() -> dict[str, Any]:
     if missing is not None:
         return {"missing": missing}
     from onelaunch.compilation.cache import Store
-    from onelaunch.engines.cpu import program
+    from onelaunch.engines.cpu import prefetch_choice, program
 
     options = program.options()
+    store = Store()
     return {
         "missing": None,
         "processor": options["cpu"],
         "vector_bits": 32 * options["lanes"],
-        "compiled": Store().contains(program.key()),
+        "compiled": store.contains(program.key()),
+        "prefetch": os.environ.get("ONELAUNCH_PREFETCH") or "auto",
+        "prefetch_choices": len(prefetch_choice.kept(store)),
     }
 
 
@@ -160,18 +164,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    """The name on the box, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> int | None:
@@ -257,12 +249,19 @@ def _page(facts: dict[str, Any]) -> str:
     else:
         state = "compiled" if compiled["compiled"] else "will be compiled at its first use"
         processor = f"{compiled['processor']}, vectors of {compiled['vector_bits']} bits"
-        rows.append(("engine cpu", f"for {processor}: {state}"))
+        rows.append(("engine cpu", f"for {processor}: {state}; prefetch {_prefetch(compiled)}"))
     gpu = facts["engines"]["cuda"]
     state = f"logits in few launches, chosen for {gpu['choices']} shapes so far"
     rows.append(("engine cuda", f"no: {gpu['missing']}" if gpu["missing"] else state))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _prefetch(compiled: dict[str, Any]) -> str:
+    if compiled["prefetch"] != "auto":
+        return f"{compiled['prefetch']} (ONELAUNCH_PREFETCH)"
+    n = compiled["prefetch_choices"]
+    return f"measured for {n} shape{'' if n == 1 else 's'} of models so far"
 
 
 def _programs(counted: dict[str, Any]) -> str:

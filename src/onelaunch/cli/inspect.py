@@ -41,8 +41,8 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show a model's configuration and size, what running it takes, and, by batch and sequence, the
-    fusion depths chosen for it on a GPU. Of a Core ML program show inputs, outputs, operations, and
-    what would keep it off the Neural Engine."""
+    fusion depths chosen for it on a GPU, and how its weights are prefetched on a CPU. Of a Core ML
+    program show inputs, outputs, operations, and what would keep it off the Neural Engine."""
     import json as json_module
     from pathlib import Path
 
@@ -58,12 +58,13 @@ def inspect(
     loaded = load_model(model, random)
     plan = _plan(loaded, fusion_depth)
     choices = _choices(loaded)
-    facts = {**_facts(model, loaded), "plan": plan, "choices": choices}
+    prefetch = _prefetch(loaded)
+    facts = {**_facts(model, loaded), "plan": plan, "choices": choices, "prefetch": prefetch}
     if json:
         print(json_module.dumps(facts))
         return
     config = facts.pop("config")
-    del facts["plan"], facts["choices"]
+    del facts["plan"], facts["choices"], facts["prefetch"]
     if facts.pop("tokenizer_error") is not None:
         facts["tokenizer"] = "cannot be used"
     elif facts["tokenizer"] is not None:
@@ -71,7 +72,8 @@ def inspect(
     width = max(map(len, [*facts, *config]))
     for name, value in [*facts.items(), *config.items()]:
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
-    _print_lines((*_plan_lines(plan), *_choice_lines(choices)), width)
+    lines = *_plan_lines(plan), *_choice_lines(choices), *_prefetch_lines(prefetch)
+    _print_lines(lines, width)
 
 
 def _inspect_program(path: Path, json: bool) -> None:
@@ -152,6 +154,39 @@ def _choice_lines(choices: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
             f"{of['batch']}x{of['sequence']}",
             f"{choice['form']}, {us[choice['form']]:.1f} us ({others}), in {of['dtype']} on "
             f"{of['device']}, measured {choice['measured'][:10]}",
+        )
+
+
+def _prefetch(loaded: LoadedModel) -> list[dict[str, Any]]:
+    """How the CPU engine prefetches this model's weights, on whatever processor, as it is kept."""
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cpu.prefetch_choice import kept
+
+    found = []
+    for of, choice in kept(Store(), loaded.config):
+        for threads, each in ((1, choice.one), (of["threads"], choice.several)):
+            if each is not None:
+                found.append(
+                    {
+                        "threads": threads,
+                        "prefetch": str(each.prefetch),
+                        "gain": each.gain,
+                        "dtype": of["dtype"],
+                        "processor": of["processor"],
+                        "measured": choice.measured,
+                    }
+                )
+    return found
+
+
+def _prefetch_lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for each in found:
+        threads = f"{each['threads']} thread{'s' * (each['threads'] > 1)}"
+        gain = "" if each["prefetch"] == "none" else f", {each['gain']:.2f} times as fast as none"
+        yield (
+            "prefetch",
+            f"{each['prefetch']}{gain}, {threads} in {each['dtype']} on {each['processor']}, "
+            f"measured {each['measured'][:10]}",
         )
 
 

@@ -15,7 +15,7 @@ from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_prompts, check_tokens
-from onelaunch.engines.cpu import DTYPES, program, usable_cores, why_not
+from onelaunch.engines.cpu import DTYPES, prefetch_choice, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import MAX_TEXTS, CachedText, Runtime
@@ -38,7 +38,10 @@ class CpuEngine:
     float32 or bfloat16; all else is float32. `threads` None means as many as are fastest, measured
     while running. `fusion_depth` is how much one call holds: "auto" (a whole generation), "stage",
     "half", a number of layers, or "all" (one forward). `say` gets lines for people. `wait` has
-    the constructor wait for the compiled form. Raises BadInput for what cannot be had.
+    the constructor wait for the compiled form. `prefetch` is how weights are prefetched: "none",
+    "l2:BYTES" or "once:BYTES", so many bytes ahead; "auto" measures what is fastest, once for a
+    processor and a shape; None takes ONELAUNCH_PREFETCH, or "auto". Raises BadInput for what cannot
+    be had.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class CpuEngine:
         say: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
         wait: bool = False,
+        prefetch: str | None = None,
     ) -> None:
         if reason := why_not():
             raise BadInput(f"--engine cpu: {reason}; use --engine reference")
@@ -62,6 +66,7 @@ class CpuEngine:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
         self._threads = threads
+        self._prefetch = prefetch_choice.by_hand(prefetch)
         plan = make_plan(config, sample=True, weight_itemsize=self.dtype.itemsize)
         self._plan = plan
         self.fusion_depth: str | int = "auto"
@@ -76,7 +81,7 @@ class CpuEngine:
         self._inside = False
         self._torch_threads: int | None = None
         self.failed: str | None = None
-        store = store or Store()
+        self._store = store = store or Store()
         key = program.key()
         self._cached = store.contains(key)
         command = [sys.executable, "-m", "onelaunch.engines.cpu.native.build"]
@@ -139,7 +144,7 @@ class CpuEngine:
             return done
 
     def describe(self) -> dict[str, Any]:
-        """Engine, device, dtype, bytes of weights, threads, and which form runs."""
+        """Engine, device, dtype, bytes of weights, threads, prefetch, and which form runs."""
         runtime = self._ready()
         totals = self._plan.totals
         calls = 0 if self._launches is None else len(self._launches)
@@ -150,6 +155,8 @@ class CpuEngine:
             "weight_bytes": totals.weight_bytes if runtime is None else runtime.weights.n_bytes,
             "threads": torch.get_num_threads() if runtime is None else runtime.active_threads,
             "threads_chosen": "automatically" if self._threads is None else "by hand",
+            "prefetch": None if runtime is None else runtime.prefetch_in_use,
+            "prefetch_chosen": "automatically" if self._prefetch is None else "by hand",
             "fusion_depth": self.fusion_depth,
             "calls": "one for a whole generation" if not calls else f"{calls} a forward",
             "compiled": runtime is not None,
@@ -158,13 +165,20 @@ class CpuEngine:
     # ---- the two forms
 
     def _prepare(self, code: bytes) -> Runtime:
-        """In the compilation's thread: load the code, pack the weights."""
+        """In the compilation's thread: load the code, pack the weights, choose how to prefetch."""
         loaded = Program(code)
         weights = self._weights
         assert weights is not None
         packed = PackedWeights(self.config, weights, self.dtype, loaded.lanes, loaded.tile)
         threads = self._threads or min(usable_cores(), MAX_THREADS)
-        return Runtime(self.config, packed, loaded, self._plan, threads, self._threads is None)
+        adapt = self._threads is None
+        if self._prefetch is not None:
+            prefetch = self._prefetch, self._prefetch
+        else:
+            prefetch = prefetch_choice.chosen(
+                self._store, self.config, packed, loaded, threads, adapt
+            )
+        return Runtime(self.config, packed, loaded, self._plan, threads, adapt, prefetch)
 
     def _ready(self, seconds: float = 0.0) -> Runtime | None:
         """The compiled form, if it is there or comes within so many seconds."""

@@ -81,9 +81,18 @@ class State(IntEnum):
     OUT_ROW = 55  # bytes between two tokens' results of one item
     MAX_ROWS = 56  # rows of an item, at most
     STAMP = 57
-    STREAM = 59  # weights lie in memory rather than in a cache
     STARTED = 58  # a timespec, two fields
-    LENGTH = 64
+    STARTED_NANOSECONDS = 59
+    # how a product of one token prefetches its weights: where to (see PrefetchTo), and how many
+    # bytes ahead of its reading
+    PREFETCH_TO = 60
+    PREFETCH_AHEAD = 61
+    # what `run` puts there for one thread, and for several
+    ONE_PREFETCH_TO = 62
+    ONE_PREFETCH_AHEAD = 63
+    SEVERAL_PREFETCH_TO = 64
+    SEVERAL_PREFETCH_AHEAD = 65
+    LENGTH = 72
 
 
 class Layer(IntEnum):
@@ -136,6 +145,18 @@ class Text(IntEnum):
     LENGTH = 16
 
 
+class Product(IntEnum):
+    """Products of one vector with matrices of one shape that follow each other in memory: what
+    prefetching is measured with."""
+
+    WEIGHTS = 0
+    ROWS = 1
+    COLUMNS = 2
+    X = 3
+    OUT = 4
+    LENGTH = 8
+
+
 class Sync(IntEnum):
     """Words that threads share, each in a cache line of its own (offsets in fields)."""
 
@@ -177,6 +198,14 @@ class Status(IntEnum):
     STOPPED = 3
 
 
+class PrefetchTo(IntEnum):
+    """Where weights are prefetched to."""
+
+    NONE = 0
+    L2 = 1
+    ONCE = 2  # to be read once: into L1, past the other caches where the processor can
+
+
 class Operation(IntEnum):
     """What `entry` is asked for."""
 
@@ -188,3 +217,4 @@ class Operation(IntEnum):
     RESET = 5  # forget how many threads are best
     READ = 6  # add up the floats of b bytes at address `state`: what reading alone takes
     SHAPE = 7  # how many floats a vector holds (a = 0), how many rows a tile (a = 1)
+    PRODUCT = 8  # b products that the Product table at a describes

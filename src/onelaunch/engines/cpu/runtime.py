@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 import sys
 import threading
 import weakref
@@ -32,7 +31,9 @@ from onelaunch.engines.cpu.layout import (
     Token,
 )
 from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
+from onelaunch.engines.cpu.prefetch import NONE, Prefetch
 from onelaunch.engines.cpu.program import Program
+from onelaunch.engines.cpu.tables import Table
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import rope_tables
@@ -41,33 +42,11 @@ from onelaunch.plan import Plan
 MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
 MAX_TEXTS = 16
 SPIN = 4000
-STREAM_BYTES = 128 << 20  # beyond what a last cache holds
 ITEM_ROWS = 256
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 Launches = Sequence[tuple[int, int]]
 """Ranges of stages (first, last + 1), each one call."""
-
-
-class Table:
-    """int64 fields in memory that the program reads and writes."""
-
-    def __init__(self, length: int) -> None:
-        self._fields = (ctypes.c_int64 * (length + 16))()
-        # whole cache lines, as words between threads need them
-        start = ctypes.addressof(self._fields)
-        self._skip = (-start % 128) // 8
-        self.address = start + 8 * self._skip
-
-    def __getitem__(self, index: int) -> int:
-        return self._fields[self._skip + index]
-
-    def __setitem__(self, index: int, value: int) -> None:
-        self._fields[self._skip + index] = value
-
-    def set_float(self, index: int, value: float) -> None:
-        """A float32 in a field's low half."""
-        self[index] = struct.unpack("<i", struct.pack("<f", value))[0]
 
 
 class CachedText:
@@ -109,7 +88,10 @@ class CachedText:
 
 
 class Runtime:
-    """Runs one packed model with up to `threads` threads; not from two threads at once."""
+    """Runs one packed model with up to `threads` threads; not from two threads at once.
+
+    `prefetch`: how one thread and how several prefetch weights.
+    """
 
     def __init__(
         self,
@@ -119,11 +101,12 @@ class Runtime:
         plan: Plan,
         threads: int,
         adapt: bool,
+        prefetch: tuple[Prefetch, Prefetch] = (NONE, NONE),
     ) -> None:
         stages = [stage.code for stage in plan.stages]
         self._labels = [stage.label for stage in plan.stages]
         self.config, self.weights, self.program = config, weights, program
-        self.threads, self.adapt = threads, adapt
+        self.threads, self.adapt, self.prefetch = threads, adapt, prefetch
         self.state = Table(State.LENGTH)
         self._sync = Table(Sync.TICKETS + Sync.APART * threads)
         self._governor = Table(Governor.LENGTH)
@@ -185,7 +168,10 @@ class Runtime:
             State.SYNC: self._sync.address,
             State.GOVERNOR: self._governor.address,
             State.SPIN: SPIN,
-            State.STREAM: int(w.n_bytes >= STREAM_BYTES),
+            State.ONE_PREFETCH_TO: self.prefetch[0].to,
+            State.ONE_PREFETCH_AHEAD: self.prefetch[0].ahead,
+            State.SEVERAL_PREFETCH_TO: self.prefetch[1].to,
+            State.SEVERAL_PREFETCH_AHEAD: self.prefetch[1].ahead,
             State.MAX_ROWS: max(ITEM_ROWS, c.head_dim),
             State.OUT_ROW: 4 * padded(max(ITEM_ROWS, c.head_dim) + 2 * self.program.tile),
             State.CLOCK: _libc("clock_gettime"),
@@ -396,6 +382,11 @@ class Runtime:
     def n_bytes(self) -> int:
         """Packed weights and buffers; texts come on top of it."""
         return self.weights.n_bytes + self._buffers.size
+
+    @property
+    def prefetch_in_use(self) -> str:
+        """How as many threads as work now prefetch weights."""
+        return str(self.prefetch[self.active_threads > 1])
 
     @property
     def active_threads(self) -> int:

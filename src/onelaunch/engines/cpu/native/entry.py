@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from onelaunch.engines.cpu.layout import Operation, State, Text
+from onelaunch.engines.cpu.layout import Operation, Product, State, Text
 from onelaunch.engines.cpu.native.generate import advance, generate, reset_governor
-from onelaunch.engines.cpu.native.kernels import TILE, WIDTH, compiled, field
+from onelaunch.engines.cpu.native.kernels import TILE, WIDTH, compiled, field, product, row_bytes
 from onelaunch.engines.cpu.native.sampling import sample
 from onelaunch.engines.cpu.native.stages import help_out, run
 from onelaunch.engines.cpu.native.vectors import LANES, add, load, splat, sum_lanes
@@ -30,7 +30,21 @@ def entry(operation, state, a, b):
         return 0
     if operation == Operation.READ:
         return read(state, b)
+    if operation == Operation.PRODUCT:
+        return products(state, a, b)
     return LANES if a == 0 else TILE
+
+
+@compiled
+def products(state, table, count):
+    """See `Product`; 0."""
+    rows, columns = field(table, Product.ROWS), field(table, Product.COLUMNS)
+    x, out = field(table, Product.X), field(table, Product.OUT)
+    weights = field(table, Product.WEIGHTS)
+    for _ in range(count):
+        product(state, weights, 0, rows, columns, x, 0, 1, out)
+        weights += rows * row_bytes(state, columns)
+    return 0
 
 
 @compiled

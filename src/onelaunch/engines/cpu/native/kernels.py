@@ -12,10 +12,12 @@ import math
 import numpy as np
 from numba import njit
 
-from onelaunch.engines.cpu.layout import PAD, QUERIES, Layer, State, Text, Token
+from onelaunch.engines.cpu.layout import PAD, QUERIES, Layer, PrefetchTo, State, Text, Token
 from onelaunch.engines.cpu.native.tiles import make_tile
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
+    LOCALITY_L2,
+    LOCALITY_ONCE,
     REGISTERS,
     add,
     divide,
@@ -40,10 +42,6 @@ from onelaunch.engines.cpu.native.vectors import (
 
 WIDTH = 4 * LANES  # bytes of a vector
 TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
-# How far ahead of its reading a thread asks for weights that lie in memory, in bytes (docs/log.md
-# has the others that were tried). stories15m, which the last cache half holds, is slower by a tenth
-# with it: so only where State.STREAM says so. In bfloat16 it costs a third.
-AHEAD = 4096
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)
@@ -57,9 +55,12 @@ compiled = njit(
 )
 
 _one_f32 = make_tile(TILE, 1)
-_ahead_f32 = make_tile(TILE, 1, ahead=AHEAD)
+_l2_f32 = make_tile(TILE, 1, prefetch_locality=LOCALITY_L2)
+_once_f32 = make_tile(TILE, 1, prefetch_locality=LOCALITY_ONCE)
 _four_f32 = make_tile(FOUR_ROWS, 4)
 _one_bf16 = make_tile(TILE, 1, "bfloat16")
+_l2_bf16 = make_tile(TILE, 1, "bfloat16", prefetch_locality=LOCALITY_L2)
+_once_bf16 = make_tile(TILE, 1, "bfloat16", prefetch_locality=LOCALITY_ONCE)
 _four_bf16 = make_tile(FOUR_ROWS, 4, "bfloat16")
 _scores_one = make_tile(4, 1, b_kind="scalar", finish="vectors")
 _scores_tail = make_tile(1, 1, b_kind="scalar", finish="vectors")
@@ -104,13 +105,34 @@ def layer_field(state, layer, index):
 
 
 @compiled
+def _one_token(state, w, a_row, step, x, n, out, unread):
+    """TILE rows of a product with one vector. Weights that no other vector has met before are
+    prefetched as the state says."""
+    to = field(state, State.PREFETCH_TO) if unread else PrefetchTo.NONE
+    ahead = field(state, State.PREFETCH_AHEAD)
+    if field(state, State.NARROW):
+        if to == PrefetchTo.L2:
+            _l2_bf16(w, a_row, step, x, 0, WIDTH, n, out, 0, ONE, ahead)
+        elif to == PrefetchTo.ONCE:
+            _once_bf16(w, a_row, step, x, 0, WIDTH, n, out, 0, ONE, ahead)
+        else:
+            _one_bf16(w, a_row, step, x, 0, WIDTH, n, out, 0, ONE)
+    elif to == PrefetchTo.L2:
+        _l2_f32(w, a_row, step, x, 0, WIDTH, n, out, 0, ONE, ahead)
+    elif to == PrefetchTo.ONCE:
+        _once_f32(w, a_row, step, x, 0, WIDTH, n, out, 0, ONE, ahead)
+    else:
+        _one_f32(w, a_row, step, x, 0, WIDTH, n, out, 0, ONE)
+
+
+@compiled
 def product(state, weights, first, rows, columns, x, x_row, tokens, out):
     """Rows first .. first + rows of weights . x[t], for each t, into out; returns where out[t = 0]
     of the row `first` lies, the others at 4 bytes and OUT_ROW. Whole groups of TILE rows are taken:
     some more results lie before and behind."""
     out_row = field(state, State.OUT_ROW)
     stride = row_bytes(state, columns)
-    narrow, stream = field(state, State.NARROW), field(state, State.STREAM)
+    narrow = field(state, State.NARROW)
     a_row = 2 * LANES if narrow else 4 * LANES
     step = TILE * a_row
     n = padded(columns) // LANES
@@ -128,12 +150,7 @@ def product(state, weights, first, rows, columns, x, x_row, tokens, out):
                     _four_f32(a, a_row, step, b, x_row, WIDTH, n, o, out_row, ONE)
         for t in range(fours, tokens):
             b, o = x + t * x_row, target + t * out_row
-            if narrow:
-                _one_bf16(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
-            elif stream:
-                _ahead_f32(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
-            else:
-                _one_f32(w, a_row, step, b, 0, WIDTH, n, o, 0, ONE)
+            _one_token(state, w, a_row, step, b, n, o, t == 0)
         w += TILE * stride
     return out + 4 * before
 

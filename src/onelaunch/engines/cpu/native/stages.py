@@ -284,12 +284,19 @@ def walk(state, epoch, thread):
 
 
 @compiled
+def _set_prefetch(state, source):
+    put_i64(state + 8 * State.PREFETCH_TO, field(state, source))
+    put_i64(state + 8 * State.PREFETCH_AHEAD, field(state, source + 1))
+
+
+@compiled
 def run(state, first, last):
     """Stages first .. last of the forward that the tables describe; a Status."""
     put_i64(state + 8 * State.FIRST_STAGE, first)
     put_i64(state + 8 * State.LAST_STAGE, last)
     sync = field(state, State.SYNC)
     threads = get_i64(sync + 8 * Sync.ACTIVE)
+    _set_prefetch(state, State.ONE_PREFETCH_TO if threads <= 1 else State.SEVERAL_PREFETCH_TO)
     if threads <= 1:
         alone(state)
         return Status.OK

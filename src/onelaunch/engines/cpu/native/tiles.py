@@ -38,7 +38,7 @@ def make_tile(
     a_kind: Literal["float32", "bfloat16"] = "float32",
     b_kind: Literal["vector", "scalar"] = "vector",
     finish: Literal["sum", "vectors"] = "sum",
-    ahead: int = 0,
+    prefetch_locality: int | None = None,
 ) -> Any:
     """An intrinsic
 
@@ -48,38 +48,48 @@ def make_tile(
     a + i a_row + k a_step; b[j, k] likewise, or one float32 for every lane. With finish "sum" the
     lanes of each accumulator are added up and scale times the sum is stored as the float32
     out[j][i], at out + j out_row + 4 i; with "vectors" scale times the accumulator itself is
-    stored, at out + j out_row + 4 LANES i. `ahead` asks for the cache line so many bytes behind
-    each one that is read.
+    stored, at out + j out_row + 4 LANES i. With `prefetch_locality` (see `vectors`) a further
+    argument, `ahead`, says how far behind each cache line of a that is read one is prefetched.
     """
     narrow = a_kind == "bfloat16"
     vector_bytes = (2 if narrow else 4) * LANES
 
+    def code(context, builder, sig, args):
+        a, a_row, a_step, b, b_row, b_step, n, out, out_row, scale, *ahead = args
+        grid = [
+            [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(columns)]
+            for _ in range(rows)
+        ]
+        a_rows = [builder.add(a, builder.mul(a_row, _I64(i))) for i in range(rows)]
+        b_rows = [builder.add(b, builder.mul(b_row, _I64(j))) for j in range(columns)]
+        with cgutils.for_range(builder, n, intp=_I64) as loop:
+            a_at, b_at = builder.mul(loop.index, a_step), builder.mul(loop.index, b_step)
+            b_values = [_b_value(builder, builder.add(row, b_at), b_kind) for row in b_rows]
+            for i in range(rows):
+                address = builder.add(a_rows[i], a_at)
+                if ahead and i * vector_bytes % CACHE_LINE == 0:
+                    prefetch(builder, builder.add(address, *ahead), prefetch_locality)
+                value = (load_bfloat16 if narrow else load_vector)(builder, address)
+                for j in range(columns):
+                    old = builder.load(grid[i][j])
+                    builder.store(multiply_add(builder, value, b_values[j], old), grid[i][j])
+                if ahead:  # no instruction: it keeps the 16 requests from being made at once
+                    builder.fence("acq_rel", "singlethread")
+        _finish(builder, grid, out, out_row, scale, finish)
+        return context.get_dummy_value()
+
+    if prefetch_locality is not None:
+
+        @intrinsic
+        def tile_ahead(
+            typingctx, a, a_row, a_step, b, b_row, b_step, n, out, out_row, scale, ahead
+        ):
+            return types.void(*[types.int64] * 9, types.float32, types.int64), code
+
+        return tile_ahead
+
     @intrinsic
     def tile(typingctx, a, a_row, a_step, b, b_row, b_step, n, out, out_row, scale):
-        def code(context, builder, sig, args):
-            a, a_row, a_step, b, b_row, b_step, n, out, out_row, scale = args
-            grid = [
-                [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(columns)]
-                for _ in range(rows)
-            ]
-            a_rows = [builder.add(a, builder.mul(a_row, _I64(i))) for i in range(rows)]
-            b_rows = [builder.add(b, builder.mul(b_row, _I64(j))) for j in range(columns)]
-            with cgutils.for_range(builder, n, intp=_I64) as loop:
-                a_at, b_at = builder.mul(loop.index, a_step), builder.mul(loop.index, b_step)
-                b_values = [_b_value(builder, builder.add(row, b_at), b_kind) for row in b_rows]
-                for i in range(rows):
-                    address = builder.add(a_rows[i], a_at)
-                    if ahead and i * vector_bytes % CACHE_LINE == 0:
-                        prefetch(builder, builder.add(address, _I64(ahead)), write=False)
-                    value = (load_bfloat16 if narrow else load_vector)(builder, address)
-                    for j in range(columns):
-                        old = builder.load(grid[i][j])
-                        builder.store(multiply_add(builder, value, b_values[j], old), grid[i][j])
-                    if ahead:  # no instruction: it keeps the 16 requests from being made at once
-                        builder.fence("acq_rel", "singlethread")
-            _finish(builder, grid, out, out_row, scale, finish)
-            return context.get_dummy_value()
-
         return types.void(*[types.int64] * 9, types.float32), code
 
     return tile

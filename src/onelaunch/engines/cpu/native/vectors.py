@@ -19,6 +19,11 @@ from numba.extending import intrinsic, models, register_model
 LANES = int(os.environ.get("ONELAUNCH_LANES", "4"))
 REGISTERS = int(os.environ.get("ONELAUNCH_REGISTERS", "16"))
 
+LOCALITY_L1, LOCALITY_L2, LOCALITY_ONCE = 3, 2, 0
+"""Where LLVM's prefetch intrinsic puts a line; ONCE: it is read once, and should take no other
+line's place in the caches beyond L1. Every target has the intrinsic: prefetcht0, t1 and nta on x86,
+pldl1keep, pldl2keep and pldl1strm on ARM, and nothing where there is no such instruction."""
+
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 VECTOR_IR = ir.VectorType(_F32, LANES)
@@ -89,15 +94,13 @@ def call_intrinsic(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Va
     return builder.call(found, list(values))
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value, write: bool) -> None:
-    """Ask for the cache line at an address, which may lie outside of what is allocated: into the
-    nearest cache to be written; to be read once, and to take no other line's place in the others
-    than it must."""
+def prefetch(builder: ir.IRBuilder, address: ir.Value, locality: int, write: bool = False) -> None:
+    """Prefetch the cache line at an address, which may lie outside of what is allocated."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     name = "llvm.prefetch.p0"
     found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    near = _I32(3 if write else 0)
-    builder.call(found, [pointer(builder, address, _I8), _I32(int(write)), near, _I32(1)])
+    rest = [_I32(int(write)), _I32(locality), _I32(1)]
+    builder.call(found, [pointer(builder, address, _I8), *rest])
 
 
 def fold(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
@@ -159,7 +162,7 @@ def prefetch_to_write(typingctx, address):
     """Ask for a cache line that will be written."""
 
     def code(context, builder, sig, args):
-        prefetch(builder, args[0], write=True)
+        prefetch(builder, args[0], LOCALITY_L1, write=True)
         return context.get_dummy_value()
 
     return types.void(types.int64), code
