@@ -161,7 +161,17 @@ class EngineSuite:
         one = engine.generate([[1], [2]], 8, sampling, stop=[5])
         other = engine.generate([[8, 8, 8, 8], [2]], 8, sampling, stop=[5])
         assert one[1] == other[1]
-        assert engine.generate([[2], [2]], 8, sampling)[0] != one[1]
+
+    def test_a_sequence_is_drawn_the_same_alone_and_among_others(self, engine):
+        sampling = Sampling(temperature=1.0, seed=3)
+        prompts = [[1], [4, 9, 2, 33], [1], [7] * 11, [4, 9], [1]]
+        together = engine.generate(prompts, 9, sampling)
+        for i in (0, 1, 3, 4):
+            assert engine.generate([prompts[i]], 9, sampling) == [together[i]]
+        samples = [together[i] for i in (0, 2, 5)]
+        assert len(set(map(tuple, samples))) == 3
+        assert engine.generate([[1]] * 3, 9, sampling) == samples
+        assert engine.generate([[4, 9], *prompts[3::-1]], 9, sampling)[2::2] == samples[:2]
 
     def test_the_same_seed_draws_the_same_and_another_seed_another(self, engine):
         def text(seed: int) -> list[int]:

@@ -1,11 +1,13 @@
 """Top-k, min-p and top-p against a plain NumPy oracle, and what the draws amount to."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from onelaunch.engines.engine import Sampling
-from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, uniforms
+from onelaunch.engines.sampling import LARGEST_UNIFORM, copy_numbers, draw, uniforms
 from onelaunch.errors import BadInput
 
 
@@ -128,12 +130,17 @@ def test_the_largest_number_never_falls_off_the_end():
         assert draw(logits, Sampling(1.0), largest).item() < 97
 
 
-def test_uniforms_depend_on_seed_and_prompt_alone():
-    assert torch.equal(uniforms(1, 2, 10), uniforms(1, 2, 10))
-    assert torch.equal(uniforms(1, 2, 10)[:4], uniforms(1, 2, 4))
-    firsts = {uniforms(seed, prompt, 1).item() for seed in range(-9, 9) for prompt in range(9)}
-    assert len(firsts) > 160
-    many = uniforms(0, 0, 20000)
+def test_copies_of_a_prompt_are_numbered():
+    assert copy_numbers([[1], [2, 1], [1], (2, 1), [1], [2]]) == [0, 0, 1, 1, 2, 0]
+
+
+def test_uniforms_depend_on_seed_prompt_and_copy_alone():
+    assert torch.equal(uniforms(1, [2, 3], 0, 10), uniforms(1, (2, 3), 0, 10))
+    assert torch.equal(uniforms(1, [2], 0, 10)[:4], uniforms(1, [2], 0, 4))
+    different = itertools.product(range(-4, 4), ([1], [11], [1, 1], [1, 0], [0, 1], [2]), range(3))
+    firsts = {uniforms(seed, prompt, copy, 1).item() for seed, prompt, copy in different}
+    assert len(firsts) == 8 * 6 * 3
+    many = uniforms(0, [0], 0, 20000)
     assert many.dtype == torch.float32
     assert 0 < many.min() < many.max() <= LARGEST_UNIFORM
     # mean of n uniforms: standard deviation 1/sqrt(12 n), here 0.002

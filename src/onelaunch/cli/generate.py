@@ -73,8 +73,8 @@ def generate(
         typer.Option(
             "--seed",
             metavar="S",
-            help="The same seed draws the same text again, also where none is given; another "
-            "seed draws another text.",
+            help="The same seed and prompt draw the same text again, also where no seed is given; "
+            "a prompt given twice draws two.",
         ),
     ] = 0,
     engine: Annotated[

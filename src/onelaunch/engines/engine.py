@@ -29,6 +29,10 @@ class Sampling:
     `top_k` keeps the k most likely (0: all), `min_p` those at least `min_p` times as likely as
     the best (0: all), `top_p` the smallest set whose probability reaches it (1: all), and one of
     what is left is drawn. The same seed draws the same tokens on the same engine.
+
+    A sequence's draws depend on the seed and its prompt alone, not on what else is generated with
+    it. Equal prompts of one call are samples of it: the first is what the prompt alone gives, the
+    second another, and so on, each the same wherever it stands among other prompts.
     """
 
     temperature: float = 0.0

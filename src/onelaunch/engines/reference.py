@@ -16,7 +16,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_prompts, check_tokens, not_finite
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
-from onelaunch.engines.sampling import draw, uniforms
+from onelaunch.engines.sampling import copy_numbers, draw, uniforms
 from onelaunch.errors import BadInput
 from onelaunch.model import KVCache, Model
 
@@ -143,13 +143,13 @@ class ReferenceEngine:
         """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`.
 
         A prompt of P tokens in a context of C leaves room for C - P + 1 new ones, as the last
-        one need not be read back. Prompt i draws with its own numbers, made from the seed and i.
-        Raises RunFailed where the logits are not finite.
+        one need not be read back. Raises RunFailed where the logits are not finite.
         """
         check_prompts(self.config, prompts, n)
+        copies = copy_numbers(prompts)
         texts: list[list[int]] = []
         for index, prompt in enumerate(prompts):
-            new, _ = self.continue_text(prompt, n, sampling, index, on_token, stop)
+            new, _ = self.continue_text(prompt, n, sampling, index, copies[index], on_token, stop)
             texts.append(new)
             if on_end is not None:
                 on_end(index)
@@ -224,11 +224,12 @@ class ReferenceEngine:
         n: int,
         sampling: Sampling,
         index: int,
+        copy: int,
         on_token: OnToken | None = None,
         stop: Sequence[int] = (),
         leave: Callable[[], bool] = lambda: False,
     ) -> tuple[list[int], KVCache | None]:
-        """The new ids of the text number `index`, by up to `n` tokens.
+        """The new ids of the text number `index`, by up to `n` tokens; `copy` is its copy number.
 
         Ends early where `leave` says so, asked after each token: then the cache comes too, filled
         with all of the text but its last token. It is None where the text is complete.
@@ -240,7 +241,7 @@ class ReferenceEngine:
         cache = KVCache(self.config, 1, capacity, self.device, self.dtype)
         uniforms_N = None
         if not sampling.greedy:
-            uniforms_N = uniforms(sampling.seed, index, n).to(self.device)
+            uniforms_N = uniforms(sampling.seed, prompt, copy, n).to(self.device)
         tokens_1S = torch.tensor([prompt], device=self.device)
         new: list[int] = []
         with self._autocast(), self._growing_attention():

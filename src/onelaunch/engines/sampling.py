@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,13 +18,26 @@ LARGEST_UNIFORM = 1.0 - 2.0**-24
 """The float32 before 1; times any total it rounds to less than the total."""
 
 
-def uniforms(seed: int, prompt: int, n: int) -> Tensor:
-    """`n` numbers from 0 to below 1 for the prompt's tokens in order, float32 on the CPU.
+def copy_numbers(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt, how many equal ones stand before it: what tells samples of one prompt
+    apart."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        numbers.append(seen[key])
+        seen[key] += 1
+    return numbers
 
-    They depend on nothing but the seed and the prompt's index: other prompts, their lengths and
-    the device do not shift them.
+
+def uniforms(seed: int, prompt: Sequence[int], copy: int, n: int) -> Tensor:
+    """`n` numbers from 0 to below 1 for a sequence's new tokens in order, float32 on the CPU.
+
+    They depend on nothing but the seed, the prompt's ids and its copy number (`copy_numbers`):
+    other prompts, their order and lengths, and the device do not shift them.
     """
-    digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
+    text = " ".join(map(str, (seed, copy, *prompt)))
+    digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     # float64 first: float32 draws an exact 0, and with it the first id however unlikely, once in
     # 17 million times. The bound undoes the rounding up to 1.

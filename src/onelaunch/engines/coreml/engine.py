@@ -20,7 +20,7 @@ from onelaunch.engines.coreml.pack import HEAD_STEP, Packed, weight_bytes
 from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.coreml.programs import Programs, Wanted
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
-from onelaunch.engines.sampling import draw, uniforms
+from onelaunch.engines.sampling import copy_numbers, draw, uniforms
 from onelaunch.errors import BadInput
 from onelaunch.plan import make_plan, parse_depth
 
@@ -84,8 +84,8 @@ class CoreMLEngine:
         """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`."""
         check_prompts(self.config, prompts, n)
         texts = []
-        for index, prompt in enumerate(prompts):
-            texts.append(self._continue(index, list(prompt), n, sampling, on_token, stop))
+        for index, (prompt, copy) in enumerate(zip(prompts, copy_numbers(prompts), strict=True)):
+            texts.append(self._continue(index, copy, list(prompt), n, sampling, on_token, stop))
             if on_end is not None:
                 on_end(index)
         return texts
@@ -108,6 +108,7 @@ class CoreMLEngine:
     def _continue(
         self,
         index: int,
+        copy: int,
         text: list[int],
         n: int,
         sampling: Sampling,
@@ -115,7 +116,8 @@ class CoreMLEngine:
         stop: Sequence[int],
     ) -> list[int]:
         n = min(n, self.config.max_seq_len - len(text) + 1)
-        uniforms_N = None if sampling.greedy or not n else uniforms(sampling.seed, index, n)
+        greedy = sampling.greedy or not n
+        uniforms_N = None if greedy else uniforms(sampling.seed, text, copy, n)
         new: list[int] = []
         for i in range(n):
             logits_V = self._text(text)[len(text) - 1]

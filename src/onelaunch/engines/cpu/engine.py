@@ -21,7 +21,7 @@ from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import MAX_TEXTS, CachedText, Runtime
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.reference import MAX_THREADS, ReferenceEngine
-from onelaunch.engines.sampling import uniforms
+from onelaunch.engines.sampling import copy_numbers, uniforms
 from onelaunch.errors import BadInput
 from onelaunch.model import KVCache
 from onelaunch.plan import Launch, launches, make_plan, parse_depth
@@ -124,8 +124,9 @@ class CpuEngine:
     ) -> list[list[int]]:
         """Continue each prompt by up to `n` tokens; see `Engine`.
 
-        Up to 16 texts grow together. A text is the same alone and among others, with any number
-        of threads, at any fusion depth. Raises RunFailed where the logits are not finite.
+        Up to 16 texts grow together. A text is the same alone and among others, drawn or greedy,
+        with any number of threads, at any fusion depth. Raises RunFailed where the logits are not
+        finite.
         """
         check_prompts(self.config, prompts, n)
         if n == 0:
@@ -231,14 +232,22 @@ class CpuEngine:
         and the one that it was at."""
         done: list[list[int]] = []
         reference = self._slow()
+        copies = copy_numbers(prompts)
         for index, prompt in enumerate(prompts):
             if self._ready() is not None:
                 break
             new, cache = reference.continue_text(
-                prompt, n, sampling, index, on_token, stop, lambda: self._ready() is not None
+                prompt,
+                n,
+                sampling,
+                index,
+                copies[index],
+                on_token,
+                stop,
+                lambda: self._ready() is not None,
             )
             if cache is not None:
-                text = self._text(index, prompt, n, sampling)
+                text = self._text(index, prompt, copies[index], n, sampling)
                 self._hand_over(text, new, cache)
                 return done, [text]
             done.append(new)
@@ -269,20 +278,22 @@ class CpuEngine:
         runtime = self._runtime
         assert runtime is not None
         ranges = None if self._launches is None else self._ranges(sampled=True)
-        waiting = list(rest)
+        waiting, copies = list(rest), copy_numbers(prompts)
         texts = begun
         while texts or waiting:
             while waiting and len(texts) < MAX_TEXTS:
                 index = waiting.pop(0)
-                texts.append(self._text(index, prompts[index], n, sampling))
+                texts.append(self._text(index, prompts[index], copies[index], n, sampling))
             runtime.generate(texts, sampling, stop, on_token, on_end, ranges)
             done += [text.new for text in texts]
             texts = []
 
-    def _text(self, index: int, prompt: Sequence[int], n: int, sampling: Sampling) -> CachedText:
+    def _text(
+        self, index: int, prompt: Sequence[int], copy: int, n: int, sampling: Sampling
+    ) -> CachedText:
         assert self._runtime is not None
         n = min(n, self.config.max_seq_len - len(prompt) + 1)
-        numbers = None if sampling.greedy else uniforms(sampling.seed, index, n)
+        numbers = None if sampling.greedy else uniforms(sampling.seed, prompt, copy, n)
         return CachedText(self._runtime, index, prompt, n, numbers)
 
     def _ranges(self, sampled: bool) -> list[tuple[int, int]]:
