@@ -1,6 +1,7 @@
 """Compiling beside the form that serves: real children, real threads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,19 @@ def test_without_a_store_it_runs_all_the_same(compiling, said, tmp_path):
     compilation = compiling(compiler(first="print('chatter')"), store=store)
     assert compilation.wait(60) == "program"
     assert not compilation.was_cached
-    assert f"; not kept for the next time ({store.folder}: " in said[-1]
+    assert f"in the background; not kept for the next time ({store.folder}: " in said[0]
+    assert re.fullmatch(r"the fast form: compiled in [0-9.]+ s", said[1]), "said once"
+    assert len(said) == 2
+
+
+def test_a_program_that_could_not_be_kept_in_the_end_is_said_too(compiling, store, said):
+    """The folder becomes a file while the child works."""
+    folder = repr(str(store.folder))
+    first = f"import shutil; shutil.rmtree({folder}); open({folder}, 'w').close()"
+    compilation = compiling(compiler(first=first))
+    assert compilation.wait(20) == "program", compilation.failed
+    assert said[0] == "compiling the fast form in the background, once"
+    assert f"; not kept for the next time ({store.folder}: " in said[1]
 
 
 def test_the_child_is_in_a_session_of_its_own_and_reads_nothing(compiling):

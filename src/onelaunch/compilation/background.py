@@ -14,16 +14,19 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
+from onelaunch.checkpoints.atomic import write_error
 from onelaunch.compilation import entry
 from onelaunch.compilation.cache import Store
 from onelaunch.compilation.child import NOT_KEPT, Destination
 from onelaunch.compilation.entry import Damaged
 from onelaunch.compilation.environment import child_environment
-from onelaunch.errors import OnelaunchError, RunFailed
+from onelaunch.compilation.lock import CompileLock
+from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
 T = TypeVar("T")
 
@@ -33,12 +36,16 @@ REASON_LETTERS = 300
 
 _speaking = threading.RLock()
 _leaving = False
+_not_kept: weakref.WeakSet[Compilation[Any]] = weakref.WeakSet()
+"""Those whose program nobody will find: their children end with this process."""
 
 
 def _fall_silent() -> None:
     """A thread that is stopped in the middle of a print can take the whole exit down with it."""
     global _leaving
     _leaving = True
+    for compilation in list(_not_kept):
+        compilation.cancel()
     # bounded: a reader of ours that is stuck must not keep the interpreter
     if _speaking.acquire(timeout=1.0):
         _speaking.release()
@@ -64,6 +71,10 @@ class Compilation(Generic[T]):
     program into the new form, in the thread. `say` is called from the thread with lines for
     people that begin with or name `what`, as in "the fast form". A child that takes longer than
     `timeout` seconds is killed and has failed.
+
+    Of several processes that want the same program of a store one compiles, and the others wait for
+    it. Where the store cannot be written, each compiles for itself, and the first line that is
+    said names the reason.
 
     A program that `prepare` refuses is taken out of the store: the next run compiles it anew.
     """
@@ -91,7 +102,9 @@ class Compilation(Generic[T]):
         self._what = what
         self._timeout = timeout
         self._form: T | None = None
-        self._not_kept: str | None = None
+        self._by_another = False  # whether another process compiles it
+        self._not_kept: str | None = None  # why it will not be, known from the beginning
+        self._lost: str | None = None  # why it was not, known at the end
         self._cancelled = False
         self._child: subprocess.Popen[bytes] | None = None
         # held wherever the child is looked at: its id is its own only until it has been reaped
@@ -154,11 +167,43 @@ class Compilation(Generic[T]):
             raise
 
     def _compile(self) -> bytes:
-        """The program, from a child. Raises RunFailed with the reason."""
+        """The program, from a child of this process or of another. Raises RunFailed with the
+        reason."""
+        lock = CompileLock(self._store, self._key)
+        try:
+            try:
+                program = self._await_turn(lock)
+            except (BadInput, OSError) as error:
+                self._not_kept = why_not_written(self._store, error)
+                program = None
+            return self._compile_here(lock.descriptor) if program is None else program
+        finally:
+            lock.release()
+
+    def _await_turn(self, lock: CompileLock) -> bytes | None:
+        """Wait until the lock is held, or for another process's program, which is returned."""
+        deadline = time.monotonic() + self._timeout
+        while not lock.acquire():
+            if not self._by_another:
+                self._by_another = True
+                self._tell(f"waiting for {self._what}, which another process compiles")
+            if self._cancelled or _leaving:
+                raise RunFailed("cancelled")
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(LOOK_SECONDS)
+        program = self._store.peek(self._key) if self._by_another else None
+        self._by_another = program is not None
+        return program
+
+    def _compile_here(self, lock: int | None) -> bytes:
+        """The program, from a child of this process, which inherits the lock."""
+        if self._not_kept is not None:
+            _not_kept.add(self)
         self._tell_beginning()
         # files, not pipes: a child whose parent has ended can still write to them
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-            status = self._run_child(out, errors)
+            status = self._run_child(out, errors, lock)
             if status != 0:
                 raise RunFailed(why_ended(status, errors))
             program = self._store.peek(self._key)
@@ -168,10 +213,12 @@ class Compilation(Generic[T]):
                     header, program = entry.read(out, self._key)
                 except Damaged as error:
                     raise RunFailed("it ended without a program") from error
-                self._not_kept = str(header.about.get(NOT_KEPT, "")) or None
+                why = str(header.about.get(NOT_KEPT, "")) or None
+                if self._not_kept is None:
+                    self._lost = why
             return program
 
-    def _run_child(self, out: BinaryIO, errors: BinaryIO) -> int:
+    def _run_child(self, out: BinaryIO, errors: BinaryIO, lock: int | None) -> int:
         """Start the child and wait for its exit status; negative: the signal that ended it."""
         to = Destination(
             str(self._store.folder), self._store.limit_bytes, self._key, self._what, time.time()
@@ -186,6 +233,7 @@ class Compilation(Generic[T]):
                 stderr=errors,
                 start_new_session=True,
                 env=child_environment(),
+                pass_fds=() if lock is None or os.name != "posix" else (lock,),
             )
         deadline = time.monotonic() + self._timeout
         while True:
@@ -218,13 +266,18 @@ class Compilation(Generic[T]):
             if each.about.get("what") == self._what and isinstance(seconds, float | int):
                 last = f", about {max(1, round(seconds))} s"
                 break
-        self._tell(f"compiling {self._what} in the background, once{last}")
+        if self._not_kept is not None:
+            kept = f"; not kept for the next time ({self._not_kept})"
+        else:
+            kept = ", once"
+        self._tell(f"compiling {self._what} in the background{kept}{last}")
 
     def _tell_ready(self) -> None:
         if self.was_cached:
             return
-        but = f"; not kept for the next time ({self._not_kept})" if self._not_kept else ""
-        self._tell(f"{self._what}: compiled in {self.seconds:.1f} s{but}")
+        but = f"; not kept for the next time ({self._lost})" if self._lost else ""
+        by = " by another process" if self._by_another else ""
+        self._tell(f"{self._what}: compiled{by} in {self.seconds:.1f} s{but}")
 
     def _tell(self, text: str) -> None:
         tell(self._say, text)
@@ -254,6 +307,11 @@ class DoubleBuffer(Generic[T]):
                 self._pending = None
                 self.swaps += 1
         return self._form
+
+
+def why_not_written(store: Store, error: BadInput | OSError) -> str:
+    """Why a store's folder cannot be written, in a line."""
+    return str(error if isinstance(error, BadInput) else write_error(store.folder, error))
 
 
 def why_ended(status: int, errors: BinaryIO) -> str:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 from onelaunch.checkpoints.atomic import write_error
 from onelaunch.compilation import entry
 from onelaunch.compilation.entry import About, Damaged
+from onelaunch.errors import BadInput
 
 LIMIT_BYTES = 1 << 30
 SUFFIX = ".program"
@@ -179,18 +180,26 @@ class Store:
         if self.last_error is not None:
             return False
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # somebody else may have been faster
-            self.last_error = self.unusable
-            if self.last_error is not None:
-                return False
+            self.make_folder()
             path = self._path(key)
             self._write(path, key, program, about)
+        except BadInput as error:
+            self.last_error = str(error)
+            return False
         except OSError as error:
             self.last_error = str(write_error(self.folder, error))
             return False
         self._make_room(path)
         return True
+
+    def make_folder(self) -> None:
+        """Make the folder where it is missing. Raises OSError, and BadInput where it is there and
+        not to be trusted."""
+        if self.unusable is None:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # somebody else may have been faster
+        if (reason := self.unusable) is not None:
+            raise BadInput(reason)
 
     def remove(self, key: str) -> bool:
         """Forget a program; whether it was there."""
