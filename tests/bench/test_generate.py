@@ -161,7 +161,7 @@ def test_run_c_takes_part_and_its_tokens_are_compared(tmp_path, monkeypatch, com
     threads = torch.get_num_threads()
     samples = made.rounds(prompt_of(3), 8, 2)
     assert torch.get_num_threads() == threads
-    assert made.same_tokens == 5
+    assert made.same_tokens == {"run.c": 5}
     numbers = {1, Cell.number(AUTO)}
     names = ("reference", "bare loop", "run.c", "read")
     assert set(samples) == {("ours", 1), ("ours", AUTO), *((a, b) for a in names for b in numbers)}
@@ -273,7 +273,8 @@ def test_without_a_swap_there_is_no_figure(monkeypatch, swap_at, failed, said):
         (["generate", "--peer", "=x"], "must be NAME=PATH"),
         (["generate", "--peer", "run.c="], "must be NAME=PATH"),
         (["generate", "--peer", "run.c=a", "--peer", "run.c=b"], "given twice"),
-        (["generate", "--peer", "llama.cpp=a"], "--peer llama.cpp: generate knows run.c only"),
+        (["generate", "--peer", "x=a"], "--peer x: generate knows run.c, llama.cpp only"),
+        (["generate", "--peer", "llama.cpp=/nowhere"], "--peer llama.cpp=/nowhere: no such file"),
         (["generate", "--peer", "run.c=/nowhere/run"], "--peer run.c=/nowhere/run: no such file"),
         (["fusion-depth", "--peer", "run.c=a"], "--peer run.c: fusion-depth takes none"),
     ],

@@ -1,10 +1,10 @@
-"""generate: tokens a second of the CPU engine, beside what a user could pick instead.
+"""generate: tokens a second of the CPU engine, compared with what a user could pick instead.
 
 Greedy, one text, random weights of the presets' shapes, a prompt of three tokens. A rate is of
-every token but the first, as run.c counts its own. Each round has every contestant once, and the
-speed at which the same number of threads reads the packed weights: the best of 15 passes in that
-round. Further rows: a prompt read, a core that something else keeps busy, a second start, memory,
-and a first start, which compiles.
+every token but the first, as run.c counts its own. run.c computes in float32, llama.cpp in the
+dtype of ours. Each round has every contestant once, and the speed at which the same number of
+threads reads the packed weights: the best of 15 passes in that round. Further rows: a prompt read,
+a core that something else keeps busy, a second start, memory, and a first start, which compiles.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from onelaunch.bench.generate_cell import (
 )
 from onelaunch.bench.generate_life import busy_core, cold_start, memory, prompt, second_start
 from onelaunch.bench.generate_views import draw, table
+from onelaunch.bench.peers import llama_cpp
 from onelaunch.bench.peers.run_c import NAME, check_binary
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import ratio
@@ -37,7 +38,7 @@ from onelaunch.config import preset
 __all__ = ["PEERS", "UNIT", "draw", "run", "table"]
 
 UNIT = "tokens/s"
-PEERS = (NAME,)
+PEERS = (NAME, llama_cpp.NAME)
 DTYPES = ("float32", "bfloat16")
 # run.c counts milliseconds: of the smallest model it must write many tokens
 TOKENS = {"stories260k": 500, "stories15m": 200, "stories110m": 40}
@@ -55,12 +56,17 @@ def run(
     binary = peers.get(NAME)
     if binary is not None:
         check_binary(binary)
+    python = peers.get(llama_cpp.NAME)
+    if python is not None:
+        llama_cpp.check_python(python)
+    else:
+        python = llama_cpp.installed_here()
     compiled_program(say)
     for name, n in (QUICK_TOKENS if quick else TOKENS).items():
         for dtype in DTYPES[:1] if quick else DTYPES:
             threads: list[Threads] = [AUTO] if quick else [*thread_counts(), AUTO]
             rounds = QUICK_LARGE_ROUNDS if quick and name == "stories110m" else ROUNDS
-            yield from _cell(name, dtype, threads, n, rounds, binary, say)
+            yield from _cell(name, dtype, threads, n, rounds, (binary, python), say)
             gc.collect()  # the engines' memory, before the next ones take as much
     yield prompt(binary, ROUNDS, say)
     yield second_start(3 if quick else ROUNDS, say)
@@ -76,12 +82,13 @@ def _cell(
     threads: list[Threads],
     n: int,
     rounds: int,
-    binary: Path | None,
+    peers: tuple[Path | None, Path | None],
     say: Callable[[str], None],
 ) -> Iterator[Row]:
+    binary, python = peers
     config = preset(name)
     with tempfile.TemporaryDirectory() as folder:
-        cell = Cell(config, dtype, threads, binary, Path(folder), say)
+        cell = Cell(config, dtype, threads, binary, Path(folder), say, python)
         samples = cell.rounds(prompt_of(PROMPT_TOKENS), n, rounds)
     per_token = bytes_per_token(config, 4 if dtype == "float32" else 2)
     for each in threads:
@@ -89,8 +96,9 @@ def _cell(
         row.notes |= {"model": name, "dtype": dtype, "tokens": n}
         active = cell.ours[each].describe()["threads"]
         row.notes["threads_at_the_end"] = active
-        if cell.same_tokens is not None:
-            row.notes["run.c_same_tokens"] = cell.same_tokens
+        row.notes["prefetch"] = cell.ours[each].describe()["prefetch"]
+        for peer, same in cell.same_tokens.items():
+            row.notes[f"{peer}_same_tokens"] = same
         told = ", ".join(f"{peer} {value:,.0f}" for peer, value in row.peers.items())
         say(
             f"{row.case}: {row.ours:,.1f} tokens/s, {row.notes['gb_s']:.1f} GB/s, "

@@ -1,7 +1,7 @@
 """One model in one dtype, written on by every contestant in each round.
 
 Ours with each number of threads and with the automatic choice; PyTorch's (the reference engine and
-a bare loop) and run.c with each number of threads; and reading the packed weights alone.
+a bare loop), run.c and llama.cpp with each number of threads; and reading the packed weights alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from onelaunch.bench.compiled import random_weights, ready, runtime_of, thread_counts
 from onelaunch.bench.generation_speed import BareLoop
+from onelaunch.bench.peers import llama_cpp
 from onelaunch.bench.peers.run_c import BOS, LETTERS, SPACE, RunC
 from onelaunch.bench.reading import reader
 from onelaunch.bench.rounds import Samples, in_rounds
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 REFERENCE, BARE, RUN_C, READ = "reference", "bare loop", "run.c", "read"
+LLAMA_CPP = llama_cpp.NAME
 SETTLE_SECONDS = 0.03  # threads of the one before go to sleep
 WARM_TOKENS = 2
 
@@ -78,7 +80,8 @@ def run_c(binary: Path, config: ModelConfig, weights: dict[str, Tensor], path: P
 
 
 class Cell:
-    """Everything that takes part, made once. `binary` is run.c's program, if there is one."""
+    """Everything that takes part, made once. `binary` is run.c's program and `python` one that has
+    llama.cpp, if they are there."""
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class Cell:
         binary: Path | None,
         folder: Path,
         say: Callable[[str], None],
+        python: Path | None = None,
     ) -> None:
         weights = random_weights(config)
         numbers = sorted({self.number(each) for each in threads})
@@ -102,10 +106,13 @@ class Cell:
         self.bare = BareLoop(config, placed)
         self.peer_numbers = numbers
         self.run_c: RunC | None = None
-        self.same_tokens: int | None = None
-        """How many tokens run.c and ours write alike before they part: random weights give logits
-        close to each other, and sums in another order part them."""
+        self.same_tokens: dict[str, int] = {}
+        """How many tokens run.c and llama.cpp write as ours before they part: random weights give
+        logits close to each other, and sums in another order part them."""
         self._say = say
+        self._python = python
+        self._llama_cpp = partial(llama_cpp.llama_cpp, config=config, weights=weights, dtype=dtype)
+        self._folder = folder
         if binary is not None:
             self.run_c = run_c(binary, config, weights, folder / "model.bin")
 
@@ -116,7 +123,7 @@ class Cell:
 
     def rounds(self, prompt: list[int], n: int, rounds: int) -> dict[Contestant, list[float]]:
         """Tokens a second of each contestant, and GB/s of reading, round by round."""
-        self._compare(prompt, n)
+        ids = self._compare(prompt, n)
         calls: dict[Contestant, Callable[[], float]] = {}
         for each, engine in self.ours.items():
             calls["ours", each] = partial(_rate, partial(_write, engine, prompt), n)
@@ -129,6 +136,10 @@ class Cell:
             if self.run_c is not None:
                 calls[RUN_C, number] = partial(self._run_c, prompt, n, number)
         with ExitStack() as stack:
+            for number in self.peer_numbers if self._python is not None else ():
+                peer = self._start_llama_cpp(stack, number, prompt, ids)
+                if peer is not None:
+                    calls[LLAMA_CPP, number] = partial(_llama_cpp_rate, peer, prompt, n)
             runtime = runtime_of(next(iter(self.ours.values())))
             memory = runtime.weights.memory.address, runtime.weights.n_bytes
             for number in self.peer_numbers:
@@ -138,20 +149,36 @@ class Cell:
             found: Samples = in_rounds(by_name, rounds, SETTLE_SECONDS)
         return {key: found[name] for name, key in names.items()}
 
-    def _compare(self, prompt: list[int], n: int) -> None:
+    def _start_llama_cpp(
+        self, stack: ExitStack, threads: int, prompt: list[int], ids: list[int]
+    ) -> llama_cpp.LlamaCpp | None:
+        """llama.cpp once it has written the text; None, and a line, where it does not."""
+        assert self._python is not None
+        try:
+            peer = stack.enter_context(
+                self._llama_cpp(self._python, threads=threads, folder=self._folder)
+            )
+            theirs = peer.generate(prompt, len(ids))[1]
+        except RunFailed as error:
+            self._say(f"without {error}")
+            return None
+        self.same_tokens[LLAMA_CPP] = _alike(ids, theirs)
+        return peer
+
+    def _compare(self, prompt: list[int], n: int) -> list[int]:
         """Everybody of ours writes the text once, so that the automatic choice is made; run.c too,
-        and where it cannot it does not take part."""
+        and where it cannot it does not take part. The text of ours."""
         ids: list[int] = []
         for engine in self.ours.values():
             (ids,) = engine.generate([prompt], n, Sampling())
         if self.run_c is None:
-            return
+            return ids
         theirs = written(self.run_c, prompt, n, self._say)
         if theirs is None:
             self.run_c = None
-            return
-        pairs = enumerate(zip(ids, theirs, strict=True))
-        self.same_tokens = next((i for i, (a, b) in pairs if a != b), n)
+        else:
+            self.same_tokens[RUN_C] = _alike(ids, theirs)
+        return ids
 
     def _bare(self, prompt: list[int], n: int, heard: Heard) -> None:
         self.bare.generate(prompt, n, heard)
@@ -167,6 +194,16 @@ class Cell:
     def _run_c(self, prompt: list[int], n: int, threads: int) -> float:
         assert self.run_c is not None
         return self.run_c.generate(prompt, n, threads)[0]
+
+
+def _alike(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens both texts begin with."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+
+
+def _llama_cpp_rate(peer: llama_cpp.LlamaCpp, prompt: list[int], n: int) -> float:
+    return peer.generate(prompt, n)[0]
 
 
 def _write(engine: Engine, prompt: list[int], n: int, heard: Heard) -> None:

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Rows = list[dict[str, Any]]
 
-PEERS = ("run.c", "bare loop", "reference")
-COLORS = {"ours": "#1a7a36", "run.c": "#1f5a8f", "bare loop": "#d08020", "reference": "#999999"}
+PEERS = ("run.c", "llama.cpp", "bare loop", "reference")
+COLORS = {
+    "ours": "#1a7a36",
+    "run.c": "#1f5a8f",
+    "llama.cpp": "#7a3f9d",
+    "bare loop": "#d08020",
+    "reference": "#999999",
+}
 
 EXPLANATION = (
     "Greedy, one text. `of reading`: weight bytes read a second, over what as many threads reach "

@@ -41,8 +41,8 @@ def bench(
         typer.Option(
             "--peer",
             metavar="NAME=PATH",
-            help="A program to stand beside ours: run.c=PATH, for generate. May be given several "
-            "times.",
+            help="A program to stand beside ours, for generate: run.c=PATH, or llama.cpp=PYTHON, a "
+            "Python that has xllamacpp and gguf. May be given several times.",
         ),
     ] = None,
     quiet: Quiet = False,

@@ -97,9 +97,11 @@ class RunC:
 _PIECES = re.compile(rf"[0-9]{{{_DIGITS}}}| ")
 
 
-def check_binary(binary: Path) -> None:
+def check_binary(
+    binary: Path, name: str = NAME, mend: str = "build llama2.c's run.c and name it"
+) -> None:
     """Raise BadInput where there is no program at this path."""
     if not binary.is_file():
-        raise BadInput(f"--peer {NAME}={binary}: no such file; build llama2.c's run.c and name it")
+        raise BadInput(f"--peer {name}={binary}: no such file; {mend}")
     if not os.access(binary, os.X_OK):
-        raise BadInput(f"--peer {NAME}={binary}: not a program; run chmod +x on it")
+        raise BadInput(f"--peer {name}={binary}: not a program; run chmod +x on it")
