@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,6 +59,32 @@ def load_model(model: str, random: bool = False) -> LoadedModel:
     for line in loaded.notices:
         say(line)
     return loaded
+
+
+@contextlib.contextmanager
+def progress_line(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Shows a text in one line of the terminal behind standard error, in the place of the text
+    before, cut to the window's width; shows nothing elsewhere. The line is gone at the end."""
+    live = not quiet and sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if live:
+            columns = _columns()
+            with contextlib.suppress(OSError):
+                print(f"\r{text[: columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        show("")
+
+
+def _columns() -> int:
+    """Of the window as it is now."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def program() -> str:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, say
+from onelaunch.cli.common import (
+    Debug,
+    Device,
+    Json,
+    ModelArgument,
+    Quiet,
+    load_model,
+    progress_line,
+    say,
+)
 from onelaunch.errors import BadInput, MissingExtra
 
 # Longer contexts are read in windows of this; the window is printed.
@@ -54,16 +62,11 @@ def evaluate(
     batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size)
     batches = tokens.eval_batches("val", window, max(1, batch_tokens // window))
     total = tokens.n_tokens("val")
-    live = sys.stderr.isatty() and not quiet
-
-    def progress(done: int) -> None:
-        if live:
-            share = f" of {total:,}" if total else ""
-            print(f"\r{done:,}{share} tokens", end="", file=sys.stderr, flush=True)
-
-    result = evaluate_batches(engine, batches, progress=progress)
-    if live:
-        print("\r\033[K", end="", file=sys.stderr)
+    share = f" of {total:,}" if total else ""
+    with progress_line(quiet) as show:
+        result = evaluate_batches(
+            engine, batches, progress=lambda done: show(f"{done:,}{share} tokens")
+        )
     n_bytes = tokens.bytes_of("val")
     per_byte = result.loss * result.tokens / n_bytes if n_bytes else None
     if json_:

@@ -6,7 +6,6 @@ delays this thread and nothing else: frames are skipped, never queued.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -16,11 +15,16 @@ from itertools import pairwise
 from typing import Any
 
 from onelaunch.training.clock import PARTS
+from onelaunch.training.terminal import Block, Line, Terminal
 
 DRAWS_PER_SECOND = 4
 PLAIN_SECONDS = 5.0
 NOTICES = 256
 HISTORY = 4096
+MAX_WIDTH = 99
+FIELDS_PER_LINE = 5
+BLOCKS = "".join(chr(0x2581 + i) for i in range(8))
+ASCII_BLOCKS = "_.-=+*#@"
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,14 @@ class Display:
         self._notices: deque[str] = deque(maxlen=NOTICES)
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._speed: deque[tuple[float, int]] = deque(maxlen=20 * DRAWS_PER_SECOND)
+        self._header: list[Line] = []
+        self._header_width = 0
         self._closing = threading.Event()
         # A raw descriptor of our own: a thread stuck in it holds no lock that Python's exit needs.
-        self._terminal = _Terminal(sys.stderr.fileno() if descriptor is None else descriptor)
+        self._terminal = Terminal(
+            sys.stderr.fileno() if descriptor is None else descriptor,
+            (sys.stderr.encoding if descriptor is None else None) or "utf-8",
+        )
         self._thread = threading.Thread(target=self._run, name="display", daemon=True)
         self._thread.start()
 
@@ -87,7 +96,7 @@ class Display:
 
     def _run(self) -> None:
         try:
-            if self._terminal.isatty():
+            if self._terminal.redraws():
                 self._run_live()
             else:
                 self._run_plain()
@@ -112,23 +121,23 @@ class Display:
                 return
 
     def _run_live(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console(file=self._terminal, force_terminal=True, legacy_windows=False)  # type: ignore[arg-type]
-        with Live(
-            console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
-        ) as live:
-            closing, drawn = False, ""
+        block = Block(self._terminal)
+        try:
+            closing, drawn = False, None
             while not closing:
                 closing = self._closing.wait(1.0 / DRAWS_PER_SECOND)
                 self._note_speed()
+                notices = []
                 while self._notices:
-                    live.console.print(self._notices.popleft(), highlight=False, markup=False)
-                panel = self._panel(console.width)
-                if panel.plain != drawn:
-                    drawn = panel.plain
-                    live.update(panel, refresh=True)
+                    notices.append(self._notices.popleft())
+                size = self._terminal.size()
+                lines = self.panel(size.columns, size.lines)
+                shown = size, [line.plain for line in lines]
+                if notices or shown != drawn:
+                    drawn = shown
+                    block.draw(lines, notices)
+        finally:
+            block.close()
 
     def _note_speed(self) -> None:
         update, micro = self._progress
@@ -171,70 +180,73 @@ class Display:
         """The state as one line."""
         return " | ".join(f"{name} {value}" for name, value in self.status())
 
-    def parts_line(self) -> str:
+    def parts(self) -> list[str]:
         """Where the time has gone so far, in per cent of the wall time."""
         wall = self._seconds["wall"]
         if not wall:
-            return ""
+            return []
         shares = ((part, self._seconds[part] / wall) for part in PARTS)
-        return "  ".join(f"{part} {share:.1%}" for part, share in shares if share >= 0.002)
+        return [f"{part} {share:.1%}" for part, share in shares if share >= 0.002]
 
-    def _panel(self, width: int) -> Any:
-        from rich.text import Text
-
-        width = max(20, min(width, 100) - 1)
-        text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(self.header.title + "\n", "bold")
-        for line in self.header.lines:
-            text.append(line + "\n", "dim")
-        update, micro = self._progress
-        share = (update + micro / self.header.accum) / self.header.updates
-        filled = round((width - 8) * min(1.0, share))
-        text.append("#" * filled, "green").append("." * (width - 8 - filled), "dim")
-        text.append(f" {share:6.1%}\n")
-        rows = self.status()
-        for i, (name, value) in enumerate(rows):
-            text.append(name + " ", "dim").append(value)
-            text.append("\n" if i + 1 == len(rows) or i % 5 == 4 else "   ")
+    def panel(self, columns: int, rows: int) -> list[Line]:
+        """What is shown in a window of so many columns and rows: nothing is cut off where the rows
+        suffice, and what a run begins with goes first where they do not."""
+        # a line that reaches the last column would wrap in some terminals
+        width = max(1, min(columns - 1, MAX_WIDTH))
+        if width != self._header_width:
+            self._header_width = width
+            self._header = Line(((self.header.title, "bold"),)).broken(width)
+            for text in self.header.lines:
+                self._header += Line(((text, "dim"),)).broken(width)
+        fields = [Line(((f"{name} ", "dim"), (value, ""))) for name, value in self.status()]
+        lines = [self._bar(width), *_packed(fields, width, "   ", FIELDS_PER_LINE)]
         if self._losses:
-            text.append("loss ", "dim").append(sparkline(list(self._losses), width - 5) + "\n")
-        text.append("time ", "dim").append(self.parts_line())
-        return text
+            blocks = BLOCKS if _encodes(BLOCKS, self._terminal.encoding) else ASCII_BLOCKS
+            curve = sparkline(list(self._losses), max(1, width - 5), blocks)
+            lines += Line((("loss ", "dim"), (curve, ""))).broken(width)
+        if parts := self.parts():
+            first = Line((("time ", "dim"), (parts[0], "")))
+            others = [Line(((part, ""),)) for part in parts[1:]]
+            lines += _packed([first, *others], width, "  ")
+        room = max(1, rows - 1)
+        return [*self._header[: max(0, room - len(lines))], *lines[:room]]
+
+    def _bar(self, width: int) -> Line:
+        update, micro = self._progress
+        share = min(1.0, (update + micro / self.header.accum) / self.header.updates)
+        length = width - 8
+        if length < 1:
+            return Line(((f"{share:.1%}"[:width], ""),))
+        filled = round(length * share)
+        rest = "." * (length - filled)
+        return Line((("#" * filled, "green"), (rest, "dim"), (f" {share:6.1%}", "")))
 
 
-class _Terminal:
-    """The little of a text file that rich needs, on a descriptor written without buffering."""
-
-    encoding = "utf-8"
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = os.dup(descriptor)
-
-    def write(self, text: str) -> int:
-        data = text.encode("utf-8", "replace")
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        except OSError:
-            pass  # the terminal went away; training goes on
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+def _packed(fields: list[Line], width: int, space: str, per_line: int | None = None) -> list[Line]:
+    """Fields in as few lines as hold them, none of them broken that fits into a line."""
+    lines: list[Line] = []
+    held = 0
+    for field in fields:
+        fits = bool(lines) and lines[-1].columns + len(space) + field.columns <= width
+        if fits and held != per_line:
+            lines[-1] = lines[-1].joined(space, field)
+            held += 1
+        else:
+            lines += field.broken(width)
+            held = 1
+    return lines
 
 
-def sparkline(values: list[float], width: int) -> str:
-    """A row of at most `width` block characters from low to high, each the mean of its share."""
-    blocks = "".join(chr(0x2581 + i) for i in range(8))
+def _encodes(characters: str, encoding: str) -> bool:
+    try:
+        characters.encode(encoding)
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def sparkline(values: list[float], width: int, blocks: str = BLOCKS) -> str:
+    """A row of at most `width` of eight characters from low to high, each the mean of its share."""
     n = max(1, min(width, len(values)))
     edges = [i * len(values) // n for i in range(n + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
