@@ -1,14 +1,23 @@
-"""The package's own errors. The command line prints each as one line and exits with its code."""
+"""The package's own errors. The command line prints each as one line and exits with its code.
+
+A message names an argument as Python does, `threads=0`; the command line prints the option of that
+name in its place, `--threads 0`.
+"""
 
 
 class OnelaunchError(Exception):
-    """Something the user can mend. The message names the file or flag, what is wrong, the mend."""
+    """Something the user can mend. The message says which file or argument is wrong, how, and what
+    to do."""
 
     exit_code = 2
 
 
 class BadInput(OnelaunchError, ValueError):
-    """A file, flag, recipe or text that cannot be used."""
+    """A file, argument, recipe or text that cannot be used."""
+
+
+class ModelNotFound(BadInput):
+    """There is no file or folder of a model's name."""
 
 
 class RunFailed(OnelaunchError):

@@ -262,7 +262,7 @@ def test_absent_file_and_folder(tmp_path):
 def test_what_the_format_cannot_express_is_refused(tmp_path, changes, said):
     with pytest.raises(BadInput, match=said) as caught:
         llama2c.write(_model(**changes), tmp_path / "a.bin")
-    assert "--format hf" in str(caught.value)
+    assert "use format='hf'" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -30,8 +30,8 @@ generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-ec
     [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth DEPTH]
     [--trace FILE] [--ids] [--json] [--quiet] [--debug]
 export MODEL OUT --format VALUE [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]
-    [--weights DTYPE] [--quiet]
-inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json]
+    [--weights DTYPE] [--quiet] [--debug]
+inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json] [--debug]
 bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--peer NAME=PATH...] [--quiet]
     [--debug]
 report [RECORD...] [--again FOLDER...] [--out FILE] [--markdown FILE] [--quiet] [--debug]
@@ -183,6 +183,44 @@ def test_debug_shows_the_traceback_and_keeps_the_code(onelaunch, monkeypatch, ar
     assert "Traceback" in err
     assert "in fail" in err
     assert onelaunch("doctor")[2] == "onelaunch: x.bin: bad\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["prepare", "nothing", "--out", "out"],
+        ["train", "nothing.toml"],
+        ["eval", "nothing", "--data", "stories"],
+        ["generate", "nothing"],
+        ["export", "nothing", "out.bin", "--format", "llama2c"],
+        ["inspect", "nothing"],
+        ["bench", "nothing"],
+        ["report", "nothing"],
+        ["doctor"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_every_verb_has_debug(onelaunch, monkeypatch, tmp_path, argv):
+    """The traceback in the place of the one line, with the same exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "examine", lambda: (_ for _ in ()).throw(BadInput("bad")))
+    code, out, err = onelaunch(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    for debugging in ([*argv, "--debug"], ["--debug", *argv]):
+        again, out, traceback = onelaunch(*debugging)
+        assert (again, out) == (2, "")
+        assert traceback.startswith("Traceback (most recent call last)")
+        # its last line has the words of the one line
+        assert err.removeprefix("onelaunch: ").split(":")[0].strip() in traceback.splitlines()[-1]
+
+
+def test_no_verb_is_without_a_test_of_debug():
+    verbs = typer.main.get_command(app_module.app).commands
+    assert all(
+        "--debug" in [name for p in verb.params for name in p.opts] for verb in verbs.values()
+    )
+    tried = {argv[0] for argv in test_every_verb_has_debug.pytestmark[0].args[1]}
+    assert tried == set(verbs)
 
 
 def test_a_full_disk_behind_standard_output():

@@ -252,7 +252,7 @@ def test_inspect_counts_in_the_width_of_the_weights(tmp_path):
 def test_inspect_refuses_a_depth_that_the_model_does_not_have(bin_file):
     for depth in ("3", "0", "auto", "Half"):
         for flags in ([], ["--json"]):
-            with pytest.raises(BadInput, match=f"fusion depth {depth}: must be stage, half, all"):
+            with pytest.raises(BadInput, match=f"fusion_depth='{depth}': must be stage, half, all"):
                 _run("inspect", bin_file, "--fusion-depth", depth, *flags)
 
 

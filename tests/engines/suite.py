@@ -32,6 +32,8 @@ SHAPES = {
     "scaled-rope": SMALL.with_(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), rope_theta=100.0),
 }
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
 ROWS = 256
@@ -229,6 +231,10 @@ class EngineSuite:
             ([[1], []], "prompt 2 is empty"),
             ([[0, 61]], "prompt 1: id 61"),
             ([[-1, 60]], "prompt 1: id -1"),
+            ([1, 2], r"prompt 1: must be a list of token ids, such as \[1, 403\], not int$"),
+            (["one"], "prompt 1: must be a list of token ids.*, not str$"),
+            ([torch.tensor([1, 2])], r"prompt 1: must be .*, not Tensor: use tolist\(\)$"),
+            ([[1], [1, 2.5]], "prompt 2: must be .*, not of float$"),
         ],
     )
     def test_bad_prompts_are_refused_before_any_token(self, engine, prompts, message):
@@ -236,6 +242,48 @@ class EngineSuite:
         with pytest.raises(BadInput, match=message):
             engine.generate(prompts, 5, Sampling(), lambda i, token: seen.append(token))
         assert not seen
+
+    def test_logits_take_lists_and_any_integers(self, engine):
+        ids = [[1, 2, 3], [4, 5, 60]]
+        expected = engine.logits(torch.tensor(ids))
+        assert expected.shape == (2, 3, SMALL.vocab_size)
+        for tokens in (
+            ids,
+            tuple(map(tuple, ids)),
+            *(torch.tensor(ids, dtype=d) for d in INTEGERS),
+        ):
+            assert torch.equal(engine.logits(tokens), expected)
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (
+                torch.tensor([1, 2]),
+                r"tokens of shape \(2,\): must be \(batch, sequence\); .*\[None\]",
+            ),
+            ([1, 2], r"tokens of shape \(2,\): must be \(batch, sequence\); .*\[None\]"),
+            (torch.zeros(1, 2, 3, dtype=torch.int64), r"tokens of shape \(1, 2, 3\): must be"),
+            (3, r"tokens of shape \(\): must be \(batch, sequence\)$"),
+            (torch.zeros(1, 2), "tokens of float32: token ids must be integers"),
+            ([[1, 2.5]], "tokens of float32: token ids must be integers"),
+            ([[True, False]], "tokens of bool: token ids must be integers"),
+            ([[1, 2], [3]], "lists of as many each; pad sequences of different lengths"),
+            ("a text", "must be a tensor .* of token ids"),
+            ([["a", "b"]], "must be a tensor .* of token ids"),
+            ([[2**70]], "must be a tensor .* of token ids"),
+            (None, "must be a tensor .* of token ids"),
+        ],
+        ids=str,
+    )
+    def test_logits_say_which_shape_and_numbers_they_take(self, engine, tokens, message):
+        with pytest.raises(BadInput, match=message):
+            engine.logits(tokens)
+
+    @pytest.mark.parametrize("size", [(0, 3), (2, 0), (0, 0)])
+    def test_logits_of_nothing_are_empty(self, engine, size):
+        logits = engine.logits(torch.empty(size, dtype=torch.int64))
+        assert logits.shape == (*size, SMALL.vocab_size)
+        assert logits.dtype == torch.float32
 
     @pytest.mark.parametrize("bad", [-1, SMALL.vocab_size])
     def test_logits_refuse_ids_beyond_the_vocabulary(self, engine, bad):

@@ -58,5 +58,5 @@ def test_layers_that_differ_have_lines_of_their_own():
 
 
 def test_a_depth_that_the_model_does_not_have():
-    with pytest.raises(BadInput, match="fusion depth 9"):
+    with pytest.raises(BadInput, match="fusion_depth=9"):
         describe(make_plan(PRESETS["stories260k"]), 9)

@@ -91,15 +91,15 @@ def test_what_is_no_depth(text):
     with pytest.raises(BadInput) as caught:
         parse_depth(text, 6)
     said = str(caught.value)
-    assert said.startswith(f"fusion depth {text}: ")
+    assert said.startswith(f"fusion_depth={text!r}: ")
     assert said.endswith("must be stage, half, all or a number of layers from 1 to 6")
 
 
 def test_a_depth_of_more_layers_than_the_model_has_is_refused():
     assert parse_depth("1", 1) == 1
-    with pytest.raises(BadInput, match="fusion depth 2: must be stage, half, all or 1 layer$"):
+    with pytest.raises(BadInput, match="fusion_depth='2': must be stage, half, all or 1 layer$"):
         parse_depth("2", 1)
-    with pytest.raises(BadInput, match="fusion depth 4"):
+    with pytest.raises(BadInput, match="fusion_depth=4"):
         launches(make_plan(TINY), 4)
 
 

@@ -334,9 +334,9 @@ def test_inputs_that_cannot_be_read(tmp_path):
 
 def test_targets_that_cannot_be_written(tmp_path):
     path = write(tmp_path / "a.txt", "some text")
-    with pytest.raises(BadInput, match=r"--out .*a\.txt: is a file"):
+    with pytest.raises(BadInput, match=r"a\.txt: is a file; name a new folder"):
         prepare([path], path)
-    with pytest.raises(BadInput, match=r"--out .*: already holds files"):
+    with pytest.raises(BadInput, match=r": already holds files; name a new folder"):
         prepare([path], tmp_path)
     with pytest.raises(BadInput, match="cannot write"):
         prepare([path], path / "below")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from onelaunch.config import PRESETS, preset
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,11 +72,11 @@ def load(path: Path | str) -> LoadedModel:
     """
     name, path = str(path), Path(path)
     if not name:
-        raise BadInput("MODEL is empty; give a file, a folder, or a preset with --random")
+        raise BadInput("the path of the model is empty; give a file or a folder")
     try:
         path.stat()
     except (OSError, ValueError) as error:
-        raise BadInput(_why_absent(name, error)) from error
+        raise _absent(name, error) from error
     for entry in FORMATS.values():
         if entry.matches(path):
             return entry.read(path)
@@ -94,7 +94,7 @@ def save(model: LoadedModel, out: Path | str, format: str) -> None:
     from onelaunch.checkpoints.weights import check_weights
 
     if format not in writable_formats():
-        raise BadInput(f"--format {format}: must be one of {', '.join(writable_formats())}")
+        raise BadInput(f"format={format!r}: must be one of {', '.join(writable_formats())}")
     check_weights(model.config, model.weights, model.source or "the model to be written")
     FORMATS[format].write(model, Path(out))
 
@@ -117,22 +117,22 @@ def random_model(preset_name: str, seed: int = 0) -> LoadedModel:
     return LoadedModel(config, weights, format="random", bos_id=1, stop_ids=(1, 2))
 
 
-def _why_absent(name: str, error: OSError | ValueError) -> str:
-    """One line for a MODEL that is not on disk: what it may have been meant to be."""
+def _absent(name: str, error: OSError | ValueError) -> BadInput:
+    """The error for a model that is not on disk: what it may have been meant to be."""
     if name in PRESETS:
-        return (
-            f"{name}: a preset is a shape without weights; add --random to try its speed, or "
-            f"train one with: onelaunch train --preset {name}"
+        return ModelNotFound(
+            f"{name}: a preset is a shape without weights: train one, or try its speed with random "
+            f"weights (onelaunch.checkpoints.random_model)"
         )
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
-        return f"{name}: cannot read: {error.strerror or error}"
+        return BadInput(f"{name}: cannot read: {error.strerror or error}")
     if _HUB_ID.fullmatch(name) and not Path(name).parent.exists():
         folder = name.split("/")[1]
-        return (
+        return BadInput(
             f"{name}: no such file or folder. If it is a model on the Hugging Face Hub: onelaunch "
             f"downloads nothing; run `hf download {name} --local-dir {folder}` and give {folder}"
         )
-    return f"{name}: no such file or folder (presets: {', '.join(PRESETS)}, each with --random)"
+    return ModelNotFound(f"{name}: no such file or folder")
 
 
 # "org/name" as the Hub allows it: no third part, no leading dot.

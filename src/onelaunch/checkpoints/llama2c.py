@@ -200,4 +200,4 @@ def _check_expressible(config: ModelConfig) -> None:
     elif config.q_dim != config.dim:
         reason = f"head_dim {config.head_dim} other than dim / n_heads"
     if reason:
-        raise BadInput(f"--format llama2c: the file has no place for {reason}; use --format hf")
+        raise BadInput(f"format='llama2c': the file has no place for {reason}; use format='hf'")

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
+from onelaunch.cli.arguments import with_options
 from onelaunch.errors import OnelaunchError, Terminated, is_out_of_memory
 
 
@@ -36,6 +37,8 @@ def run(argv: list[str]) -> int:
     common.debug = False
     _mend_standard_streams()
     command = typer.main.get_command(app)
+    verbs = getattr(command, "commands", {})
+    verb = next((word for word in argv if not word.startswith("-")), "")
     try:
         try:
             # `command.main` would turn a broken pipe and an interrupt into its own exits.
@@ -49,10 +52,11 @@ def run(argv: list[str]) -> int:
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except OnelaunchError as error:
-        return _fail(str(error), error.exit_code, error)
+        params = verbs[verb].params if verb in verbs else []
+        options = {name for param in params for name in param.opts}
+        return _fail(with_options(str(error), options, argv), error.exit_code, error)
     except usage_errors as error:
-        verb = next((word for word in argv if not word.startswith("-")), "")
-        topic = f"onelaunch {verb}" if verb in getattr(command, "commands", {}) else "onelaunch"
+        topic = f"onelaunch {verb}" if verb in verbs else "onelaunch"
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         return _fail(f"{message} (see: {topic} --help)", 2, error)
     except BrokenPipeError:

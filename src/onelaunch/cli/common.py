@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onelaunch.config import PRESETS
+from onelaunch.errors import BadInput, ModelNotFound
+
 if TYPE_CHECKING:
     from onelaunch.checkpoints.weights import LoadedModel
 
@@ -50,17 +53,6 @@ def say(text: str, quiet: bool = False) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-def load_model(model: str, random: bool = False) -> LoadedModel:
-    """The MODEL of a verb, its notices on standard error, with --quiet too: the user gets another
-    model than the one that was named."""
-    from onelaunch.checkpoints import load, random_model
-
-    loaded = random_model(model) if random else load(model)
-    for line in loaded.notices:
-        say(line)
-    return loaded
-
-
 @contextlib.contextmanager
 def progress_line(quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Shows a text in one line of the terminal behind standard error, in the place of the text
@@ -85,6 +77,35 @@ def _columns() -> int:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def load_model(model: str, random: bool = False, offers_random: bool = True) -> LoadedModel:
+    """What MODEL names: with `random` a preset, else a file or folder. `offers_random`: whether the
+    verb has --random. Its notices go to standard error, with --quiet too: the user gets another
+    model than the one that was named. Raises BadInput."""
+    from onelaunch.checkpoints import load, random_model
+
+    if random:
+        return random_model(model)
+    if not model:
+        raise BadInput("MODEL is empty; give a file or a folder")
+    try:
+        loaded = load(model)
+    except ModelNotFound as error:
+        training = f"train one with: onelaunch train --preset {model}"
+        if model in PRESETS:
+            speed = "add --random to try its speed, or " if offers_random else ""
+            raise BadInput(
+                f"{model}: a preset is a shape without weights; {speed}{training}"
+            ) from error
+        if offers_random:
+            raise BadInput(
+                f"{error} (presets: {', '.join(PRESETS)}, each with --random)"
+            ) from error
+        raise
+    for line in loaded.notices:
+        say(line)
+    return loaded
 
 
 def program() -> str:

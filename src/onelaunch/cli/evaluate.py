@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelaunch.cli.common import (
-    Debug,
-    Device,
-    Json,
-    ModelArgument,
-    Quiet,
-    load_model,
-    progress_line,
-    say,
-)
+from onelaunch.cli.common import Debug, Device, Json, Quiet, load_model, progress_line, say
 from onelaunch.errors import BadInput, MissingExtra
 
 # Longer contexts are read in windows of this; the window is printed.
@@ -33,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A .bin file, a Hugging Face folder or a run folder."),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -53,7 +47,7 @@ def evaluate(
     from onelaunch.training.data import open_data
     from onelaunch.training.evaluate import evaluate as evaluate_batches
 
-    loaded = load_model(model)
+    loaded = load_model(model, offers_random=False)
     tokens = open_data(data, seed=0)
     config = loaded.config
     _check_tokenizer(model, loaded, data, tokens, quiet)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onelaunch.checkpoints import writable_formats
-from onelaunch.cli.common import ModelArgument, Quiet, load_model, say
+from onelaunch.cli.common import Debug, ModelArgument, Quiet, load_model, say
 from onelaunch.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def export(
         ),
     ] = None,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Convert a model to another format.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Json, load_model, say
+from onelaunch.cli.common import Debug, Json, load_model, say
 from onelaunch.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def inspect(
         ),
     ] = None,
     json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show a model's configuration and size, what running it takes, and, by batch and sequence, the
     fusion depths chosen for it on a GPU, and how its weights are prefetched on a CPU. Of a Core ML

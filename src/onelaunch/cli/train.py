@@ -80,7 +80,13 @@ def train(
     """Train a model, or continue a run."""
     from onelaunch.training.recipe import MAX_ACCUM, Recipe, parse_setting
 
-    settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
+    settings: dict[str, Any] = {}
+    for text in set_ or []:
+        try:
+            key, value = parse_setting(text)
+        except BadInput as error:
+            raise BadInput(f"--set {error}") from None
+        settings[key] = value
     if accum is not None:
         if not 1 <= accum <= MAX_ACCUM:
             raise BadInput(f"--accum {accum}: must be from 1 to {MAX_ACCUM}")
@@ -113,6 +119,7 @@ def train(
             given = given.with_settings(chosen, "train").with_settings(settings, "--set")
         if data is not None:
             settings["data.path"] = data
+        Recipe().with_settings(settings, "--set")  # what no recipe has is said by this name
         outcome = resume_run(run, settings, given, quiet)
     else:
         assert given is not None

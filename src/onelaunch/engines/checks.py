@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
+import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput, RunFailed
 
+TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], n: int) -> None:
-    """Raise BadInput unless each prompt has a token, fits the context, and stays in the vocabulary,
-    and n is not negative."""
+    """Raise BadInput unless each prompt is a list of ids, has a token, fits the context, and stays
+    in the vocabulary, and n is not negative."""
     if n < 0:
-        raise BadInput(f"{n} new tokens: must not be negative")
+        raise BadInput(f"n={n}: the number of new tokens must not be negative")
     for index, prompt in enumerate(prompts):
         name = f"prompt {index + 1}"
+        if not isinstance(prompt, Sequence) or not all(isinstance(id_, Integral) for id_ in prompt):
+            raise BadInput(
+                f"{name}: must be a list of token ids, such as [1, 403], not {_kind(prompt)}"
+            )
         if not prompt:
             raise BadInput(f"{name} is empty; it needs one token at least, such as BOS")
         if len(prompt) > config.max_seq_len:
@@ -27,19 +35,56 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], n: int)
         _check_range(config, min(prompt), max(prompt), name)
 
 
-def check_tokens(config: ModelConfig, tokens_BS: Tensor) -> None:
-    """Raise BadInput for more positions than the context or an id beyond the vocabulary. Ids that
-    lie on a GPU are waited for."""
-    check_length(config, tokens_BS)
+def check_tokens(config: ModelConfig, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    """The tokens as `token_tensor` gives them. Raises BadInput also for an id beyond the
+    vocabulary, for which it waits for the tensor's device."""
+    tokens_BS = token_tensor(config, tokens)
     if tokens_BS.numel():
         _check_range(config, int(tokens_BS.min()), int(tokens_BS.max()), "the tokens")
+    return tokens_BS
 
 
-def check_length(config: ModelConfig, tokens_BS: Tensor) -> None:
-    """Raise BadInput for more positions than the context."""
-    length = tokens_BS.shape[1]
-    if length > config.max_seq_len:
-        raise BadInput(f"{length} tokens do not fit the model's context of {config.max_seq_len}")
+def token_tensor(config: ModelConfig, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    """Token ids as an integer tensor (B, S): the one given, or one made of lists of equal length.
+
+    Raises BadInput for another shape, for what holds no integers, and for more positions than the
+    context. The ids themselves are not read.
+    """
+    tokens_BS = tokens if isinstance(tokens, Tensor) else _from_lists(tokens)
+    shape, dtype = tuple(tokens_BS.shape), tokens_BS.dtype
+    if tokens_BS.dim() != 2:
+        mend = ""
+        if tokens_BS.dim() == 1:
+            mend = "; for one sequence: tokens[None], which is (1, sequence)"
+        raise BadInput(f"tokens of shape {shape}: must be (batch, sequence){mend}")
+    if dtype not in TOKEN_DTYPES:
+        raise BadInput(
+            f"tokens of {str(dtype).removeprefix('torch.')}: token ids must be integers, "
+            "such as torch.int64"
+        )
+    if shape[1] > config.max_seq_len:
+        raise BadInput(f"{shape[1]} tokens do not fit the model's context of {config.max_seq_len}")
+    return tokens_BS
+
+
+def _from_lists(tokens: Sequence[Sequence[int]]) -> Tensor:
+    try:
+        tensor = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BadInput(
+            "tokens: must be a tensor (batch, sequence) of token ids, or lists of as many each; "
+            f"pad sequences of different lengths ({str(error).splitlines()[0]})"
+        ) from error
+    return tensor if tensor.numel() else tensor.long()
+
+
+def _kind(prompt: object) -> str:
+    """What stands in the place of a list of ids."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        wrong = next(each for each in prompt if not isinstance(each, Integral))
+        return f"of {type(wrong).__name__}"
+    mend = ": use tolist()" if hasattr(prompt, "tolist") else ""
+    return f"{type(prompt).__name__}{mend}"
 
 
 def _check_range(config: ModelConfig, least: int, largest: int, name: str) -> None:

@@ -18,7 +18,7 @@ ENGINES = ("auto", "reference", "cpu", "cuda", "coreml")
 
 
 def choose(
-    name: str,
+    engine: str,
     config: ModelConfig,
     weights: dict[str, Tensor],
     device: str = "auto",
@@ -33,37 +33,41 @@ def choose(
 
     Raises BadInput for an unknown name and for options that do not go together.
     """
-    if name not in ENGINES:
-        raise BadInput(f"--engine {name}: must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
+    if engine not in ENGINES:
+        raise BadInput(f"engine={engine!r}: must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
     from onelaunch.engines.reference import ReferenceEngine, resolve_device
 
     on = resolve_device(device)
-    if name == "cpu" and on.type != "cpu" and device != "auto":
-        raise BadInput(f"--engine cpu runs on the CPU, not on {device}; leave out --device")
-    if name == "cuda" and threads is not None:
-        raise BadInput(f"--threads {threads}: the CUDA engine computes on the GPU; leave it out")
-    if name == "auto":
-        name = automatic(on, config, dtype, threads)
-    if name == "cuda":
+    if engine == "cpu" and on.type != "cpu" and device != "auto":
+        raise BadInput(f"device={device!r}: engine='cpu' runs on the CPU; leave it out")
+    if engine == "cuda" and threads is not None:
+        raise BadInput(f"threads={threads}: the CUDA engine computes on the GPU; leave it out")
+    if engine == "auto":
+        engine = automatic(on, config, dtype, threads)
+    if engine == "cuda":
         from onelaunch.engines.cuda.engine import CudaEngine
 
         return CudaEngine(config, weights, device, dtype, fusion_depth, say)
-    if name == "coreml":
-        if device not in ("auto", "cpu") or threads is not None:
+    if engine == "coreml":
+        if device not in ("auto", "cpu"):
             raise BadInput(
-                "--engine coreml evaluates programs on the CPU; leave out --device and --threads"
+                f"device={device!r}: engine='coreml' evaluates programs on the CPU; leave it out"
+            )
+        if threads is not None:
+            raise BadInput(
+                f"threads={threads}: engine='coreml' evaluates programs on one thread; leave it out"
             )
         from onelaunch.engines.coreml.engine import CoreMLEngine
 
         return CoreMLEngine(config, weights, dtype, fusion_depth, say)
-    if name == "cpu":
+    if engine == "cpu":
         from onelaunch.engines.cpu.engine import CpuEngine
 
         return CpuEngine(config, weights, dtype, threads, fusion_depth, say)
     if fusion_depth != "auto":
         raise BadInput(
-            f"--fusion-depth {fusion_depth}: the reference engine runs one operator after another; "
-            "use --engine cpu, or cuda on a GPU"
+            f"fusion_depth={fusion_depth!r}: the reference engine runs one operator after another; "
+            "use engine='cpu', or engine='cuda' on a GPU"
         )
     return ReferenceEngine(config, weights, device, dtype, threads)
 

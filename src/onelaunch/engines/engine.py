@@ -43,13 +43,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise BadInput(f"temperature {self.temperature}: must be 0 (greedy) or positive")
+            raise BadInput(f"temperature={self.temperature}: must be 0 (greedy) or positive")
         if self.top_k < 0:
-            raise BadInput(f"top-k {self.top_k}: must be 0 (all) or positive")
+            raise BadInput(f"top_k={self.top_k}: must be 0 (all) or positive")
         if not 0.0 < self.top_p <= 1.0:
-            raise BadInput(f"top-p {self.top_p}: must be above 0 and at most 1")
+            raise BadInput(f"top_p={self.top_p}: must be above 0 and at most 1")
         if not 0.0 <= self.min_p <= 1.0:
-            raise BadInput(f"min-p {self.min_p}: must be from 0 to 1")
+            raise BadInput(f"min_p={self.min_p}: must be from 0 to 1")
 
     @property
     def greedy(self) -> bool:
@@ -61,8 +61,18 @@ class Engine(Protocol):
 
     config: ModelConfig
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of every position, (B, S, V), float32."""
+    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Logits of every position of a batch of sequences.
+
+        `tokens_BS` is an integer tensor of token ids, (batch, sequence), on any device, or lists of
+        equal length, `[[1, 403], [1, 407]]`; a single sequence is a batch of one, `tokens[None]`.
+        Shorter sequences are padded behind, with any id: no position sees those after it.
+        Returns a float32 tensor (batch, sequence, vocabulary) on the engine's device; position i
+        holds the logits of token i + 1. An empty batch or sequence gives an empty tensor.
+
+        Raises BadInput for another shape, for ids that are no integers, for more positions than the
+        model's context, and for an id outside its vocabulary.
+        """
 
     def generate(
         self,

@@ -121,13 +121,9 @@ class ReferenceEngine:
             self.model.norm_function(weight_D, weight_D, config.norm_eps)
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of every position, (B, S, V), float32.
-
-        Raises BadInput for more positions than the context or an id beyond the vocabulary.
-        """
-        check_tokens(self.config, tokens_BS)
-        tokens_BS = tokens_BS.to(self.device, torch.int64)
+    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Logits of every position, (B, S, V), float32, on the engine's device; see `Engine`."""
+        tokens_BS = check_tokens(self.config, tokens_BS).to(self.device, torch.int64)
         with torch.no_grad(), self._autocast():
             return self.model(tokens_BS)
 

@@ -61,7 +61,7 @@ def parse_depth(text: str | int, n_layers: int) -> Depth:
         layers = int(text)
     if not 1 <= layers <= n_layers:
         numbers = "1 layer" if n_layers == 1 else f"a number of layers from 1 to {n_layers}"
-        raise BadInput(f"fusion depth {text}: must be stage, half, all or {numbers}")
+        raise BadInput(f"fusion_depth={text!r}: must be stage, half, all or {numbers}")
     return layers
 
 

@@ -49,7 +49,7 @@ def newest_run(folder: Path = RUNS) -> Path:
                 found.append((created, (run / "run.json").stat().st_mtime_ns, run))
     if not found:
         raise BadInput(
-            f"--resume: there is no run in {folder}/; name the one to continue: --run DIR"
+            f"there is no run to resume in {folder}/; name the one to continue: run=DIR"
         )
     return max(found)[2]
 

@@ -108,9 +108,9 @@ def prepare(
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file; name a new folder")
+        raise BadInput(f"{out}: is a file; name a new folder")
     if out.is_dir() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: already holds files; name a new folder")
+        raise BadInput(f"{out}: already holds files; name a new folder")
 
 
 def _find_sources(texts: Sequence[str | Path]) -> tuple[list[_Source], int]:

@@ -299,10 +299,10 @@ SECTIONS = tuple(section.name for section in fields(Recipe) if section.name != "
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`a.b=c` of `--set`: c as a TOML value, or as plain text where it is none."""
+    """Key and value of `a.b=c`: c as a TOML value, or as plain text where it is none."""
     path, equals, raw = text.partition("=")
     if not equals or not path.strip():
-        raise BadInput(f"--set {text}: must look like section.key=value")
+        raise BadInput(f"{text}: must look like section.key=value")
     try:
         value = tomllib.loads(f"value = {raw.strip()}")["value"]
     except (ValueError, RecursionError):

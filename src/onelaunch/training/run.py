@@ -83,7 +83,7 @@ def start(recipe: Recipe, run: Path, quiet: bool = False, numbered: bool = False
     memory; RunFailed where it diverges, or memory or the disk do not suffice.
     """
     if not numbered and run.exists() and not run.is_dir():
-        raise BadInput(f"{run}: is a file; choose another --run folder")
+        raise BadInput(f"{run}: is a file; choose another folder, run=DIR")
     begun = not numbered and run.is_dir() and _only_begun(run)
     if not numbered and run.is_dir() and any(run.iterdir()) and not begun:
         raise _holds_files(run)
@@ -112,7 +112,7 @@ def resume(
     if not (run / "run.json").is_file():
         raise BadInput(f"{run}: is not a run folder (no run.json), so there is nothing to resume")
     saved_recipe = Recipe.load(str(run / "recipe.toml"))
-    recipe = saved_recipe.with_settings(settings, "--set")
+    recipe = saved_recipe.with_settings(settings, "settings")
     with StopSignals() as stop, _only_here(run), names_batch_size(recipe, run):
         described = read_run(run)
         if "data.path" in settings:
@@ -147,11 +147,11 @@ def resume(
         if (norm := state.get("norm", "torch")) != parts.engine.norm:
             notices.append(
                 f"the norm was {norm}, now it is {parts.engine.norm}: the last bits of what "
-                f"follows may differ; --set train.norm={norm} keeps it"
+                f"follows may differ; train.norm={norm} keeps it"
             )
         if given is not None and with_absolute_data(given) != recipe:
             notices.append(
-                "the run's own recipe is used; --set changes it, a named recipe does not"
+                "the run's own recipe is used; single settings change it, a named recipe does not"
             )
         set_aside(damaged)
         resumed = _Resumed(checkpoint, state, progress, tuple(notices))
@@ -171,7 +171,7 @@ def _check_same_model(what: str, config: ModelConfig, other: ModelConfig) -> Non
     different = [f"{k} is {there[k]}, here {here[k]}" for k in there if there[k] != here[k]]
     if different:
         raise BadInput(
-            f"{what} of another model ({'; '.join(different)}); choose another --run folder, or "
+            f"{what} of another model ({'; '.join(different)}); choose another folder, run=DIR, or "
             "leave out what changes the model"
         )
 
@@ -194,7 +194,7 @@ def _check_state(
         )
     if state["micro"] and state.get("accum") != recipe.train.accum:
         raise BadInput(
-            f"--accum {recipe.train.accum}: {run} stopped after {state['micro']} of "
+            f"accum={recipe.train.accum}: {run} stopped after {state['micro']} of "
             f"{state.get('accum')} micro-steps of an update; finish it with the same accum first"
         )
 
@@ -273,7 +273,7 @@ def _only_begun(run: Path) -> bool:
 
 def _holds_files(run: Path) -> BadInput:
     return BadInput(
-        f"{run}: already holds files; --resume continues a run, --run names a new folder"
+        f"{run}: already holds files; resume=True continues a run, run=DIR names a new folder"
     )
 
 

@@ -363,7 +363,7 @@ def test_on_amd_every_stage_is_a_launch(store, monkeypatch):
     answers(make(store), 1, 9)
     answers(make(store, fusion_depth="stage"), 1, 9)
     assert [form.depth for form in Form.made] == ["stage", "stage"]
-    with pytest.raises(BadInput, match="--fusion-depth all: on AMD"):
+    with pytest.raises(BadInput, match="fusion_depth='all': on AMD"):
         make(store, fusion_depth="all")
 
 
@@ -398,7 +398,7 @@ def test_text_is_pytorchs(store):
     lines = []
     engine = CudaEngine(SMALL, weights, "cpu", fusion_depth="all", say=lines.append, store=store)
     assert engine.generate(prompts, 8, sampling) == expected
-    assert lines == ["--fusion-depth all: PyTorch generates, one operator a launch"]
+    assert lines == ["fusion depth all: PyTorch generates, one operator a launch"]
 
 
 def test_the_weights_that_were_given_go_when_all_is_made_of_them(store):
@@ -481,8 +481,8 @@ def test_the_memory_of_an_engine_that_is_let_go_is_not_free_before_its_last_use(
     ("options", "message"),
     [
         ({"dtype": "int8"}, "the CUDA engine knows bfloat16, float16, float32"),
-        ({"fusion_depth": "3"}, "fusion depth 3: must be stage, half, all"),
-        ({"fusion_depth": "both"}, "fusion depth both"),
+        ({"fusion_depth": "3"}, "fusion_depth='3': must be stage, half, all"),
+        ({"fusion_depth": "both"}, "fusion_depth='both'"),
     ],
 )
 def test_what_cannot_be_had_is_refused(store, options, message):
@@ -495,15 +495,15 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     for device in ("auto", "cpu"):
-        message = "--engine cuda: it runs on a GPU, and the device is cpu; use --engine reference"
+        message = "engine='cuda': it runs on a GPU, and the device is cpu; use engine='reference'"
         with pytest.raises(BadInput, match=message):
             choose("cuda", SMALL, weights_of(SMALL), device)
     with pytest.raises(BadInput, match="no GPU|without CUDA"):
         choose("cuda", SMALL, weights_of(SMALL), "cuda")
-    with pytest.raises(BadInput, match="--threads 2: the CUDA engine"):
+    with pytest.raises(BadInput, match="threads=2: the CUDA engine"):
         choose("cuda", SMALL, weights_of(SMALL), threads=2)
     with pytest.raises(
-        BadInput, match="--engine vulkan: must be auto, reference, cpu, cuda or coreml"
+        BadInput, match="engine='vulkan': must be auto, reference, cpu, cuda or coreml"
     ):
         choose("vulkan", SMALL, weights_of(SMALL))
 

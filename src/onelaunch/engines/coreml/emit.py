@@ -83,7 +83,7 @@ def program_launches(plan: Plan, depth: str | int) -> tuple[Launch, ...]:
     parsed = parse_depth(depth, plan.config.n_layers)
     if parsed == "stage":
         raise BadInput(
-            f"fusion depth {depth}: a program holds half a layer at least; use half, a number of "
+            f"fusion_depth={depth!r}: a program holds half a layer at least; use half, a number of "
             f"layers from 1 to {plan.config.n_layers}, or all"
         )
     found = launches(plan, parsed)

@@ -48,7 +48,7 @@ class CoreMLEngine:
         say: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
     ) -> None:
-        coremltools("--engine coreml")
+        coremltools("engine='coreml'")
         self.config = config
         self.dtype = dtype or DTYPES[0]
         if self.dtype not in DTYPES:
@@ -62,10 +62,9 @@ class CoreMLEngine:
         self._said = False
         self._loaded: OrderedDict[int, list[Evaluator]] = OrderedDict()
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than the
-        context or an id beyond the vocabulary."""
-        check_tokens(self.config, tokens_BS)
+    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
+        tokens_BS = check_tokens(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
         if not tokens_BS.numel():
             return torch.empty(batch, sequence, self.config.vocab_size)

@@ -49,15 +49,12 @@ def checked(
 ) -> tuple[int, Depth, Taps]:
     """What is asked for, with defaults. Raises BadInput."""
     if taps not in TAPS:
-        raise BadInput(f"--taps {taps}: must be {', '.join(TAPS[:-1])} or {TAPS[-1]}")
+        raise BadInput(f"taps={taps!r}: must be {', '.join(TAPS[:-1])} or {TAPS[-1]}")
     if sequence is None:
         sequence = min(USUAL_SEQUENCE, config.max_seq_len)
     if not 1 <= sequence <= config.max_seq_len:
-        raise BadInput(f"--seq {sequence}: must be from 1 to the model's {config.max_seq_len}")
-    try:
-        parsed = parse_depth(depth or "all", config.n_layers)
-    except BadInput as error:
-        raise BadInput(f"--fusion-depth {error}") from None
+        raise BadInput(f"sequence={sequence}: must be from 1 to the model's {config.max_seq_len}")
+    parsed = parse_depth(depth or "all", config.n_layers)
     count = len(program_launches(make_plan(config), parsed))
     if (out.suffix == SUFFIX) != (count == 1):
         kind = f"one program: OUT must end in {SUFFIX}"

@@ -103,7 +103,7 @@ class CoreMLTrainer(ReferenceEngine):
         compile_budget: int = 0,
         store: Store | None = None,
     ) -> None:
-        coremltools("--engine coreml")
+        coremltools("engine='coreml'")
         if taps not in TAPS[1:]:
             raise BadInput(f"coreml.taps {taps}: must be {' or '.join(TAPS[1:])}")
         if dtype not in DTYPES:

@@ -57,7 +57,7 @@ class CpuEngine:
         prefetch: str | None = None,
     ) -> None:
         if reason := why_not():
-            raise BadInput(f"--engine cpu: {reason}; use --engine reference")
+            raise BadInput(f"engine='cpu': {reason}; use engine='reference'")
         self.config = config
         name = dtype or "float32"
         if name not in DTYPES:
@@ -97,10 +97,9 @@ class CpuEngine:
             self._compilation.wait(seconds)
         return self._ready() is not None
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of every position, (B, S, V), float32. Raises BadInput for more positions than
-        the context or an id beyond the vocabulary."""
-        check_tokens(self.config, tokens_BS)
+    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
+        tokens_BS = check_tokens(self.config, tokens_BS)
         with self._alone():
             runtime = self._ready(CACHED_SECONDS if self._cached else 0.0)
             if runtime is None:

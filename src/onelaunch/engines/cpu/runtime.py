@@ -375,7 +375,7 @@ class Runtime:
             self._stuck = True
             raise EngineTimeout(
                 f"a thread did not finish its part of stage {self._labels[at]} within a minute; "
-                "start again, with --threads 1"
+                "start again, with threads=1"
             )
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from onelaunch.compilation.background import in_a_line, tell
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_length, check_tokens, outside_vocabulary
+from onelaunch.engines.checks import check_tokens, outside_vocabulary, token_tensor
 from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
 from onelaunch.engines.cuda.chooser import Chooser, Find
@@ -70,7 +70,7 @@ class CudaEngine:
         self.config = config
         self.device = resolve_device(device)
         if reason := why_not(self.device, config):
-            raise BadInput(f"--engine cuda: {reason}; use --engine reference")
+            raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
         name = dtype or DTYPES[0]
         if name not in DTYPES:
             raise BadInput(f"dtype {name!r}: the CUDA engine knows {', '.join(DTYPES)}")
@@ -80,7 +80,7 @@ class CudaEngine:
             self.fusion_depth = parse_depth(fusion_depth, config.n_layers)
         amd = torch.version.hip is not None
         if amd and self.fusion_depth not in ("auto", "stage"):
-            raise BadInput(f"--fusion-depth {fusion_depth}: on AMD's GPUs it is stage")
+            raise BadInput(f"fusion_depth={fusion_depth!r}: on AMD's GPUs it is 'stage'")
         self._measures = self.fusion_depth == "auto" and self.dtype != torch.float32 and not amd
         self._weights = dict(weights)
         self._packed: PackedModel | None = None
@@ -101,7 +101,9 @@ class CudaEngine:
             # its memory may go to another stream; when the interpreter ends, to nobody
             weakref.finalize(self, _wait_for, self._used).atexit = False
 
-    def logits(self, tokens_BS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def logits(
+        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Logits of every position, (B, S, V), in float32 or the engine's own dtype: the caller's
         own tensor, on the GPU.
 
@@ -109,16 +111,16 @@ class CudaEngine:
         at once: BadInput for one beyond the vocabulary, or for more positions than the context.
         Of ids that lie on the GPU a kernel looks at each: the logits of a sequence are NaN from a
         bad one on, perhaps before it too, and a later call, or `describe`, raises BadInput that
-        names it. EngineTimeout
-        likewise tells of a forward before, of the same shape and in few launches, that was given
-        up; its logits are NaN, and so may be those that were launched before this was told. A
-        measured form that fails in another way is not used again: one kernel per stage answers.
+        names it. EngineTimeout likewise tells of a forward before, of the same shape and in few
+        launches, that was given up; its logits are NaN, and so may be those that were launched
+        before this was told. A measured form that fails in another way is not used again: one
+        kernel per stage answers.
         """
         if dtype not in (torch.float32, self.dtype):
             raise BadInput(f"logits in {dtype}: this engine gives torch.float32 or {self.dtype}")
         self._check_bad_id()
-        check = check_tokens if tokens_BS.device.type == "cpu" else check_length
-        check(self.config, tokens_BS)
+        on_gpu = isinstance(tokens_BS, Tensor) and tokens_BS.device.type != "cpu"
+        tokens_BS = (token_tensor if on_gpu else check_tokens)(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
         if not (1 <= batch <= MAX_BATCH and 1 <= sequence <= MAX_SEQUENCE):
             return self._by_pytorch().logits(tokens_BS).to(dtype)
@@ -144,9 +146,7 @@ class CudaEngine:
     ) -> list[list[int]]:
         """Continue each prompt by up to `n` tokens, by the reference engine; see `Engine`."""
         if self.fusion_depth != "auto":
-            self._say(
-                f"--fusion-depth {self.fusion_depth}: PyTorch generates, one operator a launch"
-            )
+            self._say(f"fusion depth {self.fusion_depth}: PyTorch generates, one operator a launch")
         return self._by_pytorch().generate(prompts, n, sampling, on_token, stop, on_end)
 
     def wait(self, seconds: float | None = None) -> bool:
