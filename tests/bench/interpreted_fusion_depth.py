@@ -16,6 +16,8 @@ import torch  # noqa: E402
 from onelaunch.bench import fusion_depth_cases as cases  # noqa: E402
 from onelaunch.bench import fusion_depth_cuda as cuda  # noqa: E402
 from onelaunch.bench.fusion_depth_views import draw, table  # noqa: E402
+from onelaunch.bench.gpu_forwards import OfPyTorch  # noqa: E402
+from onelaunch.bench.settled import settle  # noqa: E402
 from onelaunch.engines.cuda import sync  # noqa: E402
 from onelaunch.engines.cuda.staged import BoundForward  # noqa: E402
 from onelaunch.errors import EngineTimeout, RunFailed  # noqa: E402
@@ -46,7 +48,16 @@ def made_up_times(monkeypatch):
     monkeypatch.setattr(BoundForward, "captured", lambda bound: Replayed(bound.run))
     monkeypatch.setattr(cuda, "_compiling", lambda call: 1.25)
     monkeypatch.setattr(
-        cuda, "pytorch_samples", lambda bare, tokens: ({"eager": sample(lambda: bare(tokens))}, 7.0)
+        cuda,
+        "pytorch_samples",
+        lambda bare, tokens: OfPyTorch(
+            {"eager + graph": sample(lambda: bare(tokens))},
+            {"eager": sample(lambda: bare(tokens))},
+            7.0,
+        ),
+    )
+    monkeypatch.setattr(
+        cuda, "settle", lambda sample, least: settle(sample, 2, sleep=lambda seconds: None)
     )
     monkeypatch.setattr(cuda, "DTYPE", torch.float32)
     monkeypatch.setattr(cuda, "ROUNDS", 2)
@@ -90,7 +101,11 @@ def test_every_way_is_run_checked_and_told_of(made_up_times, monkeypatch):
     assert all(row["apart_from_staged"] == 0 for row in rows if "depth" in row)
     whole = by_case["m forward 1x8 depth all, graph"]
     assert (whole["compiling_s"], whole["torch_compile_s"]) == (1.25, 7.0)
-    assert list(whole["peers"]) == ["stage", "staged", "staged + graph", "eager"]
+    assert list(whole["peers"]) == [
+        "stage", "staged", "staged + graph", "eager + graph", "eager",
+    ]  # fmt: skip
+    assert whole["speed_against"]["eager"] > 0
+    assert whole["host"]["eager"]["agree"]
     assert whole["speed_against"]["staged"] < 1
     assert any("compiled in 1.25 s" in line for line in said)
     told = table({"device": "a GPU", "date": "2026-01-01", "versions": {}, "rows": rows})

@@ -11,8 +11,9 @@ compiling, `its kernel alone` those of compiling the one kernel of `fused all`; 
 another process, which finds in the stores what was chosen. Imports are made before.
 A sample is a replay's time over replays back to back, by two events; what is no graph is timed by
 the host's clock over calls back to back with one wait at the end. Every contestant is sampled once
-in each round. `floor` is the time to read every weight and write the logits once, at the speed of a
-copy on the device, measured at the beginning.
+in each round, but PyTorch's forms that are no graphs: these are timed alone, in the host's quiet
+moments, and the row's `host` says what they were (settled.py). `floor` is the time to read every
+weight and write the logits once, at the speed of a copy on the device, measured at the beginning.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,8 @@ from onelaunch.bench.forward_views import draw, table
 from onelaunch.bench.gpu_forwards import pytorch_samples, random_weights, replays, walls
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio
+from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
+from onelaunch.bench.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.timing import copy_bandwidth
 from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
@@ -128,13 +130,15 @@ def _case(
         contestants = {name: replays(*form) for name, form in forms.items()}
         for name, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
             contestants[name] = walls(partial(engine.logits, tokens, dtype))
-        peers, seconds = pytorch_samples(bare, tokens)
-        contestants |= peers
-        notes["seconds_to_first"]["torch.compile"] = round(seconds, 2)
+        of_pytorch = pytorch_samples(bare, tokens)
+        contestants |= of_pytorch.graphs
+        notes["seconds_to_first"]["torch.compile"] = round(of_pytorch.seconds, 2)
         samples = in_rounds(contestants, QUICK_ROUNDS if store is None else ROUNDS)
+        least = QUICK_WINDOWS if store is None else LEAST_WINDOWS
+        alone = {name: settle(sample, least) for name, sample in of_pytorch.launched.items()}
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
-    row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes)
+    row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes, alone)
     say(_told(row))
     return row
 
@@ -244,12 +248,22 @@ def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -
     return {KEPT: float(found["kept"]), READS_ITSELF: float(found["triton"])}
 
 
-def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) -> Row:
+def _row(
+    case: str,
+    mine: list[str],
+    samples: Samples,
+    notes: dict[str, Any],
+    alone: Mapping[str, Settled],
+) -> Row:
+    """`alone`: peers that were not sampled in the rounds."""
     forms = {name: digest(samples[name]) for name in mine if name not in (LOGITS, FLOAT32)}
     fastest = min(forms, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
     best = CHOSEN if CHOSEN in mine else fastest
-    peers = {name: values for name, values in samples.items() if name not in mine}
     ours = samples[LOGITS]
+    peers = {name: values for name, values in samples.items() if name not in mine}
+    by_name = {name: found.samples for name, found in alone.items()}
+    speedup = {name: ratio(values, ours) for name, values in peers.items()}
+    speedup |= {name: ratio_of_medians(each, ours) for name, each in by_name.items()}
     notes |= {
         "form": best,
         "forms": forms,
@@ -257,9 +271,10 @@ def _row(case: str, mine: list[str], samples: Samples, notes: dict[str, Any]) ->
         FLOAT32: digest(samples[FLOAT32]),
         "over_graph": round(ratio(ours, samples[best]), 4),
         "over_fastest": round(ratio(samples[best], samples[fastest]), 4),
-        "speedup": {name: round(ratio(values, ours), 4) for name, values in peers.items()},
+        "speedup": {name: round(value, 4) for name, value in speedup.items()},
+        "host": {name: found.note() for name, found in alone.items()},
     }
-    medians = {name: digest(values)["median"] for name, values in peers.items()}
+    medians = {name: digest(values)["median"] for name, values in (peers | by_name).items()}
     return Row.of(case, ours, peers=medians, notes=notes)
 
 

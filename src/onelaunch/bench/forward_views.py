@@ -44,7 +44,8 @@ def table(record: dict[str, Any]) -> str:
         "`engine.logits`, which is what `over` is said of, and with float32 logits. The forms are "
         "CUDA graphs alone, of `chosen` what the engine measured and runs; `fused`: how much one "
         "launch holds (all, half a layer, so many layers), `staged`: one kernel per stage, both "
-        "with the rule's tiles. Peers as CUDA graphs and as they are.",
+        "with the rule's tiles. Peers as CUDA graphs, and as they are: these two are timed alone, "
+        "in the host's quiet moments.",
         markdown(head, body),
         "## Seconds from the weights on the device to a first forward",
         "After imports, and nothing compiled before, though all forms in few launches are one "

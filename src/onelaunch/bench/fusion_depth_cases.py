@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, digest, fit, ratio
+from onelaunch.bench.rounds import Samples, digest, fit, ratio, ratio_of_medians
+from onelaunch.bench.settled import Settled
 from onelaunch.config import ModelConfig
 from onelaunch.plan import Launch, launches, make_plan
 
@@ -155,23 +156,30 @@ def rows_of(
     how: How,
     say: Callable[[str], None],
     peers: Samples | None = None,
+    alone: Mapping[str, Settled] | None = None,
 ) -> Iterator[Row]:
     """A row of each way; the price of a call from the ways that do the whole work, and that of a
-    layer from those that hold the first ones. `peers` did the whole work, in the same rounds."""
+    layer from those that hold the first ones. `peers` did the whole work, in the same rounds;
+    `alone` too, not in these rounds."""
+    by_name = {name: found.samples for name, found in (alone or {}).items()}
     calls = {name: len(ranges) for name, ranges in case.ways.items()}
     notes: dict[str, Any] = {"model": case.model, "tokens": case.tokens, **how.notes}
     for name, values in samples.items():
         row = Row.of(_case(case, name, how.words), values)
         row.notes = {**notes, "depth": name, "calls": calls[name], **case.notes.get(name, {})}
         if name in case.whole:
-            others = {"stage": samples["stage"], **(peers or {})}
+            others = {"stage": samples["stage"], **(peers or {}), **by_name}
             row.peers = {other: statistics.median(each) for other, each in others.items()}
             row.notes["speed_against_stage"] = round(ratio(samples["stage"], values), 4)
             row.notes["speed_of_all"] = round(ratio(values, samples["all"]), 4)
             if peers:
                 row.notes["speed_against"] = {
                     peer: round(ratio(each, values), 4) for peer, each in peers.items()
+                } | {
+                    peer: round(ratio_of_medians(each, values), 4) for peer, each in by_name.items()
                 }
+            if alone:
+                row.notes["host"] = {name: found.note() for name, found in alone.items()}
         if name in case.layers:
             row.notes["layers"] = case.layers[name]
         if name in case.halves:

@@ -4,9 +4,10 @@ Random weights in bfloat16; a model gives the logits of every position in bfloat
 give x. All ways of a case are one kernel, told which stages to run; embed is in the first launch of
 a block's ways. Each way is launched from Python, one launch after another, and replayed as a CUDA
 graph; beside them stand our staged form, which has a kernel for each stage, and for models PyTorch.
-Every contestant is sampled once in each round (gpu_forwards.py says what a sample is). Before that,
-results are held against one another: all ways have the same tiles, and must have the same bits; the
-staged form has tiles of its own.
+Every contestant is sampled once in each round (gpu_forwards.py says what a sample is), but what
+PyTorch launches from Python, which is timed alone, in the host's quiet moments (settled.py). Before
+that, results are held against one another: all ways have the same tiles, and must have the same
+bits; the staged form has tiles of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from onelaunch.bench.gpu_forwards import Sample, calls, pytorch_samples, random_
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, in_rounds
+from onelaunch.bench.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
@@ -72,6 +74,7 @@ class Measured(NamedTuple):
 
     samples: list[tuple[How, Samples]]
     peers: Samples
+    alone: dict[str, Settled]
     notes: dict[str, dict[str, float]]
 
 
@@ -128,7 +131,7 @@ def _rows(
         measured = _measure(case, staged, shape, bare, tokens_BS, quick, say)
     case = replace(case, notes=measured.notes)
     for how, samples in measured.samples:
-        yield from rows_of(case, samples, how, say, measured.peers)
+        yield from rows_of(case, samples, how, say, measured.peers, measured.alone)
     del weights, staged, bare
     gc.collect()
     torch.cuda.empty_cache()
@@ -152,13 +155,15 @@ def _measure(
         "staged": calls(staged.run),
         "staged + graph": replays(staged.captured(), staged),
     }
+    launched: dict[str, Sample] = {}
     if bare is not None:
         logits = _result(staged, staged.run, len(staged.calls))
         _check(f"{case.name}, staged", logits, bare(tokens_BS).flatten(0, 1), MOST_APART)
-        of_pytorch, seconds = pytorch_samples(bare, tokens_BS)
-        peers |= of_pytorch
-        notes["all"]["torch_compile_s"] = round(seconds, 2)
-        say(f"{case.name}: torch.compile's first forward after {seconds:.1f} s")
+        of_pytorch = pytorch_samples(bare, tokens_BS)
+        peers |= of_pytorch.graphs
+        launched = of_pytorch.launched
+        notes["all"]["torch_compile_s"] = round(of_pytorch.seconds, 2)
+        say(f"{case.name}: torch.compile's first forward after {of_pytorch.seconds:.1f} s")
     contestants = dict(peers)
     expected: dict[int, tuple[Tensor, float]] = {}
     for way, fused in forms.items():
@@ -171,12 +176,14 @@ def _measure(
         contestants[_named(way, ONE_BY_ONE)] = calls(fused.run)
         contestants[_named(way, GRAPH)] = replays(graph, fused)
     samples = in_rounds(contestants, QUICK_ROUNDS if quick else ROUNDS)
+    least = QUICK_WINDOWS if quick else LEAST_WINDOWS
+    alone = {peer: settle(sample, least) for peer, sample in launched.items()}
     for fused in forms.values():
         fused.check()  # a forward that was given up is fast
     of_ways = [
         (how, {way: samples[_named(way, how)] for way in case.ways}) for how in (ONE_BY_ONE, GRAPH)
     ]
-    return Measured(of_ways, {peer: samples[peer] for peer in peers}, notes)
+    return Measured(of_ways, {peer: samples[peer] for peer in peers}, alone, notes)
 
 
 def _named(way: str, how: How) -> str:

@@ -2,7 +2,8 @@
 forward, and samples of what is replayed and of what is called.
 
 A sample of a CUDA graph is a replay's time over replays back to back, by two events. What is no
-graph is timed by the host's clock over calls back to back with one wait at the end. All times are
+graph is timed by the host's clock over calls back to back with one wait at the end; PyTorch's forms
+without a graph are timed alone, in the host's quiet moments (settled.py). All times are
 microseconds a forward.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,21 +38,32 @@ def random_weights(
     }
 
 
-def pytorch_samples(bare: BareForward, tokens_BS: Tensor) -> tuple[dict[str, Sample], float]:
-    """The forward as it is and through torch.compile, each also as a CUDA graph; and the seconds to
+class OfPyTorch(NamedTuple):
+    """PyTorch's forward as it is and through torch.compile: what is a CUDA graph, to be sampled
+    among others; what is launched from Python, to be timed alone; and the seconds to
     torch.compile's first result."""
+
+    graphs: dict[str, Sample]
+    launched: dict[str, Sample]
+    seconds: float
+
+
+def pytorch_samples(bare: BareForward, tokens_BS: Tensor) -> OfPyTorch:
+    """Samples of PyTorch's forms of a forward."""
     compiled = torch.compile(bare.__call__, dynamic=False, mode="default")
     start = time.perf_counter()
     compiled(tokens_BS)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    samples = {
-        "eager": calls(lambda: bare(tokens_BS)),
+    graphs = {
         "eager + graph": replays(captured(lambda: bare(tokens_BS)), None),
-        "torch.compile": calls(lambda: compiled(tokens_BS)),
         "torch.compile + graph": replays(captured(lambda: compiled(tokens_BS)), None),
     }
-    return samples, seconds
+    launched = {
+        "eager": calls(lambda: bare(tokens_BS)),
+        "torch.compile": calls(lambda: compiled(tokens_BS)),
+    }
+    return OfPyTorch(graphs, launched, seconds)
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

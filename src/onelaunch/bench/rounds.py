@@ -43,6 +43,11 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
+def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
+    """For what was not sampled in the same rounds."""
+    return statistics.median(a) / statistics.median(b)
+
+
 def fit(calls: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
     """Least squares of time = a + b calls: (a, b), in the unit of the times."""
     slope, intercept = statistics.linear_regression(calls, times)

@@ -48,9 +48,7 @@ def newest_run(folder: Path = RUNS) -> Path:
                 # "created" is in whole seconds
                 found.append((created, (run / "run.json").stat().st_mtime_ns, run))
     if not found:
-        raise BadInput(
-            f"there is no run to resume in {folder}/; name the one to continue: run=DIR"
-        )
+        raise BadInput(f"there is no run to resume in {folder}/; name the one to continue: run=DIR")
     return max(found)[2]
 
 
