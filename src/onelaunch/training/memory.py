@@ -187,7 +187,8 @@ def names_batch_size(recipe: Recipe, run: Path | None = None) -> Iterator[None]:
             start = f" from {kept[-1].name}" if kept else ""
             change = (
                 f"lower train.batch_size, which is {batch}: continue{start} with: "
-                f"onelaunch train --resume --run {shlex.quote(str(run))} --set train.batch_size={batch // 2}"
+                f"onelaunch train --resume --run {shlex.quote(str(run))} "
+                f"--set train.batch_size={batch // 2}"
             )
         where = f"{run}: " if run else ""
         raise RunFailed(f"{where}not enough memory: {change}") from error
