@@ -101,6 +101,15 @@ def outside_vocabulary(config: ModelConfig, token: int, name: str) -> BadInput:
     )
 
 
+def logits_dtype(dtype: torch.dtype | None, own: torch.dtype = torch.float32) -> torch.dtype:
+    """What logits are wanted in: float32 unless given. Raises BadInput for what is neither that nor
+    the engine's own dtype."""
+    if dtype in (None, torch.float32, own):
+        return dtype or torch.float32
+    also = "" if own == torch.float32 else f" or {own}"
+    raise BadInput(f"dtype={dtype}: this engine gives logits in torch.float32{also}")
+
+
 def not_finite(position: int, dtype: str) -> RunFailed:
     """The error for logits that are not finite."""
     mend = "the weights are damaged"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from onelaunch.config import ModelConfig
@@ -61,17 +62,23 @@ class Engine(Protocol):
 
     config: ModelConfig
 
-    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def logits(
+        self,
+        tokens_BS: Tensor | Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Logits of every position of a batch of sequences.
 
         `tokens_BS` is an integer tensor of token ids, (batch, sequence), on any device, or lists of
         equal length, `[[1, 403], [1, 407]]`; a single sequence is a batch of one, `tokens[None]`.
         Shorter sequences are padded behind, with any id: no position sees those after it.
-        Returns a float32 tensor (batch, sequence, vocabulary) on the engine's device; position i
-        holds the logits of token i + 1. An empty batch or sequence gives an empty tensor.
+        Returns a tensor (batch, sequence, vocabulary) on the engine's device, float32 unless
+        `dtype` is the narrower one that the engine computes in; it is the caller's, and no later
+        call changes it. Position i holds the logits of token i + 1. An empty batch or sequence
+        gives an empty tensor.
 
         Raises BadInput for another shape, for ids that are no integers, for more positions than the
-        model's context, and for an id outside its vocabulary.
+        model's context, for an id outside its vocabulary, and for another dtype.
         """
 
     def generate(

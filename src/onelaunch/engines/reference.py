@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_prompts, check_tokens, not_finite
+from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype, not_finite
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
 from onelaunch.engines.sampling import copy_numbers, draw, uniforms
@@ -121,11 +121,14 @@ class ReferenceEngine:
             self.model.norm_function(weight_D, weight_D, config.norm_eps)
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
 
-    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Logits of every position, (B, S, V), float32, on the engine's device; see `Engine`."""
+    def logits(
+        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Logits of every position, (B, S, V), on the engine's device; see `Engine`."""
+        dtype = logits_dtype(dtype, self.dtype)
         tokens_BS = check_tokens(self.config, tokens_BS).to(self.device, torch.int64)
         with torch.no_grad(), self._autocast():
-            return self.model(tokens_BS)
+            return self.model(tokens_BS).to(dtype)
 
     def generate(
         self,

@@ -157,7 +157,7 @@ def test_logits_in_the_engines_own_dtype(store, uses):
     assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(narrow.float(), wide)
     assert engine.logits(tokens_of(65, 2), torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(BadInput, match=r"logits in torch.float16: .* torch.float32 or .*bfloat16"):
+    with pytest.raises(BadInput, match=r"dtype=torch.float16: .* torch.float32 or .*bfloat16"):
         engine.logits(tokens, torch.float16)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_prompts, check_tokens, not_finite
+from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype, not_finite
 from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, program_launches
 from onelaunch.engines.coreml.evaluate import Evaluator
@@ -62,8 +62,11 @@ class CoreMLEngine:
         self._said = False
         self._loaded: OrderedDict[int, list[Evaluator]] = OrderedDict()
 
-    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def logits(
+        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
+        logits_dtype(dtype)
         tokens_BS = check_tokens(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
         if not tokens_BS.numel():

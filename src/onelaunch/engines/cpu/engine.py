@@ -14,7 +14,7 @@ from torch import Tensor
 from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_prompts, check_tokens
+from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype
 from onelaunch.engines.cpu import DTYPES, prefetch_choice, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
@@ -97,8 +97,11 @@ class CpuEngine:
             self._compilation.wait(seconds)
         return self._ready() is not None
 
-    def logits(self, tokens_BS: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def logits(
+        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
+        logits_dtype(dtype)
         tokens_BS = check_tokens(self.config, tokens_BS)
         with self._alone():
             runtime = self._ready(CACHED_SECONDS if self._cached else 0.0)

@@ -16,7 +16,12 @@ from torch import Tensor
 from onelaunch.compilation.background import in_a_line, tell
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_tokens, outside_vocabulary, token_tensor
+from onelaunch.engines.checks import (
+    check_tokens,
+    logits_dtype,
+    outside_vocabulary,
+    token_tensor,
+)
 from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
 from onelaunch.engines.cuda.chooser import Chooser, Find
@@ -102,10 +107,9 @@ class CudaEngine:
             weakref.finalize(self, _wait_for, self._used).atexit = False
 
     def logits(
-        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Logits of every position, (B, S, V), in float32 or the engine's own dtype: the caller's
-        own tensor, on the GPU.
+        """Logits of every position, (B, S, V), on the GPU; see `Engine`.
 
         Launches and returns: nothing here waits for the GPU. Ids that come on the host are checked
         at once: BadInput for one beyond the vocabulary, or for more positions than the context.
@@ -116,8 +120,7 @@ class CudaEngine:
         before this was told. A measured form that fails in another way is not used again: one
         kernel per stage answers.
         """
-        if dtype not in (torch.float32, self.dtype):
-            raise BadInput(f"logits in {dtype}: this engine gives torch.float32 or {self.dtype}")
+        dtype = logits_dtype(dtype, self.dtype)
         self._check_bad_id()
         on_gpu = isinstance(tokens_BS, Tensor) and tokens_BS.device.type != "cpu"
         tokens_BS = (token_tensor if on_gpu else check_tokens)(self.config, tokens_BS)
