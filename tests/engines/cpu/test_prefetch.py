@@ -350,6 +350,41 @@ def test_each_variant_gives_the_same_bits(compiled_program, threads, dtype):
         assert runtime.state[at] == each.to
 
 
+@pytest.mark.parametrize(
+    ("triple", "expected"),
+    [
+        ("x86_64-unknown-linux-gnu", ["prefetcht1", "prefetchnta"]),
+        ("aarch64-unknown-linux-gnu", ["prfm\tpldl2keep", "prfm\tpldl1strm"]),
+        ("arm64-apple-darwin", ["prfm\tpldl2keep", "prfm\tpldl1strm"]),
+    ],
+)
+def test_each_variant_is_an_instruction_of_every_processor(triple, expected):
+    """Of the plainest of its kind: no feature is asked for."""
+    pytest.importorskip("numba")
+    from llvmlite import binding, ir
+
+    from onelaunch.engines.cpu.native import vectors
+
+    module = ir.Module()
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+    function = ir.Function(module, kind, "f")
+    builder = ir.IRBuilder(function.append_basic_block())
+    for locality in (vectors.LOCALITY_L2, vectors.LOCALITY_ONCE):
+        vectors.prefetch(builder, function.args[0], locality)
+    builder.ret_void()
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    try:
+        target = binding.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(f"this llvmlite has no such target: {error}")
+    machine = target.create_target_machine()
+    text = machine.emit_assembly(binding.parse_assembly(str(module)))
+    lines = [line.strip() for line in text.splitlines()]
+    found = [line for line in lines if line.startswith(("prefetch", "prfm"))]
+    assert [line.startswith(name) for line, name in zip(found, expected, strict=True)] == [True] * 2
+
+
 def test_fields_of_the_state_do_not_overlap():
     """`State` would make two names of one number the same member."""
     named = [int(value) for name, value in vars(State).items() if name.isupper()]
