@@ -68,8 +68,10 @@ def compiled_program() -> bytes:
     it compiles it; the others wait for that."""
     from onelaunch.compilation.background import Compilation
     from onelaunch.compilation.cache import Store, program_key
-    from onelaunch.engines.cpu import program
+    from onelaunch.engines.cpu import program, why_not
 
+    if reason := why_not():
+        pytest.skip(reason)
     command = [sys.executable, "-c", COMPILER]
     key = program_key(program.source(), program.options())
     with open(os.path.join(os.environ[STORE], ".compiling"), "w") as file:

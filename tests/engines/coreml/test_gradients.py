@@ -172,7 +172,10 @@ def test_every_depth_gives_the_same(depth, taps, tmp_path):
         assert relative_error(got[name], gradient) <= 1e-5, name
 
 
-@pytest.mark.parametrize(("name", "sequence"), [("stories260k", 256), ("stories15m", 64)])
+@pytest.mark.parametrize(
+    ("name", "sequence"),
+    [("stories260k", 256), pytest.param("stories15m", 64, marks=pytest.mark.extended)],
+)
 def test_float16_is_as_exact_as_pytorchs(name, sequence, tmp_path):
     config = preset(name)
     weights = dict(Model(config).init_weights(0).named_parameters())
