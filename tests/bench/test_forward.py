@@ -108,6 +108,9 @@ def test_the_views():
     told = table(record | {"rows": [chosen]})
     assert "| m forward 1x8 | staged | staged 9.00 |" in told
     assert "0.25" in told
+    old = {k: v for k, v in chosen.items() if k not in ("graph", "over_graph", "logits float32")}
+    told = table(record | {"rows": [chosen, old | {"case": "m forward 1x9"}]})
+    assert "| m forward 1x9 | - | - | 11.0 | 10.0 |" in " ".join(told.split())
     pytest.importorskip("matplotlib")
     figure = draw(record)
     assert figure.axes[0].get_ylabel()
