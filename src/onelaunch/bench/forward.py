@@ -128,8 +128,8 @@ def _case(
         mine = [*forms, LOGITS, FLOAT32]
         engine = _engine(config, weights, store)
         contestants = {name: replays(*form) for name, form in forms.items()}
-        for name, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
-            contestants[name] = walls(partial(engine.logits, tokens, dtype))
+        for what, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
+            contestants[what] = walls(partial(engine.logits, tokens, dtype))
         of_pytorch = pytorch_samples(bare, tokens)
         contestants |= of_pytorch.graphs
         notes["seconds_to_first"]["torch.compile"] = round(of_pytorch.seconds, 2)
