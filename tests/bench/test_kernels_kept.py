@@ -211,5 +211,6 @@ def test_what_many_kernels_take(quick, monkeypatch, tmp_path):
     assert "+1.0 kB each, +2.0 kB on the GPU" in found["budget-150"].why
     assert found["sram"].ours == ("170 MB" if quick else "1,359 MB")
     assert f"| {12 if quick else 96} layers of 768/2048 in a launch " in text
+    pytest.importorskip("matplotlib")
     figure = compile_budget.draw(record)
     assert len(figure.axes[0].lines) == 4

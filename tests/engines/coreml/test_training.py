@@ -262,6 +262,7 @@ compiler.main()
 """
 
 
+@pytest.mark.extended
 def test_a_child_that_fails_or_ends_says_why_and_the_next_one_works(tmp_path, monkeypatch):
     marks, temporary = tmp_path / "marks", tmp_path / "temporary"
     marks.mkdir()
