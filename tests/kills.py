@@ -54,7 +54,7 @@ def train_command(run: Path, resume: bool = False, **changed: Any) -> list[str]:
 
 def run_to_the_end(run: Path, **changed: Any) -> None:
     """Train without a stop."""
-    subprocess.run(train_command(run, **changed), check=True, timeout=300)
+    subprocess.run(train_command(run, **changed), check=True, timeout=1800)
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def interrupt_until_done(
             _wait_for_progress(run, process)
         time.sleep(rng.random() * 0.5)
         os.kill(process.pid, number) if process.poll() is None else None
-        code = process.wait(timeout=300)
+        code = process.wait(timeout=1800)
         story.append(
             {
                 "seconds": round(time.monotonic() - started, 2),
@@ -127,7 +127,7 @@ def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:
     """Until this process has written telemetry, or ended."""
     path = run / "metrics.jsonl"
     before = path.stat().st_size if path.exists() else 0
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1800
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.stat().st_size > before + 200:
             return

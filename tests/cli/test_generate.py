@@ -320,6 +320,6 @@ def test_an_interrupt_keeps_what_was_written_and_exits_130():
     begun = os.read(process.stdout.fileno(), 100)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert 0 < len(ids_of((begun + out).decode())) < 1024
     assert b"Traceback" not in err
