@@ -19,6 +19,8 @@ from onelaunch.compilation.background import plain, why_ended
 from onelaunch.compilation.environment import child_environment
 
 ENDING_SECONDS = 5.0
+LAST_WORDS_SECONDS = 60.0
+"""From the end of a child's output to its exit: seconds on a busy machine where it has torch."""
 SAID_BYTES = READ_BYTES = 1 << 16
 
 
@@ -82,7 +84,7 @@ class Child:
     def reason(self) -> str:
         """Why it has ended: its signal, or the last line of what it wrote on standard error."""
         try:
-            return why_ended(self._process.wait(ENDING_SECONDS), self._errors)
+            return why_ended(self._process.wait(LAST_WORDS_SECONDS), self._errors)
         except (subprocess.TimeoutExpired, ValueError):
             return "it says nothing more"
 
