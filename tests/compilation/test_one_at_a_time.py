@@ -172,6 +172,26 @@ def test_what_cannot_be_kept_is_not_compiled_on_when_its_process_ends(tmp_path):
     until(lambda: not alive(pid))
 
 
+def test_a_process_does_not_end_amid_a_preparation(tmp_path, store):
+    """PyTorch's C++ code in a thread that the interpreter ends would abort the process."""
+    store.put("key", b"program")
+    code = f"""
+import threading, time
+from pathlib import Path
+from onelaunch.compilation.background import Compilation
+from onelaunch.compilation.cache import Store
+begun = threading.Event()
+def prepare(program):
+    begun.set()
+    time.sleep(0.3)
+    Path({str(tmp_path / "prepared")!r}).touch()
+Compilation(Store(Path({str(store.folder)!r})), "key", [], prepare, print, "the fast form")
+begun.wait()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert (tmp_path / "prepared").exists()
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -33,11 +33,15 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.02
 """Between two looks whether the child has ended."""
 REASON_LETTERS = 300
+PREPARING_SECONDS = 5.0
+"""How long a process that ends waits for a form that is being made ready."""
 
 _speaking = threading.RLock()
 _leaving = False
 _not_kept: weakref.WeakSet[Compilation[Any]] = weakref.WeakSet()
 """Those whose program nobody will find: their children end with this process."""
+_preparing: set[Compilation[Any]] = set()
+"""Those that make a program ready now."""
 
 
 def _fall_silent() -> None:
@@ -46,6 +50,10 @@ def _fall_silent() -> None:
     _leaving = True
     for compilation in list(_not_kept):
         compilation.cancel()
+    # the interpreter ends a thread where it comes back from C++ code, and with it the process
+    end = time.monotonic() + PREPARING_SECONDS
+    for compilation in list(_preparing):
+        compilation._ended.wait(max(0.0, end - time.monotonic()))
     # bounded: a reader of ours that is stuck must not keep the interpreter
     if _speaking.acquire(timeout=1.0):
         _speaking.release()
@@ -158,6 +166,7 @@ class Compilation(Generic[T]):
             self._ended.set()
 
     def _make_ready(self, program: bytes) -> T:
+        _preparing.add(self)
         try:
             return self._prepare(program)
         except MemoryError:
@@ -165,6 +174,8 @@ class Compilation(Generic[T]):
         except BaseException:
             self._store.remove(self._key)
             raise
+        finally:
+            _preparing.discard(self)
 
     def _compile(self) -> bytes:
         """The program, from a child of this process or of another. Raises RunFailed with the
