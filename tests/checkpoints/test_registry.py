@@ -113,6 +113,11 @@ def test_preset_without_random(name, tmp_path, monkeypatch):
 def test_folder_and_file_of_nothing_known(tmp_path):
     with pytest.raises(BadInput, match=r"this folder holds none of.*\.bin.*run folder.*config"):
         load(tmp_path)
+    (tmp_path / "m.bin").write_bytes(bytes(28))
+    with pytest.raises(
+        BadInput, match=r"this folder holds none of.*; .*m\.bin is in it: give that$"
+    ):
+        load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(BadInput, match=r"notes\.txt: this file is none of"):
         load(tmp_path / "notes.txt")

@@ -73,7 +73,9 @@ CHILD_SECONDS = 120.0
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every case; yields rows."""
     if torch.device(device).type != "cuda":
-        raise BadInput(f"forward: --device {device}: it is for a GPU")
+        raise BadInput(
+            f"forward: it times a GPU, and the device is {device}; take another experiment"
+        )
     import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
     from triton.runtime.cache import triton_key
 

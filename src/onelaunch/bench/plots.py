@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ SHADES_TO = 2.0  # times as fast, or as slow, as what has the middle colour
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches. Raises MissingExtra where matplotlib is not installed."""
+    # where it keeps its fonts is its own affair, unless it fails
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

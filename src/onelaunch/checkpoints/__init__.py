@@ -82,7 +82,9 @@ def load(path: Path | str) -> LoadedModel:
             return entry.read(path)
     kinds = ", ".join(entry.looks_like for entry in FORMATS.values())
     where = "this folder holds none of" if path.is_dir() else "this file is none of"
-    raise BadInput(f"{name}: {where} what a model can be: {kinds}")
+    inside = sorted(file for file in path.glob("*.bin") if FORMATS["llama2c"].matches(file))
+    mend = f"; {inside[0]} is in it: give that" if len(inside) == 1 else ""
+    raise BadInput(f"{name}: {where} what a model can be: {kinds}{mend}")
 
 
 def save(model: LoadedModel, out: Path | str, format: str) -> None:

@@ -86,6 +86,11 @@ def load_model(model: str, random: bool = False, offers_random: bool = True) -> 
     from onelaunch.checkpoints import load, random_model
 
     if random:
+        if model not in PRESETS and os.path.exists(model):
+            raise BadInput(
+                f"{model}: --random is for presets ({', '.join(PRESETS)}); leave it out to take "
+                "this model"
+            )
         return random_model(model)
     if not model:
         raise BadInput("MODEL is empty; give a file or a folder")

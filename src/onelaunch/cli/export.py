@@ -31,7 +31,10 @@ def export(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The file or folder to write; must not exist yet.")
     ],
-    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")],
+    format: Annotated[
+        str,
+        typer.Option("--format", metavar="FORMAT", help=f"One of {', '.join(FORMATS)}."),
+    ],
     random: Annotated[
         bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
     ] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -160,9 +161,13 @@ def generate(
     loaded.weights, loaded.extras = {}, {}  # the engine has what it needs of them
     ends = {*loaded.stop_ids, *(found.stop_ids if found else ())}
     stop = sorted(i for i in ends if i < loaded.config.vocab_size)
-    completions = complete(
-        runner, prompts, max_new_tokens, sampling, stop, found, None if json_ else out.piece
-    )
+    try:
+        completions = complete(
+            runner, prompts, max_new_tokens, sampling, stop, found, None if json_ else out.piece
+        )
+    except BaseException:
+        out.break_off()
+        raise
     if json_:
         print(_as_json(model, runner, sampling, max_new_tokens, completions))
     else:
@@ -318,6 +323,14 @@ class _Output:
         sys.stdout.flush()
         for line in self._held:
             say(line, self._quiet)
+
+    def break_off(self) -> None:
+        """On a terminal end the line of a text that is not complete: what follows is no part of
+        it."""
+        with contextlib.suppress(OSError):
+            if self._begun and sys.stdout.isatty():
+                sys.stdout.write("\n")
+                sys.stdout.flush()
 
     def notice(self, line: str) -> None:
         """A line for standard error; not amid a text on the same terminal."""

@@ -41,9 +41,12 @@ def inspect(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a model's configuration and size, what running it takes, and, by batch and sequence, the
-    fusion depths chosen for it on a GPU, and how its weights are prefetched on a CPU. Of a Core ML
-    program show inputs, outputs, operations, and what would keep it off the Neural Engine."""
+    """Show what a model or a Core ML program is.
+
+    Of a model its configuration and size, what running it takes, by batch and sequence the fusion
+    depths chosen for it on a GPU, and how its weights are prefetched on a CPU. Of a Core ML program
+    inputs, outputs, operations, and what would keep it off the Neural Engine.
+    """
     import json as json_module
     from pathlib import Path
 

@@ -16,7 +16,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="A recipe file, or a built-in one: quickstart (the default), shakespeare-char.",
         ),
     ] = None,
@@ -45,7 +45,8 @@ def train(
         typer.Option("--accum", metavar="N", help="Micro-steps per update, 1 to 1000."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
     ] = None,
     engine: Annotated[
         str | None,

@@ -1,0 +1,78 @@
+"""What a newcomer meets at the command line beyond its errors."""
+
+import logging
+import sys
+
+import pytest
+
+from onelaunch import cli
+from onelaunch.cli.generate import _Output
+from onelaunch.generation.text import Prompt
+
+
+@pytest.fixture
+def onelaunch(capsys):
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = cli.run(list(argv))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_names_what_an_option_takes(onelaunch):
+    """Not its type."""
+    for verb in ("prepare", "train", "eval", "generate", "export", "inspect", "bench", "report"):
+        out = onelaunch(verb, "--help")[1]
+        options = out.partition("Options:")[2]
+        for kind in ("<str>", "<int>", "<float>", "<path>"):
+            assert kind not in options, f"{verb}: {kind}"
+        assert "[[" not in out
+
+
+def test_every_summary_in_the_list_of_verbs_is_whole(onelaunch, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in onelaunch("--help")[1].partition("Commands:")[2]
+
+
+def test_random_of_a_file_says_to_leave_it_out(onelaunch, tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"")
+    code, _, err = onelaunch("generate", str(path), "--random")
+    assert code == 2
+    assert err.startswith(f"onelaunch: {path}: --random is for presets (stories260k, ")
+    assert "leave it out to take this model" in err
+
+
+@pytest.mark.parametrize(("terminal", "ended"), [(True, "Once upon\n"), (False, "Once upon")])
+def test_a_text_that_is_broken_off_ends_its_line_on_a_terminal(
+    monkeypatch, capsys, terminal, ended
+):
+    """What the shell or an error prints next would go on in it."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    out = _Output([Prompt("", [1])], {1}, echo=True, ids=False, quiet=False)
+    out.break_off()
+    assert capsys.readouterr().out == ""  # nothing was begun
+    out.piece(0, 5, "Once upon")
+    out.break_off()
+    assert capsys.readouterr().out == ended
+
+
+def test_generate_ends_the_line_when_it_is_interrupted(onelaunch, monkeypatch):
+    """Ctrl-C amid a text; the exit code is that of the signal."""
+
+    def interrupted(runner, prompts, n, sampling, stop, tokenizer, on_piece):
+        on_piece(0, 5, "5")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onelaunch.generation.text.complete", interrupted)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    argv = ("generate", "stories260k", "--random", "--ids", "--engine", "reference")
+    assert onelaunch(*argv) == (130, "5\n", "")
+
+
+def test_matplotlib_is_quiet_about_its_folders():
+    pytest.importorskip("matplotlib")
+    from onelaunch.bench.plots import new_figure
+
+    new_figure(1, 1)
+    assert not logging.getLogger("matplotlib").isEnabledFor(logging.WARNING)
