@@ -118,5 +118,5 @@ def test_the_views():
 
 
 def test_it_wants_a_gpu():
-    with pytest.raises(BadInput, match="for a GPU"):
+    with pytest.raises(BadInput, match="it times a GPU, and the device is cpu"):
         next(iter(forward.run("cpu", True, print)))

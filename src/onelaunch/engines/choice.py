@@ -22,14 +22,14 @@ def choose(
     config: ModelConfig,
     weights: dict[str, Tensor],
     device: str = "auto",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     threads: int | None = None,
     fusion_depth: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """The engine of a name, on a device. "auto" is the device's own engine, where its packages are
-    there and it computes in the dtype, and the reference engine elsewhere; on a GPU also where
-    float32 or a number of threads is asked for.
+    """The engine of a name, on a device, computing in a dtype: a name or PyTorch's own. "auto" is
+    the device's own engine, where its packages are there and it computes in the dtype, and the
+    reference engine elsewhere; on a GPU also where float32 or a number of threads is asked for.
 
     Raises BadInput for an unknown name and for options that do not go together.
     """
@@ -37,6 +37,8 @@ def choose(
         raise BadInput(f"engine={engine!r}: must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
     from onelaunch.engines.reference import ReferenceEngine, resolve_device
 
+    if dtype is not None:
+        dtype = str(dtype).removeprefix("torch.")
     on = resolve_device(device)
     if engine == "cpu" and on.type != "cpu" and device != "auto":
         raise BadInput(f"device={device!r}: engine='cpu' runs on the CPU; leave it out")
