@@ -58,9 +58,9 @@ unit: $(VENV)/.installed-dev
 test-extended: $(VENV)/.installed-triton
 	$(BIN)/python -m pytest tests -m 'extended and not soak' -n 2 --dist worksteal
 
-# What takes longest or compares times: the tests so marked, every kill, the whole fuzz, Shakespeare, and on a machine with
-# a GPU its forwards (with the packages there: PYTHONPATH=src python3 tests/soak.py forward). Leaves
-# records in benchmarks/records.
+# What takes longest or compares times: the tests so marked, every kill, the whole fuzz, Shakespeare,
+# and on a machine with a GPU its forwards (with the packages there: PYTHONPATH=src python3
+# tests/soak.py forward). Leaves records in benchmarks/records.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m soak
 	$(BIN)/python tests/soak.py

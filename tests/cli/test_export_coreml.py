@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from onelaunch.checkpoints import random_model
 from onelaunch.cli.export import export
-from onelaunch.errors import BadInput, MissingExtra, OnelaunchError
+from onelaunch.errors import BadInput, MissingExtra, OnelaunchError, RunFailed
 from tests.engines.suite import exact_logits, relative_error
 
 pytest.importorskip("coremltools")
@@ -94,7 +94,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save", full)
-    with pytest.raises(BadInput, match="cannot write: the disk is full"):
+    with pytest.raises(RunFailed, match="cannot write: the disk is full"):
         run("stories260k", tmp_path / "a.mlpackage", "--seq", 32)
     assert list(tmp_path.iterdir()) == []
 

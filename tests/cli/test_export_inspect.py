@@ -84,7 +84,7 @@ def test_bad_flags_write_nothing(bin_file, tmp_path):
         _run("export", bin_file, out, "--format", "gguf")
     with pytest.raises(BadInput, match="add --random"):
         _run("export", "stories260k", out, "--format", "hf")
-    with pytest.raises(BadInput, match="unknown preset"):
+    with pytest.raises(BadInput, match="--random is for presets"):
         _run("export", bin_file, out, "--format", "hf", "--random")
     assert not out.exists()
     assert CliRunner().invoke(app, ["export", str(bin_file), str(out)]).exit_code == 2

@@ -137,7 +137,7 @@ def test_a_folder_of_another_name_and_options_of_models(onelaunch, program, tmp_
     assert "--fusion-depth 1" in err
     code, _, err = onelaunch("inspect", program, "--random")
     assert code == 2
-    assert "unknown preset" in err
+    assert "--random is for presets" in err
 
 
 def test_what_is_no_program(onelaunch, tmp_path):

@@ -85,7 +85,7 @@ def test_a_finished_run_is_not_overwritten(finished):
         (["train", "--set", "train.acum=3"], "did you mean train.accum?"),
         (["train", "--accum", "1001"], "--accum 1001: must be from 1 to 1000"),
         (["train", "--preset", "stories15"], "unknown preset"),
-        (["train", "--resume"], "--resume: there is no run in runs/; name the one to continue"),
+        (["train", "--resume"], "there is no run to resume in runs/; name the one to continue"),
         (["train", "--resume", "--run", "nowhere"], "nothing to resume"),
         (["train", "--data", "nowhere", "--run", "r"], "nowhere"),
         (["train", "--device", "tpu", "--run", "r"], "must be auto, cpu"),

@@ -113,7 +113,7 @@ def test_a_resume_with_another_norm_says_so(tmp_path, capfd):
     runs.resume(run, {"train.updates": 6, "train.norm": "onelaunch"})
     said = capfd.readouterr().err
     assert "the norm was torch, now it is onelaunch" in said
-    assert "--set train.norm=torch keeps it" in said
+    assert "train.norm=torch keeps it" in said
     assert norms(run) == ["torch", "onelaunch"]
     runs.resume(run, {"train.updates": 8})
     assert "the norm was" not in capfd.readouterr().err

@@ -104,31 +104,21 @@ def replays(graph: torch.cuda.CUDAGraph, owner: object) -> Sample:
 
 def walls(call: Callable[[], object]) -> Sample:
     """Microseconds a call by the host's clock, of WALL_CALLS back to back and one wait."""
-
-    def sample() -> float:
-        call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(WALL_CALLS):
-            call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e6 / WALL_CALLS
-
     for _ in range(3):
         call()  # launched, captured, replayed
-    return sample
+    return calls(call, WALL_CALLS)
 
 
-def calls(call: Callable[[], object]) -> Sample:
-    """Microseconds a call, the host's part with it."""
+def calls(call: Callable[[], object], n: int = EAGER_CALLS) -> Sample:
+    """Microseconds a call, the host's part with it, of `n` back to back."""
 
     def sample() -> float:
         call()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(EAGER_CALLS):
+        for _ in range(n):
             call()
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e6 / EAGER_CALLS
+        return (time.perf_counter() - start) * 1e6 / n
 
     return sample

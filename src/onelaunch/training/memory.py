@@ -7,7 +7,6 @@ What is refused here cannot fit; what is not may still run out of memory, and is
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -186,9 +185,8 @@ def names_batch_size(recipe: Recipe, run: Path | None = None) -> Iterator[None]:
             kept = list_checkpoints(run)
             start = f" from {kept[-1].name}" if kept else ""
             change = (
-                f"lower train.batch_size, which is {batch}: continue{start} with: "
-                f"onelaunch train --resume --run {shlex.quote(str(run))} "
-                f"--set train.batch_size={batch // 2}"
+                f"lower train.batch_size, which is {batch}: continue{start} with resume=True, "
+                f"run={str(run)!r} and train.batch_size={batch // 2}"
             )
         where = f"{run}: " if run else ""
         raise RunFailed(f"{where}not enough memory: {change}") from error
