@@ -87,6 +87,7 @@ def test_a_whole_run_is_recorded(tree, processes):
     assert (two["case"], two["n"], two["passed"]) == ("tests/gpu/test_two.py", 1, 1)
 
 
+@pytest.mark.extended
 def test_a_whole_run_replaces_the_record(tree):
     run(tree, "tests/gpu")
     (tree / "tests" / "gpu" / "test_one.py").unlink()

@@ -123,6 +123,7 @@ def test_sigterm_saves_partial_gradients_says_how_to_go_on_and_resumes_exactly(t
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.extended
 def test_a_few_kills_at_random_moments_resume_exactly(tmp_path):
     """A small sample of what `make soak` does fifty times."""
     long = {"train__updates": 200}

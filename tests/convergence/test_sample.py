@@ -52,6 +52,7 @@ def test_a_wrong_norm_is_caught_in_float32(wrong):
     assert llama.relative_difference(llama.losses(SHORT, wrong), plain).max() > llama.TOLERANCE
 
 
+@pytest.mark.extended
 def test_a_norm_that_is_too_coarse_is_caught_in_bfloat16():
     size = replace(SHORT, updates=40)
     plain = [llama.losses(size, "torch", dtype="bfloat16", noise=n) for n in range(6)]

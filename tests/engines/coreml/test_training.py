@@ -143,6 +143,7 @@ def test_a_resumed_run_goes_on_exactly(staleness, trainer):
         assert torch.equal(second.parameters()[name], parameter)
 
 
+@pytest.mark.extended
 def test_programs_without_weights_are_taken_from_the_store(trainer, tmp_path, monkeypatch):
     """Those of attention, of every layer; those with weights are new in every update."""
     batch = batches_of(SMALL, 1, batch=1, sequence=8)[0]
