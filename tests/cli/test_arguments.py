@@ -2,7 +2,6 @@
 
 import pytest
 
-from onelaunch import cli
 from onelaunch.cli.arguments import with_options
 
 OPTIONS = {"--threads", "--engine", "--fusion-depth", "--seq", "--run", "--resume", "--prompt"}
@@ -34,15 +33,6 @@ def test_an_argument_becomes_its_option(message, shown):
 def test_what_was_not_given_as_an_option_is_not_called_one():
     assert with_options("threads=0: bad", OPTIONS, ["train", "recipe"]) == "threads=0: bad"
     assert with_options("threads=0: bad", OPTIONS, ["train", "--threads=0"]) == "--threads 0: bad"
-
-
-@pytest.fixture
-def onelaunch(capsys):
-    def run(*argv: str) -> tuple[int, str, str]:
-        code = cli.run(list(argv))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 RANDOM = ["generate", "stories260k", "--random", "--ids"]

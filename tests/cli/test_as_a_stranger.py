@@ -5,18 +5,8 @@ import sys
 
 import pytest
 
-from onelaunch import cli
 from onelaunch.cli.generate import _Output
 from onelaunch.generation.text import Prompt
-
-
-@pytest.fixture
-def onelaunch(capsys):
-    def run(*argv: str) -> tuple[int, str, str]:
-        code = cli.run(list(argv))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_help_names_what_an_option_takes(onelaunch):

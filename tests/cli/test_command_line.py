@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from onelaunch import __version__, cli
+from onelaunch import __version__
 from onelaunch.cli import app as app_module
 from onelaunch.cli import doctor
 from onelaunch.errors import BadInput, RunFailed
@@ -61,15 +61,6 @@ def _line(name, params) -> str:
 
 def test_the_command_line_is_as_frozen_here():
     assert listing() == LISTING
-
-
-@pytest.fixture
-def onelaunch(capsys):
-    def run(*argv: str) -> tuple[int, str, str]:
-        code = cli.run(list(argv))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_help_version_and_import_load_nothing_heavy():

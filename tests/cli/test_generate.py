@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch import checkpoints, cli
+from onelaunch import checkpoints
 from onelaunch.checkpoints.tokenizers import Llama2cTokenizer
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
@@ -48,17 +48,6 @@ def bare(model, tmp_path) -> str:
     path = tmp_path / "bare.bin"
     path.write_bytes(Path(model).read_bytes())
     return str(path)
-
-
-@pytest.fixture
-def onelaunch(capsys):
-    """Run the command line in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        code = cli.run([str(argument) for argument in argv])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

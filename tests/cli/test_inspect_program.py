@@ -9,7 +9,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from onelaunch import cli
 from onelaunch.errors import BadInput, MissingExtra
 
 needs_coremltools = pytest.mark.skipif(
@@ -35,15 +34,6 @@ def program(tmp_path_factory):
         return mb.relu(x=mb.relu(x=mb.add(x=x, y=mask)), name="out")
 
     return built(tmp_path_factory.mktemp("program"), body, value(1, 8, dtype="int32"))
-
-
-@pytest.fixture
-def onelaunch(capsys):
-    def run(*argv) -> tuple[int, str, str]:
-        code = cli.run([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 FINDINGS = [

@@ -5,22 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch import checkpoints, cli
+from onelaunch import checkpoints
 
 CASES = Path(__file__).parents[2] / ".." / "shared" / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="shared/cases is not at hand")
 SHORT = ("--engine", "reference", "--temperature", "0", "--max-new-tokens", "4")
-
-
-@pytest.fixture
-def onelaunch(capfd):
-    """Run the command line in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*argv):
-        code = cli.run([str(argument) for argument in argv])
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def test_tokenizer_cut_off(tmp_path, onelaunch):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from onelaunch import checkpoints, cli
+from onelaunch import checkpoints
 from onelaunch.checkpoints.tokenizers import BytesTokenizer, find_tokenizer, load_tokenizer
 from tests.tokenizer_files import (
     END,
@@ -22,17 +22,6 @@ from tests.tokenizer_files import (
 
 TEXT = "the cat sat on the mat. " * 40
 REFERENCE = ("--engine", "reference", "--temperature", "0", "--max-new-tokens", "3")
-
-
-@pytest.fixture
-def onelaunch(capfd):
-    """Run the command line in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*argv):
-        code = cli.run([str(argument) for argument in argv])
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture
