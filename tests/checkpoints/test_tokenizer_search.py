@@ -16,7 +16,7 @@ from tests.tokenizer_files import (
     write_json_tokenizer,
 )
 
-from onelaunch.checkpoints import tokenizer_json, tokenizer_llama2c, tokenizers
+from onelaunch.checkpoints import atomic, tokenizer_json, tokenizer_llama2c, tokenizers
 from onelaunch.checkpoints.tokenizers import (
     BytesTokenizer,
     Tokenizer,
@@ -106,7 +106,7 @@ class TestFaults:
             raise PermissionError(13, "Permission denied")
 
         # the mode of a file does not bind root, who runs tests in containers
-        monkeypatch.setattr(tokenizer_llama2c, "open", refuse, raising=False)
+        monkeypatch.setattr(atomic, "open", refuse, raising=False)
         with pytest.raises(BadInput, match=r"tokenizer\.bin: cannot read: Permission denied"):
             found_at(tmp_path, 259)
 

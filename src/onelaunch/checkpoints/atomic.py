@@ -139,19 +139,26 @@ def write_json(path: Path | str, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
+def read_bytes(path: Path | str, limit: int, what: str) -> bytes:
+    """All of a file of at most `limit` bytes. Raises BadInput naming the file where it cannot be
+    read, is larger and so is not `what`, or is a pointer of Git LFS."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise BadInput(f"{path}: larger than {limit} bytes; this is not {what}")
+    refuse_pointer(path, data)
+    return data
+
+
 def read_json(path: Path | str, limit: int = 64 << 20) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes, a byte order mark dropped.
 
     Raises BadInput naming the file.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
-    if len(raw) > limit:
-        raise BadInput(f"{path}: larger than {limit} bytes; this is not a configuration file")
-    refuse_pointer(path, raw)
+    raw = read_bytes(path, limit, "a configuration file")
     try:
         data = json.loads(raw.decode("utf-8-sig"))
     except RecursionError as error:

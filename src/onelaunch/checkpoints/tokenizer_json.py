@@ -13,9 +13,8 @@ from os.path import lexists
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onelaunch.checkpoints.atomic import atomic_file, read_json, write_json
+from onelaunch.checkpoints.atomic import atomic_file, read_bytes, read_json, write_json
 from onelaunch.checkpoints.foreign_stderr import without_stderr
-from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.checkpoints.tokenizer_growth import refuse_growth
 from onelaunch.errors import BadInput, MissingExtra
 
@@ -257,15 +256,7 @@ class _JsonStream:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
-    if len(data) > limit:
-        raise BadInput(f"{path}: larger than {limit} bytes; this is not a tokenizer")
-    refuse_pointer(path, data)
-    return data.removeprefix(codecs.BOM_UTF8)
+    return read_bytes(path, limit, "a tokenizer").removeprefix(codecs.BOM_UTF8)
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:

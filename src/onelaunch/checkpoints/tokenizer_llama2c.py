@@ -19,9 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from onelaunch.checkpoints.atomic import atomic_file
+from onelaunch.checkpoints.atomic import atomic_file, read_bytes
 from onelaunch.checkpoints.foreign_stderr import without_stderr
-from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.errors import BadInput, MissingExtra
 
 FIRST_BYTE = 3
@@ -133,15 +132,7 @@ class Llama2cTokenizer:
     @classmethod
     def read(cls, path: Path | str) -> Llama2cTokenizer:
         """Read a tokenizer.bin; raises BadInput naming the file."""
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
-        if len(data) > MAX_FILE_BYTES:
-            raise BadInput(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a llama2.c tokenizer")
-        refuse_pointer(path, data)
-        return cls.from_bytes(data, path)
+        return cls.from_bytes(read_bytes(path, MAX_FILE_BYTES, "a llama2.c tokenizer"), path)
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the inverse of `from_bytes`."""

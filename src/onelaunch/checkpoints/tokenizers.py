@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from onelaunch.checkpoints.atomic import write_text
-from onelaunch.checkpoints.lfs import refuse_pointer
+from onelaunch.checkpoints.atomic import read_bytes, write_text
 from onelaunch.checkpoints.tokenizer_json import JsonTokenizer
 from onelaunch.checkpoints.tokenizer_llama2c import (
     FIRST_BYTE,
@@ -199,14 +198,7 @@ def _load_file(path: Path) -> Tokenizer:
 
 
 def _read_sentencepiece(path: Path) -> Llama2cTokenizer:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise BadInput(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a sentencepiece model")
-    refuse_pointer(path, data)
+    data = read_bytes(path, MAX_FILE_BYTES, "a sentencepiece model")
     if _TIKTOKEN.match(data):
         raise BadInput(f"{path}: a tiktoken vocabulary is not read; take its tokenizer.json")
     return from_sentencepiece(data, path)
