@@ -19,6 +19,7 @@ from onelaunch.engines.cuda.choice import find
 from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.measure import Candidate
+from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward
 from onelaunch.engines.cuda.timer import Timer, facts
 from onelaunch.engines.engine import Sampling
@@ -137,7 +138,7 @@ def test_float32_logits_of_either_head_are_as_exact(head):
         both = torch.full((2, 200, LONGER.vocab_size), float("nan"), device=CUDA, dtype=dtype)
         launched, replayed = both
         bound.launch(ids, launched)
-        replay = bound.replayed()
+        replay = Replay(bound)
         replay.prepare(replayed)
         replay(ids, replayed)
         assert relative_error(launched.view(exact.shape), exact) <= allowed

@@ -41,15 +41,10 @@ from onelaunch.bench.record import Row
 from onelaunch.bench.rounds import Samples, in_rounds
 from onelaunch.bench.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.config import ModelConfig, preset
+from onelaunch.engines.cuda.calls import Call, CallAndProduct, share_first_cache
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import (
-    BoundForward,
-    Call,
-    CallAndProduct,
-    Shape,
-    share_first_cache,
-)
+from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.errors import RunFailed
 from onelaunch.plan import Launch, Part
 

@@ -34,8 +34,9 @@ from onelaunch.bench.weight_mutability_views import (
     TOKENS,
 )
 from onelaunch.config import preset
+from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.staged import BoundForward, Shape, on
+from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.errors import RunFailed
 from onelaunch.model import Model
 

@@ -69,12 +69,6 @@ class Form:
     def launch(self, ids, logits):
         self._compute("run", ids, logits)
 
-    def replayed(self):
-        assert LOADING.locked()
-        self.fail("capture")
-        self.events.append("captured")
-        return Replayed(self)
-
     def ask(self):
         assert self.events[-1] in ("run", "replay")
 
@@ -87,6 +81,9 @@ class Form:
 
 class Replayed:
     def __init__(self, form):
+        assert LOADING.locked()
+        form.fail("capture")
+        form.events.append("captured")
         self.form, self.prepared = form, set()
 
     def prepare(self, logits):
@@ -108,6 +105,7 @@ def _made_up(monkeypatch):
     for module in (engine_module, timer):
         monkeypatch.setattr(module, "BoundForward", Form)
         monkeypatch.setattr(module, "FusedForward", Form)
+    monkeypatch.setattr(engine_module, "Replay", Replayed)
     monkeypatch.setattr(timer, "device_facts", lambda device: DEVICE)
     monkeypatch.setattr(engine_module, "choose", no_choice)
 

@@ -375,7 +375,7 @@ class _Form:
     def _capture(self) -> None:
         try:
             with LOADING:
-                self._replay = self._bound.replayed()
+                self._replay = Replay(self._bound)
         except Exception as error:  # slower without, not wrong
             tell(
                 self._say,

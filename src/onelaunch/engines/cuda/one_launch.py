@@ -18,15 +18,9 @@ from onelaunch.engines.cuda.blocking import (
     inner_of,
     padded,
 )
+from onelaunch.engines.cuda.calls import Call, CallAndProduct, on
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import (
-    BoundForward,
-    Call,
-    CallAndProduct,
-    Shape,
-    limits_of,
-    on,
-)
+from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.plan import Launch, launches
 

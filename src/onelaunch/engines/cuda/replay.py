@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, share_first_cache
+from onelaunch.engines.cuda.staged import BoundForward
 from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_stream
-
-if TYPE_CHECKING:
-    from onelaunch.engines.cuda.staged import BoundForward, Call
 
 Launch = Callable[[Tensor, Tensor], None]
 """Called with ids, (N,), int64, and logits, (rows, V)."""
@@ -27,8 +26,6 @@ class Replay:
     """
 
     def __init__(self, bound: BoundForward) -> None:
-        from onelaunch.engines.cuda.staged import Call, captured, on, share_first_cache
-
         self._bound = bound
         self._last: dict[torch.dtype, Launch] = {}
         first, *rest = bound.calls
@@ -52,8 +49,6 @@ class Replay:
 
     def prepare(self, logits: Tensor) -> None:
         """Load what writes logits of this one's dtype."""
-        from onelaunch.engines.cuda.staged import CallAndProduct, share_first_cache
-
         bound = self._bound
         last = bound.last_call(logits)
         if isinstance(last, CallAndProduct):  # its rows are those of the graph

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,11 @@ from onelaunch.engines.cuda.blocking import (
     padded,
     tilings,
 )
+from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, share_first_cache
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.errors import BadInput
 from onelaunch.operators.kept import verified
 from onelaunch.plan import Part, Plan, Stage, TilePlan, counts, make_plan, make_tiles, part_of
-
-if TYPE_CHECKING:
-    from onelaunch.engines.cuda.replay import Replay
 
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A kernel, its arguments, its constants."""
@@ -49,67 +46,6 @@ class Buffers:
     hidden: Tensor
     logits: Tensor
     of: Tensor
-
-
-@dataclass(frozen=True)
-class Call:
-    """A kernel, its grid, its arguments in order, its options."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    launches: ClassVar[int] = 1
-
-    def __call__(self) -> None:
-        self.kernel[(self.programs,)](*self.arguments, **self.options)
-
-    def with_tensor(self, old: Tensor, new: Tensor) -> Call:
-        """The same with another tensor in the place of one of its arguments."""
-        return replace(self, arguments=tuple(new if a is old else a for a in self.arguments))
-
-    def compile(self) -> Any:
-        """The compiled kernel; nothing is launched."""
-        with verified:
-            return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
-
-    def load(self) -> Any:
-        """The compiled kernel, on its device; nothing is launched. Raises what the driver says of
-        one that does not fit."""
-        with verified:
-            compiled = self.compile()
-            compiled.run  # noqa: B018 - loads it
-            return compiled
-
-
-@dataclass(frozen=True)
-class CallAndProduct:
-    """A kernel, and then the library's product of two matrices."""
-
-    call: Call
-    left: Tensor
-    right: Tensor
-    to: Tensor
-    launches: ClassVar[int] = 2
-
-    def __call__(self) -> None:
-        self.call()
-        self.multiply(self.to)
-
-    def multiply(self, to: Tensor) -> None:
-        """The product alone, into `to`, of the factors' dtype or in float32."""
-        if to.dtype == self.left.dtype:
-            torch.mm(self.left, self.right, out=to)
-        else:
-            torch.mm(self.left, self.right, out_dtype=to.dtype, out=to)
-
-    def compile(self) -> Any:
-        """The compiled kernel; nothing is launched."""
-        return self.call.compile()
-
-    def load(self) -> Any:
-        """The compiled kernel, on its device."""
-        return self.call.load()
 
 
 class StagedForward:
@@ -163,7 +99,7 @@ class StagedForward:
 @dataclass(frozen=True)
 class Shape:
     """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
-    written. Without `own_logits` it has no buffer for them: it runs by `launch` and `replayed`
+    written. Without `own_logits` it has no buffer for them: it runs by `launch` and `Replay`
     alone, into tensors of its caller's."""
 
     batch: int
@@ -176,7 +112,7 @@ class Shape:
 
 class BoundForward:
     """A forward of one shape: `buffers.tokens` in, `run`, `buffers.logits` out; or by `launch` or
-    `replayed` from and into its caller's tensors."""
+    `Replay` (replay.py) from and into its caller's tensors."""
 
     qkv_buffers = 1
     _staged = True
@@ -276,13 +212,6 @@ class BoundForward:
     def whole(self) -> AbstractContextManager[None]:
         """In it all of its calls are launched; or an exception ends it."""
         return nullcontext()
-
-    def replayed(self) -> Replay:
-        """`launch` as a function that launches the first and the last call, and in between replays
-        a CUDA graph of the others."""
-        from onelaunch.engines.cuda.replay import Replay
-
-        return Replay(self)
 
     @property
     def n_bytes(self) -> int:
@@ -501,26 +430,6 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """With a GPU as the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """What is launched by a function, whose kernels are loaded, as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    # other threads may launch and copy meanwhile, though not wait for the device
-    with torch.cuda.graph(graph, stream=_capturing(device), capture_error_mode="thread_local"):
-        run()
-    return graph
-
-
-@cache
-def _capturing(device: torch.device) -> torch.cuda.Stream:
-    """The stream that graphs of a device are captured on."""
-    return torch.cuda.Stream(device)
-
-
 @cache
 def limits_of(device: torch.device) -> Limits:
     """A GPU's; where there is none, one multiprocessor of the usual kind."""
@@ -531,18 +440,3 @@ def limits_of(device: torch.device) -> Limits:
     shared = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
     tma = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     return Limits(properties.multi_processor_count, shared, tma)
-
-
-def share_first_cache(compiled: Any) -> None:
-    """Have a multiprocessor give its first cache to shared memory, as much as it can, for a kernel
-    that is loaded. Between kernels that want it divided in different ways a multiprocessor must run
-    empty: with all of them alike, the stages of a 15-million-parameter model took 138 us in place
-    of 158."""
-    if torch.version.hip is not None:
-        return
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:  # another system's name for it: slower, not wrong
-        return
-    carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
-    driver.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), carveout, 100)
