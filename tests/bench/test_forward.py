@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from onelaunch.bench import forward
 from onelaunch.bench.forward_views import draw, table
 from onelaunch.bench.settled import Settled
 from onelaunch.config import preset
-from onelaunch.errors import BadInput
+from onelaunch.errors import BadInput, RunFailed
 
 
 def samples():
@@ -115,6 +116,38 @@ def test_the_views():
     figure = draw(record)
     assert figure.axes[0].get_ylabel()
     assert draw(record | {"rows": []}) is None
+
+
+def test_logits_that_are_wrong_end_the_run():
+    expected = torch.randn(3, 5)
+    assert forward._check("a form", (1.01 * expected).bfloat16(), expected) < 0.02
+    for wrong in (1.1 * expected, expected.roll(1), torch.full_like(expected, math.nan)):
+        with pytest.raises(RunFailed, match="a form: logits"):
+            forward._check("a form", wrong, expected)
+
+
+@pytest.mark.parametrize(("form", "found"), [({"us": {}}, True), ({"form": "staged"}, False)])
+def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, form, found):
+    expected = torch.randn(1, 8, 5)
+
+    class Engine:
+        def __init__(self, config, weights, device, dtype, depth="auto", store=None):
+            assert (depth, store is None) in (("stage", True), ("auto", False))
+
+        def logits(self, tokens, dtype):
+            return expected.to(dtype)
+
+        def describe(self):
+            return {"forms": {"1x8": form}}
+
+    monkeypatch.setattr("onelaunch.engines.cuda.engine.CudaEngine", Engine)
+    args = preset("stories260k"), {}, torch.zeros(1, 8, dtype=torch.int64), expected
+    assert isinstance(forward._engine(*args, None), Engine)
+    if found:
+        assert isinstance(forward._engine(*args, tmp_path), Engine)
+    else:
+        with pytest.raises(RunFailed, match="did not find what was chosen"):
+            forward._engine(*args, tmp_path)
 
 
 def test_it_wants_a_gpu():

@@ -128,7 +128,7 @@ def _case(
         expected = bare(tokens).float()
         forms, notes = _ours(config, weights, batch, sequence, tokens, expected, store, say)
         mine = [*forms, LOGITS, FLOAT32]
-        engine = _engine(config, weights, store)
+        engine = _engine(config, weights, tokens, expected, store)
         contestants = {name: replays(*form) for name, form in forms.items()}
         for what, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
             contestants[what] = walls(partial(engine.logits, tokens, dtype))
@@ -191,10 +191,7 @@ def _ours(
         if form == FUSED:
             notes["seconds_to_first"][ITS_KERNEL] = round(compiled - compiling, 2)
         notes["launches"][form] = sum(call.launches for call in bound.calls)
-        got = bound.buffers.logits.view(expected.shape).float()
-        apart = float((got - expected).norm() / expected.norm())
-        if not apart < 0.05:
-            raise RunFailed(f"{form}: logits {apart:.1%} from PyTorch's")
+        apart = _check(form, bound.buffers.logits.view(expected.shape), expected)
         notes.setdefault("apart_from_pytorch", {})[form] = float(f"{apart:.2e}")
         found[form] = graph, bound
     if store is not None:
@@ -202,14 +199,35 @@ def _ours(
     return found, notes
 
 
-def _engine(config: ModelConfig, weights: dict[str, Tensor], folder: Path | None) -> CudaEngine:
-    """The engine that finds what was chosen; without a folder, of one kernel per stage."""
+def _engine(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokens: Tensor,
+    expected: Tensor,
+    folder: Path | None,
+) -> CudaEngine:
+    """The engine that finds what was chosen; without a folder, of one kernel per stage. Raises
+    RunFailed where it measures instead, or its logits are wrong."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cuda.engine import CudaEngine
 
     if folder is None:
-        return CudaEngine(config, weights, "cuda", "bfloat16", "stage")
-    return CudaEngine(config, weights, "cuda", "bfloat16", store=Store(folder))
+        engine = CudaEngine(config, weights, "cuda", "bfloat16", "stage")
+    else:
+        engine = CudaEngine(config, weights, "cuda", "bfloat16", store=Store(folder))
+    _check("the engine", engine.logits(tokens, torch.bfloat16), expected)
+    form = engine.describe()["forms"]["{}x{}".format(*tokens.shape)]
+    if folder is not None and "us" not in form:
+        raise RunFailed("the engine did not find what was chosen")
+    return engine
+
+
+def _check(what: str, logits: Tensor, expected: Tensor) -> float:
+    """How far logits are from PyTorch's; raises RunFailed where they are wrong."""
+    apart = float((logits.float() - expected).norm() / expected.norm())
+    if not apart < 0.05:
+        raise RunFailed(f"{what}: logits {apart:.1%} from PyTorch's")
+    return apart
 
 
 def _chosen(
