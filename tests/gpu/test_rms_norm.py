@@ -31,7 +31,7 @@ class TestOnCuda(KernelSuite, EdgeSuite, SourceSuite):
     widths = (1, 2, 7, 33, 64, 96, 128, 257, 500, 512, 513, 768, 1000, 1024, 1025, 2048, 2049, 3000)
     source_shapes = ((4099, 96), (4100, 257), (5003, 500))
     source_row_mode = "auto"
-    row_counts = (1, 7, 4096, 131072)
+    row_counts = (1, 7, 4096, 8448, 131072)
     independent_widths = (64, 96, 128, 257, 768)
     its_shapes = (*SMALL_SHAPES, *BLOCK_ROW_SHAPES)
     its_dtypes = (BF16, F32)

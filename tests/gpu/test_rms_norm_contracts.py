@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from onelaunch import RMSNorm, rms_norm
+from onelaunch.operators import sequence
+from onelaunch.operators.rms_norm import launch
 from tests.operators.rms_norm.suite import (
     CASTINGS,
     Case,
@@ -190,6 +193,73 @@ def test_a_cuda_graph_replays_forward_and_backward(shape, casting):
         graph.replay()
         want = run(case, x, weight, dy)
         assert_same((captured.y, captured.dx, captured.dw), (want.y, want.dx, want.dw))
+
+
+CASES_OF_BOTH = [
+    Case((8192, 512), BF16, BF16),
+    Case((4099, 96), BF16, F32, "gemma"),
+    Case((3, 64), F16, F16, row_mode="block"),  # one program holds all of dW
+    Case((300, 20_000), F32, BF16),  # chunked
+    Case((4096, 1), BF16, BF16),  # numbers that are 1 are no parameters
+]
+
+
+def remembered(case, x, weight):
+    """What a call of these settings has bound."""
+    s = launch.settings(
+        case.eps, case.casting, case.offset, case.in_place, case.row_mode, case.rule
+    )
+    prepared = launch.prepare(x, weight, s)
+    return [prepared.forward, *prepared.backward.values()]
+
+
+@pytest.mark.parametrize("case", CASES_OF_BOTH, ids=str)
+def test_one_call_in_c_does_what_python_does(case, monkeypatch):
+    """Bit for bit, over fresh memory that holds NaNs."""
+    given = inputs(case, CUDA)
+    in_c = run(case, *given)
+    bound = remembered(case, *given[:2])
+    assert len(bound) > 1
+    assert {type(one).__name__ for one in bound} == {"Sequence"}
+    monkeypatch.setattr(launch, "_settings", {})
+    monkeypatch.setattr(launch, "sequence", sequence.in_python)
+    in_python = run(case, *given)
+    assert {type(one).__name__ for one in remembered(case, *given[:2])} == {"function"}
+    assert_same((in_c.y, in_c.dx, in_c.dw), (in_python.y, in_python.dx, in_python.dw))
+    torch.full((1 << 24,), float("nan"), device=CUDA)  # freed, and taken by what follows
+    monkeypatch.undo()
+    again = run(case, *given)
+    assert_same((in_c.y, in_c.dx, in_c.dw), (again.y, again.dx, again.dw))
+
+
+def test_threads_with_streams_of_their_own():
+    """New threads have no CUDA context until something makes it current."""
+    cases = [replace(LARGE, eps=eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)]
+    tensors = [inputs(case, CUDA, seed) for seed, case in enumerate(cases)]
+    want = [run(case, *given) for case, given in zip(cases, tensors, strict=True)]
+    torch.cuda.synchronize()
+    got = [[] for _ in cases]
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream(CUDA)):
+            for _ in range(20):
+                got[i].append(run(cases[i], *tensors[i]))
+            torch.cuda.current_stream().synchronize()
+
+    def bare(i):
+        got[i].append(run(cases[i], *tensors[i]))
+
+    for target in (bare, work):
+        threads = [threading.Thread(target=target, args=(i,)) for i in range(len(cases))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    torch.cuda.synchronize()
+    for right, results in zip(want, got, strict=True):
+        assert len(results) == 21
+        for result in results:
+            assert_same((result.y, result.dx, result.dw), (right.y, right.dx, right.dw))
 
 
 def test_a_device_that_is_not_the_current_one():

@@ -7,8 +7,10 @@ so this is done with the versions it was run with, and everywhere else the slow 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,6 +26,42 @@ current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 KNOWN_LAUNCHERS = ("3.6",)
 
 
+@dataclass(frozen=True)
+class Handle:
+    """What the driver's cuLaunchKernelEx is given for one kernel. `parameters` are the kernel's
+    own, in its order: the bits of a number, or None for the address of the next tensor."""
+
+    function: int
+    programs: int
+    threads: int
+    shared_bytes: int
+    dependent: bool
+    parameters: tuple[int | None, ...]
+    device: int
+
+    def described(self, tensors: Sequence[int]) -> tuple[Any, ...]:
+        """This launch for sequence.c, its tensors numbered."""
+        assert len(tensors) == self.parameters.count(None), "a tensor for each of its addresses"
+        which = iter(tensors)
+        parameters = tuple(
+            (next(which), 0) if bits is None else (-1, bits) for bits in self.parameters
+        )
+        launch = (self.function, self.programs, self.threads, self.shared_bytes, self.dependent)
+        return (*launch, parameters)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A kernel bound to its shapes: called with tensors, it launches. Its `handle` where the driver
+    may be asked for the same."""
+
+    launch: Callable[..., None]
+    handle: Handle | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        self.launch(*tensors)
+
+
 def bind(
     kernel: Any,
     grid: int,
@@ -32,7 +70,7 @@ def bind(
     constants: dict[str, Any],
     warps: int,
     dependent: bool = False,
-) -> Callable[..., None]:
+) -> Bound:
     """A function that launches `kernel` on other tensors of the same dtypes, each aligned to 16
     bytes where its predecessor was, on their device and its current stream.
 
@@ -57,13 +95,13 @@ def bind(
         compiling = nullcontext()
 
     if not _handles(kernel, device):
-        return launch
+        return Bound(launch)
     index = device.index
     with torch.cuda.device(index), verified:
         compiled = kernel.warmup(*tensors, *numbers, grid=(1,), **constants, **options)
         launcher = compiled.run
     if launcher.global_scratch_size or launcher.profile_scratch_size:
-        return launch
+        return Bound(launch)
     # In this order: stream and function between the grid and these, then two scratch buffers, the
     # kernel's metadata, the launch's, two hooks.
     flags = (False, dependent, None, None, compiled.packed_metadata, None, None, None)
@@ -80,7 +118,41 @@ def bind(
             stream = current_stream(index)
             call(grid, 1, 1, stream, function, *flags, *pointers, *numbers_and_constants)
 
-    return launch_handle
+    return Bound(launch_handle, _handle(compiled, grid, rest, dependent, index))
+
+
+def _handle(
+    compiled: Any, grid: int, rest: Sequence[Any], dependent: bool, device: int
+) -> Handle | None:
+    """Of a compiled kernel whose last arguments before its constants are `rest`. None where it is
+    of a kind that none of ours is: several blocks in a cluster, or a cooperative launch."""
+    warps, blocks, shared_bytes = compiled.packed_metadata
+    if blocks != 1 or getattr(compiled.metadata, "launch_cooperative_grid", False):
+        return None
+    kinds = list(compiled.src.signature.values())
+    given = sum(kind != "constexpr" for kind in kinds)  # numbers that are 1 are constants too
+    tensors = sum(kind.startswith("*") for kind in kinds)
+    values = dict(enumerate(rest, start=tensors))
+    parameters: list[int | None] = []
+    for at, kind in enumerate(kinds):
+        if kind.startswith("*"):
+            parameters.append(None)
+        elif kind != "constexpr":
+            parameters.append(int.from_bytes(struct.pack(_PACKED[kind], values[at]), "little"))
+    assert len(parameters) == given
+    scratch = (0, 0)  # two addresses that none of our kernels uses
+    return Handle(
+        compiled.function,
+        grid,
+        32 * warps,
+        shared_bytes,
+        dependent,
+        (*parameters, *scratch),
+        device,
+    )
+
+
+_PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 
 
 def dependent_launch(device: torch.device) -> bool:

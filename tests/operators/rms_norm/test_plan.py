@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from onelaunch.operators.rms_norm import plan as plans
 from onelaunch.operators.rms_norm.plan import (
     BACKWARD_BLOCK,
-    BACKWARD_MANY,
     BACKWARD_ROW,
     FORWARD_BLOCK,
     MAX_COLUMNS,
@@ -100,9 +99,12 @@ def test_the_published_rule_forced(make, rows, columns):
 # --------------------------------------------------------------------------------------------- ours
 
 
+# Backward by blocks a width has an entry for each range of rows: here that of the most.
+BACKWARD_BLOCK_OF_MOST = tuple((most, by_rows[-1][1]) for most, by_rows in BACKWARD_BLOCK)
+MOST_ROWS = max(by_rows[-1][0] for _, by_rows in BACKWARD_BLOCK)
 TABLES = {
     "forward by blocks": (forward_plan, "block", FORWARD_BLOCK),
-    "backward by blocks": (backward_plan, "block", BACKWARD_BLOCK),
+    "backward by blocks": (backward_plan, "block", BACKWARD_BLOCK_OF_MOST),
     "backward by rows": (backward_plan, "row", BACKWARD_ROW),
 }
 ENTRIES = [(name, i) for name, (_, _, table) in TABLES.items() for i in range(len(table))]
@@ -113,8 +115,7 @@ ENTRIES = [(name, i) for name, (_, _, table) in TABLES.items() for i in range(le
 @pytest.mark.parametrize(("name", "i"), ENTRIES)
 def test_each_entry_holds_up_to_its_width(name, i, element_bytes, multiprocessors):
     make, row_mode, table = TABLES[name]
-    # enough that every program backward has a tile, and no more than one table serves
-    rows = plans.BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR * multiprocessors - 1
+    rows = MOST_ROWS * multiprocessors  # enough that every program backward has a tile, too
 
     def check(width: int, entry: tuple[int, ...]) -> None:
         plan = make(rows, width, element_bytes, multiprocessors, row_mode)
@@ -139,24 +140,28 @@ def test_each_entry_holds_up_to_its_width(name, i, element_bytes, multiprocessor
 
 @every_size
 @every_device
-@pytest.mark.parametrize("width", [64, 65, 127, 128, 129])
-def test_a_width_of_many_rows_has_a_tile_of_its_own(width, element_bytes, multiprocessors):
-    many = plans.BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR * multiprocessors
-    block = plans._entry(BACKWARD_BLOCK, plans.padded(width))
+@pytest.mark.parametrize("width", [63, 64, 65, 128, 129, 256, 257])
+def test_more_rows_of_a_width_may_have_another_tile(width, element_bytes, multiprocessors):
+    by_rows = next(entries for most, entries in BACKWARD_BLOCK if width <= most)
 
-    def entry(rows: int, row_mode: str = "auto") -> tuple[int, ...]:
+    def tile(rows: int, row_mode: str) -> tuple[int, ...]:
         plan = backward_plan(rows, width, element_bytes, multiprocessors, row_mode)
-        return plan.rows_per_tile, plan.warps, plan.stages, plan.grid // multiprocessors
+        return plan.rows_per_tile, plan.warps
 
-    assert BACKWARD_MANY.keys() == {128}
-    special = BACKWARD_MANY[128] if 64 < width <= 128 else block
-    for mode in ("auto", "block"):
-        assert entry(many, mode) == entry(many + 1, mode)
-        assert entry(many, mode)[:2] == special[:2]
-        assert entry(many, mode)[3] == special[3]
-        assert entry(many - 1, mode)[:2] == block[:2]
-        assert entry(many - 1, mode)[3] == block[3]
-    assert entry(many, "row") == entry(many - 1, "row")
+    for i, (least, entry) in enumerate(by_rows):
+        rows = max(least, plans.BLOCK_MIN_ROWS_PER_MULTIPROCESSOR) * multiprocessors
+        for mode in ("auto", "block"):
+            assert tile(rows, mode) == tile(rows + 1, mode) == entry[:2]
+        if i:
+            assert tile(rows - 1, "block") == by_rows[i - 1][1][:2]
+        assert tile(rows, "row") == tile(1, "row")
+
+
+def test_every_width_has_a_tile_from_the_first_row_on():
+    for _, by_rows in BACKWARD_BLOCK:
+        leasts = [least for least, _ in by_rows]
+        assert leasts[0] == 0
+        assert leasts == sorted(set(leasts))
 
 
 def test_the_tables_reach_as_far_as_one_tile_does():
@@ -202,13 +207,15 @@ def test_the_automatic_choice_is_one_of_the_forced_ones(make):
 
 @every_size
 def test_the_pipeline_fits_in_shared_memory(element_bytes, monkeypatch):
-    entries = [("block", *entry) for entry in BACKWARD_BLOCK]
+    entries = [("block", *entry) for entry in BACKWARD_BLOCK_OF_MOST]
     entries += [("row", *entry) for entry in BACKWARD_ROW]
     for mode, most, (rows, _, stages, _) in entries:
         tile_bytes = 2 * rows * most * element_bytes
         for spare, granted in ((0, stages), (-1, stages - 1)):
             monkeypatch.setattr(plans, "MAX_PIPELINE_BYTES", tile_bytes * (stages - 1) + spare)
-            assert backward_plan(4096, most, element_bytes, 132, mode).stages == max(1, granted)
+            assert backward_plan(MOST_ROWS * 132, most, element_bytes, 132, mode).stages == max(
+                1, granted
+            )
 
 
 # ------------------------------------------------------------------------------------- wide rows
@@ -330,13 +337,15 @@ def test_a_tile_of_one_kernel_depends_on_the_width_alone(
     rows, columns, element_bytes, multiprocessors, row_mode, rule
 ):
     """So a row's sum is added in one order, however many rows stand beside it. Where a width has
-    two tiles, a warp of either holds whole rows, and the GPU tests compare the bits."""
-    two_tiles = rule == "tuned" and plans.padded(columns) in BACKWARD_MANY
+    several tiles, a warp of each holds whole rows, and the GPU tests compare the bits."""
+    width = max(plans.padded(columns), BACKWARD_BLOCK[0][0])
+    by_rows = dict(BACKWARD_BLOCK).get(width, ())
+    several = rule == "tuned" and len({entry[:3] for _, entry in by_rows}) > 1
 
     def tile(make, rows):
         plan = make(rows, columns, element_bytes, multiprocessors, row_mode, rule)
         figures = (plan.rows_per_tile, plan.warps, plan.stages)
-        if two_tiles and make is backward_plan and plan.kernel == "block":
+        if several and make is backward_plan and plan.kernel == "block":
             assert 32 * 16 // element_bytes >= plan.block_columns
             figures = ()
         return plan.kernel, (plan.block_columns, plan.weight_first, *figures)

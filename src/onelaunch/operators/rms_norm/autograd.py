@@ -9,6 +9,7 @@ compute the same.
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import Parameter
 from onelaunch.operators.guards import with_recent
 from onelaunch.operators.rms_norm import launch, reference
 from onelaunch.operators.rms_norm.launch import Prepared, Settings
+from onelaunch.operators.sequence import backward_in_c
 
 TWICE = (
     "rms_norm: its gradient cannot be differentiated again (create_graph=True); "
@@ -45,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
         prepared = ctx.prepared
-        plain = not (torch.compiler.is_compiling() or _grad_enabled())
+        plain = not (_is_compiling() or _grad_enabled())
         if plain and weight is not None:
             for same, needed_dw, run in prepared.recent_backward:
                 if (
@@ -68,11 +70,24 @@ class _RMSNorm(torch.autograd.Function):
         if weight is not None and not (_address(dy) | _address(x) | _address(weight)) & 15:
             recent = prepared.recent_backward
             prepared.recent_backward = with_recent(recent, (dy, x, weight), need_dw, run)
+            if x.is_cuda:
+                _apply_in_c()
         return *run(dy, x, weight), None
 
 
 # The engine calls `apply` of a Function's node, and that of every Function looks up its backward.
 _RMSNorm._backward_cls.apply = _RMSNorm.backward  # type: ignore[attr-defined]
+
+
+@cache
+def _apply_in_c() -> None:
+    """From the first backward on a GPU on, the part of `backward` that serves known tensors is one
+    in C. (Compiled autograd traces `backward` itself.)"""
+    in_c = backward_in_c(_RMSNorm.backward)
+    if in_c is not None:
+        _RMSNorm._backward_cls.apply = in_c  # type: ignore[attr-defined]
+
+
 # Function.apply itself first looks for functorch's transforms and for dead wrappers; apply() below
 # looks for the first before, and for the others where they are in the way.
 _apply = super(torch.autograd.Function, _RMSNorm).apply  # type: ignore[misc]
@@ -80,6 +95,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_storage = torch._C._has_storage
 _grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 
 def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.operators.devices import multiprocessors
+from onelaunch.operators.empty import Empty
 from onelaunch.operators.guards import Recent
 from onelaunch.operators.handles import bind, dependent_launch
 from onelaunch.operators.rms_norm.plan import (
@@ -30,9 +31,9 @@ from onelaunch.operators.rms_norm.plan import (
 )
 from onelaunch.operators.rms_norm.reference import CASTINGS
 from onelaunch.operators.rms_norm.rows import RowLayout, row_layout
+from onelaunch.operators.sequence import Step, sequence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-empty_like, new_empty = torch.empty_like, Tensor.new_empty
 HAS_TRITON = find_spec("triton") is not None
 # Triton decides while it is imported; kernels then run on a CPU's tensors too, slowly.
 _TRUE = ("1", "true", "yes", "on", "y")
@@ -267,7 +268,8 @@ def _remember(store: dict[Any, Any], key: Any, value: Any) -> None:
 def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[..., Tensor]:
     if x.numel() == 0:
         return lambda x, weight: torch.empty_like(x)
-    y = torch.empty_like(x)
+    new_y = Empty.like(x)
+    y = new_y()
     layout = row_layout(x.shape, (x.stride(), y.stride()))
     if weight is not None and not weight.is_contiguous():
         return lambda x, weight: forward(x, _compact(weight), s)
@@ -286,17 +288,10 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
         plan.warps,
     )
 
-    def launch(x: Tensor, weight: Tensor | None) -> Tensor:
-        y = empty_like(x)
-        run(x, y, weight)
-        return y
-
-    def launch_without_weight(x: Tensor, weight: Tensor | None) -> Tensor:
-        y = empty_like(x)
-        run(x, y)
-        return y
-
-    return launch_without_weight if weight is None else launch
+    if weight is not None:
+        return sequence(2, [new_y], [(run, (0, 2, 1))], (2,))
+    without_weight = sequence(1, [new_y], [(run, (0, 1))], (1,))
+    return lambda x, weight: without_weight(x)
 
 
 def _backward_launch(
@@ -310,7 +305,8 @@ def _backward_launch(
             torch.zeros_like(weight) if weight is not None and need_dw else None,
         )
     in_place = s.in_place and _can_be_written_over(dy)
-    dx = dy if in_place else torch.empty_like(x)
+    new_dx = Empty.like(x)
+    dx = dy if in_place else new_dx()
     layout = row_layout(x.shape, (x.stride(), dy.stride(), dx.stride()))
     if weight is not None and not weight.is_contiguous():
         return lambda dy, x, weight: backward(dy, x, _compact(weight), s, need_dw)
@@ -323,9 +319,7 @@ def _backward_launch(
     columns = x.shape[-1]
     # One program holds all of dW; the chunked kernel adds it up in memory, so in float32.
     direct = need_dw and plan.grid == 1 and plan.kernel != "chunked"
-    float32 = x.new_empty(0, dtype=torch.float32)
-    partials_of = weight if direct else float32
-    partials_size = plan.partials * columns
+    partials_of = weight if direct else x.new_empty(0, dtype=torch.float32)
     adding = reduce_plan(plan.partials, columns) if need_dw and not direct else None
     dependent = adding is not None and adding.dependent and dependent_launch(x.device)
     (dy_steps, x_steps, dx_steps) = (layout.strides[1], layout.strides[0], layout.strides[2])
@@ -354,27 +348,35 @@ def _backward_launch(
             dependent=dependent,
         )
 
-    def launch(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        dx = _written_over(dy) if in_place else empty_like(x)
-        assert weight is not None
-        dw = empty_like(weight)
-        if direct:
-            run(dy, x, dx, weight, dw)
-            return dx, dw
-        partials = new_empty(float32, partials_size)
-        run(dy, x, dx, weight, partials)
-        add(partials, dw)
-        return dx, dw
+    # dY, x and a weight are given; dX where it does not lie over dY, dW and its partials are made.
+    given = 2 if weight is None else 3
+    made = [] if in_place else [new_dx]
+    dx_at = 0 if in_place else given
+    if not need_dw:
+        tensors = (0, 1, dx_at) if weight is None else (0, 1, dx_at, 2)
+        for_dx = sequence(given, made, [(run, tensors)], (dx_at,))
 
-    def launch_for_dx(dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        dx = _written_over(dy) if in_place else empty_like(x)
-        if weight is None:
-            run(dy, x, dx)
-        else:
-            run(dy, x, dx, weight)
-        return dx, None
+        def launch_for_dx(
+            dy: Tensor, x: Tensor, weight: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            if in_place:
+                _written_over(dy)
+            return (for_dx(dy, x) if weight is None else for_dx(dy, x, weight)), None
 
-    return launch if need_dw else launch_for_dx
+        return launch_for_dx
+    assert weight is not None
+    dw_at = given + len(made)
+    made.append(Empty.like(weight))
+    if direct:
+        steps: list[Step] = [(run, (0, 1, dx_at, 2, dw_at))]
+    else:
+        partials_at = given + len(made)
+        made.append(Empty((plan.partials, columns), (columns, 1), torch.float32, x.device))
+        steps = [(run, (0, 1, dx_at, 2, partials_at)), (add, (partials_at, dw_at))]
+    both = sequence(given, made, steps, (dx_at, dw_at))
+    if not in_place:
+        return both
+    return lambda dy, x, weight: both(_written_over(dy), x, weight)
 
 
 def _forward_on_copies(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:

@@ -11,8 +11,8 @@ most 512 and there are 4,096 rows or more, one program a multiprocessor backward
 columns are chunked as ours are. `tuned` is ours: blocks from a number of rows for each
 multiprocessor on, a tile that depends on the width alone, so that a row's bits do not depend on the
 rows beside it as long as the path is the same, and a backward grid of a few programs a
-multiprocessor. (One width has two backward tiles; as many threads add up a row in both.) Forcing
-`block` on a width whose tile is one row gives that tile.
+multiprocessor. (Some widths have several backward tiles, by rows; as many threads add up a row in
+each.) Forcing `block` on a width whose tile is one row gives that tile.
 """
 
 from __future__ import annotations
@@ -44,21 +44,19 @@ FORWARD_BLOCK = (
 # A width of three times a power of two, held as three parts of that and not padded to four.
 FORWARD_THREE_PARTS = {768: (1, 1, True), 3072: (1, 4, True)}
 FORWARD_ROW_ELEMENTS_PER_WARP = 512
-# Backward also: pipeline stages, programs a multiprocessor.
+# Backward also: pipeline stages, programs a multiprocessor; and for each width the rows for each
+# multiprocessor from which an entry holds. As many threads add up a row in all of a width's tiles.
 BACKWARD_BLOCK = (
-    (64, (64, 4, 1, 4)),
-    (128, (16, 2, 1, 8)),
-    (256, (4, 2, 3, 6)),
-    (512, (2, 2, 4, 4)),
-    (1024, (2, 2, 3, 4)),
-    (2048, (2, 4, 3, 2)),
-    (4096, (2, 8, 3, 1)),
-    (8192, (1, 8, 3, 1)),
-    (16384, (1, 16, 2, 1)),
+    (64, ((0, (64, 4, 1, 4)), (48, (32, 2, 1, 8)), (768, (32, 4, 3, 3)))),
+    (128, ((0, (8, 1, 4, 4)),)),
+    (256, ((0, (4, 1, 3, 8)), (48, (4, 1, 3, 6)), (96, (4, 1, 3, 7)))),
+    (512, ((0, (2, 2, 4, 4)),)),
+    (1024, ((0, (2, 2, 3, 4)),)),
+    (2048, ((0, (2, 4, 3, 2)),)),
+    (4096, ((0, (2, 8, 3, 1)),)),
+    (8192, ((0, (1, 8, 3, 1)),)),
+    (16384, ((0, (1, 16, 2, 1)),)),
 )
-# From this many rows for each multiprocessor on.
-BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR = 768
-BACKWARD_MANY = {128: (32, 8, 4, 1)}
 BACKWARD_ROW = (
     (1024, (1, 1, 3, 8)),
     (2048, (1, 2, 3, 4)),
@@ -174,10 +172,10 @@ def backward_plan(
         warps = 4 if rows_per_tile > 1 else _source_warps(width)
         stages, programs = 1, 1
     else:
-        entry = _entry(BACKWARD_BLOCK, width)
-        if rows >= BACKWARD_MANY_ROWS_PER_MULTIPROCESSOR * multiprocessors:
-            entry = BACKWARD_MANY.get(width, entry)
-        rows_per_tile, warps, stages, programs = entry
+        by_rows = next(entries for most, entries in BACKWARD_BLOCK if width <= most)
+        rows_per_tile, warps, stages, programs = next(
+            entry for least, entry in reversed(by_rows) if rows >= least * multiprocessors
+        )
         if not _by_blocks(row_mode, rows, multiprocessors):
             rows_per_tile, warps, stages, programs = _entry(BACKWARD_ROW, width)
         stages = _fitting_stages(stages, 2 * rows_per_tile * width * element_bytes)
