@@ -118,32 +118,38 @@ def bind(
             stream = current_stream(index)
             call(grid, 1, 1, stream, function, *flags, *pointers, *numbers_and_constants)
 
-    return Bound(launch_handle, _handle(compiled, grid, rest, dependent, index))
+    values = (*[None] * given, *rest)
+    return Bound(launch_handle, handle_of(compiled, values, grid, index, dependent))
 
 
-def _handle(
-    compiled: Any, grid: int, rest: Sequence[Any], dependent: bool, device: int
+def handle_of(
+    compiled: Any, values: Sequence[Any], programs: int, device: int, dependent: bool = False
 ) -> Handle | None:
-    """Of a compiled kernel whose last arguments before its constants are `rest`. None where it is
-    of a kind that none of ours is: several blocks in a cluster, or a cooperative launch."""
+    """Of a loaded kernel, its arguments before its constants, and a grid. Of a tensor `values` has
+    the address, or None where each call brings its own. None where the kernel is of a kind that is
+    launched otherwise: several blocks in a cluster, all programs at once, with descriptors or with
+    memory of Triton's own."""
     warps, blocks, shared_bytes = compiled.packed_metadata
+    launcher = compiled.run
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
     if blocks != 1 or getattr(compiled.metadata, "launch_cooperative_grid", False):
         return None
-    kinds = list(compiled.src.signature.values())
-    given = sum(kind != "constexpr" for kind in kinds)  # numbers that are 1 are constants too
-    tensors = sum(kind.startswith("*") for kind in kinds)
-    values = dict(enumerate(rest, start=tensors))
     parameters: list[int | None] = []
-    for at, kind in enumerate(kinds):
+    # numbers that are 1, and tensors that are None, are constants too
+    for at, kind in enumerate(compiled.src.signature.values()):
+        if kind == "constexpr":
+            continue
         if kind.startswith("*"):
-            parameters.append(None)
-        elif kind != "constexpr":
+            parameters.append(values[at])
+        elif kind in _PACKED:
             parameters.append(int.from_bytes(struct.pack(_PACKED[kind], values[at]), "little"))
-    assert len(parameters) == given
-    scratch = (0, 0)  # two addresses that none of our kernels uses
+        else:
+            return None
+    scratch = (0, 0)  # addresses of that memory
     return Handle(
         compiled.function,
-        grid,
+        programs,
         32 * warps,
         shared_bytes,
         dependent,

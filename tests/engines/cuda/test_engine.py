@@ -18,6 +18,7 @@ from onelaunch.compilation.cache import Store
 from onelaunch.engines.choice import automatic, choose
 from onelaunch.engines.cuda import engine as engine_module
 from onelaunch.engines.cuda import timer, why_not
+from onelaunch.engines.cuda import turns as turns_module
 from onelaunch.engines.cuda.blocking import default
 from onelaunch.engines.cuda.choice import Choice, facts_of, keep
 from onelaunch.engines.cuda.chooser import Chooser
@@ -566,9 +567,52 @@ def test_who_is_interrupted_while_queueing_holds_nobody_up():
 
     turns = Turns()
     turns._queue = Interrupted()
-    with pytest.raises(KeyboardInterrupt), turns.turn():
+    with turns.turn():
+        with pytest.raises(KeyboardInterrupt), turns.turn():
+            pytest.fail("two turns at once")
+        assert not turns._queue
+    with turns.turn():
         pass
-    assert not turns._queue
+
+
+def test_who_is_interrupted_as_the_turn_comes_hands_it_on(monkeypatch):
+    class Told:
+        """A lock whose waiter is interrupted after it was released."""
+
+        def __init__(self):
+            self.released = threading.Event()
+
+        def acquire(self):
+            self.released.wait(10)
+            raise KeyboardInterrupt
+
+        def release(self):
+            self.released.set()
+
+    def waiting():
+        one = object.__new__(turns_module._Waiting)
+        one.has_it, one.told = False, Told()
+        return one
+
+    turns, seen = Turns(), []
+    monkeypatch.setattr(turns_module, "_Waiting", waiting)
+
+    def ask():
+        try:
+            with turns.turn():
+                seen.append("a turn")
+        except KeyboardInterrupt:
+            seen.append("interrupted")
+
+    thread = threading.Thread(target=ask)
+    with turns.turn():
+        thread.start()
+        while not turns._queue:
+            time.sleep(0.001)
+    thread.join()
+    assert seen == ["interrupted"]
+    with turns.turn():
+        pass
 
 
 def test_two_who_ask_all_the_time_take_turns():

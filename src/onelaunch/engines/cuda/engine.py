@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -36,8 +36,11 @@ from onelaunch.engines.cuda.turns import LOADING, turns_of
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput, RunFailed
+from onelaunch.operators.empty import Empty
 from onelaunch.operators.handles import current_device, current_stream
 from onelaunch.plan import Depth, parse_depth
+
+set_grad_enabled = torch._C._set_grad_enabled  # torch.set_grad_enabled makes an object: 1.5 us
 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
 MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
@@ -310,25 +313,39 @@ class CudaEngine:
         model's forward takes the GPU.
         """
         with self._turns.turn():
-            inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-            torch.set_grad_enabled(False)
+            gradients = torch.is_grad_enabled()
+            set_grad_enabled(False)
             try:
-                with torch.inference_mode(False) if inference else nullcontext():
-                    if self._used is None:
+                if self._used is None or torch.is_inference_mode_enabled() or not self._is_here():
+                    with self._guarded():
                         yield
-                        return
-                    with self._on_device():
-                        stream = self._stream_after_the_last()
-                        try:
-                            yield
-                        finally:
-                            self._used.record(stream)
+                    return
+                stream = self._stream_after_the_last()
+                try:
+                    yield
+                finally:
+                    self._used.record(stream)
             finally:
-                torch.set_grad_enabled(gradients)
+                set_grad_enabled(gradients)
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        here = current_device() == self.device.index
-        return nullcontext() if here else torch.cuda.device(self.device)
+    def _is_here(self) -> bool:
+        """Whether its GPU is the current one."""
+        here: bool = current_device() == self.device.index
+        return here
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What `_alone` does, with every guard."""
+        with torch.inference_mode(False):
+            if self._used is None:
+                yield
+                return
+            with torch.cuda.device(self.device):
+                stream = self._stream_after_the_last()
+                try:
+                    yield
+                finally:
+                    self._used.record(stream)
 
     def _stream_after_the_last(self) -> torch.cuda.Stream:
         """The current stream, after what was launched on another one."""
@@ -352,12 +369,17 @@ class _Form:
     ) -> None:
         self.n_bytes = bound.n_bytes
         self._bound, self._columns, self._say = bound, columns, say
+        self._empty: dict[torch.dtype, Empty] = {}
         self._replay: Replay | None = None
         self._uses = 0
 
     def __call__(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
         self._bound.told(wait=False)  # of the calls before
-        logits = torch.empty(len(ids_N), self._columns, dtype=dtype, device=ids_N.device)
+        empty = self._empty.get(dtype)
+        if empty is None:
+            shape = (len(ids_N), self._columns)
+            self._empty[dtype] = empty = Empty(shape, (self._columns, 1), dtype, ids_N.device)
+        logits = empty()
         if self._uses == 1 and self._bound.buffers.x.device.type == "cuda":
             self._capture()
         self._uses += 1

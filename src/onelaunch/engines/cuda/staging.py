@@ -20,6 +20,8 @@ class Staging:
 
     def on_device(self, ids_N: Tensor, device: torch.device) -> Tensor:
         """Ids, (N,), as int64 on a device."""
+        if ids_N.dtype is torch.int64 and ids_N.device == device:
+            return ids_N
         ids_N = ids_N.to(torch.int64)
         if ids_N.device == device:
             return ids_N
