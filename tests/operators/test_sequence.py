@@ -257,12 +257,12 @@ def function():
 
             @staticmethod
             def backward(ctx, dy):
-                weight = ctx.saved_tensors[1]
-                fell_back.append(dy)
-                return 5 * dy, None if weight is None else 7 * weight
+                raise AssertionError("its `apply` is called")
 
-        def otherwise(ctx, dy):
-            return *Known.backward(ctx, dy), None
+        def otherwise(ctx, dy, x, weight):
+            assert isinstance(ctx, Known._backward_cls)
+            fell_back.append(dy)
+            return 5 * dy, None if weight is None else 7 * weight, None
 
         apply = extension.Backward(torch.is_grad_enabled, torch.Tensor.data_ptr, otherwise)
         Known._backward_cls.apply = apply
@@ -357,6 +357,30 @@ def test_an_error_is_the_callers(function, where):
     with pytest.raises(AttributeError if where == "prepared" else KeyError):
         differentiated(known)
     assert not fell_back
+
+
+@pytest.mark.parametrize("recent", [(), ((lambda *tensors: True, True, doubled),)])
+def test_saved_tensors_are_unpacked_once(function, recent):
+    """Checkpointing refuses a second time."""
+    known, _ = function(Prepared(*recent))
+    unpacked = []
+
+    def unpack(tensor):
+        unpacked.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), unpack):
+        differentiated(known)
+    assert len(unpacked) == 2
+
+
+def test_a_call_that_is_not_autograds_is_refused(function):
+    known, _ = function(Prepared())
+    for wrong in ((), (1,), (1, 2, 3)):
+        with pytest.raises(TypeError):
+            known._backward_cls.apply(*wrong)
+    with pytest.raises(AttributeError):
+        known._backward_cls.apply(object(), torch.ones(1))
 
 
 def test_backward_keeps_nothing(function):

@@ -229,7 +229,8 @@ static PyTypeObject SequenceType = {
 /* The `apply` of an autograd.Function's node whose context has a tensor and a weight saved and
    `prepared`, with `recent_backward`: (guard, whether the weight's gradient is needed, function)
    each. Called with the context and dY, it returns the two gradients of the function whose guard
-   fits, and None; where none fits, or gradients are recorded, what `otherwise` returns. */
+   fits, and None; where none fits, or gradients are recorded, what `otherwise` returns for the
+   context, dY and the two saved tensors, which may be unpacked only once. */
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
@@ -265,35 +266,42 @@ static PyObject *backward_call(
     PyObject *object, PyObject *const *given, size_t flags, PyObject *names
 ) {
     Backward *self = (Backward *)object;
-    PyObject *prepared = NULL, *recent = NULL, *saved = NULL, *needed = NULL, *both = NULL;
-    PyObject *result = NULL;
+    PyObject *prepared = NULL, *recent = NULL, *needed = NULL, *both = NULL, *result = NULL;
     int fits = 0;
-    if (PyVectorcall_NARGS(flags) != 2 || names) goto otherwise;
+    if (PyVectorcall_NARGS(flags) != 2 || names) {
+        PyErr_SetString(PyExc_TypeError, "a context and a gradient, by position");
+        return NULL;
+    }
+    PyObject *saved = PyObject_GetAttr(given[0], name_saved);
+    if (!saved) return NULL;
+    if (!PyTuple_Check(saved) || PyTuple_GET_SIZE(saved) != 2) {
+        PyErr_SetString(PyExc_TypeError, "a tensor and a weight are to be saved");
+        goto end;
+    }
+    PyObject *x = PyTuple_GET_ITEM(saved, 0), *weight = PyTuple_GET_ITEM(saved, 1);
     PyObject *recorded = PyObject_CallNoArgs(self->grad_enabled);
-    if (!recorded) return NULL;
+    if (!recorded) goto end;
     Py_DECREF(recorded);
-    if (recorded != Py_False) goto otherwise;
+    if (recorded != Py_False || weight == Py_None) goto otherwise;
     if (!(prepared = PyObject_GetAttr(given[0], name_prepared))) goto end;
     if (!(recent = PyObject_GetAttr(prepared, name_recent))) goto end;
-    if (!(saved = PyObject_GetAttr(given[0], name_saved))) goto end;
     if (!(needed = PyObject_GetAttr(given[0], name_needed))) goto end;
-    if (!PyTuple_Check(recent) || !PyTuple_Check(saved) || PyTuple_GET_SIZE(saved) != 2 ||
-        !PyTuple_Check(needed) || PyTuple_GET_SIZE(needed) < 2)
+    if (!PyTuple_Check(recent) || !PyTuple_Check(needed) || PyTuple_GET_SIZE(needed) < 2)
         goto otherwise;
-    PyObject *tensors[] = {given[1], PyTuple_GET_ITEM(saved, 0), PyTuple_GET_ITEM(saved, 1)};
-    if (tensors[2] == Py_None) goto otherwise;
+    PyObject *tensors[] = {given[1], x, weight};
     fits = try_recent(self, recent, PyTuple_GET_ITEM(needed, 1), tensors, &both);
     if (fits < 0) goto end;
     if (fits && PyTuple_Check(both) && PyTuple_GET_SIZE(both) == 2) {
         result = PyTuple_Pack(3, PyTuple_GET_ITEM(both, 0), PyTuple_GET_ITEM(both, 1), Py_None);
         goto end;
     }
-otherwise:
-    result = PyObject_Vectorcall(self->otherwise, given, flags, names);
+otherwise:;
+    PyObject *all[] = {given[0], given[1], x, weight};
+    result = PyObject_Vectorcall(self->otherwise, all, 4, NULL);
 end:
     Py_XDECREF(prepared);
     Py_XDECREF(recent);
-    Py_XDECREF(saved);
+    Py_DECREF(saved);
     Py_XDECREF(needed);
     Py_XDECREF(both);
     return result;

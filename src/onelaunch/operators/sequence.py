@@ -74,7 +74,8 @@ def in_python(
 
 def backward_in_c(otherwise: Callable[..., Any]) -> Callable[..., Any] | None:
     """The `apply` of an autograd.Function's node that looks through `recent_backward` as
-    `otherwise`, which serves all that it cannot, does; None without the extension."""
+    `otherwise` does, which serves all that it cannot: called with the context, dY and the two
+    saved tensors. None without the extension."""
     extension = _extension()
     if extension is None:
         return None

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, share_first_cache
 from onelaunch.engines.cuda.staged import BoundForward
-from onelaunch.operators.handles import KNOWN_LAUNCHERS, Bound, current_stream, handle_of
-from onelaunch.operators.sequence import sequence
+from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_stream
 
-Launch = Callable[[Tensor, Tensor], Any]
+Launch = Callable[[Tensor, Tensor], None]
 """Called with ids, (N,), int64, and logits, (rows, V)."""
 
 
@@ -95,29 +94,28 @@ def launcher(call: Call, ids_N: Tensor, logits: Tensor) -> Launch:
     compiled, index = call.load(), ids_N.device.index
     constants = call.kernel.arg_names[len(call.arguments) :]
     values: list[Any] = [*call.arguments, *(call.options[name] for name in constants)]
-    own = [i for i, value in enumerate(values) if value is ids_N or value is logits]
-    which = tuple(0 if values[i] is ids_N else 1 for i in own)  # of (ids, logits)
+    of_ids = [i for i, value in enumerate(values) if value is ids_N]
+    of_logits = [i for i, value in enumerate(values) if value is logits]
     for i, value in enumerate(values):
         if isinstance(value, Tensor) and value.device.type == "cuda":
             values[i] = value.data_ptr()
     # stream and function stand between the grid and these: two scratch buffers, the kernel's
     # metadata, the launch's, two hooks
     options = call.options
-    dependent = options.get("launch_pdl", False)
     flags = (
-        options.get("launch_cooperative_grid", False), dependent, None, None,
+        options.get("launch_cooperative_grid", False), options.get("launch_pdl", False), None, None,
         compiled.packed_metadata, None, None, None,
     )  # fmt: skip
     launch, function, programs = run.launch, compiled.function, call.programs
 
-    def by_handle(*tensors: Tensor) -> None:
-        for i, tensor in zip(own, tensors, strict=True):
-            values[i] = tensor.data_ptr()
+    def by_handle(ids: Tensor, to: Tensor) -> None:
+        for i in of_ids:
+            values[i] = ids.data_ptr()
+        for i in of_logits:
+            values[i] = to.data_ptr()
         launch(programs, 1, 1, current_stream(index), function, *flags, *values)
 
-    unnamed = [None if i in own else value for i, value in enumerate(values)]
-    handle = handle_of(compiled, unnamed, programs, index, dependent)
-    return sequence(2, [], [(Bound(by_handle, handle), which)], (1,))
+    return by_handle
 
 
 def _known() -> bool:

@@ -44,7 +44,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
+        return _RMSNorm._of_saved(ctx, dy, *ctx.saved_tensors)
+
+    @staticmethod
+    def _of_saved(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None) -> Any:
         need_dw = ctx.needs_input_grad[1]
         prepared = ctx.prepared
         plain = not (_is_compiling() or _grad_enabled())
@@ -83,7 +86,7 @@ _RMSNorm._backward_cls.apply = _RMSNorm.backward  # type: ignore[attr-defined]
 def _apply_in_c() -> None:
     """From the first backward on a GPU on, the part of `backward` that serves known tensors is one
     in C. (Compiled autograd traces `backward` itself.)"""
-    in_c = backward_in_c(_RMSNorm.backward)
+    in_c = backward_in_c(_RMSNorm._of_saved)
     if in_c is not None:
         _RMSNorm._backward_cls.apply = in_c  # type: ignore[attr-defined]
 
