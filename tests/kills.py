@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.checkpoints.run_folder import list_checkpoints, read_state
-from onelaunch.training.metrics import read_metrics
+from tests.metrics import read_metrics
 
 # small, with dropout, so that random states matter, and accumulation, so that a stop falls inside
 SETTINGS = {

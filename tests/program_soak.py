@@ -13,9 +13,9 @@ import torch
 from onelaunch.bench.record import Row
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training import run as training
-from onelaunch.training.metrics import read_metrics
 from onelaunch.training.recipe import Recipe
 from tests.kills import interrupt_until_done, outcome, run_to_the_end
+from tests.metrics import read_metrics
 
 STALENESS = 1
 SETTINGS = {

@@ -14,8 +14,8 @@ import pytest
 
 from onelaunch import cli
 from onelaunch.checkpoints.run_folder import list_checkpoints
-from onelaunch.training.metrics import read_metrics
 from tests.kills import interrupt_until_done, outcome, run_to_the_end, train_command
+from tests.metrics import read_metrics
 
 
 def onelaunch(*words, **rest):

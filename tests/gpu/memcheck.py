@@ -17,7 +17,8 @@ import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, padded
 from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.engines.cuda.staged import Shape
+from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
 from tests.gpu.test_forward_forms import EARLY, OTHERWISE
 

@@ -20,12 +20,13 @@ from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.measure import Candidate
 from onelaunch.engines.cuda.replay import Replay
-from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward
+from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.timer import Timer, facts
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.model import Model
+from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import (
     SHAPES,
     SMALL,

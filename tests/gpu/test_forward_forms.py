@@ -9,9 +9,10 @@ import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, default_fused, padded
 from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.engines.cuda.staged import Shape
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import Model
+from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SHAPES, SMALL, exact_logits, relative_error, weights_of
 
 CUDA = torch.device("cuda", 0)

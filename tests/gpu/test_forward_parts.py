@@ -7,8 +7,9 @@ import torch
 
 from onelaunch.engines.cuda.blocking import default_fused
 from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward
+from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.plan import Launch
+from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SMALL, layers_alone, relative_error, weights_of
 
 CUDA = torch.device("cuda", 0)

@@ -12,9 +12,9 @@ from onelaunch.model import Model
 from onelaunch.training import run as runs
 from onelaunch.training.clock import PARTS
 from onelaunch.training.loop import Trainer
-from onelaunch.training.metrics import read_metrics
 from onelaunch.training.recipe import Recipe
 from tests.kills import SETTINGS
+from tests.metrics import read_metrics
 
 
 def recipe(**changed) -> Recipe:

@@ -18,11 +18,12 @@ from onelaunch.errors import BadInput, RunFailed, Terminated
 from onelaunch.training import folders, signals
 from onelaunch.training import run as runs
 from onelaunch.training.loop import Trainer
-from onelaunch.training.metrics import MetricsWriter, read_metrics
+from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.prepare import prepare
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.signals import StopSignals
 from tests.kills import SETTINGS, outcome
+from tests.metrics import read_metrics
 from tests.training.token_folders import make_folder
 
 CASE = Path(__file__).parents[2] / ".." / "shared" / "cases" / "two-characters.txt"

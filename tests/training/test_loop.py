@@ -25,9 +25,9 @@ from onelaunch.training import run as runs
 from onelaunch.training.clock import PARTS
 from onelaunch.training.data import open_data
 from onelaunch.training.loop import Trainer
-from onelaunch.training.metrics import read_metrics
 from onelaunch.training.recipe import Recipe
 from tests.kills import SETTINGS, outcome
+from tests.metrics import read_metrics
 
 
 def recipe(**changed) -> Recipe:

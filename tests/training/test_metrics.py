@@ -9,7 +9,8 @@ import pytest
 
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.training import metrics
-from onelaunch.training.metrics import MetricsWriter, drop_after, read_metrics
+from onelaunch.training.metrics import MetricsWriter, drop_after
+from tests.metrics import read_metrics
 
 
 def test_records_arrive_in_order_and_flush_waits_for_them(tmp_path):

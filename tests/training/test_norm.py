@@ -13,10 +13,10 @@ from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput
 from onelaunch.model import rms_norm
 from onelaunch.training import run as runs
-from onelaunch.training.metrics import read_metrics
 from onelaunch.training.recipe import Recipe
 from tests.engines.suite import SMALL, weights_of
 from tests.kills import SETTINGS, outcome, train_command
+from tests.metrics import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*plain")
 

@@ -294,32 +294,6 @@ class Compilation(Generic[T]):
         tell(self._say, text)
 
 
-class DoubleBuffer(Generic[T]):
-    """The form that serves, and at most one that is to replace it. For one thread."""
-
-    def __init__(self, initial: T) -> None:
-        self.swaps = 0
-        self._form = initial
-        self._pending: Compilation[T] | None = None
-
-    def begin(self, compilation: Compilation[T]) -> None:
-        """Let a compilation's form serve when it is ready; an older unfinished one is cancelled."""
-        self.current()
-        if self._pending is not None and self._pending is not compilation:
-            self._pending.cancel()
-        self._pending = compilation
-
-    def current(self) -> T:
-        """The newest form that is ready; never waits. A failed compilation changes nothing."""
-        if self._pending is not None:
-            form = self._pending.poll()
-            if form is not None:
-                self._form = form
-                self._pending = None
-                self.swaps += 1
-        return self._form
-
-
 def why_not_written(store: Store, error: BadInput | OSError) -> str:
     """Why a store's folder cannot be written, in a line."""
     return str(error if isinstance(error, BadInput) else write_error(store.folder, error))

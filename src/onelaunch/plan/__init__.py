@@ -11,7 +11,6 @@ from onelaunch.plan.describe import describe
 from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_depth
 from onelaunch.plan.parts import Part, part_of
 from onelaunch.plan.stages import KINDS, NO_LAYER, Access, Buffer, Plan, Stage, Totals
-from onelaunch.plan.storage import Storage, assign_storage, check_storage
 from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, counts, make_tiles
 
 __all__ = [
@@ -25,14 +24,11 @@ __all__ = [
     "Plan",
     "PlanError",
     "Stage",
-    "Storage",
     "TilePlan",
     "Tiling",
     "Totals",
-    "assign_storage",
     "check",
     "check_launches",
-    "check_storage",
     "check_tiles",
     "counts",
     "describe",

@@ -123,18 +123,6 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a file; a last line torn by a kill is left out."""
-    records = []
-    with open(path, "rb") as file:
-        for line in file:
-            with suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    records.append(record)
-    return records
-
-
 def drop_after(path: Path, update: int, eval_done: int) -> None:
     """Forget records of work that a resume will do again: updates after `update`, evaluations
     after `eval_done`, and a torn last line."""

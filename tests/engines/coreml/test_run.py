@@ -153,8 +153,6 @@ def test_the_plan_is_summed_up():
     assert [each.name for each in plan.operations] == ["a", "b", "c", "d"]
     assert plan.operations[0].supported == ("ne", "cpu")
     assert list(plan.counts.items()) == [("ne", 2), ("cpu", 1), ("unknown", 1)]
-    assert plan.cost_shares == {"ne": 0.75, "cpu": 0.25, "unknown": 0.0}
-    assert run.ComputePlan(plan.operations[3:]).cost_shares == {}
 
 
 def test_what_is_printed_is_no_answer():

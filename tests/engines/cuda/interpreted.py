@@ -24,7 +24,7 @@ from onelaunch.engines.cuda.blocking import (  # noqa: E402
     tilings,
 )
 from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
-from onelaunch.engines.cuda.staged import BoundForward, Shape, StagedForward  # noqa: E402
+from onelaunch.engines.cuda.staged import BoundForward, Shape  # noqa: E402
 from onelaunch.engines.cuda.stages import common  # noqa: E402
 from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
@@ -39,6 +39,7 @@ from onelaunch.plan import (  # noqa: E402
     part_of,
 )
 from onelaunch.plan.tiles import Wait  # noqa: E402
+from tests.engines.cuda.staged_forward import StagedForward  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
     SHAPES,
     SMALL,

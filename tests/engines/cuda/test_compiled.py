@@ -14,10 +14,11 @@ from onelaunch.config import preset
 from onelaunch.engines.cuda import staged
 from onelaunch.engines.cuda.blocking import H200, Limits
 from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import Shape, StagedForward
+from onelaunch.engines.cuda.staged import Shape
 from onelaunch.errors import BadInput
 from onelaunch.operators.rms_norm import launch
 from tests.compiling import absent, spilled
+from tests.engines.cuda.staged_forward import StagedForward
 
 BF16 = torch.bfloat16
 LIMITS = {

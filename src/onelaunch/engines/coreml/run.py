@@ -104,15 +104,6 @@ class ComputePlan:
         """Operations by device, most first."""
         return dict(Counter(each.device for each in self.operations).most_common())
 
-    @property
-    def cost_shares(self) -> dict[str, float]:
-        """Of the cost that Core ML estimates, by device, most first; empty where it does not."""
-        costs = Counter[str]()
-        for each in self.operations:
-            costs[each.device] += each.cost or 0.0  # type: ignore[assignment]
-        total = sum(costs.values())
-        return {device: cost / total for device, cost in costs.most_common()} if total else {}
-
 
 class Runner:
     """A saved program that is ready to predict while the `with` block lasts. For one thread.
