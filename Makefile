@@ -6,7 +6,7 @@ NEXT := .venv-triton-next
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: install run test lint types unit test-extended soak test-convergence test-gpu memcheck
-.PHONY: test-triton-next results clean
+.PHONY: test-triton-next results recipes clean
 
 install: $(VENV)/.installed
 
@@ -100,6 +100,10 @@ $(NEXT)/.installed: pyproject.toml constraints.txt constraints-triton-next.txt
 # What the records say of the published studies; a test fails where it is not of these records.
 results: $(VENV)/.installed-dev
 	$(BIN)/onelaunch report --again benchmarks/again --markdown docs/results.md
+
+# The reference of training recipes; a test fails where it is not what the classes say.
+recipes: $(VENV)/.installed
+	$(BIN)/python tools/recipe_reference.py
 
 clean:
 	rm -rf $(VENV) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

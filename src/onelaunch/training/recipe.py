@@ -1,6 +1,7 @@
 """A recipe: everything that fixes a training run, as strict TOML.
 
-Pure data: no torch. An unknown key is refused with the nearest known one.
+Pure data: no torch. An unknown key is refused with the nearest known one. The keys are in
+sections.py.
 """
 
 from __future__ import annotations
@@ -15,117 +16,23 @@ from typing import Any, get_args, get_type_hints
 
 from onelaunch.config import PRESETS, ModelConfig, preset
 from onelaunch.errors import BadInput
+from onelaunch.training.sections import (
+    MAX_ACCUM,
+    TRAIN_WITH_COREML,
+    CheckpointSection,
+    CoreMLSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    OptimizerSection,
+    TrainSection,
+    described_keys,
+)
+
+__all__ = ["BUILT_IN", "MAX_ACCUM", "SECTIONS", "Recipe", "parse_setting", "toml_value"]
 
 BUILT_IN = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 20
-MAX_ACCUM = 1000
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """The shape: a preset, and any field of it to be changed; or every field.
-
-    An unset `vocab_size` is the data's.
-    """
-
-    preset: str = ""
-    dim: int | None = None
-    n_layers: int | None = None
-    n_heads: int | None = None
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    hidden_dim: int | None = None
-    vocab_size: int | None = None
-    max_seq_len: int | None = None
-    norm_eps: float | None = None
-    rope_theta: float | None = None
-    rope_layout: str | None = None
-    qk_norm: bool | None = None
-    tied_embeddings: bool | None = None
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """`path`: a folder made by `onelaunch prepare`, or "stories"."""
-
-    path: str = "stories"
-
-
-@dataclass(frozen=True)
-class TrainSection:
-    """One update is `accum` micro-steps of `batch_size` sequences of `seq_len` tokens. `engine`
-    "coreml" runs the layers as ML Programs, on the CPU in float32 for the rest of them.
-
-    `seq_len` 0 is the model's context. `dtype` "auto" is bfloat16 autocast on CUDA, float32
-    elsewhere. `norm` "auto" is this package's operator on a GPU that runs its kernel, PyTorch's
-    elsewhere and with `compile`. `threads` 0 leaves torch's choice.
-    """
-
-    updates: int = 1000
-    batch_size: int = 32
-    seq_len: int = 0
-    accum: int = 1
-    dropout: float = 0.0
-    seed: int = 1337
-    engine: str = "reference"
-    device: str = "auto"
-    dtype: str = "auto"
-    norm: str = "auto"
-    compile: bool = False
-    threads: int = 0
-
-
-@dataclass(frozen=True)
-class OptimizerSection:
-    """AdamW; matrices decay, vectors do not. Warm-up is linear, then cosine to
-    `lr * min_lr_ratio` at the last update.
-
-    `lr_rule` scales `lr` with accumulation: by accum / lr_base_accum ("linear"), by its square root
-    ("sqrt"), or not at all ("none").
-    """
-
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    warmup: int = 100
-    min_lr_ratio: float = 0.1
-    lr_rule: str = "none"
-    lr_base_accum: int = 10
-
-
-@dataclass(frozen=True)
-class EvalSection:
-    """Every `every` updates (0: only after the last), on the same `batches` batches each time."""
-
-    every: int = 200
-    batches: int = 20
-
-
-@dataclass(frozen=True)
-class CheckpointSection:
-    """Every `every` updates (0: only after the last) and at least every `minutes`; the newest
-    `keep` and the best are kept."""
-
-    every: int = 200
-    minutes: float = 10.0
-    keep: int = 2
-
-
-@dataclass(frozen=True)
-class CoreMLSection:
-    """Of `train.engine` "coreml". A program holds `fusion_depth` of the model: stage, half (a
-    layer), or a number of layers, all of them where it is empty; hands out `taps` (full, or inputs:
-    layers are computed again); is evaluated in `dtype`. Micro-steps run on programs `staleness`
-    updates old. After `compile_budget` compilations (0: never) a fresh process goes on."""
-
-    fusion_depth: str = ""
-    taps: str = "full"
-    staleness: int = 1
-    dtype: str = "float16"
-    compile_budget: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,51 +52,19 @@ class Recipe:
     source: str = field(default="the recipe", compare=False)
 
     def __post_init__(self) -> None:
-        t, o = self.train, self.optimizer
-        _within("train.updates", t.updates, 1, 10**9)
-        _within("train.batch_size", t.batch_size, 1, 10**6)
-        _within("train.seq_len", t.seq_len, 0, 10**7)
-        _within("train.accum", t.accum, 1, MAX_ACCUM)
-        _within("train.dropout", t.dropout, 0.0, 0.95)
-        _within("train.seed", t.seed, 0, 2**63 - 1)
-        _within("train.threads", t.threads, 0, 1024)
-        _one_of("train.dtype", t.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("train.norm", t.norm, ("auto", "torch", "onelaunch"))
-        _within("optimizer.lr", o.lr, 1e-12, 1e3)
-        _within("optimizer.beta1", o.beta1, 0.0, 1.0 - 1e-9)
-        _within("optimizer.beta2", o.beta2, 0.0, 1.0 - 1e-9)
-        _within("optimizer.eps", o.eps, 1e-30, 1.0)
-        _within("optimizer.weight_decay", o.weight_decay, 0.0, 100.0)
-        _within("optimizer.grad_clip", o.grad_clip, 0.0, 1e9)
-        _within("optimizer.warmup", o.warmup, 0, 10**9)
-        _within("optimizer.min_lr_ratio", o.min_lr_ratio, 0.0, 1.0)
-        _one_of("optimizer.lr_rule", o.lr_rule, ("none", "sqrt", "linear"))
-        _within("optimizer.lr_base_accum", o.lr_base_accum, 1, MAX_ACCUM)
-        _within("eval.every", self.eval.every, 0, 10**9)
-        _within("eval.batches", self.eval.batches, 1, 10**6)
-        _within("checkpoint.every", self.checkpoint.every, 0, 10**9)
-        _within("checkpoint.minutes", self.checkpoint.minutes, 0.01, 10**6)
-        _within("checkpoint.keep", self.checkpoint.keep, 1, 10**4)
-        _one_of("train.engine", t.engine, ("reference", "coreml"))
-        _one_of("coreml.taps", self.coreml.taps, ("full", "inputs"))
-        _one_of("coreml.dtype", self.coreml.dtype, ("float16", "float32"))
-        _within("coreml.staleness", self.coreml.staleness, 0, 8)
-        _within("coreml.compile_budget", self.coreml.compile_budget, 0, 10**9)
-        if t.engine == "coreml":
+        for section in SECTIONS:
+            values = getattr(self, section)
+            for each, described in described_keys(values):
+                described.check(f"{section}.{each.name}", getattr(values, each.name))
+        if self.train.engine == "coreml":
             self._check_programs()
         if self.model.preset and self.model.preset not in PRESETS:
             preset(self.model.preset)
 
     def _check_programs(self) -> None:
-        t = self.train
-        for name, value, right in (
-            ("dropout", t.dropout, (0.0,)),
-            ("compile", t.compile, (False,)),
-            ("device", t.device, ("auto", "cpu")),
-            ("dtype", t.dtype, ("auto", "float32")),
-            ("norm", t.norm, ("auto", "torch")),
-        ):
-            if value not in right:
+        for name, allowed in TRAIN_WITH_COREML.items():
+            value = getattr(self.train, name)
+            if value not in allowed:
                 raise BadInput(
                     f"train.{name} = {value!r} does not go with train.engine coreml; leave it out"
                 )
@@ -254,7 +129,7 @@ class Recipe:
             lines.append(f"[{section}]")
             for key, value in asdict(getattr(self, section)).items():
                 if value is not None:
-                    lines.append(f"{key} = {_toml_value(value)}")
+                    lines.append(f"{key} = {toml_value(value)}")
             lines.append("")
         return "\n".join(lines)
 
@@ -353,17 +228,8 @@ def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
     return value
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise BadInput(f"{name} = {value} is outside {low} to {high}")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise BadInput(f"{name} = {value!r} must be one of {', '.join(choices)}")
-
-
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A boolean, number or string as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
