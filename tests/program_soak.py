@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from onelaunch.bench.record import Row
+from onelaunch.bench.core.record import Row
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training import run as training
 from onelaunch.training.recipe import Recipe

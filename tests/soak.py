@@ -20,14 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from onelaunch.bench.record import (  # noqa: E402
+from onelaunch.bench.core.record import (  # noqa: E402
     Row,
     cpu_name,
     device_name,
     record_path,
     write_record,
 )
-from onelaunch.bench.tables import markdown, provenance  # noqa: E402
+from onelaunch.bench.core.tables import markdown, provenance  # noqa: E402
 from onelaunch.checkpoints.atomic import read_json, write_text  # noqa: E402
 from tests.kills import interrupt_until_done, outcome, run_to_the_end  # noqa: E402
 

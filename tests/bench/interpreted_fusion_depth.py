@@ -15,9 +15,9 @@ import torch  # noqa: E402
 
 from onelaunch.bench import fusion_depth_cases as cases  # noqa: E402
 from onelaunch.bench import fusion_depth_cuda as cuda  # noqa: E402
+from onelaunch.bench.core.gpu_forwards import OfPyTorch  # noqa: E402
+from onelaunch.bench.core.settled import settle  # noqa: E402
 from onelaunch.bench.fusion_depth_views import draw, table  # noqa: E402
-from onelaunch.bench.gpu_forwards import OfPyTorch  # noqa: E402
-from onelaunch.bench.settled import settle  # noqa: E402
 from onelaunch.engines.cuda import sync  # noqa: E402
 from onelaunch.engines.cuda.staged import BoundForward  # noqa: E402
 from onelaunch.errors import EngineTimeout, RunFailed  # noqa: E402

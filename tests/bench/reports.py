@@ -6,10 +6,10 @@ import json
 import sys
 from types import SimpleNamespace
 
-from onelaunch.bench.experiments import EXPERIMENTS
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.published import Published
-from onelaunch.bench.tables import markdown
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import Published
+from onelaunch.bench.core.tables import markdown
+from onelaunch.bench.experiments import EXPERIMENTS, MODULES, module_name
 
 CPU, GPU = "AMD EPYC, 2 cores", "NVIDIA H200"
 PUBLISHED = {
@@ -51,7 +51,8 @@ def write(folder, *records):
 def invent(monkeypatch, **views):
     """An experiment "made-up", with these of findings, table and draw."""
     monkeypatch.setitem(EXPERIMENTS, "made-up", "what is <made> up")
-    monkeypatch.setitem(sys.modules, "onelaunch.bench.made_up", SimpleNamespace(**views))
+    monkeypatch.setitem(MODULES, "made-up", "made_up")
+    monkeypatch.setitem(sys.modules, module_name("made-up"), SimpleNamespace(**views))
 
 
 def table(record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onelaunch.bench.record import write_record
+from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput
 from tests.engines.suite import SMALL

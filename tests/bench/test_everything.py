@@ -9,7 +9,8 @@ import pytest
 
 from onelaunch import cli
 from onelaunch.bench import everything
-from onelaunch.bench.record import Row, rows_there
+from onelaunch.bench.core.record import Row, rows_there
+from onelaunch.bench.experiments import MODULES, module_name
 from onelaunch.errors import BadInput, MissingExtra, RunFailed
 
 
@@ -44,7 +45,8 @@ def refusing(error):
 def experiments(monkeypatch):
     def use(**runs):
         for name, run in runs.items():
-            monkeypatch.setitem(sys.modules, f"onelaunch.bench.{name}", module_of(run))
+            monkeypatch.setitem(MODULES, name, f"made_up.{name}")
+            monkeypatch.setitem(sys.modules, module_name(name), module_of(run))
         named = {name: f"about {name}" for name in runs}
         monkeypatch.setattr(everything, "EXPERIMENTS", named)
         monkeypatch.setattr(everything, "ON_THE_GPU", frozenset({"gpu"}))

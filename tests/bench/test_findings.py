@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.bench.experiments import EXPERIMENTS
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.experiments import EXPERIMENTS, module_name
 from onelaunch.bench.fusion_depth_findings import judged
-from onelaunch.bench.published import PUBLISHED
 from onelaunch.checkpoints.atomic import read_json
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
@@ -17,7 +17,7 @@ PATHS = sorted(path for path in RECORDS.glob("*/*.json") if path.stem in EXPERIM
 
 
 def findings_of(path):
-    module = importlib.import_module(f"onelaunch.bench.{path.stem.replace('-', '_')}")
+    module = importlib.import_module(module_name(path.stem))
     return module.findings(read_json(path)) if hasattr(module, "findings") else []
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from onelaunch.bench import forward
+from onelaunch.bench.core.settled import Settled
 from onelaunch.bench.forward_views import draw, table
-from onelaunch.bench.settled import Settled
 from onelaunch.config import preset
 from onelaunch.errors import BadInput, RunFailed
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from onelaunch import cli
-from onelaunch.bench import compiled, fusion_depth, fusion_depth_cpu
+from onelaunch.bench import fusion_depth, fusion_depth_cpu
+from onelaunch.bench.core import compiled
 from onelaunch.bench.fusion_depth_cases import (
     LAYERS,
     ONE_LAYER,

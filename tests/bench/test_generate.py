@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from onelaunch import cli
-from onelaunch.bench import generate, generate_cell, generate_life, generation_child, runner
-from onelaunch.bench.compiled import random_weights
+from onelaunch.bench import generate, generate_cell, generate_life, generation_child
+from onelaunch.bench.core import runner
+from onelaunch.bench.core.compiled import random_weights
 from onelaunch.bench.generate_cell import AUTO, Cell, bytes_per_token, prompt_of
 from onelaunch.bench.peers.run_c import LETTERS
 from onelaunch.checkpoints import random_model

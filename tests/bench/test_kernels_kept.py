@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from onelaunch.bench import cache, cache_cuda, compile_budget, compile_budget_cuda, triton_store
-from onelaunch.bench.children import Ended, together
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import write_record
+from onelaunch.bench import cache, cache_cuda, compile_budget, compile_budget_cuda
+from onelaunch.bench.core import triton_store
+from onelaunch.bench.core.children import Ended, together
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.operators.kept import verified

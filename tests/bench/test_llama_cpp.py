@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from onelaunch.bench import generate_cell
-from onelaunch.bench.compiled import random_weights
+from onelaunch.bench.core.compiled import random_weights
 from onelaunch.bench.generate_cell import AUTO, Cell, prompt_of
 from onelaunch.bench.peers.llama_cpp import NAME, check_python, installed_here, llama_cpp
 from onelaunch.config import preset

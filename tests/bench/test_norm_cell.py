@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from onelaunch.bench import norm_cell
+from onelaunch.bench.core.timing import Replay
 from onelaunch.bench.norm_cell import Cell, WrongResult, host_times, kernel_times
 from onelaunch.bench.peers.rms_norm import Contender
-from onelaunch.bench.timing import Replay
 from tests.bench.norms import FakeGraph, InPlace, last_row_missing, right, without_weight
 
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from onelaunch.bench import (
     rms_norm_training,
     rms_norm_views,
 )
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.timing import Replay
 from onelaunch.bench.peers.rms_norm import Contender
-from onelaunch.bench.record import Row
 from onelaunch.bench.rms_norm_threshold import lowest_winning
-from onelaunch.bench.timing import Replay
 from onelaunch.errors import RunFailed
 from tests.bench.norms import FakeGraph, InPlace, last_row_missing, right
 
@@ -486,7 +486,7 @@ def test_compiling_ahead_stops_at_its_time_and_on_an_interrupt(monkeypatch):
     ],
 )
 def test_norms_are_timed_on_the_gpu_where_there_is_one(monkeypatch, experiment, given, device):
-    from onelaunch.bench import runner
+    from onelaunch.bench.core import runner
     from onelaunch.engines import reference
 
     asked = []

@@ -2,10 +2,10 @@
 
 import pytest
 
+from onelaunch.bench.core.tables import provenance
 from onelaunch.bench.rms_norm import row_of
 from onelaunch.bench.rms_norm_summary import summary
 from onelaunch.bench.rms_norm_views import table
-from onelaunch.bench.tables import provenance
 
 FORMS = {"ours"}
 

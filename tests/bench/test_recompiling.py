@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from onelaunch.bench.record import write_record
+from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput, RunFailed
 
@@ -140,7 +140,7 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
 
 
 def _row(case):
-    from onelaunch.bench.record import Row
+    from onelaunch.bench.core.record import Row
 
     return Row(case, 1.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.bench import plots
+from onelaunch.bench.core import plots
 from onelaunch.bench.report import FINDING_HEADER, gather, times
 from onelaunch.bench.report_html import page
 from onelaunch.bench.report_markdown import document

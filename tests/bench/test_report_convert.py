@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from onelaunch.bench.core.tables import markdown
 from onelaunch.bench.report_convert import cell, inline, number_of, to_html
-from onelaunch.bench.tables import markdown
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from onelaunch.bench import (
     parity_views,
     terminal_io,
 )
-from onelaunch.bench.findings import above, below, standard_error, unless
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import write_record
+from onelaunch.bench.core.findings import above, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.engines import cpu
 from onelaunch.errors import BadInput, MissingExtra, RunFailed

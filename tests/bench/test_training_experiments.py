@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from onelaunch.bench.record import write_record
+from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput, RunFailed
 
@@ -27,7 +27,7 @@ from onelaunch.bench import (
     warm_up,
     warm_up_child,
 )
-from onelaunch.bench.published import PUBLISHED
+from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.engines.coreml import training
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL

@@ -62,7 +62,7 @@ def test_generate_ends_the_line_when_it_is_interrupted(onelaunch, monkeypatch):
 
 def test_matplotlib_is_quiet_about_its_folders():
     pytest.importorskip("matplotlib")
-    from onelaunch.bench.plots import new_figure
+    from onelaunch.bench.core.plots import new_figure
 
     new_figure(1, 1)
     assert not logging.getLogger("matplotlib").isEnabledFor(logging.WARNING)

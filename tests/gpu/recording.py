@@ -74,7 +74,7 @@ class Recording:
             terminalreporter.write_line(f"record: {self._write(device)}")
 
     def _write(self, device: str) -> Path:
-        from onelaunch.bench.record import Row, record_path, write_record
+        from onelaunch.bench.core.record import Row, record_path, write_record
 
         total = sum(self.counts.values(), Counter())
         workers = getattr(self.config.option, "numprocesses", None) or 1

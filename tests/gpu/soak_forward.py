@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onelaunch.bench.record import Row
+from onelaunch.bench.core.record import Row
 from onelaunch.config import preset
 from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack

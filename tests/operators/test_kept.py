@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.build import compile_module_from_src
 from triton.runtime.cache import FileCacheManager
 
-from onelaunch.bench.triton_store import counting
+from onelaunch.bench.core.triton_store import counting
 
 pytestmark = pytest.mark.skipif(
     knobs.runtime.interpret, reason="Triton interprets (TRITON_INTERPRET)"

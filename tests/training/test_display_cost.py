@@ -6,7 +6,7 @@ import time
 import pytest
 
 from onelaunch.bench import terminal_io
-from onelaunch.bench.rig import trainer as bench_trainer
+from onelaunch.bench.core.rig import trainer as bench_trainer
 from onelaunch.bench.terminal_io import BYTES_PER_SECOND, watch
 from onelaunch.training.display import Display, Header
 from onelaunch.training.recipe import Recipe

@@ -17,6 +17,7 @@ import torch
 
 from onelaunch.bench.accumulation_learning import learning
 from onelaunch.bench.accumulation_views import draw, findings, table
+from onelaunch.bench.core.record import Row
 from onelaunch.bench.kernel_weights import renewals
 from onelaunch.bench.program_training import (
     Driver,
@@ -26,7 +27,6 @@ from onelaunch.bench.program_training import (
     pytorch_driver,
     why_no_programs,
 )
-from onelaunch.bench.record import Row
 from onelaunch.compilation.schedule import throughput
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from onelaunch.bench.record import Row
-from onelaunch.bench.rig import trainer as timed_trainer
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.errors import BadInput
 from onelaunch.training.evaluate import evaluate
 from onelaunch.training.recipe import Recipe

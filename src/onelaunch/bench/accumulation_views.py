@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -199,7 +199,7 @@ def _spread(row: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Rates over 10 micro-steps', and the losses."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     rates = series(record)
     if not rates:

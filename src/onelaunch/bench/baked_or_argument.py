@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import in_rounds
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.experiments import NOT_ON_A_GPU
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import in_rounds
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import (
@@ -335,7 +335,7 @@ def _in_words(record: dict[str, Any], model: str) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Milliseconds a micro-step by micro-steps an update, by form."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     models = _models(record)
     if not models:

@@ -26,11 +26,11 @@ from onelaunch.bench.cache_programs import (
     damage,
     elsewhere,
 )
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, MissingExtra
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench import triton_store
 from onelaunch.bench.cache import (
     AT_ONCE,
     DAMAGED,
@@ -31,11 +30,12 @@ from onelaunch.bench.cache import (
     UPDATED,
 )
 from onelaunch.bench.cache_programs import Told
-from onelaunch.bench.children import together
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.tables import figure as digits
+from onelaunch.bench.core import triton_store
+from onelaunch.bench.core.children import together
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import figure as digits
 from onelaunch.engines.cuda import why_not
 from onelaunch.errors import BadInput, RunFailed
 

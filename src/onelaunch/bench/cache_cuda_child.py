@@ -19,10 +19,10 @@ import torch
 import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
 from triton.runtime.cache import triton_key
 
-from onelaunch.bench.children import READY
-from onelaunch.bench.gpu_forwards import random_weights
+from onelaunch.bench.core.children import READY
+from onelaunch.bench.core.gpu_forwards import random_weights
+from onelaunch.bench.core.triton_store import counting
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.triton_store import counting
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda import kernels  # noqa: F401 - what the engine imports at its first
 from onelaunch.engines.cuda.engine import CudaEngine

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from onelaunch.bench.children import READY, together
-from onelaunch.bench.compiled import compiled_program
+from onelaunch.bench.core.children import READY, together
+from onelaunch.bench.core.compiled import compiled_program
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.coreml.pack import Packed

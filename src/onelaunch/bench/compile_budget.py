@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.record import Row
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.compilation.environment import child_environment
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, RunFailed
@@ -251,7 +251,7 @@ def table(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Memory by number, the GPU's too."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     many = [row for row in record["rows"] if "bytes_by_number" in row]
     if not many:

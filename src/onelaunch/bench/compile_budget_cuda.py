@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench import triton_store
 from onelaunch.bench.compile_budget import (
     AGAIN,
     DISTINCT,
@@ -24,9 +23,10 @@ from onelaunch.bench.compile_budget import (
     restart_row,
     slope,
 )
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.record import Row
-from onelaunch.bench.tables import markdown
+from onelaunch.bench.core import triton_store
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import markdown
 from onelaunch.engines.cuda import why_not
 from onelaunch.errors import BadInput
 

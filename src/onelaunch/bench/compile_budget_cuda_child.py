@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from onelaunch.bench.compile_budget_child import memory
-from onelaunch.bench.gpu_forwards import random_weights
+from onelaunch.bench.core.gpu_forwards import random_weights
+from onelaunch.bench.core.triton_store import counting
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.triton_store import counting
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.errors import RunFailed

@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onelaunch.bench.core.findings import Finding, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.cpu_overhead_cases import (
     BUFFER_BYTES,
     BUFFERS,
@@ -32,12 +38,6 @@ from onelaunch.bench.cpu_overhead_cases import (
     of_each,
     sums,
 )
-from onelaunch.bench.findings import Finding, below, standard_error, unless
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, in_rounds, ratio
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _compiled_call(say: Callable[[str], None]) -> Mapping[str, Sample]:
     if reason := why_not():
         say(f"without the CPU engine's program: {reason}")
         return {}
-    from onelaunch.bench.compiled import compiled_program
+    from onelaunch.bench.core.compiled import compiled_program
     from onelaunch.engines.cpu.layout import Operation
 
     program = compiled_program(say)
@@ -229,7 +229,7 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Milliseconds of what a step asks for, ours beside the study's."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
     there = {key: rows[where] for key, where in ANSWERS.items() if where in rows}

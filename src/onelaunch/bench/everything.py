@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from onelaunch.bench.core.runner import conduct
+from onelaunch.bench.core.tables import markdown
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
-from onelaunch.bench.runner import conduct
-from onelaunch.bench.tables import markdown
 from onelaunch.errors import BadInput, MissingExtra, OnelaunchError
 
 

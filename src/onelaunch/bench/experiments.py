@@ -25,6 +25,32 @@ EXPERIMENTS = {
     "rms-norm-training": "a training step with our RMSNorm and with PyTorch's",
 }
 
+MODULES = {
+    "training-speed": "training_speed",
+    "generation-speed": "generation_speed",
+    "generate": "generate",
+    "fusion-depth": "fusion_depth",
+    "forward": "forward",
+    "coreml": "coreml",
+    "accumulation": "accumulation",
+    "warm-up": "warm_up",
+    "overlap": "overlap",
+    "step-breakdown": "step_breakdown",
+    "stack": "stack",
+    "recompile": "recompile",
+    "compile-budget": "compile_budget",
+    "cache": "cache",
+    "weight-mutability": "weight_mutability",
+    "cpu-overhead": "cpu_overhead",
+    "parity": "parity",
+    "baked-or-argument": "baked_or_argument",
+    "terminal-io": "terminal_io",
+    "rms-norm": "rms_norm",
+    "rms-norm-threshold": "rms_norm_threshold",
+    "rms-norm-training": "rms_norm_training",
+}
+"""Where the module of an experiment is, from this package on."""
+
 NOT_ON_A_GPU = {
     "generate": "texts are written by PyTorch there, which generation-speed times",
     "coreml": "ML Programs are made and evaluated on the CPU",
@@ -39,3 +65,8 @@ NOT_ON_A_GPU = {
 ON_THE_GPU = frozenset(
     name for name in EXPERIMENTS if name == "forward" or name.startswith("rms-norm")
 )
+
+
+def module_name(experiment: str) -> str:
+    """The whole name of an experiment's module."""
+    return f"onelaunch.bench.{MODULES[experiment]}"

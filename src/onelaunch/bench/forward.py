@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.gpu_forwards import pytorch_samples, random_weights, replays, walls
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
+from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
+from onelaunch.bench.core.timing import copy_bandwidth
 from onelaunch.bench.forward_views import draw, table
-from onelaunch.bench.gpu_forwards import pytorch_samples, random_weights, replays, walls
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
-from onelaunch.bench.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
-from onelaunch.bench.timing import copy_bandwidth
 from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed

@@ -16,7 +16,7 @@ import torch
 import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
 from triton.runtime.cache import triton_key
 
-from onelaunch.bench.gpu_forwards import random_weights
+from onelaunch.bench.core.gpu_forwards import random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import kernels  # noqa: F401 - what the engine imports at its first

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def _choices(rows: list[dict[str, Any]]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Bars: the forms and the peers of each case, over the fastest of ours."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     rows = record["rows"]
     if not rows:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from onelaunch.bench.core.record import Row
 from onelaunch.bench.fusion_depth_findings import findings
 from onelaunch.bench.fusion_depth_views import draw, table
-from onelaunch.bench.record import Row
 from onelaunch.errors import BadInput
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, digest, fit, ratio, ratio_of_medians
-from onelaunch.bench.settled import Settled
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import Samples, digest, fit, ratio, ratio_of_medians
+from onelaunch.bench.core.settled import Settled
 from onelaunch.config import ModelConfig
 from onelaunch.plan import Launch, launches, make_plan
 

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from onelaunch.bench.compiled import (
+from onelaunch.bench.core.compiled import (
     compiled_program,
     pack,
     thread_counts,
     threads_named,
     while_laid_out,
 )
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.fusion_depth_cases import (
     FFNS,
     ONE_LAYER,
@@ -34,8 +36,6 @@ from onelaunch.bench.fusion_depth_cases import (
     model_ways,
     rows_of,
 )
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, in_rounds
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cpu.pack import PackedWeights

@@ -22,6 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.gpu_forwards import (
+    Sample,
+    calls,
+    pytorch_samples,
+    random_weights,
+    replays,
+)
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import Samples, in_rounds
+from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.fusion_depth_cases import (
     FFNS,
     ONE_LAYER,
@@ -35,11 +45,7 @@ from onelaunch.bench.fusion_depth_cases import (
     model_ways,
     rows_of,
 )
-from onelaunch.bench.gpu_forwards import Sample, calls, pytorch_samples, random_weights, replays
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import Samples, in_rounds
-from onelaunch.bench.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.calls import Call, CallAndProduct, share_first_cache
 from onelaunch.engines.cuda.one_launch import FusedForward

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onelaunch.bench.findings import Finding, Verdict
+from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.fusion_depth_views import Ways, by_case
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.tables import figure as digits
 
 LEAST_GAIN_SHARE = 0.5
 """Of a published gain, that is speedup less 1: from so much of it on a speedup is confirmed. The

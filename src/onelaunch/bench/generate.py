@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onelaunch.bench.compiled import check_device, compiled_program, thread_counts, threads_named
+from onelaunch.bench.core.compiled import (
+    check_device,
+    compiled_program,
+    thread_counts,
+    threads_named,
+)
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import ratio
 from onelaunch.bench.generate_cell import (
     AUTO,
     READ,
@@ -31,8 +38,6 @@ from onelaunch.bench.generate_life import busy_core, cold_start, memory, prompt,
 from onelaunch.bench.generate_views import draw, table
 from onelaunch.bench.peers import llama_cpp
 from onelaunch.bench.peers.run_c import NAME, check_binary
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import ratio
 from onelaunch.config import preset
 
 __all__ = ["PEERS", "UNIT", "draw", "run", "table"]

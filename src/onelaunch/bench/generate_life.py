@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from onelaunch.bench.compiled import random_weights, ready, thread_counts
+from onelaunch.bench.core.compiled import random_weights, ready, thread_counts
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import digest, in_rounds, ratio
 from onelaunch.bench.generate_cell import (
     REFERENCE,
     RUN_C,
@@ -26,8 +28,6 @@ from onelaunch.bench.generate_cell import (
     written,
 )
 from onelaunch.bench.peers.run_c import RunC
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import digest, in_rounds, ratio
 from onelaunch.compilation.environment import child_environment
 from onelaunch.config import preset
 from onelaunch.engines.cpu.engine import CpuEngine

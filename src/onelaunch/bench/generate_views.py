@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench import plots
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.record import Row
-from onelaunch.bench.rig import in_turn, row_beside
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rig import in_turn, row_beside
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine, Sampling
 from onelaunch.engines.reference import ReferenceEngine

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from onelaunch.bench.core.record import Row
 from onelaunch.bench.program_training import Driver
-from onelaunch.bench.record import Row
 
 REPEATS = 9
 

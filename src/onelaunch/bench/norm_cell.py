@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onelaunch.bench.peers.rms_norm import EPS, Contender, Norm
-from onelaunch.bench.timing import (
+from onelaunch.bench.core.timing import (
     Call,
     Replay,
     buffer_sets,
@@ -24,6 +23,7 @@ from onelaunch.bench.timing import (
     replays_in_turn,
     synchronizer,
 )
+from onelaunch.bench.peers.rms_norm import EPS, Contender, Norm
 
 PASSES = ("forward", "full", "backward")
 

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench.findings import Finding, below, standard_error, unless
+from onelaunch.bench.core.findings import Finding, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.overlap_background import (
     Background,
     KernelCompilations,
@@ -33,9 +36,6 @@ from onelaunch.bench.program_training import (
     random_weights,
     why_no_programs,
 )
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row, percentiles
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.reference import ReferenceEngine
@@ -333,7 +333,7 @@ def _beside_only(row: dict[str, Any]) -> list[str]:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Averages and the slowest call."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     found = pairs(record)
     if not found:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onelaunch.bench.core.record import Row
 from onelaunch.bench.parity_views import FLOAT16_END, draw, findings, table
-from onelaunch.bench.record import Row
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
@@ -106,7 +106,7 @@ def _maker(engine: Callable[..., Engine], **options: Any) -> Make:
 
 def _compiled(config: ModelConfig, weights: Weights, dtype: str) -> Engine:
     """The CPU engine, not the one that answers until it is there."""
-    from onelaunch.bench.compiled import ready
+    from onelaunch.bench.core.compiled import ready
     from onelaunch.engines.cpu.engine import CpuEngine
 
     return ready(CpuEngine(config, weights, dtype=dtype))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.tables import markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,7 +143,7 @@ def table(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Errors of logits, ours beside PyTorch's in the same precision."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     rows = [row for row in record["rows"] if row["what"] == "logits"]
     if not rows:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from onelaunch.bench.core.findings import Finding, above, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.experiments import NOT_ON_A_GPU
-from onelaunch.bench.findings import Finding, above, below, standard_error, unless
 from onelaunch.bench.program_training import Driver, Update, driver, told_by
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_args
 
-from onelaunch.bench.experiments import EXPERIMENTS, NOT_ON_A_GPU
-from onelaunch.bench.findings import Finding, Verdict
-from onelaunch.bench.published import PUBLISHED, Published
-from onelaunch.bench.record import rows_there
-from onelaunch.bench.runner import in_a_line
-from onelaunch.bench.tables import figure, provenance
+from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.published import PUBLISHED, Published
+from onelaunch.bench.core.record import rows_there
+from onelaunch.bench.core.runner import in_a_line
+from onelaunch.bench.core.tables import figure, provenance
+from onelaunch.bench.experiments import EXPERIMENTS, NOT_ON_A_GPU, module_name
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput
 
@@ -203,7 +203,7 @@ def module_of(experiment: str, problems: list[str]) -> ModuleType | None:
     if experiment not in EXPERIMENTS:
         return None
     try:
-        return importlib.import_module(f"onelaunch.bench.{experiment.replace('-', '_')}")
+        return importlib.import_module(module_name(experiment))
     except Exception as error:
         problems.append(f"without findings and a table: {in_a_line(error)}")
         return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from onelaunch.bench.findings import Finding
+from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.report import Part, Report
 
 AGAIN_TITLE = "A second run"

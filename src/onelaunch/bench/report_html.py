@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from onelaunch.bench.record import slug
+from onelaunch.bench.core.record import slug
 from onelaunch.bench.report import (
     FINDING_HEADER,
     PUBLISHED_HEADER,

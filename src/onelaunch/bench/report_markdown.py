@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from onelaunch.bench.core.tables import markdown
 from onelaunch.bench.report import (
     FINDING_HEADER,
     PUBLISHED_HEADER,
@@ -33,7 +34,6 @@ from onelaunch.bench.report_again import (
     differing_lines,
     repeated,
 )
-from onelaunch.bench.tables import markdown
 
 MADE = "Made of the records by `make results`; to be made again, not to be edited."
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onelaunch.bench.core.runner import in_a_line
 from onelaunch.bench.report import Part, module_of
-from onelaunch.bench.runner import in_a_line
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 
 from onelaunch.bench import rms_norm_findings, rms_norm_views
+from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.timing import copy_bandwidth, synchronizer
 from onelaunch.bench.norm_cell import (
     PASSES,
     Cell,
@@ -39,8 +41,6 @@ from onelaunch.bench.peers.rms_norm import (
     peers,
     torch_may_run_quack,
 )
-from onelaunch.bench.record import Row, percentiles
-from onelaunch.bench.timing import copy_bandwidth, synchronizer
 from onelaunch.errors import RunFailed
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import backward_plan, forward_plan

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from onelaunch.bench.core.tables import markdown
 from onelaunch.bench.norm_cell import PASSES
-from onelaunch.bench.tables import markdown
 
 TIE = 0.01  # ratios as near to 1 as this come out on either side from run to run
 

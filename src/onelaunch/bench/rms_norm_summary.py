@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from onelaunch.bench.core.tables import geometric_mean
 from onelaunch.bench.norm_cell import bytes_moved
-from onelaunch.bench.tables import geometric_mean
 
 Rows = list[dict[str, Any]]
 

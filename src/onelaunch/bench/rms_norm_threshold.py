@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench import plots, rms_norm_paths
-from onelaunch.bench.findings import Finding
+from onelaunch.bench import rms_norm_paths
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.norm_cell import PASSES, Cell, each_reason_once, host_times, kernel_times
 from onelaunch.bench.peers.rms_norm import (
     Contender,
@@ -27,11 +30,9 @@ from onelaunch.bench.peers.rms_norm import (
     peers,
     source_paths,
 )
-from onelaunch.bench.record import Row
 from onelaunch.bench.rms_norm import row_of
 from onelaunch.bench.rms_norm_findings import sentence_findings
 from onelaunch.bench.rms_norm_paths import TIE, Ratios, verdict
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
     BLOCK_ROW_MAX_BLOCK_SIZE,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench import plots
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rig import in_turn
+from onelaunch.bench.core.rig import trainer as timed_trainer
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.peers.rms_norm import has_kernel
-from onelaunch.bench.record import Row
-from onelaunch.bench.rig import in_turn
-from onelaunch.bench.rig import trainer as timed_trainer
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.config import preset
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe

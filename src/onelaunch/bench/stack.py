@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import in_rounds, ratio
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.program_training import (
     Driver,
     Update,
@@ -29,11 +34,6 @@ from onelaunch.bench.program_training import (
     pytorch_driver,
     why_no_programs,
 )
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import in_rounds, ratio
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.compilation.schedule import throughput
 from onelaunch.engines.coreml.training import CoreMLTrainer
 
@@ -301,7 +301,7 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Speedups of the stages beside the study's."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     by_case: dict[str, dict[str, float]] = {}
     for row in record["rows"]:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.program_training import (
     check_device,
     driver,
     pytorch_driver,
     why_no_programs,
 )
-from onelaunch.bench.record import Row, percentiles
 from onelaunch.bench.step_breakdown_views import draw, findings, table
 from onelaunch.bench.step_parts import (
     BESIDE,

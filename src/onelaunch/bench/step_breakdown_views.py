@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict, above, below, standard_error, unless
-from onelaunch.bench.published import PUBLISHED
+from onelaunch.bench.core.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.step_parts import BESIDE, EVALUATING, UNEXPLAINED, WHOLE
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -274,7 +274,7 @@ def _spread(row: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Shares, stacked, one bar for what was timed."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     found = cases(record)
     if not found:

@@ -18,13 +18,13 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict, below, standard_error, unless
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row, percentiles
-from onelaunch.bench.rig import trainer as timed_trainer
-from onelaunch.bench.rounds import ratio
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.findings import Finding, Verdict, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.rig import trainer as timed_trainer
+from onelaunch.bench.core.rounds import ratio
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.training.display import Display, Header
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
@@ -356,7 +356,7 @@ def table(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """How many times slower an update is, by what is written to, printed and displayed."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     rows = record["rows"]
     if not rows:

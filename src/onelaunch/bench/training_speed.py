@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from onelaunch.bench.record import Row
-from onelaunch.bench.rig import in_turn, row_beside
-from onelaunch.bench.rig import trainer as timed_trainer
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rig import in_turn, row_beside
+from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.model import Model
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe

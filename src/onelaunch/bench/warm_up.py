@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.findings import Finding, Verdict, above, standard_error, unless
+from onelaunch.bench.core.findings import Finding, Verdict, above, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.program_training import check_device, why_no_programs
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.record import Row
-from onelaunch.bench.tables import markdown, provenance
 from onelaunch.compilation.environment import child_environment
 from onelaunch.errors import RunFailed
 
@@ -231,7 +231,7 @@ def table(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure | None:
     """Micro-steps by number, over their end."""
-    from onelaunch.bench import plots
+    from onelaunch.bench.core import plots
 
     shown = [row for row in record["rows"] if "by_step" in row]
     if not shown:

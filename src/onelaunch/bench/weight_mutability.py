@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import digest, in_rounds
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.weight_mutability_views import (
     COLUMNS,
     CONSTANTS,

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onelaunch.bench.gpu_forwards import Sample, calls, replays
-from onelaunch.bench.record import Row
-from onelaunch.bench.rounds import digest, in_rounds
+from onelaunch.bench.core.gpu_forwards import Sample, calls, replays
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.weight_mutability_views import (
     ARGUMENTS,
     CONSTEXPR,

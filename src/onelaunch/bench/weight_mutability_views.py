@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from onelaunch.bench.findings import Finding, Verdict
-from onelaunch.bench.published import PUBLISHED
-from onelaunch.bench.tables import figure as digits
-from onelaunch.bench.tables import markdown, provenance
+from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
 
 COLUMNS, OUT, WIDTH = 288, 768, 64
 """Of the map, and of how many tokens: the first of stories15M's feed-forward."""

@@ -57,8 +57,8 @@ def bench(
     if experiment == ALL:
         _all(device, quick, out, peers, quiet)
         return
-    from onelaunch.bench.record import device_name
-    from onelaunch.bench.runner import conduct
+    from onelaunch.bench.core.record import device_name
+    from onelaunch.bench.core.runner import conduct
     from onelaunch.engines.reference import resolve_device
 
     place = str(resolve_device(device or ("auto" if experiment in ON_THE_GPU else "cpu")))

@@ -45,7 +45,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """What records say, beside the figures of two published studies."""
-    from onelaunch.bench.record import DEFAULT_FOLDER
+    from onelaunch.bench.core.record import DEFAULT_FOLDER
     from onelaunch.bench.report import gather
     from onelaunch.checkpoints.atomic import write_text
 

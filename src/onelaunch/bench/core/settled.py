@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch.bench.record import percentiles
+from onelaunch.bench.core.record import percentiles
 
 WARM_UPS = 2  # samples at the beginning of a window that do not count
 WINDOW = 8

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from onelaunch.bench import plots
-from onelaunch.bench.record import Row, device_name, record_path, rows_there, write_record
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.record import Row, device_name, record_path, rows_there, write_record
+from onelaunch.bench.experiments import module_name
 from onelaunch.checkpoints.atomic import read_json, write_text
 from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
@@ -37,7 +38,7 @@ def conduct(
     those that it had. Raises BadInput, before anything runs, where there is no place for a record
     or for a peer, and RunFailed where there were no rows.
     """
-    module = importlib.import_module(f"onelaunch.bench.{experiment.replace('-', '_')}")
+    module = importlib.import_module(module_name(experiment))
     options = _with_peers(experiment, module, peers or {})
     name = device_name(device)
     _make_place(record_path(experiment, folder, name))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from onelaunch.bench import reading
-from onelaunch.bench.compiled import compiled_program
-from onelaunch.bench.rounds import digest, fit, in_rounds, ratio
+from onelaunch.bench.core.compiled import compiled_program
+from onelaunch.bench.core.rounds import digest, fit, in_rounds, ratio
 
 
 def test_everybody_is_sampled_in_every_round_in_an_order_that_alternates():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from onelaunch.bench import record
-from onelaunch.bench.record import Row, percentiles, slug, write_record
+from onelaunch.bench.core import record
+from onelaunch.bench.core.record import Row, percentiles, slug, write_record
 from onelaunch.errors import BadInput
 
 

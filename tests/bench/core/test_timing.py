@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from onelaunch.bench import timing
-from onelaunch.bench.timing import Replay, buffer_sets, calls_in_turn, graph_calls, replays_in_turn
+from onelaunch.bench.core import timing
+from onelaunch.bench.core.timing import (
+    Replay,
+    buffer_sets,
+    calls_in_turn,
+    graph_calls,
+    replays_in_turn,
+)
 
 MB = 1 << 20
 

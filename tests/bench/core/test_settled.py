@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from onelaunch.bench import settled
-from onelaunch.bench.settled import MOST_WINDOWS, PAUSE_SECONDS, WARM_UPS, WINDOW, settle
+from onelaunch.bench.core import settled
+from onelaunch.bench.core.settled import MOST_WINDOWS, PAUSE_SECONDS, WARM_UPS, WINDOW, settle
 
 
 class Host:

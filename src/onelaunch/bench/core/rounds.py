@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from onelaunch.bench.record import percentiles
+from onelaunch.bench.core.record import percentiles
 
 Samples = dict[str, list[float]]
 """What each contestant took, or reached, round by round."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from onelaunch.bench.record import Row
+from onelaunch.bench.core.record import Row
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model
 from onelaunch.training.data import open_data

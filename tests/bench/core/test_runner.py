@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from onelaunch.bench import runner
-from onelaunch.bench.record import Row
-from onelaunch.bench.runner import conduct
+from onelaunch.bench.core import runner
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.runner import conduct
+from onelaunch.bench.experiments import MODULES, module_name
 from onelaunch.errors import BadInput, RunFailed
 
 
@@ -19,7 +20,8 @@ def run(tmp_path, monkeypatch):
 
     def conducted(rows, **views):
         module = SimpleNamespace(UNIT="us", run=lambda device, quick, say: rows, **views)
-        monkeypatch.setitem(sys.modules, "onelaunch.bench.made_up", module)
+        monkeypatch.setitem(MODULES, "made-up", "made_up")
+        monkeypatch.setitem(sys.modules, module_name("made-up"), module)
         return conduct("made-up", "cpu", True, tmp_path, lines.append)
 
     conducted.lines, conducted.folder = lines, tmp_path

@@ -1,0 +1,1 @@
+"""What every experiment shares: runner, records, rounds, times, verdicts, tables, pictures."""
