@@ -3,7 +3,7 @@
 import pytest
 
 from onelaunch import cli
-from tests.bench.reports import invent, record, write
+from tests.bench.report.reports import invent, record, write
 
 
 @pytest.fixture

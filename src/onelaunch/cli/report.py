@@ -46,7 +46,7 @@ def report(
 ) -> None:
     """What records say, beside the figures of two published studies."""
     from onelaunch.bench.core.record import DEFAULT_FOLDER
-    from onelaunch.bench.report import gather
+    from onelaunch.bench.report.gather import gather
     from onelaunch.checkpoints.atomic import write_text
 
     found = gather(records or [DEFAULT_FOLDER], again=again or [])
@@ -54,13 +54,13 @@ def report(
         for problem in part.problems:
             say(f"{part.where}: {problem}", quiet)
     if markdown:
-        from onelaunch.bench.report_markdown import document
+        from onelaunch.bench.report.markdown import document
 
         write_text(markdown, document(found, markdown.parent))
         print(markdown)
     if out or not markdown:
-        from onelaunch.bench.report_html import page
-        from onelaunch.bench.report_svg import plots_of
+        from onelaunch.bench.report.html import page
+        from onelaunch.bench.report.svg import plots_of
 
         plots, failed, without = plots_of(found.parts)
         if without:

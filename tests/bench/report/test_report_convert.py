@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from onelaunch.bench.core.tables import markdown
-from onelaunch.bench.report_convert import cell, inline, number_of, to_html
+from onelaunch.bench.report.convert import cell, inline, number_of, to_html
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.report import FINDING_HEADER, gather, times
-from onelaunch.bench.report_html import page
-from onelaunch.bench.report_markdown import document
-from onelaunch.bench.report_svg import plots_of
+from onelaunch.bench.report.gather import FINDING_HEADER, gather, times
+from onelaunch.bench.report.html import page
+from onelaunch.bench.report.markdown import document
+from onelaunch.bench.report.svg import plots_of
 from onelaunch.errors import BadInput, MissingExtra
-from tests.bench.reports import CPU, GPU, PUBLISHED, finding, invent, record, table, write
+from tests.bench.report.reports import CPU, GPU, PUBLISHED, finding, invent, record, table, write
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORDS, AGAIN = ROOT / "benchmarks/records", ROOT / "benchmarks/again"
 
 

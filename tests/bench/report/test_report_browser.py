@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.bench.report import gather
-from onelaunch.bench.report_html import page
-from onelaunch.bench.report_svg import plots_of
-from tests.bench.reports import GPU, PUBLISHED, finding, invent, record, table, write
+from onelaunch.bench.report.gather import gather
+from onelaunch.bench.report.html import page
+from onelaunch.bench.report.svg import plots_of
+from tests.bench.report.reports import GPU, PUBLISHED, finding, invent, record, table, write
 
-RECORDS = Path(__file__).parents[2] / "benchmarks/records"
+RECORDS = Path(__file__).parents[3] / "benchmarks/records"
 pytestmark = pytest.mark.extended
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MOST_BYTES = 2_000_000

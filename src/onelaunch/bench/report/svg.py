@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onelaunch.bench.core.runner import in_a_line
-from onelaunch.bench.report import Part, module_of
+from onelaunch.bench.report.gather import Part, module_of
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:

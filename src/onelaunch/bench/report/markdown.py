@@ -8,7 +8,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 from onelaunch.bench.core.tables import markdown
-from onelaunch.bench.report import (
+from onelaunch.bench.report.again import (
+    AGAIN_HEADER,
+    AGAIN_TITLE,
+    DIFFERING_HEADER,
+    again_lines,
+    again_summary,
+    differing_lines,
+    repeated,
+)
+from onelaunch.bench.report.gather import (
     FINDING_HEADER,
     PUBLISHED_HEADER,
     READING,
@@ -24,15 +33,6 @@ from onelaunch.bench.report import (
     row_lines,
     summary,
     summary_lines,
-)
-from onelaunch.bench.report_again import (
-    AGAIN_HEADER,
-    AGAIN_TITLE,
-    DIFFERING_HEADER,
-    again_lines,
-    again_summary,
-    differing_lines,
-    repeated,
 )
 
 MADE = "Made of the records by `make results`; to be made again, not to be edited."

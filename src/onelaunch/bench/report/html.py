@@ -7,7 +7,17 @@ from importlib import resources
 from pathlib import Path
 
 from onelaunch.bench.core.record import slug
-from onelaunch.bench.report import (
+from onelaunch.bench.report.again import (
+    AGAIN_HEADER,
+    AGAIN_TITLE,
+    DIFFERING_HEADER,
+    again_lines,
+    again_summary,
+    differing_lines,
+    repeated,
+)
+from onelaunch.bench.report.convert import cell, escape, inline, line, table, to_html
+from onelaunch.bench.report.gather import (
     FINDING_HEADER,
     PUBLISHED_HEADER,
     READING,
@@ -24,16 +34,6 @@ from onelaunch.bench.report import (
     summary,
     summary_lines,
 )
-from onelaunch.bench.report_again import (
-    AGAIN_HEADER,
-    AGAIN_TITLE,
-    DIFFERING_HEADER,
-    again_lines,
-    again_summary,
-    differing_lines,
-    repeated,
-)
-from onelaunch.bench.report_convert import cell, escape, inline, line, table, to_html
 
 # What a browser is told: nothing from elsewhere, whatever a record holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -79,7 +79,7 @@ def page(
 
 
 def _file(name: str) -> str:
-    return (resources.files("onelaunch.bench") / name).read_text(encoding="utf-8")
+    return (resources.files("onelaunch.bench.report") / name).read_text(encoding="utf-8")
 
 
 def _summary(report: Report) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onelaunch.bench.core.findings import Finding
-from onelaunch.bench.report import Part, Report
+from onelaunch.bench.report.gather import Part, Report
 
 AGAIN_TITLE = "A second run"
 AGAIN_HEADER = ("experiment", "device", "statements", "the same verdict", "another", "in one run")

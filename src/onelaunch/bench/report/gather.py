@@ -1,7 +1,7 @@
 """Many records as one report: what each says of the published studies, its table, its rows.
 
-`gather` reads records and asks their experiments' modules; report_html.py and report_markdown.py
-write what it found. Nothing is measured: the same records make the same report, byte for byte.
+`gather` reads records and asks their experiments' modules; html.py and markdown.py write what it
+found. Nothing is measured: the same records make the same report, byte for byte.
 """
 
 from __future__ import annotations
