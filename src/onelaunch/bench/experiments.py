@@ -45,9 +45,9 @@ MODULES = {
     "parity": "parity",
     "baked-or-argument": "baked_or_argument",
     "terminal-io": "terminal_io",
-    "rms-norm": "rms_norm",
-    "rms-norm-threshold": "rms_norm_threshold",
-    "rms-norm-training": "rms_norm_training",
+    "rms-norm": "studies.block_row.rms_norm",
+    "rms-norm-threshold": "studies.block_row.rms_norm_threshold",
+    "rms-norm-training": "studies.block_row.rms_norm_training",
 }
 """Where the module of an experiment is, from this package on."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onelaunch.bench.core.tables import markdown
-from onelaunch.bench.norm_cell import PASSES
+from onelaunch.bench.studies.block_row.norm_cell import PASSES
 
 TIE = 0.01  # ratios as near to 1 as this come out on either side from run to run
 

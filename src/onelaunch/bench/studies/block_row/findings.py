@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onelaunch.bench import rms_norm_paths
 from onelaunch.bench.core.findings import Finding, Verdict
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.studies.block_row import paths as rms_norm_paths
 from onelaunch.operators.rms_norm.plan import BLOCK_ROW_MAX_BLOCK_SIZE
 
 LEAST_GAIN_SHARE = 0.5

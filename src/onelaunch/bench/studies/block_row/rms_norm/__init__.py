@@ -20,18 +20,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from onelaunch.bench import rms_norm_findings, rms_norm_views
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.core.timing import copy_bandwidth, synchronizer
-from onelaunch.bench.norm_cell import (
-    PASSES,
-    Cell,
-    bytes_moved,
-    each_reason_once,
-    host_times,
-    kernel_times,
-    peak_bytes,
-)
 from onelaunch.bench.peers.rms_norm import (
     Contender,
     Norm,
@@ -41,6 +31,17 @@ from onelaunch.bench.peers.rms_norm import (
     peers,
     torch_may_run_quack,
 )
+from onelaunch.bench.studies.block_row import findings as rms_norm_findings
+from onelaunch.bench.studies.block_row.norm_cell import (
+    PASSES,
+    Cell,
+    bytes_moved,
+    each_reason_once,
+    host_times,
+    kernel_times,
+    peak_bytes,
+)
+from onelaunch.bench.studies.block_row.rms_norm import views as rms_norm_views
 from onelaunch.errors import RunFailed
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import backward_plan, forward_plan

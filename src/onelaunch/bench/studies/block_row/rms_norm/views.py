@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
-from onelaunch.bench.rms_norm_summary import best_time, megabytes, shape_of, summary
+from onelaunch.bench.studies.block_row.rms_norm.summary import (
+    best_time,
+    megabytes,
+    shape_of,
+    summary,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

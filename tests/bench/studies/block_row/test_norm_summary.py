@@ -3,9 +3,9 @@
 import pytest
 
 from onelaunch.bench.core.tables import provenance
-from onelaunch.bench.rms_norm import row_of
-from onelaunch.bench.rms_norm_summary import summary
-from onelaunch.bench.rms_norm_views import table
+from onelaunch.bench.studies.block_row.rms_norm import row_of
+from onelaunch.bench.studies.block_row.rms_norm.summary import summary
+from onelaunch.bench.studies.block_row.rms_norm.views import table
 
 FORMS = {"ours"}
 

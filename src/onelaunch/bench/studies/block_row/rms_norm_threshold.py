@@ -2,10 +2,9 @@
 
 The way the published rule set its constant: the lowest row count from which the block path beats
 the row path, for every width and for all of the rule's widths together. Ratios within a hundredth
-of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows:
-`rms_norm_paths` holds it against our kernels in that form and against Liger's, on its own widths
-and row counts. On a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm in
-their place.
+of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows: `paths`
+holds it against our kernels in that form and against Liger's, on its own widths and row counts. On
+a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm in their place.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench import rms_norm_paths
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import markdown, provenance
-from onelaunch.bench.norm_cell import PASSES, Cell, each_reason_once, host_times, kernel_times
 from onelaunch.bench.peers.rms_norm import (
     Contender,
     Norm,
@@ -30,9 +27,17 @@ from onelaunch.bench.peers.rms_norm import (
     peers,
     source_paths,
 )
-from onelaunch.bench.rms_norm import row_of
-from onelaunch.bench.rms_norm_findings import sentence_findings
-from onelaunch.bench.rms_norm_paths import TIE, Ratios, verdict
+from onelaunch.bench.studies.block_row import paths as rms_norm_paths
+from onelaunch.bench.studies.block_row.findings import sentence_findings
+from onelaunch.bench.studies.block_row.norm_cell import (
+    PASSES,
+    Cell,
+    each_reason_once,
+    host_times,
+    kernel_times,
+)
+from onelaunch.bench.studies.block_row.paths import TIE, Ratios, verdict
+from onelaunch.bench.studies.block_row.rms_norm import row_of
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
     BLOCK_ROW_MAX_BLOCK_SIZE,

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from onelaunch.bench import norm_cell
 from onelaunch.bench.core.timing import Replay
-from onelaunch.bench.norm_cell import Cell, WrongResult, host_times, kernel_times
 from onelaunch.bench.peers.rms_norm import Contender
-from tests.bench.norms import FakeGraph, InPlace, last_row_missing, right, without_weight
+from onelaunch.bench.studies.block_row import norm_cell
+from onelaunch.bench.studies.block_row.norm_cell import Cell, WrongResult, host_times, kernel_times
+from tests.bench.studies.block_row.norms import (
+    FakeGraph,
+    InPlace,
+    last_row_missing,
+    right,
+    without_weight,
+)
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 37, 48

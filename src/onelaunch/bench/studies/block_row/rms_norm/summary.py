@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from onelaunch.bench.core.tables import geometric_mean
-from onelaunch.bench.norm_cell import bytes_moved
+from onelaunch.bench.studies.block_row.norm_cell import bytes_moved
 
 Rows = list[dict[str, Any]]
 

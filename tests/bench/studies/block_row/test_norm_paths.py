@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from onelaunch.bench import rms_norm_threshold
-from onelaunch.bench.norm_cell import PASSES
-from onelaunch.bench.rms_norm_paths import PAIRS, ROWS, WIDTHS, ratios_of, wins_from
+from onelaunch.bench.studies.block_row import rms_norm_threshold
+from onelaunch.bench.studies.block_row.norm_cell import PASSES
+from onelaunch.bench.studies.block_row.paths import PAIRS, ROWS, WIDTHS, ratios_of, wins_from
 
 
 def record(*pairs, **odd):

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from onelaunch import cli
-from onelaunch.bench import (
-    norm_cell,
-    rms_norm,
-    rms_norm_paths,
-    rms_norm_threshold,
-    rms_norm_training,
-    rms_norm_views,
-)
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.timing import Replay
 from onelaunch.bench.peers.rms_norm import Contender
-from onelaunch.bench.rms_norm_threshold import lowest_winning
+from onelaunch.bench.studies.block_row import (
+    norm_cell,
+    rms_norm,
+    rms_norm_threshold,
+    rms_norm_training,
+)
+from onelaunch.bench.studies.block_row import paths as rms_norm_paths
+from onelaunch.bench.studies.block_row.rms_norm import views as rms_norm_views
+from onelaunch.bench.studies.block_row.rms_norm_threshold import lowest_winning
 from onelaunch.errors import RunFailed
-from tests.bench.norms import FakeGraph, InPlace, last_row_missing, right
+from tests.bench.studies.block_row.norms import FakeGraph, InPlace, last_row_missing, right
 
 CPU = torch.device("cpu")
 

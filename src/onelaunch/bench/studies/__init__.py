@@ -1,0 +1,1 @@
+"""Experiments by the published study that they repeat."""
