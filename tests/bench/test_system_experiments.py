@@ -1,4 +1,4 @@
-"""The experiments on storing, the host, weights that change, precision and terminals, made small:
+"""The experiments on storing, the host, weights that change and terminals, made small:
 rows, tables, findings, pictures, what is refused."""
 
 from __future__ import annotations
@@ -10,50 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from onelaunch.bench import (
-    cpu_overhead,
-    cpu_overhead_cases,
-    parity,
-    parity_views,
-    terminal_io,
-)
+from onelaunch.bench import cpu_overhead, cpu_overhead_cases, terminal_io
 from onelaunch.bench.core.findings import above, below, standard_error, unless
-from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import write_record
-from onelaunch.checkpoints.atomic import read_json
 from onelaunch.engines import cpu
 from onelaunch.errors import BadInput, MissingExtra, RunFailed
 
 pytest.importorskip("coremltools")
 
 from onelaunch.bench import baked_or_argument, cache, cache_programs, weight_mutability
-from onelaunch.engines.coreml import training
-from tests.engines.coreml.in_process import InProcess
-from tests.engines.suite import SMALL
+from tests.bench.records import record_of
 from tests.interpreting import run_interpreted
-
-
-def record_of(module, rows, folder):
-    """As it is read back; its table is text, its picture one or none."""
-    name = module.__name__.rpartition(".")[2].replace("_", "-")
-    record = read_json(write_record(name, module.UNIT, rows, folder, "here"))
-    text = module.table(record)
-    assert text.startswith("# ")
-    assert text.isascii()
-    for finding in module.findings(record):
-        assert set(finding.answers) <= PUBLISHED.keys()
-    if hasattr(module, "draw"):
-        assert module.draw(record) is not None
-    return record
 
 
 def verdicts(module, record):
     return {key: f.verdict for f in module.findings(record) for key in f.answers}
 
 
-@pytest.mark.parametrize(
-    "module", [cache, cpu_overhead, weight_mutability, baked_or_argument, parity]
-)
+@pytest.mark.parametrize("module", [cache, cpu_overhead, weight_mutability, baked_or_argument])
 def test_another_device_is_refused(module):
     with pytest.raises(BadInput, match="CPU|cpu"):
         next(iter(module.run("meta", True, print)))
@@ -243,38 +216,6 @@ def test_constants_overtake_where_their_step_is_told_to_be_shorter(spread, n):
         row("saved", None, 0.002),
     ]  # fmt: skip
     assert baked_or_argument.overtakes({"rows": rows}, "m") == n
-
-
-# ---- parity
-
-
-@pytest.mark.extended
-def test_errors_of_engines_and_gradients(monkeypatch, tmp_path):
-    monkeypatch.setattr(parity, "QUICK_MODELS", (("stories260k", 16),))
-    monkeypatch.setattr(parity, "GRADIENTS", ("stories260k", 16))
-    monkeypatch.setattr(parity, "preset", lambda name: SMALL)
-    monkeypatch.setattr(training, "Compiler", InProcess)
-    monkeypatch.setattr(cpu, "why_not", lambda: "not in this test")
-    rows = list(parity.run("cpu", True, lambda line: None))
-    record = record_of(parity, rows, tmp_path)
-    logits = {(r["engine"], r["dtype"]): r for r in record["rows"] if r["what"] == "logits"}
-    assert logits["reference", "float32"]["ours"] < 1e-5 < logits["coreml", "float32"]["ours"]
-    gradients = {(r["engine"], r["dtype"]): r for r in record["rows"] if r["what"] == "gradients"}
-    assert len(gradients) == 4
-    for dtype, most in (("float32", 1e-5), ("bfloat16", 5e-2)):
-        row = gradients["reference", dtype]
-        assert 0 < row["ours"] < most
-        assert row["ours"] <= row["worst_error"]
-        assert row["parameters"] == len(SMALL.weight_shapes())
-        assert row["norm"] == "torch"  # on a CPU training is PyTorch's
-        assert row["times_pytorch"] == pytest.approx(1, abs=0.01)
-    kinds = {row["kind"]: row for row in record["rows"] if row["what"] == "magnitude"}
-    assert kinds["add"]["ours"] > 39_000  # the mask
-    assert {finding.verdict for finding in parity.findings(record)} == {"confirmed"}
-    gradients["reference", "bfloat16"]["times_pytorch"] = parity_views.MOST_TIMES + 0.01
-    refuted = [f.claim for f in parity.findings(record) if f.verdict == "refuted"]
-    assert len(refuted) == 1
-    assert "gradients of training in bfloat16" in refuted[0]
 
 
 # ---- terminal-io

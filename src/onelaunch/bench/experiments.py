@@ -26,11 +26,11 @@ EXPERIMENTS = {
 }
 
 MODULES = {
-    "training-speed": "training_speed",
-    "generation-speed": "generation_speed",
-    "generate": "generate",
+    "training-speed": "engines.training_speed",
+    "generation-speed": "engines.generation_speed",
+    "generate": "engines.generate.experiment",
     "fusion-depth": "fusion_depth",
-    "forward": "forward",
+    "forward": "engines.forward.experiment",
     "coreml": "coreml",
     "accumulation": "accumulation",
     "warm-up": "warm_up",
@@ -42,7 +42,7 @@ MODULES = {
     "cache": "cache",
     "weight-mutability": "weight_mutability",
     "cpu-overhead": "cpu_overhead",
-    "parity": "parity",
+    "parity": "engines.parity",
     "baked-or-argument": "baked_or_argument",
     "terminal-io": "terminal_io",
     "rms-norm": "studies.block_row.rms_norm",

@@ -18,7 +18,7 @@ import torch
 from onelaunch.bench.core.compiled import random_weights, ready, thread_counts
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
-from onelaunch.bench.generate_cell import (
+from onelaunch.bench.engines.generate.cell import (
     REFERENCE,
     RUN_C,
     SETTLE_SECONDS,
@@ -165,7 +165,7 @@ def busy_loop() -> Iterator[subprocess.Popen[bytes]]:
 
 def in_child(what: str, model: Path, **environment: str) -> dict[str, float]:
     """What a fresh process measured. Raises RunFailed with its last line where it failed."""
-    command = [sys.executable, "-m", "onelaunch.bench.generation_child", what, str(model)]
+    command = [sys.executable, "-m", "onelaunch.bench.engines.generate.child", what, str(model)]
     try:
         done = subprocess.run(
             command,

@@ -39,7 +39,7 @@ from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.core.timing import copy_bandwidth
-from onelaunch.bench.forward_views import draw, table
+from onelaunch.bench.engines.forward.views import draw, table
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
@@ -258,7 +258,7 @@ def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -
     """Seconds from weights on the device to logits in a new process that finds the choice and its
     kernels, imports and the device's context aside; and those that Triton reads itself."""
     subject = json.dumps([config.to_dict(), batch, sequence, str(store)])
-    command = [sys.executable, "-m", "onelaunch.bench.forward_child", subject]
+    command = [sys.executable, "-m", "onelaunch.bench.engines.forward.child", subject]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=CHILD_SECONDS, env=child_environment()
     )

@@ -1,7 +1,7 @@
 """What can be measured in a fresh process only: its start, its memory, its first token.
 
-Run as `python -m onelaunch.bench.generation_child WHAT MODEL`, MODEL a llama2.c file; it prints one
-JSON object. The store of compiled programs is the one that ONELAUNCH_CACHE names.
+Run as `python -m onelaunch.bench.engines.generate.child WHAT MODEL`, MODEL a llama2.c file; it
+prints one JSON object. The store of compiled programs is the one that ONELAUNCH_CACHE names.
 """
 
 from __future__ import annotations

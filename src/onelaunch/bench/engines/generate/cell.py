@@ -17,10 +17,10 @@ import torch
 
 from onelaunch.bench.core.compiled import random_weights, ready, runtime_of, thread_counts
 from onelaunch.bench.core.rounds import Samples, in_rounds
-from onelaunch.bench.generation_speed import BareLoop
+from onelaunch.bench.engines.generate.reading import reader
+from onelaunch.bench.engines.generation_speed import BareLoop
 from onelaunch.bench.peers import llama_cpp
 from onelaunch.bench.peers.run_c import BOS, LETTERS, SPACE, RunC
-from onelaunch.bench.reading import reader
 from onelaunch.checkpoints import save
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig

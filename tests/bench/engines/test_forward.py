@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from onelaunch.bench import forward
 from onelaunch.bench.core.settled import Settled
-from onelaunch.bench.forward_views import draw, table
+from onelaunch.bench.engines.forward import experiment as forward
+from onelaunch.bench.engines.forward.views import draw, table
 from onelaunch.config import preset
 from onelaunch.errors import BadInput, RunFailed
 

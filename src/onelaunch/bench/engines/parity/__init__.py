@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.parity_views import FLOAT16_END, draw, findings, table
+from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from onelaunch import cli
-from onelaunch.bench import generate, generate_cell, generate_life, generation_child
 from onelaunch.bench.core import runner
 from onelaunch.bench.core.compiled import random_weights
-from onelaunch.bench.generate_cell import AUTO, Cell, bytes_per_token, prompt_of
+from onelaunch.bench.engines.generate import cell as generate_cell
+from onelaunch.bench.engines.generate import child as generation_child
+from onelaunch.bench.engines.generate import experiment as generate
+from onelaunch.bench.engines.generate import life as generate_life
+from onelaunch.bench.engines.generate.cell import AUTO, Cell, bytes_per_token, prompt_of
 from onelaunch.bench.peers.run_c import LETTERS
 from onelaunch.checkpoints import random_model
 from onelaunch.config import preset
@@ -79,7 +82,7 @@ def small(monkeypatch):
     monkeypatch.setattr(generate_life, "MODEL", "stories260k")
     monkeypatch.setattr(generate_life, "PROMPT", 20)
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr("onelaunch.bench.reading.PASS_BYTES", 1 << 20)
+    monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1 << 20)
     found = {
         "start": {"seconds": 1.0, "import_seconds": 0.8, "ready_seconds": 0.2},
         "memory": {"bytes": 70e6, "weight_bytes": 1e6, "cache_bytes": 1e6},
@@ -148,7 +151,7 @@ def test_a_first_start_as_rows_and_table(small):
 def cell(tmp_path, monkeypatch, peer, said):
     monkeypatch.setattr(generate_cell, "run_c", lambda *rest: peer)
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr("onelaunch.bench.reading.PASS_BYTES", 1)
+    monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1)
     config = preset("stories260k")
     return Cell(config, "float32", [1, AUTO], tmp_path, tmp_path, said.append)
 

@@ -24,7 +24,7 @@ from onelaunch.bench.core.compiled import (
 )
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import ratio
-from onelaunch.bench.generate_cell import (
+from onelaunch.bench.engines.generate.cell import (
     AUTO,
     READ,
     RUN_C,
@@ -34,8 +34,14 @@ from onelaunch.bench.generate_cell import (
     bytes_per_token,
     prompt_of,
 )
-from onelaunch.bench.generate_life import busy_core, cold_start, memory, prompt, second_start
-from onelaunch.bench.generate_views import draw, table
+from onelaunch.bench.engines.generate.life import (
+    busy_core,
+    cold_start,
+    memory,
+    prompt,
+    second_start,
+)
+from onelaunch.bench.engines.generate.views import draw, table
 from onelaunch.bench.peers import llama_cpp
 from onelaunch.bench.peers.run_c import NAME, check_binary
 from onelaunch.config import preset

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from onelaunch.bench import generate_cell
 from onelaunch.bench.core.compiled import random_weights
-from onelaunch.bench.generate_cell import AUTO, Cell, prompt_of
+from onelaunch.bench.engines.generate import cell as generate_cell
+from onelaunch.bench.engines.generate.cell import AUTO, Cell, prompt_of
 from onelaunch.bench.peers.llama_cpp import NAME, check_python, installed_here, llama_cpp
 from onelaunch.config import preset
 from onelaunch.errors import BadInput, RunFailed
@@ -172,7 +172,7 @@ def test_it_is_found_where_it_is_installed(monkeypatch):
 
 def test_it_takes_part_in_a_cell(python, tmp_path, monkeypatch, compiled_program):
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr("onelaunch.bench.reading.PASS_BYTES", 1)
+    monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1)
     said = []
     cell = Cell(CONFIG, "bfloat16", [1, AUTO], None, tmp_path, said.append, python())
     samples = cell.rounds(prompt_of(3), 6, 2)
@@ -183,7 +183,7 @@ def test_it_takes_part_in_a_cell(python, tmp_path, monkeypatch, compiled_program
 
 def test_a_cell_goes_on_without_it(python, tmp_path, monkeypatch, compiled_program):
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr("onelaunch.bench.reading.PASS_BYTES", 1)
+    monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1)
     said = []
     broken = python(answer="raise ValueError('gone')")
     cell = Cell(CONFIG, "float32", [1], None, tmp_path, said.append, broken)

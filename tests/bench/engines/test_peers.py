@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from onelaunch.bench.core.rig import trainer as bench_trainer
-from onelaunch.bench.generation_speed import BareLoop, check_texts
+from onelaunch.bench.engines.generation_speed import BareLoop, check_texts
+from onelaunch.bench.engines.training_speed import bare_updates
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.training_speed import bare_updates
 from onelaunch.config import preset
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine

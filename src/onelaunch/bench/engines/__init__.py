@@ -1,0 +1,1 @@
+"""The engines against what a user could pick instead: forward, generation, training, error."""

@@ -1,0 +1,1 @@
+"""The experiment generate. Nothing is imported here: what its child process imports is measured."""
