@@ -9,7 +9,7 @@ import pytest
 
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.experiments import EXPERIMENTS, module_name
-from onelaunch.bench.fusion_depth_findings import judged
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.findings import judged
 from onelaunch.checkpoints.atomic import read_json
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"

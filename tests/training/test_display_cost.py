@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from onelaunch.bench import terminal_io
 from onelaunch.bench.core.rig import trainer as bench_trainer
-from onelaunch.bench.terminal_io import BYTES_PER_SECOND, watch
+from onelaunch.bench.studies.ane_mega_kernel import terminal_io
+from onelaunch.bench.studies.ane_mega_kernel.terminal_io import BYTES_PER_SECOND, watch
 from onelaunch.training.display import Display, Header
 from onelaunch.training.recipe import Recipe
 

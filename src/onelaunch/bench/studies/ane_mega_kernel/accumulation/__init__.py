@@ -1,0 +1,171 @@
+"""accumulation: what more micro-steps an update save, and what they cost in learning.
+
+Training through ML Programs waits at every update until the new weights are compiled (staleness 0,
+as in the published study); PyTorch computes with the weights themselves and has nothing to wait
+for. Updates of every length take turns. A micro-step's milliseconds are without the wait, as the
+study's are; rates are with everything. On a GPU also what an update would have to make again for
+the kernels. Then validation losses after equally many tokens (validation.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.studies.ane_mega_kernel.accumulation.kernel_weights import renewals
+from onelaunch.bench.studies.ane_mega_kernel.accumulation.validation import learning
+from onelaunch.bench.studies.ane_mega_kernel.accumulation.views import draw, findings, table
+from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    Driver,
+    Update,
+    check_device,
+    driver,
+    pytorch_driver,
+    why_no_programs,
+)
+from onelaunch.compilation.schedule import throughput
+
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
+
+UNIT = "ms"
+Counts = Mapping[int, int]
+"""How many samples are taken, by micro-steps an update; 0: computed from the others."""
+PROGRAMS: tuple[tuple[str, int, Counts], ...] = (
+    ("stories260k", 64, {1: 4, 10: 4, 50: 1, 100: 1, 500: 1}),
+    ("stories15m", 32, {1: 3, 10: 3, 50: 1, 100: 1, 500: 0}),
+)
+PYTORCH: tuple[tuple[str, int, Counts], ...] = (
+    ("stories260k", 64, {1: 7, 10: 7, 50: 7, 100: 7, 500: 3}),
+    ("stories15m", 32, {1: 3, 10: 3, 50: 3, 100: 3, 500: 1}),
+)
+QUICK_PROGRAMS = (("stories260k", 64, {1: 2, 10: 2, 50: 1, 100: 0}),)
+QUICK_PYTORCH = (("stories260k", 64, {1: 3, 10: 3, 50: 3, 100: 3}),)
+WARM_MICRO_STEPS = 5
+PYTORCH_SAMPLE = 100
+"""Micro-steps, or one update of more: samples of about one length, as noise would else be another
+for each. Through ML Programs, where a compilation is seconds, a sample is one update."""
+BASE = 10
+"""Micro-steps an update that speedups are over, as in the study."""
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case; yields rows."""
+    check_device("accumulation", device)
+    if reason := why_no_programs(device):
+        say(f"without ML Programs: {reason}")
+    else:
+        for model, sequence, counts in QUICK_PROGRAMS if quick else PROGRAMS:
+            with driver(model, sequence, staleness=0) as programs:
+                case = f"ML Programs {model} 1x{sequence}"
+                yield from _rates(case, programs, counts, 1, say)
+    for model, sequence, counts in QUICK_PYTORCH if quick else PYTORCH:
+        training = pytorch_driver(model, sequence, device)
+        case = f"PyTorch {model} 1x{sequence}"
+        yield from _rates(case, training, counts, PYTORCH_SAMPLE, say)
+        yield from renewals(model, sequence, training, say)
+    yield from learning(device, quick, say)
+
+
+def _rates(
+    case: str, training: Driver[Any], counts: Counts, sample: int, say: Callable[[str], None]
+) -> Iterator[Row]:
+    training.update(WARM_MICRO_STEPS)
+    timed: dict[int, list[list[Update]]] = {accum: [] for accum in counts}
+    for number in range(max(counts.values())):
+        for accum, count in counts.items():  # in turn, as the machine has better and worse times
+            if number < count:
+                updates = range(max(1, sample // accum))
+                timed[accum].append([training.update(accum) for _ in updates])
+    rates = {accum: [_rate(each) for each in samples] for accum, samples in timed.items()}
+    for accum, samples in timed.items():
+        if samples:
+            row = _measured(f"{case}, accum {accum}", accum, samples)
+            pairs = zip(rates[accum], rates[BASE], strict=False)
+            speedup = statistics.median(ours / base for ours, base in pairs)
+        else:
+            row = _computed(f"{case}, accum {accum}", accum, timed)
+            speedup = row.notes["micro_steps_per_s"] / statistics.median(rates[BASE])
+        row.notes |= {
+            "sequence": training.sequence,
+            "tokens_per_s": round(row.notes["micro_steps_per_s"] * training.sequence, 2),
+            "speedup": round(speedup, 4),
+            "threads": torch.get_num_threads(),
+        }
+        say(_told(row))
+        yield row
+
+
+def _rate(updates: list[Update]) -> float:
+    """Micro-steps a second."""
+    return sum(u.micro_steps for u in updates) / sum(u.seconds for u in updates)
+
+
+def _share(samples: list[list[Update]], part: str) -> float:
+    """Of the time, in the median sample."""
+    return statistics.median(
+        sum(getattr(u, part) for u in updates) / sum(u.seconds for u in updates)
+        for updates in samples
+    )
+
+
+def _step(updates: list[Update]) -> float:
+    """Seconds of a micro-step, without the wait for a compilation."""
+    working = sum(u.seconds - u.stall_seconds for u in updates)
+    return working / sum(u.micro_steps for u in updates)
+
+
+def _measured(case: str, accum: int, samples: list[list[Update]]) -> Row:
+    rates = Row.of(case, [_rate(updates) for updates in samples])
+    stalls = [u.stall_seconds for updates in samples for u in updates]
+    return Row.of(
+        case,
+        [1e3 * _step(updates) for updates in samples],
+        notes={
+            "accum": accum,
+            "updates_timed": len(stalls),
+            "micro_steps_per_s": round(rates.ours, 4),
+            "rate_spread": [round(v, 4) for v in rates.spread or ()],
+            "updates_per_s": round(rates.ours / accum, 5),
+            "compile_seconds": round(statistics.median(stalls), 5),
+            "compile_share": round(_share(samples, "stall_seconds"), 5),
+            "optimizer_share": round(_share(samples, "optimizer_seconds"), 5),
+            "computed": False,
+        },
+    )
+
+
+def _computed(case: str, accum: int, timed: Mapping[int, list[list[Update]]]) -> Row:
+    """By K / (K step + compile), the micro-step of the longest update that was timed."""
+    longest = max(k for k, samples in timed.items() if samples)
+    step = statistics.median(_step(updates) for updates in timed[longest])
+    every = [u for samples in timed.values() for updates in samples for u in updates]
+    compiling = statistics.median(u.stall_seconds for u in every)
+    rate = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
+    return Row(
+        case,
+        1e3 * step,
+        n=0,
+        notes={
+            "accum": accum,
+            "updates_timed": 0,
+            "micro_steps_per_s": round(rate, 4),
+            "updates_per_s": round(rate / accum, 5),
+            "compile_seconds": round(compiling, 5),
+            "compile_share": round(compiling * rate / accum, 5),
+            "optimizer_share": None,
+            "computed": True,
+        },
+    )
+
+
+def _told(row: Row) -> str:
+    notes = row.notes
+    return (
+        f"{row.case}: {row.ours:.2f} ms a micro-step, {notes['micro_steps_per_s']:.2f} a second, "
+        f"{notes['compile_share']:.1%} of it compiling"
+        + (" (computed, not timed)" if notes["computed"] else "")
+    )

@@ -1,0 +1,70 @@
+"""What an update would have to make again of the weights on a GPU: for PyTorch's autocast a copy in
+bfloat16, for the kernels of the CUDA engine their layout, and a CUDA graph where buffers change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
+
+REPEATS = 9
+
+
+def renewals(
+    model: str, sequence: int, training: Driver[Any], say: Callable[[str], None]
+) -> Iterator[Row]:
+    """A row of each, in milliseconds; none on another device, where nothing is made of them."""
+    device = training.engine.device
+    if device.type != "cuda":
+        return
+    weights = {name: p.detach() for name, p in training.engine.parameters().items()}
+
+    def cast() -> object:
+        return [w.to(torch.bfloat16) for w in weights.values()]
+
+    case = f"CUDA {model} 1x{sequence}"
+    yield _timed(f"{case}, weights cast to bfloat16", cast, training, "every micro-step", say)
+    from onelaunch.engines.cuda import why_not
+
+    config = training.engine.config
+    if reason := why_not(device, config):
+        say(f"{case}: without our kernels: {reason}")
+        return
+    from onelaunch.engines.cuda.pack import pack
+    from onelaunch.engines.cuda.staged import BoundForward, Shape
+
+    def packed() -> Any:
+        return pack(config, weights, torch.bfloat16, device)
+
+    yield _timed(f"{case}, weights packed for our kernels", packed, training, "every update", say)
+    bound = BoundForward(config, packed(), Shape(1, sequence, True, torch.bfloat16), {})
+    bound.run()  # compiles
+    torch.cuda.synchronize(device)
+    when = "never: packed into the same buffers"
+    yield _timed(f"{case}, a CUDA graph captured", bound.captured, training, when, say)
+
+
+def _timed(
+    case: str,
+    make: Callable[[], object],
+    training: Driver[Any],
+    when: str,
+    say: Callable[[str], None],
+) -> Row:
+    samples = []
+    for number in range(REPEATS + 1):
+        training.wait()
+        start = time.perf_counter()
+        made = make()
+        training.wait()
+        if number:  # the first one asks for memory
+            samples.append(1e3 * (time.perf_counter() - start))
+        del made
+    row = Row.of(case, samples, notes={"when": when})
+    say(f"{case}: {row.ours:.3f} ms, {when}")
+    return row

@@ -1,0 +1,272 @@
+"""cache: what the store of compiled programs saves, and that it never serves a wrong one.
+
+The published study found that Apple's compiler keeps programs by hashes of program, options and
+weights, across processes, so that a program without weights is found again and one with weights
+never after an update. The same asked of this package's store: of ML Programs (one layer, and its
+attention, which has no weights) and of the CPU engine's object code, which serves any weights. On a
+GPU it is asked of Triton's store of the CUDA engine's kernels, see cuda.py. `ours` is seconds
+until the program is there; imports and the start of a process are not counted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
+    ATTENTION,
+    CPU,
+    LAYER,
+    Case,
+    Told,
+    damage,
+    elsewhere,
+)
+from onelaunch.engines.coreml import coremltools
+from onelaunch.errors import BadInput, MissingExtra
+
+UNIT = "s"
+MODEL = "stories15m"
+REPEATS, QUICK_REPEATS = 7, 3
+CPU_REPEATS, QUICK_CPU_REPEATS = 2, 1
+"""Of compiling the CPU engine's program, a quarter of a minute each."""
+HIT, MISS = "hit", "miss"
+NAMES = {
+    LAYER: "ML Program of a layer",
+    ATTENTION: "ML Program of attention",
+    CPU: "the CPU engine's program",
+}
+
+EMPTY, SAME, ASKED = "nothing kept", "kept, same process", "asked whether it is kept"
+OTHER, UPDATED = "kept, another process", "after an update of the weights"
+OTHER_UPDATED = "after an update, another process"
+AT_ONCE, DAMAGED, REPAIRED = "two processes at once", "a damaged entry", "after the damaged entry"
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case of what can be compiled here, or on a GPU of its kernels; yields rows."""
+    if torch.device(device).type == "cuda":
+        from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
+
+        yield from cache_cuda.run(device, quick, say)
+        return
+    if torch.device(device).type != "cpu":
+        raise BadInput(f"cache: --device {device}: programs are compiled on the CPU; use cpu")
+    repeats = QUICK_REPEATS if quick else REPEATS
+    missing: MissingExtra | None = None
+    try:
+        coremltools("bench cache")
+    except MissingExtra as error:
+        missing = error
+        say(f"without ML Programs: {error}")
+    else:
+        yield from _told(_layer(repeats), say)
+        yield from _told(_attention(repeats), say)
+    from onelaunch.engines.cpu import why_not
+
+    if reason := why_not():
+        say(f"without the CPU engine: {reason}")
+        if missing:
+            raise missing
+    else:
+        yield from _told(_cpu(QUICK_CPU_REPEATS if quick else CPU_REPEATS, quick), say)
+
+
+def _told(rows: Iterator[Row], say: Callable[[str], None]) -> Iterator[Row]:
+    for row in rows:
+        say(f"{row.case}: {digits(row.ours * 1e3)} ms, {row.notes['found']}")
+        yield row
+
+
+def _layer(repeats: int) -> Iterator[Row]:
+    with _folder() as name:
+        folder = Path(name)
+        case = Case(MODEL, LAYER, 0)
+        cold = []
+        for seed in range(repeats):  # other weights each time: nothing of it is kept
+            cold.append(Case(MODEL, LAYER, seed).get(folder))
+        yield _row(LAYER, EMPTY, MISS, cold)
+        yield _row(LAYER, SAME, HIT, [case.get(folder) for _ in range(repeats)])
+        yield _asked(LAYER, [case.ask(folder) for _ in range(repeats)])
+        yield _row(LAYER, OTHER, HIT, elsewhere(folder, MODEL, LAYER, [0]))
+        updated = [Case(MODEL, LAYER, repeats + n).get(folder) for n in range(repeats)]
+        yield _row(LAYER, UPDATED, MISS, updated)
+        yield from _damaged(LAYER, case, repeats)
+    with _folder() as name:
+        at_once = elsewhere(Path(name), MODEL, LAYER, [0, 0])
+        yield _at_once(LAYER, at_once, case.get(Path(name)))
+
+
+def _attention(repeats: int) -> Iterator[Row]:
+    cold = []
+    for _ in range(repeats):
+        with _folder() as name:
+            cold.append(Case(MODEL, ATTENTION, 0).get(Path(name)))
+    yield _row(ATTENTION, EMPTY, MISS, cold)
+    with _folder() as name:
+        folder = Path(name)
+        Case(MODEL, ATTENTION, 0).get(folder)
+        updated = [Case(MODEL, ATTENTION, n + 1).get(folder) for n in range(repeats)]
+        yield _row(ATTENTION, UPDATED, HIT, updated)
+        yield _row(ATTENTION, OTHER_UPDATED, HIT, elsewhere(folder, MODEL, ATTENTION, [1]))
+
+
+def _cpu(repeats: int, quick: bool) -> Iterator[Row]:
+    case = Case(MODEL, CPU, 0)
+    with _folder() as name:
+        folders = [Path(name) / str(number) for number in range(repeats)]
+        yield _row(CPU, EMPTY, MISS, [case.get(folder) for folder in folders])
+        folder = folders[0]
+        yield _row(CPU, SAME, HIT, [case.get(folder) for _ in range(3)])
+        yield _row(CPU, OTHER, HIT, elsewhere(folder, MODEL, CPU, [0]))
+        if not quick:
+            yield from _damaged(CPU, case, 1)
+    if not quick:
+        with _folder() as name:
+            at_once = elsewhere(Path(name), MODEL, CPU, [0, 0])
+            yield _at_once(CPU, at_once, case.get(Path(name)))
+
+
+def _damaged(kind: str, case: Case, repeats: int) -> Iterator[Row]:
+    """A byte changed in the only entry; then it is compiled and kept anew."""
+    found, after = [], []
+    for _ in range(repeats):
+        with _folder() as name:
+            folder = Path(name)
+            case.get(folder)
+            damage(folder)
+            found.append(case.get(folder))
+            after.append(case.get(folder))
+    row = _row(kind, DAMAGED, MISS, found)
+    row.notes["as_expected"] &= all(each["damaged"] == 1 for each in found)
+    row.notes["damaged"] = sum(each["damaged"] for each in found)
+    yield row
+    yield _row(kind, REPAIRED, HIT, after)
+
+
+def _at_once(kind: str, told: list[Told], after: Told) -> Row:
+    """Nobody waits for the other: both may compile. What is kept is one whole entry."""
+    row = Row.of(f"{NAMES[kind]}, {AT_ONCE}", [each["seconds"] for each in told])
+    compilations = sum(each["compilations"] for each in told)
+    whole = after["hits"] == after["entries"] == 1 and not after["damaged"]
+    row.notes = {
+        "kind": kind, "what": AT_ONCE, "expected": "one whole entry",
+        "found": f"{compilations} compiled, {after['entries']} kept",
+        "as_expected": whole, "compilations": compilations,
+    }  # fmt: skip
+    return row
+
+
+def _asked(kind: str, told: list[Told]) -> Row:
+    row = Row.of(f"{NAMES[kind]}, {ASKED}", [each["seconds"] for each in told])
+    yes = all(each["there"] for each in told)
+    row.notes = {
+        "kind": kind, "what": ASKED, "expected": "yes", "found": "yes" if yes else "no",
+        "as_expected": yes, "compilations": 0,
+    }  # fmt: skip
+    return row
+
+
+def _row(kind: str, what: str, expected: str, told: list[Told]) -> Row:
+    row = Row.of(f"{NAMES[kind]}, {what}", [each["seconds"] for each in told])
+    hits = sum(each["hits"] for each in told)
+    compilations = sum(each["compilations"] for each in told)
+    wanted = (len(told), 0) if expected == HIT else (0, len(told))
+    row.notes = {
+        "kind": kind, "what": what, "expected": expected,
+        "found": f"{hits} of {len(told)} kept, {compilations} compiled",
+        "as_expected": (hits, compilations) == wanted, "compilations": compilations,
+    }  # fmt: skip
+    return row
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="onelaunch-cache-")
+
+
+ANSWERS = {
+    "cache-key": (OTHER, "a program is kept by hashes of program, options and weights"),
+    "cache-exists": (ASKED, "the store says whether a program is kept, without reading it"),
+    "cache-weight-free": (OTHER_UPDATED, "one without weights is a hit in another process"),
+    "cache-weights": (UPDATED, "one with weights is a miss after an update"),
+}
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of each statement about what is kept, and of what it saves."""
+    from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
+
+    if cache_cuda.is_of_kernels(record):
+        return cache_cuda.findings(record)
+    rows = {(row["kind"], row["what"]): row for row in record["rows"]}
+    found = []
+    for key, (what, claim) in ANSWERS.items():
+        kind = ATTENTION if key == "cache-weight-free" else LAYER
+        row, cold = rows.get((kind, what)), rows.get((kind, EMPTY))
+        if row is None or cold is None:
+            continue
+        found.append(
+            Finding(
+                (key,),
+                claim,
+                str(PUBLISHED[key].values["told"]),
+                f"{row['found']}, {digits(row['ours'] * 1e3)} ms",
+                "confirmed" if row["as_expected"] else "refuted",
+                f"this package's store, {NAMES[kind]}; compiling takes "
+                f"{digits(cold['ours'] * 1e3)} ms",
+            )
+        )
+    return found
+
+
+ABOUT = (
+    "Until the program is there: asked for, and compiled where it must be, or read, every byte "
+    "verified; asking hashes the weights. A process's start and imports are not counted."
+)
+STUDY = (
+    "The study: kept by hashes of program, options and weights, across processes; one without "
+    "weights a hit, one with weights a miss after every update. It gives no times. Two processes "
+    "at once do not wait for each other: both compile, and one entry is kept."
+)
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
+
+    of_kernels = cache_cuda.is_of_kernels(record)
+    rows = record["rows"]
+    cold = {row["kind"]: row["ours"] for row in rows if row["what"] == EMPTY}
+    lines = []
+    for row in rows:
+        low, high = row["spread"] or (row["ours"], row["ours"])
+        times = cold.get(row["kind"], row["ours"]) / row["ours"]
+        no_times = row["what"] == EMPTY or row.get("failed")
+        lines.append(
+            [
+                row["case"], digits(row["ours"] * 1e3),
+                f"{digits(low * 1e3)}-{digits(high * 1e3)}", str(row["n"]),
+                "-" if no_times else f"{times:,.1f}x", row["expected"], row["found"],
+                "yes" if row["as_expected"] else "no",
+            ]
+        )  # fmt: skip
+    parts = [
+        f"# The store of compiled programs, on {record['device']}",
+        provenance(record),
+        cache_cuda.ABOUT if of_kernels else ABOUT,
+        markdown(
+            ["", "ms", "p20-p80", "n", "of compiling", "expected", "found", "as expected"], lines
+        ),
+        *(cache_cuda.details(record) if of_kernels else ()),
+        cache_cuda.STUDY if of_kernels else STUDY,
+    ]
+    return "\n\n".join(parts) + "\n"

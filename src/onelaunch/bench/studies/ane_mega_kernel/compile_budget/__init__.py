@@ -1,0 +1,1 @@
+"""The experiment compile-budget. Nothing is imported here: its child processes time imports."""

@@ -1,0 +1,252 @@
+"""cpu-overhead: what the host takes beside arithmetic in a step, and what a call costs it.
+
+The published study probed what its backward asks of the CPU: 133 buffers of 144 MB together
+allocated and freed, the same copied, 24 sums of 4.7 million elements, 228 pairs of locks, and found
+4 ms of a step of 169. The same amounts here; then what Python pays for an operation of PyTorch, for
+a call of this package's compiled program, on a GPU for a launch, and for asking for the loss after
+each step of a small model instead of never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onelaunch.bench.core.findings import Finding, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead.cases import (
+    BUFFER_BYTES,
+    BUFFERS,
+    CALLS,
+    ELEMENTS,
+    LOCKS,
+    STEPS,
+    SUMS,
+    Sample,
+    TrainingStep,
+    allocations,
+    copies,
+    dispatch,
+    locks,
+    of_each,
+    sums,
+)
+from onelaunch.errors import BadInput
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNIT = "ms"
+ROUNDS, QUICK_ROUNDS = 25, 9
+STEP_ROUNDS, QUICK_STEP_ROUNDS = 15, 5
+MOST_TIMES = 2.0
+"""A published time is confirmed up to so many times: the memory and the cores are others, and the
+statement is about an order: a few milliseconds of a step of 169."""
+MEGABYTES = BUFFERS * BUFFER_BYTES / 1e6
+
+ALLOCATED = f"{BUFFERS} buffers allocated and freed"
+COPIED = f"{MEGABYTES:.0f} MB copied"
+SUMMED = f"{SUMS} sums, {SUMS * ELEMENTS / 1e6:.1f} million elements"
+LOCKED = f"{LOCKS} pairs of locks"
+STEP = "a small training step"
+ANSWERS = {
+    "host-allocation": (ALLOCATED, "numpy"),
+    "host-copies": (COPIED, "numpy"),
+    "host-sums": (SUMMED, "numpy"),
+    "host-locks": (LOCKED, "threading"),
+}
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """The host's cases on any device; on a GPU those of its own too."""
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise BadInput(f"cpu-overhead: --device {device}: runs on cpu or cuda; use one of them")
+    for row in _rows(place, quick, say):
+        unit = row.notes.get("unit", UNIT)
+        say(f"{row.case}: {digits(row.ours)} {unit}")
+        yield row
+
+
+def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    host = (ALLOCATED, allocations), (COPIED, copies), (SUMMED, sums), (LOCKED, locks)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the study's loops have one
+    try:
+        found = {what: in_rounds(make(), rounds) for what, make in host}
+    finally:
+        torch.set_num_threads(threads)
+    for what, samples in found.items():
+        yield from _of_samples(what, samples)
+    calls = {"an operation of torch": dispatch(torch.device("cpu"))}
+    calls |= _compiled_call(say)
+    if place.type == "cuda":
+        from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead import cuda as cpu_overhead_cuda
+
+        for what, contestants in cpu_overhead_cuda.groups(place):
+            yield from _of_samples(what, in_rounds(contestants, rounds))
+        calls["an operation of torch on the GPU"] = dispatch(place)
+        calls |= cpu_overhead_cuda.launch(place)
+    yield from _of_samples("a call from Python", in_rounds(calls, rounds), unit="us", calls=CALLS)
+    yield from _steps(place, STEP_ROUNDS if not quick else QUICK_STEP_ROUNDS)
+
+
+def _of_samples(what: str, samples: Samples, **notes: object) -> Iterator[Row]:
+    for name, values in samples.items():
+        yield Row.of(f"{what}, {name}", values, notes={"what": what, "by": name, **notes})
+
+
+def _compiled_call(say: Callable[[str], None]) -> Mapping[str, Sample]:
+    """A call of the CPU engine's program that asks for a number and nothing else."""
+    from onelaunch.engines.cpu import why_not
+
+    if reason := why_not():
+        say(f"without the CPU engine's program: {reason}")
+        return {}
+    from onelaunch.bench.core.compiled import compiled_program
+    from onelaunch.engines.cpu.layout import Operation
+
+    program = compiled_program(say)
+
+    def sample() -> float:  # holds the program: its code goes with it
+        return of_each(lambda: program.call(Operation.SHAPE, 0, 0, 0), CALLS)
+
+    return {"the CPU engine's program": sample}
+
+
+def _steps(place: torch.device, rounds: int) -> Iterator[Row]:
+    """With and without `loss.item()`, in turn."""
+    step = TrainingStep(place)
+    samples = in_rounds(
+        {"never": partial(step.sample, False), "each step": partial(step.sample, True)}, rounds
+    )
+    for name, values in samples.items():
+        yield Row.of(
+            f"{STEP} on {place.type}, the loss asked for {name}",
+            values,
+            notes={
+                "what": STEP, "by": name, "place": place.type, "steps": STEPS,
+                "of_never": round(ratio(values, samples["never"]), 4),
+            },
+        )  # fmt: skip
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of each part of the study's probe."""
+    rows = {(row["what"], row["by"]): row for row in record["rows"]}
+    step, found = float(PUBLISHED["part-whole"].values["ms"]), []
+    for key, where in ANSWERS.items():
+        row, published = rows.get(where), float(PUBLISHED[key].values["ms"])
+        if row is None:
+            continue
+        times = row["ours"] / published
+        verdict = below(times, MOST_TIMES, standard_error(row["spread"], row["n"]) / published)
+        found.append(
+            Finding(
+                (key,),
+                f"{PUBLISHED[key].row} take the host little",
+                f"{'under ' if key == 'host-allocation' else ''}{published:g} ms",
+                f"{digits(row['ours'])} ms",
+                verdict,
+                f"{digits(times)} times the published, {row['ours'] / step:.1%} of the study's "
+                f"micro-step; {_why(key, rows)}{unless(verdict)}",
+                times,
+            )
+        )
+    return found
+
+
+def _why(key: str, rows: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    if key == "host-allocation" and (row := rows.get((ALLOCATED, "every page written"))):
+        return f"nothing is written; with a byte in every page {digits(row['ours'])} ms"
+    if key == "host-copies":
+        row = rows[COPIED, "numpy"]
+        return f"{2 * MEGABYTES / row['ours']:.1f} GB/s read and written, one thread"
+    if key == "host-locks":
+        return "Python's own lock, which nobody else wants; the study's are of shared surfaces"
+    return "float32, one thread"
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    rows = record["rows"]
+    published = {where: key for key, where in ANSWERS.items()}
+    in_ms = [row for row in rows if row.get("unit", UNIT) == UNIT and row["what"] != STEP]
+    calls = [row for row in rows if row.get("unit") == "us"]
+    steps = [row for row in rows if row["what"] == STEP]
+    parts = [
+        f"# What the host takes beside arithmetic, on {record['device']}",
+        provenance(record),
+        "## What a step asks for",
+        markdown(
+            ["", "ms", "p20-p80", "n", "the study, ms"],
+            [
+                [*_figures(row), _published(published.get((row["what"], row["by"])))]
+                for row in in_ms
+            ],
+        ),
+        "Together, one after another, on one thread. The study's total is under 4 ms of 169; its "
+        "allocation is under 0.1 ms. Allocating writes nothing: a buffer's pages come when they "
+        "are written, and cost then.",
+    ]  # fmt: skip
+    if calls:
+        parts += [
+            "## What a call costs Python",
+            markdown(["", "us", "p20-p80", "n"], [_figures(row) for row in calls]),
+            f"{CALLS:,} calls back to back. An operation of torch adds one number to one number; "
+            "the CPU engine's program is asked for a number it knows. On a GPU nothing is waited "
+            "for.",
+        ]
+    if steps:
+        lines = [[row["case"], *_figures(row)[1:], f"{row['of_never']:.3f}x"] for row in steps]
+        parts += [
+            "## Asking for the loss after each step",
+            markdown(["", "ms a step", "p20-p80", "n", "of never"], lines),
+            "`loss.item()` waits for the device; on a CPU there is nothing to be waited for.",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _published(key: str | None) -> str:
+    return "-" if key is None else f"{PUBLISHED[key].values['ms']:g}"
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["spread"] or (row["ours"], row["ours"])
+    return [
+        f"{row['what']}, {row['by']}", digits(row["ours"]), f"{digits(low)}-{digits(high)}",
+        str(row["n"]),
+    ]  # fmt: skip
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Milliseconds of what a step asks for, ours beside the study's."""
+    from onelaunch.bench.core import plots
+
+    rows = {(row["what"], row["by"]): row for row in record["rows"]}
+    there = {key: rows[where] for key, where in ANSWERS.items() if where in rows}
+    if not there:
+        return None
+    figure = plots.new_figure(7, 3.2)
+    axes = figure.subplots()
+    at = range(len(there))
+    ours = [row["ours"] for row in there.values()]
+    theirs = [float(PUBLISHED[key].values["ms"]) for key in there]
+    axes.barh([i - 0.2 for i in at], ours, 0.38, color="#1f5a8f", label="here")
+    axes.barh([i + 0.2 for i in at], theirs, 0.38, color="#d08020", label="the study, an M1 Pro")
+    axes.set_yticks(list(at), [row["what"] for row in there.values()], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("ms")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    axes.set_title(f"What the host takes in a step, {record['device']}", fontsize=10)
+    return figure

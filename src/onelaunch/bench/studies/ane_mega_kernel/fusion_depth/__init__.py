@@ -1,0 +1,35 @@
+"""fusion-depth: one forward by how much one call holds: of compiled code on a CPU, a kernel launch
+on a GPU.
+
+Whole models, and stacks of one block of their layers, as the published figures have them of FFN
+layers. Every way does the same work, in more calls or fewer, but those that are named as less.
+What a sample is: cpu.py and cuda.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.findings import findings
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import draw, table
+from onelaunch.errors import BadInput
+
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
+
+UNIT = "us"
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Time every case; yields a row for each way and one for the price of a call."""
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cpu import run_all
+
+        yield from run_all(quick, say)
+    elif kind == "cuda":
+        from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cuda import run_all_on
+
+        yield from run_all_on(device, quick, say)
+    else:
+        raise BadInput(f"--device {device}: fusion-depth runs on cpu or cuda; use one of them")

@@ -1,0 +1,172 @@
+"""What the record of fusion-depth says about the published figures of fused layers.
+
+A published speedup is of two forms of the same work. Here it is held against the same two forms:
+on a GPU launched from Python one by one and replayed as a graph, each with a finding of its own; on
+a CPU with the most threads. What a call costs is the device's: fewer calls save what calls cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import Ways, by_case
+
+LEAST_GAIN_SHARE = 0.5
+"""Of a published gain, that is speedup less 1: from so much of it on a speedup is confirmed. The
+device is another one; half says that the effect is there in its size, not only its direction."""
+LEAST_PRICE_SHARE = 0.5
+"""Of the published price of a call, likewise."""
+FFNS = {
+    "ffn-64": ("64/128", 1), "ffn-128": ("128/256", 1), "ffn-288": ("288/768", 1),
+    "ffn-288-128": ("288/768", 128), "ffn-768": ("768/2048", 1),
+}  # fmt: skip
+MODELS = {"whole-15m": "stories15m", "whole-110m": "stories110m"}
+PARTS = {"part-110m-4": 4, "part-110m-8": 8}
+PARTS_OF, SWEET_SPOT = "stories110m", 4
+_UNTOLD = "; of how many tokens the published figure is was not told"
+PRICED = ("64/128", 1)
+"""Where a call's price stands out most: the smallest layers."""
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of every published figure that the record has a counterpart of, for each way of calling."""
+    cases = by_case(record["rows"])
+    most = max((row["threads"] for row in record["rows"] if "threads" in row), default=None)
+    if most is not None:
+        cases = {key: ways for key, ways in cases.items() if key[2] == f"{most} thr."}
+    found: list[Finding] = []
+    for (model, tokens, variant), ways in cases.items():
+        for key, of in FFNS.items():
+            if of == (model, tokens):
+                found.append(_ffn(key, ways, variant))
+        if tokens > min(n for name, n, _ in cases if name == model):
+            continue  # as few as there are: what calls cost is seen there
+        found += [_whole(key, ways, variant) for key, name in MODELS.items() if name == model]
+        if model == PARTS_OF:
+            found += _parts(ways, variant)
+            found += _sweet_spot(ways, variant)
+    return found + list(_prices(record, most))
+
+
+def judged(speedup: float, published: float) -> tuple[Verdict, str]:
+    """Of a speedup against a published one, and why."""
+    share = (speedup - 1) / (published - 1)
+    told = f"{share:.0%} of the published gain" if share > 0 else "no gain"
+    return ("confirmed" if share >= LEAST_GAIN_SHARE else "refuted"), told
+
+
+def _ffn(key: str, ways: Ways, variant: str) -> Finding:
+    values = PUBLISHED[key].values
+    published, ours = float(values["speedup"]), float(ways["1"]["speed_of_all"])
+    verdict, why = judged(ours, published)
+    return Finding(
+        (key,),
+        f"12 feed-forward layers of {PUBLISHED[key].row} are faster in one call, {_tokens(ways)}, "
+        f"{variant}",
+        f"{published:g}x ({values['12 apart, us']:,} us in 12, {values['12 in one, us']:,} in one)",
+        f"{ours:.2f}x ({digits(ways['1']['ours'])} us in 12, {digits(ways['all']['ours'])} in one)",
+        verdict,
+        f"{why}{_UNTOLD if key != 'ffn-288-128' else ''}; {_called(variant)}",
+        ours / published,
+    )
+
+
+def _whole(key: str, ways: Ways, variant: str) -> Finding:
+    values = PUBLISHED[key].values
+    half, whole = ways["half"], ways["all"]
+    published, ours = float(values["speedup"]), float(half["speed_of_all"])
+    verdict, why = judged(ours, published)
+    return Finding(
+        (key,),
+        f"{PUBLISHED[key].row}: one call is faster than two a layer, {variant}",
+        f"{published:.2f}x ({values['calls']} calls)",
+        f"{ours:.2f}x ({half['calls']} calls in {digits(half['ours'])} us, one in "
+        f"{digits(whole['ours'])})",
+        verdict,
+        f"{why}; {_tokens(ways)}, embed and head counted; {_called(variant)}",
+        ours / published,
+    )
+
+
+def _parts(ways: Ways, variant: str) -> Iterator[Finding]:
+    for key, layers in PARTS.items():
+        row = ways.get(f"first {layers} layers", {})
+        if "speed_against_halves" not in row:
+            continue
+        published, ours = float(PUBLISHED[key].values["speedup"]), row["speed_against_halves"]
+        verdict, why = judged(ours, published)
+        yield Finding(
+            (key,),
+            f"the first {layers} layers of {PARTS_OF} are faster in one call, {variant}",
+            f"{published:g}x ({PUBLISHED[key].values['calls']} calls)",
+            f"{ours:.2f}x ({row['halves']['calls']} calls)",
+            verdict,
+            f"{why}, of the same layers; {_called(variant)}",
+            ours / published,
+        )
+
+
+def _sweet_spot(ways: Ways, variant: str) -> Iterator[Finding]:
+    """4 layers a call, of a whole forward: like for like with two calls a layer, and with one
+    call."""
+    row = ways.get(str(SWEET_SPOT))
+    if row is None:
+        return
+    published = float(PUBLISHED["sweet-spot"].values["speedup"])
+    halves, whole = ways["half"]["ours"], ways["all"]["ours"]
+    ours = halves / row["ours"]
+    verdict, why = judged(ours, published)
+    first = ways.get(f"first {SWEET_SPOT} layers", {})
+    as_divided = (
+        f"divided as published, all layers by halves over {SWEET_SPOT} in one call, "
+        f"{first['speed_against_whole']:.2f}x; "
+        if "speed_against_whole" in first
+        else ""
+    )
+    yield Finding(
+        ("sweet-spot",),
+        f"{SWEET_SPOT} layers a call are a sweet spot of {PARTS_OF}, {variant}",
+        f"{published:.2f}x of two calls a layer",
+        f"{ours:.2f}x of two calls a layer; one call for all {halves / whole:.2f}x",
+        verdict,
+        f"{why}; {as_divided}the published ratio divides 12 layers by 4, like for like 2.57x",
+        ours / published,
+    )
+
+
+def _prices(record: dict[str, Any], most: int | None) -> Iterator[Finding]:
+    published = float(PUBLISHED["call-price"].values["us"])
+    for row in record["rows"]:
+        if not row.get("price_of_a_call") or (row["model"], row["tokens"]) != PRICED:
+            continue
+        if most is not None and row["threads"] != most:
+            continue
+        variant = row.get("launched") or f"{most} thr."
+        low, high = row["spread"]
+        share = row["ours"] / published
+        yield Finding(
+            ("call-price",),
+            f"a call has a price beside the arithmetic, {variant}",
+            f"about {published:g} us",
+            f"{digits(row['ours'])} us ({digits(low)} to {digits(high)})",
+            "confirmed" if share >= LEAST_PRICE_SHARE and low > 0 else "refuted",
+            f"{'there, at' if low > 0 else 'not told from 0, at'} {share:.1%} of the published "
+            f"price; {_called(variant)}",
+            share,
+        )
+
+
+def _tokens(ways: Ways) -> str:
+    tokens = ways["all"]["tokens"]
+    return f"{tokens} token{'s' if tokens > 1 else ''}"
+
+
+def _called(variant: str) -> str:
+    return {
+        "one by one": "launched from Python, one after another",
+        "graph": "launches replayed as a CUDA graph",
+    }.get(variant, f"calls of compiled code on a CPU, {variant.removesuffix(' thr.')} threads")

@@ -1,0 +1,326 @@
+"""stack: what the optimizations of a training step bring together, one added to the other.
+
+Training through ML Programs with 10 micro-steps an update and each compilation waited for; with
+100; with 100 and compilations in the background; and with none at all, the programs kept. The
+published study measured the first two and computed the others. They take turns in rounds, each
+beginning with an update that is not timed, in the state that such training is in; before the next
+one's turn, compilations have ended. Beside each rate that of the model: K / (K step + compile)
+waiting, K / max(K step slowdown, compile) in the background. With PyTorch, on the device given,
+nothing is compiled: there the last row is without the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onelaunch.bench.core.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import in_rounds, ratio
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    Driver,
+    Update,
+    check_device,
+    driver,
+    pytorch_driver,
+    why_no_programs,
+)
+from onelaunch.compilation.schedule import throughput
+from onelaunch.engines.coreml.training import CoreMLTrainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNIT = "micro-steps/s"
+CASES = (("stories260k", 64, 4), ("stories15m", 32, 2))
+"""Model, tokens, rounds."""
+QUICK_CASES = (("stories260k", 64, 1),)
+SHORT, LONG, QUICK_LONG = 10, 100, 30
+"""Micro-steps an update, the first two as in the study."""
+BASELINE_UPDATES = 3
+PYTORCH_ROUNDS = 2
+"""For each round of programs, as a micro-step is much shorter."""
+STAGES = ("stack-baseline", "stack-accumulation", "stack-background", "stack-asymptote")
+AS_MUCH = 0.8
+"""Of a published speedup: as much of it is the same statement; see accumulation."""
+MODEL_NEAR = 0.1
+"""Of the model's rate: the model leaves out the optimizer, and noise is of this size on a machine
+that others use."""
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case; yields rows."""
+    check_device("stack", device)
+    cases, long = (QUICK_CASES, QUICK_LONG) if quick else (CASES, LONG)
+    if reason := why_no_programs(device):
+        say(f"without ML Programs: {reason}")
+    else:
+        for model, sequence, rounds in cases:
+            yield from _programs(model, sequence, rounds, long, say)
+    for model, sequence, rounds in cases:
+        training = pytorch_driver(model, sequence, device)
+        yield from _pytorch(training, model, PYTORCH_ROUNDS * rounds, long, say)
+
+
+def _programs(
+    model: str, sequence: int, rounds: int, long: int, say: Callable[[str], None]
+) -> Iterator[Row]:
+    timed: dict[str, list[Update]] = {stage: [] for stage in STAGES}
+    with (
+        driver(model, sequence, staleness=0) as waiting,
+        driver(model, sequence, staleness=1) as background,
+    ):
+        for each in (waiting, background):
+            each.update(2)
+            each.engine.settle()
+
+        def turn(
+            stage: str, training: Driver[CoreMLTrainer], k: int, renew: bool = True
+        ) -> Callable[[], float]:
+            def rate() -> float:
+                if renew:
+                    training.update(1)  # its end asks for what is compiled in the next
+                count = BASELINE_UPDATES if stage == "stack-baseline" else 1
+                updates = [training.update(k, renew) for _ in range(count)]
+                if stage == "stack-background":
+                    updates = [_with_wait(updates[0], training.engine)]
+                training.engine.settle()
+                timed[stage] += updates
+                return count * k / sum(update.seconds for update in updates)
+
+            return rate
+
+        baseline, accumulation, hidden, asymptote = STAGES
+        samples = in_rounds(
+            {
+                baseline: turn(baseline, waiting, SHORT),
+                accumulation: turn(accumulation, waiting, long),
+                hidden: turn(hidden, background, long),
+                asymptote: turn(asymptote, waiting, long, renew=False),
+            },
+            rounds,
+        )
+        schedule = background.engine.schedule
+    alone = statistics.median(u.seconds / u.micro_steps for u in timed[asymptote])
+    stalls = [u.stall_seconds for stage in (baseline, accumulation) for u in timed[stage]]
+    compiling = statistics.median(stalls)
+    beside, slowdown = schedule.compile_seconds or compiling, schedule.slowdown or 1.0
+    models = {
+        baseline: throughput(SHORT, compiling, alone, 1.0, overlapped=False),
+        accumulation: throughput(long, compiling, alone, 1.0, overlapped=False),
+        hidden: throughput(long, beside, alone, slowdown, overlapped=True),
+        asymptote: 1 / alone,
+    }
+    for stage in STAGES:
+        notes = {
+            "model": round(models[stage], 4),
+            "compile_seconds": {
+                baseline: round(compiling, 4), accumulation: round(compiling, 4),
+                hidden: round(beside, 4), asymptote: 0.0,
+            }[stage],
+            "step": round(alone, 6),
+            "slowdown": round(slowdown, 4) if stage == hidden else 1.0,
+            "wait_share": round(
+                statistics.median(u.stall_seconds / u.seconds for u in timed[stage]), 5
+            ),
+        }  # fmt: skip
+        case = f"ML Programs {model} 1x{sequence}"
+        yield _row(case, stage, samples, SHORT if stage == baseline else long, notes, say)
+
+
+def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
+    """With the wait that the next update would begin with: what was compiled beside this one may
+    not be done."""
+    start = time.perf_counter()
+    engine.settle(engine.version - engine.staleness)
+    wait = time.perf_counter() - start
+    stall = update.stall_seconds + wait
+    return replace(update, seconds=update.seconds + wait, stall_seconds=stall)
+
+
+def _pytorch(
+    training: Driver[Any], model: str, rounds: int, long: int, say: Callable[[str], None]
+) -> Iterator[Row]:
+    def rate(k: int) -> Callable[[], float]:
+        def updated() -> float:
+            updates = [training.update(k) for _ in range(long // k)]  # as many micro-steps
+            return len(updates) * k / sum(update.seconds for update in updates)
+
+        return updated
+
+    def bare() -> float:
+        training.wait()
+        start = time.perf_counter()
+        for _ in range(long):
+            training.micro_step(1 / long)
+        training.wait()
+        seconds = time.perf_counter() - start
+        training.optimizer.zero_grad()
+        return long / seconds
+
+    training.update(SHORT)
+    baseline, accumulation, _, asymptote = STAGES
+    samples = in_rounds({baseline: rate(SHORT), accumulation: rate(long), asymptote: bare}, rounds)
+    for stage in samples:
+        case = f"PyTorch {model} 1x{training.sequence}"
+        yield _row(case, stage, samples, SHORT if stage == baseline else long, {}, say)
+
+
+def _row(
+    case: str,
+    stage: str,
+    samples: dict[str, list[float]],
+    k: int,
+    notes: dict[str, Any],
+    say: Callable[[str], None],
+) -> Row:
+    row = Row.of(
+        f"{case}: {_label(stage, k)}",
+        samples[stage],
+        notes={
+            "of": case,
+            "stage": stage,
+            "k": k,
+            "speedup": round(ratio(samples[stage], samples[STAGES[0]]), 4),
+            "threads": torch.get_num_threads(),
+            **notes,
+        },
+    )
+    model = f", {notes['model']:.2f} by the model" if notes else ""
+    say(f"{row.case}: {row.ours:.2f} micro-steps/s, {row.notes['speedup']:.2f}x{model}")
+    return row
+
+
+def _label(stage: str, k: int) -> str:
+    more = {
+        "stack-background": ", compiled in the background",
+        "stack-asymptote": ", no overhead at all",
+    }
+    return f"{k} micro-steps an update{more.get(stage, '')}"
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of every stage, its speedup over the first; of the one in the background, the model too."""
+    found = []
+    first = {row["of"]: row for row in record["rows"] if row["stage"] == STAGES[0]}
+    for row in record["rows"]:
+        key = row["stage"]
+        published = float(PUBLISHED[key].values["speedup"])
+        theirs = f"{PUBLISHED[key].values['micro-steps/s']:g} micro-steps/s"
+        ours = f"{row['ours']:.2f} micro-steps/s"
+        if key == STAGES[0]:
+            found.append(
+                Finding(
+                    (key,), f"{row['of']}: what the others are over", theirs, ours,
+                    "not applicable", "another machine and another model; their ratios follow",
+                )
+            )  # fmt: skip
+            continue
+        times = row["speedup"] / published
+        why = f"at least {AS_MUCH:g} of the published speedup is confirmed"
+        if "model" not in row:
+            why = "weights are arguments here: only the optimizer's step is shared by more"
+        elif row["stage"] == STAGES[2]:
+            why += f"; {row['wait_share']:.1%} of an update waits"
+        errors = (standard_error(r["spread"], r["n"]) / r["ours"] for r in (row, first[row["of"]]))
+        verdict: Verdict = above(times, AS_MUCH, times * math.hypot(*errors))
+        why += unless(verdict)
+        if row["k"] != LONG:
+            verdict, why = "not applicable", f"a quick run: {row['k']} micro-steps an update"
+        found.append(
+            Finding(
+                (key,),
+                row["case"],
+                f"{published:g} times the baseline, {theirs}"
+                + ("" if key == STAGES[1] else ", computed"),
+                f"{row['speedup']:.2f} times, {ours}",
+                verdict,
+                why,
+                times,
+            )
+        )
+        if key == STAGES[2] and "model" in row:
+            near = row["ours"] / row["model"]
+            error = standard_error(row["spread"], row["n"]) / row["model"]
+            verdict = below(abs(near - 1), MODEL_NEAR, error)
+            found.append(
+                Finding(
+                    (key,),
+                    f"{row['of']}: K / max(K step slowdown, compile) says what the background "
+                    "brings",
+                    "5.24 by such a model",
+                    f"{row['ours']:.2f} measured, {row['model']:.2f} by the model",
+                    verdict,
+                    f"within {MODEL_NEAR:.0%} is confirmed; slowdown {row['slowdown']:.2f}, "
+                    f"compiling {row['compile_seconds']:.2f} s beside the work{unless(verdict)}",
+                )
+            )
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    parts = [
+        f"# The optimizations together, on {record['device']}",
+        provenance(record),
+        markdown(
+            [
+                "", "micro-steps/s", "p20-p80", "speedup", "by the model", "waiting",
+                "compiling, s", "study", "speedup",
+            ],
+            [_line(row) for row in record["rows"]],
+        ),
+        "Speedups are over the first row of each, round by round. The model: K / (K step + "
+        "compile) where a compilation is waited for, K / max(K step slowdown, compile) in the "
+        "background; step is a micro-step's time with nothing compiled. The study measured its "
+        "first two rows and computed the others. ML Programs are evaluated on this CPU, and "
+        "compiled on it too.",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    published = PUBLISHED[row["stage"]].values
+    waits = "-" if "wait_share" not in row else f"{row['wait_share']:.1%}"
+    return [
+        row["case"], digits(row["ours"]), "-".join(digits(end) for end in row["spread"]),
+        f"{row['speedup']:.2f}", digits(row.get("model")), waits,
+        digits(row.get("compile_seconds")), f"{published['micro-steps/s']:g}",
+        f"{published['speedup']:g}",
+    ]  # fmt: skip
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Speedups of the stages beside the study's."""
+    from onelaunch.bench.core import plots
+
+    by_case: dict[str, dict[str, float]] = {}
+    for row in record["rows"]:
+        by_case.setdefault(row["of"], {})[row["stage"]] = row["speedup"]
+    if not by_case:
+        return None
+    theirs = {stage: float(PUBLISHED[stage].values["speedup"]) for stage in STAGES}
+    bars = {**by_case, "study, M1 Pro's Neural Engine": theirs}
+    figure = plots.new_figure(9, 4)
+    axes = figure.subplots()
+    width = 0.8 / len(bars)
+    for number, (case, speedups) in enumerate(bars.items()):
+        places = [STAGES.index(stage) + (number + 0.5) * width - 0.4 for stage in speedups]
+        color = "black" if speedups is theirs else f"C{number}"
+        axes.bar(places, list(speedups.values()), width, label=case, color=color)
+    axes.set_xticks(range(len(STAGES)), [PUBLISHED[stage].row for stage in STAGES], fontsize=8)
+    axes.set_xlabel("one added to the other")
+    axes.set_ylabel("micro-steps/s, over the first")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(f"The optimizations together, {record['device']}", fontsize=10)
+    return figure

@@ -1,0 +1,155 @@
+"""step-breakdown: where a micro-step's time goes, the backward part by part as well.
+
+The published study timed its forward and could only estimate its backward. Here all parts of a
+micro-step are timed, and what none of them explains is a row of its own. Through ML Programs: every
+kind of operation that their evaluation is made of, conversions at their edges, classifier, norm and
+loss, what the host does with gradients, and the optimizer. Nothing is compiled meanwhile: the
+programs are kept. Each update is timed with the clocks and without, in turn. The same model's
+micro-step through programs of a stage, of half a layer and of all layers says what larger backward
+programs bring. With PyTorch: the parts between its own marks, on CUDA by events.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    check_device,
+    driver,
+    pytorch_driver,
+    why_no_programs,
+)
+from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
+    BESIDE,
+    EVALUATING,
+    WAITING,
+    WHOLE,
+    Seconds,
+    program_parts,
+    pytorch_parts,
+)
+from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.views import draw, findings, table
+
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
+
+UNIT = "ms"
+CASES = (("stories260k", 64), ("stories15m", 32))
+QUICK_CASES = CASES[:1]
+DEPTHS = ("stage", "half", "")
+"""The last, all layers in a program, is the one told part by part."""
+UPDATES, QUICK_UPDATES = 9, 2
+K = 5
+"""Micro-steps an update, of which one optimizer step is shared."""
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case; yields rows."""
+    check_device("step-breakdown", device)
+    cases, updates = QUICK_CASES if quick else CASES, QUICK_UPDATES if quick else UPDATES
+    if reason := why_no_programs(device):
+        say(f"without ML Programs: {reason}")
+    else:
+        for model, sequence in cases:
+            yield from _programs(model, sequence, updates, say)
+    for model, sequence in cases:
+        training = pytorch_driver(model, sequence, device)
+        with pytorch_parts(training) as update:
+            for _ in range(2):
+                update(K)
+            samples = [update(K) for _ in range(10 * updates)]
+        yield from _rows(f"PyTorch {model} 1x{sequence}", samples, {}, say)
+
+
+def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None]) -> Iterator[Row]:
+    """The parts with all layers in a program, and the whole at each depth."""
+    with ExitStack() as open_ones:
+        by_depth: dict[str, Callable[[int, bool], Seconds]] = {}
+        counts: dict[str, int] = {}
+        for depth in DEPTHS:
+            opened = driver(model, sequence, depth=depth, staleness=0)
+            training = open_ones.enter_context(opened)
+            training.micro_step(1.0)  # compiles
+            training.optimizer.zero_grad()
+            by_depth[depth] = open_ones.enter_context(program_parts(training))
+            counts[depth] = 2 * len(training.engine._launches)
+        looked: dict[str, list[Seconds]] = {depth: [] for depth in DEPTHS}
+        plain: dict[str, list[float]] = {depth: [] for depth in DEPTHS}
+        for number in range(updates + 1):
+            for depth in DEPTHS[::-1] if number % 2 else DEPTHS:
+                for look in (number % 2 == 0, number % 2 == 1):
+                    found = by_depth[depth](K, look)
+                    if number and look:  # the first ones are to warm up
+                        looked[depth].append(found)
+                    elif number:
+                        plain[depth].append(1e3 * found[WHOLE])
+    whole = statistics.median(plain[DEPTHS[-1]])
+    case = f"ML Programs {model} 1x{sequence}"
+    yield from _rows(case, looked[DEPTHS[-1]], {"without_clocks": round(whole, 4)}, say)
+    for depth in DEPTHS:
+        evaluating = {
+            direction: statistics.median(
+                1e3 * sum(each.get(f"{direction}: {kind}", 0.0) for kind in EVALUATING)
+                for each in looked[depth]
+            )
+            for direction in ("forward", "backward")
+        }
+        row = Row.of(
+            f"{case}, {depth or 'all layers'} in a program",
+            plain[depth],
+            notes={
+                "depth": depth or "all layers",
+                "programs": counts[depth],
+                "forward_programs": round(evaluating["forward"], 4),
+                "backward_programs": round(evaluating["backward"], 4),
+                **_products(looked[depth]),
+            },
+        )
+        say(
+            f"{row.case}: {row.ours:.2f} ms a micro-step, {counts[depth]} programs, forward "
+            f"{evaluating['forward']:.2f} ms, backward {evaluating['backward']:.2f} ms"
+        )
+        yield row
+
+
+def _products(samples: Sequence[Seconds]) -> dict[str, Any]:
+    """Milliseconds of the weights' gradients, and of the wait for them."""
+    waits = [1e3 * each.get(WAITING, 0.0) for each in samples]
+    return {
+        "products": round(statistics.median(1e3 * each.get(BESIDE, 0.0) for each in samples), 4),
+        "product_wait": round(statistics.median(waits), 4),
+        "product_wait_spread": [round(v, 4) for v in percentiles(waits)],
+    }
+
+
+def _rows(
+    case: str, samples: Sequence[Seconds], notes: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[Row]:
+    """A row for every part, and of the whole. Shares are of all samples' time, so that they add
+    up."""
+    parts = sorted({name for each in samples for name in each} - {WHOLE, BESIDE})
+    whole = sum(each[WHOLE] for each in samples)
+    shares = {
+        part: sum(each.get(part, 0.0) for each in samples) / whole
+        for part in [WHOLE, *parts, *([BESIDE] if BESIDE in samples[0] else [])]
+    }
+    for part, share in shares.items():
+        yield Row.of(
+            f"{case}: {part}",
+            [1e3 * each.get(part, 0.0) for each in samples],
+            notes={
+                "of": case,
+                "part": part,
+                "share": round(share, 5),
+                "micro_steps": K,
+                "threads": torch.get_num_threads(),
+                **(notes if part == WHOLE else {}),
+            },
+        )
+    told = ", ".join(f"{part} {shares[part]:.1%}" for part in parts)
+    say(f"{case}: {1e3 * statistics.median(each[WHOLE] for each in samples):.2f} ms; {told}")

@@ -1,0 +1,307 @@
+"""What a record of step-breakdown says: the table, the picture, and the study's statements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from onelaunch.bench.core.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
+    BESIDE,
+    EVALUATING,
+    UNEXPLAINED,
+    WHOLE,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+THEIR_WHOLE = float(PUBLISHED["part-whole"].values["ms"])
+NEAR = 0.1
+"""Of the micro-step: forward and backward this near to the published shares are the same statement,
+as models and devices differ."""
+MOST = 0.5
+"""Of forward or backward: the study's programs are 53% of the one and 63% of the other."""
+ADDS_UP = 0.02
+"""Of the micro-step: parts that leave more than this unexplained do not add up to it."""
+LITTLE = 0.05
+"""Of the micro-step: a part below this is not what a micro-step waits for."""
+TWICE = 1.5
+"""Of a projected "about 2x": at least half of what is gained."""
+
+
+def _all(direction: str) -> tuple[str, ...]:
+    return tuple(f"{direction}: {kind}" for kind in EVALUATING)
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "part-forward-eval": _all("forward"),
+    "part-forward-io": ("forward: conversions",),
+    "part-forward-classifier": ("forward: classifier",),
+    "part-forward-elementwise": ("forward: rows and taps", "forward: norm and loss"),
+    "part-backward-eval": _all("backward"),
+    "part-backward-io": ("backward: conversions",),
+    "part-backward-classifier": ("backward: classifier",),
+    "part-backward-cpu": ("backward: copies and sums",),
+}
+"""The parts here that are a row of the study's."""
+Shares = dict[str, dict[str, Any]]
+
+
+def cases(record: dict[str, Any]) -> dict[str, Shares]:
+    """The rows of parts, by what was timed and by part."""
+    found: dict[str, Shares] = {}
+    for row in record["rows"]:
+        if "part" in row:
+            found.setdefault(row["of"], {})[row["part"]] = row
+    return found
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """By what was timed: shares beside the study's, and whether parts add up to the whole."""
+    found = []
+    for case, rows in cases(record).items():
+        found.append(_sum(case, rows))
+        found += [_share(case, key, names, rows) for key, names in _halves(rows).items()]
+        if BESIDE in rows:
+            found += [_share(case, key, names, rows) for key, names in GROUPS.items()]
+    return [*found, *_products(record), *_mega(record)]
+
+
+def _share(case: str, key: str, names: tuple[str, ...], rows: Shares) -> Finding:
+    published = float(PUBLISHED[key].values["ms"])
+    theirs = published / THEIR_WHOLE
+    ms = sum(rows[name]["ours"] for name in names if name in rows)
+    share = sum(rows[name]["share"] for name in names if name in rows)
+    told = PUBLISHED[key].values.get("told")
+    verdict, why = _judged(key, names, share, theirs, rows)
+    return Finding(
+        (key,),
+        f"{case}: the share of {PUBLISHED[key].row} in a micro-step",
+        f"{theirs:.1%} ({published:g} ms)" + (f"; {told}" if told else ""),
+        f"{share:.1%} ({ms:.2f} ms), measured",
+        verdict,
+        why,
+        share / theirs,
+    )
+
+
+def _judged(
+    key: str, names: tuple[str, ...], share: float, theirs: float, rows: Shares
+) -> tuple[Verdict, str]:
+    """What is said of a part: halves are to be near, programs most of their half, small parts
+    small; conversions and elementwise operations are other ones here, and only shown."""
+    there = [rows[name] for name in names if name in rows]
+    errors = (standard_error(row["spread"], row["n"]) for row in there)
+    error = math.hypot(*errors) / rows[WHOLE]["ours"]
+    if key in _halves(rows):
+        verdict = below(abs(share - theirs), NEAR, error)
+        return verdict, f"within {100 * NEAR:g} points is confirmed{unless(verdict)}"
+    if key.endswith("-eval"):
+        half = sum(rows[name]["share"] for name in _halves(rows)[key.removesuffix("-eval")])
+        verdict = above(share / half, MOST, error / half)
+        why = (
+            f"{share / half:.0%} of this half; more than {MOST:.0%} is confirmed: it is most of it"
+        )
+        return verdict, why + unless(verdict)
+    if key.endswith(("-classifier", "-cpu")):
+        verdict = below(share, LITTLE, error)
+        return verdict, f"less than {LITTLE:.0%} is confirmed: little{unless(verdict)}"
+    why = "residuals are in the programs here"
+    if key.endswith("-io"):
+        why = "no memory of another device is converted to and from here"
+    return "not applicable", why
+
+
+def _sum(case: str, rows: Shares) -> Finding:
+    left = rows[UNEXPLAINED]["share"]
+    parts = [f"part-backward-{name}" for name in ("eval", "io", "classifier", "cpu")]
+    estimated = sum(float(PUBLISHED[key].values["ms"]) for key in parts)
+    backward = float(PUBLISHED["part-backward"].values["ms"])
+    lost = backward - estimated
+    return Finding(
+        ("part-whole",),
+        f"{case}: the parts add up to the micro-step",
+        f"{THEIR_WHOLE:g} ms; the estimates leave {lost:.1f} ms of the backward "
+        f"({lost / THEIR_WHOLE:.0%} of the micro-step) to nobody",
+        f"{rows[WHOLE]['ours']:.2f} ms, {left:.2%} of it to no part",
+        "confirmed" if abs(left) < ADDS_UP else "refuted",
+        f"within {ADDS_UP:.0%} is confirmed",
+    )
+
+
+def _products(record: dict[str, Any]) -> Iterator[Finding]:
+    """At each depth: where one program goes through all layers, nothing is left to compute beside
+    it when their gradients are known."""
+    for row in record["rows"]:
+        if "depth" not in row:
+            continue
+        share = row["product_wait"] / row["ours"]
+        error = standard_error(row["product_wait_spread"], row["n"]) / row["ours"]
+        verdict = below(share, LITTLE, error)
+        yield Finding(
+            ("part-backward-dw",),
+            f"{row['case']}: the weights' gradients are computed beside the backward, and hardly "
+            "awaited",
+            "29 ms beside it, awaited 0.005 ms",
+            f"{row['products']:.2f} ms beside it, awaited {row['product_wait']:.2f} ms "
+            f"({share:.1%} of the micro-step)",
+            verdict,
+            f"a wait of less than {LITTLE:.0%} of a micro-step is hardly one; a program hands out "
+            f"its gradients when it ends{unless(verdict)}",
+        )
+
+
+def _mega(record: dict[str, Any]) -> Iterator[Finding]:
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if "depth" in row:
+            by_case.setdefault(row["case"].split(",")[0], {})[row["depth"]] = row
+    for case, rows in by_case.items():
+        if not {"half", "all layers"} <= rows.keys():
+            continue
+        half, whole = rows["half"], rows["all layers"]
+
+        def evaluating(row: dict[str, Any]) -> float:
+            return float(row["forward_programs"] + row["backward_programs"])
+
+        ratio = evaluating(half) / evaluating(whole)
+        saved = evaluating(half) - evaluating(whole)
+        each = 1e3 * saved / max(1, half["programs"] - whole["programs"])
+        verdict: Verdict = "confirmed" if ratio >= TWICE else "not applicable"
+        yield Finding(
+            ("backward-mega",),
+            f"{case}: forward and backward in one program each, over two a layer",
+            "projected: about 2x of the programs' time",
+            f"{ratio:.2f}x of the programs' time, {half['ours'] / whole['ours']:.2f}x of the "
+            f"micro-step",
+            verdict,
+            f"{half['programs']} programs as {whole['programs']}: {each:+.0f} us saved for each "
+            "fewer, cores taken by the weights' gradients beside smaller ones included; evaluated "
+            "on this CPU, where none has the price of a call to a Neural Engine",
+            ratio / 2,
+        )
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    parts = [f"# A micro-step by parts, on {record['device']}", provenance(record)]
+    for case, rows in cases(record).items():
+        whole = rows[WHOLE]
+        note = (
+            f"{whole['micro_steps']} micro-steps an update share one optimizer step. What no part "
+            f"explains: {rows[UNEXPLAINED]['share']:.2%}."
+        )
+        if BESIDE in rows:
+            note += (
+                f" Without the clocks {digits(whole['without_clocks'])} ms. The weights' gradients "
+                "are computed in another thread meanwhile, and are no part of the sum; programs "
+                "are evaluated on this CPU and kept: nothing is compiled."
+            )
+        parts += [
+            f"## {case}",
+            markdown(
+                ["part", "ms a micro-step", "p20-p80", "share"],
+                [
+                    [part, f"{row['ours']:.3f}", _spread(row), f"{row['share']:.2%}"]
+                    for part, row in _ordered(rows)
+                ],
+            ),
+            note,
+            markdown(
+                ["as the study has it", "ms", "share", "study, ms", "share"],
+                list(_beside_study(rows)),
+            ),
+        ]
+    depths = [row for row in record["rows"] if "depth" in row]
+    if depths:
+        parts += [
+            "## By how much a program holds",
+            markdown(
+                ["", "programs", "ms a micro-step", "p20-p80", "forward programs, ms",
+                 "backward programs, ms", "weights' gradients, ms", "awaited, ms"],
+                [
+                    [
+                        row["case"], str(row["programs"]), digits(row["ours"]), _spread(row),
+                        digits(row["forward_programs"]), digits(row["backward_programs"]),
+                        digits(row["products"]), digits(row["product_wait"]),
+                    ]
+                    for row in depths
+                ],
+            ),
+            "The study projected about 2x for the programs' time from fewer and larger backward "
+            "programs, as each call costs about 160 us there. Milliseconds of programs are with "
+            "the clocks, those of a micro-step without.",
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _ordered(rows: Shares) -> list[tuple[str, dict[str, Any]]]:
+    """The whole; then forward, backward and the rest, the largest first in each."""
+
+    def place(part: str) -> tuple[int, float]:
+        first = (WHOLE, "forward", "backward", "")
+        group = next(i for i, name in enumerate(first) if part.startswith(name))
+        last = {UNEXPLAINED: 4, BESIDE: 5}.get(part, group)
+        return last, -rows[part]["ours"]
+
+    return [(part, rows[part]) for part in sorted(rows, key=place)]
+
+
+def _beside_study(rows: Shares) -> Iterator[list[str]]:
+    for key, names in (_halves(rows) | (GROUPS if BESIDE in rows else {})).items():
+        ours = [rows[name] for name in names if name in rows]
+        ms = float(PUBLISHED[key].values["ms"])
+        told = PUBLISHED[key].values.get("told")
+        yield [
+            PUBLISHED[key].row, f"{sum(row['ours'] for row in ours):.3f}",
+            f"{sum(row['share'] for row in ours):.1%}",
+            f"{ms:g}" + (f" ({told})" if told else ""), f"{ms / THEIR_WHOLE:.1%}",
+        ]  # fmt: skip
+
+
+def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
+    """The parts of forward and backward."""
+    return {
+        f"part-{direction}": tuple(name for name in rows if name.startswith(f"{direction}: "))
+        for direction in ("forward", "backward")
+    }
+
+
+def _spread(row: dict[str, Any]) -> str:
+    low, high = row["spread"]
+    return f"{low:.3f}-{high:.3f}"
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Shares, stacked, one bar for what was timed."""
+    from onelaunch.bench.core import plots
+
+    found = cases(record)
+    if not found:
+        return None
+    figure = plots.new_figure(10, 2.4 + 0.7 * len(found))
+    axes = figure.subplots()
+    names = dict.fromkeys(
+        part for rows in found.values() for part, _ in _ordered(rows) if part not in (WHOLE, BESIDE)
+    )
+    left = dict.fromkeys(found, 0.0)
+    for number, part in enumerate(names):
+        shares = [rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
+        color = f"C{number % 10}"
+        hatch = ("", "//", "xx")[number // 10 % 3]
+        axes.barh(
+            list(found), [100 * share for share in shares],
+            left=[100 * left[case] for case in found], label=part, color=color, hatch=hatch,
+            edgecolor="white", linewidth=0.3,
+        )  # fmt: skip
+        for case, share in zip(found, shares, strict=True):
+            left[case] += share
+    axes.set_xlabel("share of a micro-step, %")
+    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
+    axes.set_title(f"A micro-step by parts, {record['device']}", fontsize=10)
+    return figure

@@ -1,0 +1,255 @@
+"""warm-up: what the first micro-steps take, and from which on they take no less.
+
+The published study saw 258 ms in the first micro-step after its programs were made, 175 ms in the
+30th and 169 ms from the 136th on, so that updates of 10 were never warm. Here every micro-step from
+the first of a fresh process on, with PyTorch and through ML Programs, and through these also those
+after an update, on new programs in a warm process. Waiting for a compilation is not counted.
+Steady is a micro-step from which on the running median stays within 1% of its end.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from onelaunch.bench.core.findings import Finding, Verdict, above, standard_error, unless
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.studies.ane_mega_kernel.program_training import check_device, why_no_programs
+from onelaunch.compilation.environment import child_environment
+from onelaunch.errors import RunFailed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNIT = "ms"
+MARKS = (1, 30, 136)
+"""The study's; the last stands for all from there on."""
+END_SHARE = 0.25
+"""Of the micro-steps: the last ones, whose median is what others are held against."""
+WINDOW = 9
+"""Micro-steps of a running median: short beside the study's 136."""
+WITHIN, ROUGHLY = 0.01, 0.05
+SLOWER = 1.1
+"""Over the end: a first micro-step of more is a cold one. The study's is 1.53."""
+PYTORCH = (("stories260k", 64, 240, 5), ("stories15m", 32, 240, 3))
+"""Model, tokens, micro-steps, processes."""
+PROGRAMS = (("stories260k", 64, 200, 2),)
+QUICK_PYTORCH = (("stories260k", 64, 180, 2),)
+QUICK_PROGRAMS = (("stories260k", 64, 48, 1),)
+UPDATES, AFTER = 4, 24
+QUICK_UPDATES, QUICK_AFTER = 2, 10
+CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up.child")
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every case; yields rows."""
+    check_device("warm-up", device)
+    for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
+        case = f"PyTorch {model} 1x{sequence}"
+        told = [_child("PyTorch", device, model, sequence, steps, 0, 0) for _ in range(processes)]
+        yield from _rows(case, [each["first"] for each in told], say)
+    if reason := why_no_programs(device):
+        say(f"without ML Programs: {reason}")
+        return
+    updates, after = (QUICK_UPDATES, QUICK_AFTER) if quick else (UPDATES, AFTER)
+    for model, sequence, steps, processes in QUICK_PROGRAMS if quick else PROGRAMS:
+        case = f"ML Programs {model} 1x{sequence}"
+        told = [
+            _child("ML Programs", device, model, sequence, steps, updates, after)
+            for _ in range(processes)
+        ]
+        yield from _rows(case, [each["first"] for each in told], say)
+        fresh = [times for each in told for times in each["after"]]
+        yield from _rows(f"{case} after an update", fresh, say)
+
+
+def _child(*words: str | int) -> dict[str, Any]:
+    command = [*CHILD, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunFailed(f"a process that trains ended with {done.returncode}: {reason}")
+    return json.loads(lines[-1])  # type: ignore[no-any-return]
+
+
+def end_of(times: Sequence[float]) -> float:
+    """What micro-steps take at last: the median of the last quarter."""
+    return statistics.median(times[-max(1, round(END_SHARE * len(times))) :])
+
+
+def steady_from(times: Sequence[float], within: float) -> int | None:
+    """The number, from 1, of the first micro-step from which on the running median stays within a
+    share of its end; None where that is first so in the last quarter, which is no answer."""
+    half = WINDOW // 2
+    # at the beginning a window of what follows: it would else hide the first ones
+    running = [
+        statistics.median(times[max(0, i - half) : i + half + 1]) if i >= half else times[i]
+        for i in range(len(times))
+    ]
+    end, first = end_of(running), len(times)
+    while first > 0 and abs(running[first - 1] / end - 1) <= within:
+        first -= 1
+    return first + 1 if first < (1 - END_SHARE) * len(times) else None
+
+
+def _rows(
+    case: str, by_process: Sequence[Sequence[float]], say: Callable[[str], None]
+) -> Iterator[Row]:
+    """The marked micro-steps, and the end."""
+    by_step = [statistics.median(step) for step in zip(*by_process, strict=True)]
+    steps = len(by_step)
+    marked = [mark for mark in MARKS[:-1] if mark <= steps]
+    steady, roughly = steady_from(by_step, WITHIN), steady_from(by_step, ROUGHLY)
+    for mark in marked:
+        samples = [times[mark - 1] for times in by_process]
+        yield Row.of(
+            f"{case}, micro-step {mark}",
+            samples,
+            notes={
+                "of": case,
+                "mark": mark,
+                "over_end": round(statistics.median(samples) / end_of(by_step), 4),
+            },
+        )
+    last = MARKS[-1] if steps > MARKS[-1] else 1 + steps - max(1, round(END_SHARE * steps))
+    samples = [time for times in by_process for time in times[last - 1 :]]
+    row = Row.of(
+        f"{case}, from {last} on",
+        samples,
+        notes={
+            "of": case,
+            "from": last,
+            "steps": steps,
+            "processes": len(by_process),
+            "steady_from": steady,
+            "roughly_from": roughly,
+            "by_step": [round(ms, 3) for ms in by_step],
+        },
+    )
+    say(
+        f"{case}: {by_step[0]:.2f} ms at first, {end_of(by_step):.2f} at last; within "
+        f"{WITHIN:.0%} of it from {steady or 'none'} on, within {ROUGHLY:.0%} from "
+        f"{roughly or 'none'} on"
+    )
+    yield row
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """The first micro-step, the 30th, and from where on they are steady, of each case."""
+    found = []
+    end = float(PUBLISHED["warm-136"].values["ms"])
+    rows = {(row["of"], row.get("mark")): row for row in record["rows"]}
+    for case in dict.fromkeys(row["of"] for row in record["rows"]):
+        last = rows[case, None]
+        for key, mark in (("warm-1", MARKS[0]), ("warm-30", MARKS[1])):
+            row = rows.get((case, mark))
+            if row is None:
+                continue
+            theirs = float(PUBLISHED[key].values["ms"])
+            least = SLOWER if mark == 1 else 1 + WITHIN
+            error = standard_error(last["spread"], row["n"]) / last["ours"]
+            verdict = above(row["over_end"], least, error)
+            found.append(
+                Finding(
+                    (key,),
+                    f"{case}: micro-step {mark} takes longer than the last ones",
+                    f"{theirs / end:.2f} times as long ({theirs:g} ms, then {end:g})",
+                    f"{row['over_end']:.2f} times as long ({row['ours']:.2f} ms)",
+                    verdict,
+                    f"more than {least:g} times as long is confirmed{unless(verdict)}",
+                    row["over_end"] / (theirs / end),
+                )
+            )
+        found.append(_steady(case, last))
+    return found
+
+
+def _steady(case: str, last: dict[str, Any]) -> Finding:
+    steady, published = last["steady_from"], MARKS[-1]
+    verdict: Verdict = "not applicable"
+    low, high = last["spread"]
+    why = f"micro-steps at the end spread by {high / last['ours'] - 1:+.1%} and "
+    why += f"{low / last['ours'] - 1:+.1%}"
+    if steady is not None and last["steps"] > published:
+        verdict = "confirmed" if steady > published / 2 else "refuted"
+        why = f"from {published // 2 + 1} or later on is confirmed; {why}"
+    elif steady is not None:
+        why = f"only {last['steps']} micro-steps were timed; {why}"
+    ours = "never" if steady is None else f"from {steady} on"
+    roughly = "never" if last["roughly_from"] is None else f"from {last['roughly_from']} on"
+    return Finding(
+        ("warm-136",),
+        f"{case}: some hundred micro-steps pass until they take no less",
+        f"from {published} on",
+        f"within {WITHIN:.0%} {ours}, within {ROUGHLY:.0%} {roughly}",
+        verdict,
+        why,
+    )
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    lines = [
+        [
+            row["case"], f"{row['ours']:.2f}", f"{row['spread'][0]:.2f}-{row['spread'][1]:.2f}",
+            str(row["n"]), f"{row['over_end']:.2f}" if "mark" in row else "-",
+            *(
+                str(row[name] or "never") if name in row else "-"
+                for name in ("steady_from", "roughly_from")
+            ),
+        ]
+        for row in record["rows"]
+    ]  # fmt: skip
+    end = float(PUBLISHED["warm-136"].values["ms"])
+    for key in ("warm-1", "warm-30", "warm-136"):
+        ms = float(PUBLISHED[key].values["ms"])
+        steady = str(MARKS[-1]) if key == "warm-136" else "-"
+        lines.append(
+            [f"study: {PUBLISHED[key].row}", f"{ms:g}", "-", "-", f"{ms / end:.2f}", steady, "-"]
+        )
+    parts = [
+        f"# Warming up, on {record['device']}",
+        provenance(record),
+        markdown(
+            ["", "ms", "p20-p80", "n", "over the end", f"within {WITHIN:.0%} from",
+             f"within {ROUGHLY:.0%} from"],
+            lines,
+        ),
+        "Each process begins with its first micro-step; n is processes, or updates, and of the "
+        "last rows all their micro-steps. The end is the median of the last quarter. Waiting for "
+        "a compilation is not counted. The study's are after new programs were made.",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(record: dict[str, Any]) -> Figure | None:
+    """Micro-steps by number, over their end."""
+    from onelaunch.bench.core import plots
+
+    shown = [row for row in record["rows"] if "by_step" in row]
+    if not shown:
+        return None
+    figure = plots.new_figure(8, 4)
+    axes = figure.subplots()
+    for row in shown:
+        end = end_of(row["by_step"])
+        numbers = range(1, len(row["by_step"]) + 1)
+        axes.plot(numbers, [ms / end for ms in row["by_step"]], label=row["of"], linewidth=1)
+    end = float(PUBLISHED["warm-136"].values["ms"])
+    theirs = [float(PUBLISHED[f"warm-{mark}"].values["ms"]) / end for mark in MARKS]
+    axes.plot(MARKS, theirs, "k--", marker="x", label="study, M1 Pro's Neural Engine")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("micro-step")
+    axes.set_ylabel("time over that of the last ones")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(f"Warming up, {record['device']}", fontsize=10)
+    return figure

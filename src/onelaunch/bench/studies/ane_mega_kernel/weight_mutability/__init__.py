@@ -1,0 +1,312 @@
+"""weight-mutability: which ways of giving a program its weights take new ones without compiling.
+
+The published study found through private interfaces that weights must be constants: as inputs,
+packed into the input's channels or overwritten on disk they were refused, or had no effect. The
+same asked of the public converter, of one linear map: whether it converts, and whether the result,
+evaluated on this CPU from the saved program, follows weights that change. Whether the Neural Engine
+would run it is not asked here and not known. What the ways of a GPU are: cuda.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import digest, in_rounds
+from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
+    COLUMNS,
+    CONSTANTS,
+    FILE,
+    INPUTS,
+    KEPT,
+    LINEAR,
+    MOST_APART,
+    OUT,
+    PACKED,
+    PRODUCT,
+    WIDTH,
+    findings,
+    in_words,
+    table,
+)
+from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.emit import write
+from onelaunch.engines.coreml.evaluate import Evaluator, Precision
+from onelaunch.engines.coreml.lint import lint
+from onelaunch.engines.coreml.package import Package
+from onelaunch.errors import BadInput
+
+__all__ = ["UNIT", "findings", "run", "table"]
+
+UNIT = "ms"
+EVALUATIONS, QUICK_EVALUATIONS = 200, 40
+CONVERSIONS, QUICK_CONVERSIONS = 7, 3
+PRECISION: Precision = "float32"
+
+X, W, BOTH, STATE, RESULT = "x", "w", "both", "w_state", "out"
+
+Given = dict[str, Tensor]
+
+
+@dataclass
+class Way:
+    """How a program has its weights: the function's inputs, its body, and what a call is given."""
+
+    name: str
+    inputs: Callable[[], dict[str, Any]]
+    body: Callable[[Any, Mapping[str, Any], Tensor], Any]
+    given: Callable[[Tensor, Tensor], Given]
+    baked: bool = False
+
+
+def ways() -> list[Way]:
+    """All of them."""
+    row = COLUMNS * OUT // WIDTH
+    return [
+        Way(CONSTANTS, _x, _of_constants, lambda x, w: {X: x}, baked=True),
+        Way(INPUTS, lambda: _x() | _spec(W, OUT, COLUMNS, 1, 1), _of_inputs, _both_given),
+        Way(PRODUCT, lambda: _x() | _spec(W, 1, 1, OUT, COLUMNS), _of_product, _as_matrix),
+        Way(LINEAR, lambda: _x() | _spec(W, OUT, COLUMNS), _of_linear, _both_given),
+        Way(PACKED, lambda: _spec(BOTH, 1, COLUMNS + row, 1, WIDTH), _of_packed, _packed),
+        Way(KEPT, lambda: _x() | _state(STATE, OUT, COLUMNS, 1, 1), _of_state, _state_given),
+    ]
+
+
+def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+    """Every way of the device; yields rows."""
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise BadInput(f"weight-mutability: --device {device}: runs on cpu or cuda")
+    for row in _by_programs(quick) if place.type == "cpu" else _by_kernels(place, quick):
+        say(f"{row.case}: {in_words(row.notes)}")
+        yield row
+
+
+def _by_kernels(place: torch.device, quick: bool) -> Iterator[Row]:
+    from onelaunch.engines.cuda import why_not
+
+    if reason := why_not(place):
+        raise BadInput(f"weight-mutability: --device {place}: {reason}; use cpu")
+    from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.cuda import rows
+
+    yield from rows(place, quick)
+
+
+def _by_programs(quick: bool) -> Iterator[Row]:
+    coremltools("bench weight-mutability")
+    made: dict[str, Made] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for way in ways():
+            folder = Path(name) / str(len(made))
+            made[way.name] = _made(way, folder, QUICK_CONVERSIONS if quick else CONVERSIONS)
+        made[FILE] = _overwritten(Path(name), QUICK_CONVERSIONS if quick else CONVERSIONS)
+        calls = {case: each.call for case, each in made.items() if each.call is not None}
+        contestants = {case: partial(_milliseconds, call) for case, call in calls.items()}
+        samples = in_rounds(contestants, QUICK_EVALUATIONS if quick else EVALUATIONS)
+    for case, each in made.items():
+        notes = each.notes | {"threads": torch.get_num_threads()}
+        if case in samples:
+            yield Row.of(case, samples[case], notes=notes)
+        else:
+            yield Row(case, each.notes["refused_ms"], notes=notes)
+
+
+@dataclass
+class Made:
+    """One way's programs: what is to be said of them, and an evaluation, None where refused."""
+
+    notes: dict[str, Any]
+    call: Callable[[], object] | None = None
+
+
+def _made(way: Way, folder: Path, conversions: int) -> Made:
+    """Convert; evaluate with two weights, changed as this way changes them."""
+    x, weights = _numbers()
+    seconds: list[float] = []
+    for number in range(conversions):
+        start = time.perf_counter()
+        try:
+            _convert(way, weights[0], folder / f"{number}.mlpackage")
+        except ValueError as error:
+            if "must be const" not in str(error):
+                raise
+            took = 1e3 * (time.perf_counter() - start)
+            refused = str(error).strip().splitlines()[0]
+            notes = {"converts": False, "refused": refused, "follows": False, "refused_ms": took}
+            return Made(notes)
+        seconds.append(1e3 * (time.perf_counter() - start))
+    package = Package(folder / "0.mlpackage")
+    evaluator = changed = _evaluator(package)
+    if way.baked:
+        _convert(way, weights[1], folder / "other.mlpackage")
+        changed = _evaluator(Package(folder / "other.mlpackage"))
+    errors = [
+        _apart(each(way.given(x, w))[RESULT], x, w)
+        for each, w in zip((evaluator, changed), weights, strict=True)
+    ]
+    notes = {
+        "converts": True,
+        "follows": max(errors) < MOST_APART,
+        "error": float(f"{max(errors):.1e}"),
+        "compiled_anew": way.baked,
+        "convert_ms": digest(seconds),
+        "remarks": sorted({str(each) for each in lint(package)}),
+    }
+    return Made(notes, partial(evaluator, way.given(x, weights[0])))
+
+
+def _overwritten(folder: Path, loads: int) -> Made:
+    """Two saved programs of the same form: the file of weights of one over that of the other."""
+    x, weights = _numbers()
+    way, loading = ways()[0], []
+    paths = [folder / f"{number}.mlpackage" for number in range(2)]
+    for path, w in zip(paths, weights, strict=True):
+        _convert(way, w, path)
+    packages = [Package(path) for path in paths]
+    loaded = _evaluator(packages[0])
+    shutil.copyfile(packages[1].weights_path, packages[0].weights_path)
+    before = _apart(loaded({X: x})[RESULT], x, weights[1])
+    for _ in range(loads):
+        start = time.perf_counter()
+        shutil.copyfile(packages[1].weights_path, packages[0].weights_path)
+        again = _evaluator(Package(paths[0]))
+        loading.append(1e3 * (time.perf_counter() - start))
+    after = _apart(again({X: x})[RESULT], x, weights[1])
+    notes = {
+        "converts": True,
+        "follows": before < MOST_APART,
+        "follows_loaded_anew": after < MOST_APART,
+        "error": float(f"{after:.1e}"),
+        "compiled_anew": False,
+        "change_ms": digest(loading),
+    }
+    return Made(notes, partial(again, {X: x}))
+
+
+def _numbers() -> tuple[Tensor, list[Tensor]]:
+    """x, (1, COLUMNS, 1, WIDTH), and two weights, (OUT, COLUMNS), all of them float16 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, COLUMNS, 1, WIDTH, generator=generator).half().float()
+    made = [torch.randn(OUT, COLUMNS, generator=generator) for _ in range(2)]
+    return x, [(w / COLUMNS**0.5).half().float() for w in made]
+
+
+def _apart(result: Tensor, x: Tensor, w: Tensor) -> float:
+    """Error of a result against float64."""
+    exact = w.double() @ x[0, :, 0].double()
+    return float((result.reshape(exact.shape).double() - exact).norm() / exact.norm())
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _evaluator(package: Package) -> Evaluator:
+    """A state is given with each call, as the host would have written it before."""
+    function = package.main
+    if function.states:
+        operations = tuple(
+            replace(each, kind="identity", inputs={"x": each.inputs["input"]})
+            if each.kind == "read_state"
+            else each
+            for each in function.operations
+        )
+        function = replace(
+            function, inputs={**function.inputs, **function.states}, operations=operations
+        )
+        package.functions["main"] = function
+    return Evaluator(package, PRECISION)
+
+
+def _convert(way: Way, weight: Tensor, path: Path) -> None:
+    """Emit, convert and save. Raises ValueError where coremltools refuses it."""
+    ct = coremltools("bench weight-mutability")
+    from coremltools.converters.mil import Builder, mil
+
+    program = mil.Program()
+    with mil.Function(way.inputs(), opset_version=ct.target.iOS18) as function:
+        function.set_outputs([way.body(Builder, function.inputs, weight)])
+    program.add_function("main", function)
+    write(program, path)
+
+
+# ---- the ways: their inputs, what they compute, what they are given
+
+
+def _spec(name: str, *shape: int) -> dict[str, Any]:
+    from coremltools.converters.mil import mil
+
+    return {name: mil.Placeholder(sym_shape=shape, dtype=mil.types.fp16, name=name)}
+
+
+def _x() -> dict[str, Any]:
+    return _spec(X, 1, COLUMNS, 1, WIDTH)
+
+
+def _state(name: str, *shape: int) -> dict[str, Any]:
+    from coremltools.converters.mil import mil
+    from coremltools.converters.mil.mil.program import StateTensorPlaceholder
+
+    return {name: StateTensorPlaceholder(sym_shape=shape, dtype=mil.types.fp16, name=name)}
+
+
+def _half(weight: Tensor) -> Any:
+    return weight.numpy().astype(np.float16)[:, :, None, None]
+
+
+def _of_constants(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    return mb.conv(x=inputs[X], weight=mb.const(val=_half(weight)), name=RESULT)
+
+
+def _of_inputs(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    return mb.conv(x=inputs[X], weight=inputs[W], name=RESULT)
+
+
+def _of_product(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    x_1SC = mb.transpose(x=inputs[X], perm=[0, 2, 1, 3])
+    return mb.matmul(x=inputs[W], y=x_1SC, name=RESULT)
+
+
+def _of_linear(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    x_SC = mb.transpose(x=mb.reshape(x=inputs[X], shape=(COLUMNS, WIDTH)), perm=[1, 0])
+    return mb.linear(x=x_SC, weight=inputs[W], name=RESULT)
+
+
+def _of_packed(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    both, row = inputs[BOTH], COLUMNS * OUT // WIDTH
+    x = mb.slice_by_size(x=both, begin=[0, 0, 0, 0], size=[1, COLUMNS, 1, WIDTH])
+    w = mb.slice_by_size(x=both, begin=[0, COLUMNS, 0, 0], size=[1, row, 1, WIDTH])
+    return mb.conv(x=x, weight=mb.reshape(x=w, shape=[OUT, COLUMNS, 1, 1]), name=RESULT)
+
+
+def _of_state(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+    return mb.conv(x=inputs[X], weight=mb.read_state(input=inputs[STATE]), name=RESULT)
+
+
+def _both_given(x: Tensor, w: Tensor) -> Given:
+    return {X: x, W: w[:, :, None, None]}
+
+
+def _as_matrix(x: Tensor, w: Tensor) -> Given:
+    return {X: x, W: w[None, None]}
+
+
+def _packed(x: Tensor, w: Tensor) -> Given:
+    return {BOTH: torch.cat((x, w.reshape(1, -1, 1, WIDTH)), 1)}
+
+
+def _state_given(x: Tensor, w: Tensor) -> Given:
+    return {X: x, STATE: w[:, :, None, None]}

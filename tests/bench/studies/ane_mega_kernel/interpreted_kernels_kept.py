@@ -1,0 +1,72 @@
+"""The children of cache and compile-budget on a GPU without one, through Triton's interpreter. Run
+by test_kernels_kept.py in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+assert "triton" not in sys.modules, "too late: Triton was imported before this"
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from onelaunch.bench.studies.ane_mega_kernel.cache import cuda_child as cache_cuda_child  # noqa: E402
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget import cuda_child as budget  # noqa: E402
+from onelaunch.engines.cuda import engine as engine_module  # noqa: E402
+from tests.engines.suite import SMALL  # noqa: E402
+from tests.interpreting import mend_loop_bounds  # noqa: E402
+
+mend_loop_bounds()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(engine_module, "why_not", lambda device, config: None)
+    for module in (cache_cuda_child, budget):
+        monkeypatch.setattr(module, "DTYPE", "float32")
+        monkeypatch.setattr(module, "SEQUENCE", 8)
+    monkeypatch.setattr(budget, "LAYER", SMALL)
+    monkeypatch.setattr(budget, "LAYERS", SMALL)
+
+
+def test_first_logits_are_digested_and_held_against_pytorchs():
+    told = [cache_cuda_child.first_logits(SMALL, CPU, seed) for seed in (0, 0, 1)]
+    assert [each["error"] for each in told] == ["", "", ""]
+    assert all(each["apart"] < 1e-5 and each["seconds"] > 0 for each in told)
+    assert told[0]["digest"] == told[1]["digest"] != told[2]["digest"]
+
+
+def test_what_is_raised_is_told(monkeypatch):
+    def broken(self, tokens):
+        raise RuntimeError("an illegal\ninstruction")
+
+    monkeypatch.setattr(cache_cuda_child.CudaEngine, "logits", broken)
+    told = cache_cuda_child.first_logits(SMALL, CPU, 0)
+    assert (told["error"], told["digest"]) == ("RuntimeError: an illegal instruction", "")
+
+
+def test_kernels_and_new_weights_are_counted(monkeypatch):
+    for what in (budget.distinct, budget.again):
+        told = what(CPU, 2)
+        assert len(told["seconds"]) == len(told["bytes"]) == len(told["gpu_bytes"]) == 2
+        assert (told["failures"], told["compilations"]) == (0, 0)  # nothing is compiled here
+    monkeypatch.setattr(budget, "_logits", lambda device, seed: torch.ones(1))
+    assert budget.again(CPU, 2)["failures"] == 2  # as the weights before
+    monkeypatch.setattr(budget, "_launch", lambda target, number: 1 // (number - 1))
+    assert budget.distinct(CPU, 2)["failures"] == 1
+
+
+def test_layers_in_one_launch(monkeypatch):
+    told = budget.layers(CPU, 3)
+    assert (told["refused"], told["operations"]) == ("", 17)
+    assert told["apart_from_pytorch"] < 1e-5
+    monkeypatch.setattr(budget, "MOST_APART", 0.0)
+    assert "from PyTorch's" in budget.layers(CPU, 1)["refused"]
+
+
+def test_a_fresh_process_says_when_it_began():
+    told = budget.restart(CPU, 5)
+    assert told["until_first"] > told["second"] > 0

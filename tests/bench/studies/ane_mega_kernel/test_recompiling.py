@@ -1,0 +1,157 @@
+"""bench recompile and bench compile-budget, made small: rows, tables, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+
+from onelaunch.bench.core.record import write_record
+from onelaunch.checkpoints.atomic import read_json
+from onelaunch.errors import BadInput, RunFailed
+
+pytest.importorskip("coremltools")
+
+from onelaunch.bench.studies.ane_mega_kernel import program_training, recompile
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
+from onelaunch.engines.coreml import training
+from tests.engines.coreml.in_process import InProcess
+from tests.engines.suite import SMALL
+
+
+def table_of(experiment, module, rows, folder):
+    path = write_record(experiment, module.UNIT, rows, folder, "here")
+    return module.table(read_json(path))
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """Of the experiment, where a compilation takes a fifth of a second."""
+
+    class Slow(InProcess):
+        """Compiles once; then waits, as a compiler does that has a core of its own."""
+
+        made = tmp_path / "made"
+
+        def compile(self, weights, folder):
+            if not self.made.exists():
+                super().compile(weights, folder)
+                shutil.copytree(folder, self.made)
+            shutil.copytree(self.made, folder, dirs_exist_ok=True)
+            time.sleep(0.2)
+            return {"compilations": 2, "hits": 0}
+
+    small = SMALL.with_(n_layers=1, vocab_size=512, max_seq_len=32)
+    monkeypatch.setattr(program_training, "preset", lambda name: small)
+    monkeypatch.setattr(training, "Compiler", Slow)
+    monkeypatch.setattr(recompile, "QUICK_CASES", (("stories260k", 16, 2),))
+    monkeypatch.setattr(recompile, "QUICK_FIRST_UPDATES", 5)
+    monkeypatch.setattr(recompile, "QUICK_UPDATES", 2)
+    return list(recompile.run("cpu", True, [].append))
+
+
+@pytest.mark.soak
+def test_less_than_k_waits(rows):
+    half, _, twice = rows[-3:]
+    assert half.ours > 0.05 > twice.ours
+    assert half.notes["wait_share"] > twice.notes["wait_share"]
+
+
+@pytest.mark.extended
+def test_k_is_found(rows, tmp_path):
+    count = len(recompile.KEYS) + 1
+    published, measured = rows[:count], rows[count:]
+    assert [row.notes["k"] for row in published] == [82, 334, 64, 125, 525, 25]
+    assert [row.case for row in measured] == [f"stories260k 1x16, {k}" for k in ("K/2", "K", "2K")]
+    half, whole, twice = measured
+    assert half.notes["k"] == whole.notes["k"] // 2
+    assert twice.notes["k"] == 2 * whole.notes["k"]
+    text = table_of("recompile", recompile, rows, tmp_path)
+    assert "| stories15M, whole " in text
+    assert "| stories260k 1x16, K/2 " in text
+
+
+@pytest.mark.parametrize(
+    ("k", "least", "found"),
+    # hidden from `least` on; half of what is found is not
+    [(40, 38, 40), (40, 20, 20), (80, 20, 20), (40, 21, 30), (40, 45, 50), (10, 19, 22), (3, 1, 1)],
+)
+def test_k_settles_where_it_hides_and_half_does_not(k, least, found):
+    asked = []
+
+    def waits(k):
+        asked.append(k)
+        return max(0.0, (least - k) / least)
+
+    assert recompile.settled(k, waits) == found
+    assert found >= least
+    assert found // 2 < least
+    assert len(asked) <= 2 + recompile.LONGER + k.bit_length()
+
+
+def test_k_does_not_grow_without_end():
+    assert recompile.settled(8, lambda k: 0.5) == 8 + 2 + 3 + 4 + 5
+
+
+@pytest.mark.parametrize(
+    ("whole", "half", "verdict"),
+    [
+        ((0.01, [0.01, 0.02]), (1.0, [0.9, 1.1]), "confirmed"),
+        ((0.06, [0.0, 0.2]), (1.0, [0.9, 1.1]), "not applicable"),
+        ((0.01, [0.01, 0.02]), (0.4, [0.1, 0.6]), "not applicable"),
+        ((0.01, [0.01, 0.02]), (0.01, [0.01, 0.02]), "refuted"),
+        ((1.0, [0.9, 1.1]), (0.4, [0.1, 0.6]), "refuted"),
+    ],
+)
+def test_a_verdict_where_waits_are_far_from_the_bars(whole, half, verdict):
+    rows = [
+        {
+            "case": f"stories260k 1x64, {name}", "k": k, "ours": waits, "spread": spread, "n": 8,
+            "micro_steps_per_s": 10.0, "wait_share": waits / (k / 10), "compile_seconds": 3.0,
+            "step": 0.075,
+        }
+        for name, k, (waits, spread) in (("K", 40, whole), ("K/2", 20, half))
+    ]  # fmt: skip
+    (finding,) = recompile.findings({"rows": rows})
+    assert finding.verdict == verdict
+    assert ("too near" in finding.why) == (verdict == "not applicable")
+
+
+@pytest.mark.extended
+def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
+    monkeypatch.setattr(compile_budget, "QUICK_DISTINCT", 3)
+    monkeypatch.setattr(compile_budget, "QUICK_LAYERS", (1,))
+    monkeypatch.setattr(compile_budget, "_restart", lambda count, say: _row("a fresh process"))
+    lines = []
+    rows = list(compile_budget.run("cpu", True, lines.append))
+    again, distinct, _, layers = rows
+    assert (again.n, distinct.n) == (4, 3)
+    for row in (again, distinct):
+        assert row.notes["failures"] == 0
+        assert row.ours > 0
+        assert row.notes["bytes_after"] >= row.notes["bytes_before"] > 10**7
+    assert layers.notes["weight_bytes"] > 14e6
+    assert not layers.notes["refused"]
+    text = table_of("compile-budget", compile_budget, rows, tmp_path)
+    assert "| 4 compilations, new weights " in text
+    assert "| 1 layers of 768/2048 in a program " in text
+    assert compile_budget.draw({"device": "here", "rows": [row.to_dict() for row in rows]})
+
+
+def _row(case):
+    from onelaunch.bench.core.record import Row
+
+    return Row(case, 1.0)
+
+
+def test_a_process_that_ends_says_why():
+    with pytest.raises(RunFailed, match="a process that compiles ended with 1: KeyError"):
+        compile_budget.child((*compile_budget.CHILD, "nothing"))
+
+
+@pytest.mark.parametrize("module", [recompile, compile_budget])
+def test_another_device_is_refused(module):
+    with pytest.raises(BadInput, match="for a CPU|on the CPU"):
+        next(module.run("meta", True, print))

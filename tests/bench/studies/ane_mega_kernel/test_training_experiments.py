@@ -1,0 +1,378 @@
+"""The experiments that time training, made small: rows, tables, findings, pictures, refusals."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+
+import pytest
+import torch
+
+from onelaunch.bench.core.record import write_record
+from onelaunch.checkpoints.atomic import read_json
+from onelaunch.errors import BadInput, RunFailed
+
+pytest.importorskip("coremltools")
+
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.studies.ane_mega_kernel import (
+    accumulation,
+    overlap,
+    program_training,
+    stack,
+    step_breakdown,
+)
+from onelaunch.bench.studies.ane_mega_kernel.accumulation import validation as accumulation_learning
+from onelaunch.bench.studies.ane_mega_kernel.overlap import background as overlap_background
+from onelaunch.bench.studies.ane_mega_kernel.warm_up import child as warm_up_child
+from onelaunch.bench.studies.ane_mega_kernel.warm_up import experiment as warm_up
+from onelaunch.engines.coreml import training
+from tests.engines.coreml.in_process import InProcess
+from tests.engines.suite import SMALL
+
+TINY = SMALL.with_(n_layers=2, vocab_size=512, max_seq_len=32)
+COMPILING = 0.05
+EXPERIMENTS = (accumulation, overlap, stack, step_breakdown, warm_up)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The programs of each shape."""
+    return tmp_path_factory.mktemp("programs"), {}
+
+
+@pytest.fixture
+def small(monkeypatch, made):
+    """Models of a few thousand weights, whose programs are compiled once; then that is a wait."""
+    place, folders = made
+
+    class Once(InProcess):
+        def compile(self, weights, folder):
+            if self.shape not in folders:
+                kept = place / str(len(folders))
+                kept.mkdir()
+                super().compile(weights, kept)
+                folders[self.shape] = kept
+            shutil.copytree(folders[self.shape], folder, dirs_exist_ok=True)
+            time.sleep(COMPILING)
+            return {"compilations": 2, "hits": 0}
+
+    monkeypatch.setattr(program_training, "preset", lambda name: TINY)
+    monkeypatch.setattr(training, "Compiler", Once)
+
+
+class Told:
+    """What an experiment gave: rows by case, and its views of the record."""
+
+    def __init__(self, name, module, folder, device="cpu"):
+        self.lines = []
+        rows = list(module.run(device, True, self.lines.append))
+        self.record = read_json(write_record(name, module.UNIT, rows, folder, "here"))
+        self.rows = {row["case"]: row for row in self.record["rows"]}
+        assert len(self.rows) == len(rows), "two rows of one case"
+        self.text = module.table(self.record)
+        self.findings = module.findings(self.record)
+        self.keys = {key for each in self.findings for key in each.answers}
+        assert self.keys <= PUBLISHED.keys()
+        figure = module.draw(self.record)
+        for axes in figure.axes:
+            assert axes.get_xlabel(), "an axis without a name"
+
+    def verdicts(self, key):
+        return [each.verdict for each in self.findings if key in each.answers]
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS)
+def test_another_device_is_refused(module):
+    with pytest.raises(BadInput, match="cpu and cuda"):
+        next(iter(module.run("meta", True, print)))
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS)
+def test_an_empty_record_says_nothing(module):
+    record = {"device": "here", "rows": []}
+    assert module.findings(record) == []
+    assert module.draw(record) is None
+    assert module.table(record).startswith("# ")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    counts = {1: 2, 10: 2, 50: 1, 100: 0}
+    monkeypatch.setattr(accumulation, "QUICK_PROGRAMS", (("stories260k", 16, counts),))
+    monkeypatch.setattr(accumulation, "QUICK_PYTORCH", (("stories260k", 16, {10: 2, 50: 1}),))
+    monkeypatch.setattr(accumulation, "PYTORCH_SAMPLE", 30)
+    monkeypatch.setattr(accumulation_learning, "QUICK_MICRO_STEPS", 20)
+    monkeypatch.setattr(accumulation_learning, "QUICK_ACCUMS", (10, 20))
+    monkeypatch.setattr(accumulation_learning, "EVAL_BATCHES", 1)
+
+
+@pytest.mark.soak
+def test_more_micro_steps_compile_less(small, few, tmp_path):
+    told = Told("accumulation", accumulation, tmp_path)
+    rows = [told.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
+    shares = [row["compile_share"] for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[-1] < shares[0] < 1
+    assert rows[-1]["micro_steps_per_s"] > rows[1]["micro_steps_per_s"]
+    assert told.verdicts("accum-10")[1] == "refuted"  # PyTorch has nothing to compile
+
+
+@pytest.mark.extended
+def test_every_number_of_micro_steps_has_its_row(small, few, tmp_path):
+    told = Told("accumulation", accumulation, tmp_path)
+    rows = [told.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
+    assert rows[1]["speedup"] == 1
+    assert [row["computed"] for row in rows] == [False, False, False, True]
+    assert [row["updates_timed"] for row in rows] == [2, 2, 1, 0]
+    assert told.rows["PyTorch stories260k 1x16, accum 10"]["updates_timed"] == 2 * 3
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(16 * row["micro_steps_per_s"], rel=1e-3)
+        assert row["updates_per_s"] * row["accum"] == pytest.approx(
+            row["micro_steps_per_s"], rel=0.02
+        )
+    assert told.rows["PyTorch stories260k 1x16, accum 10"]["compile_share"] == 0
+    assert {"accum-10", "accum-50", "accum-100", "accum-learning"} <= told.keys
+    assert "accum-500" not in told.keys
+    assert told.verdicts("accum-learning") == ["not applicable"]  # of one update
+    assert "## What they cost in learning" in told.text
+
+
+def test_a_rule_wins_by_more_than_seeds_do():
+    def row(accum, rule, loss, spread=0.0):
+        case = f"learning, accum {accum}, rule {rule}"
+        return {
+            "case": case, "accum": accum, "rule": rule, "ours": loss, "range": spread, "updates": 9,
+        }  # fmt: skip
+
+    def verdict(linear):
+        rows = [row(10, "any", 1.0, 0.1), row(50, "none", 2.0), row(50, "linear", linear)]
+        (found,) = accumulation.findings({"rows": rows})
+        return found.verdict
+
+    assert [verdict(loss) for loss in (1.85, 1.95, 2.5)] == ["confirmed", "refuted", "refuted"]
+
+
+@pytest.mark.extended
+def test_learning_is_of_as_many_tokens(few, tmp_path):
+    lines = []
+    rows = list(accumulation_learning.learning("cpu", True, lines.append))
+    assert [row.notes["rule"] for row in rows] == ["any", "none", "linear"]
+    assert len({row.notes["tokens"] for row in rows}) == 1
+    base, none, linear = rows
+    assert base.n == len(accumulation_learning.QUICK_SEEDS)
+    assert none.notes["rate"] == base.notes["rate"] == linear.notes["rate"] / 2
+    assert all(0 < row.ours < math.log(512) + 1 for row in rows)
+
+
+@pytest.fixture
+def two_updates(monkeypatch):
+    monkeypatch.setattr(step_breakdown, "QUICK_CASES", (("stories260k", 16),))
+    monkeypatch.setattr(step_breakdown, "QUICK_UPDATES", 2)
+    monkeypatch.setattr(step_breakdown, "K", 2)
+
+
+@pytest.mark.soak
+def test_parts_explain_the_micro_step(small, two_updates, tmp_path):
+    told = Told("step-breakdown", step_breakdown, tmp_path)
+    unexplained = [row for row in told.rows.values() if row.get("part") == "unexplained"]
+    assert len(unexplained) == 2
+    assert all(abs(row["share"]) < 0.1 for row in unexplained)
+
+
+@pytest.mark.extended
+def test_parts_add_up_to_the_micro_step(small, two_updates, tmp_path):
+    told = Told("step-breakdown", step_breakdown, tmp_path)
+    for case in ("ML Programs stories260k 1x16", "PyTorch stories260k 1x16"):
+        rows = {row["part"]: row for row in told.rows.values() if row.get("of") == case}
+        parts = [
+            row["share"] for name, row in rows.items() if name != "whole" and "beside" not in name
+        ]
+        assert sum(parts) == pytest.approx(1, abs=1e-3)
+        assert {"data", "optimizer", "unexplained"} <= rows.keys()
+    programs = {row["part"] for row in told.rows.values() if row.get("of", "").startswith("ML")}
+    for direction in ("forward", "backward"):
+        for kind in ("products", "elementwise", "moves", "rounding", "interpreting"):
+            assert f"{direction}: {kind}" in programs
+        assert {f"{direction}: conversions", f"{direction}: classifier"} <= programs
+    depths = [row for row in told.rows.values() if "depth" in row]
+    assert [row["depth"] for row in depths] == ["stage", "half", "all layers"]
+    assert [row["programs"] for row in depths] == [20, 8, 2]
+    expected = {key for key in PUBLISHED if key.startswith("part-") and "110m" not in key}
+    assert expected | {"backward-mega"} == told.keys
+    assert "## By how much a program holds" in told.text
+
+
+def test_what_looks_at_the_parts_changes_nothing(small):
+    from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import program_parts
+
+    with program_training.driver("stories260k", 16, staleness=0) as watched:
+        watched.micro_step(1.0)
+        with program_parts(watched) as update:
+            update(2, True)
+        engine = watched.engine
+        assert not {"_forward", "_end", "_backward", "_products"} & engine.__dict__.keys()
+        weights = {n: p.detach().clone() for n, p in engine.parameters().items()}
+    with program_training.driver("stories260k", 16, staleness=0) as plain:
+        plain.micro_step(1.0)
+        for _ in range(2):
+            plain.micro_step(0.5)
+        plain.optimizer.step()
+        for name, parameter in plain.engine.parameters().items():
+            assert parameter.equal(weights[name]), name
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(stack, "QUICK_CASES", (("stories260k", 16, 2),))
+    monkeypatch.setattr(stack, "SHORT", 2)
+    monkeypatch.setattr(stack, "QUICK_LONG", 8)
+
+
+def of_programs(told):
+    return {row["stage"]: row for row in told.rows.values() if row["of"].startswith("ML")}
+
+
+@pytest.mark.soak
+def test_each_optimization_is_over_the_first(small, short, tmp_path):
+    programs = of_programs(Told("stack", stack, tmp_path))
+    baseline, accumulated, _, asymptote = programs.values()
+    assert baseline["ours"] < accumulated["ours"] < asymptote["ours"]
+    assert baseline["wait_share"] > accumulated["wait_share"] > 0.1
+    assert asymptote["wait_share"] < 0.01
+    for row in (baseline, accumulated):
+        assert row["model"] == pytest.approx(row["ours"], rel=0.5)
+
+
+@pytest.mark.extended
+def test_every_optimization_has_its_row(small, short, tmp_path):
+    told = Told("stack", stack, tmp_path)
+    programs = of_programs(told)
+    assert list(programs) == list(stack.STAGES)
+    assert programs["stack-baseline"]["speedup"] == 1
+    pytorch = [row["stage"] for row in told.rows.values() if row["of"].startswith("PyTorch")]
+    assert pytorch == ["stack-baseline", "stack-accumulation", "stack-asymptote"]
+    assert told.keys == set(stack.STAGES)
+    assert told.verdicts("stack-baseline") == ["not applicable"] * 2
+    assert len(told.verdicts("stack-background")) == 2
+    assert "| ML Programs stories260k 1x16: 8 micro-steps an update, compiled in the " in told.text
+    assert told.verdicts("stack-accumulation") == ["not applicable"] * 2  # fewer than the study's
+    for row in told.rows.values():
+        row["k"], row["speedup"] = stack.LONG, 100.0
+    assert {each.verdict for each in stack.findings(told.record)[1:2]} == {"confirmed"}
+
+
+@pytest.mark.extended
+def test_a_forward_is_timed_beside_compilations(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(overlap, "preset", lambda name: TINY)
+    monkeypatch.setattr(overlap_background, "Compiler", training.Compiler)
+    monkeypatch.setattr(overlap, "QUICK_CASES", (("stories260k", 16),))
+    monkeypatch.setattr(overlap, "QUICK_ROUNDS", 2)
+    monkeypatch.setattr(overlap, "ALONE_SECONDS", 0.05)
+    told = Told("overlap", overlap, tmp_path)
+    alone, beside = told.rows.values()
+    assert beside["case"] == "ML Program stories260k 1x16, beside 8 compilations"
+    for row in (alone, beside):
+        assert row["n"] >= 2
+        assert 0 < row["median"] <= row["most"]
+        assert 0 < row["ours"] <= row["most"]
+    assert beside["slowdown"] > 0
+    assert beside["compile_alone"] >= COMPILING / 2  # two compilations an answer
+    assert told.keys == {"overlap-alone", "overlap-beside"}
+    beside |= {"slowdown": overlap.LITTLE + 0.01, "slowdown_spread": [1.27, 1.27]}
+    assert overlap.findings(told.record)[1].verdict == "refuted"
+    beside["slowdown"] = overlap.LITTLE - 0.01
+    assert overlap.findings(told.record)[1].verdict == "confirmed"
+    assert "study: beside 20 compilations" in told.text
+
+
+def test_a_compiler_that_fails_beside_a_forward_is_told():
+    class Fails:
+        each = 2
+
+        def compile(self):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        overlap._beside(lambda: None, Fails(), [])
+
+
+@pytest.fixture
+def warming(monkeypatch):
+    monkeypatch.setattr(warm_up, "_child", lambda *words: warm_up_child.main(*map(str, words)))
+    monkeypatch.setattr(warm_up, "QUICK_PYTORCH", (("stories260k", 16, 140, 2),))
+    monkeypatch.setattr(warm_up, "QUICK_PROGRAMS", (("stories260k", 16, 32, 1),))
+    monkeypatch.setattr(warm_up, "QUICK_AFTER", 4)
+
+
+@pytest.mark.soak
+def test_the_wait_for_a_compilation_is_no_part_of_a_micro_step(small, warming, tmp_path):
+    told = Told("warm-up", warm_up, tmp_path)
+    fresh = told.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
+    assert fresh["by_step"][0] < 1e3 * COMPILING + fresh["by_step"][-1]
+
+
+@pytest.mark.extended
+def test_the_first_micro_steps_are_told(small, warming, tmp_path):
+    told = Told("warm-up", warm_up, tmp_path)
+    for mark in ("micro-step 1", "micro-step 30", "from 136 on"):
+        assert told.rows[f"PyTorch stories260k 1x16, {mark}"]["ours"] > 0
+    programs = told.rows["ML Programs stories260k 1x16, from 25 on"]
+    assert (programs["steps"], programs["n"], len(programs["by_step"])) == (32, 8, 32)
+    fresh = told.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
+    assert (fresh["steps"], fresh["processes"]) == (4, 2)
+    assert told.keys == {"warm-1", "warm-30", "warm-136"}
+    assert told.verdicts("warm-136")[1:] == ["not applicable"] * 2  # too few micro-steps
+    assert "study: from 136 on" in told.text
+
+
+@pytest.mark.parametrize(
+    ("times", "number"),
+    [
+        ([1.0] * 40, 1),
+        ([1.5] + [1.0] * 39, 2),
+        ([1.5] * 10 + [1.0] * 30, 11),
+        ([1.0] * 20 + [9.0] + [1.0] * 19, 1),  # one interruption is none
+        ([1.0 + 0.1 * (i < 35) for i in range(40)], None),
+        ([2.0 - i / 40 for i in range(40)], None),
+    ],
+)
+def test_steady_is_from_where_nothing_changes(times, number):
+    assert warm_up.steady_from(times, warm_up.WITHIN) == number
+
+
+def test_a_process_that_cannot_train_says_why():
+    with pytest.raises(RunFailed, match="a process that trains ended with 1"):
+        warm_up._child("PyTorch", "cpu", "nothing", 16, 1, 0, 0)
+
+
+def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
+    from onelaunch.engines.cuda import compilers, staged
+    from onelaunch.engines.cuda.blocking import Limits
+
+    jobs = []
+
+    class Compilers:
+        def __init__(self, subject, count):
+            self.store = os.environ["TRITON_CACHE_DIR"]
+
+        def compile(self, given, deadline):
+            jobs.extend(given)
+            return [None if len(jobs) % 2 else "it does not fit"]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(compilers, "Compilers", Compilers)
+    monkeypatch.setattr(staged, "limits_of", lambda device: Limits())
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    kernels = overlap_background.KernelCompilations(TINY, 16, torch.device("cuda", 0))
+    needed = 1 + overlap.COMPILATIONS * (overlap.ROUNDS + overlap.ALONE_ROUNDS)
+    for _ in range(needed):
+        kernels.compile()
+    kernels.close()
+    assert len({str(job) for job in jobs}) == needed
+    assert kernels.refused == needed // 2
+    assert os.environ["TRITON_CACHE_DIR"] == "before"
