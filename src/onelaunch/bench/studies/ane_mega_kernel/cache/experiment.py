@@ -22,6 +22,20 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.studies.ane_mega_kernel.cache.cases import (
+    ASKED,
+    AT_ONCE,
+    DAMAGED,
+    EMPTY,
+    HIT,
+    MISS,
+    MODEL,
+    OTHER,
+    OTHER_UPDATED,
+    REPAIRED,
+    SAME,
+    UPDATED,
+)
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
     ATTENTION,
     CPU,
@@ -35,21 +49,14 @@ from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, MissingExtra
 
 UNIT = "s"
-MODEL = "stories15m"
 REPEATS, QUICK_REPEATS = 7, 3
 CPU_REPEATS, QUICK_CPU_REPEATS = 2, 1
 """Of compiling the CPU engine's program, a quarter of a minute each."""
-HIT, MISS = "hit", "miss"
 NAMES = {
     LAYER: "ML Program of a layer",
     ATTENTION: "ML Program of attention",
     CPU: "the CPU engine's program",
 }
-
-EMPTY, SAME, ASKED = "nothing kept", "kept, same process", "asked whether it is kept"
-OTHER, UPDATED = "kept, another process", "after an update of the weights"
-OTHER_UPDATED = "after an update, another process"
-AT_ONCE, DAMAGED, REPAIRED = "two processes at once", "a damaged entry", "after the damaged entry"
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:

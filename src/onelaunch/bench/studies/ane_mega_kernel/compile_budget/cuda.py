@@ -16,7 +16,7 @@ from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import markdown
-from onelaunch.bench.studies.ane_mega_kernel.compile_budget.experiment import (
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     AGAIN,
     DISTINCT,
     QUICK_AGAIN,

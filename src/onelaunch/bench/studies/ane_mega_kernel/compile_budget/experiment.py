@@ -9,12 +9,9 @@ The same on a GPU with Triton's kernels: cuda.py.
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +21,23 @@ from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
-from onelaunch.compilation.environment import child_environment
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
+    AGAIN,
+    DISTINCT,
+    QUICK_AGAIN,
+    QUICK_DISTINCT,
+    RESTARTS,
+    child,
+    many_row,
+    restart_row,
+)
 from onelaunch.engines.coreml import coremltools
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNIT = "s"
-AGAIN, DISTINCT = 312, 150
-QUICK_AGAIN, QUICK_DISTINCT = 20, 10
-RESTARTS = 5
 LAYERS = (12, 24, 48, 96, 192)
 QUICK_LAYERS = (12,)
 CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.compile_budget.child")
@@ -70,40 +73,8 @@ def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
     return many_row(case, child((*CHILD, what, str(count))), say)
 
 
-def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:
-    """Of what a child says of many compilations, the first tenth of them and the last."""
-    seconds, memory = told["seconds"], told["bytes"]
-    tenth = max(1, len(seconds) // 10)
-    first, last = (statistics.median(part) for part in (seconds[:tenth], seconds[-tenth:]))
-    row = Row.of(
-        case,
-        seconds,
-        notes={
-            "failures": told["failures"],
-            "first_tenth": round(first, 4),
-            "last_tenth": round(last, 4),
-            "bytes_before": told["bytes_before"],
-            "bytes_after": memory[-1],
-            "bytes_a_compilation": round(slope(memory[len(memory) // 2 :])),
-            "bytes_by_number": memory[:: max(1, len(memory) // 50)],
-        },
-    )
-    say(
-        f"{case}: {told['failures']} failed, {first:.3f} s at first, {last:.3f} s at last; "
-        f"{row.notes['bytes_a_compilation'] / 1e3:+,.1f} kB each over the second half"
-    )
-    return row
-
-
 def _restart(count: int, say: Callable[[str], None]) -> Row:
     return restart_row([child((*CHILD, "restart")) for _ in range(count)], say)
-
-
-def restart_row(told: list[dict[str, Any]], say: Callable[[str], None]) -> Row:
-    """Fresh processes until they have compiled once, less a compilation."""
-    row = Row.of("a fresh process", [each["until_first"] - each["second"] for each in told])
-    say(f"{row.case}: {row.ours:.2f} s more than a compilation")
-    return row
 
 
 def _layers(layers: int, say: Callable[[str], None]) -> Row:
@@ -115,24 +86,6 @@ def _layers(layers: int, say: Callable[[str], None]) -> Row:
     answer = f"refused: {told['refused']}" if told["refused"] else "made"
     say(f"{row.case}: {row.ours:.1f} s, {told['weight_bytes'] / 1e6:,.0f} MB; {answer}")
     return row
-
-
-def child(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a process says. Raises RunFailed where it fails."""
-    env = child_environment() if env is None else env
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"a process that compiles ended with {done.returncode}: {reason}")
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
-
-
-def slope(values: list[int]) -> float:
-    """Of the line of least squares."""
-    if len(values) < 2:
-        return 0.0
-    return statistics.linear_regression(range(len(values)), values).slope
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
