@@ -1,4 +1,4 @@
-"""onelaunch: small transformers, launched as little as pays.
+"""onelaunch: small transformers with fewer kernel launches.
 
 Names are loaded when first used, so importing the package costs no torch.
 """
@@ -17,13 +17,16 @@ _HOMES = {
     "OnelaunchError": "onelaunch.errors",
     "Model": "onelaunch.model",
     "RMSNorm": "onelaunch.operators.rms_norm",
+    "LanguageModel": "onelaunch.api",
     "Sampling": "onelaunch.engines.engine",
-    "load": "onelaunch.checkpoints",
+    "load": "onelaunch.api",
     "rms_norm": "onelaunch.operators.rms_norm",
-    "save": "onelaunch.checkpoints",
+    "save": "onelaunch.api",
+    "train": "onelaunch.api",
 }
 __all__ = [
     "PRESETS",
+    "LanguageModel",
     "Model",
     "ModelConfig",
     "OnelaunchError",
@@ -33,10 +36,11 @@ __all__ = [
     "preset",
     "rms_norm",
     "save",
+    "train",
 ]
 
 if TYPE_CHECKING:
-    from onelaunch.checkpoints import load, save
+    from onelaunch.api import LanguageModel, load, save, train
     from onelaunch.config import PRESETS, ModelConfig, preset
     from onelaunch.engines.engine import Sampling
     from onelaunch.errors import OnelaunchError

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import onelaunch
+from onelaunch import api
 from onelaunch.checkpoints import FORMATS, load, random_model, save, writable_formats
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import PRESETS, ModelConfig
@@ -44,8 +45,8 @@ def test_formats_convert_into_each_other(model, tmp_path):
 
 
 def test_the_public_names_are_these():
-    assert onelaunch.load is load
-    assert onelaunch.save is save
+    assert onelaunch.load is api.load
+    assert onelaunch.save is api.save
     assert set(writable_formats()) == {"llama2c", "hf"}
     assert "run" in FORMATS
 

@@ -124,7 +124,7 @@ def _absent(name: str, error: OSError | ValueError) -> BadInput:
     if name in PRESETS:
         return ModelNotFound(
             f"{name}: a preset is a shape without weights: train one, or try its speed with random "
-            f"weights (onelaunch.checkpoints.random_model)"
+            f"weights (onelaunch.load({name!r}, random=True))"
         )
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
         return BadInput(f"{name}: cannot read: {error.strerror or error}")

@@ -249,26 +249,20 @@ def _tokenizer(
 def _prompts(
     texts: list[str], loaded: LoadedModel, tokenizer: Tokenizer | None, model: str
 ) -> list[Prompt]:
-    from onelaunch.generation.text import Prompt, encode_prompts
+    from onelaunch.generation.text import Prompt, encode_prompts, first_id
 
     if texts and tokenizer is not None:
         return encode_prompts(tokenizer, texts, loaded.config)
-    first = _first_id(loaded, tokenizer)
+    first = first_id(loaded, tokenizer)
     if first is None:
         raise BadInput(f"{model}: the model names no BOS to begin with; give it a --prompt")
     return [Prompt("", [first])]
 
 
-def _first_id(loaded: LoadedModel, tokenizer: Tokenizer | None) -> int | None:
-    """What a text without a prompt begins with: BOS, or the EOS of the text before it."""
-    named = [loaded.bos_id]
-    if tokenizer is not None:
-        named += [tokenizer.bos_id, tokenizer.eos_id]
-    return next((token for token in named if token is not None), None)
-
-
 def _bos_ids(loaded: LoadedModel, tokenizer: Tokenizer | None) -> set[int | None]:
-    return {_first_id(loaded, tokenizer), tokenizer.bos_id if tokenizer else None}
+    from onelaunch.generation.text import first_id
+
+    return {first_id(loaded, tokenizer), tokenizer.bos_id if tokenizer else None}
 
 
 class _Output:

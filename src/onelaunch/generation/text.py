@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from onelaunch.checkpoints.tokenizers import Tokenizer, check_ids
+from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
 from onelaunch.engines.engine import Engine, Sampling
 
@@ -49,6 +50,15 @@ def encode_prompts(
         for index, prompt in enumerate(prompts):
             check_ids(tokenizer, prompt.ids, config, f"prompt {index + 1}")
     return prompts
+
+
+def first_id(model: LoadedModel, tokenizer: Tokenizer | None) -> int | None:
+    """What a text without a prompt begins with: BOS, or the EOS of the text before it; None where
+    neither is named."""
+    named = [model.bos_id]
+    if tokenizer is not None:
+        named += [tokenizer.bos_id, tokenizer.eos_id]
+    return next((token for token in named if token is not None), None)
 
 
 def complete(

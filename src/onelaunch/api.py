@@ -1,0 +1,405 @@
+"""The library in Python: `load` a model, generate, score, save; `train` one."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, overload
+
+from onelaunch.checkpoints import load as load_checkpoint
+from onelaunch.checkpoints import random_model
+from onelaunch.checkpoints import save as save_checkpoint
+from onelaunch.config import ModelConfig
+from onelaunch.engines.choice import ENGINES
+from onelaunch.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from onelaunch.checkpoints.tokenizers import Tokenizer
+    from onelaunch.checkpoints.weights import LoadedModel
+    from onelaunch.engines.engine import Engine
+    from onelaunch.generation.text import Completion, Prompt
+    from onelaunch.model import Model
+    from onelaunch.training.recipe import Recipe
+
+Log = Callable[[str], None]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    engine: str = "auto",
+    threads: int | None = None,
+    fusion_depth: str | int = "auto",
+    tokenizer: str | Path | None = None,
+    random: bool = False,
+    log: Log | None = None,
+) -> LanguageModel:
+    """Open a model: a llama2.c file, a Hugging Face folder or a run folder of `train`.
+
+    Weights are mapped from the file where its format allows; the engine that runs them is made at
+    the first use.
+
+    device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
+    dtype: what is computed in, "float32", "bfloat16" or "float16" or PyTorch's own; bfloat16 on a
+        CUDA GPU and float32 elsewhere unless given.
+    engine: "auto" (the device's own), "reference" (PyTorch), "cpu", "cuda" or "coreml".
+    threads: CPU threads; as many as measure fastest unless given.
+    fusion_depth: how much one launch holds: "auto", "stage", "half", a number of layers, or "all".
+    tokenizer: a file or folder, or "bytes", where none lies beside the model.
+    random: `path` is the name of a preset; its weights are random, for measuring speed.
+    log: called with lines for people, such as that a compilation ended; none are printed unless
+        given.
+
+    Raises BadInput, naming `path` or the argument, for what cannot be used.
+    """
+    if engine not in ENGINES:
+        raise BadInput(f"engine={engine!r}: must be {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
+    checkpoint = random_model(str(path)) if random else load_checkpoint(path)
+    log = log or _no_log
+    for notice in checkpoint.notices:
+        log(notice)
+    how = {"device": device, "dtype": dtype, "threads": threads, "fusion_depth": str(fusion_depth)}
+    return LanguageModel(checkpoint, engine, how, tokenizer, log)
+
+
+class LanguageModel:
+    """A model with its tokenizer and its engine; `load` makes it.
+
+    For one thread at a time. It is a context manager: at its end, or with `close`, the engine's
+    memory is given back.
+    """
+
+    def __init__(
+        self,
+        checkpoint: LoadedModel,
+        engine: str = "auto",
+        how: Mapping[str, Any] | None = None,
+        tokenizer: str | Path | None = None,
+        log: Log | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self._engine_name, self._how = engine, dict(how or {})
+        self._tokenizer_path = tokenizer
+        self._tokenizer: Tokenizer | None = None
+        self._engine: Engine | None = None
+        self._closed = False
+        self._log = log or _no_log
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.checkpoint.config
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by canonical name, in the file's dtype."""
+        return self.checkpoint.weights
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that `load` was given, else the one beside the model. Raises BadInput where
+        there is none."""
+        from onelaunch.checkpoints.tokenizers import find_tokenizer, load_tokenizer
+
+        if self._tokenizer is None and self._tokenizer_path is not None:
+            self._tokenizer = load_tokenizer(self._tokenizer_path)
+        if self._tokenizer is None:
+            self._tokenizer = find_tokenizer(self.checkpoint)
+        if self._tokenizer is None:
+            source = self.checkpoint.source or "the model"
+            raise BadInput(f"{source}: no tokenizer found for it; load it with tokenizer='FILE'")
+        return self._tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model; made at the first use."""
+        if self._closed:
+            raise RuntimeError("this model is closed; load it again")
+        if self._engine is None:
+            from onelaunch.engines.choice import choose
+
+            self._engine = choose(
+                self._engine_name, self.config, self.weights, say=self._log, **self._how
+            )
+        return self._engine
+
+    @overload
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        seed: int = ...,
+        stop_ids: Sequence[int] = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        seed: int = ...,
+        stop_ids: Sequence[int] = ...,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+    ) -> str | list[str]:
+        """The continuation of a prompt, without the prompt, or of each of a list of them.
+
+        A text ends at one of the model's own stop ids or of `stop_ids`, where its context is full,
+        or after `max_new_tokens`. Without a prompt it begins at BOS. The other arguments are those
+        of `Sampling`: temperature 0 takes the most likely token each time.
+
+        Raises BadInput for a prompt beyond the context and for arguments out of range, RunFailed
+        where logits are not finite numbers.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        completions = self._complete(
+            self._prompts(prompts), max_new_tokens,
+            (temperature, top_k, top_p, min_p, seed), stop_ids,
+        )  # fmt: skip
+        texts = [completion.text or "" for completion in completions]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[str]:
+        """The pieces of the continuation of a prompt as they come; together they are what
+        `generate` returns. Ending the iteration early ends the generation."""
+        prompts = self._prompts([prompt])
+        sampling = (temperature, top_k, top_p, min_p, seed)
+        self.engine  # noqa: B018 - made here: its errors are the caller's
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        cancelled = threading.Event()
+
+        def on_piece(index: int, token: int | None, piece: str) -> None:
+            if cancelled.is_set():
+                raise _Cancelled
+            if piece:
+                pieces.put(piece)
+
+        def run() -> None:
+            try:
+                self._complete(prompts, max_new_tokens, sampling, stop_ids, on_piece)
+            except _Cancelled:
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+            else:
+                pieces.put(None)
+
+        thread = threading.Thread(target=run, name="generation", daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            cancelled.set()
+            thread.join()
+
+    def logits(
+        self,
+        ids: Tensor | Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Logits of every position, (batch, sequence, vocabulary), on the engine's device; see
+        `engines.engine.Engine.logits`."""
+        return self.engine.logits(ids, dtype)
+
+    def loss(self, ids: Tensor | Sequence[Sequence[int]]) -> float:
+        """Mean cross-entropy of the ids after the first of each sequence, in nats per token.
+
+        ids: (batch, sequence), at least two in a sequence. Raises BadInput for other shapes.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        from onelaunch.engines.checks import token_tensor
+
+        tokens_BS = token_tensor(self.config, ids)
+        if tokens_BS.shape[1] < 2 or not len(tokens_BS):
+            raise BadInput(
+                f"ids of shape {tuple(tokens_BS.shape)}: a loss needs two tokens or more of each "
+                "sequence"
+            )
+        logits_BSV = self.engine.logits(tokens_BS)
+        targets_BS = tokens_BS[:, 1:].to(logits_BSV.device, torch.int64)
+        return float(F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), targets_BS.flatten()))
+
+    def save(self, path: str | Path, format: str) -> None:
+        """Write the model to `path` as "llama2c" (a file) or "hf" (a folder). The tokenizer is not
+        written; `onelaunch export` writes both."""
+        save_checkpoint(self.checkpoint, path, format)
+
+    def describe(self) -> dict[str, Any]:
+        """The engine, its device, dtype, bytes of weights, and what it chose."""
+        return self.engine.describe()
+
+    def close(self) -> None:
+        """Give the engine's memory back. A closed model can still be saved."""
+        self._engine = None
+        self._closed = True
+
+    def __enter__(self) -> LanguageModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        millions = self.config.n_params / 1e6
+        state = ", closed" if self._closed else ""
+        return f"LanguageModel({self.checkpoint.source}, {millions:.1f}M parameters{state})"
+
+    def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        from onelaunch.generation.text import Prompt, encode_prompts, first_id
+
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise BadInput(f"prompt={texts!r}: must be a text or a list of texts")
+        if all(texts):
+            return encode_prompts(self.tokenizer, texts, self.config)
+        first = first_id(self.checkpoint, self.tokenizer)
+        if first is None:
+            source = self.checkpoint.source or "the model"
+            raise BadInput(f"{source}: the model names no BOS to begin with; give a prompt")
+        begin = Prompt("", [first])
+        return [
+            encode_prompts(self.tokenizer, [text], self.config)[0] if text else begin
+            for text in texts
+        ]
+
+    def _complete(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: tuple[Any, ...],
+        stop_ids: Sequence[int],
+        on_piece: Callable[[int, int | None, str], None] | None = None,
+    ) -> list[Completion]:
+        from onelaunch.engines.engine import Sampling
+        from onelaunch.generation.text import complete
+
+        tokenizer = self.tokenizer
+        ends = {*self.checkpoint.stop_ids, *tokenizer.stop_ids, *stop_ids}
+        stop = sorted(i for i in ends if i < self.config.vocab_size)
+        return complete(self.engine, prompts, n, Sampling(*sampling), stop, tokenizer, on_piece)
+
+
+def save(model: LanguageModel | LoadedModel | Model, path: str | Path, format: str) -> None:
+    """Write a model to `path` as "llama2c" (a file) or "hf" (a folder): one that was loaded, or a
+    `Model` in PyTorch. Raises BadInput for what the format cannot express."""
+    from onelaunch.checkpoints.weights import LoadedModel
+
+    if isinstance(model, LanguageModel):
+        model = model.checkpoint
+    if not isinstance(model, LoadedModel):
+        weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        model = LoadedModel(model.config, weights)
+    save_checkpoint(model, path, format)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe = "quickstart",
+    *,
+    run: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    quiet: bool = True,
+) -> Path:
+    """Train a model; returns its run folder, which `load` opens.
+
+    recipe: a built-in name or a TOML file (docs/recipes.md), the sections as a dict, or a Recipe.
+    run: the run folder, made here; a new one in `runs` unless given. With `resume` the one to go
+        on with, by its own recipe: the newest unless given.
+    settings: keys to change, such as {"train.updates": 100}.
+    quiet: no progress on the terminal.
+
+    Raises BadInput for what does not fit together, RunFailed where the run diverges or memory or
+    the disk do not suffice, KeyboardInterrupt where it is interrupted: the run is saved before.
+    """
+    from onelaunch.training.folders import default_run_folder, newest_run
+    from onelaunch.training.recipe import Recipe
+    from onelaunch.training.run import resume as resume_run
+    from onelaunch.training.run import start
+
+    changed = dict(settings or {})
+    if resume:
+        outcome = resume_run(Path(run) if run else newest_run(), changed, None, quiet)
+    else:
+        name = "run"
+        if isinstance(recipe, Mapping):
+            recipe = Recipe.from_dict(dict(recipe), "recipe")
+        elif not isinstance(recipe, Recipe):
+            name = Path(recipe).stem
+            recipe = Recipe.load(str(recipe))
+        recipe = recipe.with_settings(changed, "settings")
+        place = Path(run) if run else default_run_folder(name)
+        outcome = start(recipe, place, quiet, numbered=run is None)
+    if outcome.spent:  # as many compilations as coreml.compile_budget lets a process make
+        _go_on(outcome.run)
+    if outcome.signal is not None:
+        raise KeyboardInterrupt(f"stopped; {outcome.run} is saved and can be resumed")
+    return outcome.run
+
+
+def _go_on(run: Path) -> None:
+    """Have a fresh process finish a run."""
+    from onelaunch.compilation.environment import child_environment
+
+    command = [sys.executable, "-m", "onelaunch", "train", "--resume", "--run", str(run), "--quiet"]
+    status = subprocess.run(command, env=child_environment()).returncode
+    if status:
+        raise RunFailed(f"{run}: the process that continued it ended with {status}")
+
+
+class _Cancelled(Exception):
+    """Raised in an engine's callback: nobody listens any more."""
+
+
+def _no_log(line: str) -> None:
+    pass

@@ -1,0 +1,225 @@
+"""The Python interface: what users call, on a small random model."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import onelaunch
+from onelaunch import LanguageModel, Sampling
+from onelaunch.checkpoints import random_model
+from onelaunch.checkpoints import save as save_checkpoint
+from onelaunch.config import ModelConfig
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput
+from onelaunch.generation.text import complete, encode_prompts
+from onelaunch.model import Model
+from onelaunch.training.story_data import stories_tokenizer
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A random stories260k whose logits differ enough to be told apart, and its tokenizer."""
+    loaded = random_model("stories260k", seed=3)
+    loaded.weights = {name: 3 * tensor for name, tensor in loaded.weights.items()}
+    file = tmp_path / "model.bin"
+    save_checkpoint(loaded, file, "llama2c")
+    stories_tokenizer().save(tmp_path)
+    return file
+
+
+@pytest.fixture
+def model(path):
+    with onelaunch.load(path, engine="reference", device="cpu") as model:
+        yield model
+
+
+def expected(model, prompts, n, sampling):
+    loaded = model.checkpoint
+    engine = ReferenceEngine(loaded.config, loaded.weights, "cpu")
+    tokenizer = model.tokenizer
+    stop = sorted({*loaded.stop_ids, *tokenizer.stop_ids})
+    encoded = encode_prompts(tokenizer, prompts)
+    return [c.text for c in complete(engine, encoded, n, sampling, stop, tokenizer)]
+
+
+def test_a_text_is_what_the_command_line_writes(model, path):
+    text = model.generate("Once upon", max_new_tokens=12, temperature=0.7, seed=5)
+    assert [text] == expected(model, ["Once upon"], 12, Sampling(0.7, 0, 0.9, 0.0, 5))
+    command = [sys.executable, "-m", "onelaunch", "generate", str(path), "--prompt", "Once upon"]
+    command += ["--max-new-tokens", "12", "--temperature", "0.7", "--seed", "5", "--no-echo"]
+    command += ["--engine", "reference", "--device", "cpu", "--quiet"]
+    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert written == text + "\n"
+
+
+def test_a_list_gives_a_list(model):
+    prompts = ["Once", "One day", "Once"]
+    texts = model.generate(prompts, max_new_tokens=8, temperature=1.0, seed=2)
+    assert texts == expected(model, prompts, 8, Sampling(1.0, 0, 0.9, 0.0, 2))
+    assert texts[0] != texts[2]  # two samples of one prompt
+    assert model.generate([], max_new_tokens=8) == []
+    assert model.generate(["Once"], max_new_tokens=8, seed=2) == texts[:1]
+
+
+def test_without_a_prompt_a_text_begins_at_bos(model):
+    text = model.generate(max_new_tokens=6, temperature=0.0)
+    assert isinstance(text, str)
+    assert model.generate(["", "Once"], max_new_tokens=6, temperature=0.0)[0] == text
+
+
+def test_a_stream_is_the_text_in_pieces(model):
+    how = {"max_new_tokens": 20, "temperature": 0.9, "seed": 4}
+    pieces = list(model.stream("The cat", **how))
+    assert len(pieces) > 1
+    assert "".join(pieces) == model.generate("The cat", **how)
+
+
+def test_a_stream_may_be_left(model):
+    stream = model.stream("The cat", max_new_tokens=200, temperature=1.0)
+    assert next(stream)
+    stream.close()
+    assert "generation" not in [thread.name for thread in threading.enumerate()]
+    assert model.generate("The cat", max_new_tokens=3, temperature=0.0)  # the engine is free
+
+
+def test_an_error_in_a_stream_is_the_callers(model):
+    with pytest.raises(BadInput, match="context holds 512"):
+        list(model.stream("a" * 5000))
+    with pytest.raises(BadInput, match="temperature"):
+        next(model.stream("Once", temperature=-1.0))
+
+
+def test_stop_ids_end_a_text(model):
+    long = model.generate("Once", max_new_tokens=30, temperature=0.0)
+    ids = model.tokenizer.encode("Once" + long)
+    first_new = model.tokenizer.encode("Once")
+    stop = next(i for i in ids[len(first_new) :])
+    assert len(model.generate("Once", max_new_tokens=30, temperature=0.0, stop_ids=[stop])) < len(
+        long
+    )
+
+
+def test_logits_and_loss(model):
+    ids = [[1, 403, 407, 261], [1, 300, 5, 17]]
+    logits = model.logits(ids)
+    assert logits.shape == (2, 4, 512)
+    exact = Model.from_weights(
+        model.config, {name: tensor.double() for name, tensor in model.weights.items()}
+    )(torch.tensor(ids))
+    assert (logits - exact).norm() / exact.norm() < 1e-5
+    loss = F.cross_entropy(exact[:, :-1].flatten(0, 1), torch.tensor(ids)[:, 1:].flatten())
+    assert model.loss(ids) == pytest.approx(loss.item(), rel=1e-5)
+    assert model.loss(torch.tensor(ids, dtype=torch.int32)) == model.loss(ids)
+    for wrong in ([[1]], [], torch.zeros(0, 4, dtype=torch.int64)):
+        with pytest.raises(BadInput):
+            model.loss(wrong)
+    assert math.isfinite(model.loss(ids[:1]))
+
+
+def test_a_model_is_saved_in_every_format_also_when_closed(model, path, tmp_path):
+    again = tmp_path / "again.bin"
+    model.close()
+    model.save(again, "llama2c")
+    assert again.read_bytes() == path.read_bytes()
+    onelaunch.save(model, tmp_path / "hf", "hf")
+    folder = onelaunch.load(tmp_path / "hf")
+    assert folder.config.with_(rope_layout="interleaved") == model.config
+    with pytest.raises(RuntimeError, match="closed"):
+        model.generate("Once")
+    assert "closed" in repr(model)
+
+
+def test_a_pytorch_model_is_saved(tmp_path):
+    config = ModelConfig(
+        dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=64, max_seq_len=32
+    )
+    made = Model(config).init_weights(1)
+    onelaunch.save(made, tmp_path / "made.bin", "llama2c")
+    read = onelaunch.load(tmp_path / "made.bin", engine="reference", device="cpu")
+    ids = torch.randint(64, (2, 32))
+    with torch.no_grad():
+        exact = made(ids)
+    assert (read.logits(ids) - exact).norm() / exact.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"engine": "gpu"}, "engine='gpu'"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"dtype": "int3", "engine": "reference"}, "dtype 'int3'"),
+        ({"threads": 0, "engine": "reference"}, "threads 0"),
+        ({"fusion_depth": "none", "engine": "reference"}, "fusion_depth='none'"),
+        ({"tokenizer": "nowhere.bin"}, "nowhere.bin"),
+    ],
+)
+def test_wrong_arguments_are_named(path, how, says):
+    with pytest.raises(BadInput, match=re.escape(says)):
+        onelaunch.load(path, **how).generate("Once", max_new_tokens=1)
+
+
+def test_wrong_prompts_are_refused(model):
+    for wrong in (5, [1, 2], None):
+        with pytest.raises(BadInput, match="must be a text or a list of texts"):
+            model.generate(wrong)
+
+
+def test_a_model_without_a_tokenizer_gives_logits(path):
+    (path.parent / "tokenizer.bin").unlink()
+    model = onelaunch.load(path, engine="reference")
+    assert model.logits([[1, 2]]).shape == (1, 2, 512)
+    with pytest.raises(BadInput, match=r"no tokenizer found for it; load it with tokenizer='FILE'"):
+        model.generate("Once")
+
+
+def test_a_random_preset():
+    model = onelaunch.load("stories260k", random=True, tokenizer="bytes", engine="reference")
+    assert isinstance(model, LanguageModel)
+    assert isinstance(model.generate("Once", max_new_tokens=4), str)
+    with pytest.raises(BadInput, match=r"onelaunch.load\('stories260k', random=True\)"):
+        onelaunch.load("stories260k")
+
+
+def test_notices_reach_the_log(path):
+    lines = []
+    model = onelaunch.load(path, engine="reference", log=lines.append)
+    assert model.checkpoint.notices == tuple(lines)
+    assert onelaunch.load(path).describe()["device"]
+
+
+def test_training_gives_a_run_folder_that_loads(tmp_path):
+    sections = {
+        "model": {
+            "preset": "stories260k",
+            "dim": 32,
+            "n_layers": 1,
+            "n_heads": 2,
+            "hidden_dim": 64,
+        },
+        "data": {"path": "stories"},
+        "train": {"updates": 2, "batch_size": 2, "seq_len": 32, "device": "cpu"},
+    }
+    run = onelaunch.train(sections, run=tmp_path / "run", settings={"train.updates": 3})
+    assert run == tmp_path / "run"
+    assert onelaunch.train(run=run, resume=True, settings={"train.updates": 4}) == run
+    with onelaunch.load(run, engine="reference") as model:
+        assert model.config.dim == 32
+        assert model.loss([[1, 2, 3]]) > 0
+    with pytest.raises(BadInput, match="updatez"):
+        onelaunch.train(sections, settings={"train.updatez": 3})
+
+
+def test_importing_the_names_loads_no_torch():
+    code = (
+        "import sys, onelaunch; onelaunch.load, onelaunch.train, onelaunch.LanguageModel; "
+        "assert not {'torch', 'numpy', 'numba'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
