@@ -103,7 +103,7 @@ def test_hub_id(name, folder, tmp_path, monkeypatch):
 def test_preset_without_random(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        BadInput, match=f"^{name}: a preset is a shape without weights.*random_model"
+        BadInput, match=f"^{name}: a preset is a shape without weights.*random=True"
     ):
         load(name)
     (tmp_path / name).mkdir()
