@@ -39,7 +39,7 @@ def onelaunch(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Small transformers, launched as little as pays."""
+    """Small transformers with fewer kernel launches."""
 
 
 for name, verb in (
