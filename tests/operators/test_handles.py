@@ -1,0 +1,192 @@
+"""What ours gives the driver for a kernel, held against what Triton's own launcher gives it: both
+compiled here, over a driver that notes what it is given."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from onelaunch.operators import handles
+from onelaunch.operators.handles import handle_of
+from onelaunch.operators.rms_norm import launch
+from onelaunch.operators.sequence import compile_extension
+from tests.compiling import absent
+
+pytestmark = pytest.mark.extended
+
+DRIVER = r"""
+#include <cuda.h>
+#include <string.h>
+
+static unsigned char noted[4096];
+static int sizes[64], count, length;
+
+void expect(int n, const int *bytes) {
+    count = n;
+    memcpy(sizes, bytes, n * sizeof(int));
+}
+int length_noted(void) { return length; }
+const unsigned char *what_noted(void) { return noted; }
+
+static void note(const void *from, int bytes) {
+    memcpy(noted + length, from, bytes);
+    length += bytes;
+}
+
+CUresult cuLaunchKernelEx(
+    const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra
+) {
+    length = 0;
+    note(&config->gridDimX, 6 * sizeof(unsigned));
+    note(&config->sharedMemBytes, sizeof(unsigned));
+    note(&config->hStream, sizeof(void *));
+    note(&config->numAttrs, sizeof(unsigned));
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        note(&config->attrs[i].id, sizeof(int));
+        note(&config->attrs[i].value, sizeof(int));
+    }
+    note(&function, sizeof(void *));
+    for (int i = 0; i < count; ++i) note(parameters[i], sizes[i]);
+    return CUDA_SUCCESS;
+}
+CUresult cuGetErrorString(CUresult error, const char **text) { *text = "?"; return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *found) { *found = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext set) { return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return CUDA_SUCCESS; }
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { return CUDA_SUCCESS; }
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+    *(CUdeviceptr *)data = pointer;
+    return CUDA_SUCCESS;
+}
+"""
+STREAM, FUNCTION = 77, 1234
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """The noting driver, in the place of libcuda.so.1, and its folder."""
+    triton = pytest.importorskip("triton")
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    if torch.cuda.is_available():
+        pytest.skip("this process has a driver of its own")
+    if ".".join(triton.__version__.split(".")[:2]) not in handles.KNOWN_LAUNCHERS:
+        pytest.skip("of a Triton whose launcher is not called in this way")
+    folder = tmp_path_factory.mktemp("driver")
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(DRIVER)
+    command = ["cc", "-shared", "-fPIC", *[f"-I{path}" for path in nvidia.include_dirs]]
+    command += [str(source), "-o", str(library), "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), folder
+
+
+def noted(library):
+    library.what_noted.restype = ctypes.POINTER(ctypes.c_ubyte)
+    return bytes(library.what_noted()[: library.length_noted()])
+
+
+def bound_kernels(monkeypatch, x, weight):
+    """Of a forward and a backward: compiled kernel, grid, tensors, numbers, constants, and whether
+    it is launched dependent on the one before."""
+    from triton.runtime import driver as active
+
+    found = []
+
+    def bind(kernel, grid, tensors, numbers, constants, warps, dependent=False):
+        options = {"num_warps": warps} | ({"launch_pdl": True} if dependent else {})
+        compiled = kernel.warmup(*tensors, *numbers, grid=(1,), **constants, **options)
+        found.append((compiled, grid, tensors, numbers, constants, dependent))
+        return lambda *tensors: None
+
+    monkeypatch.setattr(active, "_active", absent("sm_90"))
+    monkeypatch.setattr(launch, "available", lambda device: True)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "dependent_launch", lambda device: True)
+    monkeypatch.setattr(launch, "bind", bind)
+    settings = launch.Settings(1e-5, "llama", 0.5, False, "auto", "tuned")
+    launch.backward(launch.forward(x, weight, settings), x, weight, settings, True)
+    return found
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(4096, 64, dtype=torch.bfloat16),
+        torch.empty(2048, 3, 4, 100)[:, 1],  # rows at two strides
+        torch.empty(4096, 1),  # numbers that are 1 are constants
+        torch.empty(70, 20_000, dtype=torch.float16),  # chunked
+    ],
+    ids=str,
+)
+def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatch, x):
+    from triton.backends.nvidia.driver import include_dirs, make_launcher
+    from triton.runtime.build import compile_module_from_src
+
+    library, folder = driver
+    extension = compile_extension()
+    kernels = bound_kernels(monkeypatch, x, torch.empty(x.shape[-1]))
+    assert len(kernels) == 3
+    for compiled, grid, tensors, numbers, constants, dependent in kernels:
+        given = [tensor for tensor in tensors if tensor is not None]
+        rest = (*tensors[len(given) :], *numbers)
+        kinds = list(compiled.src.signature.values())
+        sizes = [8 if k.startswith("*") else SIZES[k] for k in kinds if k != "constexpr"] + [8, 8]
+        library.expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+
+        source = make_launcher(dict(compiled.src.constants), compiled.src.signature, None)
+        module = compile_module_from_src(
+            source, "__triton_launcher", [str(folder)], include_dirs, ["libcuda.so.1"]
+        )
+        pointers = [tensor.data_ptr() for tensor in given]
+        flags = (False, dependent, None, None, compiled.packed_metadata, None, None, None)
+        module.launch(
+            grid, 1, 1, STREAM, FUNCTION, *flags, *pointers, *rest, *constants.values()
+        )  # fmt: skip
+        theirs = noted(library)
+
+        loaded = SimpleNamespace(
+            function=FUNCTION,
+            packed_metadata=compiled.packed_metadata,
+            metadata=compiled.metadata,
+            src=compiled.src,
+            run=SimpleNamespace(global_scratch_size=0, profile_scratch_size=0),
+        )
+        open_ = (*[None] * len(given), *rest)
+        fixed = (*pointers[:1], *[None] * (len(given) - 1), *rest)  # the first by its address
+        for values, which in ((open_, range(len(given))), (fixed, range(1, len(given)))):
+            handle = handle_of(loaded, values, grid, 0, dependent)
+            run = extension.Sequence(
+                len(given), None, (), (handle.described(tuple(which)),), (0,),
+                torch.Tensor.data_ptr, lambda: 0, lambda index: STREAM, 0, None,
+                ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value,
+            )  # fmt: skip
+            library.expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+            assert run(*given) is given[0]
+            assert noted(library) == theirs
+            assert len(theirs) > 64
+
+
+def test_a_kernel_that_is_launched_otherwise_has_no_handle():
+    src = SimpleNamespace(signature={"x": "*fp32", "n": "i32"})
+    usual = SimpleNamespace(
+        function=1,
+        packed_metadata=(4, 1, 0),
+        metadata=SimpleNamespace(launch_cooperative_grid=False),
+        src=src,
+        run=SimpleNamespace(global_scratch_size=0, profile_scratch_size=0),
+    )
+    assert handle_of(usual, (None, 5), 3, 0) is not None
+    for change in (
+        {"packed_metadata": (4, 2, 0)},
+        {"metadata": SimpleNamespace(launch_cooperative_grid=True)},
+        {"run": SimpleNamespace(global_scratch_size=16, profile_scratch_size=0)},
+        {"run": SimpleNamespace(global_scratch_size=0, profile_scratch_size=16)},
+        {"src": SimpleNamespace(signature={"x": "*fp32", "n": "nvTmaDesc"})},
+    ):
+        assert handle_of(SimpleNamespace(**(vars(usual) | change)), (None, 5), 3, 0) is None
