@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from onelaunch.bench.core.findings import of_a_gain
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.experiments import EXPERIMENTS, module_name
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.findings import judged
 from onelaunch.checkpoints.atomic import read_json
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
@@ -48,12 +48,15 @@ def test_every_published_row_has_an_experiment_or_says_why_not():
 def test_fused_layers_pay_where_a_call_is_launched_one_by_one():
     verdicts = found("nvidia-h200", "fusion-depth")
     for key in ("ffn-64", "ffn-288-128", "whole-15m", "whole-110m", "part-110m-4", "part-110m-8"):
-        assert sorted(verdicts[key]) == ["confirmed", "refuted"], key  # one by one, and a graph
+        # direction and size: one by one, and of a graph, which is faster too, by less than half
+        assert sorted(verdicts[key]) == ["confirmed"] * 3 + ["refuted"], key
     assert verdicts["sweet-spot"] == ["refuted", "refuted"]
     assert verdicts["call-price"] == ["refuted", "refuted"]
     on_a_cpu = found("amd-epyc-2-cores", "fusion-depth")
-    assert on_a_cpu["call-price"] == on_a_cpu["whole-110m"] == ["refuted"]
-    assert all(len(each) == 1 for each in on_a_cpu.values())
+    assert on_a_cpu["call-price"] == ["refuted"]
+    assert on_a_cpu["ffn-64"] == ["confirmed", "refuted"]
+    assert on_a_cpu["whole-110m"][1] == "refuted"
+    assert on_a_cpu["whole-110m"][0] in ("refuted", "inconclusive")  # 1.01x
 
 
 def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
@@ -71,4 +74,5 @@ def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
     ("speedup", "verdict"), [(2.0, "confirmed"), (1.99, "refuted"), (0.9, "refuted")]
 )
 def test_half_of_a_gain_confirms_it(speedup, verdict):
-    assert judged(speedup, 3.0)[0] == verdict
+    assert of_a_gain(speedup, 3.0)[0] == verdict
+    assert of_a_gain(speedup, 3.0, error=2.0)[0] == "inconclusive"

@@ -7,13 +7,22 @@ An experiment that answers something published has `findings(record) -> list[Fin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Verdict = Literal["confirmed", "refuted", "not applicable"]
+Verdict = Literal[
+    "confirmed", "refuted", "inconclusive", "quick run", "arithmetic", "not applicable"
+]
+"""What was published holds here; it does not; the figure is too near the bar for this machine's
+noise; the record is of a quick run; it follows from other figures and was not measured; the device
+has nothing of the kind."""
+ANSWERS: tuple[Verdict, ...] = ("confirmed", "refuted")
 CONFIDENT = 2.0
 """Standard errors between a median and a bar, for it to be on one side of it."""
+LEAST_GAIN_SHARE = 0.5
+"""The bar of every published speedup's size: so much of its gain, that is speedup less 1. The
+device is another one; half says that the effect has its size here, not only its direction."""
 
 
 def standard_error(spread: Sequence[float] | None, n: int) -> float:
@@ -27,21 +36,38 @@ def standard_error(spread: Sequence[float] | None, n: int) -> float:
 
 
 def below(value: float, bar: float, error: float) -> Verdict:
-    """Whether a value with this standard error is below a bar: "not applicable" where it may be on
+    """Whether a value with this standard error is below a bar: "inconclusive" where it may be on
     either side of it."""
     if abs(value - bar) < CONFIDENT * error:
-        return "not applicable"
+        return "inconclusive"
     return "confirmed" if value < bar else "refuted"
 
 
 def unless(verdict: Verdict) -> str:
     """What is to be said where `above` or `below` gave no verdict."""
-    return "; too near for this machine's noise" if verdict == "not applicable" else ""
+    return "; too near for this machine's noise" if verdict == "inconclusive" else ""
 
 
 def above(value: float, bar: float, error: float) -> Verdict:
     """The like, above it."""
     return below(-value, -bar, error)
+
+
+def of_a_gain(speedup: float, published: float, error: float = 0.0) -> tuple[Verdict, str]:
+    """Of a speedup's size against a published one's, and why; `error` is its standard error."""
+    share = (speedup - 1) / (published - 1)
+    verdict = above(share, LEAST_GAIN_SHARE, error / (published - 1))
+    if share == LEAST_GAIN_SHARE and not error:
+        verdict = "confirmed"
+    told = f"{share:.0%} of the published gain" if share > 0 else "no gain"
+    return verdict, f"{told}; at least {LEAST_GAIN_SHARE:.0%} is confirmed{unless(verdict)}"
+
+
+def error_of_ratio(ratio: float, *measured: Mapping[str, Any]) -> float:
+    """The standard error of a ratio of rows' medians, of independent ones."""
+    return ratio * math.hypot(
+        *(standard_error(row.get("spread"), row.get("n", 0)) / row["ours"] for row in measured)
+    )
 
 
 @dataclass(frozen=True)

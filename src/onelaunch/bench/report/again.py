@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.findings import ANSWERS, Finding
 from onelaunch.bench.report.gather import Part, Report
 
 AGAIN_TITLE = "A second run"
@@ -55,7 +55,7 @@ def again_summary(found: list[Repeated]) -> str:
     pairs = sum(len(each.pairs) for each in found)
     other = sum(len(each.differing) for each in found)
     opposite = sum(
-        "not applicable" not in (one.verdict, second.verdict)
+        one.verdict in ANSWERS and second.verdict in ANSWERS
         for each in found
         for one, second in each.differing
     )
@@ -63,7 +63,7 @@ def again_summary(found: list[Repeated]) -> str:
     return (
         f"{count} made a second time, by a run of its own: of {pairs} statements "
         f"{pairs - other} have the same verdict again, {other} another, {opposite} of these the "
-        "opposite one; the others have none in one of the runs, as they are too near a bar."
+        "opposite one; the others are inconclusive in one of the runs: too near a bar."
     )
 
 

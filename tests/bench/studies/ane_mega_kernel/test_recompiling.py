@@ -98,8 +98,8 @@ def test_k_does_not_grow_without_end():
     ("whole", "half", "verdict"),
     [
         ((0.01, [0.01, 0.02]), (1.0, [0.9, 1.1]), "confirmed"),
-        ((0.06, [0.0, 0.2]), (1.0, [0.9, 1.1]), "not applicable"),
-        ((0.01, [0.01, 0.02]), (0.4, [0.1, 0.6]), "not applicable"),
+        ((0.06, [0.0, 0.2]), (1.0, [0.9, 1.1]), "inconclusive"),
+        ((0.01, [0.01, 0.02]), (0.4, [0.1, 0.6]), "inconclusive"),
         ((0.01, [0.01, 0.02]), (0.01, [0.01, 0.02]), "refuted"),
         ((1.0, [0.9, 1.1]), (0.4, [0.1, 0.6]), "refuted"),
     ],
@@ -115,7 +115,7 @@ def test_a_verdict_where_waits_are_far_from_the_bars(whole, half, verdict):
     ]  # fmt: skip
     (finding,) = recompile.findings({"rows": rows})
     assert finding.verdict == verdict
-    assert ("too near" in finding.why) == (verdict == "not applicable")
+    assert ("too near" in finding.why) == (verdict == "inconclusive")
 
 
 @pytest.mark.extended

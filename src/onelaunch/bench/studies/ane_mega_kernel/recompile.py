@@ -175,8 +175,9 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 f"{PUBLISHED[key].row}: micro-steps that hide {row['ours']:g} s of compiling",
                 f"K {row['published_k']}",
                 f"K {row['k']}, by its own times",
-                "confirmed" if near else "refuted",
-                "compile / step, rounded up" + ("" if ratio == 1 else f"; {ratio - 1:+.1%}"),
+                "arithmetic" if near else "refuted",
+                "compile / step, rounded up: the study's own numbers agree with each other"
+                + ("" if ratio == 1 else f", {ratio - 1:+.1%}"),
                 ratio,
             )
         )
@@ -189,7 +190,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             below(whole["ours"], HIDDEN * _seconds(whole), standard_error(*_spread(whole))),
             above(half["ours"], SHOWN * _seconds(half), standard_error(*_spread(half))),
         }
-        verdict = min(verdicts, key=("refuted", "not applicable", "confirmed").index)
+        verdict = min(verdicts, key=("refuted", "inconclusive", "confirmed").index)
         found.append(
             Finding(
                 KEYS,

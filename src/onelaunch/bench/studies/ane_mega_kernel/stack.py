@@ -11,7 +11,6 @@ nothing is compiled: there the last row is without the optimizer's step.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench.core.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core.findings import (
+    Finding,
+    below,
+    error_of_ratio,
+    of_a_gain,
+    standard_error,
+    unless,
+)
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds, ratio
@@ -50,8 +56,6 @@ BASELINE_UPDATES = 3
 PYTORCH_ROUNDS = 2
 """For each round of programs, as a micro-step is much shorter."""
 STAGES = ("stack-baseline", "stack-accumulation", "stack-background", "stack-asymptote")
-AS_MUCH = 0.8
-"""Of a published speedup: as much of it is the same statement; see accumulation."""
 MODEL_NEAR = 0.1
 """Of the model's rate: the model leaves out the optimizer, and noise is of this size on a machine
 that others use."""
@@ -226,16 +230,14 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             )  # fmt: skip
             continue
         times = row["speedup"] / published
-        why = f"at least {AS_MUCH:g} of the published speedup is confirmed"
+        error = error_of_ratio(row["speedup"], row, first[row["of"]])
+        verdict, why = of_a_gain(row["speedup"], published, error)
         if "model" not in row:
-            why = "weights are arguments here: only the optimizer's step is shared by more"
+            why += "; weights are arguments here: only the optimizer's step is shared by more"
         elif row["stage"] == STAGES[2]:
             why += f"; {row['wait_share']:.1%} of an update waits"
-        errors = (standard_error(r["spread"], r["n"]) / r["ours"] for r in (row, first[row["of"]]))
-        verdict: Verdict = above(times, AS_MUCH, times * math.hypot(*errors))
-        why += unless(verdict)
         if row["k"] != LONG:
-            verdict, why = "not applicable", f"a quick run: {row['k']} micro-steps an update"
+            verdict, why = "quick run", f"{row['k']} micro-steps an update"
         found.append(
             Finding(
                 (key,),

@@ -294,7 +294,8 @@ def _to_a_terminal(case: str, row: dict[str, Any]) -> Finding:
         why += ": it keeps up"
     return Finding(
         ("terminal-slow",),
-        f"{case}: a line each step to a terminal makes steps several times slower",
+        f"{case}: a line each step to a terminal that takes "
+        f"{row['terminal_bytes_per_second']:,} bytes a second makes steps several times slower",
         f"{published:g}x slower ({PUBLISHED['terminal-slow'].values['micro-steps/s']:g} "
         "micro-steps/s)",
         f"{times:.2f}x slower ({_rate(row, 'a line each update')} updates/s)",

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.findings import LEAST_GAIN_SHARE, Finding, Verdict
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.studies.block_row import paths as rms_norm_paths
 from onelaunch.operators.rms_norm.plan import BLOCK_ROW_MAX_BLOCK_SIZE
 
-LEAST_GAIN_SHARE = 0.5
-"""Of a published gain, that is speedup less 1, or percent saved: from so much of it on it is
-confirmed. The device is another one, so half its size is asked for, not only its direction."""
 NO_CHANGE = 0.02
 """How near to 1 a ratio is of two paths that should be the same one: the published widths above
 the rule's, which are its control, differ by up to a hundredth."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.findings import Finding, Verdict, error_of_ratio, of_a_gain
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
-AS_MUCH = 0.8
-"""Of a published speedup: as much of it is the same statement. It depends on how many micro-steps
-a compilation lasts, which is another number here; far less says that it is no such win here."""
 MOSTLY = 0.5
 """Of the time: an update of 10 that compiles for longer than this mostly compiles."""
 LEAST_UPDATES = 5
@@ -71,14 +68,17 @@ def _speedup(key: str, name: str, row: dict[str, Any], base: dict[str, Any]) -> 
     theirs = PUBLISHED[key].values
     published = float(theirs["speedup"])
     ratio = row["speedup"] / published
+    verdict, why = of_a_gain(row["speedup"], published, error_of_ratio(row["speedup"], row, base))
+    if row["computed"]:
+        verdict = "arithmetic"
     return Finding(
         (key,),
         f"{name}: {row['accum']} micro-steps an update are {published:g} times as fast as 10",
         f"{published:g} times, {theirs['compiling, %']:g}% compiling",
         f"{row['speedup']:.2f} times, {row['compile_share']:.1%} compiling"
         + ("; computed, not timed" if row["computed"] else ""),
-        "confirmed" if ratio >= AS_MUCH else "refuted",
-        _compilation(base),
+        verdict,
+        f"{why}; {_compilation(base)}",
         ratio,
     )
 
@@ -103,7 +103,7 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
         if not {"none", "linear"} <= by_rule.keys():
             continue
         updates = min(row["updates"] for row in rows if row["accum"] == accum)
-        verdict: Verdict = "not applicable"
+        verdict: Verdict = "quick run"
         gain = by_rule["none"] - by_rule["linear"]
         if updates >= LEAST_UPDATES:
             verdict = "confirmed" if gain > noise else "refuted"

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.findings import Finding, above, error_of_ratio, of_a_gain, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import Ways, by_case
 
-LEAST_GAIN_SHARE = 0.5
-"""Of a published gain, that is speedup less 1: from so much of it on a speedup is confirmed. The
-device is another one; half says that the effect is there in its size, not only its direction."""
 LEAST_PRICE_SHARE = 0.5
 """Of the published price of a call, likewise."""
 FFNS = {
@@ -42,53 +39,69 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     for (model, tokens, variant), ways in cases.items():
         for key, of in FFNS.items():
             if of == (model, tokens):
-                found.append(_ffn(key, ways, variant))
+                found += _ffn(key, ways, variant)
         if tokens > min(n for name, n, _ in cases if name == model):
             continue  # as few as there are: what calls cost is seen there
-        found += [_whole(key, ways, variant) for key, name in MODELS.items() if name == model]
+        for key, name in MODELS.items():
+            if name == model:
+                found += _whole(key, ways, variant)
         if model == PARTS_OF:
             found += _parts(ways, variant)
             found += _sweet_spot(ways, variant)
     return found + list(_prices(record, most))
 
 
-def judged(speedup: float, published: float) -> tuple[Verdict, str]:
-    """Of a speedup against a published one, and why."""
-    share = (speedup - 1) / (published - 1)
-    told = f"{share:.0%} of the published gain" if share > 0 else "no gain"
-    return ("confirmed" if share >= LEAST_GAIN_SHARE else "refuted"), told
+def _both(
+    key: str, claim: str, size: str, told: tuple[str, str], ours: float, error: float, more: str
+) -> Iterator[Finding]:
+    """A speedup's direction and its size, which are two claims: 1.05x is faster, and little."""
+    published = float(PUBLISHED[key].values["speedup"])
+    direction = above(ours, 1.0, error)
+    yield Finding(
+        (key,), claim, *told, direction,
+        f"more than 1x is confirmed{unless(direction)}{more}", ours / published,
+    )  # fmt: skip
+    verdict, why = of_a_gain(ours, published, error)
+    yield Finding((key,), size, *told, verdict, f"{why}{more}", ours / published)
 
 
-def _ffn(key: str, ways: Ways, variant: str) -> Finding:
+def _ffn(key: str, ways: Ways, variant: str) -> Iterator[Finding]:
     values = PUBLISHED[key].values
     published, ours = float(values["speedup"]), float(ways["1"]["speed_of_all"])
-    verdict, why = judged(ours, published)
-    return Finding(
-        (key,),
-        f"12 feed-forward layers of {PUBLISHED[key].row} are faster in one call, {_tokens(ways)}, "
-        f"{variant}",
-        f"{published:g}x ({values['12 apart, us']:,} us in 12, {values['12 in one, us']:,} in one)",
-        f"{ours:.2f}x ({digits(ways['1']['ours'])} us in 12, {digits(ways['all']['ours'])} in one)",
-        verdict,
-        f"{why}{_UNTOLD if key != 'ffn-288-128' else ''}; {_called(variant)}",
-        ours / published,
+    layers = f"12 feed-forward layers of {PUBLISHED[key].row}"
+    how = f"{_tokens(ways)}, {variant}"
+    return _both(
+        key,
+        f"{layers} are faster in one call, {how}",
+        f"{layers}, in one call over 12: the size of the speedup, {how}",
+        (
+            f"{published:g}x ({values['12 apart, us']:,} us in 12, {values['12 in one, us']:,} in "
+            "one)",
+            f"{ours:.2f}x ({digits(ways['1']['ours'])} us in 12, {digits(ways['all']['ours'])} in "
+            "one)",
+        ),
+        ours,
+        error_of_ratio(ours, ways["1"], ways["all"]),
+        f"{_UNTOLD if key != 'ffn-288-128' else ''}; {_called(variant)}",
     )
 
 
-def _whole(key: str, ways: Ways, variant: str) -> Finding:
+def _whole(key: str, ways: Ways, variant: str) -> Iterator[Finding]:
     values = PUBLISHED[key].values
     half, whole = ways["half"], ways["all"]
     published, ours = float(values["speedup"]), float(half["speed_of_all"])
-    verdict, why = judged(ours, published)
-    return Finding(
-        (key,),
+    return _both(
+        key,
         f"{PUBLISHED[key].row}: one call is faster than two a layer, {variant}",
-        f"{published:.2f}x ({values['calls']} calls)",
-        f"{ours:.2f}x ({half['calls']} calls in {digits(half['ours'])} us, one in "
-        f"{digits(whole['ours'])})",
-        verdict,
-        f"{why}; {_tokens(ways)}, embed and head counted; {_called(variant)}",
-        ours / published,
+        f"{PUBLISHED[key].row}, in one call over two a layer: the size of the speedup, {variant}",
+        (
+            f"{published:.2f}x ({values['calls']} calls)",
+            f"{ours:.2f}x ({half['calls']} calls in {digits(half['ours'])} us, one in "
+            f"{digits(whole['ours'])})",
+        ),
+        ours,
+        error_of_ratio(ours, half, whole),
+        f"; {_tokens(ways)}, embed and head counted; {_called(variant)}",
     )
 
 
@@ -98,15 +111,18 @@ def _parts(ways: Ways, variant: str) -> Iterator[Finding]:
         if "speed_against_halves" not in row:
             continue
         published, ours = float(PUBLISHED[key].values["speedup"]), row["speed_against_halves"]
-        verdict, why = judged(ours, published)
-        yield Finding(
-            (key,),
-            f"the first {layers} layers of {PARTS_OF} are faster in one call, {variant}",
-            f"{published:g}x ({PUBLISHED[key].values['calls']} calls)",
-            f"{ours:.2f}x ({row['halves']['calls']} calls)",
-            verdict,
-            f"{why}, of the same layers; {_called(variant)}",
-            ours / published,
+        first = f"the first {layers} layers of {PARTS_OF}"
+        yield from _both(
+            key,
+            f"{first} are faster in one call, {variant}",
+            f"{first}, in one call over two a layer: the size of the speedup, {variant}",
+            (
+                f"{published:g}x ({PUBLISHED[key].values['calls']} calls)",
+                f"{ours:.2f}x ({row['halves']['calls']} calls)",
+            ),
+            ours,
+            error_of_ratio(ours, row),
+            f"; of the same layers; {_called(variant)}",
         )
 
 
@@ -119,7 +135,7 @@ def _sweet_spot(ways: Ways, variant: str) -> Iterator[Finding]:
     published = float(PUBLISHED["sweet-spot"].values["speedup"])
     halves, whole = ways["half"]["ours"], ways["all"]["ours"]
     ours = halves / row["ours"]
-    verdict, why = judged(ours, published)
+    verdict, why = of_a_gain(ours, published, error_of_ratio(ours, ways["half"], row))
     first = ways.get(f"first {SWEET_SPOT} layers", {})
     as_divided = (
         f"divided as published, all layers by halves over {SWEET_SPOT} in one call, "

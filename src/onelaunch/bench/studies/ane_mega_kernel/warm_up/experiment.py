@@ -173,7 +173,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 def _steady(case: str, last: dict[str, Any]) -> Finding:
     steady, published = last["steady_from"], MARKS[-1]
-    verdict: Verdict = "not applicable"
+    verdict: Verdict = "inconclusive"
     low, high = last["spread"]
     why = f"micro-steps at the end spread by {high / last['ours'] - 1:+.1%} and "
     why += f"{low / last['ours'] - 1:+.1%}"
@@ -181,6 +181,7 @@ def _steady(case: str, last: dict[str, Any]) -> Finding:
         verdict = "confirmed" if steady > published / 2 else "refuted"
         why = f"from {published // 2 + 1} or later on is confirmed; {why}"
     elif steady is not None:
+        verdict = "quick run"
         why = f"only {last['steps']} micro-steps were timed; {why}"
     ours = "never" if steady is None else f"from {steady} on"
     roughly = "never" if last["roughly_from"] is None else f"from {last['roughly_from']} on"
