@@ -97,6 +97,20 @@ def test_an_error_in_a_stream_is_the_callers(model):
         next(model.stream("Once", temperature=-1.0))
 
 
+def test_a_stream_that_is_alive_at_the_end_ends_with_the_process(path):
+    code = (
+        f"import onelaunch; model = onelaunch.load({str(path)!r}, engine='reference', device='cpu')"
+        "; stream = model.stream('Once upon', max_new_tokens=400); print(next(stream), flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_names_its_prompt(model):
+    with pytest.raises(BadInput, match="prompt 3"):
+        model.generate(["", "Once", "a" * 5000])
+
+
 def test_stop_ids_end_a_text(model):
     long = model.generate("Once", max_new_tokens=30, temperature=0.0)
     ids = model.tokenizer.encode("Once" + long)
@@ -118,7 +132,7 @@ def test_logits_and_loss(model):
     loss = F.cross_entropy(exact[:, :-1].flatten(0, 1), torch.tensor(ids)[:, 1:].flatten())
     assert model.loss(ids) == pytest.approx(loss.item(), rel=1e-5)
     assert model.loss(torch.tensor(ids, dtype=torch.int32)) == model.loss(ids)
-    for wrong in ([[1]], [], torch.zeros(0, 4, dtype=torch.int64)):
+    for wrong in ([[1]], [], torch.zeros(0, 4, dtype=torch.int64), [[1, 512]], [[1, -100]]):
         with pytest.raises(BadInput):
             model.loss(wrong)
     assert math.isfinite(model.loss(ids[:1]))
@@ -209,7 +223,10 @@ def test_training_gives_a_run_folder_that_loads(tmp_path):
     }
     run = onelaunch.train(sections, run=tmp_path / "run", settings={"train.updates": 3})
     assert run == tmp_path / "run"
-    assert onelaunch.train(run=run, resume=True, settings={"train.updates": 4}) == run
+    with torch.no_grad():
+        assert onelaunch.train(run=run, resume=True, settings={"train.updates": 4}) == run
+    with pytest.raises(BadInput, match="another model"):
+        onelaunch.train({"model": sections["model"] | {"dim": 48}}, run=run, resume=True)
     with onelaunch.load(run, engine="reference") as model:
         assert model.config.dim == 32
         assert model.loss([[1, 2, 3]]) > 0

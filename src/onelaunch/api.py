@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import subprocess
 import sys
@@ -203,7 +204,8 @@ class LanguageModel:
         stop_ids: Sequence[int] = (),
     ) -> Iterator[str]:
         """The pieces of the continuation of a prompt as they come; together they are what
-        `generate` returns. Ending the iteration early ends the generation."""
+        `generate` returns. Ending the iteration early ends the generation. Until it has ended the
+        model is busy: another call may wait for it."""
         prompts = self._prompts([prompt])
         sampling = (temperature, top_k, top_p, min_p, seed)
         self.engine  # noqa: B018 - made here: its errors are the caller's
@@ -227,15 +229,22 @@ class LanguageModel:
                 pieces.put(None)
 
         thread = threading.Thread(target=run, name="generation", daemon=True)
-        thread.start()
+
+        def stop() -> None:
+            cancelled.set()
+            if thread.ident is not None:
+                thread.join()
+
+        atexit.register(stop)  # a thread that is still computing then would end the process badly
         try:
+            thread.start()
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
         finally:
-            cancelled.set()
-            thread.join()
+            atexit.unregister(stop)
+            stop()
 
     def logits(
         self,
@@ -254,9 +263,9 @@ class LanguageModel:
         import torch
         import torch.nn.functional as F
 
-        from onelaunch.engines.checks import token_tensor
+        from onelaunch.engines.checks import check_tokens
 
-        tokens_BS = token_tensor(self.config, ids)
+        tokens_BS = check_tokens(self.config, ids)
         if tokens_BS.shape[1] < 2 or not len(tokens_BS):
             raise BadInput(
                 f"ids of shape {tuple(tokens_BS.shape)}: a loss needs two tokens or more of each "
@@ -308,10 +317,8 @@ class LanguageModel:
             source = self.checkpoint.source or "the model"
             raise BadInput(f"{source}: the model names no BOS to begin with; give a prompt")
         begin = Prompt("", [first])
-        return [
-            encode_prompts(self.tokenizer, [text], self.config)[0] if text else begin
-            for text in texts
-        ]
+        encoded = encode_prompts(self.tokenizer, texts, self.config)
+        return [prompt if prompt.text else begin for prompt in encoded]
 
     def _complete(
         self,
@@ -344,7 +351,7 @@ def save(model: LanguageModel | LoadedModel | Model, path: str | Path, format: s
 
 
 def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe = "quickstart",
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     run: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -353,7 +360,8 @@ def train(
 ) -> Path:
     """Train a model; returns its run folder, which `load` opens.
 
-    recipe: a built-in name or a TOML file (docs/recipes.md), the sections as a dict, or a Recipe.
+    recipe: a built-in name or a TOML file (docs/recipes.md), the sections as a dict, or a Recipe;
+        "quickstart" unless given. With `resume` it must describe the run's model.
     run: the run folder, made here; a new one in `runs` unless given. With `resume` the one to go
         on with, by its own recipe: the newest unless given.
     settings: keys to change, such as {"train.updates": 100}.
@@ -362,24 +370,30 @@ def train(
     Raises BadInput for what does not fit together, RunFailed where the run diverges or memory or
     the disk do not suffice, KeyboardInterrupt where it is interrupted: the run is saved before.
     """
+    import torch
+
     from onelaunch.training.folders import default_run_folder, newest_run
     from onelaunch.training.recipe import Recipe
     from onelaunch.training.run import resume as resume_run
     from onelaunch.training.run import start
 
-    changed = dict(settings or {})
-    if resume:
-        outcome = resume_run(Path(run) if run else newest_run(), changed, None, quiet)
-    else:
-        name = "run"
-        if isinstance(recipe, Mapping):
-            recipe = Recipe.from_dict(dict(recipe), "recipe")
-        elif not isinstance(recipe, Recipe):
-            name = Path(recipe).stem
-            recipe = Recipe.load(str(recipe))
+    changed, name = dict(settings or {}), "run"
+    if recipe is None and not resume:
+        recipe = "quickstart"
+    if isinstance(recipe, Mapping):
+        recipe = Recipe.from_dict(dict(recipe), "recipe")
+    elif isinstance(recipe, str | Path):
+        name = Path(recipe).stem
+        recipe = Recipe.load(str(recipe))
+    if recipe is not None:
         recipe = recipe.with_settings(changed, "settings")
-        place = Path(run) if run else default_run_folder(name)
-        outcome = start(recipe, place, quiet, numbered=run is None)
+    with torch.inference_mode(False), torch.enable_grad():
+        if resume:
+            outcome = resume_run(Path(run) if run else newest_run(), changed, recipe, quiet)
+        else:
+            assert recipe is not None
+            place = Path(run) if run else default_run_folder(name)
+            outcome = start(recipe, place, quiet, numbered=run is None)
     if outcome.spent:  # as many compilations as coreml.compile_budget lets a process make
         _go_on(outcome.run)
     if outcome.signal is not None:
@@ -393,6 +407,8 @@ def _go_on(run: Path) -> None:
 
     command = [sys.executable, "-m", "onelaunch", "train", "--resume", "--run", str(run), "--quiet"]
     status = subprocess.run(command, env=child_environment()).returncode
+    if status < 0 or status > 128:
+        raise KeyboardInterrupt(f"stopped; {run} is saved and can be resumed")
     if status:
         raise RunFailed(f"{run}: the process that continued it ended with {status}")
 

@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onelaunch.operators.handles import Handle
 from onelaunch.operators.sequence import compile_extension
@@ -264,7 +265,12 @@ def function():
             fell_back.append(dy)
             return 5 * dy, None if weight is None else 7 * weight, None
 
-        apply = extension.Backward(torch.is_grad_enabled, torch.Tensor.data_ptr, otherwise)
+        apply = extension.Backward(
+            torch.is_grad_enabled,
+            torch._C._len_torch_dispatch_stack,
+            torch.Tensor.data_ptr,
+            otherwise,
+        )
         Known._backward_cls.apply = apply
         return Known, fell_back
 
@@ -323,6 +329,17 @@ def test_where_none_fits_python_answers(function, recent):
 def test_python_answers_where_gradients_are_recorded(function):
     known, fell_back = function(Prepared((lambda *tensors: True, True, doubled)))
     differentiated(known, create_graph=True)
+    assert len(fell_back) == 1
+
+
+def test_python_answers_where_a_dispatch_mode_is_on(function):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    known, fell_back = function(Prepared((lambda *tensors: True, True, doubled)))
+    with Mode():
+        differentiated(known)
     assert len(fell_back) == 1
 
 

@@ -28,9 +28,9 @@ MOST_RECENT = 4  # a model's norms have a few shapes; a guard that does not fit 
 
 def same_as(*tensors: Tensor) -> Same | None:
     """A function of as many tensors: whether each has the type, dtype, device, sizes, strides,
-    dispatch keys and requires_grad that its predecessor here has, and autocast, inference mode,
-    dispatch modes and functorch's transforms are as they are now. It keeps none of the tensors, and
-    says nothing of addresses. None where this PyTorch cannot say."""
+    dispatch keys and requires_grad that its predecessor here has, and autocast, inference mode and
+    functorch's transforms are as they are now. It does not see every dispatch mode, keeps none of
+    the tensors, and says nothing of addresses. None where this PyTorch cannot say."""
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
     try:

@@ -229,12 +229,12 @@ static PyTypeObject SequenceType = {
 /* The `apply` of an autograd.Function's node whose context has a tensor and a weight saved and
    `prepared`, with `recent_backward`: (guard, whether the weight's gradient is needed, function)
    each. Called with the context and dY, it returns the two gradients of the function whose guard
-   fits, and None; where none fits, or gradients are recorded, what `otherwise` returns for the
-   context, dY and the two saved tensors, which may be unpacked only once. */
+   fits, and None; where none fits, gradients are recorded or a dispatch mode is on, what `otherwise`
+   returns for the context, dY and the two saved tensors, which may be unpacked only once. */
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
-    PyObject *grad_enabled, *address, *otherwise;
+    PyObject *grad_enabled, *dispatch_modes, *address, *otherwise;
 } Backward;
 
 static PyObject *name_prepared, *name_recent, *name_saved, *name_needed;
@@ -282,7 +282,9 @@ static PyObject *backward_call(
     PyObject *recorded = PyObject_CallNoArgs(self->grad_enabled);
     if (!recorded) goto end;
     Py_DECREF(recorded);
-    if (recorded != Py_False || weight == Py_None) goto otherwise;
+    uint64_t modes;
+    if (integer_of(self->dispatch_modes, NULL, &modes)) goto end;
+    if (recorded != Py_False || modes || weight == Py_None) goto otherwise;
     if (!(prepared = PyObject_GetAttr(given[0], name_prepared))) goto end;
     if (!(recent = PyObject_GetAttr(prepared, name_recent))) goto end;
     if (!(needed = PyObject_GetAttr(given[0], name_needed))) goto end;
@@ -314,18 +316,21 @@ static PyObject *backward_bind(PyObject *self, PyObject *object, PyObject *type)
 static void backward_free(PyObject *object) {
     Backward *self = (Backward *)object;
     Py_XDECREF(self->grad_enabled);
+    Py_XDECREF(self->dispatch_modes);
     Py_XDECREF(self->address);
     Py_XDECREF(self->otherwise);
     Py_TYPE(object)->tp_free(object);
 }
 
 static PyObject *backward_new(PyTypeObject *type, PyObject *args, PyObject *names) {
-    PyObject *grad_enabled, *address, *otherwise;
-    if (!PyArg_ParseTuple(args, "OOO", &grad_enabled, &address, &otherwise)) return NULL;
+    PyObject *grad_enabled, *dispatch_modes, *address, *otherwise;
+    if (!PyArg_ParseTuple(args, "OOOO", &grad_enabled, &dispatch_modes, &address, &otherwise))
+        return NULL;
     Backward *self = (Backward *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->call = backward_call;
     self->grad_enabled = Py_NewRef(grad_enabled);
+    self->dispatch_modes = Py_NewRef(dispatch_modes);
     self->address = Py_NewRef(address);
     self->otherwise = Py_NewRef(otherwise);
     return (PyObject *)self;

@@ -79,7 +79,9 @@ def backward_in_c(otherwise: Callable[..., Any]) -> Callable[..., Any] | None:
     extension = _extension()
     if extension is None:
         return None
-    made: Callable[..., Any] = extension.Backward(torch.is_grad_enabled, data_ptr, otherwise)
+    made: Callable[..., Any] = extension.Backward(
+        torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, data_ptr, otherwise
+    )
     return made
 
 

@@ -4,6 +4,9 @@ tested through the interpreter and on a GPU."""
 from __future__ import annotations
 
 import gc
+import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -18,7 +21,6 @@ from onelaunch.compilation.cache import Store
 from onelaunch.engines.choice import automatic, choose
 from onelaunch.engines.cuda import engine as engine_module
 from onelaunch.engines.cuda import timer, why_not
-from onelaunch.engines.cuda import turns as turns_module
 from onelaunch.engines.cuda.blocking import default
 from onelaunch.engines.cuda.choice import Choice, facts_of, keep
 from onelaunch.engines.cuda.chooser import Chooser
@@ -567,52 +569,77 @@ def test_who_is_interrupted_while_queueing_holds_nobody_up():
 
     turns = Turns()
     turns._queue = Interrupted()
-    with turns.turn():
-        with pytest.raises(KeyboardInterrupt), turns.turn():
-            pytest.fail("two turns at once")
-        assert not turns._queue
+    holding, done = threading.Event(), threading.Event()
+
+    def hold():
+        with turns.turn():
+            holding.set()
+            done.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holding.wait(20)
+    with pytest.raises(KeyboardInterrupt), turns.turn():
+        pytest.fail("two turns at once")
+    assert not turns._queue
+    done.set()
+    holder.join(20)
     with turns.turn():
         pass
 
 
-def test_who_is_interrupted_as_the_turn_comes_hands_it_on(monkeypatch):
-    class Told:
-        """A lock whose waiter is interrupted after it was released."""
+INTERRUPTED = """
+import random, signal, sys, threading, time
+from onelaunch.engines.cuda.turns import Turns
 
-        def __init__(self):
-            self.released = threading.Event()
+def interrupt(number, frame):
+    raise KeyboardInterrupt
 
-        def acquire(self):
-            self.released.wait(10)
-            raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+turns, counts, ended = Turns(), [0, 0], threading.Event()
 
-        def release(self):
-            self.released.set()
+def ask(i):
+    while not ended.is_set():
+        with turns.turn():
+            counts[i] += 1
+        time.sleep(random.random() * 1e-4)
 
-    def waiting():
-        one = object.__new__(turns_module._Waiting)
-        one.has_it, one.told = False, Told()
-        return one
-
-    turns, seen = Turns(), []
-    monkeypatch.setattr(turns_module, "_Waiting", waiting)
-
-    def ask():
-        try:
+others = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(int(sys.argv[1]))]
+for thread in others:
+    thread.start()
+for _ in range(2000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-6, 2e-4))
+        while True:
             with turns.turn():
-                seen.append("a turn")
-        except KeyboardInterrupt:
-            seen.append("interrupted")
-
-    thread = threading.Thread(target=ask)
-    with turns.turn():
-        thread.start()
-        while not turns._queue:
-            time.sleep(0.001)
-    thread.join()
-    assert seen == ["interrupted"]
-    with turns.turn():
+                pass
+    except KeyboardInterrupt:
         pass
+with turns.turn():
+    before = list(counts)
+time.sleep(0.5)
+ended.set()
+for thread in others:
+    thread.join(20)
+    assert not thread.is_alive(), "waits for ever"
+assert all(now > then for now, then in zip(counts[: len(others)], before)), (before, counts)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_interrupts_hold_nobody_up(others):
+    """2,000 of them, at whatever moment of a turn they come; whoever was interrupted asks again."""
+    command = [sys.executable, "-c", INTERRUPTED, str(others)]
+    subprocess.run(command, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_gradients_are_off_within_a_turn(store, inference):
+    engine = CudaEngine(SMALL, weights_of(SMALL), "cpu", store=store)
+    with torch.inference_mode(inference), engine._alone():
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
 
 
 def test_two_who_ask_all_the_time_take_turns():

@@ -314,8 +314,8 @@ class CudaEngine:
         """
         with self._turns.turn():
             gradients = torch.is_grad_enabled()
-            set_grad_enabled(False)
             try:
+                set_grad_enabled(False)
                 if self._used is None or torch.is_inference_mode_enabled() or not self._is_here():
                     with self._guarded():
                         yield
@@ -336,7 +336,7 @@ class CudaEngine:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """What `_alone` does, with every guard."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on
             if self._used is None:
                 yield
                 return

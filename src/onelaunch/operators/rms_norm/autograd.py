@@ -50,7 +50,12 @@ class _RMSNorm(torch.autograd.Function):
     def _of_saved(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None) -> Any:
         need_dw = ctx.needs_input_grad[1]
         prepared = ctx.prepared
-        plain = not (_is_compiling() or _grad_enabled())
+        plain = not (
+            _is_compiling()
+            or _grad_enabled()
+            or _dispatch_modes()
+            or forward_ad._current_level >= 0
+        )
         if plain and weight is not None:
             for same, needed_dw, run in prepared.recent_backward:
                 if (
@@ -60,13 +65,7 @@ class _RMSNorm(torch.autograd.Function):
                 ):
                     return *run(dy, x, weight), None
         # A batch of gradients (is_grads_batched) is a plain tensor without storage.
-        if (
-            not plain
-            or type(dy) is not Tensor
-            or not _has_storage(dy)
-            or _functorch_active()
-            or _dispatch_modes()
-        ):
+        if not plain or type(dy) is not Tensor or not _has_storage(dy) or _functorch_active():
             both = _backward_through_operator(dy, x, weight, prepared.s, need_dw)
             return both[0], both[1] if need_dw else None, None
         run = launch.backward_launch(prepared, dy, x, weight, need_dw)
@@ -105,7 +104,7 @@ def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
     """rms_norm by whichever way serves these tensors, when nothing is being compiled."""
     if forward_ad._current_level >= 0:
         return traced(x, weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
-    if weight is not None:
+    if weight is not None and not _dispatch_modes():  # of which the guards do not see all
         for same, differentiable, known in s.recent:
             if same(x, weight) and not (_address(x) | _address(weight)) & 15:
                 if differentiable and _grad_enabled():
