@@ -68,12 +68,12 @@ def test_a_child_waits_for_its_turn_and_the_device_is_its_own_then(store):
 
     class Used:
         def synchronize(self):
-            seen.append(turns._queue[0])
+            seen.append(turns._owner)
 
     does = "turn(0.2); turn(0.2); print(json.dumps(answer))"
     choose(store, does, used=Used())
     assert len(set(seen)) == len(seen) == 2
-    assert not turns._queue
+    assert turns._owner is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_what_is_no_choice_is_not_kept(store, does, message):
     with pytest.raises(RunFailed, match=message):
         choose(store, does)
     assert store.entries() == []
-    assert not turns_of(CPU)._queue, "whatever happened, others have their turn"
+    assert turns_of(CPU)._owner is None, "whatever happened, others have their turn"
 
 
 def test_it_can_be_cancelled_and_a_child_that_hangs_ends(store, monkeypatch):
@@ -108,7 +108,7 @@ def test_it_can_be_cancelled_and_a_child_that_hangs_ends(store, monkeypatch):
     with pytest.raises(RunFailed, match="hangs"):
         choose(store, "turn(0); time.sleep(600)")
     assert time.monotonic() - began < 300, "it waited for a child's sleep"
-    assert not turns_of(CPU)._queue
+    assert turns_of(CPU)._owner is None
 
 
 def test_nothing_is_measured_where_it_could_take_memory_that_others_need(store, monkeypatch):
