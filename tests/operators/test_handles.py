@@ -115,20 +115,21 @@ def bound_kernels(monkeypatch, x, weight):
 
 
 @pytest.mark.parametrize(
-    "x",
+    "make",
     [
-        torch.empty(4096, 64, dtype=torch.bfloat16),
-        torch.empty(2048, 3, 4, 100)[:, 1],  # rows at two strides
-        torch.empty(4096, 1),  # numbers that are 1 are constants
-        torch.empty(70, 20_000, dtype=torch.float16),  # chunked
+        lambda: torch.empty(4096, 64, dtype=torch.bfloat16),
+        lambda: torch.empty(2048, 3, 4, 100)[:, 1],
+        lambda: torch.empty(4096, 1),  # numbers that are 1 are constants
+        lambda: torch.empty(70, 20_000, dtype=torch.float16),
     ],
-    ids=str,
+    ids=["tiles", "rows at two strides", "one column", "chunked"],
 )
-def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatch, x):
+def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatch, make):
     from triton.backends.nvidia.driver import include_dirs, make_launcher
     from triton.runtime.build import compile_module_from_src
 
     library, folder = driver
+    x = make()
     extension = compile_extension()
     kernels = bound_kernels(monkeypatch, x, torch.empty(x.shape[-1]))
     assert len(kernels) == 3
