@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import onelaunch
-from onelaunch import LanguageModel, Sampling
+from onelaunch import LanguageModel, Sampling, api
 from onelaunch.checkpoints import random_model
 from onelaunch.checkpoints import save as save_checkpoint
 from onelaunch.config import ModelConfig
@@ -202,11 +203,17 @@ def test_a_random_preset():
         onelaunch.load("stories260k")
 
 
-def test_notices_reach_the_log(path):
+def test_notices_reach_the_log(path, monkeypatch):
+    checkpoint = replace(api.load_checkpoint(path), notices=("an older checkpoint was read",))
+    monkeypatch.setattr(api, "load_checkpoint", lambda path: checkpoint)
     lines = []
-    model = onelaunch.load(path, engine="reference", log=lines.append)
-    assert model.checkpoint.notices == tuple(lines)
-    assert onelaunch.load(path).describe()["device"]
+    onelaunch.load(path, engine="reference", log=lines.append)
+    assert lines == ["an older checkpoint was read"]
+
+
+def test_a_model_describes_its_engine(model):
+    about = model.describe()
+    assert (about["engine"], about["device"]) == ("reference", "cpu")
 
 
 def test_training_gives_a_run_folder_that_loads(tmp_path):

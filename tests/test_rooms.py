@@ -136,7 +136,6 @@ def test_no_engine_imports_another():
 
 
 def test_no_private_name_leaves_its_module():
-    # a package's own files may share one
     wrong = [
         str(one)
         for one in own()

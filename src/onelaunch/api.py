@@ -310,14 +310,14 @@ class LanguageModel:
 
         if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
             raise BadInput(f"prompt={texts!r}: must be a text or a list of texts")
+        encoded = encode_prompts(self.tokenizer, texts, self.config)
         if all(texts):
-            return encode_prompts(self.tokenizer, texts, self.config)
+            return encoded
         first = first_id(self.checkpoint, self.tokenizer)
         if first is None:
             source = self.checkpoint.source or "the model"
             raise BadInput(f"{source}: the model names no BOS to begin with; give a prompt")
         begin = Prompt("", [first])
-        encoded = encode_prompts(self.tokenizer, texts, self.config)
         return [prompt if prompt.text else begin for prompt in encoded]
 
     def _complete(
@@ -414,7 +414,7 @@ def _go_on(run: Path) -> None:
 
 
 class _Cancelled(Exception):
-    """Raised in an engine's callback: nobody listens any more."""
+    """Raised in an engine's callback after the consumer of a stream has stopped."""
 
 
 def _no_log(line: str) -> None:

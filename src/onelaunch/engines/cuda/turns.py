@@ -21,11 +21,10 @@ LOOK_SECONDS = 0.1
 
 class Turns:
     """A lock that goes to whoever has waited longest, so that of two who ask for it all the time
-    each waits for one turn of the other. Not to be asked for within one's own turn. One that nobody
-    waits for costs the host 0.5 us.
+    each waits for one turn of the other. Not reentrant. Uncontended it costs the host 0.5 us.
 
-    An interrupt may end a turn before its time, or take one that nobody then gives back: at the
-    next question what was left is put in order, and a thread that holds the turn takes it again.
+    An interrupt (KeyboardInterrupt) may end a turn early, or leave one without its release. The
+    next request repairs the queue, and the thread that holds the turn gets it again.
     """
 
     def __init__(self) -> None:
@@ -34,20 +33,20 @@ class Turns:
         self._queue: deque[_Ticket] = deque()
 
     def turn(self) -> Turns:
-        """A context in which nobody else has a turn."""
+        """A context in which no other thread has a turn."""
         return self
 
     def __enter__(self) -> None:
         mine = _Ticket(threading.get_ident())
         try:
             with self._changing:
-                self._tell_owner()
+                self._wake_owner()
                 if self._owner is None or self._owner.thread == mine.thread:
                     self._owner = mine
                     return
-                mine.told.acquire()
+                mine.granted.acquire()
                 self._queue.append(mine)
-            mine.told.acquire()
+            mine.granted.acquire()
         except BaseException:  # interrupted
             self._leave(mine)
             raise
@@ -64,7 +63,7 @@ class Turns:
         with self._changing:
             if self._owner is not None and self._owner.thread == thread:
                 self._owner = self._queue[0] if self._queue else None
-            self._tell_owner()
+            self._wake_owner()
 
     def _leave(self, mine: _Ticket) -> None:
         with self._changing:
@@ -74,24 +73,24 @@ class Turns:
                 self._owner = self._queue[0] if self._queue else None
             elif mine in self._queue:
                 self._queue.remove(mine)
-            self._tell_owner()
+            self._wake_owner()
 
-    def _tell_owner(self) -> None:
+    def _wake_owner(self) -> None:
         """Wake the owner where it still waits in the queue."""
         if self._queue and self._owner is self._queue[0]:
-            with suppress(RuntimeError):  # it was told
-                self._queue[0].told.release()
+            with suppress(RuntimeError):  # it is released already
+                self._queue[0].granted.release()
             self._queue.popleft()
 
 
 class _Ticket:
-    """A thread's question for a turn; it waits until `told` is released."""
+    """A thread's request for a turn; it waits until `granted` is released."""
 
-    __slots__ = ("thread", "told")
+    __slots__ = ("granted", "thread")
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
-        self.told = threading.Lock()
+        self.granted = threading.Lock()
 
 
 @cache
