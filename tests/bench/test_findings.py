@@ -66,7 +66,7 @@ def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
         "norm-forward-4096-512"
     ]
     assert set(map(tuple, found("amd-epyc-2-cores", "rms-norm").values())) == {("not applicable",)}
-    assert found("nvidia-h200", "rms-norm-threshold") == {"norm-rows": ["confirmed"]}
+    assert found("nvidia-h200", "rms-norm-threshold") == {"norm-rows": ["confirmed", "confirmed"]}
     assert found("amd-epyc-2-cores", "rms-norm-threshold") == {"norm-rows": ["not applicable"]}
 
 

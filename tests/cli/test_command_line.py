@@ -154,6 +154,17 @@ def test_every_error_has_its_line_and_code(onelaunch, monkeypatch, error, code, 
     assert err.count("\n") == bool(line)
 
 
+def test_an_error_loses_no_line_that_was_printed(onelaunch, monkeypatch):
+    def fail():
+        print("what was found so far")
+        raise FileNotFoundError(2, "No such file", "y")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    outcome, out, err = onelaunch("doctor")
+    assert (outcome, out) == (2, "what was found so far\n")
+    assert "y: No such file" in err
+
+
 def test_an_error_of_ours_is_not_hidden(onelaunch, monkeypatch):
     def fail():
         raise RuntimeError("a bug")

@@ -61,10 +61,10 @@ def run(argv: list[str]) -> int:
         return _fail(f"{message} (see: {topic} --help)", 2, error)
     except BrokenPipeError:
         # The reader of our standard output left, as `head` does.
-        _discard_standard_output()
+        _flush_or_discard_standard_output()
         return 0
     except OSError as error:
-        _discard_standard_output()
+        _flush_or_discard_standard_output()
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return _fail(f"{where}{error.strerror or error}", 1 if full else 2, error)
@@ -110,10 +110,15 @@ def _mend_standard_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def _discard_standard_output() -> None:
-    """What is still buffered cannot be written; Python would complain about it at exit."""
+def _flush_or_discard_standard_output() -> None:
+    """Write what is buffered. Where it cannot be written Python would complain at exit: drop it."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            sys.stdout.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def _fail(message: str, code: int, error: BaseException) -> int:

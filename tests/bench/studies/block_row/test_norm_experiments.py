@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def bench(experiment, folder, capsys):
     """Runs the verb; returns the record and what was said."""
-    code = cli.run(["bench", experiment, "--quick", "--out", str(folder)])
+    code = cli.run(["bench", experiment, "--quick", "--device", "cpu", "--out", str(folder)])
     out, err = capsys.readouterr()
     assert code == 0, err
     assert out.strip().endswith(f"{experiment}.json")
