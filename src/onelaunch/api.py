@@ -275,6 +275,40 @@ class LanguageModel:
         targets_BS = tokens_BS[:, 1:].to(logits_BSV.device, torch.int64)
         return float(F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), targets_BS.flatten()))
 
+    def tune(
+        self,
+        batch: int = 1,
+        sequence: int | None = None,
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Measure which fusion depth and tiles are fastest on this GPU, and keep the answer.
+
+        It is used from the next call on, and by every later process for the same shape of model,
+        dtype, GPU and versions, for batches and sequences up to the next powers of two. Without it
+        a rule decides. It takes some tens of seconds, in which nothing else should use the GPU.
+
+        batch, sequence: of (B, S) token ids; the model's context, 2,048 at most, unless given.
+        progress: called with a phase, how much of it is done and of about how much, from several
+            threads.
+
+        Returns the batch and sequence that it holds for, the chosen form, each form's microseconds,
+        how many forwards were timed, and the seconds that it took. Raises BadInput where there is
+        nothing to tune, such as on a CPU.
+        """
+        from onelaunch.engines.cuda import why_not
+        from onelaunch.engines.cuda.engine import CudaEngine
+        from onelaunch.engines.reference import resolve_device
+
+        device = resolve_device(self._how.get("device") or "auto")
+        if reason := why_not(device, self.config):
+            raise BadInput(f"only the CUDA engine can be tuned: {reason}")
+        engine = self.engine
+        if not isinstance(engine, CudaEngine):
+            name = engine.describe()["engine"]
+            raise BadInput(f"only the CUDA engine can be tuned, and the engine is {name!r}")
+        return engine.tune(batch, sequence, progress)
+
     def save(self, path: str | Path, format: str) -> None:
         """Write the model to `path` as "llama2c" (a file) or "hf" (a folder). The tokenizer is not
         written; `onelaunch export` writes both."""

@@ -11,7 +11,9 @@ from onelaunch.generation.text import Prompt
 
 def test_help_names_what_an_option_takes(onelaunch):
     """Not its type."""
-    for verb in ("prepare", "train", "eval", "generate", "export", "inspect", "bench", "report"):
+    for verb in (
+        "prepare", "train", "eval", "generate", "tune", "export", "inspect", "bench", "report",
+    ):  # fmt: skip
         out = onelaunch(verb, "--help")[1]
         options = out.partition("Options:")[2]
         for kind in ("<str>", "<int>", "<float>", "<path>"):

@@ -29,6 +29,8 @@ generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-ec
     [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--min-p P] [--seed S]
     [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth DEPTH]
     [--trace FILE] [--ids] [--json] [--quiet] [--debug]
+tune MODEL [--batch N] [--seq N] [--random] [--device DEVICE] [--dtype DTYPE] [--json] [--quiet]
+    [--debug]
 export MODEL OUT --format FORMAT [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]
     [--weights DTYPE] [--quiet] [--debug]
 inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json] [--debug]
@@ -194,6 +196,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(onelaunch, monkeypatch, ar
         ["train", "nothing.toml"],
         ["eval", "nothing", "--data", "stories"],
         ["generate", "nothing"],
+        ["tune", "nothing"],
         ["export", "nothing", "out.bin", "--format", "llama2c"],
         ["inspect", "nothing"],
         ["bench", "nothing"],

@@ -287,7 +287,7 @@ def test_an_export_without_room_for_the_tokenizer_leaves_nothing(bin_file, tmp_p
 def test_inspect_shows_what_was_chosen_for_the_model_on_a_gpu(bin_file, tmp_path, monkeypatch):
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cuda.blocking import default
-    from onelaunch.engines.cuda.choice import Choice, facts_of, keep
+    from onelaunch.engines.cuda.tuning.store import Choice, facts_of, keep
 
     monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "store"))
     config = load(bin_file).config

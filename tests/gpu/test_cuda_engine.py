@@ -1,9 +1,7 @@
-"""The CUDA engine on a GPU: the shared suite, its forms, and the choice that it measures."""
+"""The CUDA engine on a GPU: the shared suite, its forms, and tuning."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,13 +13,12 @@ from onelaunch.compilation.cache import Store
 from onelaunch.engines.choice import choose
 from onelaunch.engines.cuda import engine as engine_module
 from onelaunch.engines.cuda.blocking import Blocking, default
-from onelaunch.engines.cuda.choice import find
-from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
 from onelaunch.engines.cuda.engine import CudaEngine
-from onelaunch.engines.cuda.measure import Candidate
+from onelaunch.engines.cuda.forms import Form
 from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staged import BoundForward, Shape
-from onelaunch.engines.cuda.timer import Timer, facts
+from onelaunch.engines.cuda.tuning.store import find
+from onelaunch.engines.cuda.tuning.timer import Timer, facts
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, EngineTimeout
@@ -185,50 +182,59 @@ def test_logits_wait_for_nothing():
     assert torch.equal(*results)
 
 
-def test_the_background_choice_ends_and_answers_as_well(store):
+def test_tuning_chooses_keeps_and_answers_as_well(store):
     lines, weights, tokens = [], weights_of(LONGER), tokens_of(LONGER, 1, 250)
     exact, allowed = allowed_error(LONGER, weights, tokens, torch.bfloat16)
     engine = CudaEngine(LONGER, weights, "cuda", say=lines.append, store=store)
     before = engine.logits(tokens)
     assert engine.describe()["forms"] == {"1x250": {"form": "staged"}}
-    waited = []
-    while not engine.wait(0):
-        start = time.perf_counter()
-        assert relative_error(engine.logits(tokens), exact) <= allowed
-        torch.cuda.synchronize()
-        waited.append(time.perf_counter() - start)
-        time.sleep(0.01)
-    waited.sort()
-    print(*lines, sep="\n")
-    print(
-        f"{len(waited)} calls meanwhile, half of them within {waited[len(waited) // 2] * 1e3:.1f} "
-        f"ms, the longest {waited[-1] * 1e3:.1f} ms"
-    )
-    after = engine.logits(tokens)
-    assert relative_error(before, exact) <= allowed
-    assert relative_error(after, exact) <= allowed
-    assert torch.equal(engine.logits(tokens), after)
-    assert torch.equal(engine.logits(tokens), after)
-    about = engine.describe()["forms"]["1x250"]
-    assert {"rule", "staged", "all", "half", "1", "2"} <= set(about["us"])
-    assert about["us"]["staged"] <= about["us"]["rule"]
-    assert about["us"][about["form"]] <= 1.04 * min(about["us"].values())
-    assert len(lines) == 2
-    kept = find(store, facts(LONGER, engine._packed, 1, 250))
-    assert kept.form == about["form"]
-    assert kept.tried > 30
-    assert kept.seconds < 75
+    waited, phases = [], []
 
+    def call():
+        start = time.perf_counter()
+        waited.append((engine.logits(tokens), time.perf_counter() - start))
+
+    meanwhile = threading.Thread(target=call)
+
+    def progress(phase, done, total):
+        if not phases:
+            meanwhile.start()
+        phases.append(phase)
+
+    tuned = engine.tune(1, 250, progress)
+    meanwhile.join(60)
+    print({phase: phases.count(phase) for phase in phases}, tuned)
+    after = engine.logits(tokens)
+    for logits in (before, after, waited[0][0]):
+        assert relative_error(logits, exact) <= allowed
+    assert torch.equal(engine.logits(tokens), after)
+    assert {"rule", "staged", "all", "half", "1", "2"} <= set(tuned["us"])
+    assert tuned["us"]["staged"] <= tuned["us"]["rule"]
+    assert tuned["us"][tuned["form"]] <= 1.04 * min(tuned["us"].values())
+    assert tuned["tried"] > 30
+    assert lines == []
+    kept = find(store, facts(LONGER, engine._packed, 1, 250))
+    assert (kept.form, kept.us) == (tuned["form"], tuned["us"])
+    second = CudaEngine(LONGER, weights, "cuda", store=store)
     start = time.perf_counter()
-    second = CudaEngine(LONGER, weights, "cuda", say=lines.append, store=store)
     assert torch.equal(second.logits(tokens), after)
     print(f"with the choice kept, the first logits after {time.perf_counter() - start:.2f} s")
-    assert second.describe()["forms"]["1x250"] == about
-    assert second.wait(0)
-    assert len(lines) == 2
-    # half of them hardly notice; who comes while 15 compilers begin to use the device waits longer
-    assert waited[len(waited) // 2] < 0.1
-    assert waited[-1] < 2
+    assert second.describe() == engine.describe()
+
+
+def test_an_interrupt_ends_tuning(store):
+    weights, tokens = weights_of(LONGER), tokens_of(LONGER, 1, 250)
+    engine = CudaEngine(LONGER, weights, "cuda", store=store)
+    before = engine.logits(tokens)
+
+    def interrupt(phase, done, total):
+        if phase == "timing tiles" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.tune(1, 250, interrupt)
+    assert torch.equal(engine.logits(tokens), before)
+    assert find(store, facts(LONGER, engine._packed, 1, 250)) is None
 
 
 def test_shapes_come_and_go(monkeypatch, store):
@@ -288,63 +294,18 @@ def test_any_thread_stream_and_mode_may_call(store):
     assert wrong == []
 
 
-def test_children_compile_what_is_then_loaded_at_once():
-    tiles = default(LONGER, 256, 2)
-    subject = Subject(LONGER, "bfloat16", 0)
-    too_large = tiles | {"head": Blocking(128, 256, 128, 4, 8)}
-    compilers = Compilers(subject, 4)
-    try:
-        jobs = [Job(128, "staged", tiles, kind) for kind in tiles]
-        jobs += [Job(128, "all", tiles), Job(128, "staged", too_large, "head")]
-        start = time.monotonic()
-        why = compilers.compile(jobs, start + 300)
-        print(f"{len(jobs)} jobs in {time.monotonic() - start:.1f} s; the last: {why[-1]}")
-    finally:
-        compilers.close()
-    assert why[:-1] == [None] * (len(jobs) - 1)
-    assert why[-1]
-    staged = StagedForward(LONGER, weights_of(LONGER), torch.bfloat16, CUDA)
-    bound = staged.bind(2, 128, logits_dtype=torch.bfloat16)
-    start = time.perf_counter()
-    for call in bound.calls:
-        call.compile().run  # noqa: B018
-    taken = time.perf_counter() - start
-    print(f"loaded in {taken:.2f} s")
-    assert taken < 2.0
-
-
 def test_a_timer_times_what_runs_and_nothing_else():
     staged = StagedForward(LONGER, weights_of(LONGER), torch.bfloat16, CUDA)
     timer = Timer(LONGER, staged.packed, Shape(1, 256, True, torch.bfloat16))
     tiles = default(LONGER, 256, 2)
-    one, other = timer(Candidate("staged", tiles)), timer(Candidate("all", tiles, 132))
+    one, other = timer(Form("staged", tiles)), timer(Form("all", tiles, 132))
     print(f"staged {one:.1f} us, all {other:.1f} us")
     assert 5 < one < 5000
     assert 5 < other < 5000
-    assert timer(Candidate("all", tiles, 1 << 14)) == float("inf"), "more than fit together"
+    assert timer(Form("all", tiles, 1 << 14)) == float("inf"), "more than fit together"
     too_large = tiles | {"head": Blocking(128, 256, 128, 4, 8)}
-    assert timer(Candidate("staged", too_large)) == float("inf")
-    assert 5 < timer(Candidate("staged", tiles)) < 5000
-
-
-def test_a_process_may_end_while_it_measures(tmp_path):
-    program = (
-        "import torch; from onelaunch.engines.cuda.engine import CudaEngine;"
-        "from onelaunch.compilation.cache import Store; from pathlib import Path;"
-        "from tests.gpu.test_cuda_engine import LONGER, weights_of; import sys, time;"
-        "engine = CudaEngine(LONGER, weights_of(LONGER), 'cuda', store=Store(Path(sys.argv[1])));"
-        "print(engine.logits(torch.zeros(1, 200, dtype=torch.int64)).sum().item());"
-        "time.sleep(float(sys.argv[2]))"
-    )
-    for seconds in ("0", "12"):  # while children compile, and about when tiles are timed
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path), seconds],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr, done.stderr
+    assert timer(Form("staged", too_large)) == float("inf")
+    assert 5 < timer(Form("staged", tiles)) < 5000
 
 
 def test_auto_is_this_engine_and_text_is_pytorchs():

@@ -17,6 +17,7 @@ from onelaunch.cli.inspect import inspect
 from onelaunch.cli.prepare import prepare
 from onelaunch.cli.report import report
 from onelaunch.cli.train import train
+from onelaunch.cli.tune import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -47,6 +48,7 @@ for name, verb in (
     ("train", train),
     ("eval", evaluate),
     ("generate", generate),
+    ("tune", tune),
     ("export", export),
     ("inspect", inspect),
     ("bench", bench),

@@ -137,11 +137,12 @@ def _cuda_engine(cuda: bool) -> dict[str, Any]:
     import torch
 
     from onelaunch.compilation.cache import Store
-    from onelaunch.engines.cuda import choice, why_not
+    from onelaunch.engines.cuda import why_not
+    from onelaunch.engines.cuda.tuning.store import WHAT
 
     return {
         "missing": why_not(torch.device("cuda", 0)) if cuda else "there is no CUDA GPU here",
-        "choices": sum(entry.about.get("what") == choice.WHAT for entry in Store().entries()),
+        "choices": sum(entry.about.get("what") == WHAT for entry in Store().entries()),
     }
 
 

@@ -145,7 +145,7 @@ def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
     from onelaunch.compilation.cache import Store
-    from onelaunch.engines.cuda.choice import kept
+    from onelaunch.engines.cuda.tuning.store import kept
 
     return [{"of": of, **asdict(choice)} for of, choice in kept(Store(), loaded.config)]
 

@@ -1,17 +1,11 @@
-"""The CUDA engine's own logic with made-up forms on the CPU: shapes, choices, turns. The forms are
-tested through the interpreter and on a GPU."""
+"""The CUDA engine's own logic with made-up forms on the CPU: shapes, choices, threads. The forms
+are tested through the interpreter and on a GPU."""
 
 from __future__ import annotations
 
 import gc
-import signal
-import subprocess
-import sys
 import threading
-import time
 import weakref
-from collections import deque
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +14,14 @@ import torch
 from onelaunch.compilation.cache import Store
 from onelaunch.engines.choice import automatic, choose
 from onelaunch.engines.cuda import engine as engine_module
-from onelaunch.engines.cuda import timer, why_not
+from onelaunch.engines.cuda import forms, why_not
 from onelaunch.engines.cuda.blocking import default
-from onelaunch.engines.cuda.choice import Choice, facts_of, keep
-from onelaunch.engines.cuda.chooser import Chooser
-from onelaunch.engines.cuda.engine import CudaEngine
-from onelaunch.engines.cuda.turns import LOADING, Turns
+from onelaunch.engines.cuda.engine import LOCK, CudaEngine
+from onelaunch.engines.cuda.tuning import timer
+from onelaunch.engines.cuda.tuning.store import Choice, facts_of, find, keep
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import BadInput, EngineTimeout, RunFailed
+from onelaunch.errors import BadInput, EngineTimeout
 from tests.engines.suite import SMALL, weights_of
 
 DEVICE = {"device": "made up", "multiprocessors": 4, "torch": "2", "triton": "3"}
@@ -63,7 +56,7 @@ class Form:
 
     def _compute(self, how, ids, logits):
         assert not torch.is_inference_mode_enabled()
-        assert LOADING.locked() == (how == "run")
+        assert LOCK._is_owned()
         assert ids.dtype == torch.int64
         self.fail(how)
         self.events.append(how)
@@ -84,13 +77,13 @@ class Form:
 
 class Replayed:
     def __init__(self, form):
-        assert LOADING.locked()
+        assert LOCK._is_owned()
         form.fail("capture")
         form.events.append("captured")
         self.form, self.prepared = form, set()
 
     def prepare(self, logits):
-        assert LOADING.locked()
+        assert LOCK._is_owned()
         self.prepared.add(logits.dtype)
 
     def is_prepared(self, dtype):
@@ -105,16 +98,16 @@ class Replayed:
 def _made_up(monkeypatch):
     Form.made, Form.timeout, Form.fails = [], False, {}
     monkeypatch.setattr(engine_module, "why_not", lambda device, config: None)
-    for module in (engine_module, timer):
-        monkeypatch.setattr(module, "BoundForward", Form)
-        monkeypatch.setattr(module, "FusedForward", Form)
+    monkeypatch.setattr(forms, "BoundForward", Form)
+    monkeypatch.setattr(forms, "FusedForward", Form)
     monkeypatch.setattr(engine_module, "Replay", Replayed)
     monkeypatch.setattr(timer, "device_facts", lambda device: DEVICE)
-    monkeypatch.setattr(engine_module, "choose", no_choice)
+    monkeypatch.setattr(engine_module, "tune", found)
 
 
-def no_choice(config, dtype, device, batch, sequence, store, cancelled, used):
-    raise RunFailed("nothing is measured here")
+def found(config, packed, batch, sequence, progress):
+    progress("timing tiles", 1, 1)
+    return CHOICE
 
 
 @pytest.fixture
@@ -242,52 +235,86 @@ def test_a_stored_choice_is_used_at_once(store):
     assert Form.made[-1].depth == "stage", "another dtype, another choice"
 
 
-def test_a_choice_is_measured_in_the_background_and_then_used(store, monkeypatch):
-    may_end, asked, lines = threading.Event(), [], []
-
-    def slowly(config, dtype, device, batch, sequence, store, cancelled, used):
-        asked.append((batch, sequence))
-        assert may_end.wait(30)
-        keep(store, facts_of(config, "bfloat16", batch, sequence, DEVICE), CHOICE)
-        return CHOICE
-
-    monkeypatch.setattr(engine_module, "choose", slowly)
-    engine = make(store, say=lines.append)
-    for sequence in (9, 16, 9, 12):
+def test_what_is_tuned_is_kept_and_used_at_once(store):
+    engine, heard = make(store), []
+    for sequence in (9, 12, 20):
         answers(engine, 1, sequence)
-    assert not engine.wait(0.05)
-    assert {form.depth for form in Form.made} == {"stage"}
-    assert engine.describe()["forms"]["1x9"] == {"form": "staged"}
-    may_end.set()
-    assert engine.wait(30)
-    assert engine.describe()["forms"] == {}, "the forms by rule are gone"
-    before = len(Form.made)
-    answers(engine, 1, 9)
-    answers(engine, 1, 12)
-    assert [form.depth for form in Form.made[before:]] == ["all", "all"]
-    assert asked == [(1, 9)], "once for all lengths up to 16"
-    assert lines == [
-        "measuring forms and tiles for 1x16 tokens in the background, once",
-        "1x16 tokens: fusion depth all, 5.0 us (9.0 before); measured in 2 s",
-    ]
+    about = engine.tune(1, 12, lambda *how: heard.append(how))
+    assert about == {
+        "batch": 1, "sequence": 16, "form": "all", "us": CHOICE.us, "tried": 7, "seconds": 1.5,
+    }  # fmt: skip
+    assert heard == [("timing tiles", 1, 1)]
+    assert list(engine.describe()["forms"]) == ["1x20"], "the rule's forms of these are gone"
+    for sequence in (9, 12, 20):
+        answers(engine, 1, sequence)
+    assert [f.depth for f in Form.made] == ["stage"] * 3 + ["all"] * 2
+    assert find(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE)) == CHOICE
     answers(make(store), 1, 16)
     assert Form.made[-1].depth == "all"
 
 
-def test_what_cannot_be_measured_is_told_once_and_the_rule_goes_on(store):
+def test_the_context_is_tuned_unless_another_sequence_is_asked_for(store):
+    assert make(store).tune()["sequence"] == SMALL.max_seq_len
+
+
+def test_a_store_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
     lines = []
-    engine = make(store, say=lines.append)
-    for _ in range(3):
-        answers(engine, 1, 9)
-        assert engine.wait(30)
-    assert lines[1:] == ["1x16: nothing chosen (nothing is measured here)"]
-    about = {"form": "staged", "failed": "nothing is measured here"}
-    assert engine.describe()["forms"] == {"1x9": about}
-    assert {form.depth for form in Form.made} == {"stage"}
+    engine = make(Store(tmp_path / "file"), say=lines.append)
+    engine.tune(1, 9)
+    assert "not kept" in lines[-1]
+    answers(engine, 1, 9)
+    assert Form.made[-1].depth == "all"
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "named"),
+    [
+        ({}, (0, 9), "batch=0"),
+        ({}, (65, 9), "batch=65"),
+        ({}, (1, 0), "sequence=0"),
+        ({}, (1, SMALL.max_seq_len + 1), "sequence="),
+        ({"fusion_depth": "all"}, (), "fusion_depth='all'"),
+        ({"dtype": "float32"}, (), "dtype='float32'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(store, options, given, named):
+    with pytest.raises(BadInput, match=named):
+        make(store, **options).tune(*given)
+
+
+def test_an_interrupt_of_tuning_keeps_nothing_and_holds_nobody_up(store, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_module, "tune", interrupted)
+    engine = make(store)
+    with pytest.raises(KeyboardInterrupt):
+        engine.tune(1, 9)
+    thread = threading.Thread(target=answers, args=(engine, 1, 9))
+    thread.start()
+    thread.join(30)
+    assert [form.depth for form in Form.made] == ["stage"]
+
+
+def test_threads_are_served_one_at_a_time(store):
+    engine, results = make(store), []
+
+    def work(sequence):
+        for _ in range(20):
+            results.append(answers(engine, 1, sequence))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (3, 5, 3, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 80
+    assert len(Form.made) == 3
 
 
 @pytest.mark.parametrize("where", ["bind", "run", "replay"])
-def test_a_measured_form_that_fails_is_given_up_for_one_launch_a_stage(store, where):
+def test_a_tuned_form_that_fails_is_given_up_for_one_launch_a_stage(store, where):
     lines = []
     keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
     engine = make(store, say=lines.append)
@@ -299,17 +326,16 @@ def test_a_measured_form_that_fails_is_given_up_for_one_launch_a_stage(store, wh
         answers(engine, 1, sequence)
     assert [(f.depth, f.shape.sequence) for f in Form.made][-2:] == [("stage", 9), ("stage", 12)]
     why = "RuntimeError: out of resources"
-    assert lines == [f"1x16 tokens: the measured form fails ({why}); one launch a stage"]
+    assert lines == [f"1x16 tokens: the tuned form fails ({why}); the rule's answers"]
     about = {"form": "staged", "failed": why}
     assert engine.describe()["forms"] == {"1x9": about, "1x12": about}
-    assert engine.wait(0), "nor is it measured again"
     Form.fails.clear()
     answers(make(store), 1, 9)
     assert Form.made[-1].depth == "all", "another engine tries it"
 
 
 @pytest.mark.parametrize("error", [BadInput("too long"), EngineTimeout("given up")])
-def test_what_is_no_fault_of_a_measured_form_is_raised(store, error):
+def test_what_is_no_fault_of_a_tuned_form_is_raised(store, error):
     keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
     engine = make(store)
     Form.fails["all", "run"] = error
@@ -321,7 +347,7 @@ def test_what_is_no_fault_of_a_measured_form_is_raised(store, error):
 
 
 @pytest.mark.parametrize("depth", ["auto", "all"])
-def test_what_fails_and_was_not_measured_is_raised(store, depth):
+def test_what_fails_and_was_not_tuned_is_raised(store, depth):
     engine = make(store, fusion_depth=depth)
     Form.fails["stage", "run"] = Form.fails["all", "run"] = RuntimeError("no room")
     with pytest.raises(RuntimeError, match="no room"):
@@ -349,12 +375,11 @@ def test_without_a_graph_each_kernel_is_launched(store):
         ({"dtype": "float32"}, "stage"),
     ],
 )
-def test_what_is_given_by_hand_or_for_checking_is_not_measured(store, options, depth):
+def test_what_is_given_by_hand_or_for_checking_is_not_tuned(store, options, depth):
     keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
     lines = []
     engine = make(store, say=lines.append, **options)
     answers(engine, 1, 9)
-    assert engine.wait(0)
     assert [form.depth for form in Form.made] == [depth]
     assert lines == []
 
@@ -416,46 +441,6 @@ def test_the_weights_that_were_given_go_when_all_is_made_of_them(store):
     assert all(t() is None for t in tensors)
     assert engine.describe()["weight_bytes"] > before, "a tied head is there twice"
     answers(engine, 1, 3)
-
-
-def test_an_engine_that_is_let_go_measures_no_more(store, monkeypatch):
-    begun, stopped = threading.Event(), threading.Event()
-
-    def until_cancelled(config, dtype, device, batch, sequence, store, cancelled, used):
-        begun.set()
-        while not cancelled():
-            time.sleep(0.01)
-        stopped.set()
-        raise RunFailed("cancelled")
-
-    lines = []
-    monkeypatch.setattr(engine_module, "choose", until_cancelled)
-    engine = make(store, say=lines.append)
-    answers(engine, 1, 9)
-    assert begun.wait(30)
-    del engine
-    gc.collect()
-    assert stopped.wait(30)
-    assert lines == ["measuring forms and tiles for 1x16 tokens in the background, once"]
-
-
-def test_an_engine_that_hears_its_own_lines_is_let_go_too(store):
-    class Host:
-        def __init__(self):
-            self.lines = []
-            self.engine = make(store, say=self.hear)
-
-        def hear(self, line):
-            self.lines.append(line)
-
-    host = Host()
-    answers(host.engine, 1, 9)
-    assert host.engine.wait(30)
-    engine, cancelled = weakref.ref(host.engine), host.engine._chooser.cancelled
-    del host
-    gc.collect()
-    assert engine() is None
-    assert cancelled.is_set()
 
 
 def test_the_memory_of_an_engine_that_is_let_go_is_not_free_before_its_last_use(store, monkeypatch):
@@ -534,164 +519,9 @@ def test_what_auto_is(monkeypatch):
     assert why_not(gpu) == "the package triton is not installed"
 
 
-def test_turns_go_to_whoever_waited_longest():
-    turns, order = Turns(), []
-    first = threading.Event()
-
-    def ask(name):
-        with turns.turn():
-            order.append(name)
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(5)]
-    with turns.turn():
-        for thread in threads:
-            thread.start()
-            first.wait(0.05)
-        assert order == []
-    for thread in threads:
-        thread.join()
-    assert order == [0, 1, 2, 3, 4]
-
-
-def test_a_turn_that_fails_is_over():
-    turns = Turns()
-    with pytest.raises(KeyError), turns.turn():
-        raise KeyError
-    with turns.turn():
-        pass
-
-
-def test_who_is_interrupted_while_queueing_holds_nobody_up():
-    class Interrupted(deque):
-        def append(self, entry):
-            super().append(entry)
-            raise KeyboardInterrupt
-
-    turns = Turns()
-    turns._queue = Interrupted()
-    holding, done = threading.Event(), threading.Event()
-
-    def hold():
-        with turns.turn():
-            holding.set()
-            done.wait(20)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert holding.wait(20)
-    with pytest.raises(KeyboardInterrupt), turns.turn():
-        pytest.fail("two turns at once")
-    assert not turns._queue
-    done.set()
-    holder.join(20)
-    with turns.turn():
-        pass
-
-
-INTERRUPTED = """
-import random, signal, sys, threading, time
-from onelaunch.engines.cuda.turns import Turns
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt
-
-signal.signal(signal.SIGALRM, interrupt)
-turns, counts, ended = Turns(), [0, 0], threading.Event()
-
-def ask(i):
-    while not ended.is_set():
-        with turns.turn():
-            counts[i] += 1
-        time.sleep(random.random() * 1e-4)
-
-others = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(int(sys.argv[1]))]
-for thread in others:
-    thread.start()
-for _ in range(2000):
-    try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-6, 2e-4))
-        while True:
-            with turns.turn():
-                pass
-    except KeyboardInterrupt:
-        pass
-with turns.turn():
-    before = list(counts)
-time.sleep(0.5)
-ended.set()
-for thread in others:
-    thread.join(20)
-    assert not thread.is_alive(), "waits for ever"
-assert all(now > then for now, then in zip(counts[: len(others)], before)), (before, counts)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
-@pytest.mark.parametrize("others", [0, 1, 2])
-def test_interrupts_hold_nobody_up(others):
-    """2,000 of them, at whatever moment of a turn they come; whoever was interrupted asks again."""
-    command = [sys.executable, "-c", INTERRUPTED, str(others)]
-    subprocess.run(command, check=True, timeout=120)
-
-
 @pytest.mark.parametrize("inference", [False, True])
 def test_gradients_are_off_within_a_turn(store, inference):
     engine = CudaEngine(SMALL, weights_of(SMALL), "cpu", store=store)
     with torch.inference_mode(inference), engine._alone():
         assert not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
-
-
-def test_two_who_ask_all_the_time_take_turns():
-    turns, order, done = Turns(), [], threading.Event()
-
-    def ask():
-        while not done.is_set():
-            with turns.turn():
-                order.append("measurement")
-                time.sleep(0.001)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    for _ in range(50):
-        with turns.turn():
-            order.append("caller")
-            time.sleep(0.001)
-    done.set()
-    thread.join()
-    caller = [i for i, who in enumerate(order) if who == "caller"]
-    assert max(b - a for a, b in pairwise(caller)) <= 2
-    assert order.count("measurement") >= 25
-
-
-def test_a_chooser_finds_one_after_another_and_each_once():
-    lines, running, most = [], [], []
-
-    def finding(value):
-        def find(cancelled):
-            running.append(value)
-            most.append(len(running))
-            time.sleep(0.02)
-            running.remove(value)
-            if value == 2:
-                raise ValueError("no two")
-            return value
-
-        return find
-
-    chooser = Chooser(lines.append)
-    for value in (1, 2, 3, 1):
-        chooser.ask(str(value), finding(value))
-    assert chooser.wait(30)
-    assert chooser.take() == {"1": 1, "3": 3}
-    assert chooser.take() == {}
-    assert max(most) == 1
-    assert len(most) == 3
-    assert lines == ["2: nothing chosen (ValueError: no two)"]
-    chooser.ask("4", finding(4))
-    assert chooser.wait(30)
-    assert chooser.take() == {"4": 4}
-    chooser.cancelled.set()
-    chooser.ask("5", finding(5))
-    assert chooser.wait(0)
-    assert chooser.take() == {}

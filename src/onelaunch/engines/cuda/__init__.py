@@ -1,11 +1,9 @@
-"""A model on a GPU: stages in Triton, tiled as the plan says, in as few launches as pay.
+"""A model on a GPU: stages in Triton, tiled as the plan says, with fewer kernel launches.
 
 `pack` lays the weights out for the stages, `blocking` says how each is cut, `stages` holds their
-tiles. `kernels` and `staged` run them one launch a stage; `fused`, `sync` and `one_launch` any
-range of them in one; `watch`, `trace` and `timeline` tell when each tile of that ran. `search`
-lists tiles worth timing, `measure` says in which order, `timer` and `compilers` do it on a device,
-`measuring` in a process of its own, and `choice` is what is kept of it. `engine` answers meanwhile;
-`chooser` is its thread, `turns` say who uses the device.
+tiles. `kernels` and `staged` run one kernel per stage; `fused`, `sync` and `one_launch` any range
+of them in one launch; `watch`, `trace` and `timeline` tell when each tile of that ran. `forms`
+binds either, `engine` answers with it, and `tuning` finds the fastest by measuring.
 
 What the engine can run is told here, without importing it.
 """

@@ -1,4 +1,4 @@
-"""The CUDA engine: logits of whole texts in the form that measures fastest on this GPU."""
+"""The CUDA engine: logits of whole sequences, in the form tuned for this GPU or the rule's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +22,14 @@ from onelaunch.engines.checks import (
     token_tensor,
 )
 from onelaunch.engines.cuda import DTYPES, why_not
-from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
-from onelaunch.engines.cuda.chooser import Chooser, Find
-from onelaunch.engines.cuda.measuring import choose
-from onelaunch.engines.cuda.one_launch import FusedForward
+from onelaunch.engines.cuda.forms import STAGED, Form, bind
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.staging import Staging
-from onelaunch.engines.cuda.timer import bind, facts
-from onelaunch.engines.cuda.turns import LOADING, turns_of
+from onelaunch.engines.cuda.tuning.search import Progress, ignore_progress
+from onelaunch.engines.cuda.tuning.store import Choice, bucket, find, keep
+from onelaunch.engines.cuda.tuning.timer import facts, tune
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput, RunFailed
@@ -42,6 +39,11 @@ from onelaunch.plan import Depth, parse_depth
 
 set_grad_enabled = torch._C._set_grad_enabled  # torch.set_grad_enabled makes an object: 1.5 us
 
+LOCK = threading.RLock()
+"""Held by the one thread of the process that makes, launches or tunes a form. Two must not load
+kernels or capture a graph at once, not even on two devices, nor use one form's buffers; and what
+else there is to do is some microseconds of Python, which runs in one thread at a time anyway."""
+
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
 MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
 """How many shapes keep their buffers and graphs, and bytes of these; the latest always does."""
@@ -50,19 +52,17 @@ MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
 class CudaEngine:
     """Runs a model on a GPU; see `Engine`.
 
-    Logits are by one launch a stage, or by fewer launches; the reference engine, of the same dtype
-    on the same device, generates, and answers for more than MAX_BATCH texts or MAX_SEQUENCE
-    positions. With `fusion_depth` "auto" the form of a shape, and its tiles, are measured in the
-    background where `store` does not have them, once for a GPU and the next powers of two, while
-    one launch a stage answers; results before and after differ within the dtype's error. "stage",
-    "half", a number of layers or "all" are a form by hand, and nothing is measured; nor in float32,
-    which is for checking, or on AMD's GPUs, where one launch a stage is all there is. `dtype` is
-    one of DTYPES, bfloat16 unless given. `say` gets lines for people. Raises BadInput for what
-    cannot be had.
+    Logits are by one kernel per stage, or by fewer launches; the reference engine, of the same
+    dtype on the same device, generates, and answers for more than MAX_BATCH sequences or
+    MAX_SEQUENCE positions. With `fusion_depth` "auto" the form of a shape and its tiles are those
+    that `tune` found on this GPU and `store` keeps, else the rule's: one kernel per stage. "stage",
+    "half", a number of layers or "all" are a form by hand. float32, which is for checking, and
+    AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of DTYPES, bfloat16
+    unless given. `say` gets lines for people. Raises BadInput for what cannot be had.
 
-    Engines may be used from several threads. At the second use of a shape a CUDA graph is captured,
-    and in these milliseconds whatever waits for the whole device in another thread fails, such as
-    torch.cuda.synchronize; to wait for a stream or an event does not.
+    Engines may be used from several threads; one at a time is served. At the second use of a shape
+    a CUDA graph is captured, and in these milliseconds whatever waits for the whole device in
+    another thread fails, such as torch.cuda.synchronize; to wait for a stream or an event does not.
     """
 
     def __init__(
@@ -89,19 +89,14 @@ class CudaEngine:
         amd = torch.version.hip is not None
         if amd and self.fusion_depth not in ("auto", "stage"):
             raise BadInput(f"fusion_depth={fusion_depth!r}: on AMD's GPUs it is 'stage'")
-        self._measures = self.fusion_depth == "auto" and self.dtype != torch.float32 and not amd
+        self._tunes = self.fusion_depth == "auto" and self.dtype != torch.float32 and not amd
         self._weights = dict(weights)
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
-        self._making = threading.Lock()
         self._store, self._say = store or Store(), say
         self._choices: dict[str, Choice] = {}
         self._given_up: dict[str, str] = {}
-        self._chooser: Chooser[Choice] = Chooser(say)
-        # not the chooser's method: it would hold `say`, and that may hold the engine
-        weakref.finalize(self, self._chooser.cancelled.set)
-        self._forms: OrderedDict[tuple[int, int], _Form] = OrderedDict()
-        self._turns = turns_of(self.device)
+        self._forms: OrderedDict[tuple[int, int], _BoundForm] = OrderedDict()
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None  # of the last call
         self._staging = Staging()
@@ -120,8 +115,8 @@ class CudaEngine:
         bad one on, perhaps before it too, and a later call, or `describe`, raises BadInput that
         names it. EngineTimeout likewise tells of a forward before, of the same shape and in few
         launches, that was given up; its logits are NaN, and so may be those that were launched
-        before this was told. A measured form that fails in another way is not used again: one
-        kernel per stage answers.
+        before this was told. A tuned form that fails in another way is not used again: the
+        rule's answers.
         """
         dtype = logits_dtype(dtype, self.dtype)
         self._check_bad_id()
@@ -155,12 +150,54 @@ class CudaEngine:
             self._say(f"fusion depth {self.fusion_depth}: PyTorch generates, one operator a launch")
         return self._by_pytorch().generate(prompts, n, sampling, on_token, stop, on_end)
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until nothing is being measured; whether that is so."""
-        ended = self._chooser.wait(seconds)
+    def tune(
+        self, batch: int = 1, sequence: int | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Time the forms and tiles of a shape on this GPU and keep the fastest in the store. It is
+        used from the next call on, for every shape up to the same powers of two.
+
+        It takes some tens of seconds, in which other threads' calls wait. `sequence` is the model's
+        context unless given, MAX_SEQUENCE at most; `progress` is called with a phase, how much of
+        it is done and of how much, by several threads. An interrupt (KeyboardInterrupt) ends it,
+        and nothing is kept but the compiled kernels. Returns the batch and sequence that the answer
+        is for, its form, `us` by form, how many forwards were timed, and the seconds that it took.
+        Raises BadInput for what cannot be tuned, and RunFailed where nothing runs.
+        """
+        if not self._tunes:
+            raise BadInput(self._why_not_tuned())
+        longest = min(self.config.max_seq_len, MAX_SEQUENCE)
+        sequence = longest if sequence is None else sequence
+        if not 1 <= batch <= MAX_BATCH:
+            raise BadInput(f"batch={batch}: must be from 1 to {MAX_BATCH}")
+        if not 1 <= sequence <= longest:
+            raise BadInput(f"sequence={sequence}: must be from 1 to {longest}")
         with self._alone():
-            self._take_choices()
-        return ended
+            packed = self._pack()
+            if self._used is not None:
+                self._used.synchronize()
+            choice = tune(self.config, packed, batch, sequence, progress or ignore_progress)
+            if not keep(self._store, facts(self.config, packed, batch, sequence), choice):
+                self._say(f"not kept for the next process: {self._store.last_error}")
+            name = self._name(batch, sequence)
+            self._choices[name] = choice
+            self._given_up.pop(name, None)
+            self._drop_forms_of({name})
+        of_batch, of_sequence = bucket(self.config, batch, sequence)
+        return {
+            "batch": of_batch,
+            "sequence": of_sequence,
+            "form": choice.form,
+            "us": dict(choice.us),
+            "tried": choice.tried,
+            "seconds": choice.seconds,
+        }
+
+    def _why_not_tuned(self) -> str:
+        if self.fusion_depth != "auto":
+            return f"fusion_depth={str(self.fusion_depth)!r}: nothing to tune; use 'auto'"
+        if self.dtype == torch.float32:
+            return "dtype='float32': nothing to tune; use bfloat16 or float16"
+        return "nothing to tune on AMD's GPUs: one kernel per stage is all there is"
 
     def _check_bad_id(self) -> None:
         """Raise BadInput where a forward met an id that the model does not have."""
@@ -194,15 +231,15 @@ class CudaEngine:
         choice = self._choices.get(name)
         if choice is None:
             by_hand = self.fusion_depth not in ("auto", "stage")
-            why = self._given_up.get(name) or self._chooser.failed.get(name)
             about = {"form": str(self.fusion_depth) if by_hand else STAGED}
+            why = self._given_up.get(name)
             return about if why is None else about | {"failed": why}
         return {"form": choice.form, "programs": choice.programs, "us": dict(choice.us)}
 
     # ---- what is made once
 
     def _by_pytorch(self) -> ReferenceEngine:
-        with self._making:
+        with LOCK:
             if self._reference is None:
                 dtype = str(self.dtype).removeprefix("torch.")
                 self._reference = ReferenceEngine(
@@ -212,7 +249,7 @@ class CudaEngine:
             return self._reference
 
     def _pack(self) -> PackedModel:
-        with self._making:
+        with LOCK:
             if self._packed is None:
                 placed = {name: w.to(self.device) for name, w in self._weights.items()}
                 self._packed = pack(self.config, placed, self.dtype, self.device)
@@ -222,18 +259,17 @@ class CudaEngine:
             return self._packed
 
     def _let_go(self) -> None:
-        """Of the weights as they were given, when all has been made of them."""
+        """Of the weights that the caller gave, when all has been made of them."""
         if self._packed is not None and self._reference is not None:
             self._weights = {}
 
     # ---- the forms
 
-    def _form(self, batch: int, sequence: int) -> _Form:
-        self._take_choices()
+    def _form(self, batch: int, sequence: int) -> _BoundForm:
         form = self._forms.pop((batch, sequence), None)
         if form is None:
             bound = self._bind(batch, sequence)
-            form = _Form(bound, self.config.vocab_size, self._say)
+            form = _BoundForm(bound, self.config.vocab_size, self._say)
             self._make_room(form)
         self._forms[batch, sequence] = form  # the latest is last
         return form
@@ -242,34 +278,22 @@ class CudaEngine:
         packed = self._pack()
         shape = Shape(batch, sequence, True, self.dtype, own_logits=False)
         if self.fusion_depth not in ("auto", "stage"):
-            return FusedForward(self.config, packed, shape, {}, self.fusion_depth)
-        choice = self._choice(packed, batch, sequence) if self._measures else None
-        if choice is None:
-            return BoundForward(self.config, packed, shape, {})
-        return bind(self.config, packed, shape, choice)
+            return bind(self.config, packed, shape, Form(str(self.fusion_depth), {}))
+        choice = self._choice(packed, batch, sequence) if self._tunes else None
+        form = Form(STAGED, {}) if choice is None else choice.as_form()
+        return bind(self.config, packed, shape, form)
 
     def _choice(self, packed: PackedModel, batch: int, sequence: int) -> Choice | None:
-        """The choice for a shape; where there is none, it begins to be measured."""
+        """What was tuned for a shape, None where nothing was."""
         name = self._name(batch, sequence)
         if name in self._given_up:
             return None
         if name not in self._choices:
             kept = find(self._store, facts(self.config, packed, batch, sequence))
             if kept is None:
-                measure = partial(
-                    choose, self.config, self.dtype, self.device, batch, sequence, self._store,
-                    used=self._used,
-                )  # fmt: skip
-                self._chooser.ask(name, _finding(measure, name, self._store, self._say))
                 return None
             self._choices[name] = kept
         return self._choices[name]
-
-    def _take_choices(self) -> None:
-        """Let go of the forms of shapes that have a choice now."""
-        if found := self._chooser.take():
-            self._choices |= found
-            self._drop_forms_of(found)
 
     def _give_up_choice(self, batch: int, sequence: int, error: Exception) -> bool:
         """Go on without the choice for a shape, whose form fails; whether there was one."""
@@ -277,7 +301,7 @@ class CudaEngine:
         if self._choices.pop(name, None) is None:
             return False
         self._given_up[name] = why = in_a_line(error)
-        tell(self._say, f"{name} tokens: the measured form fails ({why}); one launch a stage")
+        tell(self._say, f"{name} tokens: the tuned form fails ({why}); the rule's answers")
         if self._used is not None:
             self._used.record()  # what was launched of it is its last use
         self._drop_forms_of({name})
@@ -287,7 +311,7 @@ class CudaEngine:
         for shape in [shape for shape in self._forms if self._name(*shape) in names]:
             self._drop(shape)
 
-    def _make_room(self, newest: _Form) -> None:
+    def _make_room(self, newest: _BoundForm) -> None:
         """For one more, which is not among them yet."""
         room = MAX_FORM_BYTES - newest.n_bytes
         while self._forms and (
@@ -305,14 +329,14 @@ class CudaEngine:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """A turn on the device, after what was done in the last one, whichever its stream; with
-        tensors that outlive a caller's inference mode.
+        """Alone in this process, after what was launched before, on whichever stream; with tensors
+        that outlive a caller's inference mode.
 
         Most calls come with the device and the stream of the call before. What they need not is
         left out, as each of PyTorch's guards takes the host 3 to 10 us, of about 100 that a small
         model's forward takes the GPU.
         """
-        with self._turns.turn():
+        with LOCK:
             gradients = torch.is_grad_enabled()
             try:
                 set_grad_enabled(False)
@@ -357,7 +381,7 @@ class CudaEngine:
         return self._stream
 
 
-class _Form:
+class _BoundForm:
     """A bound forward: launched at its first use, replayed from its second, or launched further on
     where there can be no graph."""
 
@@ -384,20 +408,17 @@ class _Form:
             self._capture()
         self._uses += 1
         if self._replay is None:
-            with LOADING:
-                self._bound.launch(ids_N, logits)
+            self._bound.launch(ids_N, logits)
         else:
             if not self._replay.is_prepared(dtype):
-                with LOADING:
-                    self._replay.prepare(logits)
+                self._replay.prepare(logits)
             self._replay(ids_N, logits)
         self._bound.ask()
         return logits
 
     def _capture(self) -> None:
         try:
-            with LOADING:
-                self._replay = Replay(self._bound)
+            self._replay = Replay(self._bound)
         except Exception as error:  # slower without, not wrong
             tell(
                 self._say,
@@ -413,26 +434,3 @@ def _wait_for(used: torch.cuda.Event) -> None:
 def _bytes_of(tensors: object) -> int:
     """Of all tensors among an object's fields."""
     return sum(t.nbytes for t in vars(tensors).values() if isinstance(t, Tensor))
-
-
-def _finding(
-    measure: Find[Choice], name: str, store: Store, say: Callable[[str], None]
-) -> Find[Choice]:
-    """How a choice is found and told of, without a hold on the engine or its weights."""
-
-    def finding(cancelled: Callable[[], bool]) -> Choice:
-        tell(say, f"measuring forms and tiles for {name} tokens in the background, once")
-        choice = measure(cancelled)
-        tell(say, told(name, choice, store))
-        return choice
-
-    return finding
-
-
-def told(name: str, choice: Choice, store: Store) -> str:
-    """A choice in a line."""
-    form = "one launch a stage" if choice.form == STAGED else f"fusion depth {choice.form}"
-    best, rule = choice.us[choice.form], choice.us.get(RULE)
-    before = "" if rule is None else f" ({rule:.1f} before)"
-    kept = "" if store.last_error is None else f"; not kept for the next time ({store.last_error})"
-    return f"{name} tokens: {form}, {best:.1f} us{before}; measured in {choice.seconds:.0f} s{kept}"

@@ -21,8 +21,8 @@ Launch = Callable[[Tensor, Tensor], None]
 class Replay:
     """`bound.launch` as a function, called with the same tensors. The first call and the last,
     which read the ids and write the logits, are launched; the others are captured when this is
-    made and replayed. Before the first use of a dtype of logits, `prepare`. Both load kernels: hold
-    LOADING.
+    made and replayed. Before the first use of a dtype of logits, `prepare`. Both load kernels: one
+    thread at a time may do so.
     """
 
     def __init__(self, bound: BoundForward) -> None:

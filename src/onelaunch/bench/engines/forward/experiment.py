@@ -206,8 +206,8 @@ def _engine(
     expected: Tensor,
     folder: Path | None,
 ) -> CudaEngine:
-    """The engine that finds what was chosen; without a folder, of one kernel per stage. Raises
-    RunFailed where it measures instead, or its logits are wrong."""
+    """The engine that finds what was tuned; without a folder, of one kernel per stage. Raises
+    RunFailed where it does not, or its logits are wrong."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cuda.engine import CudaEngine
 
@@ -239,19 +239,22 @@ def _chosen(
     notes: dict[str, Any],
     say: Callable[[str], None],
 ) -> BoundForward:
-    """What the engine's measurement chooses, and in the notes what it took."""
+    """What tuning finds, kept in the folder, and in the notes what it took."""
     from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda.forms import bind
     from onelaunch.engines.cuda.staged import Shape
-    from onelaunch.engines.cuda.timer import bind, choose
+    from onelaunch.engines.cuda.tuning.store import keep
+    from onelaunch.engines.cuda.tuning.timer import facts, tune
 
-    choice = choose(config, packed, batch, sequence, Store(folder))
+    choice = tune(config, packed, batch, sequence)
+    keep(Store(folder), facts(config, packed, batch, sequence), choice)
     tiles = {kind: list(vars(b).values()) for kind, b in choice.blockings.items()}
     notes["choice"] = {
         "form": choice.form, "programs": choice.programs, "us": dict(choice.us),
         "seconds": choice.seconds, "tried": choice.tried, "tiles": tiles,
     }  # fmt: skip
     say(f"{batch}x{sequence}: {choice.form} chosen in {choice.seconds:.0f} s, {choice.tried} tried")
-    return bind(config, packed, Shape(batch, sequence, True, torch.bfloat16), choice)
+    return bind(config, packed, Shape(batch, sequence, True, torch.bfloat16), choice.as_form())
 
 
 def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -> dict[str, float]:

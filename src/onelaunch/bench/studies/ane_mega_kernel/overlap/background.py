@@ -1,13 +1,13 @@
 """What overlap has running in the background: compilations of ML Programs, or of a GPU's kernels,
-in child processes of low priority, as training and the CUDA engine have them."""
+in a child process of low priority, as training has them."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 import tempfile
-import time
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from onelaunch.compilation.children import Child
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml.compiler import Compiler, Shape
 from onelaunch.errors import RunFailed
 
 TRITON_STORE = "TRITON_CACHE_DIR"
-PATIENCE_SECONDS = 300.0
+CHILD = "onelaunch.bench.studies.ane_mega_kernel.overlap.kernel_child"
+TIMEOUT_SECONDS = 300.0
 
 
 class ProgramCompilations:
@@ -55,34 +57,27 @@ class KernelCompilations:
     each = 1
 
     def __init__(self, config: ModelConfig, sequence: int, device: Any) -> None:
-        from onelaunch.engines.cuda.blocking import default
-        from onelaunch.engines.cuda.choice import STAGED
-        from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
-        from onelaunch.engines.cuda.staged import limits_of
-
         self.refused = 0
         self._before = os.environ.get(TRITON_STORE)
         self._folder = tempfile.TemporaryDirectory()
         os.environ[TRITON_STORE] = self._folder.name
-        blockings = default(config, sequence, 2, limits_of(device))
-        tiles = [
-            replace(blockings["gate_up"], inner=inner, loads=loads, warps=warps)
-            for inner, loads, warps in product((32, 64, 128), (2, 3, 4, 5), (2, 4, 8))
-        ]
-        self._jobs = [Job(sequence, STAGED, {**blockings, "gate_up": t}, "gate_up") for t in tiles]
-        self._compilers = Compilers(Subject(config, "bfloat16", device.index or 0), 1)
+        self._tiles = list(product((32, 64, 128), (2, 3, 4, 5), (2, 4, 8)))
+        subject = json.dumps([config.to_dict(), sequence, device.index or 0])
+        self._child = Child([sys.executable, "-m", CHILD, subject])
 
     def compile(self) -> None:
         """The next one, waited for; one that does not fit this GPU is counted in `refused`."""
-        if not self._jobs:
+        if not self._tiles:
             raise RunFailed("every tiling was compiled: another would be found, not compiled")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        (answer,) = self._compilers.compile([self._jobs.pop()], deadline)
-        self.refused += answer is not None
+        self._child.tell(json.dumps(self._tiles.pop()))
+        answer = self._child.hear_within(TIMEOUT_SECONDS)
+        if not answer:
+            raise RunFailed(f"the compiler ended ({self._child.reason()})")
+        self.refused += json.loads(answer) is not None
 
     def close(self) -> None:
         """End the child; the store of kernels is again the one that was."""
-        self._compilers.close()
+        self._child.end()
         del os.environ[TRITON_STORE]
         if self._before is not None:
             os.environ[TRITON_STORE] = self._before

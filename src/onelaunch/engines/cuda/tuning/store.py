@@ -1,4 +1,4 @@
-"""The measured choice of a form, as it is kept: what it is of, what it says, where it lies.
+"""The measured choice of a form, as it is kept.
 
 A choice is of a model's shape, a dtype, a device, the versions and sources that compile for it, and
 of batches and sequences up to a power of two. Nothing that is read is trusted: what is not exactly
@@ -7,10 +7,11 @@ a choice is none.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any
 from onelaunch.compilation.cache import Store, program_key
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
-from onelaunch.engines.cuda.search import KINDS, WRITES_X
+from onelaunch.engines.cuda.forms import STAGED, Form
+from onelaunch.engines.cuda.tuning.space import KINDS, WRITES_X
 from onelaunch.errors import BadInput
 from onelaunch.plan import parse_depth
 
-STAGED, RULE = "staged", "rule"
-"""The names, among the forms, of one launch a stage: with the tiles found, with the rule's."""
+RULE = "rule"
+"""The name, among what was timed, of one kernel per stage with the rule's tiles."""
 WHAT = "the choice of a form"
 _SHAPE = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "qk_norm",
@@ -36,7 +38,7 @@ Facts = dict[str, str | int | bool]
 
 @dataclass(frozen=True)
 class Choice:
-    """form: STAGED or a fusion depth; programs: how many run at once in one launch, or None; us:
+    """form: STAGED or a fusion depth; programs: CTAs of a launch of several stages, or None; us:
     microseconds of each form's best, as a CUDA graph; seconds: what finding it took; tried: how
     many forwards were timed; measured: when, in UTC."""
 
@@ -47,6 +49,10 @@ class Choice:
     seconds: float
     tried: int
     measured: str
+
+    def as_form(self) -> Form:
+        """The form that was chosen, with its tiles."""
+        return Form(self.form, self.blockings, self.programs)
 
 
 def bucket(config: ModelConfig, batch: int, sequence: int) -> tuple[int, int]:
@@ -137,12 +143,34 @@ def _key(facts: Facts) -> str:
 
 @cache
 def _sources() -> bytes:
-    """The text of everything that a forward is made of here."""
-    here = Path(__file__).parent
+    """The syntax trees of all that a forward is made of, without comments, docstrings and line
+    numbers: an edit of these leaves what was measured as it is."""
+    here = Path(__file__).parent.parent
     package = here.parent.parent
-    files = [*here.rglob("*.py"), *(package / "plan").glob("*.py")]
-    files += [package / "operators" / "handles.py"]
-    return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in sorted(files))
+    of_tuning = set((here / "tuning").glob("*.py"))
+    files = [file for file in here.rglob("*.py") if file not in of_tuning]
+    files += [*(package / "plan").glob("*.py"), package / "operators" / "handles.py"]
+    return b"\0".join(
+        file.name.encode() + b"\0" + syntax(file.read_text()) for file in sorted(files)
+    )
+
+
+def syntax(source: str) -> bytes:
+    """A module's syntax tree as bytes, without its docstrings."""
+    tree = ast.parse(source)
+    for node in _with_docstrings(tree):
+        first = node.body[0] if node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value.value = ""
+    return ast.dump(tree).encode()
+
+
+def _with_docstrings(
+    tree: ast.Module,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
 
 
 def _parse(text: bytes) -> tuple[Facts, Choice] | None:

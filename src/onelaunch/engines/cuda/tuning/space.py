@@ -1,16 +1,9 @@
-"""Which tiles are worth timing, and the walk through them: pure logic, no device.
-
-Tiles that are best in a chain of one kernel are not best in a forward (docs/log.md), so whole
-forwards are timed, one kind of stage changed at a time. An estimate says which few tiles of a kind
-come into question.
-"""
+"""Which tiles of each kind of stage are worth timing: an estimate ranks them, without a device."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import (
@@ -33,7 +26,6 @@ WRITES_X = ("embed", "out_proj", "down")
 MOST = 10
 PER_TILE = 4
 REHEARSED_ROWS = 512
-NOISE = 0.02
 
 # (inner, loads), the likeliest first
 _PIPELINES = (
@@ -218,110 +210,3 @@ def _attention(
             ]
             ranked += [(guess * (1 + _PIPELINE_STEP * i), v) for i, v in enumerate(variants)]
     return ranked
-
-
-@dataclass
-class Found:
-    """The best blockings, what a forward takes with them in microseconds, how many were timed, and
-    the least time seen with each option of a kind."""
-
-    blockings: dict[str, Blocking]
-    us: float
-    tried: int = 0
-    times: dict[tuple[str, Blocking], float] = field(default_factory=dict)
-
-
-def descend(
-    options: Mapping[str, Sequence[Blocking]],
-    time_us: Callable[[Mapping[str, Blocking]], float],
-    deadline: float = math.inf,
-    together: Sequence[str] = WRITES_X,
-    clock: Callable[[], float] = time.monotonic,
-) -> Found:
-    """The fastest blockings that a walk finds which changes one kind at a time, from the first
-    option of each on. `time_us` gives inf where something cannot run; if nothing could, the result
-    is the first options and inf. Kinds `together` have the same columns: they are changed to other
-    columns at once, each to its first option of these. A difference within the noise counts where a
-    second look confirms it. Past the deadline, which `clock` is held against, nothing is timed."""
-    walk = _Walk(options, time_us, deadline, clock)
-    tied = [kind for kind in options if kind in together]
-    for kind in options:
-        if kind not in tied:
-            walk.along(kind, options[kind])
-    start = walk.best.blockings
-    for width in dict.fromkeys(option.columns for kind in tied for option in options[kind]):
-        of_width = {kind: [o for o in options[kind] if o.columns == width] for kind in tied}
-        if not all(of_width.values()):
-            continue
-        best = walk.best.blockings, walk.best.us
-        elsewhere = start | {kind: of[0] for kind, of in of_width.items()}
-        if start != elsewhere and not walk.restart(elsewhere):
-            break
-        for kind in tied:
-            walk.along(kind, of_width[kind])
-        if start != elsewhere:
-            walk.return_unless_better(*best)
-    return walk.best
-
-
-class _Walk:
-    """Where a descent stands."""
-
-    def __init__(
-        self,
-        options: Mapping[str, Sequence[Blocking]],
-        time_us: Callable[[Mapping[str, Blocking]], float],
-        deadline: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._time_us, self._deadline, self._clock = time_us, deadline, clock
-        self.best = Found({kind: of[0] for kind, of in options.items()}, math.inf)
-        self.best.us = self._timed(self.best.blockings)
-
-    @property
-    def in_time(self) -> bool:
-        return self._clock() < self._deadline
-
-    def along(self, kind: str, options: Sequence[Blocking]) -> None:
-        """Change one kind, to each of its options."""
-        for option in options:
-            if option != self.best.blockings[kind] and self.in_time:
-                self._consider(self.best.blockings | {kind: option})
-
-    def restart(self, blockings: dict[str, Blocking]) -> bool:
-        """Stand elsewhere, whatever it takes there; whether that was possible."""
-        if not self.in_time:
-            return False
-        self.best.us = self._timed(blockings)
-        self.best.blockings = blockings
-        return True
-
-    def return_unless_better(self, blockings: dict[str, Blocking], us: float) -> None:
-        """Go back to where the walk was before, unless here is better."""
-        here = self.best.blockings, self.best.us
-        self.best.blockings, self.best.us = blockings, us
-        if self._wins(*here):
-            self.best.blockings = here[0]
-
-    def _consider(self, blockings: dict[str, Blocking]) -> None:
-        if self._wins(blockings, self._timed(blockings)):
-            self.best.blockings = blockings
-
-    def _wins(self, blockings: dict[str, Blocking], us: float) -> bool:
-        """Whether blockings of a time replace the best; then `best.us` is theirs."""
-        if not us < self.best.us:
-            return False
-        if us > self.best.us * (1 - NOISE):
-            again, best_again = self._timed(blockings), self._timed(self.best.blockings)
-            if not again < best_again:
-                return False
-            us = min(us, again)
-        self.best.us = us
-        return True
-
-    def _timed(self, blockings: Mapping[str, Blocking]) -> float:
-        us = self._time_us(blockings)
-        self.best.tried += 1
-        for of in blockings.items():
-            self.best.times[of] = min(us, self.best.times.get(of, math.inf))
-        return us

@@ -9,9 +9,17 @@ import pytest
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
-from onelaunch.engines.cuda import choice as choice_module
 from onelaunch.engines.cuda.blocking import Blocking, default
-from onelaunch.engines.cuda.choice import Choice, bucket, facts_of, find, keep, kept
+from onelaunch.engines.cuda.tuning import store as store_module
+from onelaunch.engines.cuda.tuning.store import (
+    Choice,
+    bucket,
+    facts_of,
+    find,
+    keep,
+    kept,
+    syntax,
+)
 from onelaunch.errors import BadInput
 
 CONFIG = preset("stories15m")
@@ -97,14 +105,31 @@ def test_what_changes_no_kernel_changes_no_choice(store):
 
 def test_other_sources_have_other_choices(store, monkeypatch):
     keep(store, FACTS, STAGED)
-    monkeypatch.setattr(choice_module, "_sources", lambda: b"another day's")
+    monkeypatch.setattr(store_module, "_sources", lambda: b"another day's")
     assert find(store, FACTS) is None
     assert kept(store, CONFIG) == []
 
 
+def test_an_edit_of_a_comment_is_no_other_source():
+    source = '''"""A module."""
+
+import math
+
+
+def area(r):
+    """Of a circle."""
+    return math.pi * r**2  # in square units
+'''
+    edited = source.replace("A module", "One idea").replace("Of a circle", "In units")
+    edited = edited.replace("\n\n\n", "\n\n\n# of geometry\n").replace("  # in square units", "")
+    assert syntax(edited) == syntax(source)
+    assert syntax(edited.replace("r**2", "r**3")) != syntax(source)
+    assert syntax(edited.replace("def area(r)", "def area(r, n=1)")) != syntax(source)
+
+
 def changed(path, value):
     """The text of a choice with something else in a place of it."""
-    whole = json.loads(json.dumps({"of": FACTS, "choice": choice_module.asdict(FUSED)}))
+    whole = json.loads(json.dumps({"of": FACTS, "choice": store_module.asdict(FUSED)}))
     at = whole
     for name in path[:-1]:
         at = at[name]
@@ -158,8 +183,8 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_what_is_not_exactly_a_choice_is_none_and_goes(store, text):
     """Under the right key and with the store's digest right: as if these sources had been wrong."""
-    key = choice_module._key(FACTS)
-    store.put(key, text, {"what": choice_module.WHAT, "model": choice_module._name(FACTS)})
+    key = store_module._key(FACTS)
+    store.put(key, text, {"what": store_module.WHAT, "model": store_module._name(FACTS)})
     assert kept(store, CONFIG) == []
     assert find(store, FACTS) is None
     assert not store.contains(key)
@@ -202,7 +227,7 @@ def test_a_store_that_cannot_be_used_keeps_nothing(tmp_path):
 
 def test_a_blocking_is_read_as_it_was_written():
     for blocking in (*STAGED.blockings.values(), Blocking(16, 512, 128, 0, 8, True)):
-        data = json.loads(json.dumps(choice_module.asdict(blocking)))
-        assert choice_module.read_blocking(data) == blocking
+        data = json.loads(json.dumps(store_module.asdict(blocking)))
+        assert store_module.read_blocking(data) == blocking
     with pytest.raises(BadInput):
-        choice_module.read_blocking({"rows": 16, "columns": 16})
+        store_module.read_blocking({"rows": 16, "columns": 16})

@@ -1,4 +1,4 @@
-"""What is timed in which order, with a made-up device and clock."""
+"""What is timed in which order, with a made-up device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 
 from onelaunch.config import preset
 from onelaunch.engines.cuda.blocking import default, default_fused
-from onelaunch.engines.cuda.choice import asdict, read_choice
-from onelaunch.engines.cuda.measure import Candidate, Measurement
-from onelaunch.engines.cuda.search import H200, WRITES_X
+from onelaunch.engines.cuda.forms import Form
+from onelaunch.engines.cuda.tuning.search import COMPILING, DEPTHS, TILES, Search
+from onelaunch.engines.cuda.tuning.space import H200, WRITES_X
+from onelaunch.engines.cuda.tuning.store import asdict, read_choice
 from onelaunch.errors import RunFailed
 
 CONFIG = preset("stories15m")
@@ -18,38 +19,26 @@ RULE = default(CONFIG, 256, 2)
 
 
 class Device:
-    """Takes what `cost` says for a candidate, and a tenth of a second for saying it; compiles a job
-    in another, unless it is among those that `fails` says."""
+    """Takes what `cost` says for a form."""
 
-    def __init__(self, cost, fails=lambda job: False, second=0.1) -> None:
-        self.cost, self.fails, self.second = cost, fails, second
-        self.now = 1000.0
-        self.compiled, self.timed = [], []
+    def __init__(self, cost) -> None:
+        self.cost = cost
+        self.compiled, self.timed, self.heard = [], [], []
 
-    def clock(self):
-        return self.now
+    def compile(self, jobs):
+        self.compiled += jobs
 
-    def compile(self, jobs, deadline):
-        why = []
-        for job in jobs:
-            if self.now + self.second > deadline:
-                why.append("not in time")
-                continue
-            self.now += self.second
-            self.compiled.append(job)
-            why.append("too large" if self.fails(job) else None)
-        return why
+    def time_us(self, form):
+        self.timed.append(form)
+        return self.cost(form)
 
-    def time_us(self, candidate):
-        self.now += self.second
-        self.timed.append(candidate)
-        return self.cost(candidate)
+    def progress(self, phase, done, total):
+        assert 0 <= done <= total
+        self.heard.append(phase)
 
-    def choose(self, **options):
-        measurement = Measurement(
-            CONFIG, 1, 256, 2, self.compile, self.time_us, clock=self.clock, **options
-        )
-        choice = measurement.run()
+    def choose(self):
+        search = Search(CONFIG, 1, 256, 2, self.compile, self.time_us, progress=self.progress)
+        choice = search.run()
         assert choice.tried == len(self.timed)
         read_choice(asdict(choice), CONFIG.n_layers)  # it can be read again
         return choice
@@ -57,7 +46,7 @@ class Device:
 
 def flat(staged, **fused):
     """So many microseconds for each form, whatever the tiles."""
-    return lambda c: staged if c.form == "staged" else fused.get(f"d_{c.form}", math.inf)
+    return lambda c: staged if c.name == "staged" else fused.get(f"d_{c.name}", math.inf)
 
 
 def test_the_fastest_form_is_chosen_and_every_form_is_told():
@@ -72,8 +61,8 @@ def test_the_fastest_form_is_chosen_and_every_form_is_told():
         "half": 150.0, "1": 140.0, "2": 130.0, "4": 120.0, "6": 70.0,
     }  # fmt: skip
     assert choice.blockings == default_fused(CONFIG, 256, 2)
-    assert device.timed[0] == Candidate("staged", RULE)
-    assert [c.form for c in device.timed[-2:]] == ["staged", "6"], (
+    assert device.timed[0] == Form("staged", RULE)
+    assert [c.name for c in device.timed[-2:]] == ["staged", "6"], (
         "the last two are looked at again"
     )
 
@@ -89,7 +78,7 @@ def test_the_tiles_found_are_those_chosen():
     """A cost that likes other tiles than the rule's, in every kind."""
 
     def cost(c):
-        if c.form != "staged":
+        if c.name != "staged":
             return math.inf
         b = c.blockings
         return (
@@ -112,7 +101,7 @@ def test_the_tiles_found_are_those_chosen():
 
 def test_one_launch_takes_tiles_of_four_warps():
     def cost(c):
-        if c.form == "staged":
+        if c.name == "staged":
             return 100.0 - 5 * (c.blockings["head"].warps == 8)
         return 80.0 if c.blockings["head"].warps == 8 or c.blockings["head"].library else 90.0
 
@@ -121,54 +110,48 @@ def test_one_launch_takes_tiles_of_four_warps():
     assert choice.form == "all"
     assert choice.us["all"] == 90.0
     assert all(b.warps == 4 for b in choice.blockings.values())
-    whole = [job for job in device.compiled if job.form == "all"]
-    assert whole[0].blockings == default_fused(CONFIG, 256, 2)
-    assert all(b.warps == 4 for job in whole for b in job.blockings.values())
-    programs = [c.programs for c in device.timed if c.form == "all"]
+    whole = [job for job in device.compiled if job.form.name == "all"]
+    assert whole[0].form.blockings == default_fused(CONFIG, 256, 2)
+    assert all(b.warps == 4 for job in whole for b in job.form.blockings.values())
+    programs = [c.programs for c in device.timed if c.name == "all"]
     assert set(programs) == {132, 264}
 
 
 def test_more_programs_where_they_pay():
-    device = Device(lambda c: 100.0 if c.form == "staged" else {132: 90.0, 264: 60.0}[c.programs])
+    device = Device(lambda c: 100.0 if c.name == "staged" else {132: 90.0, 264: 60.0}[c.programs])
     choice = device.choose()
     assert choice.programs == 264
-    assert {c.programs for c in device.timed if c.form in ("half", "1")} == {264}
+    assert {c.programs for c in device.timed if c.name in ("half", "1")} == {264}
 
 
-def test_nothing_is_timed_that_was_not_compiled():
-    device = Device(flat(100.0, d_all=50.0), fails=lambda job: True)
-    choice = device.choose()
-    assert choice.form == "staged"
-    assert choice.blockings == RULE
-    assert device.timed == [Candidate("staged", RULE)] * len(device.timed)
-
-    def no_wide_tiles_of_x(job):
-        return job.kind in ("gate_up", "out_proj") and job.blockings["down"].columns == 64
-
-    device = Device(flat(100.0), fails=no_wide_tiles_of_x)
+def test_what_is_timed_was_compiled_before():
+    """Of one kernel per stage: what is compiled in time, no tile waits for."""
+    device = Device(flat(100.0))
     device.choose()
-    assert {c.blockings["down"].columns for c in device.timed} == {32}
+    compiled = {(job.kind, job.form.blockings[job.kind]) for job in device.compiled if job.kind}
+    for form in device.timed:
+        if form.name == "staged":
+            for kind in ("attention", *WRITES_X, "qkv", "gate_up", "head"):
+                tile = form.blockings[kind]
+                assert tile == RULE[kind] or (kind, tile) in compiled, (kind, tile)
+
+
+def test_progress_is_heard_of_each_phase():
+    device = Device(flat(100.0, d_all=90.0))
+    device.choose()
+    assert list(dict.fromkeys(device.heard)) == [TILES, DEPTHS]
+    assert COMPILING not in device.heard, "that is the compiler's"
 
 
 def test_kernels_that_read_sums_of_squares_are_compiled_for_every_width():
     device = Device(flat(100.0))
     device.choose()
     for kind in ("qkv", "gate_up", "head"):
-        widths = {j.blockings["down"].columns for j in device.compiled if j.kind == kind}
+        widths = {j.form.blockings["down"].columns for j in device.compiled if j.kind == kind}
         assert widths == {32, 64}
     assert {c.blockings["down"].columns for c in device.timed} == {32, 64}
     kinds = {job.kind for job in device.compiled}
     assert kinds == {*RULE, None}
-
-
-@pytest.mark.parametrize("second", [0.3, 1.0, 5.0])
-def test_it_ends_in_time(second):
-    device = Device(flat(100.0, d_all=90.0), second=second)
-    choice = device.choose()
-    # what is begun is ended: a time, and the two last ones again and again
-    assert device.now - 1000.0 <= 60.0 + 8 * second
-    assert choice.seconds == pytest.approx(device.now - 1000.0)
-    assert choice.us["staged"] == 100.0
 
 
 def test_where_nothing_runs_there_is_no_choice():
