@@ -46,9 +46,10 @@ def tune(
 ) -> None:
     """Find the fastest launches on this GPU, once.
 
-    Measures fusion depths and tiles and keeps the answer. Logits of whole sequences use it from then on, in every process, for the same shape of model,
-    dtype, GPU and versions, and for every batch and sequence up to the next powers of two. Without
-    it a rule decides. It takes some tens of seconds; nothing else should use the GPU meanwhile.
+    Measures fusion depths and tiles and keeps the answer. Logits of whole sequences use it from
+    then on, in every process, for the same shape of model, dtype, GPU and versions, and for every
+    batch and sequence up to the next powers of two. Without it a rule decides. It takes some tens
+    of seconds; nothing else should use the GPU meanwhile.
     """
     import json
 
