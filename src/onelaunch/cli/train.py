@@ -53,7 +53,8 @@ def train(
         typer.Option(
             "--engine",
             metavar="ENGINE",
-            help="reference (PyTorch), or coreml: layers as ML Programs, evaluated here.",
+            help="reference (PyTorch), or coreml: layers as ML Programs, by Core ML on a Mac, "
+            "elsewhere evaluated.",
         ),
     ] = None,
     compile_budget: Annotated[

@@ -328,7 +328,11 @@ class CoreMLSection:
         unit="updates",
         within=(0, 8),
     )
-    dtype: str = key("float16", "What programs are evaluated in.", choices=("float16", "float32"))
+    dtype: str = key(
+        "float16",
+        "float16: run by Core ML on a Mac, else evaluated in it; float32: evaluated in it.",
+        choices=("float16", "float32"),
+    )
     compile_budget: int = key(
         0,
         "Compilations after which the run is saved and a fresh process continues it. 0: no limit.",

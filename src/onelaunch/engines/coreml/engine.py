@@ -1,4 +1,4 @@
-"""The Core ML engine: a model as ML Programs, evaluated where Core ML does not run."""
+"""The Core ML engine: a model as ML Programs, run by Core ML on a Mac and evaluated elsewhere."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype, not_finite
 from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, program_launches
-from onelaunch.engines.coreml.evaluate import Evaluator
 from onelaunch.engines.coreml.pack import HEAD_STEP, Packed, weight_bytes
-from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.coreml.programs import Programs, Wanted
+from onelaunch.engines.coreml.ready import Opener, ReadyProgram
 from onelaunch.engines.engine import OnEnd, OnToken, Sampling
 from onelaunch.engines.sampling import copy_numbers, draw, uniforms
 from onelaunch.errors import BadInput
@@ -32,9 +31,10 @@ class CoreMLEngine:
     """Runs a model through its ML Programs; see `Engine`.
 
     A program has a fixed length: a text is padded behind, which changes nothing before, to the next
-    power of two from 32 on, the model's context at most; texts go one after another. `dtype`
-    "float16" rounds after every operation, as a program says it, "float32" computes in float32
-    with the program's float16 constants. There is no cache of keys and values: each new token
+    power of two from 32 on, the model's context at most; texts go one after another. With `dtype`
+    "float16" Core ML runs the programs on a Mac, and elsewhere they are evaluated, rounded after
+    every operation; "float32" evaluates them in float32, with their float16 constants. There is no
+    cache of keys and values: each new token
     reads its whole text, which is for checking and short texts. `store` keeps compiled programs.
     Raises BadInput for what cannot be had, MissingExtra without coremltools.
     """
@@ -58,9 +58,9 @@ class CoreMLEngine:
         program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
         self.programs = Programs(store or Store())
         self._packed = Packed(config, dict(weights))
-        self._say = say
-        self._said = False
-        self._loaded: OrderedDict[int, list[Evaluator]] = OrderedDict()
+        self._say, self._said = say, False
+        self._open = Opener(self.dtype, say)  # type: ignore[arg-type]
+        self._loaded: OrderedDict[int, list[ReadyProgram]] = OrderedDict()
 
     def logits(
         self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
@@ -97,7 +97,7 @@ class CoreMLEngine:
         return {
             "engine": "coreml",
             "device": "cpu",
-            "programs": "evaluated",
+            "programs": "run by Core ML" if self._open.runs else "evaluated",
             "dtype": self.dtype,
             "weight_bytes": weight_bytes(self.config),
             "fusion_depth": self.fusion_depth,
@@ -141,10 +141,9 @@ class CoreMLEngine:
         """Logits of one text and of what it is padded with, (length, V)."""
         length = self._length(len(ids))
         tokens = torch.tensor([[*ids, *[0] * (length - len(ids))]])
-        evaluators = self._evaluators(length)
         given = {TOKENS: tokens, X: self._looked_up(tokens)}
-        for evaluator in evaluators:
-            outputs = evaluator({name: given[name] for name in evaluator.function.inputs})
+        for program in self._programs(length):
+            outputs = program({name: given[name] for name in program.inputs})
             given = {X: outputs.get(RESULT, tokens)}
         tiles = [value for name, value in outputs.items() if name.startswith(LOGITS)]
         return torch.cat(tiles, 1)[0, :, 0].T.float()
@@ -158,20 +157,37 @@ class CoreMLEngine:
         table = self._packed.given("embed_tokens.weight")
         return table[tokens_1S].half().float().transpose(1, 2)[:, :, None]
 
-    def _evaluators(self, length: int) -> list[Evaluator]:
+    def _programs(self, length: int) -> list[ReadyProgram]:
         if length in self._loaded:
             self._loaded.move_to_end(length)
             return self._loaded[length]
         plan = make_plan(self.config, 1, length, all_positions=True)
         found = program_launches(plan, self.fusion_depth)
-        if not self._said:
-            self._say(
-                f"Core ML runs on macOS: here its programs are evaluated, operation by operation "
-                f"in {self.dtype}"
-            )
+        if not (self._said or self._open.runs):
             self._said = True
+            self._say(
+                "Core ML runs on macOS: here its programs are evaluated, operation by operation in "
+                f"{self.dtype}"
+            )
         paths = [self.programs.get(Wanted(plan, launch), self._packed) for launch in found]
         while len(self._loaded) >= MAX_SEQUENCES:
-            self._loaded.popitem(last=False)
-        self._loaded[length] = [Evaluator(Package(path), self.dtype) for path in paths]  # type: ignore[arg-type]
-        return self._loaded[length]
+            self._close(self._loaded.popitem(last=False)[1])
+        opened: list[ReadyProgram] = []
+        try:
+            for path in paths:
+                opened.append(self._open(path))
+        except BaseException:
+            self._close(opened)
+            raise
+        self._loaded[length] = opened
+        return opened
+
+    def close(self) -> None:
+        """End what runs the programs; they are made ready again where they are needed."""
+        while self._loaded:
+            self._close(self._loaded.popitem()[1])
+
+    @staticmethod
+    def _close(programs: Sequence[ReadyProgram]) -> None:
+        for program in programs:
+            program.close()

@@ -22,6 +22,9 @@ from onelaunch.errors import BadInput
 Precision = Literal["float64", "float32", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float64", "float32", "float16")
 Values = Mapping[str, Any]
+Probe = Callable[[str], None]
+"""Called with what begins now: INTERPRETING, the kind of an operation, or ROUNDING."""
+INTERPRETING, ROUNDING = "interpreting", "rounding"
 
 
 class Evaluator:
@@ -43,6 +46,8 @@ class Evaluator:
             raise BadInput(f"precision {precision!r}: must be {', '.join(PRECISIONS)}")
         self.function: Function = package.functions[function] if function else package.main
         self.precision, self.largest = precision, dict[str, float]()
+        self.probe: Probe | None = None
+        """For measurements."""
         self._watch = watch
         self._dtype = torch.float64 if precision == "float64" else torch.float32
         for operation in self.function.operations:
@@ -57,20 +62,37 @@ class Evaluator:
                 self._constants[name] = value if isinstance(value, str) else value.item()
         self._last_use = _last_uses(self.function)
 
-    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        given: Mapping[str, Tensor],
+        on_output: Callable[[str, Tensor], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """The outputs; `on_output` is called with each as soon as it is there."""
+        outputs, probe = set(self.function.outputs), self.probe
         values: dict[str, Any] = {}
         for name, expected in self.function.inputs.items():
             if name not in given or tuple(given[name].shape) != expected.shape:
                 found = tuple(given[name].shape) if name in given else "none"
                 raise BadInput(f"input {name}: must be of shape {expected.shape}, not {found}")
             values[name] = self._rounded(self._placed(given[name]))
+        if probe is not None:
+            probe(INTERPRETING)
         with torch.no_grad():
             for number, operation in enumerate(self.function.operations):
-                results = KINDS[operation.kind](self._operands(operation, values))
+                operands = self._operands(operation, values)
+                if probe is not None:
+                    probe(operation.kind)
+                results = KINDS[operation.kind](operands)
                 if isinstance(results, Tensor):
                     results = (results,)
                 for (name, _), result in zip(operation.outputs, results, strict=True):
+                    if probe is not None:
+                        probe(ROUNDING)
                     values[name] = self._rounded(result)
+                    if probe is not None:
+                        probe(INTERPRETING)
+                    if on_output is not None and name in outputs:
+                        on_output(name, values[name])
                     if self._watch:
                         self._note(operation.name, values[name])
                 for name in self._last_use[number]:

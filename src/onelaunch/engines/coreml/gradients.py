@@ -52,6 +52,25 @@ def products(config: ModelConfig, layer: int, values: Mapping[str, Tensor]) -> d
     return {f"{prefix}{name}.weight": make for name, make in found.items()}
 
 
+def operands(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """What each product of `products` reads, by the same names without the layer."""
+    found: dict[str, tuple[str, ...]] = {
+        "self_attn.q_proj": ("d_q", "normed"),
+        "self_attn.k_proj": ("d_k", "normed"),
+        "self_attn.v_proj": ("d_v", "normed"),
+        "self_attn.o_proj": ("mixed", "d_middle"),
+        "mlp.gate_proj": ("d_gate", "normed_2"),
+        "mlp.up_proj": ("d_up", "normed_2"),
+        "mlp.down_proj": ("d_out", "hidden"),
+        "input_layernorm": ("input", "d_normed"),
+        "post_attention_layernorm": ("middle", "d_normed_2"),
+    }
+    if config.qk_norm:
+        found["self_attn.q_norm"] = ("q_raw", "d_q_normed")
+        found["self_attn.k_norm"] = ("k_raw", "d_k_normed")
+    return found
+
+
 def needed(config: ModelConfig) -> tuple[str, ...]:
     """What `products` reads of the forward, by the names of its taps."""
     raw = ("q_raw", "k_raw") if config.qk_norm else ()

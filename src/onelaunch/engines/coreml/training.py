@@ -18,8 +18,9 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,11 @@ from onelaunch.engines.coreml import DTYPES, coremltools, gradients
 from onelaunch.engines.coreml.backward import BACK, DX, DX_IN
 from onelaunch.engines.coreml.compiler import Compiler, Shape, program_path
 from onelaunch.engines.coreml.emit import HANDED, RESULT, TAPS, X, tap_name
-from onelaunch.engines.coreml.evaluate import Evaluator
-from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.coreml.programs import DIRECTIONS
+from onelaunch.engines.coreml.ready import Opener, ReadyProgram
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
-from onelaunch.plan import Launch, parse_depth
+from onelaunch.plan import parse_depth
 
 MAX_STALENESS = 8
 GOAL = 64.0
@@ -71,22 +71,47 @@ def _take_one_core() -> int:
     return torch.get_num_threads()  # a thread that was not asked yet takes the number set last
 
 
+Clock = Callable[[str], AbstractContextManager[None]]
+"""Gives a context in which a part of a micro-step, one of PARTS or PRODUCTS, is done. Those of
+PARTS may be within one another; PRODUCTS are another thread's."""
+PROGRAMS_WAIT, FORWARD, LOSS, CLASSIFIER = "programs wait", "forward", "loss", "classifier"
+CLASSIFIER_BACKWARD, BACKWARD, SUMS = "classifier backward", "backward", "sums"
+PRODUCTS_WAIT, PRODUCTS = "products wait", "products"
+PARTS = (
+    PROGRAMS_WAIT, FORWARD, LOSS, CLASSIFIER, CLASSIFIER_BACKWARD, BACKWARD, SUMS, PRODUCTS_WAIT,
+)  # fmt: skip
+
+
+def no_clock(part: str) -> AbstractContextManager[None]:
+    """Measures nothing."""
+    return _NO_CONTEXT
+
+
+_NO_CONTEXT = nullcontext()
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A version's programs, by launch."""
 
     version: int
     weights: Mapping[str, Tensor]
-    forward: list[Evaluator]
-    backward: list[Evaluator]
+    forward: list[ReadyProgram]
+    backward: list[ReadyProgram]
+
+    def close(self) -> None:
+        """Give their memory back."""
+        for program in (*self.forward, *self.backward):
+            program.close()
 
 
 class CoreMLTrainer(ReferenceEngine):
-    """A `TrainableEngine` whose layers run as ML Programs, evaluated here; logits, for evaluation,
-    and generation are PyTorch's of the newest weights.
+    """A `TrainableEngine` whose layers run as ML Programs, by Core ML on a Mac and evaluated
+    elsewhere; logits, for evaluation, and generation are PyTorch's of the newest weights.
 
     `depth` is layers for each program, or half, or stage; `taps` "full", or "inputs" to compute
-    forwards again; `dtype` what programs are evaluated in; `compile_budget` how many compilations
+    forwards again; `dtype` "float16", or "float32" to
+    evaluate programs in it; `compile_budget` how many compilations
     until it is `spent`, 0: any number; `store` what is asked for programs before they are compiled.
     Call `updated` after each optimizer step. Raises BadInput for what cannot be had, MissingExtra
     without coremltools.
@@ -123,9 +148,12 @@ class CoreMLTrainer(ReferenceEngine):
             )
         super().__init__(config, weights, "cpu", "float32", train=True)
         self.version = 0
+        self.clock: Clock = no_clock
+        """For measurements."""
         self.staleness = staleness
         self.schedule = Measured(1)
-        self._depth, self._taps, self._precision = parsed, taps, dtype
+        self._depth, self._taps = parsed, taps
+        self._open = Opener(dtype, lambda line: self._say(line))  # type: ignore[arg-type]
         self._budget, self._compilations = compile_budget, 0
         self._store = store
         self._say: Callable[[str], None] = lambda line: None
@@ -134,7 +162,8 @@ class CoreMLTrainer(ReferenceEngine):
         self._compiler: Compiler | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
         self._compiling, self._multiplying = _beside("compiling"), _beside("products")
-        self._serving: Loaded | None = None
+        self.serving: Loaded | None = None
+        """The programs of the last micro-step."""
         self._coming: deque[tuple[int, Future[Loaded]]] = deque()
         self._snapshots: dict[int, dict[str, Tensor]] = {0: self._snapshot()}
         self._counted = _nothing_counted()
@@ -152,22 +181,31 @@ class CoreMLTrainer(ReferenceEngine):
         gradient is of the version that serves."""
         check_tokens(self.config, tokens_BS)
         self._begin(*tokens_BS.shape)
-        loaded = self._loaded()
+        with self.clock(PROGRAMS_WAIT):
+            loaded = self._loaded()
         mark("stall")
         start, compiling = time.perf_counter(), self._is_compiling
-        known, x = self._forward(loaded, tokens_BS)
-        loss, d_x, host = self._end(loaded, x, targets_BS)
+        with self.clock(FORWARD):
+            known, x = self._forward(loaded, tokens_BS)
+        with self.clock(LOSS):
+            loss, d_x, host = self._end(loaded, x, targets_BS)
         mark("forward")
-        factor = _loss_scale(d_x)
+        with self.clock(SUMS):
+            factor = _loss_scale(d_x)
         for _ in range(TRIES):
-            d_embedding, products = self._backward(loaded, known, d_x * factor)
-            found = self._awaited(products)
-            if _all_finite(*found.values(), d_embedding):
+            with self.clock(BACKWARD):
+                d_embedding, products = self._backward(loaded, known, d_x * factor)
+            with self.clock(PRODUCTS_WAIT):
+                found = self._awaited(products)
+            with self.clock(SUMS):
+                finite = _all_finite(*found.values(), d_embedding)
+            if finite:
                 break
             factor *= LOWER  # somewhere inside it went beyond float16
-        self._add(host, scale)
-        self._add(found, scale / factor)
-        self._add_embedding(tokens_BS, d_embedding, scale / factor)
+        with self.clock(SUMS):
+            self._add(host, scale)
+            self._add(found, scale / factor)
+            self._add_embedding(tokens_BS, d_embedding, scale / factor)
         mark("backward")
         if compiling == self._is_compiling:
             self.schedule.stepped(time.perf_counter() - start, compiling)
@@ -209,7 +247,7 @@ class CoreMLTrainer(ReferenceEngine):
         """What happened since it was last asked: compilations and their seconds, the wait for
         them, conversions, the wait for products; and how many updates old the programs are."""
         found, self._counted = self._counted, _nothing_counted()
-        served = self._serving.version if self._serving else self.version
+        served = self.serving.version if self.serving else self.version
         return {name: round(value, 6) for name, value in found.items()} | {
             "staleness": max(0, self.version - 1 - served), "k_to_hide": self.schedule.k,
         }  # fmt: skip
@@ -233,6 +271,7 @@ class CoreMLTrainer(ReferenceEngine):
             self._compiler.close()
         self._compiling.shutdown(cancel_futures=True)
         self._multiplying.shutdown(cancel_futures=True)
+        self._drop_programs()
         self._folder.cleanup()
 
     @property
@@ -250,14 +289,22 @@ class CoreMLTrainer(ReferenceEngine):
             return
         if self._compiler is not None:
             self._compiler.close()
-        self._shape, self._serving = shape, None
+        self._drop_programs()
+        self._shape = shape
         self._plan, self._launches = shape.plan, shape.layer_launches()
         self._compiler = Compiler(shape, self._store)
-        for _, coming in self._coming:
-            coming.cancel()
-        self._coming.clear()
         for version in sorted(self._snapshots):
             self._ask(version)
+
+    def _drop_programs(self) -> None:
+        """Of the shape before: what serves, and what is coming, whenever that comes."""
+        if self.serving is not None:
+            self.serving.close()
+        self.serving = None
+        while self._coming:
+            _, coming = self._coming.popleft()
+            coming.cancel()
+            coming.add_done_callback(_close_if_loaded)
 
     def _ask(self, version: int) -> None:
         # with all that the thread is to read: another shape may come before it does
@@ -285,13 +332,7 @@ class CoreMLTrainer(ReferenceEngine):
             save_file(dict(weights), folder / "weights.safetensors")
             start = time.perf_counter()
             told = compiler.compile(folder / "weights.safetensors", folder)
-            forward, backward = (
-                [
-                    Evaluator(Package(program_path(folder, direction, number)), self._precision)  # type: ignore[arg-type]
-                    for number in range(count)
-                ]
-                for direction in DIRECTIONS
-            )
+            forward, backward = self._opened(folder, count)
             seconds = time.perf_counter() - start
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -299,21 +340,36 @@ class CoreMLTrainer(ReferenceEngine):
         self._counted["cache_hits"] += told["hits"]
         self._compilations += int(told["compilations"])
         self._counted["compile_seconds"] += seconds
-        if self._serving is not None:  # else nothing ran beside it
+        if self.serving is not None:  # else nothing ran beside it
             self.schedule.compiled(seconds)
         return Loaded(version, weights, forward, backward)
+
+    def _opened(self, folder: Path, count: int) -> tuple[list[ReadyProgram], list[ReadyProgram]]:
+        """A version's programs, forward and backward."""
+        found: tuple[list[ReadyProgram], list[ReadyProgram]] = [], []
+        try:
+            for programs, direction in zip(found, DIRECTIONS, strict=True):
+                for number in range(count):
+                    programs.append(self._open(program_path(folder, direction, number)))
+        except BaseException:
+            for program in (*found[0], *found[1]):
+                program.close()
+            raise
+        return found
 
     def _loaded(self) -> Loaded:
         """The version that is this update's, waited for."""
         wanted = max(0, self.version - self.staleness)
         start = time.perf_counter()
-        while self._serving is None or self._serving.version < wanted:
+        while self.serving is None or self.serving.version < wanted:
             version, coming = self._coming.popleft()
             loaded = coming.result()
             if version <= wanted:
-                self._serving = loaded
+                if self.serving is not None:
+                    self.serving.close()
+                self.serving = loaded
         self._counted["stall_seconds"] += time.perf_counter() - start
-        return self._serving
+        return self.serving
 
     # ---- a micro-step
 
@@ -325,11 +381,11 @@ class CoreMLTrainer(ReferenceEngine):
         self._counted["conversion_seconds"] += time.perf_counter() - start
         known: dict[str, Tensor] = {}
         given = {X: x}
-        for launch, evaluator in zip(self._launches, loaded.forward, strict=True):
+        for launch, program in zip(self._launches, loaded.forward, strict=True):
             first = self._plan.stages[launch.first]
             if first.kind in _BEGINS:
                 known[tap_name(first.layer, _BEGINS[first.kind])] = given[X]
-            outputs = evaluator({name: given[name] for name in evaluator.function.inputs})
+            outputs = program({name: given[name] for name in program.inputs})
             if RESULT in outputs:
                 given[X] = outputs.pop(RESULT)
             handed = {name: outputs.pop(name) for name in _HANDED if name in outputs}
@@ -347,11 +403,13 @@ class CoreMLTrainer(ReferenceEngine):
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             rows = F.rms_norm(x[:, :, 0].transpose(1, 2), norm.shape, norm, self.config.norm_eps)
-            logits = F.linear(rows, head)
+            with self.clock(CLASSIFIER):
+                logits = F.linear(rows, head)
             loss = F.cross_entropy(
                 logits.flatten(0, 1), targets_BS.flatten().long(), ignore_index=-1
             )
-            d_x, d_norm, d_head = torch.autograd.grad(loss, (x, norm, head))
+            with self.clock(CLASSIFIER_BACKWARD):
+                d_x, d_norm, d_head = torch.autograd.grad(loss, (x, norm, head))
         return loss.detach(), d_x, dict(zip(names, (d_norm, d_head), strict=True))
 
     def _backward(
@@ -359,37 +417,21 @@ class CoreMLTrainer(ReferenceEngine):
     ) -> tuple[Tensor, dict[str, Future[Tensor]]]:
         """The gradient of the embedded rows, and the weights' as they come."""
         known, given = dict(known), {DX: d_x}
-        products: dict[str, Future[Tensor]] = {}
+        products = _Products(self.config, known, self._multiplying, self.clock)
         pairs = list(zip(self._launches, loaded.backward, strict=True))
-        for launch, evaluator in reversed(pairs):
+        for launch, program in reversed(pairs):
             last = self._plan.stages[launch.last - 1]
             if last.kind in _ENDS:
-                known[tap_name(last.layer, _ENDS[last.kind])] = given[DX]
+                products.know(tap_name(last.layer, _ENDS[last.kind]), given[DX])
             pool = known | given
             for name in _HANDED:
                 if (tap := tap_name(last.layer, name)) in known:
                     pool[name] = known[tap]
-            outputs = evaluator({name: pool[name] for name in evaluator.function.inputs})
+            outputs = program({name: pool[name] for name in program.inputs}, products.know)
             if DX_IN in outputs:
-                given[DX] = outputs.pop(DX_IN)
-            for name in _HANDED_BACK:
-                if name in outputs:
-                    given[name] = outputs.pop(name)
-            known |= outputs
-            for layer in self._whole_layers(launch):
-                for name, product in self._products(layer, known).items():
-                    products[name] = self._multiplying.submit(product)
-        return given[DX], products
-
-    def _whole_layers(self, launch: Launch) -> list[int]:
-        """The layers whose backward is done with this launch."""
-        stages = self._plan.stages[launch.first : launch.last]
-        return [stage.layer for stage in stages if stage.kind == "qkv"]
-
-    def _products(self, layer: int, known: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-        prefix = tap_name(layer, "")
-        values = {n.removeprefix(prefix): v for n, v in known.items() if n.startswith(prefix)}
-        return gradients.products(self.config, layer, values)
+                given[DX] = outputs[DX_IN]
+            given |= {name: outputs[name] for name in _HANDED_BACK if name in outputs}
+        return given[DX], products.found
 
     def _awaited(self, products: dict[str, Future[Tensor]]) -> dict[str, Tensor]:
         start = time.perf_counter()
@@ -413,6 +455,70 @@ class CoreMLTrainer(ReferenceEngine):
             table.grad = torch.zeros_like(table)
         rows = d_x[:, :, 0].transpose(1, 2).flatten(0, 1).float()
         table.grad.index_add_(0, tokens_BS.flatten().long(), rows, alpha=scale)
+
+
+class _Products:
+    """The gradients of the layers' weights, each begun in another thread as soon as what it is a
+    product of is `known`, while the backward goes on."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        known: dict[str, Tensor],
+        executor: ThreadPoolExecutor,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        self.found: dict[str, Future[Tensor]] = {}
+        """By canonical name of the weight."""
+        self._known, self._executor = known, executor
+        self._missing: dict[str, set[str]] = {}
+        self._readers: dict[str, list[str]] = {}
+        self._products: dict[str, gradients.Product] = {}
+        for layer in range(config.n_layers):
+            values = _OfLayer(known, layer)
+            self._products |= gradients.products(config, layer, values)
+            for name, reads in gradients.operands(config).items():
+                weight = f"layers.{layer}.{name}.weight"
+                taps = {tap_name(layer, each) for each in reads}
+                self._missing[weight] = taps - known.keys()
+                for tap in taps:
+                    self._readers.setdefault(tap, []).append(weight)
+
+    def know(self, name: str, value: Tensor) -> None:
+        """Add a value by the name of its tap or gradient."""
+        self._known[name] = value
+        for weight in self._readers.get(name, ()):
+            missing = self._missing[weight]
+            missing.discard(name)
+            if not missing and weight not in self.found:
+                self.found[weight] = self._executor.submit(self._multiply, self._products[weight])
+
+    def _multiply(self, product: gradients.Product) -> Tensor:
+        with self._clock(PRODUCTS):
+            return product()
+
+
+class _OfLayer(Mapping[str, Tensor]):
+    """Values by the names of one layer's taps."""
+
+    def __init__(self, known: Mapping[str, Tensor], layer: int) -> None:
+        self._known, self._prefix = known, tap_name(layer, "")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._known[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        of = (name for name in self._known if name.startswith(self._prefix))
+        return (name.removeprefix(self._prefix) for name in of)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _close_if_loaded(coming: Future[Loaded]) -> None:
+    if not coming.cancelled() and coming.exception() is None:
+        coming.result().close()
 
 
 def _all_finite(*gradients: Tensor) -> bool:

@@ -356,30 +356,29 @@ def test_a_process_that_cannot_train_says_why():
 
 
 def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
-    from onelaunch.engines.cuda import compilers, staged
-    from onelaunch.engines.cuda.blocking import Limits
+    told = []
 
-    jobs = []
+    class Child:
+        def __init__(self, command):
+            assert command[1:3] == ["-m", overlap_background.CHILD]
+            assert os.environ["TRITON_CACHE_DIR"] != "before"
 
-    class Compilers:
-        def __init__(self, subject, count):
-            self.store = os.environ["TRITON_CACHE_DIR"]
+        def tell(self, line):
+            told.append(line)
 
-        def compile(self, given, deadline):
-            jobs.extend(given)
-            return [None if len(jobs) % 2 else "it does not fit"]
+        def hear_within(self, seconds):
+            return "null" if len(told) % 2 else '"it does not fit"'
 
-        def close(self):
+        def end(self):
             pass
 
-    monkeypatch.setattr(compilers, "Compilers", Compilers)
-    monkeypatch.setattr(staged, "limits_of", lambda device: Limits())
+    monkeypatch.setattr(overlap_background, "Child", Child)
     monkeypatch.setenv("TRITON_CACHE_DIR", "before")
     kernels = overlap_background.KernelCompilations(TINY, 16, torch.device("cuda", 0))
     needed = 1 + overlap.COMPILATIONS * (overlap.ROUNDS + overlap.ALONE_ROUNDS)
     for _ in range(needed):
         kernels.compile()
     kernels.close()
-    assert len({str(job) for job in jobs}) == needed
+    assert len(set(told)) == needed
     assert kernels.refused == needed // 2
     assert os.environ["TRITON_CACHE_DIR"] == "before"

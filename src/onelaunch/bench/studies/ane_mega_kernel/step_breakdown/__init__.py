@@ -32,6 +32,7 @@ from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     WHOLE,
     Seconds,
     program_parts,
+    programs_of,
     pytorch_parts,
 )
 from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.views import draw, findings, table
@@ -77,7 +78,7 @@ def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None
             training.micro_step(1.0)  # compiles
             training.optimizer.zero_grad()
             by_depth[depth] = open_ones.enter_context(program_parts(training))
-            counts[depth] = 2 * len(training.engine._launches)
+            counts[depth] = programs_of(training)
         looked: dict[str, list[Seconds]] = {depth: [] for depth in DEPTHS}
         plain: dict[str, list[float]] = {depth: [] for depth in DEPTHS}
         for number in range(updates + 1):

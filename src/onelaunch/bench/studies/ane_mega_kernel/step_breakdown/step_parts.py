@@ -1,4 +1,4 @@
-"""Clocks for the parts of a micro-step, put around a trainer from outside.
+"""Clocks for the parts of a micro-step.
 
 Through ML Programs one thread does everything but the products that are the weights' gradients:
 parts are its exclusive times, so that they add up. With PyTorch they are those between marks, on
@@ -7,22 +7,20 @@ CUDA by events.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
 from onelaunch.engines.coreml import training
-from onelaunch.engines.coreml.evaluate import Evaluator
-from onelaunch.engines.coreml.training import CoreMLTrainer, Loaded
+from onelaunch.engines.coreml.package import Type
+from onelaunch.engines.coreml.ready import Evaluated, OnOutput
+from onelaunch.engines.coreml.training import CoreMLTrainer, Loaded, no_clock
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training.clock import StepClock
 
@@ -36,6 +34,17 @@ MOVES = frozenset(
     ("concat", "split", "slice_by_size", "transpose", "reshape", "expand_dims", "gather", "cast",
      "identity")
 )  # fmt: skip
+OF_CLOCK = {
+    training.PROGRAMS_WAIT: "waiting for programs",
+    training.FORWARD: "forward: rows and taps",
+    training.LOSS: "forward: norm and loss",
+    training.CLASSIFIER: "forward: classifier",
+    training.CLASSIFIER_BACKWARD: "backward: classifier",
+    training.BACKWARD: "backward: copies and sums",
+    training.SUMS: "backward: copies and sums",
+    training.PRODUCTS_WAIT: WAITING,
+}
+"""The parts that the trainer names."""
 EVALUATING = ("products", "elementwise", "moves", "rounding", "interpreting")
 """What the evaluation of a program is made of."""
 Seconds = dict[str, float]
@@ -71,17 +80,21 @@ class Parts:
         self._count()
         self._open.pop()
 
-    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, counted."""
-
-        def counted(*given: Any, **named: Any) -> Any:
-            self.enter(name)
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """For the trainer."""
+        if part == training.PRODUCTS:
+            start = time.perf_counter()
             try:
-                return call(*given, **named)
+                yield
             finally:
-                self.leave()
-
-        return counted
+                self.beside += time.perf_counter() - start
+            return
+        self.enter(OF_CLOCK[part])
+        try:
+            yield
+        finally:
+            self.leave()
 
     def _count(self) -> None:
         now = time.perf_counter()
@@ -91,139 +104,83 @@ class Parts:
 
 
 class Watched:
-    """An evaluator whose time is counted: inputs brought to its precision, then by kinds of
+    """An evaluated program whose time is counted: inputs brought to its precision, then by kinds of
     operations, by their rounding, and what finding operands and keeping results takes."""
 
-    def __init__(self, evaluator: Evaluator, parts: Parts, direction: str) -> None:
-        self.function = evaluator.function
-        self._evaluator = watched = copy.copy(evaluator)
-        self._parts, self._direction = parts, direction
-        names = {kind: f"{direction}: {kind}" for kind in EVALUATING}
-        operands, rounded, switch = evaluator._operands, evaluator._rounded, parts.switch
-        began = False
+    def __init__(self, program: Evaluated, parts: Parts, direction: str) -> None:
+        self.inputs: Mapping[str, Type] = program.inputs
+        self._program, self._parts, self._direction = program, parts, direction
+        kinds = {operation.kind for operation in program.evaluator.function.operations}
+        self._names = {kind: f"{direction}: {kind_of(kind)}" for kind in kinds}
+        self._names |= {kind: f"{direction}: {kind}" for kind in EVALUATING[-2:]}
 
-        def found(operation: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-            nonlocal began
-            if not began:
-                switch(names["interpreting"])
-                began = True
-            given = operands(operation, values)
-            switch(names[kind_of(operation.kind)])
-            return given
-
-        def kept(value: Tensor) -> Tensor:
-            if not began:  # an input
-                return rounded(value)
-            switch(names["rounding"])
-            result = rounded(value)
-            switch(names["interpreting"])
-            return result
-
-        def begin() -> None:
-            nonlocal began
-            began = False
-
-        self._begin = begin
-        watched._operands, watched._rounded = found, kept  # type: ignore[method-assign]
-
-    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._begin()
+    def __call__(
+        self, inputs: Mapping[str, Tensor], on_output: OnOutput | None = None
+    ) -> dict[str, Tensor]:
+        names, switch = self._names, self._parts.switch
+        evaluator = self._program.evaluator
+        evaluator.probe = lambda what: switch(names[what])
         self._parts.enter(f"{self._direction}: conversions")
         try:
-            return self._evaluator(given)
+            return self._program(inputs, on_output)
         finally:
             self._parts.leave()
+            evaluator.probe = None
+
+    def close(self) -> None:
+        """The program is its owner's."""
 
 
 @contextmanager
 def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool], Seconds]]:
-    """A call that makes an update of so many micro-steps on the programs that there are, and says
-    what each part took; told not to look, it gives the whole alone."""
+    """A call that makes an update of so many micro-steps on the programs that there are, and
+    returns what each part took; unless it is to look, the whole alone."""
     engine, parts = driver.engine, Parts()
-    plain = engine._loaded()
+    plain = engine.serving
+    assert plain is not None, "a micro-step was made"
     watched = _watched(plain, parts)
-    with ExitStack() as changes:
-        for name, part in (
-            ("_loaded", "waiting for programs"),
-            ("_forward", "forward: rows and taps"),
-            ("_end", "forward: norm and loss"),
-            ("_backward", "backward: copies and sums"),
-            ("_awaited", WAITING),
-            ("_add", "backward: copies and sums"),
-            ("_add_embedding", "backward: copies and sums"),
-        ):
-            call = getattr(engine, name)
-            call = _classifier_apart(call, parts) if name == "_end" else call
-            changes.enter_context(_swapped(engine, name, parts.around(part, call)))
-        for name in ("_all_finite", "_loss_scale"):
-            call = parts.around("backward: copies and sums", getattr(training, name))
-            changes.enter_context(_swapped(training, name, call))
-        changes.enter_context(_swapped(engine, "_products", _timed_products(engine, parts)))
 
-        def update(k: int, look: bool) -> Seconds:
-            parts.seconds.clear()
-            parts.beside = 0.0
-            engine._serving = watched if look else plain
-            start = time.perf_counter()
-            for _ in range(k):
-                parts.enter(DATA)
-                texts = driver.texts()
-                parts.leave()
-                engine.loss_and_gradients(*texts, 1 / k)
-            parts.enter(OPTIMIZER)
-            driver.optimizer.step()
-            driver.optimizer.zero_grad()
+    def update(k: int, look: bool) -> Seconds:
+        parts.seconds.clear()
+        parts.beside = 0.0
+        engine.serving = watched if look else plain
+        engine.clock = parts.clock if look else no_clock
+        start = time.perf_counter()
+        for _ in range(k):
+            parts.enter(DATA)
+            texts = driver.texts()
             parts.leave()
-            whole = time.perf_counter() - start
-            found = dict(parts.seconds) if look else {}
-            if look:
-                found[UNEXPLAINED] = whole - sum(found.values())
-                found[BESIDE] = parts.beside
-            return {name: value / k for name, value in {**found, WHOLE: whole}.items()}
+            engine.loss_and_gradients(*texts, 1 / k)
+        parts.enter(OPTIMIZER)
+        driver.optimizer.step()
+        driver.optimizer.zero_grad()
+        parts.leave()
+        whole = time.perf_counter() - start
+        found = dict(parts.seconds) if look else {}
+        if look:
+            found[UNEXPLAINED] = whole - sum(found.values())
+            found[BESIDE] = parts.beside
+        return {name: value / k for name, value in {**found, WHOLE: whole}.items()}
 
-        try:
-            yield update
-        finally:
-            engine._serving = plain
+    try:
+        yield update
+    finally:
+        engine.serving, engine.clock = plain, no_clock
+
+
+def programs_of(driver: Driver[CoreMLTrainer]) -> int:
+    """How many programs a micro-step runs, after the first."""
+    serving = driver.engine.serving
+    return 0 if serving is None else len(serving.forward) + len(serving.backward)
 
 
 def _watched(loaded: Loaded, parts: Parts) -> Loaded:
-    watched: dict[str, Any] = {
-        direction: [Watched(each, parts, direction) for each in getattr(loaded, direction)]
-        for direction in ("forward", "backward")
-    }
-    return replace(loaded, **watched)
+    def of(direction: str) -> list[Any]:
+        programs = getattr(loaded, direction)
+        assert all(isinstance(each, Evaluated) for each in programs), "programs are evaluated"
+        return [Watched(each, parts, direction) for each in programs]
 
-
-def _classifier_apart(end: Callable[..., Any], parts: Parts) -> Callable[..., Any]:
-    """The product with the classifier, and its gradients', told apart from norm and loss."""
-
-    def told(*given: Any) -> Any:
-        linear = parts.around("forward: classifier", F.linear)
-        grad = parts.around("backward: classifier", torch.autograd.grad)
-        with _swapped(F, "linear", linear), _swapped(torch.autograd, "grad", grad):
-            return end(*given)
-
-    return told
-
-
-def _timed_products(engine: CoreMLTrainer, parts: Parts) -> Callable[..., Any]:
-    made = engine._products
-
-    def timed(product: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            start = time.perf_counter()
-            try:
-                return product()
-            finally:
-                parts.beside += time.perf_counter() - start
-
-        return call
-
-    def products(layer: int, known: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-        return {name: timed(product) for name, product in made(layer, known).items()}
-
-    return products
+    return replace(loaded, forward=of("forward"), backward=of("backward"))
 
 
 @contextmanager
