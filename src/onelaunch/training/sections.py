@@ -330,7 +330,7 @@ class CoreMLSection:
     )
     dtype: str = key(
         "float16",
-        "float16: run by Core ML on a Mac, else evaluated in it; float32: evaluated in it.",
+        "In float16 Core ML runs programs on a Mac; elsewhere, and in float32, they are evaluated.",
         choices=("float16", "float32"),
     )
     compile_budget: int = key(
