@@ -38,10 +38,12 @@ STUDIES = {
 READING = (
     "A verdict is of the device that stands beside it: confirmed, what was published holds there "
     "too; refuted, it does not; inconclusive, the figure is too near the bar for this machine's "
-    "noise; quick run, the record is of one; arithmetic, it follows from other figures and was not "
-    "measured; not applicable, the device has nothing of the kind. A speedup's direction (more "
-    "than 1x) and its size (half of the published gain) are two statements. The studies measured "
-    "on other devices: a ratio, ours over theirs, compares devices as much as programs.",
+    "noise, or the record lacks what it would be compared with; quick run, the record is of one; "
+    "arithmetic, it follows from other figures and was not measured; not applicable, the device "
+    "has nothing of the kind, or only the study's own could answer: the reason then says that it "
+    "needs a Mac. A speedup's direction (more than 1x) and its size (half of the published gain) "
+    "are two statements. The studies measured on other devices: a ratio, ours over theirs, "
+    "compares devices as much as programs.",
     "What stands side by side in a table was measured in one run, in turns. Figures of different "
     "runs on a CPU are not compared: its cores are shared, and their speed changes from hour to "
     "hour. A spread is from the 20th to the 80th percentile of a case's n samples in one run; what "

@@ -94,30 +94,6 @@ def test_k_does_not_grow_without_end():
     assert recompile.settled(8, lambda k: 0.5) == 8 + 2 + 3 + 4 + 5
 
 
-@pytest.mark.parametrize(
-    ("whole", "half", "verdict"),
-    [
-        ((0.01, [0.01, 0.02]), (1.0, [0.9, 1.1]), "confirmed"),
-        ((0.06, [0.0, 0.2]), (1.0, [0.9, 1.1]), "inconclusive"),
-        ((0.01, [0.01, 0.02]), (0.4, [0.1, 0.6]), "inconclusive"),
-        ((0.01, [0.01, 0.02]), (0.01, [0.01, 0.02]), "refuted"),
-        ((1.0, [0.9, 1.1]), (0.4, [0.1, 0.6]), "refuted"),
-    ],
-)
-def test_a_verdict_where_waits_are_far_from_the_bars(whole, half, verdict):
-    rows = [
-        {
-            "case": f"stories260k 1x64, {name}", "k": k, "ours": waits, "spread": spread, "n": 8,
-            "micro_steps_per_s": 10.0, "wait_share": waits / (k / 10), "compile_seconds": 3.0,
-            "step": 0.075,
-        }
-        for name, k, (waits, spread) in (("K", 40, whole), ("K/2", 20, half))
-    ]  # fmt: skip
-    (finding,) = recompile.findings({"rows": rows})
-    assert finding.verdict == verdict
-    assert ("too near" in finding.why) == (verdict == "inconclusive")
-
-
 @pytest.mark.extended
 def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)

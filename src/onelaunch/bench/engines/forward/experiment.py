@@ -39,7 +39,7 @@ from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.core.timing import copy_bandwidth
-from onelaunch.bench.engines.forward.views import draw, table
+from onelaunch.bench.engines.forward.views import draw, findings, table
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from onelaunch.engines.cuda.pack import PackedModel
     from onelaunch.engines.cuda.staged import BoundForward
 
-__all__ = ["UNIT", "draw", "run", "table"]
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
 
 UNIT = "us"
 CASES = (

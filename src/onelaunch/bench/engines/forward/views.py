@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
 
@@ -11,7 +13,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MORE_FIRSTS = ("its kernel alone", "torch.compile", "kept", "Triton reads itself")
+ANEW = 0.1
+"""Of the first form's seconds: what takes less compiles nothing."""
 PEERS = ("torch.compile + graph", "torch.compile", "eager + graph", "eager")
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of what each fused form takes until its first forward: one kernel serves them all, and a
+    form after the first compiles nothing."""
+    found = []
+    for row in record["rows"]:
+        seconds = row["seconds_to_first"]
+        fused = {form: s for form, s in seconds.items() if form.startswith("fused ")}
+        if len(fused) < 2:
+            continue
+        first, *others = fused.values()
+        told = ", ".join(f"{form} {s:.2f}" for form, s in fused.items())
+        found.append(
+            Finding(
+                ("compile-forms",),
+                f"{row['case']}: each fused form is compiled anew",
+                str(PUBLISHED["compile-forms"].values["told"]),
+                f"{told} s to a first forward, in this order",
+                "refuted" if max(others) < ANEW * first else "confirmed",
+                "one kernel holds all stages, whichever a launch runs; one kernel per stage takes "
+                f"{seconds['staged']:.2f} s, torch.compile {seconds['torch.compile']:.2f}",
+            )
+        )
+    return found
 
 
 def table(record: dict[str, Any]) -> str:

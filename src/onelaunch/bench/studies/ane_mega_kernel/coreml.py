@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import figure as digits
@@ -271,22 +271,46 @@ def _told(row: Row) -> str:
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of the largest program that was made: its bytes are weights, but for a hundredth."""
+    """Of the largest program that was made, whose bytes are weights but for a hundredth; and of
+    what its layers take to compile in one program and in several."""
     ones = [row for row in record["rows"] if row["programs"] == 1 and "errors" in row]
     if not ones:
         return []
     largest = max(ones, key=lambda row: row["bytes"])
     mb, published = largest["bytes"] / 1e6, float(PUBLISHED["sram"].values["MB"])
-    return [
+    found = [
         Finding(
             ("sram",),
             f"{published:g} MB of weights in one program meet no limit",
             f"{published:g} MB, run on a Neural Engine",
             f"{mb:,.0f} MB, evaluated on a CPU ({largest['case']})",
-            "not applicable",
-            "made, saved and read back; what a Neural Engine's memory holds cannot be asked here",
+            *needs_a_mac("made, saved and read back here, not run on a Neural Engine"),
         )
     ]
+    rows = {row["case"]: row for row in record["rows"]}
+    whole, fours = (rows.get(f"stories110m 1x{SEQUENCE} {depth}") for depth in ("all", 4))
+    if whole and fours:
+        found.append(_growth(whole, fours))
+    return found
+
+
+def _growth(whole: dict[str, Any], fours: dict[str, Any]) -> Finding:
+    """Conversions of the same layers, in one program and in programs of four."""
+    values = PUBLISHED["compile-growth"].values
+    published = float(values["12 layers, s"]) / (3 * float(values["4 layers, s"]))
+    ours = whole["ours"] / fours["ours"]
+    verdict = above(ours, 1.0, error_of_ratio(ours, whole, fours))
+    return Finding(
+        ("compile-growth",),
+        "12 layers take longer to compile in one program than in programs of 4",
+        f"{published:.2f}x ({values['12 layers, s']:g} s of one, {values['4 layers, s']:g} s of "
+        "each)",
+        f"{ours:.2f}x ({whole['ours']:.2f} s of one, {fours['ours']:.2f} s of all that replace it)",
+        verdict,
+        "coremltools' conversions of stories110m, embed and head with them; more than 1x is "
+        f"confirmed{unless(verdict)}",
+        ours / published,
+    )
 
 
 def table(record: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from onelaunch.bench.core.findings import (
     of_a_gain,
     standard_error,
     unless,
+    without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
@@ -266,7 +267,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                     f"compiling {row['compile_seconds']:.2f} s beside the work{unless(verdict)}",
                 )
             )
-    return found
+    return without_evaluated_seconds(found)
 
 
 def table(record: dict[str, Any]) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.core.findings import Finding, Verdict, error_of_ratio, of_a_gain
+from onelaunch.bench.core.findings import (
+    Finding,
+    Verdict,
+    error_of_ratio,
+    of_a_gain,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
@@ -45,12 +51,15 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 found.append(_baseline(name, row))
             else:
                 found.append(_speedup(key, name, row, base))
-    return found + list(_learning(record))
+    return [*without_evaluated_seconds(found), *_learning(record)]
 
 
 def _baseline(name: str, row: dict[str, Any]) -> Finding:
     theirs = PUBLISHED["accum-10"].values
     share, published = row["compile_share"], float(theirs["compiling, %"]) / 100
+    verdict: Verdict = "confirmed" if share > MOSTLY else "refuted"
+    if not row["compile_seconds"]:
+        verdict = "not applicable"
     return Finding(
         ("accum-10",),
         f"{name}: with 10 micro-steps an update most of the time is compiling",
@@ -58,7 +67,7 @@ def _baseline(name: str, row: dict[str, Any]) -> Finding:
         f"{theirs['micro-steps/s']} a second",
         f"{share:.1%} compiling; {row['ours']:.1f} ms a micro-step, "
         f"{row['micro_steps_per_s']:.2f} a second",
-        "confirmed" if share > MOSTLY else "refuted",
+        verdict,
         _compilation(row),
         share / published,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.findings import NEEDS_A_MAC, Finding
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import figure as digits
@@ -229,7 +229,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 f"{row['found']}, {digits(row['ours'] * 1e3)} ms",
                 "confirmed" if row["as_expected"] else "refuted",
                 f"this package's store, {NAMES[kind]}; compiling takes "
-                f"{digits(cold['ours'] * 1e3)} ms",
+                f"{digits(cold['ours'] * 1e3)} ms; Apple's own store {NEEDS_A_MAC}",
             )
         )
     return found

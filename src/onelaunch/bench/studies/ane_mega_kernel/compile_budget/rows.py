@@ -16,6 +16,8 @@ from onelaunch.errors import RunFailed
 AGAIN, DISTINCT = 312, 150
 QUICK_AGAIN, QUICK_DISTINCT = 20, 10
 RESTARTS = 5
+WEIGHTS, SHAPES, KERNELS = "new weights", "distinct shapes", "distinct kernels"
+"""What is compiled, as the cases' names end."""
 
 
 def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelaunch.bench.core.findings import Finding, below, standard_error, unless
+from onelaunch.bench.core.findings import (
+    Finding,
+    below,
+    standard_error,
+    unless,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.core.tables import markdown, provenance
@@ -285,7 +291,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 beside["slowdown"] / slowdown,
             )
         )
-    return found
+    return without_evaluated_seconds(found)
 
 
 def table(record: dict[str, Any]) -> str:

@@ -16,7 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.bench.core.findings import Finding, Verdict, above, standard_error, unless
+from onelaunch.bench.core.findings import (
+    Finding,
+    Verdict,
+    above,
+    standard_error,
+    unless,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import markdown, provenance
@@ -168,7 +175,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 )
             )
         found.append(_steady(case, last))
-    return found
+    return without_evaluated_seconds(found)
 
 
 def _steady(case: str, last: dict[str, Any]) -> Finding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.findings import Finding, Verdict, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
@@ -67,10 +67,12 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 def _judged(row: Mapping[str, Any]) -> tuple[Verdict, str]:
     if row["case"] == FILE:  # when the file is read is the evaluator's affair, not the program's
-        why = "this package's evaluator reads it once; when Core ML does is not asked here"
-        return "not applicable", why
-    why = "public converter, evaluated on a CPU; whether the Neural Engine runs it is not known"
-    return "refuted" if row["converts"] and row["follows"] else "confirmed", why
+        return needs_a_mac("this package's evaluator reads it once; when Core ML does is not known")
+    took = "took it, and its result is right" if row["follows"] else "took it"
+    return needs_a_mac(
+        f"the public converter {took if row['converts'] else 'refuses it too'}; what the private "
+        "parser refuses, and what a Neural Engine runs, it does not say"
+    )
 
 
 def _judged_on_gpu(
