@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from onelaunch.bench.report.gather import (
     summary,
     summary_lines,
 )
+from onelaunch.bench.report.story import CLAIMS, STORY_TITLE, introduction, told
 
 # What a browser is told: nothing from elsewhere, whatever a record holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -53,14 +54,17 @@ def page(
     plots: Mapping[Path, str] | None = None,
     failed: Mapping[Path, str] | None = None,
     without: str = "",
+    story_plots: Sequence[str] = (),
 ) -> str:
-    """The whole page. `plots` are SVG elements by record, `failed` why a record has none, `without`
-    why there are none at all."""
+    """The whole page: the story with its plots, then everything, folded. `plots` are SVG elements
+    by record, `failed` why a record has none, `without` why there are none at all."""
     parts = [
         _HEAD.format(policy=_POLICY, title=escape(TITLE), style=_file("report.css")),
         f"<h1>{escape(TITLE)}</h1>",
-        _summary(report),
+        *_story(report, story_plots),
         *([f'<p class="problem">{escape(without)}</p>'] if without else []),
+        "<h2>Everything that was measured</h2>",
+        _summary(report),
         _contents(report),
         "<main>",
         *(
@@ -80,6 +84,28 @@ def page(
 
 def _file(name: str) -> str:
     return (resources.files("onelaunch.bench.report") / name).read_text(encoding="utf-8")
+
+
+def _story(report: Report, plots: Sequence[str]) -> Iterator[str]:
+    """What the studies claimed, and of each claim what holds on which device."""
+    sentences = introduction(report)
+    if not sentences:
+        return
+    yield f'<section id="story"><h2>{escape(STORY_TITLE)}</h2>'
+    yield from (f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    yield from (f'<div class="plot" role="img" aria-label="{STORY_TITLE}">{s}</div>' for s in plots)
+    for study, name in STUDIES.items():
+        yield f"<h3>{escape(name)}</h3>"
+        for claim in CLAIMS:
+            if claim.study == study and (lines := list(told(report, claim))):
+                items = "".join(
+                    f"<li{_of([each.device])}>{escape(each.device)}: "
+                    f"{_badge(each.verdict, each.words)} "
+                    f'<span class="figures">{escape(each.share)}</span> {escape(each.figures)}</li>'
+                    for each in lines
+                )
+                yield f'<div class="claim"><p>{escape(claim.text)}</p><ul>{items}</ul></div>'
+    yield "</section>"
 
 
 def _summary(report: Report) -> str:
@@ -120,9 +146,11 @@ def _experiment(
     name: str, parts: Sequence[Part], plots: Mapping[Path, str], failed: Mapping[Path, str]
 ) -> str:
     found = [f"<h2>{escape(name)}</h2>"]
-    if told := described(name):
-        found.append(f"<p>{escape(told)}</p>")
-    if lines := finding_lines(parts):
+    if sentence := described(name):
+        found.append(f"<p>{escape(sentence)}</p>")
+    lines = finding_lines(parts)
+    found.append(f"<details><summary>{_folded(len(lines), len(parts))}</summary>")
+    if lines:
         body = [line(_finding(cells), _of([device])) for device, cells in lines]
         found.append(table(FINDING_HEADER, body, "words findings"))
     for part in parts:
@@ -134,8 +162,15 @@ def _experiment(
             _rows(part),
             "</div>",
         ]
+    found.append("</details>")
     devices = _of(part.device for part in parts)
     return f'<section id="{slug(name)}"{devices}>' + "\n".join(filter(None, found)) + "</section>"
+
+
+def _folded(statements: int, records: int) -> str:
+    """What a section's fold holds."""
+    counts = [(statements, "statement"), (records, "record")]
+    return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
 
 def _finding(cells: Sequence[str]) -> list[str]:
@@ -144,9 +179,9 @@ def _finding(cells: Sequence[str]) -> list[str]:
     return [*map(cell, cells[:-2]), badge, cell(cells[-1])]
 
 
-def _badge(verdict: str) -> str:
+def _badge(verdict: str, words: str = "") -> str:
     kind = verdict if verdict in ("confirmed", "refuted") else "none"
-    return f'<span class="{kind}">{escape(verdict)}</span>'
+    return f'<span class="{kind}">{escape(words or verdict)}</span>'
 
 
 def _view(part: Part, plots: Mapping[Path, str]) -> str:
@@ -192,7 +227,7 @@ def _again(report: Report) -> list[str]:
 
 def _published(report: Report) -> str:
     found = ['<section id="published"><h2>Every published row</h2>']
-    for study, told in STUDIES.items():
+    for study, name in STUDIES.items():
         body = [
             line(
                 [
@@ -205,7 +240,8 @@ def _published(report: Report) -> str:
             for key, row in report.published.items()
             if row.study == study
         ]
-        found += [f"<h3>{escape(told)}</h3>", table(PUBLISHED_HEADER, body, "words")]
+        fold = f"<details><summary>{escape(name)}: {len(body)} rows</summary>"
+        found += [fold, table(PUBLISHED_HEADER, body, "words"), "</details>"]
     return "\n".join([*found, "</section>"])
 
 
@@ -244,7 +280,9 @@ def _records(parts: Sequence[Part]) -> str:
         for part in parts
     ]
     header = ("experiment", "device", "date", "commit", "versions", "file")
-    return f'<section id="records"><h2>Records</h2>{table(header, body, "words")}</section>'
+    fold = f"<details><summary>{len(parts)} files</summary>"
+    listed = table(header, body, "words")
+    return f'<section id="records"><h2>Records</h2>{fold}{listed}</details></section>'
 
 
 def _of(devices: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -34,6 +34,7 @@ from onelaunch.bench.report.gather import (
     summary,
     summary_lines,
 )
+from onelaunch.bench.report.story import CLAIMS, STORY_TITLE, introduction, told
 
 MADE = "Made of the records by `make results`; to be made again, not to be edited."
 
@@ -44,6 +45,8 @@ def document(report: Report, folder: Path) -> str:
     parts = [
         f"# {TITLE}",
         MADE,
+        *_story(report),
+        "## Everything that was measured",
         *summary(report),
         _table(header, lines),
         *READING,
@@ -55,10 +58,29 @@ def document(report: Report, folder: Path) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _story(report: Report) -> Iterator[str]:
+    """What the studies claimed, and of each claim what holds on which device."""
+    sentences = introduction(report)
+    if not sentences:
+        return
+    yield f"## {STORY_TITLE}"
+    yield from map(_words, sentences)
+    for study, name in STUDIES.items():
+        yield f"### {name}"
+        for claim in CLAIMS:
+            if claim.study == study and (lines := list(told(report, claim))):
+                yield claim.text
+                yield "\n".join(
+                    f"- {_words(each.device)}: **{each.words}**"
+                    f"{f' ({each.share})' if each.share else ''}: {_words(each.figures)}"
+                    for each in lines
+                )
+
+
 def _experiment(name: str, parts: Sequence[Part], folder: Path) -> str:
     found = [f"## {_words(name)}"]
-    if told := described(name):
-        found.append(told)
+    if sentence := described(name):
+        found.append(sentence)
     if lines := finding_lines(parts):
         found.append(_table(FINDING_HEADER, [cells for _, cells in lines], len(FINDING_HEADER)))
     for part in parts:
@@ -98,7 +120,7 @@ def _again(report: Report) -> list[str]:
 
 def _published(report: Report) -> str:
     found = ["## Every published row"]
-    for study, told in STUDIES.items():
+    for study, name in STUDIES.items():
         lines = [
             [
                 f"{row.table}: {row.row}",
@@ -109,7 +131,7 @@ def _published(report: Report) -> str:
             for key, row in report.published.items()
             if row.study == study
         ]
-        found += [f"### {told}", _table(PUBLISHED_HEADER, lines, len(PUBLISHED_HEADER))]
+        found += [f"### {name}", _table(PUBLISHED_HEADER, lines, len(PUBLISHED_HEADER))]
     return "\n\n".join(found)
 
 
