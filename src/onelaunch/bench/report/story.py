@@ -7,16 +7,14 @@ which of its statements hold, with the first of them in its figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import NEEDS_A_MAC, Finding
 from onelaunch.bench.core.published import PUBLISHED, Study
 from onelaunch.bench.report.gather import Report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 STORY_TITLE = "What was claimed, and what holds"
 INTRODUCTION = (
@@ -36,8 +34,8 @@ HOLDS = {
     "not applicable": "does not apply",
 }
 """A verdict in the story's words, in the order of telling."""
-COLORS = ("#1f5a8f", "#1a7a36", "#b03060", "#6a51a3", "#1b8a8f", "#a0522d", "#777777")
-THEIRS = "#d08020"
+COLORS = ("#d08020", "#1f5a8f", "#1a7a36", "#b03060", "#6a51a3", "#1b8a8f", "#a0522d", "#777777")
+"""The published figures' first."""
 
 
 class Claim(NamedTuple):
@@ -215,31 +213,14 @@ def speedups(report: Report, plot: Plot) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw(report: Report, plot: Plot) -> Figure | None:
+def draw(report: Report, plot: Plot) -> plots.Figure | None:
     """Bars for each published row; None where no device has one."""
-    from onelaunch.bench.core import plots
-
     ours = speedups(report, plot)
+    theirs = {key: float(PUBLISHED[key].values["speedup"]) for key in plot.keys}
+    names = {key: PUBLISHED[key].row.replace(", ", ",\n") for key in plot.keys}
     if not ours:
         return None
-    theirs = {key: float(PUBLISHED[key].values["speedup"]) for key in plot.keys}
-    bars = {"published": theirs, **ours}
-    figure = plots.new_figure(9, 3.8)
-    axes = figure.subplots()
-    width = 0.8 / len(bars)
-    for number, (name, values) in enumerate(bars.items()):
-        color = THEIRS if values is theirs else COLORS[(number - 1) % len(COLORS)]
-        places = [plot.keys.index(key) + (number + 0.5) * width - 0.4 for key in values]
-        axes.bar(places, list(values.values()), width, label=name, color=color)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(plot.keys)), _labels(plot.keys), fontsize=8)
-    axes.set_xlabel(plot.across)
-    axes.set_ylabel("times as fast")
-    axes.set_title(plot.title, fontsize=10)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=7)
-    return figure
-
-
-def _labels(keys: Sequence[str]) -> list[str]:
-    return [PUBLISHED[key].row.replace(", ", ",\n") for key in keys]
+    series = {"published": theirs, **ours}
+    return plots.bars(
+        plot.title, series, plot.across, "times as fast", names=names, colors=COLORS, at=1
+    )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -145,7 +142,7 @@ _SECTIONS = (
 )
 
 
-def draw(record: Record) -> Figure | None:
+def draw(record: Record) -> plots.Figure | None:
     """Bars: tokens a second of ours and the peers, relative to ours; None without speeds."""
     rows = _speeds(record["rows"])
     if not rows:

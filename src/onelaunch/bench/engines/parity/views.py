@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_TIMES = 2.0
 """What an engine may lose, times what PyTorch does in the same precision: sums of other order and
@@ -141,25 +139,18 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Errors of logits, ours beside PyTorch's in the same precision."""
-    from onelaunch.bench.core import plots
-
-    rows = [row for row in record["rows"] if row["what"] == "logits"]
-    if not rows:
-        return None
-    figure = plots.new_figure(7.5, 1.2 + 0.4 * len(rows))
-    axes = figure.subplots()
-    at = range(len(rows))
-    ours, theirs = [row["ours"] for row in rows], [row["peers"]["PyTorch"] for row in rows]
-    axes.barh([i - 0.2 for i in at], ours, 0.38, color="#1f5a8f", label="the engine")
-    axes.barh([i + 0.2 for i in at], theirs, 0.38, color="#999999", label="PyTorch")
-    names = [f"{row['model']}, {row['engine']} {row['dtype']}" for row in rows]
-    axes.set_yticks(list(at), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("relative error of logits against float64")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
-    axes.set_title(f"Errors by engine and precision, {record['device']}", fontsize=10)
-    return figure
+def draw(record: dict[str, Any]) -> plots.Figure | None:
+    """Errors of logits, ours and PyTorch's in the same precision."""
+    rows = {
+        f"{row['model']}, {row['engine']} {row['dtype']}": row
+        for row in record["rows"]
+        if row["what"] == "logits"
+    }
+    return plots.bars(
+        f"Errors by engine and precision, {record['device']}",
+        {
+            "the engine": {name: row["ours"] for name, row in rows.items()},
+            "PyTorch": {name: row["peers"]["PyTorch"] for name, row in rows.items()},
+        },
+        "relative error of logits against float64", "", across=True, log="x",
+    )  # fmt: skip

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
@@ -46,9 +47,6 @@ from onelaunch.engines.coreml.package import Package
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.model import Model
 from onelaunch.plan import Launch, Plan, make_plan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "s"
 MODELS, SEQUENCE = ("stories15m", "stories110m"), 64
@@ -326,18 +324,17 @@ def _in_words(record: dict[str, Any], model: str) -> str:
     return f"{model}: constants overtake from {n:,} micro-steps an update on."
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Milliseconds a micro-step by micro-steps an update, by form."""
-    from onelaunch.bench.core import plots
-
     models = _models(record)
     if not models:
         return None
-    figure = plots.new_figure(5 * len(models), 3.8)
+    title = f"Constants or arguments, evaluated on {record['device']}"
+    figure, all_axes = plots.panels(len(models), title=title)
     counts = [2**i for i in range(13)]
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    for axes, model in zip(all_axes, models, strict=True):
         rows = {(row["what"], row.get("form")): row for row in _of(record, model)}
-        for form, color in zip(FORMS, ("#b03060", "#1f5a8f", "#999999"), strict=True):
+        for form, color in zip(FORMS, plots.COLORS, strict=False):
             update, step = (rows[what, form]["ours"] for what in ("update", "step"))
             axes.plot(counts, [1e3 * (update / n + step) for n in counts], color=color, label=form)
             whole = [
@@ -346,12 +343,8 @@ def draw(record: dict[str, Any]) -> Figure | None:
                 if row["model"] == model and row["what"] == "whole" and row["form"] == form
             ]
             axes.plot(*zip(*whole, strict=True), "o", color=color)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("micro-steps an update")
-        axes.set_ylabel("ms a micro-step, compiling with it")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        axes.set_title(f"a layer of {model}; dots: measured whole", fontsize=9)
-    figure.suptitle(f"Constants or arguments, evaluated on {record['device']}", fontsize=10)
+        plots.label(
+            axes, "micro-steps an update", "ms a micro-step, compiling with it",
+            f"a layer of {model}; dots: measured whole", log="xy",
+        )  # fmt: skip
     return figure

@@ -15,10 +15,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
     below,
@@ -43,9 +44,6 @@ from onelaunch.bench.studies.ane_mega_kernel.program_training import (
 )
 from onelaunch.compilation.schedule import throughput
 from onelaunch.engines.coreml.training import CoreMLTrainer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "micro-steps/s"
 CASES = (("stories260k", 64, 4), ("stories15m", 32, 2))
@@ -302,28 +300,17 @@ def _line(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Speedups of the stages beside the study's."""
-    from onelaunch.bench.core import plots
-
+def draw(record: dict[str, Any]) -> plots.Figure | None:
+    """Speedups of the stages and the study's."""
+    theirs = {stage: float(PUBLISHED[stage].values["speedup"]) for stage in STAGES}
     by_case: dict[str, dict[str, float]] = {}
     for row in record["rows"]:
         by_case.setdefault(row["of"], {})[row["stage"]] = row["speedup"]
     if not by_case:
         return None
-    theirs = {stage: float(PUBLISHED[stage].values["speedup"]) for stage in STAGES}
-    bars = {**by_case, "study, M1 Pro's Neural Engine": theirs}
-    figure = plots.new_figure(9, 4)
-    axes = figure.subplots()
-    width = 0.8 / len(bars)
-    for number, (case, speedups) in enumerate(bars.items()):
-        places = [STAGES.index(stage) + (number + 0.5) * width - 0.4 for stage in speedups]
-        color = "black" if speedups is theirs else f"C{number}"
-        axes.bar(places, list(speedups.values()), width, label=case, color=color)
-    axes.set_xticks(range(len(STAGES)), [PUBLISHED[stage].row for stage in STAGES], fontsize=8)
-    axes.set_xlabel("one added to the other")
-    axes.set_ylabel("micro-steps/s, over the first")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"The optimizations together, {record['device']}", fontsize=10)
-    return figure
+    return plots.bars(
+        f"The optimizations together, {record['device']}",
+        {"study, M1 Pro's Neural Engine": theirs, **by_case},
+        "one added to the other", "micro-steps/s, over the first",
+        names={stage: PUBLISHED[stage].row for stage in STAGES},
+    )  # fmt: skip

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
@@ -28,9 +29,6 @@ from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.training.display import Display, Header
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms/update"
 BYTES_PER_SECOND = 4000
@@ -355,25 +353,14 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """How many times slower an update is, by what is written to, printed and displayed."""
-    from onelaunch.bench.core import plots
-
-    rows = record["rows"]
-    if not rows:
-        return None
-    figure = plots.new_figure(7, 1.2 + 0.45 * len(rows))
-    axes = figure.subplots()
-    at = range(len(rows))
-    printed = [row["times_naive"] for row in rows]
-    shown = [1 + row["cost_of_display"] for row in rows]
-    axes.barh([i - 0.2 for i in at], printed, 0.38, color="#b03060", label="a line each update")
-    axes.barh([i + 0.2 for i in at], shown, 0.38, color="#1a7a36", label="our display")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(list(at), [row["case"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("time of an update, times the unwatched one")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
-    axes.set_title(f"Training watched, {record['device']}", fontsize=10)
-    return figure
+    rows = {row["case"]: row for row in record["rows"]}
+    return plots.bars(
+        f"Training watched, {record['device']}",
+        {
+            "a line each update": {case: row["times_naive"] for case, row in rows.items()},
+            "our display": {case: 1 + row["cost_of_display"] for case, row in rows.items()},
+        },
+        "time of an update, times the unwatched one", "", across=True, at=1,
+    )  # fmt: skip

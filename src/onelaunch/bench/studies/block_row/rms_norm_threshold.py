@@ -10,7 +10,7 @@ a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -45,9 +45,6 @@ from onelaunch.operators.rms_norm.plan import (
     backward_plan,
     forward_plan,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "us"
 
@@ -219,7 +216,7 @@ def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
     return f"from {min(blocks):,}" if blocks else "rows"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """A heat map a pass, rows by columns; the thresholds as lines."""
     ratios = _ratios(record)
     thresholds = _thresholds(ratios)

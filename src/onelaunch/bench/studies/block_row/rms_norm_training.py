@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from onelaunch.bench.peers.rms_norm import has_kernel
 from onelaunch.config import preset
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms/step"
 
@@ -143,7 +140,7 @@ def table(record: dict[str, Any]) -> str:
     return f"{title}\n\n{provenance(record)}\n\n{markdown(header, lines)}\n"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Points: time of ours over time of torch, with the spread of the pairs."""
     rows = record["rows"]
     if not rows:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
     Verdict,
@@ -15,9 +16,6 @@ from onelaunch.bench.core.findings import (
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
 MOSTLY = 0.5
@@ -206,35 +204,23 @@ def _spread(row: dict[str, Any]) -> str:
     return "-".join(digits(end) for end in row["spread"]) if row["spread"] else "-"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Rates over 10 micro-steps', and the losses."""
-    from onelaunch.bench.core import plots
-
     rates = series(record)
     if not rates:
         return None
-    figure = plots.new_figure(11, 4.2)
-    left, right = figure.subplots(1, 2)
+    title = f"Micro-steps an update, {record['device']}"
+    figure, (left, right) = plots.panels(2, 5.5, 4.2, title)
     for name, rows in rates.items():
         left.plot([r["accum"] for r in rows], [r["speedup"] for r in rows], "o-", label=name)
     theirs = [PUBLISHED[key] for key in KEYS]
     xs, ys = [int(p.row) for p in theirs], [float(p.values["speedup"]) for p in theirs]
     left.plot(xs, ys, "k--", marker="x", label="study, M1 Pro's Neural Engine")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xlabel("micro-steps an update")
-    left.set_ylabel("micro-steps/s, over those of 10 an update")
-    learnt = [row for row in record["rows"] if "rule" in row]
+    learnt = sorted((r for r in record["rows"] if "rule" in r), key=lambda row: row["accum"])
     for rule in dict.fromkeys(row["rule"] for row in learnt if row["rule"] != "any"):
-        shown = sorted(
-            (row for row in learnt if row["rule"] in (rule, "any")), key=lambda row: row["accum"]
-        )
+        shown = [row for row in learnt if row["rule"] in (rule, "any")]
         right.plot([r["accum"] for r in shown], [r["ours"] for r in shown], "o-", label=rule)
-    right.set_xscale("log")
-    right.set_xlabel("micro-steps an update")
-    right.set_ylabel("validation loss after as many tokens, nats")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(f"Micro-steps an update, {record['device']}", fontsize=10)
+    what = "micro-steps an update"
+    plots.label(left, what, "micro-steps/s, over those of 10 an update", log="xy")
+    plots.label(right, what, "validation loss after as many tokens, nats", log="x")
     return figure

@@ -3,8 +3,9 @@ picture, and the study's statements."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import figure as digits
@@ -16,9 +17,6 @@ from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     SHAPES,
     WEIGHTS,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHORT_RESTART = 0.5
 """Seconds: a restart below this costs none."""
@@ -198,30 +196,21 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Memory by number, the GPU's too."""
-    from onelaunch.bench.core import plots
-
     many = [row for row in record["rows"] if "bytes_by_number" in row]
     if not many:
         return None
-    figure = plots.new_figure(7, 4)
-    axes = figure.subplots()
-    for row, key, where in (
-        (row, key, where)
-        for row in many
-        for key, where in (("bytes_by_number", ""), ("gpu_bytes_by_number", ", the GPU's"))
-        if key in row
-    ):
-        memory = [n / 1e6 for n in row[key]]
+    figure, (axes,) = plots.panels(1, 7)
+    for row in many:
         step = max(1, row["n"] // 50)
-        axes.plot([i * step for i in range(len(memory))], memory, label=row["case"] + where)
-    axes.set_xlabel("compilations")
-    axes.set_ylabel("memory of the process, MB")
+        for key, where in (("bytes_by_number", ""), ("gpu_bytes_by_number", ", the GPU's")):
+            memory = [n / 1e6 for n in row.get(key, ())]
+            if memory:
+                axes.plot([i * step for i in range(len(memory))], memory, label=row["case"] + where)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"Compilations in one process, {record['device']}", fontsize=10)
+    title = f"Compilations in one process, {record['device']}"
+    plots.label(axes, "compilations", "memory of the process, MB", title)
     return figure
 
 

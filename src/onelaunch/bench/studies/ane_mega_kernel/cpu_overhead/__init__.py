@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
@@ -39,9 +40,6 @@ from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead.cases import (
     sums,
 )
 from onelaunch.errors import BadInput
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms"
 ROUNDS, QUICK_ROUNDS = 25, 9
@@ -233,26 +231,17 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Milliseconds of what a step asks for, ours beside the study's."""
-    from onelaunch.bench.core import plots
-
+def draw(record: dict[str, Any]) -> plots.Figure | None:
+    """Milliseconds of what a step asks for, ours and the study's."""
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
     there = {key: rows[where] for key, where in ANSWERS.items() if where in rows}
-    if not there:
-        return None
-    figure = plots.new_figure(7, 3.2)
-    axes = figure.subplots()
-    at = range(len(there))
-    ours = [row["ours"] for row in there.values()]
-    theirs = [float(PUBLISHED[key].values["ms"]) for key in there]
-    axes.barh([i - 0.2 for i in at], ours, 0.38, color="#1f5a8f", label="here")
-    axes.barh([i + 0.2 for i in at], theirs, 0.38, color="#d08020", label="the study, an M1 Pro")
-    axes.set_yticks(list(at), [row["what"] for row in there.values()], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("ms")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
-    axes.set_title(f"What the host takes in a step, {record['device']}", fontsize=10)
-    return figure
+    return plots.bars(
+        f"What the host takes in a step, {record['device']}",
+        {
+            "here": {row["what"]: row["ours"] for row in there.values()},
+            "the study, an M1 Pro": {
+                row["what"]: float(PUBLISHED[key].values["ms"]) for key, row in there.items()
+            },
+        },
+        "ms", "", across=True, log="x",
+    )  # fmt: skip

@@ -6,14 +6,11 @@ What no row of a record has is left out of its tables.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.tables import figure as digits
 from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -245,7 +242,7 @@ def _price_table(rows: Rows, of: str) -> str:
     return markdown(["us", f"a {of}", "p20-p80", "rest"], lines)
 
 
-def draw(record: Record) -> Figure | None:
+def draw(record: Record) -> plots.Figure | None:
     """Time against calls, one line a model; a panel for each number of tokens and each variant, of
     several numbers of threads the most. None where no whole model was timed."""
     rows = record["rows"]
@@ -253,25 +250,17 @@ def draw(record: Record) -> Figure | None:
     if not cases:
         return None
     most = max((row.get("threads", 0) for row in rows if "depth" in row), default=0)
-    panels = sorted({key[1:] for key in cases if not most or key[2] == f"{most} thr."})
-    models = list(dict.fromkeys(model for model, _, _ in cases))
-    figure = plots.new_figure(5 * len(panels), 4.2)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for model, color in zip(models, COLORS, strict=False):
-            ways = cases.get((model, *panel), {})
-            whole = [row for row in ways.values() if "speed_of_all" in row]
-            points = sorted((row["calls"], row["ours"]) for row in whole)
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=color, label=model)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.set_xlabel("calls a forward")
-        axes.set_ylabel("us a forward")
-        tokens, variant = panel
-        title = f"{tokens} token{'s' if tokens > 1 else ''} at once"
-        axes.set_title(title if most else f"{title}, {variant}", fontsize=10)
-        axes.legend(fontsize=8)
+    shown = sorted({key[1:] for key in cases if not most or key[2] == f"{most} thr."})
     threads = f"{most} threads, " if most else ""
-    figure.suptitle(f"A forward by its calls, {threads}{record['device']}", fontsize=10)
+    title = f"A forward by its calls, {threads}{record['device']}"
+    figure, all_axes = plots.panels(len(shown), 5, 4.2, title)
+    for axes, (tokens, variant) in zip(all_axes, shown, strict=True):
+        for model in dict.fromkeys(model for model, _, _ in cases):
+            ways = cases.get((model, tokens, variant), {})
+            whole = [row for row in ways.values() if "speed_of_all" in row]
+            if points := sorted((row["calls"], row["ours"]) for row in whole):
+                axes.plot(*zip(*points, strict=True), "o-", label=model)
+        title = f"{tokens} token{'s' if tokens > 1 else ''} at once"
+        title = title if most else f"{title}, {variant}"
+        plots.label(axes, "calls a forward", "us a forward", title, log="xy")
     return figure

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
     below,
@@ -46,9 +47,6 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 64))
@@ -337,27 +335,15 @@ def _beside_only(row: dict[str, Any]) -> list[str]:
     return [f"{row[name]:.2f}" for name in ("slowdown", "compile_alone", "compile_beside")]
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Averages and the slowest call."""
-    from onelaunch.bench.core import plots
-
     found = pairs(record)
-    if not found:
-        return None
-    figure = plots.new_figure(8, 4)
-    axes = figure.subplots()
-    for number, rows in enumerate(zip(*found, strict=True)):
-        places = [i + 0.4 * number - 0.2 for i in range(len(rows))]
-        name = "beside compilations" if number else "alone"
-        axes.bar(places, [r["ours"] for r in rows], 0.38, label=f"{name}: average")
-        axes.plot(
-            places, [r["most"] for r in rows], "kv" if number else "k^", label=f"{name}: most"
-        )
-    axes.set_xticks(range(len(found)), [alone["of"] for alone, _ in found], fontsize=8)
-    axes.set_xlabel("what ran")
-    axes.set_ylabel("one forward, ms")
-    axes.set_yscale("log")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"A forward while something is compiled, {record['device']}", fontsize=10)
-    return figure
+    return plots.bars(
+        f"A forward while something is compiled, {record['device']}",
+        {
+            f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in found}
+            for number, when in enumerate(("alone", "beside compilations"))
+            for what, key in (("average", "ours"), ("most", "most"))
+        },
+        "what ran", "one forward, ms", log="y",
+    )  # fmt: skip

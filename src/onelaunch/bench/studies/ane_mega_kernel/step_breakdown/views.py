@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
     Verdict,
@@ -24,9 +25,6 @@ from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     UNEXPLAINED,
     WHOLE,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 THEIR_WHOLE = float(PUBLISHED["part-whole"].values["ms"])
 NEAR = 0.1
@@ -257,30 +255,23 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{low:.3f}-{high:.3f}"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Shares, stacked, one bar for what was timed."""
-    from onelaunch.bench.core import plots
-
     found = cases(record)
     if not found:
         return None
-    figure = plots.new_figure(10, 2.4 + 0.7 * len(found))
-    axes = figure.subplots()
+    figure, (axes,) = plots.panels(1, 10, 2.4 + 0.7 * len(found))
     names = dict.fromkeys(
         part for rows in found.values() for part, _ in _ordered(rows) if part not in (WHOLE, BESIDE)
     )
     left = dict.fromkeys(found, 0.0)
     for number, part in enumerate(names):
-        shares = [rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
-        color = f"C{number % 10}"
-        hatch = ("", "//", "xx")[number // 10 % 3]
+        shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
         axes.barh(
-            list(found), [100 * share for share in shares],
-            left=[100 * left[case] for case in found], label=part, color=color, hatch=hatch,
-            edgecolor="white", linewidth=0.3,
+            list(found), shares, left=list(left.values()), label=part, color=f"C{number % 10}",
+            hatch=("", "//", "xx")[number // 10 % 3], edgecolor="white", linewidth=0.3,
         )  # fmt: skip
-        for case, share in zip(found, shares, strict=True):
-            left[case] += share
+        left = {case: left[case] + share for case, share in zip(found, shares, strict=True)}
     axes.set_xlabel("share of a micro-step, %")
     figure.legend(fontsize=7, ncols=4, loc="outside lower center")
     axes.set_title(f"A micro-step by parts, {record['device']}", fontsize=10)

@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
     Verdict,
@@ -30,9 +31,6 @@ from onelaunch.bench.core.tables import markdown, provenance
 from onelaunch.bench.studies.ane_mega_kernel.program_training import check_device, why_no_programs
 from onelaunch.compilation.environment import child_environment
 from onelaunch.errors import RunFailed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms"
 MARKS = (1, 30, 136)
@@ -237,27 +235,18 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Micro-steps by number, over their end."""
-    from onelaunch.bench.core import plots
-
     shown = [row for row in record["rows"] if "by_step" in row]
     if not shown:
         return None
-    figure = plots.new_figure(8, 4)
-    axes = figure.subplots()
+    figure, (axes,) = plots.panels(1, 8)
     for row in shown:
-        end = end_of(row["by_step"])
-        numbers = range(1, len(row["by_step"]) + 1)
+        end, numbers = end_of(row["by_step"]), range(1, len(row["by_step"]) + 1)
         axes.plot(numbers, [ms / end for ms in row["by_step"]], label=row["of"], linewidth=1)
     end = float(PUBLISHED["warm-136"].values["ms"])
     theirs = [float(PUBLISHED[f"warm-{mark}"].values["ms"]) / end for mark in MARKS]
     axes.plot(MARKS, theirs, "k--", marker="x", label="study, M1 Pro's Neural Engine")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("micro-step")
-    axes.set_ylabel("time over that of the last ones")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"Warming up, {record['device']}", fontsize=10)
+    title = f"Warming up, {record['device']}"
+    plots.label(axes, "micro-step", "time over that of the last ones", title, log="xy")
     return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.tables import figure as digits
@@ -13,10 +13,6 @@ from onelaunch.bench.studies.block_row.rms_norm.summary import (
     shape_of,
     summary,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -80,7 +76,7 @@ def table(record: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(record: Record) -> Figure | None:
+def draw(record: Record) -> plots.Figure | None:
     """Heat maps of every contender's speed relative to the best peer's, shape by shape; where there
     are floors, under them the share of the copy's bandwidth over the bytes moved. None where the
     record has neither."""
@@ -111,7 +107,7 @@ def draw(record: Record) -> Figure | None:
     return figure
 
 
-def _draw_speeds(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
+def _draw_speeds(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
     names = _names(rows)
     speeds: list[list[float | None]] = []
     for row in rows:
@@ -124,7 +120,7 @@ def _draw_speeds(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
     return plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
 
 
-def _draw_shares(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> None:
+def _draw_shares(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> None:
     rows = sorted((row for row in rows if row["floor"] is not None), key=megabytes)
     for name, color in SHARE_COLORS.items():
         for in_cache in (False, True):
