@@ -19,7 +19,7 @@ from onelaunch.bench.core.findings import Finding, Verdict
 from onelaunch.bench.core.published import PUBLISHED, Published
 from onelaunch.bench.core.record import rows_there
 from onelaunch.bench.core.runner import in_a_line
-from onelaunch.bench.core.tables import figure, provenance
+from onelaunch.bench.core.tables import digits, provenance
 from onelaunch.bench.experiments import EXPERIMENTS, NOT_ON_A_GPU, module_name
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput
@@ -299,7 +299,7 @@ def times(ratio: float | None) -> str:
     """A ratio as it is read; a dash for none."""
     if ratio is None or not math.isfinite(ratio):
         return "-"
-    return f"{figure(ratio) if abs(ratio) >= 0.1 or ratio == 0 else f'{ratio:.2g}'}x"
+    return f"{digits(ratio) if abs(ratio) >= 0.1 or ratio == 0 else f'{ratio:.2g}'}x"
 
 
 def figures(row: Published) -> str:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.gpu_forwards import pytorch_samples, random_weights, replays, walls
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
@@ -41,7 +41,6 @@ from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, 
 from onelaunch.bench.core.timing import copy_bandwidth
 from onelaunch.bench.engines.forward.views import draw, findings, table
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed
 
@@ -259,12 +258,7 @@ def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -
     kernels, imports and the device's context aside; and those that Triton reads itself."""
     subject = json.dumps([config.to_dict(), batch, sequence, str(store)])
     command = [sys.executable, "-m", "onelaunch.bench.engines.forward.child", subject]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=CHILD_SECONDS, env=child_environment()
-    )
-    if done.returncode:
-        raise RunFailed(f"a process with the choice kept failed: {done.stderr[-500:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = ask(command, timeout=CHILD_SECONDS)
     return {KEPT: float(found["kept"]), READS_ITSELF: float(found["triton"])}
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown
 
 MORE_FIRSTS = ("its kernel alone", "torch.compile", "kept", "Triton reads itself")
 ANEW = 0.1
@@ -67,8 +66,6 @@ def table(record: dict[str, Any]) -> str:
         for row in rows
     ]
     parts = [
-        f"# A forward of whole texts on {record['device']}",
-        provenance(record),
         "Medians in us of a forward in bfloat16, logits of every position. `logits`: wall time of "
         "`engine.logits`, which is what `over` is said of, and with float32 logits. The forms are "
         "CUDA graphs alone, of `chosen` what the engine measured and runs; `fused`: how much one "
@@ -86,7 +83,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     if any("choice" in row for row in rows):
         parts += ["## What was chosen", "us by form in the measurement itself.", _choices(rows)]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A forward of whole texts on", *parts)
 
 
 def _seconds(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.compiled import random_weights, ready, thread_counts
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
@@ -164,22 +164,9 @@ def busy_loop() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def in_child(what: str, model: Path, **environment: str) -> dict[str, float]:
-    """What a fresh process measured. Raises RunFailed with its last line where it failed."""
+    """What a fresh process measured. Raises RunFailed where it failed."""
     command = [sys.executable, "-m", "onelaunch.bench.engines.generate.child", what, str(model)]
-    try:
-        done = subprocess.run(
-            command,
-            env=child_environment(**environment),
-            capture_output=True,
-            text=True,
-            timeout=CHILD_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RunFailed(f"{what}: it took longer than {CHILD_SECONDS:g} s") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise RunFailed(f"{what}: {last[:200]}")
-    return dict(json.loads(done.stdout))
+    return dict(ask(command, child_environment(**environment), CHILD_SECONDS))
 
 
 @contextmanager

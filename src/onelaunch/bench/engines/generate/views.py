@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 Record = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -31,7 +30,7 @@ EXPLANATION = (
 def table(record: Record) -> str:
     """In Markdown: speeds beside the peers', then each of the other rows."""
     rows = record["rows"]
-    parts = [f"# Generation on {record['device']}", provenance(record), EXPLANATION]
+    parts = [EXPLANATION]
     if speeds := _speeds(rows):
         parts.append(f"## Tokens a second\n\n{_speed_table(speeds)}")
     parts += [
@@ -39,15 +38,11 @@ def table(record: Record) -> str:
         for kind, title, make in _SECTIONS
         if (found := [row for row in rows if row.get("kind") == kind])
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Generation on", *parts)
 
 
 def _speeds(rows: Rows) -> Rows:
     return [row for row in rows if "gb_s" in row]
-
-
-def _span(row: dict[str, Any]) -> str:
-    return "-".join(digits(value) for value in row["spread"] or ()) or "-"
 
 
 def _beside(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
@@ -64,7 +59,7 @@ def _speed_table(rows: Rows) -> str:
         [
             row["case"],
             digits(row["ours"]),
-            _span(row),
+            spread(row),
             digits(row["gb_s"]),
             digits(row["read_gb_s"]),
             f"{row['share_of_read']:.0%}",
@@ -78,7 +73,7 @@ def _speed_table(rows: Rows) -> str:
 
 def _prompt_table(rows: Rows) -> str:
     names = ("run.c", "reference")
-    lines = [[r["case"], digits(r["ours"]), _span(r), *_beside(r, names)] for r in rows]
+    lines = [[r["case"], digits(r["ours"]), spread(r), *_beside(r, names)] for r in rows]
     text = markdown(["tokens/s read", "ours", "p20-p80", *names], lines)
     return f"{text}\n\nrun.c takes a prompt one token at a time, as it writes."
 
@@ -89,7 +84,7 @@ def _busy_table(rows: Rows) -> str:
             row["who"],
             digits(row["idle"]["median"]),
             digits(row["ours"]),
-            _span(row),
+            spread(row),
             digits(row["least"]),
             f"{row['busy_over_idle']:.2f}x",
         ]
@@ -101,7 +96,7 @@ def _busy_table(rows: Rows) -> str:
 def _start_table(rows: Rows) -> str:
     parts = ("import_seconds", "ready_seconds")
     lines = [
-        [r["case"], digits(r["ours"]), _span(r), *(digits(r[part]["median"]) for part in parts)]
+        [r["case"], digits(r["ours"]), spread(r), *(digits(r[part]["median"]) for part in parts)]
         for r in rows
     ]
     return markdown(["s", "all", "p20-p80", "imports", "load and pack"], lines)

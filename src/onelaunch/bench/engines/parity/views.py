@@ -7,7 +7,7 @@ from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import document, markdown
 
 MOST_TIMES = 2.0
 """What an engine may lose, times what PyTorch does in the same precision: sums of other order and
@@ -87,7 +87,7 @@ def _by_magnitude(record: dict[str, Any]) -> Iterator[Finding]:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     rows = record["rows"]
-    parts = [f"# Errors against float64, on {record['device']}", provenance(record)]
+    parts = []
     logits = [row for row in rows if row["what"] == "logits"]
     gradients = [row for row in rows if row["what"] == "gradients"]
     magnitude = [row for row in rows if row["what"] == "magnitude"]
@@ -136,7 +136,7 @@ def table(record: dict[str, Any]) -> str:
             markdown(["ML Program of a forward", "largest", "of float16's end"], lines),
             "The mask, -40,000, is added to scores: it is meant to be large.",
         ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Errors against float64, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

@@ -26,8 +26,7 @@ from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.experiments import NOT_ON_A_GPU
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
@@ -295,15 +294,12 @@ def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines, wholes = [], []
     for row in record["rows"]:
-        low, high = (1e3 * v for v in row["spread"])
-        line = [row["case"], digits(1e3 * row["ours"]), f"{digits(low)}-{digits(high)}"]
+        line = [row["case"], digits(1e3 * row["ours"]), spread(row, scale=1e3)]
         if row["what"] == "whole":
             wholes.append([*line, digits(1e3 * row["predicted"])])
         else:
             lines.append([*line, str(row["n"])])
     parts = [
-        f"# Weights as constants or as arguments, on {record['device']}",
-        provenance(record),
         markdown(["one layer", "ms", "p20-p80", "n"], lines),
         *(_in_words(record, model) for model in _models(record)),
         "## Whole updates",
@@ -314,7 +310,7 @@ def table(record: dict[str, Any]) -> str:
         "study found that weights must be constants; the public converter takes them as inputs, "
         "and whether the Neural Engine does is not known.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Weights as constants or as arguments, on", *parts)
 
 
 def _in_words(record: dict[str, Any], model: str) -> str:

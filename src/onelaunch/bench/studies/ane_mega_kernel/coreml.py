@@ -24,8 +24,7 @@ from torch import Tensor
 from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, OnelaunchError
@@ -337,8 +336,6 @@ def table(record: dict[str, Any]) -> str:
         "Core ML on this machine",
     ]  # fmt: skip
     parts = [
-        f"# ML Programs made on {record['device']}",
-        provenance(record),
         "Seconds to emit, convert and save all programs of a forward (or a backward through all "
         "layers), coremltools' import not counted. `off` is of the logits of every position "
         "against float64: programs read back from disk, evaluated on the CPU in float32, and in "
@@ -346,7 +343,7 @@ def table(record: dict[str, Any]) -> str:
         "computes the forward again, and has them twice.",
         markdown(head, body),
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "ML Programs made on", *parts)
 
 
 def _error(error: dict[str, float] | None) -> str:

@@ -19,8 +19,7 @@ import torch
 from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.experiments import NOT_ON_A_GPU
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver, told_by
 from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
@@ -208,8 +207,6 @@ def table(record: dict[str, Any]) -> str:
     published = [row for row in rows if "published_k" in row]
     measured = [row for row in rows if "wait_share" in row]
     parts = [
-        f"# Micro-steps that hide a compilation, on {record['device']}",
-        provenance(record),
         "## The published table, by its own times",
         markdown(
             ["", "compiling, s", "micro-step, s", "K = compile / step", "K as published"],
@@ -242,14 +239,13 @@ def table(record: dict[str, Any]) -> str:
             "where it nearly does, a quarter more where K itself does not. The model: K / max(K "
             "step, compile).",
         ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Micro-steps that hide a compilation, on", *parts)
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    low, high = row["spread"]
     model = throughput(row["k"], row["compile_seconds"], row["step"], 1.0, overlapped=True)
     return [
-        row["case"], f"{row['k']}", f"{row['ours']:.3f}", f"{low:.3f}-{high:.3f}",
+        row["case"], f"{row['k']}", f"{row['ours']:.3f}", spread(row, "{:.3f}".format),
         f"{row['wait_share']:.1%}", digits(row["compile_seconds"]), f"{row['step']:.4f}",
         digits(row["micro_steps_per_s"]), digits(model),
     ]  # fmt: skip

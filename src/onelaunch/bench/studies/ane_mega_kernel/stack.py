@@ -32,8 +32,7 @@ from onelaunch.bench.core.findings import (
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds, ratio
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Driver,
     Update,
@@ -271,8 +270,6 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     parts = [
-        f"# The optimizations together, on {record['device']}",
-        provenance(record),
         markdown(
             [
                 "", "micro-steps/s", "p20-p80", "speedup", "by the model", "waiting",
@@ -286,14 +283,14 @@ def table(record: dict[str, Any]) -> str:
         "first two rows and computed the others. ML Programs are evaluated on this CPU, and "
         "compiled on it too.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "The optimizations together, on", *parts)
 
 
 def _line(row: dict[str, Any]) -> list[str]:
     published = PUBLISHED[row["stage"]].values
     waits = "-" if "wait_share" not in row else f"{row['wait_share']:.1%}"
     return [
-        row["case"], digits(row["ours"]), "-".join(digits(end) for end in row["spread"]),
+        row["case"], digits(row["ours"]), spread(row),
         f"{row['speedup']:.2f}", digits(row.get("model")), waits,
         digits(row.get("compile_seconds")), f"{published['micro-steps/s']:g}",
         f"{published['speedup']:g}",

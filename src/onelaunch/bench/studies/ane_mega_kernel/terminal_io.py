@@ -24,8 +24,7 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.rounds import ratio
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.training.display import Display, Header
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
@@ -336,8 +335,6 @@ def table(record: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     parts = [
-        f"# Training watched, on {record['device']}",
-        provenance(record),
         markdown(
             [
                 "updates/s", "unwatched", "our display", "it costs", "p20-p80",
@@ -350,7 +347,7 @@ def table(record: dict[str, Any]) -> str:
         "buffers full from the start. The study: 4.68 micro-steps/s with lines to a file, 0.63 to "
         "a terminal, 7.4 times slower; how fast that terminal was it does not tell.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Training watched, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

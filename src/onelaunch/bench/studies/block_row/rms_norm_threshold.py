@@ -17,7 +17,7 @@ import torch
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
     Norm,
@@ -159,8 +159,6 @@ def table(record: dict[str, Any]) -> str:
     ours_, other = _sides(record)
     widths, counts = _axes(ratios)
     parts = [
-        f"# RMSNorm, when several rows in a program pay, on {record['device']}",
-        provenance(record),
         f"A pass of {ours_} wins below {1 - TIE:.2f} of the time of {other}, loses above "
         f"{1 + TIE:.2f}, and ties between. Threshold: the lowest row count at which a pass wins, "
         "and from which on none loses, there and at every larger count measured.",
@@ -174,7 +172,7 @@ def table(record: dict[str, Any]) -> str:
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
         parts.append(markdown(["rows", *map(str, widths)], lines))
     parts += rms_norm_paths.tables(record)
-    return "\n\n".join(parts) + "\n"
+    return document(record, "RMSNorm, when several rows in a program pay, on", *parts)
 
 
 def _threshold_table(record: dict[str, Any], ratios: Ratios) -> str:

@@ -17,8 +17,7 @@ from onelaunch.bench.core import plots
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rig import in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.peers.rms_norm import has_kernel
 from onelaunch.config import preset
 from onelaunch.training.loop import Trainer
@@ -127,7 +126,7 @@ def table(record: dict[str, Any]) -> str:
         [
             row["case"],
             digits(row["ours"]),
-            "-".join(digits(v) for v in row["spread"] or ()) or "-",
+            spread(row),
             digits(row["peers"]["torch"]),
             f"{row['ratio']:.3f}",
             "-".join(f"{v:.3f}" for v in row.get("ratio_spread") or ()) or "-",
@@ -136,8 +135,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     header = ["model, batch x sequence", "ours, ms", "p20-p80", "torch, ms", "ours / torch"]
     header.append("p20-p80 of pairs")
-    title = f"# A training step with our RMSNorm and with PyTorch's, on {record['device']}"
-    return f"{title}\n\n{provenance(record)}\n\n{markdown(header, lines)}\n"
+    title = "A training step with our RMSNorm and with PyTorch's, on"
+    return document(record, title, markdown(header, lines))
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

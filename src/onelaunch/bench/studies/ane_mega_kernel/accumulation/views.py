@@ -14,8 +14,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
 MOSTLY = 0.5
@@ -131,7 +130,7 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    parts = [f"# Micro-steps an update, on {record['device']}", provenance(record)]
+    parts = []
     rates = [row for rows in series(record).values() for row in rows]
     if rates:
         parts += [
@@ -156,7 +155,7 @@ def table(record: dict[str, Any]) -> str:
             "## What is made of the weights on the GPU",
             markdown(
                 ["", "ms", "p20-p80", "when"],
-                [[row["case"], digits(row["ours"]), _spread(row), row["when"]] for row in made],
+                [[row["case"], digits(row["ours"]), spread(row), row["when"]] for row in made],
             ),
         ]
     learnt = [row for row in record["rows"] if "rule" in row]
@@ -179,7 +178,7 @@ def table(record: dict[str, Any]) -> str:
             "no row's rate was searched for. The study trained on synthetic data and measured no "
             "loss.",
         ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Micro-steps an update, on", *parts)
 
 
 def _line(row: dict[str, Any]) -> list[str]:
@@ -193,15 +192,11 @@ def _line(row: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
     share = row["optimizer_share"]
     return [
-        row["case"], digits(row["ours"]), _spread(row), str(row["updates_timed"]),
+        row["case"], digits(row["ours"]), spread(row), str(row["updates_timed"]),
         digits(row["micro_steps_per_s"]), f"{row['updates_per_s']:.3f}",
         digits(row["tokens_per_s"]), f"{row['compile_share']:.1%}",
         "-" if share is None else f"{share:.2%}", f"{row['speedup']:.2f}", *theirs,
     ]  # fmt: skip
-
-
-def _spread(row: dict[str, Any]) -> str:
-    return "-".join(digits(end) for end in row["spread"]) if row["spread"] else "-"
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

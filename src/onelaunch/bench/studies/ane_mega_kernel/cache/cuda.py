@@ -22,7 +22,7 @@ from onelaunch.bench.core.children import together
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import digits
 from onelaunch.bench.studies.ane_mega_kernel.cache.cases import (
     AT_ONCE,
     DAMAGED,

@@ -20,8 +20,7 @@ import torch
 from onelaunch.bench.core.findings import NEEDS_A_MAC, Finding
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.cache.cases import (
     ASKED,
     AT_ONCE,
@@ -255,20 +254,17 @@ def table(record: dict[str, Any]) -> str:
     cold = {row["kind"]: row["ours"] for row in rows if row["what"] == EMPTY}
     lines = []
     for row in rows:
-        low, high = row["spread"] or (row["ours"], row["ours"])
         times = cold.get(row["kind"], row["ours"]) / row["ours"]
         no_times = row["what"] == EMPTY or row.get("failed")
         lines.append(
             [
                 row["case"], digits(row["ours"] * 1e3),
-                f"{digits(low * 1e3)}-{digits(high * 1e3)}", str(row["n"]),
+                spread(row, scale=1e3), str(row["n"]),
                 "-" if no_times else f"{times:,.1f}x", row["expected"], row["found"],
                 "yes" if row["as_expected"] else "no",
             ]
         )  # fmt: skip
     parts = [
-        f"# The store of compiled programs, on {record['device']}",
-        provenance(record),
         cache_cuda.ABOUT if of_kernels else ABOUT,
         markdown(
             ["", "ms", "p20-p80", "n", "of compiling", "expected", "found", "as expected"], lines
@@ -276,4 +272,4 @@ def table(record: dict[str, Any]) -> str:
         *(cache_cuda.details(record) if of_kernels else ()),
         cache_cuda.STUDY if of_kernels else STUDY,
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "The store of compiled programs, on", *parts)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from onelaunch.bench.core import triton_store
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     AGAIN,
@@ -22,7 +23,6 @@ from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     QUICK_DISTINCT,
     RESTARTS,
     WEIGHTS,
-    child,
     many_row,
     restart_row,
     slope,
@@ -44,7 +44,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         env = triton_store.environment(Path(folder))
 
         def told(what: str, number: int) -> dict[str, Any]:
-            return child((*COMMAND, what, device, str(number)), env)
+            return ask((*COMMAND, what, device, str(number)), env)
 
         count = QUICK_AGAIN if quick else AGAIN
         yield _many(f"{count} launches, {WEIGHTS}", told("again", count), say)

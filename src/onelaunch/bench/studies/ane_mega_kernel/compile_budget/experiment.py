@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     AGAIN,
@@ -23,7 +24,6 @@ from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     QUICK_AGAIN,
     QUICK_DISTINCT,
     RESTARTS,
-    child,
     many_row,
     restart_row,
 )
@@ -66,17 +66,17 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
     case = f"{count} compilations, {'new weights' if what == 'again' else 'distinct shapes'}"
-    return many_row(case, child((*CHILD, what, str(count))), say)
+    return many_row(case, ask((*CHILD, what, str(count))), say)
 
 
 def _restart(count: int, say: Callable[[str], None]) -> Row:
-    return restart_row([child((*CHILD, "restart")) for _ in range(count)], say)
+    return restart_row([ask((*CHILD, "restart")) for _ in range(count)], say)
 
 
 def _layers(layers: int, say: Callable[[str], None]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         words = "layers", str(layers), str(Path(folder) / "whole.mlpackage")
-        told = child((*CHILD, *words))
+        told = ask((*CHILD, *words))
     notes = {name: told[name] for name in ("refused", "weight_bytes", "operations")}
     row = Row(f"{layers} layers of 768/2048 in a program", told["seconds"], notes=notes)
     answer = f"refused: {told['refused']}" if told["refused"] else "made"

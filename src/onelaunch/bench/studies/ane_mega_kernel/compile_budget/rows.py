@@ -3,15 +3,11 @@ processes say."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from onelaunch.bench.core.record import Row
-from onelaunch.compilation.environment import child_environment
-from onelaunch.errors import RunFailed
 
 AGAIN, DISTINCT = 312, 150
 QUICK_AGAIN, QUICK_DISTINCT = 20, 10
@@ -50,17 +46,6 @@ def restart_row(told: list[dict[str, Any]], say: Callable[[str], None]) -> Row:
     row = Row.of("a fresh process", [each["until_first"] - each["second"] for each in told])
     say(f"{row.case}: {row.ours:.2f} s more than a compilation")
     return row
-
-
-def child(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a process says. Raises RunFailed where it fails."""
-    env = child_environment() if env is None else env
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"a process that compiles ended with {done.returncode}: {reason}")
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
 
 
 def slope(values: list[int]) -> float:

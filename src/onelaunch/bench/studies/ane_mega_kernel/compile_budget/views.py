@@ -8,8 +8,7 @@ from typing import Any
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     AGAIN,
     DISTINCT,
@@ -154,8 +153,6 @@ def table(record: dict[str, Any]) -> str:
     many = [row for row in rows if "failures" in row]
     layers = [row for row in rows if "refused" in row]
     parts = [
-        f"# Compilations in one process, on {record['device']}",
-        provenance(record),
         ABOUT_KERNELS if of_kernels else ABOUT_PROGRAMS,
         markdown(
             ["", "failed", "s (median)", "first tenth", "last tenth", "MB before", "MB after",
@@ -193,7 +190,7 @@ def table(record: dict[str, Any]) -> str:
             ),
             LAYERS_OF_KERNELS if of_kernels else LAYERS_OF_PROGRAMS,
         ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Compilations in one process, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

@@ -20,8 +20,7 @@ from onelaunch.bench.core.findings import Finding, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead.cases import (
     BUFFER_BYTES,
     BUFFERS,
@@ -187,8 +186,6 @@ def table(record: dict[str, Any]) -> str:
     calls = [row for row in rows if row.get("unit") == "us"]
     steps = [row for row in rows if row["what"] == STEP]
     parts = [
-        f"# What the host takes beside arithmetic, on {record['device']}",
-        provenance(record),
         "## What a step asks for",
         markdown(
             ["", "ms", "p20-p80", "n", "the study, ms"],
@@ -216,7 +213,7 @@ def table(record: dict[str, Any]) -> str:
             markdown(["", "ms a step", "p20-p80", "n", "of never"], lines),
             "`loss.item()` waits for the device; on a CPU there is nothing to be waited for.",
         ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "What the host takes beside arithmetic, on", *parts)
 
 
 def _published(key: str | None) -> str:
@@ -224,9 +221,8 @@ def _published(key: str | None) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
-    low, high = row["spread"] or (row["ours"], row["ours"])
     return [
-        f"{row['what']}, {row['by']}", digits(row["ours"]), f"{digits(low)}-{digits(high)}",
+        f"{row['what']}, {row['by']}", digits(row["ours"]), spread(row),
         str(row["n"]),
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from onelaunch.bench.core.findings import (
     unless,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import digits
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import Key, Ways, by_case
 
 FFNS = {

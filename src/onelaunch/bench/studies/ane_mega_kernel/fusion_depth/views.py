@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -48,8 +47,6 @@ def table(record: Record) -> str:
     ffns = {key: ways for key, ways in cases.items() if _part(key[0]) == "FFN"}
     attentions = {key: ways for key, ways in cases.items() if _part(key[0]) == "attention"}
     parts = [
-        f"# A forward by how much one call holds, on {record['device']}",
-        provenance(record),
         "Medians in us; `speedup` is the median of the rounds' ratios. Tokens stand at the "
         "positions from 0 on. Every way of a line does the same work.",
     ]
@@ -79,7 +76,7 @@ def table(record: Record) -> str:
             "The same of time = rest + price x layers, over the first layers of a model in one "
             "call, behind embed and without head.",
         ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A forward by how much one call holds, on", *parts)
 
 
 def by_case(rows: Rows) -> dict[Key, Ways]:
@@ -233,7 +230,7 @@ def _price_table(rows: Rows, of: str) -> str:
         [
             f"{row['model']} 1x{row['tokens']}, {_variant(row)}",
             digits(row["ours"]),
-            "-".join(digits(value) for value in row["spread"] or ()),
+            spread(row),
             digits(row["rest"]["median"]),
         ]
         for row in rows

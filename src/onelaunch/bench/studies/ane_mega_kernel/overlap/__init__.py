@@ -30,7 +30,7 @@ from onelaunch.bench.core.findings import (
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     Background,
     KernelCompilations,
@@ -297,10 +297,9 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for alone, beside in pairs(record):
         for row in (alone, beside):
-            low, high = row["spread"]
             lines.append(
                 [
-                    row["case"], f"{row['ours']:.3f}", f"{low:.3f}-{high:.3f}",
+                    row["case"], f"{row['ours']:.3f}", spread(row, "{:.3f}".format),
                     f"{row['most']:.3f}", str(row["n"]), *_beside_only(row),
                 ]
             )  # fmt: skip
@@ -313,8 +312,6 @@ def table(record: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     parts = [
-        f"# A forward while something is compiled, on {record['device']}",
-        provenance(record),
         markdown(
             [
                 "", "average, ms", "p20-p80", "most, ms", "forwards", "slowdown",
@@ -326,7 +323,7 @@ def table(record: dict[str, Any]) -> str:
         "priority. ML Programs are evaluated on this CPU, so that both want the same cores; the "
         "study's forward ran on a Neural Engine.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A forward while something is compiled, on", *parts)
 
 
 def _beside_only(row: dict[str, Any]) -> list[str]:

@@ -17,8 +17,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     BESIDE,
     EVALUATING,
@@ -26,6 +25,7 @@ from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     WHOLE,
 )
 
+MS = "{:.3f}".format
 THEIR_WHOLE = float(PUBLISHED["part-whole"].values["ms"])
 NEAR = 0.1
 """Of the micro-step: forward and backward this near to the published shares are the same statement,
@@ -167,7 +167,7 @@ def _mega(record: dict[str, Any]) -> Iterator[Finding]:
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    parts = [f"# A micro-step by parts, on {record['device']}", provenance(record)]
+    parts = []
     for case, rows in cases(record).items():
         whole = rows[WHOLE]
         note = (
@@ -185,7 +185,12 @@ def table(record: dict[str, Any]) -> str:
             markdown(
                 ["part", "ms a micro-step", "p20-p80", "share"],
                 [
-                    [part, f"{row['ours']:.3f}", _spread(row), f"{row['share']:.2%}"]
+                    [
+                        part,
+                        f"{row['ours']:.3f}",
+                        spread(row, MS),
+                        f"{row['share']:.2%}",
+                    ]
                     for part, row in _ordered(rows)
                 ],
             ),
@@ -204,7 +209,7 @@ def table(record: dict[str, Any]) -> str:
                  "backward programs, ms", "weights' gradients, ms", "awaited, ms"],
                 [
                     [
-                        row["case"], str(row["programs"]), digits(row["ours"]), _spread(row),
+                        row["case"], str(row["programs"]), digits(row["ours"]), spread(row, MS),
                         digits(row["forward_programs"]), digits(row["backward_programs"]),
                         digits(row["products"]), digits(row["product_wait"]),
                     ]
@@ -215,7 +220,7 @@ def table(record: dict[str, Any]) -> str:
             "programs, as each call costs about 160 us there. Milliseconds of programs are with "
             "the clocks, those of a micro-step without.",
         ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A micro-step by parts, on", *parts)
 
 
 def _ordered(rows: Shares) -> list[tuple[str, dict[str, Any]]]:
@@ -248,11 +253,6 @@ def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
         f"part-{direction}": tuple(name for name in rows if name.startswith(f"{direction}: "))
         for direction in ("forward", "backward")
     }
-
-
-def _spread(row: dict[str, Any]) -> str:
-    low, high = row["spread"]
-    return f"{low:.3f}-{high:.3f}"
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

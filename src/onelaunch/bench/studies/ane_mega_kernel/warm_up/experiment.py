@@ -9,14 +9,13 @@ Steady is a micro-step from which on the running median stays within 1% of its e
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from onelaunch.bench.core import plots
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.findings import (
     Finding,
     Verdict,
@@ -27,10 +26,8 @@ from onelaunch.bench.core.findings import (
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import check_device, why_no_programs
-from onelaunch.compilation.environment import child_environment
-from onelaunch.errors import RunFailed
 
 UNIT = "ms"
 MARKS = (1, 30, 136)
@@ -75,13 +72,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 
 def _child(*words: str | int) -> dict[str, Any]:
-    command = [*CHILD, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"a process that trains ended with {done.returncode}: {reason}")
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
+    return dict(ask([*CHILD, *map(str, words)]))
 
 
 def end_of(times: Sequence[float]) -> float:
@@ -204,7 +195,7 @@ def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines = [
         [
-            row["case"], f"{row['ours']:.2f}", f"{row['spread'][0]:.2f}-{row['spread'][1]:.2f}",
+            row["case"], f"{row['ours']:.2f}", spread(row, "{:.2f}".format),
             str(row["n"]), f"{row['over_end']:.2f}" if "mark" in row else "-",
             *(
                 str(row[name] or "never") if name in row else "-"
@@ -221,8 +212,6 @@ def table(record: dict[str, Any]) -> str:
             [f"study: {PUBLISHED[key].row}", f"{ms:g}", "-", "-", f"{ms / end:.2f}", steady, "-"]
         )
     parts = [
-        f"# Warming up, on {record['device']}",
-        provenance(record),
         markdown(
             ["", "ms", "p20-p80", "n", "over the end", f"within {WITHIN:.0%} from",
              f"within {ROUGHLY:.0%} from"],
@@ -232,7 +221,7 @@ def table(record: dict[str, Any]) -> str:
         "last rows all their micro-steps. The end is the median of the last quarter. Waiting for "
         "a compilation is not counted. The study's are after new programs were made.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Warming up, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from onelaunch.bench.core.findings import Finding, Verdict, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 COLUMNS, OUT, WIDTH = 288, 768, 64
 """Of the map, and of how many tokens: the first of stories15M's feed-forward."""
@@ -93,10 +92,8 @@ def _judged_on_gpu(
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    device = record["device"]
-    parts = [f"# Weights that are no constants, on {device}", provenance(record)]
-    parts += _of_kernels(record) if _on_gpu(record) else _of_programs(record)
-    return "\n\n".join(parts) + "\n"
+    parts = _of_kernels(record) if _on_gpu(record) else _of_programs(record)
+    return document(record, "Weights that are no constants, on", *parts)
 
 
 def _of_programs(record: dict[str, Any]) -> list[str]:
@@ -106,7 +103,7 @@ def _of_programs(record: dict[str, Any]) -> list[str]:
         [
             row["case"], "yes" if row["converts"] else "no",
             "loaded anew" if row.get("follows_loaded_anew") else "yes" if row["follows"] else "no",
-            digits(row["ours"]) if row["converts"] else "-", _spread(row), _to_change(row),
+            digits(row["ours"]) if row["converts"] else "-", spread(row), _to_change(row),
             _median(row.get("convert_ms", {})), told.get(row["case"], "-"),
         ]
         for row in rows
@@ -144,7 +141,7 @@ def _of_kernels(record: dict[str, Any]) -> list[str]:
             "captured anew" if row.get("follows_loaded_anew") else
             "compiled anew" if row["compiled_anew"] and row["follows"] else
             "yes" if row["follows"] else "no",
-            digits(row["ours"]), _spread(row), _to_change(row), told.get(row["case"], "-"),
+            digits(row["ours"]), spread(row), _to_change(row), told.get(row["case"], "-"),
         ]
         for row in record["rows"]
     ]  # fmt: skip
@@ -178,10 +175,6 @@ def _on_gpu(record: dict[str, Any]) -> bool:
 
 def _to_change(row: Mapping[str, Any]) -> str:
     return _median(row.get("convert_ms" if row.get("compiled_anew") else "change_ms", {}))
-
-
-def _spread(row: Mapping[str, Any]) -> str:
-    return "-".join(digits(v) for v in row["spread"] or ()) or "-"
 
 
 def _median(found: Mapping[str, Any]) -> str:

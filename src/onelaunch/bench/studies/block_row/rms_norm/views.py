@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.block_row.rms_norm.summary import (
     best_time,
     megabytes,
@@ -65,7 +64,7 @@ PEERS = ("torch", "torch.compile", "liger", "liger row", "liger source", "quack"
 def table(record: Record) -> str:
     """Everything in Markdown: a summary, a table for each kind of case, the source's own table."""
     kinds = _by_kind(record)
-    parts = [f"# RMSNorm on {record['device']}", provenance(record), "\n".join(summary(kinds))]
+    parts = ["\n".join(summary(kinds))]
     parts += [f"## {KINDS[kind]}\n\n{_table(kind, rows)}" for kind, rows in kinds.items()]
     parts += [
         f"## The published table on this device: {pass_}\n\n{text}"
@@ -73,7 +72,7 @@ def table(record: Record) -> str:
         if (text := _published_table(kinds.get(f"{pass_} gpu", [])))
     ]
     parts.append(_legend(kinds))
-    return "\n\n".join(parts) + "\n"
+    return document(record, "RMSNorm on", *parts)
 
 
 def draw(record: Record) -> plots.Figure | None:
@@ -198,8 +197,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> str:
         line += [scaled(row.get("planned"))] if has_plan else []
         line += [scaled(_time(row, name)) for name in names]
         if kind != "memory":
-            low, high = row["spread"] or (row["ours"], row["ours"])
-            line += [f"{digits(low)}-{digits(high)}", row.get("best_peer", "-")]
+            line += [spread(row), row.get("best_peer", "-")]
             line += [f"{row['ratio']:.3f}" if "ratio" in row else "-"]
         if has_share:
             line.append(_share(row))
