@@ -25,10 +25,7 @@ class Done:
 
 
 def conduct_all(
-    device_of: Callable[[bool], str],
-    quick: bool,
-    folder: Path,
-    say: Callable[[str], None],
+    device_of: Callable[[bool], str], quick: bool, folder: Path, say: Callable[[str], None]
 ) -> list[Done]:
     """Run them all. `device_of` gives the device of an experiment, told whether it is one that runs
     on a GPU where there is one. One that cannot run here, or fails, keeps none of the others; what

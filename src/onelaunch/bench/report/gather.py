@@ -218,11 +218,7 @@ def _maker(module: ModuleType | None, name: str) -> Callable[[Record], Any] | No
 
 
 def _asked(
-    what: str,
-    make: Callable[[Record], T] | None,
-    record: Record,
-    nothing: T,
-    problems: list[str],
+    what: str, make: Callable[[Record], T] | None, record: Record, nothing: T, problems: list[str]
 ) -> T:
     """What `make` has of a record. An older record may lack what it reads: that is said, and the
     other records keep their report."""
@@ -247,7 +243,7 @@ def summary(report: Report) -> list[str]:
     return [
         f"{len(report.parts)} records of {len(report.devices)} devices, held against the "
         f"{len(rows)} rows that two studies published: {len(answered)} have a verdict, "
-        f"{len(impossible)} cannot have one, {open_} wait for a record or for its finding.",
+        f"{len(impossible)} cannot have one, {open_} wait for a record or for its finding."
     ]
 
 

@@ -64,11 +64,7 @@ CLAIMS = (
         "update compiles its weights into programs.",
         ("accum-100",),
     ),
-    Claim(
-        "mega-kernel",
-        "Weights have to be constants of a program.",
-        ("mutable-inputs",),
-    ),
+    Claim("mega-kernel", "Weights have to be constants of a program.", ("mutable-inputs",)),
     Claim(
         "mega-kernel",
         "What runs while something is compiled in the background is 1.13 times as slow.",

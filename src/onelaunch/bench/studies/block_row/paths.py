@@ -97,10 +97,7 @@ def tables(record: Mapping[str, Any]) -> list[str]:
             continue  # of the tuned pair alone the first table tells
         lines = [
             [name, *(_said(wins_from(ratios, each, widths)) for each in (*_ALONE, PASSES))]
-            for name, widths in (
-                *((str(width), (width,)) for width in WIDTHS),
-                ("all", WIDTHS),
-            )
+            for name, widths in (*((str(width), (width,)) for width in WIDTHS), ("all", WIDTHS))
         ]
         header = ["columns", *PASSES, "every pass"]
         parts.append(f"## {pair.label}: wins from so many rows on")

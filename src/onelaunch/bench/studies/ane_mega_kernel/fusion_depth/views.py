@@ -48,7 +48,7 @@ def table(record: Record) -> str:
     attentions = {key: ways for key, ways in cases.items() if _part(key[0]) == "attention"}
     parts = [
         "Medians in us; `speedup` is the median of the rounds' ratios. Tokens stand at the "
-        "positions from 0 on. Every way of a line does the same work.",
+        "positions from 0 on. Every way of a line does the same work."
     ]
     if any("launched" in row for row in rows):
         parts.append(LAUNCHED)

@@ -185,12 +185,7 @@ def table(record: dict[str, Any]) -> str:
             markdown(
                 ["part", "ms a micro-step", "p20-p80", "share"],
                 [
-                    [
-                        part,
-                        f"{row['ours']:.3f}",
-                        spread(row, MS),
-                        f"{row['share']:.2%}",
-                    ]
+                    [part, f"{row['ours']:.3f}", spread(row, MS), f"{row['share']:.2%}"]
                     for part, row in _ordered(rows)
                 ],
             ),
