@@ -11,7 +11,7 @@ import torch
 
 from onelaunch import cli
 from onelaunch.bench.core import runner
-from onelaunch.bench.core.compiled import random_weights
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate import cell as generate_cell
 from onelaunch.bench.engines.generate import child as generation_child
 from onelaunch.bench.engines.generate import experiment as generate

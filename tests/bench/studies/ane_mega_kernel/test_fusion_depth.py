@@ -9,6 +9,7 @@ import torch
 
 from onelaunch import cli
 from onelaunch.bench.core import compiled
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.studies.ane_mega_kernel import fusion_depth
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cpu as fusion_depth_cpu
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
@@ -52,7 +53,7 @@ def test_a_forward_laid_out_can_be_run_again_at_every_depth(compiled_program, th
     plan = make_plan(config)
     runtime = Runtime(config, compiled.pack(config, program), program, plan, threads, False)
     ids = torch.tensor([3, 39, 0, 7, 11])
-    expected = Model.from_weights(config, compiled.random_weights(config))(ids[None])[0]
+    expected = Model.from_weights(config, random_weights(config))(ids[None])[0]
     for depth in every_depth(3):
 
         def forward(depth=depth):
@@ -80,7 +81,7 @@ def test_an_ffn_forward_starts_from_the_embedding_each_time(compiled_program):
             seen.append(_residual(runtime, 3, 32))
 
     compiled.while_laid_out(runtime, torch.tensor([1, 5, 60]), forwards)
-    w = compiled.random_weights(ffn.config)
+    w = random_weights(ffn.config)
     x = w["embed_tokens.weight"][[1, 5, 60]]
     for i in range(LAYERS):
         h = torch.nn.functional.rms_norm(x, (32,), None, ffn.config.norm_eps)

@@ -19,6 +19,7 @@ from onelaunch.errors import BadInput, MissingExtra, RunFailed
 pytest.importorskip("coremltools")
 
 from onelaunch.bench.studies.ane_mega_kernel import baked_or_argument, weight_mutability
+from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
 from onelaunch.bench.studies.ane_mega_kernel.cache import programs as cache_programs
 from tests.bench.records import record_of
@@ -51,16 +52,16 @@ def test_programs_are_kept_and_damage_is_found(monkeypatch, tmp_path):
     assert len(found) == len(rows) == 11
     assert all(row["as_expected"] for row in found.values())
     layer = {what: row for (kind, what), row in found.items() if kind == cache.LAYER}
-    assert layer[cache.DAMAGED]["damaged"] == 1
-    assert layer[cache.AT_ONCE]["compilations"] in (1, 2)
-    assert layer[cache.SAME]["ours"] < layer[cache.EMPTY]["ours"]
+    assert layer[cases.DAMAGED]["damaged"] == 1
+    assert layer[cases.AT_ONCE]["compilations"] in (1, 2)
+    assert layer[cases.SAME]["ours"] < layer[cases.EMPTY]["ours"]
     assert set(verdicts(cache, record).values()) == {"confirmed"}
     assert len(verdicts(cache, record)) == 4
 
 
 def test_a_store_that_serves_the_wrong_program_refutes():
-    row = {"kind": cache.LAYER, "what": cache.EMPTY, "ours": 1.0, "as_expected": True, "found": ""}
-    wrong = row | {"what": cache.UPDATED, "as_expected": False}
+    row = {"kind": cache.LAYER, "what": cases.EMPTY, "ours": 1.0, "as_expected": True, "found": ""}
+    wrong = row | {"what": cases.UPDATED, "as_expected": False}
     assert verdicts(cache, {"rows": [row, wrong]}) == {"cache-weights": "refuted"}
 
 

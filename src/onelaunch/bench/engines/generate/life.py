@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from onelaunch.bench.core.children import ask
-from onelaunch.bench.core.compiled import random_weights, ready, thread_counts
+from onelaunch.bench.core.compiled import ready, thread_counts
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.cell import (
     REFERENCE,
     RUN_C,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine
@@ -35,7 +36,6 @@ MODELS = (("stories260k", 128), ("stories15m", 64))
 QUICK_MODELS = MODELS[:1]
 GRADIENTS = ("stories260k", 64)
 """Of training through ML Programs; with the reference engine all of MODELS."""
-SEED = 1
 
 Weights = dict[str, Tensor]
 Make = Callable[[ModelConfig, Weights], Engine]
@@ -70,7 +70,7 @@ def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Itera
 def _problem(name: str, sequence: int) -> tuple[ModelConfig, Weights, Tensor, Tensor]:
     """A preset, random weights, tokens and targets."""
     config = preset(name)
-    weights = {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
+    weights = random_weights(config)
     generator = torch.Generator().manual_seed(SEED)
     tokens, targets = torch.randint(config.vocab_size, (2, 1, sequence), generator=generator)
     return config, weights, tokens, targets

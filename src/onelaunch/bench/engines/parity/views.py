@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.findings import Finding, Verdict
 from onelaunch.bench.core.tables import document, markdown
 
 MOST_TIMES = 2.0
@@ -22,51 +22,56 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     """Nothing here was published: what the record says of our own engines."""
     found = []
     for row in record["rows"]:
+        of_programs = row.get("engine") == "coreml"
         if row["what"] == "logits" and row["engine"] != "reference":
-            within = row["times_pytorch"] <= MOST_TIMES
             found.append(
-                Finding(
-                    (),
-                    f"{row['model']}: the {row['engine']} engine in {row['dtype']} loses no more "
-                    f"than {MOST_TIMES:g} times what PyTorch does",
-                    "not measured",
-                    f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
-                    "confirmed" if within else "refuted",
+                _beside_pytorch(
+                    row,
+                    f"the {row['engine']} engine in {row['dtype']} loses",
+                    "PyTorch does",
                     "relative error of all logits against float64; the most likely token is the "
                     f"same at {row['same_argmax']:.1%} of positions",
-                    row["times_pytorch"],
                 )
             )
-        if row["what"] == "gradients" and row["engine"] == "reference":
-            within = row["times_pytorch"] <= MOST_TIMES
+        elif row["what"] == "gradients" and not of_programs:
             found.append(
-                Finding(
-                    (),
-                    f"{row['model']}: gradients of training in {row['dtype']} lose no more than "
-                    f"{MOST_TIMES:g} times what PyTorch's do",
-                    "not measured",
-                    f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
-                    "confirmed" if within else "refuted",
-                    f"{row['parameters']} parameters together against float64 autograd, norm "
-                    f"{row['norm']}; the worst, {row['worst']}, {row['worst_error']:.1e}, "
+                _beside_pytorch(
+                    row,
+                    f"gradients of training in {row['dtype']} lose",
+                    "PyTorch's do",
+                    f"{_together(row)}, norm {row['norm']}; {_worst(row)}, "
                     f"PyTorch's {row['worst_pytorch']:.1e}",
-                    row["times_pytorch"],
                 )
             )
-        if row["what"] == "gradients" and row["engine"] == "coreml":
+        elif row["what"] == "gradients":
             most = MOST_APART[row["dtype"]]
-            found.append(
-                Finding(
-                    (),
-                    f"gradients through ML Programs in {row['dtype']} are within {most:g}",
-                    "not measured",
-                    f"{row['ours']:.1e}",
-                    "confirmed" if row["ours"] <= most else "refuted",
-                    f"{row['parameters']} parameters together against float64 autograd; the worst, "
-                    f"{row['worst']}, {row['worst_error']:.1e}",
-                )
-            )
+            claim = f"gradients through ML Programs in {row['dtype']} are within {most:g}"
+            verdict: Verdict = "confirmed" if row["ours"] <= most else "refuted"
+            why = f"{_together(row)}; {_worst(row)}"
+            found.append(Finding((), claim, "not measured", f"{row['ours']:.1e}", verdict, why))
     return found + list(_by_magnitude(record))
+
+
+def _beside_pytorch(row: dict[str, Any], who: str, pytorch: str, why: str) -> Finding:
+    """Whether an engine loses as little as PyTorch in the same precision."""
+    times = row["times_pytorch"]
+    return Finding(
+        (),
+        f"{row['model']}: {who} no more than {MOST_TIMES:g} times what {pytorch}",
+        "not measured",
+        f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
+        "confirmed" if times <= MOST_TIMES else "refuted",
+        why,
+        times,
+    )
+
+
+def _together(row: dict[str, Any]) -> str:
+    return f"{row['parameters']} parameters together against float64 autograd"
+
+
+def _worst(row: dict[str, Any]) -> str:
+    return f"the worst, {row['worst']}, {row['worst_error']:.1e}"
 
 
 def _by_magnitude(record: dict[str, Any]) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import digits, document, markdown
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, OnelaunchError
@@ -72,7 +73,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -> Iterator[Row]:
     config = preset(name)
-    weights = {n: p.detach() for n, p in Model(config).init_weights(0).named_parameters()}
+    weights = random_weights(config, 0)
     tokens = torch.randint(config.vocab_size, (1, SEQUENCE), generator=torch.manual_seed(0))
     exact = _exact_logits(config, weights, tokens)
     plan = make_plan(config, 1, SEQUENCE, all_positions=True)
@@ -100,7 +101,7 @@ def _blocks(
         dim=dim, n_layers=layers, n_heads=dim // 32, hidden_dim=hidden, vocab_size=64,
         max_seq_len=SEQUENCE,
     )  # fmt: skip
-    weights = {n: p.detach() for n, p in Model(config).init_weights(0).named_parameters()}
+    weights = random_weights(config, 0)
     plan = part_of(make_plan(config, 1, SEQUENCE, all_positions=True), "ffn")
     case = f"ffn {dim}/{hidden} 1x{SEQUENCE}, {layers} layer{'s' if layers > 1 else ''}"
     row = _row(case, plan, layers, weights, quick, on_a_mac, say, "ffn")

@@ -12,18 +12,17 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, MissingExtra
-from onelaunch.model import Model
 from onelaunch.training.data import open_data
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import make_optimizer
 
-SEED = 1
 Engine = TypeVar("Engine", bound=ReferenceEngine)
 
 
@@ -97,11 +96,6 @@ def pytorch_driver(name: str, sequence: int, device: str) -> Driver[ReferenceEng
     config = preset(name)
     engine = ReferenceEngine(config, random_weights(config), device, train=True, norm="auto")
     return Driver(engine, config, sequence)
-
-
-def random_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """The same ones each time."""
-    return {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
 
 
 def why_no_programs(device: str) -> str | None:

@@ -31,16 +31,15 @@ from onelaunch.bench.core.findings import (
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.core.tables import document, markdown, spread
+from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     Background,
     KernelCompilations,
     ProgramCompilations,
 )
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    SEED,
     check_device,
     preset,
-    random_weights,
     why_no_programs,
 )
 from onelaunch.config import ModelConfig
