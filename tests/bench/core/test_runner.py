@@ -35,9 +35,9 @@ def cases(run):
 
 @pytest.mark.parametrize("kind", [list, iter])
 def test_rows_come_as_a_list_or_one_by_one(run, kind):
-    path = run(kind([Row("a", 1.0), Row("b", 2.0)]))
+    path = run(kind([Row("a", 1.0, peers={"PyTorch": 1234.5}), Row("b", 2, notes={"unit": "MB"})]))
     assert cases(run) == {"a": 1.0, "b": 2.0}
-    assert run.lines == [f"record: {path}"]
+    assert run.lines == ["a: 1 us, PyTorch 1,234", "b: 2 MB", f"record: {path}"]
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError("a device fell off")])

@@ -43,15 +43,10 @@ def row_beside(
     case: str,
     samples: tuple[Sequence[float], Sequence[float], Sequence[float]],
     peer_name: str,
-    say: Callable[[str], None],
     **notes: object,
 ) -> Row:
-    """The record's row of what `in_turn` gave, told to the user as well."""
+    """The record's row of what `in_turn` gave."""
     ours, peer, ratio = (Row.of(case, values) for values in samples)
-    say(
-        f"{case}: ours {ours.ours:,.1f} tokens/s, {peer_name} {peer.ours:,.1f}; "
-        f"median of {ratio.n} paired ratios {ratio.ours:.3f}"
-    )
     ours.peers = {peer_name: peer.ours}
     ours.notes = {
         "ratio": round(ratio.ours, 4),

@@ -55,6 +55,7 @@ def conduct(
     try:
         for row in module.run(device, quick, say, **options):
             fresh.append(row)
+            say(row.line(module.UNIT))
             if time.monotonic() - saved_at >= SAVE_SECONDS:
                 keep()
                 saved_at = time.monotonic()

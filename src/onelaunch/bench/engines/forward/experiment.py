@@ -140,7 +140,6 @@ def _case(
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
     row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes, alone)
-    say(_told(row))
     return row
 
 
@@ -298,10 +297,3 @@ def _floor_us(config: ModelConfig, rows: int, bandwidth: float) -> float:
         shape[0] * shape[1] for shape in config.weight_shapes().values() if len(shape) > 1
     )
     return 2 * (weights + rows * config.vocab_size) / bandwidth / 1e3
-
-
-def _told(row: Row) -> str:
-    forms = ", ".join(f"{name} {each['median']:.1f}" for name, each in row.notes["forms"].items())
-    peers = ", ".join(f"{name} {value:.1f}" for name, value in row.peers.items())
-    wide = row.notes[FLOAT32]["median"]
-    return f"{row.case}: {row.ours:.1f} us, float32 {wide:.1f} (graphs: {forms}); {peers}"

@@ -67,9 +67,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         raise BadInput(f"baked-or-argument: --device {device}: it is for a CPU; {reason}")
     coremltools("bench baked-or-argument")
     for name in QUICK_MODELS if quick else MODELS:
-        for row in _model(name, quick):
-            say(f"{row.case}: {digits(row.ours * 1e3)} ms")
-            yield row
+        yield from _model(name, quick)
 
 
 @dataclass

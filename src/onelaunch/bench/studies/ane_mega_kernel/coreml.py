@@ -30,7 +30,7 @@ from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import BadInput, OnelaunchError
 from onelaunch.model import Model
-from onelaunch.plan import Launch, Part, Plan, every_depth, make_plan, part_of
+from onelaunch.plan import Launch, Plan, every_depth, make_plan, part_of
 
 UNIT = "s"
 SEQUENCE = 256
@@ -86,11 +86,9 @@ def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -
                 precision: _errors(_logits(made, weights, tokens, precision), exact)
                 for precision in ("float32", "float16")
             }
-        say(f"{row.case}: {_told(row)}")
         yield row
     for taps in ("full", "inputs"):
         row = _backward_row(f"{name} 1x{SEQUENCE} backward {taps}", plan, taps, weights, quick)
-        say(f"{row.case}: {_told(row)}")
         yield row
 
 
@@ -104,8 +102,7 @@ def _blocks(
     weights = random_weights(config, 0)
     plan = part_of(make_plan(config, 1, SEQUENCE, all_positions=True), "ffn")
     case = f"ffn {dim}/{hidden} 1x{SEQUENCE}, {layers} layer{'s' if layers > 1 else ''}"
-    row = _row(case, plan, layers, weights, quick, on_a_mac, say, "ffn")
-    say(f"{row.case}: {_told(row)}")
+    row = _row(case, plan, layers, weights, quick, on_a_mac, say)
     return row
 
 
@@ -117,7 +114,6 @@ def _row(
     quick: bool,
     on_a_mac: bool,
     say: Callable[[str], None],
-    part: Part = "whole",
 ) -> Row:
     samples: list[_Made] = []
     notes: dict[str, Any] = {}
@@ -254,20 +250,6 @@ def _on_a_mac(made: _Made, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"without Core ML's times: {error}")
         found["failed"] = str(error)
     return found
-
-
-def _told(row: Row) -> str:
-    notes = row.notes
-    text = (
-        f"{row.ours:.2f} s, {notes['programs']} program{'s' if notes['programs'] > 1 else ''}, "
-        f"{notes['operations']:,} operations, {notes['over_weights']:.2f}x the weights"
-    )
-    if "errors" in notes:
-        text += "".join(
-            f"; {precision} {error['relative']:.1e} off, cosine 1 - {error['one_minus_cosine']:.0e}"
-            for precision, error in notes["errors"].items()
-        )
-    return text
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:

@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.compilation.cache import Store
-from onelaunch.config import ModelConfig, preset
+from onelaunch.config import preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.engines.reference import ReferenceEngine
@@ -39,7 +39,7 @@ class Update:
 class Driver(Generic[Engine]):
     """Updates of a trainer on the built-in stories, one text of `sequence` tokens at a time."""
 
-    def __init__(self, engine: Engine, config: ModelConfig, sequence: int) -> None:
+    def __init__(self, engine: Engine, sequence: int) -> None:
         self.engine = engine
         self.sequence = sequence
         self.optimizer = make_optimizer(engine.parameters(), Recipe())
@@ -86,7 +86,7 @@ def driver(
     config = preset(name)
     engine = CoreMLTrainer(config, random_weights(config), store=store, **options)
     try:
-        yield Driver(engine, config, sequence)
+        yield Driver(engine, sequence)
     finally:
         engine.close()
 
@@ -95,7 +95,7 @@ def pytorch_driver(name: str, sequence: int, device: str) -> Driver[ReferenceEng
     """With PyTorch on a device, as the trainer does it, of a preset with random weights."""
     config = preset(name)
     engine = ReferenceEngine(config, random_weights(config), device, train=True, norm="auto")
-    return Driver(engine, config, sequence)
+    return Driver(engine, sequence)
 
 
 def why_no_programs(device: str) -> str | None:
@@ -113,13 +113,3 @@ def check_device(experiment: str, device: str) -> None:
     """Raise BadInput for a device that training is not timed on."""
     if torch.device(device).type not in ("cpu", "cuda"):
         raise BadInput(f"{experiment}: --device {device}: it is timed on cpu and cuda")
-
-
-def told_by(say: Callable[[str], None], case: str, updates: list[Update]) -> None:
-    """A line of what some updates took."""
-    seconds = sum(u.seconds for u in updates)
-    stall = sum(u.stall_seconds for u in updates)
-    say(
-        f"{case}: {len(updates)} updates of {updates[0].micro_steps} micro-steps in "
-        f"{seconds:.1f} s, {stall:.2f} s of it waiting"
-    )

@@ -21,7 +21,7 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.experiments import NOT_ON_A_GPU
-from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver, told_by
+from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver
 from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
@@ -138,7 +138,6 @@ def _case(
     compiling, step = schedule.compile_seconds, schedule.step_seconds_beside
     assert compiling is not None
     for each, updates in timed.items():
-        told_by(say, f"{case}, K {each}", updates)
         waits = [update.stall_seconds for update in updates]
         rates = [update.micro_steps / update.seconds for update in updates]
         yield Row.of(

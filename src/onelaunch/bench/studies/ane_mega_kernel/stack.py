@@ -67,15 +67,13 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         say(f"without ML Programs: {reason}")
     else:
         for model, sequence, rounds in cases:
-            yield from _programs(model, sequence, rounds, long, say)
+            yield from _programs(model, sequence, rounds, long)
     for model, sequence, rounds in cases:
         training = pytorch_driver(model, sequence, device)
-        yield from _pytorch(training, model, PYTORCH_ROUNDS * rounds, long, say)
+        yield from _pytorch(training, model, PYTORCH_ROUNDS * rounds, long)
 
 
-def _programs(
-    model: str, sequence: int, rounds: int, long: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row]:
     timed: dict[str, list[Update]] = {stage: [] for stage in STAGES}
     with (
         driver(model, sequence, staleness=0) as waiting,
@@ -136,7 +134,7 @@ def _programs(
             ),
         }  # fmt: skip
         case = f"ML Programs {model} 1x{sequence}"
-        yield _row(case, stage, samples, SHORT if stage == baseline else long, notes, say)
+        yield _row(case, stage, samples, SHORT if stage == baseline else long, notes)
 
 
 def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
@@ -149,9 +147,7 @@ def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
     return replace(update, seconds=update.seconds + wait, stall_seconds=stall)
 
 
-def _pytorch(
-    training: Driver[Any], model: str, rounds: int, long: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Iterator[Row]:
     def rate(k: int) -> Callable[[], float]:
         def updated() -> float:
             updates = [training.update(k) for _ in range(long // k)]  # as many micro-steps
@@ -174,7 +170,7 @@ def _pytorch(
     samples = in_rounds({baseline: rate(SHORT), accumulation: rate(long), asymptote: bare}, rounds)
     for stage in samples:
         case = f"PyTorch {model} 1x{training.sequence}"
-        yield _row(case, stage, samples, SHORT if stage == baseline else long, {}, say)
+        yield _row(case, stage, samples, SHORT if stage == baseline else long, {})
 
 
 def _row(
@@ -183,7 +179,6 @@ def _row(
     samples: dict[str, list[float]],
     k: int,
     notes: dict[str, Any],
-    say: Callable[[str], None],
 ) -> Row:
     row = Row.of(
         f"{case}: {_label(stage, k)}",
@@ -197,8 +192,6 @@ def _row(
             **notes,
         },
     )
-    model = f", {notes['model']:.2f} by the model" if notes else ""
-    say(f"{row.case}: {row.ours:.2f} micro-steps/s, {row.notes['speedup']:.2f}x{model}")
     return row
 
 

@@ -89,15 +89,13 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
             with timed_trainer(recipe, device) as trainer, output() as descriptor:
                 updates = QUICK_NAIVE_UPDATES if quick else NAIVE_UPDATES
                 samples = _watch(trainer, descriptor, blocks, seconds, updates if slow else None)
-            rows.append(_row(f"{case} {kind}", samples, BYTES_PER_SECOND if slow else None, say))
+            rows.append(_row(f"{case} {kind}", samples, BYTES_PER_SECOND if slow else None))
     return rows
 
 
-def _row(
-    case: str, samples: dict[str, list[float]], rate: int | None, say: Callable[[str], None]
-) -> Row:
+def _row(case: str, samples: dict[str, list[float]], rate: int | None) -> Row:
     extra = [shown / bare - 1 for shown, bare in zip(samples["ours"], samples["none"], strict=True)]
-    ours, none, naive = (Row.of(case, samples[how]) for how in ("ours", "none", "naive"))
+    none, naive = (Row.of(case, samples[how]) for how in ("none", "naive"))
     cost = Row.of(case, extra)
     paired = {}
     if naive.n == none.n:
@@ -106,10 +104,6 @@ def _row(
         paired = {"naive_cost_spread": [round(v, 4) for v in percentiles(each)]}
     else:
         times = naive.ours / none.ours
-    say(
-        f"{case}: unwatched {none.ours:.2f} ms/update, our display {ours.ours:.2f} "
-        f"({cost.ours:+.1%}), a line each update {naive.ours:.2f} ({times:.1f}x)"
-    )
     return Row.of(
         case,
         samples["ours"],

@@ -51,10 +51,10 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         say("a small model, eager alone")
         cases = CPU_QUICK if quick else CPU_CASES
     for case in cases:
-        yield _compare(case, device, QUICK_BLOCKS if quick else BLOCKS, say)
+        yield _compare(case, device, QUICK_BLOCKS if quick else BLOCKS)
 
 
-def _compare(case: Case, device: str, blocks: int, say: Callable[[str], None]) -> Row:
+def _compare(case: Case, device: str, blocks: int) -> Row:
     name, batch, seq_len, compiled = case
     vocab_size = preset(name).vocab_size
     # a second shape of one function would be compiled for any shape
@@ -88,10 +88,6 @@ def _compare(case: Case, device: str, blocks: int, say: Callable[[str], None]) -
             # the residual stream, which autocast leaves as the embedding made it
             "norm_input": "float32",
         },
-    )
-    say(
-        f"{row.case}: {row.ours:.2f} ms a step with ours, {row.peers['torch']:.2f} with PyTorch's; "
-        f"median of {ratio.n} paired ratios {ratio.ours:.3f}"
     )
     return row
 

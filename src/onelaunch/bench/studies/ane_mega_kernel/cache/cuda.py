@@ -68,9 +68,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     if reason := why_not(torch.device(device)):
         raise BadInput(f"cache: --device {device}: {reason}")
     with tempfile.TemporaryDirectory(prefix="onelaunch-cache-") as name:
-        for row in _rows(Path(name), device, quick):
-            say(f"{row.case}: {digits(row.ours * 1e3)} ms, {row.notes['found']}")
-            yield row
+        yield from _rows(Path(name), device, quick)
 
 
 def _rows(folder: Path, device: str, quick: bool) -> Iterator[Row]:

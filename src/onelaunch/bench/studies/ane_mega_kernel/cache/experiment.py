@@ -62,8 +62,8 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         missing = error
         say(f"without ML Programs: {error}")
     else:
-        yield from _told(_layer(repeats), say)
-        yield from _told(_attention(repeats), say)
+        yield from _layer(repeats)
+        yield from _attention(repeats)
     from onelaunch.engines.cpu import why_not
 
     if reason := why_not():
@@ -71,13 +71,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         if missing:
             raise missing
     else:
-        yield from _told(_cpu(QUICK_CPU_REPEATS if quick else CPU_REPEATS, quick), say)
-
-
-def _told(rows: Iterator[Row], say: Callable[[str], None]) -> Iterator[Row]:
-    for row in rows:
-        say(f"{row.case}: {digits(row.ours * 1e3)} ms, {row.notes['found']}")
-        yield row
+        yield from _cpu(QUICK_CPU_REPEATS if quick else CPU_REPEATS, quick)
 
 
 def _layer(repeats: int) -> Iterator[Row]:

@@ -47,22 +47,22 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             return ask((*COMMAND, what, device, str(number)), env)
 
         count = QUICK_AGAIN if quick else AGAIN
-        yield _many(f"{count} launches, {WEIGHTS}", told("again", count), say)
+        yield _many(f"{count} launches, {WEIGHTS}", told("again", count))
         count = QUICK_DISTINCT if quick else DISTINCT
-        yield _many(f"{count} compilations, {KERNELS}", told("distinct", count), say)
+        yield _many(f"{count} compilations, {KERNELS}", told("distinct", count))
         # others than those that are kept now; what Triton makes once for a store is there
         restarts = 2 if quick else RESTARTS
         numbers = [10_000 + 2 * n for n in range(restarts)]
-        yield restart_row([told("restart", number) for number in numbers], say)
+        yield restart_row([told("restart", number) for number in numbers])
         for layers in QUICK_LAYERS if quick else LAYERS:
-            row = _layers(told, layers, say)
+            row = _layers(told, layers)
             yield row
             if row.notes["refused"]:
                 break
 
 
-def _many(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:
-    row = many_row(case, told, say)
+def _many(case: str, told: dict[str, Any]) -> Row:
+    row = many_row(case, told)
     used = told["gpu_bytes"]
     row.notes |= {
         "place": "cuda",
@@ -73,18 +73,12 @@ def _many(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:
         "gpu_bytes_slope": round(slope(used)),
         "gpu_bytes_by_number": used[:: max(1, len(used) // 50)],
     }
-    say(
-        f"{case}: {told['compilations']} compiled; "
-        f"{row.notes['gpu_bytes_a_compilation'] / 1e3:+,.1f} kB of the GPU's memory each"
-    )
     return row
 
 
-def _layers(told: Told, layers: int, say: Callable[[str], None]) -> Row:
+def _layers(told: Told, layers: int) -> Row:
     about = told("layers", layers)
     names = ("refused", "weight_bytes", "operations", "apart_from_pytorch")
     notes = {"place": "cuda"} | {name: about[name] for name in names}
     row = Row(f"{layers} layers of 768/2048 in a launch", about["seconds"], notes=notes)
-    answer = f"refused: {about['refused']}" if about["refused"] else "right"
-    say(f"{row.case}: {row.ours:.1f} s, {about['weight_bytes'] / 1e6:,.0f} MB; {answer}")
     return row

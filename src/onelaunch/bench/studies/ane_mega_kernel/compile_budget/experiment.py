@@ -55,30 +55,28 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         ("again", QUICK_AGAIN if quick else AGAIN),
         ("distinct", QUICK_DISTINCT if quick else DISTINCT),
     ):
-        yield _many(what, count, say)
-    yield _restart(2 if quick else RESTARTS, say)
+        yield _many(what, count)
+    yield _restart(2 if quick else RESTARTS)
     for layers in QUICK_LAYERS if quick else LAYERS:
-        row = _layers(layers, say)
+        row = _layers(layers)
         yield row
         if row.notes["refused"]:
             break
 
 
-def _many(what: str, count: int, say: Callable[[str], None]) -> Row:
+def _many(what: str, count: int) -> Row:
     case = f"{count} compilations, {'new weights' if what == 'again' else 'distinct shapes'}"
-    return many_row(case, ask((*CHILD, what, str(count))), say)
+    return many_row(case, ask((*CHILD, what, str(count))))
 
 
-def _restart(count: int, say: Callable[[str], None]) -> Row:
-    return restart_row([ask((*CHILD, "restart")) for _ in range(count)], say)
+def _restart(count: int) -> Row:
+    return restart_row([ask((*CHILD, "restart")) for _ in range(count)])
 
 
-def _layers(layers: int, say: Callable[[str], None]) -> Row:
+def _layers(layers: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         words = "layers", str(layers), str(Path(folder) / "whole.mlpackage")
         told = ask((*CHILD, *words))
     notes = {name: told[name] for name in ("refused", "weight_bytes", "operations")}
     row = Row(f"{layers} layers of 768/2048 in a program", told["seconds"], notes=notes)
-    answer = f"refused: {told['refused']}" if told["refused"] else "made"
-    say(f"{row.case}: {row.ours:.1f} s, {told['weight_bytes'] / 1e6:,.0f} MB; {answer}")
     return row

@@ -4,7 +4,6 @@ processes say."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 from onelaunch.bench.core.record import Row
@@ -16,7 +15,7 @@ WEIGHTS, SHAPES, KERNELS = "new weights", "distinct shapes", "distinct kernels"
 """What is compiled, as the cases' names end."""
 
 
-def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:
+def many_row(case: str, told: dict[str, Any]) -> Row:
     """Of what a child says of many compilations, the first tenth of them and the last."""
     seconds, memory = told["seconds"], told["bytes"]
     tenth = max(1, len(seconds) // 10)
@@ -34,17 +33,12 @@ def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row
             "bytes_by_number": memory[:: max(1, len(memory) // 50)],
         },
     )
-    say(
-        f"{case}: {told['failures']} failed, {first:.3f} s at first, {last:.3f} s at last; "
-        f"{row.notes['bytes_a_compilation'] / 1e3:+,.1f} kB each over the second half"
-    )
     return row
 
 
-def restart_row(told: list[dict[str, Any]], say: Callable[[str], None]) -> Row:
+def restart_row(told: list[dict[str, Any]]) -> Row:
     """Fresh processes until they have compiled once, less a compilation."""
     row = Row.of("a fresh process", [each["until_first"] - each["second"] for each in told])
-    say(f"{row.case}: {row.ours:.2f} s more than a compilation")
     return row
 
 

@@ -67,10 +67,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise BadInput(f"cpu-overhead: --device {device}: runs on cpu or cuda; use one of them")
-    for row in _rows(place, quick, say):
-        unit = row.notes.get("unit", UNIT)
-        say(f"{row.case}: {digits(row.ours)} {unit}")
-        yield row
+    yield from _rows(place, quick, say)
 
 
 def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:

@@ -83,7 +83,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
                     calls["PyTorch"] = _pytorch(config, sequence)
             for name, call in calls.items():
                 case = f"{name} {model} 1x{sequence}"
-                yield from _case(case, call, background, rounds, say)
+                yield from _case(case, call, background, rounds)
 
 
 def _background(config: ModelConfig, sequence: int, device: torch.device) -> Background:
@@ -143,9 +143,7 @@ def _cuda(config: ModelConfig, sequence: int, device: torch.device) -> Call:
     return call
 
 
-def _case(
-    case: str, call: Call, background: Background, rounds: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _case(case: str, call: Call, background: Background, rounds: int) -> Iterator[Row]:
     for _ in range(5):
         call()
     alone: list[list[float]] = []
@@ -185,10 +183,6 @@ def _case(
                 "compile_alone": round(statistics.median(compiled["alone"]), 4),
                 "compile_beside": round(statistics.median(compiled["beside"]), 4),
             }
-        say(
-            f"{row.case}: average {row.ours:.2f} ms, most {row.notes['most']:.2f}"
-            + (f", {row.notes['slowdown']:.2f} times as slow" if each is beside else "")
-        )
         yield row
 
 

@@ -55,7 +55,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
         case = f"PyTorch {model} 1x{sequence}"
         told = [_child("PyTorch", device, model, sequence, steps, 0, 0) for _ in range(processes)]
-        yield from _rows(case, [each["first"] for each in told], say)
+        yield from _rows(case, [each["first"] for each in told])
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")
         return
@@ -66,9 +66,9 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             _child("ML Programs", device, model, sequence, steps, updates, after)
             for _ in range(processes)
         ]
-        yield from _rows(case, [each["first"] for each in told], say)
+        yield from _rows(case, [each["first"] for each in told])
         fresh = [times for each in told for times in each["after"]]
-        yield from _rows(f"{case} after an update", fresh, say)
+        yield from _rows(f"{case} after an update", fresh)
 
 
 def _child(*words: str | int) -> dict[str, Any]:
@@ -95,9 +95,7 @@ def steady_from(times: Sequence[float], within: float) -> int | None:
     return first + 1 if first < (1 - END_SHARE) * len(times) else None
 
 
-def _rows(
-    case: str, by_process: Sequence[Sequence[float]], say: Callable[[str], None]
-) -> Iterator[Row]:
+def _rows(case: str, by_process: Sequence[Sequence[float]]) -> Iterator[Row]:
     """The marked micro-steps, and the end."""
     by_step = [statistics.median(step) for step in zip(*by_process, strict=True)]
     steps = len(by_step)
@@ -128,11 +126,6 @@ def _rows(
             "roughly_from": roughly,
             "by_step": [round(ms, 3) for ms in by_step],
         },
-    )
-    say(
-        f"{case}: {by_step[0]:.2f} ms at first, {end_of(by_step):.2f} at last; within "
-        f"{WITHIN:.0%} of it from {steady or 'none'} on, within {ROUGHLY:.0%} from "
-        f"{roughly or 'none'} on"
     )
     yield row
 

@@ -37,7 +37,6 @@ from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
     PRODUCT,
     WIDTH,
     findings,
-    in_words,
     table,
 )
 from onelaunch.engines.coreml import coremltools
@@ -88,9 +87,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise BadInput(f"weight-mutability: --device {device}: runs on cpu or cuda")
-    for row in _by_programs(quick) if place.type == "cpu" else _by_kernels(place, quick):
-        say(f"{row.case}: {in_words(row.notes)}")
-        yield row
+    yield from _by_programs(quick) if place.type == "cpu" else _by_kernels(place, quick)
 
 
 def _by_kernels(place: torch.device, quick: bool) -> Iterator[Row]:
