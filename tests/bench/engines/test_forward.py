@@ -11,7 +11,7 @@ from onelaunch.bench.core.settled import Settled
 from onelaunch.bench.engines.forward import experiment as forward
 from onelaunch.bench.engines.forward.views import draw, table
 from onelaunch.config import preset
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 
 
 def samples():
@@ -146,8 +146,3 @@ def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, f
     else:
         with pytest.raises(RunFailed, match="did not find what was chosen"):
             forward._engine(*args, tmp_path)
-
-
-def test_it_wants_a_gpu():
-    with pytest.raises(BadInput, match="it times a GPU, and the device is cpu"):
-        next(iter(forward.run("cpu", True, print)))

@@ -10,7 +10,6 @@ import torch
 from onelaunch import cli
 from onelaunch.bench.core import compiled
 from onelaunch.bench.core.weights import random_weights
-from onelaunch.bench.studies.ane_mega_kernel import fusion_depth
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cpu as fusion_depth_cpu
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     LAYERS,
@@ -193,8 +192,3 @@ def test_published_speedups_are_the_source_s():
     speeds = [round(two / one, 2) for one, two, _ in PUBLISHED_LAYERS.values()]
     assert speeds == [2.57, 2.89]
     assert round(PUBLISHED_MODELS["stories110m"][1] / 1978, 2) == 7.70
-
-
-def test_only_the_cpu_and_cuda():
-    with pytest.raises(ValueError, match="--device mps: fusion-depth runs on cpu or cuda"):
-        list(fusion_depth.run("mps", True, print))

@@ -14,7 +14,7 @@ from onelaunch.bench.core.findings import above, below, standard_error, unless
 from onelaunch.bench.studies.ane_mega_kernel import cpu_overhead, terminal_io
 from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead import cases as cpu_overhead_cases
 from onelaunch.engines import cpu
-from onelaunch.errors import BadInput, MissingExtra, RunFailed
+from onelaunch.errors import MissingExtra, RunFailed
 
 pytest.importorskip("coremltools")
 
@@ -28,12 +28,6 @@ from tests.interpreting import run_interpreted
 
 def verdicts(module, record):
     return {key: f.verdict for f in module.findings(record) for key in f.answers}
-
-
-@pytest.mark.parametrize("module", [cache, cpu_overhead, weight_mutability, baked_or_argument])
-def test_another_device_is_refused(module):
-    with pytest.raises(BadInput, match="CPU|cpu"):
-        next(iter(module.run("meta", True, print)))
 
 
 # ---- cache

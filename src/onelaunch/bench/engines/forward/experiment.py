@@ -42,7 +42,7 @@ from onelaunch.bench.core.timing import copy_bandwidth
 from onelaunch.bench.engines.forward.views import draw, findings, table
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.config import ModelConfig, preset
-from onelaunch.errors import BadInput, EngineTimeout, RunFailed
+from onelaunch.errors import EngineTimeout, RunFailed
 
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.engine import CudaEngine
@@ -71,10 +71,6 @@ CHILD_SECONDS = 120.0
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every case; yields rows."""
-    if torch.device(device).type != "cuda":
-        raise BadInput(
-            f"forward: it times a GPU, and the device is {device}; take another experiment"
-        )
     import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
     from triton.runtime.cache import triton_key
 

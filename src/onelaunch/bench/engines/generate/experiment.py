@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.bench.core.compiled import (
-    check_device,
     compiled_program,
     thread_counts,
     threads_named,
@@ -63,7 +62,6 @@ def run(
     device: str, quick: bool, say: Callable[[str], None], peers: Mapping[str, Path]
 ) -> Iterator[Row]:
     """Time every case; yields rows, higher is better where the unit is tokens/s."""
-    check_device("generate", device)
     binary = peers.get(NAME)
     if binary is not None:
         check_binary(binary)

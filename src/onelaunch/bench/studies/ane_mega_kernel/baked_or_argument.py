@@ -27,7 +27,6 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds
 from onelaunch.bench.core.tables import digits, document, markdown, spread
-from onelaunch.bench.experiments import NOT_ON_A_GPU
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import (
@@ -43,7 +42,7 @@ from onelaunch.engines.coreml.emit import (
 from onelaunch.engines.coreml.evaluate import Evaluator
 from onelaunch.engines.coreml.pack import Packed
 from onelaunch.engines.coreml.package import Package
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 from onelaunch.model import Model
 from onelaunch.plan import Launch, Plan, make_plan
 
@@ -62,9 +61,6 @@ FORMS = ("constants", "arguments", "PyTorch")
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every model; yields rows."""
-    if torch.device(device).type != "cpu":
-        reason = NOT_ON_A_GPU["baked-or-argument"]
-        raise BadInput(f"baked-or-argument: --device {device}: it is for a CPU; {reason}")
     coremltools("bench baked-or-argument")
     for name in QUICK_MODELS if quick else MODELS:
         yield from _model(name, quick)

@@ -28,7 +28,7 @@ from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
-from onelaunch.errors import BadInput, OnelaunchError
+from onelaunch.errors import OnelaunchError
 from onelaunch.model import Model
 from onelaunch.plan import Launch, Plan, every_depth, make_plan, part_of
 
@@ -56,8 +56,6 @@ class _Made:
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    if torch.device(device).type != "cpu":
-        raise BadInput(f"coreml: --device {device}: programs are made and evaluated on the CPU")
     coremltools("bench coreml")
     from onelaunch.engines.coreml import run as mac
 

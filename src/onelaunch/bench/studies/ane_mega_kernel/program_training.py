@@ -18,7 +18,7 @@ from onelaunch.config import preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.errors import MissingExtra
 from onelaunch.training.data import open_data
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import make_optimizer
@@ -107,9 +107,3 @@ def why_no_programs(device: str) -> str | None:
     except MissingExtra as error:
         return str(error)
     return None
-
-
-def check_device(experiment: str, device: str) -> None:
-    """Raise BadInput for a device that training is not timed on."""
-    if torch.device(device).type not in ("cpu", "cuda"):
-        raise BadInput(f"{experiment}: --device {device}: it is timed on cpu and cuda")

@@ -20,12 +20,10 @@ from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import digits, document, markdown, spread
-from onelaunch.bench.experiments import NOT_ON_A_GPU
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver
 from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
-from onelaunch.errors import BadInput
 
 UNIT = "s"
 KEYS = ("hide-15m-ffn", "hide-15m", "hide-110m-ffn", "hide-110m-4", "hide-110m")
@@ -52,10 +50,6 @@ QUICK_ROUNDS, QUICK_UPDATES = 1, 2
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    if torch.device(device).type != "cpu":
-        raise BadInput(
-            f"recompile: --device {device}: it is for a CPU; {NOT_ON_A_GPU['recompile']}"
-        )
     coremltools("bench recompile")
     for key in KEYS:
         values = PUBLISHED[key].values

@@ -36,7 +36,6 @@ from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Driver,
     Update,
-    check_device,
     driver,
     pytorch_driver,
     why_no_programs,
@@ -61,7 +60,6 @@ that others use."""
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("stack", device)
     cases, long = (QUICK_CASES, QUICK_LONG) if quick else (CASES, LONG)
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")

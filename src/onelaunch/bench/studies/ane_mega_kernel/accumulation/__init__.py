@@ -22,7 +22,6 @@ from onelaunch.bench.studies.ane_mega_kernel.accumulation.views import draw, fin
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Driver,
     Update,
-    check_device,
     driver,
     pytorch_driver,
     why_no_programs,
@@ -54,7 +53,6 @@ BASE = 10
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("accumulation", device)
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")
     else:

@@ -29,7 +29,6 @@ from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
 )
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.views import draw, findings, table
 from onelaunch.engines.coreml import coremltools
-from onelaunch.errors import BadInput
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]
 
@@ -48,8 +47,6 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
         yield from compile_budget_cuda.run(device, quick, say)
         return
-    if torch.device(device).type != "cpu":
-        raise BadInput(f"compile-budget: --device {device}: programs are made on the CPU")
     coremltools("bench compile-budget")
     for what, count in (
         ("again", QUICK_AGAIN if quick else AGAIN),

@@ -38,14 +38,12 @@ from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     ProgramCompilations,
 )
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    check_device,
     preset,
     why_no_programs,
 )
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import BadInput
 
 UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 64))
@@ -63,7 +61,6 @@ Call = Callable[[], object]
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("overlap", device)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     place = torch.device(device)
     if place.type == "cpu":
@@ -89,10 +86,6 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 def _background(config: ModelConfig, sequence: int, device: torch.device) -> Background:
     if device.type == "cpu":
         return ProgramCompilations(config, random_weights(config), sequence)
-    from onelaunch.engines.cuda import why_not
-
-    if reason := why_not(device, config):
-        raise BadInput(f"overlap: --device {device}: {reason}")
     return KernelCompilations(config, sequence, device)
 
 

@@ -20,7 +20,6 @@ import torch
 
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    check_device,
     driver,
     pytorch_driver,
     why_no_programs,
@@ -50,7 +49,6 @@ K = 5
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("step-breakdown", device)
     cases, updates = QUICK_CASES if quick else CASES, QUICK_UPDATES if quick else UPDATES
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")

@@ -27,7 +27,7 @@ from onelaunch.bench.core.findings import (
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import document, markdown, spread
-from onelaunch.bench.studies.ane_mega_kernel.program_training import check_device, why_no_programs
+from onelaunch.bench.studies.ane_mega_kernel.program_training import why_no_programs
 
 UNIT = "ms"
 MARKS = (1, 30, 136)
@@ -51,7 +51,6 @@ CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up.
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("warm-up", device)
     for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
         case = f"PyTorch {model} 1x{sequence}"
         told = [_child("PyTorch", device, model, sequence, steps, 0, 0) for _ in range(processes)]

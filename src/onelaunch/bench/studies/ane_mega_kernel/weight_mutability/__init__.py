@@ -44,7 +44,6 @@ from onelaunch.engines.coreml.emit import write
 from onelaunch.engines.coreml.evaluate import Evaluator, Precision
 from onelaunch.engines.coreml.lint import lint
 from onelaunch.engines.coreml.package import Package
-from onelaunch.errors import BadInput
 
 __all__ = ["UNIT", "findings", "run", "table"]
 
@@ -84,20 +83,12 @@ def ways() -> list[Way]:
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every way of the device; yields rows."""
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise BadInput(f"weight-mutability: --device {device}: runs on cpu or cuda")
-    yield from _by_programs(quick) if place.type == "cpu" else _by_kernels(place, quick)
-
-
-def _by_kernels(place: torch.device, quick: bool) -> Iterator[Row]:
-    from onelaunch.engines.cuda import why_not
-
-    if reason := why_not(place):
-        raise BadInput(f"weight-mutability: --device {place}: {reason}; use cpu")
+    if torch.device(device).type == "cpu":
+        yield from _by_programs(quick)
+        return
     from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.cuda import rows
 
-    yield from rows(place, quick)
+    yield from rows(torch.device(device), quick)
 
 
 def _by_programs(quick: bool) -> Iterator[Row]:
