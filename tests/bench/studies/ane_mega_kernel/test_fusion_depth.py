@@ -9,6 +9,7 @@ import torch
 
 from onelaunch import cli
 from onelaunch.bench.core import compiled
+from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cpu as fusion_depth_cpu
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
@@ -20,11 +21,7 @@ from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     block_ways,
     rows_of,
 )
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import (
-    PUBLISHED_FFN,
-    PUBLISHED_LAYERS,
-    PUBLISHED_MODELS,
-)
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import FFNS, MODELS, PARTS
 from onelaunch.engines.cpu.runtime import Runtime
 from onelaunch.model import Model
 from onelaunch.plan import every_depth, launches, make_plan, part_of
@@ -181,14 +178,14 @@ def test_compilation_is_from_an_empty_store(monkeypatch):
     assert not store.folder.exists()
 
 
-def test_published_speedups_are_the_source_s():
-    assert {m: round(v[2] / v[1], 1) for m, v in PUBLISHED_FFN.items()} == {
-        ("64/128", 1): 8.9,
-        ("128/256", 1): 5.6,
-        ("288/768", 1): 3.7,
-        ("288/768", 128): 4.2,
-        ("768/2048", 1): 2.8,
-    }
-    speeds = [round(two / one, 2) for one, two, _ in PUBLISHED_LAYERS.values()]
-    assert speeds == [2.57, 2.89]
-    assert round(PUBLISHED_MODELS["stories110m"][1] / 1978, 2) == 7.70
+def test_published_speedups_are_of_the_published_times():
+    for key in FFNS.values():
+        values = PUBLISHED[key].values
+        assert round(values["12 apart, us"] / values["12 in one, us"], 1) == values["speedup"]
+    for key in (*MODELS.values(), *PARTS.values()):
+        values = PUBLISHED[key].values
+        speedup = values["two a layer, us"] / values["one program, us"]
+        assert speedup == pytest.approx(values["speedup"], abs=0.01)
+    whole, part = (PUBLISHED[key].values for key in ("whole-110m", "part-110m-4"))
+    divided = round(whole["two a layer, us"] / part["one program, us"], 2)
+    assert divided == PUBLISHED["sweet-spot"].values["speedup"]

@@ -11,14 +11,6 @@ Record = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 PEERS = ("run.c", "llama.cpp", "bare loop", "reference")
-COLORS = {
-    "ours": "#1a7a36",
-    "run.c": "#1f5a8f",
-    "llama.cpp": "#7a3f9d",
-    "bare loop": "#d08020",
-    "reference": "#999999",
-}
-
 EXPLANATION = (
     "Greedy, one text. `of reading`: weight bytes read a second, over what as many threads reach "
     "reading the packed weights and doing nothing else (the best of 15 passes, in each round). A "
@@ -140,29 +132,12 @@ _SECTIONS = (
 def draw(record: Record) -> plots.Figure | None:
     """Bars: tokens a second of ours and the peers, relative to ours; None without speeds."""
     rows = _speeds(record["rows"])
-    if not rows:
-        return None
-    names = [name for name in COLORS if name == "ours" or any(name in r["peers"] for r in rows)]
-    figure = plots.new_figure(8, 1.4 + 0.2 * len(names) * len(rows))
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    labelled: set[str] = set()
-    for place, name in enumerate(names):
-        for i, row in enumerate(rows):
-            value = row["ours"] if name == "ours" else row["peers"].get(name)
-            if value is None:
-                continue
-            share = 1.0 if name == "ours" else 1 / row["ratios"][name]
-            y = i + (place - (len(names) - 1) / 2) * height
-            label = None if name in labelled else name
-            labelled.add(name)
-            axes.barh(y, share, height * 0.9, color=COLORS[name], label=label)
-            axes.text(share + 0.01, y, digits(value), va="center", fontsize=7)
-    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("speed relative to ours (medians of rounds); beside the bars tokens/s")
-    axes.set_xlim(right=1.08 * axes.get_xlim()[1])
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
-    axes.set_title(f"Generation on {record['device']}", fontsize=10)
-    return figure
+    series = {"ours": {row["case"]: 1.0 for row in rows}} | {
+        peer: {row["case"]: 1 / row["ratios"][peer] for row in rows if peer in row["ratios"]}
+        for peer in PEERS
+    }
+    return plots.bars(
+        f"Generation on {record['device']}",
+        {name: values for name, values in series.items() if values},
+        "speed relative to ours (medians of rounds)", "", across=True, at=1,
+    )  # fmt: skip

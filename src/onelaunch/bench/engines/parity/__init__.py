@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.weights import SEED, random_weights
+from onelaunch.bench.core.weights import SEED, exact_logits, random_weights
 from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine
@@ -50,7 +50,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     for name, sequence in QUICK_MODELS if quick else MODELS:
         config, weights, tokens, targets = _problem(name, sequence)
-        exact = _exact_logits(config, weights, tokens)
+        exact = exact_logits(config, weights, tokens)
         for engine, dtype, make in _engines(place, say):
             logits = make(config, weights).logits(tokens.to(place)).cpu().double()
             beside = _pytorch(config, weights, tokens, dtype, place, engine)
@@ -117,12 +117,6 @@ def _has_coremltools(say: Callable[[str], None]) -> bool:
         say(f"without ML Programs: {error}")
         return False
     return True
-
-
-def _exact_logits(config: ModelConfig, weights: Weights, tokens: Tensor) -> Tensor:
-    model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
-    with torch.no_grad():
-        return F.linear(model.hidden(tokens), model.head_weight())
 
 
 def _pytorch(

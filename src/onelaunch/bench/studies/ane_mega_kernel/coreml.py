@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.tables import digits, document, markdown
-from onelaunch.bench.core.weights import random_weights
+from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.errors import OnelaunchError
-from onelaunch.model import Model
 from onelaunch.plan import Launch, Plan, every_depth, make_plan, part_of
 
 UNIT = "s"
@@ -73,7 +71,7 @@ def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -
     config = preset(name)
     weights = random_weights(config, 0)
     tokens = torch.randint(config.vocab_size, (1, SEQUENCE), generator=torch.manual_seed(0))
-    exact = _exact_logits(config, weights, tokens)
+    exact = exact_logits(config, weights, tokens)
     plan = make_plan(config, 1, SEQUENCE, all_positions=True)
     depths = [depth for depth in every_depth(config.n_layers) if depth != "stage"]
     for depth in ("half", "all") if quick else depths:
@@ -191,12 +189,6 @@ def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _
         operations += emitted.operations
     n_bytes = sum(f.stat().st_size for path in paths for f in path.rglob("*") if f.is_file())
     return _Made(paths, found, emit_seconds, seconds, operations, n_bytes)
-
-
-def _exact_logits(config: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
-    with torch.no_grad():
-        return F.linear(model.hidden(tokens), model.head_weight())
 
 
 def _logits(made: _Made, weights: dict[str, Tensor], tokens: Tensor, precision: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.timing import synchronizer
 from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
@@ -74,8 +75,7 @@ class Driver(Generic[Engine]):
 
     def wait(self) -> None:
         """For the device; nothing on a CPU."""
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+        synchronizer(self.engine.device)()
 
 
 @contextmanager

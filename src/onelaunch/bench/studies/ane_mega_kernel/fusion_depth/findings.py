@@ -21,17 +21,18 @@ from onelaunch.bench.core.findings import (
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import digits
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import Key, Ways, by_case
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import (
+    FFNS,
+    MODELS,
+    PARTS,
+    Key,
+    Ways,
+    by_case,
+)
 
-FFNS = {
-    "ffn-64": ("64/128", 1), "ffn-128": ("128/256", 1), "ffn-288": ("288/768", 1),
-    "ffn-288-128": ("288/768", 128), "ffn-768": ("768/2048", 1),
-}  # fmt: skip
-MODELS = {"whole-15m": "stories15m", "whole-110m": "stories110m"}
-PARTS = {"part-110m-4": 4, "part-110m-8": 8}
 PARTS_OF, SWEET_SPOT = "stories110m", 4
-PROXY = "288/768"
-"""The feed-forward that is stories15m's."""
+PROXY, PROXY_OF = "288/768", "stories15m"
+"""A feed-forward alone, and the model whose it is."""
 PRICED = ("64/128", 1)
 """Where a call's price stands out most: the smallest layers."""
 STAGED = {"one by one": "staged", "graph": "staged + graph"}
@@ -55,15 +56,13 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         cases = {key: ways for key, ways in cases.items() if key[2] == f"{most} thr."}
     found: list[Finding] = []
     for (model, tokens, variant), ways in cases.items():
-        for key, of in FFNS.items():
-            if of == (model, tokens):
-                found += _ffn(key, ways, variant)
+        if key := FFNS.get((model, tokens)):
+            found += _ffn(key, ways, variant)
         if tokens > min(n for name, n, _ in cases if name == model):
             continue  # as few as there are: what calls cost is seen there
-        for key, name in MODELS.items():
-            if name == model:
-                found += _whole(key, ways, variant)
-        if model == MODELS["whole-15m"]:
+        if key := MODELS.get(model):
+            found += _whole(key, ways, variant)
+        if model == PROXY_OF:
             found += _beside_ffn(ways, tokens, variant, cases)
         if model == PARTS_OF:
             found += _parts(ways, variant)
@@ -151,7 +150,7 @@ def _beside_ffn(ways: Ways, tokens: int, variant: str, cases: dict[Key, Ways]) -
 
 
 def _parts(ways: Ways, variant: str) -> Iterator[Finding]:
-    for key, layers in PARTS.items():
+    for (_, layers), key in PARTS.items():
         row = ways.get(f"first {layers} layers", {})
         if "speed_against_halves" not in row:
             continue

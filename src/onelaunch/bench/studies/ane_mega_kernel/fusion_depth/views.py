@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from onelaunch.bench.core import plots
+from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 Record = dict[str, Any]
@@ -17,20 +18,15 @@ Rows = list[Row]
 Key = tuple[str, int, str]
 Ways = dict[str, Row]
 
-# The published figures, on an M1 Pro's neural engine, us. FFN layers by name and tokens, where 1
-# stands for a number that was not told: one layer, 12 in one call, 12 calls, seconds of compiling.
-# Whole models: one call, two a layer, how many those are, seconds of compiling. The first layers of
-# a model in one call: the same layers two calls each, how many those are.
-PUBLISHED_FFN = {
-    ("64/128", 1): (183, 247, 2197, 0.209),
-    ("128/256", 1): (160, 344, 1921, 0.145),
-    ("288/768", 1): (218, 705, 2611, 0.244),
-    ("288/768", 128): (228, 654, 2740, 0.179),
-    ("768/2048", 1): (429, 1839, 5153, 0.512),
-}
-PUBLISHED_MODELS = {"stories15m": (728, 3039, 12, 1.0), "stories110m": (5081, 15227, 24, 4.2)}
-PUBLISHED_LAYERS = {("stories110m", 4): (1978, 5076, 8), ("stories110m", 8): (3515, 10150, 16)}
-COLORS = ("#1f5a8f", "#d08020", "#1a7a36", "#b03060", "#6a51a3")
+FFNS = {
+    ("64/128", 1): "ffn-64", ("128/256", 1): "ffn-128", ("288/768", 1): "ffn-288",
+    ("288/768", 128): "ffn-288-128", ("768/2048", 1): "ffn-768",
+}  # fmt: skip
+"""The published rows of feed-forward layers, by name and tokens; 1 stands for a number that was not
+told."""
+MODELS = {"stories15m": "whole-15m", "stories110m": "whole-110m"}
+PARTS = {("stories110m", 4): "part-110m-4", ("stories110m", 8): "part-110m-8"}
+"""Of a model's first layers, by their number."""
 
 LAUNCHED = (
     "A call is a kernel launch. `one by one`: launched from Python, one after another, the host's "
@@ -103,7 +99,7 @@ def _part(model: str) -> str:
 def _block_table(first: str, cases: dict[Key, Ways]) -> str:
     ours = ["1 layer", "12 in one call", "12 calls", "speedup"]
     compiled = any("compiling_s" in ways["all"] for ways in cases.values())
-    published = [PUBLISHED_FFN.get(key[:2]) for key in cases]
+    published = [_ffn_figures(FFNS.get(key[:2])) for key in cases]
     lines = []
     for ((model, tokens, variant), ways), figures in zip(cases.items(), published, strict=True):
         line = [
@@ -129,6 +125,25 @@ def _block_table(first: str, cases: dict[Key, Ways]) -> str:
     return markdown(header, lines)
 
 
+def _ffn_figures(key: str | None) -> tuple[float, ...]:
+    """Published: us of one layer, of 12 in one call, in 12 calls; seconds of compiling."""
+    if key is None:
+        return ()
+    values = PUBLISHED[key].values
+    us = (float(values[name]) for name in ("1 layer, us", "12 in one, us", "12 apart, us"))
+    return (*us, float(values["compiling, ms"]) / 1e3)
+
+
+def _whole_figures(key: str) -> tuple[float, float, float, float]:
+    """Published: us in one call, and two a layer; how many those are; seconds of compiling."""
+    values = PUBLISHED[key].values
+    one, two, calls, seconds = (
+        float(values[name])
+        for name in ("one program, us", "two a layer, us", "calls", "compiling, s")
+    )
+    return one, two, calls, seconds
+
+
 def _model_table(rows: Rows) -> str:
     compiling = next((row["ours"] for row in rows if row["case"] == "compilation"), None)
     cases = {key: ways for key, ways in by_case(rows).items() if _part(key[0]) == "all"}
@@ -136,11 +151,10 @@ def _model_table(rows: Rows) -> str:
     lines = []
     for (model, tokens, variant), ways in cases.items():
         half = ways["half"]
-        published = PUBLISHED_MODELS.get(model) if tokens == fewest[model] else None
         theirs = ["-"] * 4
-        if published:
-            one, two, calls, seconds = published
-            theirs = [digits(one), f"{two:,} ({calls})", f"{two / one:.2f}x", f"{seconds:.1f}"]
+        if model in MODELS and tokens == fewest[model]:
+            one, two, calls, seconds = _whole_figures(MODELS[model])
+            theirs = [digits(one), f"{two:,.0f} ({calls:g})", f"{two / one:.2f}x", f"{seconds:.1f}"]
         lines.append(
             [
                 f"{model} 1x{tokens}, {variant}",
@@ -166,13 +180,12 @@ def _layers_table(cases: dict[Key, Ways]) -> str:
             if "halves" not in row:
                 continue
             halves = row["halves"]
-            published = PUBLISHED_LAYERS.get((model, row["layers"]))
             theirs = ["-"] * 3
-            if published:
-                one, two, calls = published
-                whole = PUBLISHED_MODELS[model][1]
-                theirs = [f"{two:,} ({calls})", f"{two / one:.2f}x", f"{whole / one:.2f}x"]
-                theirs[0] = f"{one:,} / {theirs[0]}"
+            if key := PARTS.get((model, row["layers"])):
+                one, two, calls, _ = _whole_figures(key)
+                whole = _whole_figures(MODELS[model])[1]
+                theirs = [f"{two:,.0f} ({calls:g})", f"{two / one:.2f}x", f"{whole / one:.2f}x"]
+                theirs[0] = f"{one:,.0f} / {theirs[0]}"
             lines.append(
                 [
                     f"{model} 1x{tokens}, {row['layers']} layers, {variant}",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds
+from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
     COLUMNS,
     CONSTANTS,
@@ -100,7 +101,7 @@ def _by_programs(quick: bool) -> Iterator[Row]:
             made[way.name] = _made(way, folder, QUICK_CONVERSIONS if quick else CONVERSIONS)
         made[FILE] = _overwritten(Path(name), QUICK_CONVERSIONS if quick else CONVERSIONS)
         calls = {case: each.call for case, each in made.items() if each.call is not None}
-        contestants = {case: partial(_milliseconds, call) for case, call in calls.items()}
+        contestants = {case: partial(milliseconds, call) for case, call in calls.items()}
         samples = in_rounds(contestants, QUICK_EVALUATIONS if quick else EVALUATIONS)
     for case, each in made.items():
         notes = each.notes | {"threads": torch.get_num_threads()}
@@ -194,12 +195,6 @@ def _apart(result: Tensor, x: Tensor, w: Tensor) -> float:
     """Error of a result against float64."""
     exact = w.double() @ x[0, :, 0].double()
     return float((result.reshape(exact.shape).double() - exact).norm() / exact.norm())
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _evaluator(package: Package) -> Evaluator:

@@ -8,7 +8,6 @@ from onelaunch.bench.core import plots
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.block_row.rms_norm.summary import (
     best_time,
-    megabytes,
     shape_of,
     summary,
 )
@@ -51,13 +50,6 @@ KINDS = {
     "memory": "Peak extra memory of one forward and backward pass, kB",
 }
 FORMS = ("row", "block", "source", "in place")
-SHARE_COLORS = {
-    "ours": "#1a7a36",
-    "torch": "#999999",
-    "torch.compile": "#d08020",
-    "liger": "#b03060",
-    "quack": "#3a6fb0",
-}
 PEERS = ("torch", "torch.compile", "liger", "liger row", "liger source", "quack")
 
 
@@ -76,33 +68,21 @@ def table(record: Record) -> str:
 
 
 def draw(record: Record) -> plots.Figure | None:
-    """Heat maps of every contender's speed relative to the best peer's, shape by shape; where there
-    are floors, under them the share of the copy's bandwidth over the bytes moved. None where the
-    record has neither."""
+    """Heat maps of every contender's speed relative to the best peer's, shape by shape. None where
+    the record has neither forward and backward nor forward."""
     kinds = _by_kind(record)
     suffix = "gpu" if "full gpu" in kinds else "host"
-    panels = [k for k in (f"full {suffix}", f"forward {suffix}") if k in kinds]
-    if not panels:
+    shown = [k for k in (f"full {suffix}", f"forward {suffix}") if k in kinds]
+    if not shown:
         return None
-    most = max(len(kinds[kind]) for kind in panels)
-    rated = any(row["floor"] is not None for kind in panels for row in kinds[kind])
-    heights = [1.6 + 0.27 * most, *([4.2] if rated else [])]
-    figure = plots.new_figure(7.5 * len(panels) + 1, sum(heights) + 0.6)
-    all_axes = figure.subplots(
-        len(heights), len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    image = None
-    for axes, kind in zip(all_axes[0], panels, strict=True):
-        image = _draw_speeds(axes, kind, kinds[kind])
-    plots.color_bar(figure, image, list(all_axes[0]), "speed relative to the best peer")
     title = f"RMSNorm on {record['device']}; in the cells: speed relative to the shape's best peer"
-    if rated:
-        for axes, kind in zip(all_axes[1], panels, strict=True):
-            _draw_shares(axes, kind, kinds[kind])
-        title += (
-            "\n* and hollow marks: the buffers are small for the L2, calls need not go to memory"
-        )
-    figure.suptitle(title, fontsize=11)
+    if any(row.get("in_cache") for kind in shown for row in kinds[kind]):
+        title += "\n*: the buffers are small for the L2, calls need not go to memory"
+    height = 2.2 + 0.27 * max(len(kinds[kind]) for kind in shown)
+    figure, all_axes = plots.panels(len(shown), 8, height, title)
+    for axes, kind in zip(all_axes, shown, strict=True):
+        image = _draw_speeds(axes, kind, kinds[kind])
+    plots.color_bar(figure, image, all_axes, "speed relative to the best peer")
     return figure
 
 
@@ -117,37 +97,6 @@ def _draw_speeds(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> Any
     shapes = [row["case"].split()[0] + ("*" if row.get("in_cache") else "") for row in rows]
     title = KINDS[kind].removesuffix(", us")
     return plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
-
-
-def _draw_shares(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> None:
-    rows = sorted((row for row in rows if row["floor"] is not None), key=megabytes)
-    for name, color in SHARE_COLORS.items():
-        for in_cache in (False, True):
-            points = [
-                (megabytes(row), 100 * row["floor"] / time)
-                for row in rows
-                if (time := _time(row, name)) and bool(row.get("in_cache")) == in_cache
-            ]
-            if points:
-                axes.scatter(
-                    [mb for mb, _ in points],
-                    [share for _, share in points],
-                    s=30 if name == "ours" else 16,
-                    marker="D" if name == "ours" else "o",
-                    facecolors="none" if in_cache else color,
-                    edgecolors=color,
-                    label=None if in_cache else name,
-                    zorder=3 if name == "ours" else 2,
-                )
-    axes.set_xscale("log")
-    axes.set_ylim(0, 105)
-    axes.axhline(100, color="black", linewidth=0.8)
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("megabytes that must move", fontsize=8)
-    axes.set_ylabel("% of copy bandwidth", fontsize=8)
-    axes.set_title(f"{KINDS[kind].removesuffix(', us')}: share of a copy's bandwidth", fontsize=10)
-    axes.legend(fontsize=8, loc="upper left")
 
 
 def _by_kind(record: Record) -> dict[str, list[dict[str, Any]]]:
