@@ -88,7 +88,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
                 blocks, seconds = SLOW_BLOCKS if slow else BLOCKS, SECONDS
             with timed_trainer(recipe, device) as trainer, output() as descriptor:
                 updates = QUICK_NAIVE_UPDATES if quick else NAIVE_UPDATES
-                samples = _watch(trainer, descriptor, blocks, seconds, updates if slow else None)
+                samples = watch(trainer, descriptor, blocks, seconds, updates if slow else None)
             rows.append(_row(f"{case} {kind}", samples, BYTES_PER_SECOND if slow else None))
     return rows
 
@@ -121,23 +121,11 @@ def _row(case: str, samples: dict[str, list[float]], rate: int | None) -> Row:
 
 
 def watch(
-    trainer: Trainer,
-    rate: int | None,
-    blocks: int,
-    seconds: float,
-    naive_updates: int = NAIVE_UPDATES,
-) -> dict[str, list[float]]:
-    """Milliseconds per update of each block, by how it was watched: none, ours, naive (one long
-    block), on a terminal that takes `rate` bytes a second (None: all at once)."""
-    with terminal(rate) as descriptor:
-        return _watch(trainer, descriptor, blocks, seconds, naive_updates)
-
-
-def _watch(
     trainer: Trainer, descriptor: int, blocks: int, seconds: float, naive_updates: int | None
 ) -> dict[str, list[float]]:
-    """`watch` on what is open; naive in turn with the others where no number of updates is given,
-    and otherwise in one block of so many, the terminal being full from its start."""
+    """Milliseconds per update of each block, by how it was watched on what is open: none, ours,
+    naive. Naive takes turns with the others where no number of updates is given, and is otherwise
+    one block of so many, the terminal being full from its start."""
     for _ in range(3):
         trainer._update()
     start = time.perf_counter()
