@@ -7,7 +7,11 @@ import pytest
 
 from onelaunch.bench.core.rig import trainer as bench_trainer
 from onelaunch.bench.studies.ane_mega_kernel import terminal_io
-from onelaunch.bench.studies.ane_mega_kernel.terminal_io import BYTES_PER_SECOND, watch
+from onelaunch.bench.studies.ane_mega_kernel.terminal_io import (
+    BYTES_PER_SECOND,
+    terminal,
+    watch,
+)
 from onelaunch.training.display import Display, Header
 from onelaunch.training.recipe import Recipe
 
@@ -73,9 +77,10 @@ def test_a_display_that_draws_too_often_is_caught(monkeypatch):
 
 
 def test_printing_each_step_waits_for_a_slow_terminal():
-    with bench_trainer(Recipe().with_settings(SMALL, "test"), "cpu") as trainer:
+    small = Recipe().with_settings(SMALL, "test")
+    with bench_trainer(small, "cpu") as trainer, terminal(BYTES_PER_SECOND) as descriptor:
         worked = time.thread_time()
-        samples = watch(trainer, BYTES_PER_SECOND, blocks=0, seconds=0.1, naive_updates=330)
+        samples = watch(trainer, descriptor, blocks=0, seconds=0.1, naive_updates=330)
         worked = time.thread_time() - worked
     took = 330 * samples["naive"][0] / 1e3
     assert took > 2.0, "330 lines of some 60 bytes at 4,000 a second, less what is buffered"

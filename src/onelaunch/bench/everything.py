@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from onelaunch.bench.core.runner import conduct
+from onelaunch.bench.core.runner import conduct, in_a_line
 from onelaunch.bench.core.tables import markdown
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
 from onelaunch.errors import BadInput, MissingExtra, OnelaunchError
@@ -25,10 +25,7 @@ class Done:
 
 
 def conduct_all(
-    device_of: Callable[[bool], str],
-    quick: bool,
-    folder: Path,
-    say: Callable[[str], None],
+    device_of: Callable[[bool], str], quick: bool, folder: Path, say: Callable[[str], None]
 ) -> list[Done]:
     """Run them all. `device_of` gives the device of an experiment, told whether it is one that runs
     on a GPU where there is one. One that cannot run here, or fails, keeps none of the others; what
@@ -50,16 +47,11 @@ def _one(
     try:
         return conduct(name, device, quick, folder, say), "", ""
     except (BadInput, MissingExtra) as error:
-        return None, _line(error), ""
+        return None, in_a_line(error), ""
     except OnelaunchError as error:
-        return None, "", _line(error)
+        return None, "", in_a_line(error)
     except Exception as error:  # whatever a peer or a library raises ends this experiment alone
-        return None, "", f"{type(error).__name__}: {_line(error)}"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no message"
+        return None, "", in_a_line(error)
 
 
 def summary(found: list[Done]) -> str:

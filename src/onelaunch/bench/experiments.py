@@ -67,6 +67,24 @@ ON_THE_GPU = frozenset(
 )
 
 
+ON_ANY_DEVICE = frozenset(("training-speed", "generation-speed", "terminal-io")) | frozenset(
+    name for name in EXPERIMENTS if name.startswith("rms-norm")
+)
+OF_THE_CUDA_ENGINE = frozenset(
+    ("cache", "compile-budget", "forward", "fusion-depth", "overlap", "weight-mutability")
+)
+"""What these measure on a GPU are the engine's own kernels."""
+
+
+def devices(experiment: str) -> tuple[str, ...]:
+    """The kinds of device that an experiment runs on; none where it is any."""
+    if experiment in ON_ANY_DEVICE:
+        return ()
+    if experiment == "forward":
+        return ("cuda",)
+    return ("cpu",) if experiment in NOT_ON_A_GPU else ("cpu", "cuda")
+
+
 def module_name(experiment: str) -> str:
     """The whole name of an experiment's module."""
     return f"onelaunch.bench.{MODULES[experiment]}"

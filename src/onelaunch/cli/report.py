@@ -60,10 +60,10 @@ def report(
         print(markdown)
     if out or not markdown:
         from onelaunch.bench.report.html import page
-        from onelaunch.bench.report.svg import plots_of
+        from onelaunch.bench.report.svg import plots_of, story_plots
 
         plots, failed, without = plots_of(found.parts)
         if without:
             say(without, quiet)
-        write_text(out or HTML, page(found, plots, failed, without))
+        write_text(out or HTML, page(found, plots, failed, without, story_plots(found)))
         print(out or HTML)

@@ -9,7 +9,13 @@ import pytest
 from onelaunch.bench.core import runner
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.runner import conduct
-from onelaunch.bench.experiments import MODULES, module_name
+from onelaunch.bench.experiments import (
+    MODULES,
+    NOT_ON_A_GPU,
+    OF_THE_CUDA_ENGINE,
+    devices,
+    module_name,
+)
 from onelaunch.errors import BadInput, RunFailed
 
 
@@ -35,9 +41,9 @@ def cases(run):
 
 @pytest.mark.parametrize("kind", [list, iter])
 def test_rows_come_as_a_list_or_one_by_one(run, kind):
-    path = run(kind([Row("a", 1.0), Row("b", 2.0)]))
+    path = run(kind([Row("a", 1.0, peers={"PyTorch": 1234.5}), Row("b", 2, notes={"unit": "MB"})]))
     assert cases(run) == {"a": 1.0, "b": 2.0}
-    assert run.lines == [f"record: {path}"]
+    assert run.lines == ["a: 1 us, PyTorch 1,234", "b: 2 MB", f"record: {path}"]
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError("a device fell off")])
@@ -147,3 +153,34 @@ def test_a_view_that_fails_does_not_hide_why_the_run_ended(run):
 
     with pytest.raises(RuntimeError, match="fell off"):
         run(rows(), table=broken_view, draw=broken_view)
+
+
+@pytest.mark.parametrize("experiment", MODULES)
+def test_a_device_that_an_experiment_is_not_for_is_refused(experiment, monkeypatch):
+    import onelaunch.engines.cuda as cuda
+
+    monkeypatch.setattr(cuda, "why_not", lambda device: "it is made of wood")
+    refused = {}
+    for device in ("cpu", "cuda:0", "mps"):
+        try:
+            runner.check_device(experiment, device)
+        except BadInput as error:
+            refused[device] = str(error)
+    kinds = devices(experiment)
+    if not kinds:
+        assert not refused
+        return
+    assert refused["mps"] == f"{experiment}: --device mps: it runs on {' or '.join(kinds)}"
+    assert ("cpu" in refused) == (experiment == "forward")
+    if experiment in NOT_ON_A_GPU:
+        assert NOT_ON_A_GPU[experiment] in refused["cuda:0"]
+    elif experiment in OF_THE_CUDA_ENGINE:
+        assert "made of wood" in refused["cuda:0"]
+    else:
+        assert "cuda:0" not in refused
+
+
+def test_a_refused_device_leaves_nothing(tmp_path):
+    with pytest.raises(BadInput, match="generate: --device mps"):
+        conduct("generate", "mps", True, tmp_path, print)
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import torch
 
 from onelaunch import cli
 from onelaunch.bench.core import runner
-from onelaunch.bench.core.compiled import random_weights
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate import cell as generate_cell
 from onelaunch.bench.engines.generate import child as generation_child
 from onelaunch.bench.engines.generate import experiment as generate
@@ -20,7 +20,7 @@ from onelaunch.bench.engines.generate.cell import AUTO, Cell, bytes_per_token, p
 from onelaunch.bench.peers.run_c import LETTERS
 from onelaunch.checkpoints import random_model
 from onelaunch.config import preset
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 
 
 class FakeRunC:
@@ -287,11 +287,6 @@ def test_peers_that_cannot_be_are_said_in_a_line(argv, said, tmp_path, capsys):
     assert cli.run(["bench", *argv, "--out", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob("*/*"))
-
-
-def test_only_the_cpu():
-    with pytest.raises(BadInput, match="use cpu"):
-        list(generate.run("cuda", True, print, {}))
 
 
 def test_a_path_may_hold_the_sign(monkeypatch, tmp_path):

@@ -8,15 +8,9 @@ from onelaunch.bench.engines import parity
 from onelaunch.bench.engines.parity import views as parity_views
 from onelaunch.engines import cpu
 from onelaunch.engines.coreml import training
-from onelaunch.errors import BadInput
 from tests.bench.records import record_of
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
-
-
-def test_another_device_is_refused():
-    with pytest.raises(BadInput, match="CPU|cpu"):
-        next(iter(parity.run("meta", True, print)))
 
 
 @pytest.mark.extended

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from onelaunch.bench.core.compiled import random_weights
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate import cell as generate_cell
 from onelaunch.bench.engines.generate.cell import AUTO, Cell, prompt_of
 from onelaunch.bench.peers.llama_cpp import NAME, check_python, installed_here, llama_cpp

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from onelaunch.bench.core import plots
+from onelaunch.bench.report import story
 from onelaunch.bench.report.gather import FINDING_HEADER, gather, times
 from onelaunch.bench.report.html import page
 from onelaunch.bench.report.markdown import document
-from onelaunch.bench.report.svg import plots_of
+from onelaunch.bench.report.svg import plots_of, story_plots
 from onelaunch.errors import BadInput, MissingExtra
 from tests.bench.report.reports import CPU, GPU, PUBLISHED, finding, invent, record, table, write
 
@@ -121,6 +122,53 @@ def test_what_lies_beside_a_record_is_linked(held, tmp_path):
     text = document(held, tmp_path / "docs")
     assert "[record](../amd/made-up.json), [plot](../amd/made-up.png): AMD EPYC" in text
     assert "[record](../nvidia/made-up.json): NVIDIA" in text
+
+
+def test_the_story_tells_what_holds_where(monkeypatch, tmp_path):
+    """By claim and device, in the figures of the first statement; plots have ours and theirs."""
+
+    def findings(record):
+        key, ours = ["whole-15m"], "2.09x (7 us in 14, 3 so)"
+        if record["device"] == GPU:
+            return [
+                finding(answers=key, claim="faster", ours=ours, ratio=0.5),
+                finding("refuted", key, claim="as much faster", ours=ours, ratio=0.5),
+            ]
+        return [
+            finding("not applicable", ["whole-15m"], why="needs a Mac: no other has it"),
+            finding(answers=key, published="not measured", claim="a statement of ours"),
+        ]
+
+    invent(monkeypatch, findings=findings)
+    write(tmp_path, record(), record(device=GPU))
+    report = gather([tmp_path])
+    html, text = both(report, tmp_path)
+    told = section(html, "story")
+    assert "3.00 to 4.17 times" in told
+    assert "4.74 times" not in told, "a claim that no record answers"
+    for words in ("of 2 statements 1 hold, 1 do not, 0 cannot be told", "1 of these as they need"):
+        assert words in told
+        assert words in text
+    assert f"- {GPU}: **holds** (1 of 2 statements): faster: 2.09x (7 us in 14, 3 so)" in text
+    assert f"- {GPU}: **does not hold** (1 of 2 statements): as much faster: 2.09x" in text
+    assert f"- {CPU}: **needs a Mac**: a call costs: 1.50 us" in text
+    assert "a statement of ours" not in text.partition("## Everything")[0]
+    names = (f"{GPU}, faster", f"{GPU}, as much faster")
+    shown = [story.speedups(report, plot) for plot in story.PLOTS]
+    assert shown == [{name: {"whole-15m": pytest.approx(2.085)} for name in names}, {}, {}]
+
+
+def test_without_findings_there_is_no_story(tmp_path):
+    write(tmp_path, record("quickstart"))
+    html, text = both(gather([tmp_path]), tmp_path)
+    assert 'id="story"' not in html
+    assert story.STORY_TITLE not in text
+
+
+def test_every_claim_of_the_story_is_of_published_rows():
+    for each in (*story.CLAIMS, *story.PLOTS):
+        assert each.keys
+        assert set(each.keys) <= story.PUBLISHED.keys()
 
 
 HOSTILE = "</td><script>alert(1)</script> | `x` \ud800"
@@ -234,7 +282,8 @@ def test_the_same_records_make_the_same_report(monkeypatch, tmp_path):
     pages = set()
     for order in (1, -1):
         report = gather(sorted(tmp_path.glob("*/*.json"))[::order], PUBLISHED)
-        pages.add((page(report, *plots_of(report.parts)), document(report, tmp_path)))
+        drawn = plots_of(report.parts)
+        pages.add((page(report, *drawn, story_plots(report)), document(report, tmp_path)))
     ((html, _),) = pages
     assert str(tmp_path) not in html
     for words in ("calls</text>", "time, us</text>", "0.123456 &lt;b&gt;</text>"):

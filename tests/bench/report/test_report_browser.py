@@ -10,7 +10,7 @@ import pytest
 
 from onelaunch.bench.report.gather import gather
 from onelaunch.bench.report.html import page
-from onelaunch.bench.report.svg import plots_of
+from onelaunch.bench.report.svg import plots_of, story_plots
 from tests.bench.report.reports import GPU, PUBLISHED, finding, invent, record, table, write
 
 RECORDS = Path(__file__).parents[3] / "benchmarks/records"
@@ -117,6 +117,7 @@ def test_a_device_is_left_out_and_comes_back(seen, made_up):
           .filter((each) => each.checkVisibility())
           .map((each) => each.dataset.device);
         const filter = document.getElementById("devices");
+        for (const fold of document.querySelectorAll("details")) fold.open = true;
         const box = filter.querySelector("input[value=nvidia-h200]");
         const before = shown();
         box.click();
@@ -140,15 +141,21 @@ def test_the_page_of_the_kept_records(seen):
     report = gather([RECORDS])
     plots, failed, without = plots_of(report.parts)
     assert (failed, without) == ({}, "")
-    html = page(report, plots, failed, without)
+    told = story_plots(report)
+    assert len(told) == 3
+    html = page(report, plots, failed, without, told)
     assert len(html.encode()) < MOST_BYTES
     found = seen(
         html,
         f"""
+        const folded = document.querySelectorAll("main .plot, main table");
+        const hidden = Array.from(folded).every((each) => !each.checkVisibility());
+        for (const fold of document.querySelectorAll("details")) fold.open = true;
         const unit = new RegExp({json.dumps(UNITS)});
         const plots = Array.from(document.querySelectorAll(".plot"));
         const told = (plot) => Array.from(plot.querySelectorAll("text"), (t) => t.textContent);
         return {{
+          hidden,
           plots: plots.map((plot) => plot.getAttribute("aria-label")),
           unnamed: plots.filter((plot) => !told(plot).some((text) => unit.test(text)))
             .map((plot) => plot.getAttribute("aria-label")),
@@ -160,7 +167,8 @@ def test_the_page_of_the_kept_records(seen):
         }};
         """,
     )
-    assert len(found["plots"]) == len(plots)
+    assert found["hidden"], "the tables are folded until they are asked for"
+    assert len(found["plots"]) == len(plots) + len(told)
     assert found["unnamed"] == []
     assert found["empty"] == 0
     assert {"compilations", "memory of the process, MB"} <= set(found["budget"])

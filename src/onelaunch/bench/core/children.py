@@ -1,4 +1,5 @@
-"""Child processes of experiments that begin their work together, and how each ended."""
+"""Child processes of experiments: one that is asked, several that begin together, and how each
+ended."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onelaunch.compilation.environment import child_environment
+from onelaunch.errors import RunFailed
 
 READY = "ready"
 _REASON_LETTERS = 120
@@ -24,6 +26,27 @@ class Ended:
     told: Any
     reason: str
     seconds: float
+
+
+def ask(
+    command: Sequence[str], env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> Any:
+    """What a process prints last, as JSON. Raises RunFailed where it fails, prints no such thing,
+    or takes longer than `timeout` seconds."""
+    name = " ".join(command[2:4])
+    environment = child_environment() if env is None else dict(env)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(f"{name}: it took longer than {timeout:g} s") from error
+    try:
+        if not done.returncode:
+            return json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        pass
+    raise RunFailed(f"{name}: the process {_reason(done.returncode, done.stderr)}")
 
 
 def together(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu import usable_cores
@@ -15,22 +16,9 @@ from onelaunch.engines.cpu.engine import CpuEngine
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import Runtime
-from onelaunch.errors import BadInput, RunFailed
-from onelaunch.model import Model
+from onelaunch.errors import RunFailed
 
-SEED = 1
 TINY = ModelConfig(dim=16, n_layers=1, n_heads=1, hidden_dim=16, vocab_size=16, max_seq_len=8)
-
-
-def check_device(experiment: str, device: str) -> None:
-    """Raise BadInput where an experiment on the CPU engine is asked for elsewhere."""
-    if device != "cpu":
-        raise BadInput(f"--device {device}: {experiment} runs on the CPU engine; use cpu")
-
-
-def random_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """The same for the same configuration."""
-    return dict(Model(config).init_weights(SEED).state_dict())
 
 
 def ready(engine: CpuEngine) -> CpuEngine:

@@ -7,16 +7,20 @@ An experiment that answers something published has `findings(record) -> list[Fin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal[
     "confirmed", "refuted", "inconclusive", "quick run", "arithmetic", "not applicable"
 ]
 """What was published holds here; it does not; the figure is too near the bar for this machine's
-noise; the record is of a quick run; it follows from other figures and was not measured; the device
-has nothing of the kind."""
+noise, or the record lacks what it would be compared with; the record is of a quick run; it follows
+from other figures and was not measured; the device has nothing of the kind."""
+NEEDS_A_MAC = "needs a Mac"
+"""How the reason begins where the device that is missing is the study's own."""
+PROGRAMS = "ML Program"
+"""How a case begins whose seconds are of ML Programs."""
 ANSWERS: tuple[Verdict, ...] = ("confirmed", "refuted")
 CONFIDENT = 2.0
 """Standard errors between a median and a bar, for it to be on one side of it."""
@@ -87,3 +91,21 @@ class Finding:
     verdict: Verdict
     why: str
     ratio: float | None = None
+
+
+def needs_a_mac(why: str) -> tuple[Verdict, str]:
+    """Of what only the study's own kind of device can answer: Apple's parser, compiler, Neural
+    Engine, and their seconds."""
+    return "not applicable", f"{NEEDS_A_MAC}: {why}"
+
+
+def without_evaluated_seconds(found: Iterable[Finding]) -> list[Finding]:
+    """Findings without a verdict on ML Programs: their seconds here are those of an evaluator,
+    PyTorch operation by operation in the place of a Neural Engine. The figures stay."""
+    verdict, why = needs_a_mac("these seconds are of an evaluator, PyTorch operation by operation")
+    return [
+        replace(each, verdict=verdict, why=why, ratio=None)
+        if each.claim.startswith(PROGRAMS)
+        else each
+        for each in found
+    ]

@@ -1,10 +1,10 @@
-"""Pictures of records: what several experiments draw, and the file they go to."""
+"""Pictures of records: the bars, lines and heat maps that experiments draw, and their file."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from onelaunch.checkpoints.atomic import atomic_file
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
+COLORS = ("#1f5a8f", "#d08020", "#1a7a36", "#b03060", "#6a51a3", "#1b8a8f", "#a0522d", "#777777")
 SHADES = "RdYlGn"
 SHADES_TO = 2.0  # times as fast, or as slow, as what has the middle colour
 
@@ -28,6 +29,73 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise MissingExtra("matplotlib", "bench", "the plot") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+Values = Mapping[str, float]
+"""By group of bars; a group without one has no bar."""
+
+
+def label(
+    axes: Axes, x: str, y: str, title: str = "", log: str = "", grid: str = "both", size: float = 8
+) -> None:
+    """Names of the axes, which of them (`log`: "x", "y", "xy") are logarithmic, grid, legend."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if "x" in log:
+        axes.set_xscale("log")
+    if "y" in log:
+        axes.set_yscale("log")
+    if title:
+        axes.set_title(title, fontsize=10)
+    axes.grid(axis=grid, alpha=0.3)  # type: ignore[arg-type]
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=size)
+
+
+def panels(
+    count: int, width: float = 5.0, height: float = 4.0, title: str = ""
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes beside each other, each `width` inches wide."""
+    figure = new_figure(width * count, height)
+    figure.suptitle(title, fontsize=10)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def bars(
+    title: str,
+    series: Mapping[str, Values],
+    x: str,
+    y: str,
+    across: bool = False,
+    log: str = "",
+    names: Mapping[str, str] | None = None,
+    colors: Sequence[str] = COLORS,
+    at: float | None = None,
+) -> Figure | None:
+    """A bar for each value of each series, side by side by group; `across`: lying, one group under
+    the other. `names` of the groups where they are not their keys; a line at `at`. None without a
+    value."""
+    groups = list(dict.fromkeys(group for values in series.values() for group in values))
+    if not groups:
+        return None
+    figure = new_figure(7.5, 1.4 + 0.4 * len(groups)) if across else new_figure(9, 4)
+    axes = figure.subplots()
+    thick = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        places = [groups.index(group) + (number + 0.5) * thick - 0.4 for group in values]
+        draw = axes.barh if across else axes.bar
+        color = colors[number % len(colors)]
+        draw(places, list(values.values()), 0.95 * thick, label=name, color=color)
+    ticks = [(names or {}).get(group, group) for group in groups]
+    if across:
+        axes.set_yticks(range(len(groups)), ticks, fontsize=8)
+        axes.invert_yaxis()
+    else:
+        axes.set_xticks(range(len(groups)), ticks, fontsize=8)
+    if at is not None:
+        (axes.axvline if across else axes.axhline)(at, color="black", linewidth=0.8)
+    label(axes, x, y, title, log, "x" if across else "y")
+    return figure
 
 
 def save(figure: Figure, path: Path) -> None:

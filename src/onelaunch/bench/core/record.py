@@ -42,6 +42,12 @@ class Row:
         """Median and spread of samples."""
         return cls(case, statistics.median(samples), percentiles(samples), len(samples), **rest)
 
+    def line(self, unit: str) -> str:
+        """What a user is told of it, as soon as it is there."""
+        figures = [f"{self.case}: {self.ours:,.4g} {self.notes.get('unit', unit)}"]
+        figures += [f"{name} {value:,.4g}" for name, value in self.peers.items()]
+        return ", ".join(figures)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "case": self.case,

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.rounds import in_rounds
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model
 from onelaunch.training.data import open_data
@@ -25,16 +27,15 @@ from onelaunch.training.signals import StopSignals
 def in_turn(
     ours: Callable[[], object], peer: Callable[[], object], work: float, repeats: int, blocks: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Rates of ours and of a peer, `work` units a call, and their ratio block by block. Which goes
-    first alternates, so that a drift of the machine favours neither."""
-    rates: dict[str, list[float]] = {"ours": [], "peer": []}
-    pair = [("ours", ours), ("peer", peer)]
-    for block in range(blocks):
-        for name, call in pair if block % 2 else pair[::-1]:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            rates[name].append(repeats * work / (time.perf_counter() - start))
+    """Rates of ours and of a peer, `work` units a call, and their ratio block by block."""
+
+    def rate(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return repeats * work / (time.perf_counter() - start)
+
+    rates = in_rounds({"ours": partial(rate, ours), "peer": partial(rate, peer)}, blocks)
     ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
     return rates["ours"], rates["peer"], ratios
 
@@ -43,15 +44,10 @@ def row_beside(
     case: str,
     samples: tuple[Sequence[float], Sequence[float], Sequence[float]],
     peer_name: str,
-    say: Callable[[str], None],
     **notes: object,
 ) -> Row:
-    """The record's row of what `in_turn` gave, told to the user as well."""
+    """The record's row of what `in_turn` gave."""
     ours, peer, ratio = (Row.of(case, values) for values in samples)
-    say(
-        f"{case}: ours {ours.ours:,.1f} tokens/s, {peer_name} {peer.ours:,.1f}; "
-        f"median of {ratio.n} paired ratios {ratio.ours:.3f}"
-    )
     ours.peers = {peer_name: peer.ours}
     ours.notes = {
         "ratio": round(ratio.ours, 4),

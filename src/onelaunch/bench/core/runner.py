@@ -17,7 +17,12 @@ from types import ModuleType
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.record import Row, device_name, record_path, rows_there, write_record
-from onelaunch.bench.experiments import module_name
+from onelaunch.bench.experiments import (
+    NOT_ON_A_GPU,
+    OF_THE_CUDA_ENGINE,
+    devices,
+    module_name,
+)
 from onelaunch.checkpoints.atomic import read_json, write_text
 from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
@@ -35,9 +40,10 @@ def conduct(
     """Run an experiment on a device; returns the record's path.
 
     Rows are on disk a few seconds after they are made: a run that fails, or is stopped, leaves
-    those that it had. Raises BadInput, before anything runs, where there is no place for a record
-    or for a peer, and RunFailed where there were no rows.
+    those that it had. Raises BadInput, before anything runs, where it does not run on the device,
+    or there is no place for a record or for a peer, and RunFailed where there were no rows.
     """
+    check_device(experiment, device)
     module = importlib.import_module(module_name(experiment))
     options = _with_peers(experiment, module, peers or {})
     name = device_name(device)
@@ -55,6 +61,7 @@ def conduct(
     try:
         for row in module.run(device, quick, say, **options):
             fresh.append(row)
+            say(row.line(module.UNIT))
             if time.monotonic() - saved_at >= SAVE_SECONDS:
                 keep()
                 saved_at = time.monotonic()
@@ -73,6 +80,24 @@ def conduct(
     _leave_views(module, path, say)
     say(f"record: {path}")
     return path
+
+
+def check_device(experiment: str, device: str) -> None:
+    """Raise BadInput where an experiment does not run on a device."""
+    kind, kinds = device.partition(":")[0], devices(experiment)
+    reason = ""
+    if kinds and kind not in kinds:
+        reason = f"it runs on {' or '.join(kinds)}"
+        if kind == "cuda":
+            reason += f": {NOT_ON_A_GPU[experiment]}"
+    elif kind == "cuda" and experiment in OF_THE_CUDA_ENGINE:
+        import torch
+
+        from onelaunch.engines.cuda import why_not
+
+        reason = why_not(torch.device(device)) or ""
+    if reason:
+        raise BadInput(f"{experiment}: --device {device}: {reason}")
 
 
 def _with_peers(

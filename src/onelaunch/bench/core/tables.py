@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -26,13 +26,25 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
     return "\n".join(line(cells) for cells in (header, rule, *body))
 
 
-def figure(value: float | None) -> str:
+def digits(value: float | None) -> str:
     """Three digits, more where they stand before the point; a dash for nothing."""
     if value is None:
         return "-"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def spread(row: Mapping[str, Any], form: Callable[[float], str] = digits, scale: float = 1) -> str:
+    """From the 20th to the 80th percentile of a row, times `scale`; a dash for none."""
+    return "-".join(form(scale * end) for end in row.get("spread") or ()) or "-"
+
+
+def document(record: dict[str, Any], title: str, *parts: str) -> str:
+    """A record's page in Markdown: its title, which the device ends, where its figures come from,
+    and its parts."""
+    head = f"# {title} {record['device']}"
+    return "\n\n".join([head, provenance(record), *parts]) + "\n"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -161,6 +161,15 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return lambda: module.synchronize()
 
 
+def milliseconds(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
+    """Of one call, the device being waited for before and after."""
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def _orders(names: list[str], samples: int) -> Iterator[list[str]]:
     """An order of the names for each sample; the same ones in every run."""
     shuffle = random.Random(ORDER_SEED).shuffle

@@ -55,9 +55,7 @@ def _compare(name: str, n: int, device: str, blocks: int, say: Callable[[str], N
         lambda: engine.generate([[1]], n, Sampling()), lambda: bare.generate([1], n), n, 1, blocks
     )
     dtype = str(engine.dtype).removeprefix("torch.")
-    return row_beside(
-        f"{name} greedy {n}", samples, "bare loop", say, dtype=dtype, tokens_alike=alike
-    )
+    return row_beside(f"{name} greedy {n}", samples, "bare loop", dtype=dtype, tokens_alike=alike)
 
 
 def check_texts(

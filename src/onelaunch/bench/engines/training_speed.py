@@ -43,12 +43,12 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
             continue
         recipe = Recipe().with_settings({**settings, "train.updates": 10**6}, "bench")
         with timed_trainer(recipe, device) as trainer:
-            row = _compare(case, trainer, blocks=9 if quick else 25, say=say)
+            row = _compare(case, trainer, blocks=9 if quick else 25)
         rows.append(row)
     return rows
 
 
-def _compare(case: str, trainer: Trainer, blocks: int, say: Callable[[str], None]) -> Row:
+def _compare(case: str, trainer: Trainer, blocks: int) -> Row:
     tokens = trainer.recipe.train.batch_size * trainer.seq_len
     bare = bare_updates(trainer)
     ours_update = trainer._update
@@ -60,7 +60,7 @@ def _compare(case: str, trainer: Trainer, blocks: int, say: Callable[[str], None
     # blocks long enough that the clock's start and end do not count
     repeats = max(1, round(0.5 / (time.perf_counter() - start)))
     samples = in_turn(ours_update, bare, tokens, repeats, blocks)
-    return row_beside(case, samples, "bare loop", say, updates_per_block=repeats)
+    return row_beside(case, samples, "bare loop", updates_per_block=repeats)
 
 
 def bare_updates(trainer: Trainer) -> Callable[[], float]:

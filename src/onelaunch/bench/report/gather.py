@@ -19,7 +19,7 @@ from onelaunch.bench.core.findings import Finding, Verdict
 from onelaunch.bench.core.published import PUBLISHED, Published
 from onelaunch.bench.core.record import rows_there
 from onelaunch.bench.core.runner import in_a_line
-from onelaunch.bench.core.tables import figure, provenance
+from onelaunch.bench.core.tables import digits, provenance
 from onelaunch.bench.experiments import EXPERIMENTS, NOT_ON_A_GPU, module_name
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import BadInput
@@ -38,10 +38,12 @@ STUDIES = {
 READING = (
     "A verdict is of the device that stands beside it: confirmed, what was published holds there "
     "too; refuted, it does not; inconclusive, the figure is too near the bar for this machine's "
-    "noise; quick run, the record is of one; arithmetic, it follows from other figures and was not "
-    "measured; not applicable, the device has nothing of the kind. A speedup's direction (more "
-    "than 1x) and its size (half of the published gain) are two statements. The studies measured "
-    "on other devices: a ratio, ours over theirs, compares devices as much as programs.",
+    "noise, or the record lacks what it would be compared with; quick run, the record is of one; "
+    "arithmetic, it follows from other figures and was not measured; not applicable, the device "
+    "has nothing of the kind, or only the study's own could answer: the reason then says that it "
+    "needs a Mac. A speedup's direction (more than 1x) and its size (half of the published gain) "
+    "are two statements. The studies measured on other devices: a ratio, ours over theirs, "
+    "compares devices as much as programs.",
     "What stands side by side in a table was measured in one run, in turns. Figures of different "
     "runs on a CPU are not compared: its cores are shared, and their speed changes from hour to "
     "hour. A spread is from the 20th to the 80th percentile of a case's n samples in one run; what "
@@ -216,11 +218,7 @@ def _maker(module: ModuleType | None, name: str) -> Callable[[Record], Any] | No
 
 
 def _asked(
-    what: str,
-    make: Callable[[Record], T] | None,
-    record: Record,
-    nothing: T,
-    problems: list[str],
+    what: str, make: Callable[[Record], T] | None, record: Record, nothing: T, problems: list[str]
 ) -> T:
     """What `make` has of a record. An older record may lack what it reads: that is said, and the
     other records keep their report."""
@@ -245,7 +243,7 @@ def summary(report: Report) -> list[str]:
     return [
         f"{len(report.parts)} records of {len(report.devices)} devices, held against the "
         f"{len(rows)} rows that two studies published: {len(answered)} have a verdict, "
-        f"{len(impossible)} cannot have one, {open_} wait for a record or for its finding.",
+        f"{len(impossible)} cannot have one, {open_} wait for a record or for its finding."
     ]
 
 
@@ -297,7 +295,7 @@ def times(ratio: float | None) -> str:
     """A ratio as it is read; a dash for none."""
     if ratio is None or not math.isfinite(ratio):
         return "-"
-    return f"{figure(ratio) if abs(ratio) >= 0.1 or ratio == 0 else f'{ratio:.2g}'}x"
+    return f"{digits(ratio) if abs(ratio) >= 0.1 or ratio == 0 else f'{ratio:.2g}'}x"
 
 
 def figures(row: Published) -> str:

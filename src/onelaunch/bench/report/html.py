@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from onelaunch.bench.core.record import slug
-from onelaunch.bench.report.again import (
-    AGAIN_HEADER,
-    AGAIN_TITLE,
-    DIFFERING_HEADER,
-    again_lines,
-    again_summary,
-    differing_lines,
-    repeated,
-)
+from onelaunch.bench.report import again, gather, story
 from onelaunch.bench.report.convert import cell, escape, inline, line, table, to_html
-from onelaunch.bench.report.gather import (
-    FINDING_HEADER,
-    PUBLISHED_HEADER,
-    READING,
-    ROW_HEADER,
-    STUDIES,
-    TITLE,
-    Part,
-    Report,
-    counted,
-    described,
-    figures,
-    finding_lines,
-    row_lines,
-    summary,
-    summary_lines,
-)
+from onelaunch.bench.report.gather import Part, Report
 
-# What a browser is told: nothing from elsewhere, whatever a record holds.
+# What a browser is story.told: nothing from elsewhere, whatever a record holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -53,14 +29,17 @@ def page(
     plots: Mapping[Path, str] | None = None,
     failed: Mapping[Path, str] | None = None,
     without: str = "",
+    story_plots: Sequence[str] = (),
 ) -> str:
-    """The whole page. `plots` are SVG elements by record, `failed` why a record has none, `without`
-    why there are none at all."""
+    """The whole page: the story with its plots, then everything, folded. `plots` are SVG elements
+    by record, `failed` why a record has none, `without` why there are none at all."""
     parts = [
-        _HEAD.format(policy=_POLICY, title=escape(TITLE), style=_file("report.css")),
-        f"<h1>{escape(TITLE)}</h1>",
-        _summary(report),
+        _HEAD.format(policy=_POLICY, title=escape(gather.TITLE), style=_file("report.css")),
+        f"<h1>{escape(gather.TITLE)}</h1>",
+        *_story(report, story_plots),
         *([f'<p class="problem">{escape(without)}</p>'] if without else []),
+        "<h2>Everything that was measured</h2>",
+        _summary(report),
         _contents(report),
         "<main>",
         *(
@@ -82,8 +61,32 @@ def _file(name: str) -> str:
     return (resources.files("onelaunch.bench.report") / name).read_text(encoding="utf-8")
 
 
+def _story(report: Report, plots: Sequence[str]) -> Iterator[str]:
+    """What the studies claimed, and of each claim what holds on which device."""
+    sentences = story.introduction(report)
+    if not sentences:
+        return
+    yield f'<section id="story"><h2>{escape(story.STORY_TITLE)}</h2>'
+    yield from (f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    yield from (
+        f'<div class="plot" role="img" aria-label="{story.STORY_TITLE}">{s}</div>' for s in plots
+    )
+    for study, name in gather.STUDIES.items():
+        yield f"<h3>{escape(name)}</h3>"
+        for claim in story.CLAIMS:
+            if claim.study == study and (lines := list(story.told(report, claim))):
+                items = "".join(
+                    f"<li{_of([each.device])}>{escape(each.device)}: "
+                    f"{_badge(each.verdict, each.words)} "
+                    f'<span class="figures">{escape(each.share)}</span> {escape(each.figures)}</li>'
+                    for each in lines
+                )
+                yield f'<div class="claim"><p>{escape(claim.text)}</p><ul>{items}</ul></div>'
+    yield "</section>"
+
+
 def _summary(report: Report) -> str:
-    header, lines = summary_lines(report)
+    header, lines = gather.summary_lines(report)
     body = [
         line(map(cell, each), _of([device]))
         for device, each in zip(report.devices, lines, strict=True)
@@ -94,9 +97,9 @@ def _summary(report: Report) -> str:
     )
     return "\n".join(
         [
-            *(f"<p>{inline(text)}</p>" for text in summary(report)),
+            *(f"<p>{inline(text)}</p>" for text in gather.summary(report)),
             table(header, body),
-            *(f"<p>{inline(text)}</p>" for text in READING),
+            *(f"<p>{inline(text)}</p>" for text in gather.READING),
             f'<fieldset id="devices" hidden><legend>Devices</legend>{boxes}</fieldset>',
         ]
     )
@@ -107,8 +110,8 @@ def _contents(report: Report) -> str:
         f'<li{_of(part.device for part in parts)}><a href="#{slug(name)}">{escape(name)}</a></li>'
         for name, parts in report.experiments.items()
     ]
-    if repeated(report):
-        items.append(f'<li><a href="#again">{escape(AGAIN_TITLE)}</a></li>')
+    if again.repeated(report):
+        items.append(f'<li><a href="#again">{escape(again.AGAIN_TITLE)}</a></li>')
     items += [
         '<li><a href="#published">every published row</a></li>',
         '<li><a href="#records">records</a></li>',
@@ -120,11 +123,13 @@ def _experiment(
     name: str, parts: Sequence[Part], plots: Mapping[Path, str], failed: Mapping[Path, str]
 ) -> str:
     found = [f"<h2>{escape(name)}</h2>"]
-    if told := described(name):
-        found.append(f"<p>{escape(told)}</p>")
-    if lines := finding_lines(parts):
+    if sentence := gather.described(name):
+        found.append(f"<p>{escape(sentence)}</p>")
+    lines = gather.finding_lines(parts)
+    found.append(f"<details><summary>{_folded(len(lines), len(parts))}</summary>")
+    if lines:
         body = [line(_finding(cells), _of([device])) for device, cells in lines]
-        found.append(table(FINDING_HEADER, body, "words findings"))
+        found.append(table(gather.FINDING_HEADER, body, "words findings"))
     for part in parts:
         problems = [*part.problems, *([failed[part.path]] if part.path in failed else [])]
         found += [
@@ -134,8 +139,15 @@ def _experiment(
             _rows(part),
             "</div>",
         ]
+    found.append("</details>")
     devices = _of(part.device for part in parts)
     return f'<section id="{slug(name)}"{devices}>' + "\n".join(filter(None, found)) + "</section>"
+
+
+def _folded(statements: int, records: int) -> str:
+    """What a section's fold holds."""
+    counts = [(statements, "statement"), (records, "record")]
+    return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
 
 def _finding(cells: Sequence[str]) -> list[str]:
@@ -144,13 +156,13 @@ def _finding(cells: Sequence[str]) -> list[str]:
     return [*map(cell, cells[:-2]), badge, cell(cells[-1])]
 
 
-def _badge(verdict: str) -> str:
+def _badge(verdict: str, words: str = "") -> str:
     kind = verdict if verdict in ("confirmed", "refuted") else "none"
-    return f'<span class="{kind}">{escape(verdict)}</span>'
+    return f'<span class="{kind}">{escape(words or verdict)}</span>'
 
 
 def _view(part: Part, plots: Mapping[Path, str]) -> str:
-    """A record's table, under its device: where it comes from, its plot, its figures."""
+    """A record's table, under its device: where it comes from, its plot, its gather.figures."""
     origin = f'<div class="origin">{to_html(part.origin)}</div>'
     if not part.table:
         head = f"<h3>{escape(part.experiment)} on {escape(part.device)}</h3>"
@@ -170,34 +182,36 @@ def _plot(part: Part, plots: Mapping[Path, str]) -> str:
 
 def _rows(part: Part) -> str:
     """Every row with its spread; shut where a table says it better."""
-    rows = table(ROW_HEADER, [line(map(cell, cells)) for cells in row_lines(part.record)])
+    rows = table(
+        gather.ROW_HEADER, [line(map(cell, cells)) for cells in gather.row_lines(part.record)]
+    )
     shut = "" if part.table else " open"
     return f"<details{shut}><summary>Every row, with its spread</summary>{rows}</details>"
 
 
 def _again(report: Report) -> list[str]:
-    found = repeated(report)
+    found = again.repeated(report)
     if not found:
         return []
-    parts = [f"<p>{inline(again_summary(found))}</p>"]
+    parts = [f"<p>{inline(again.again_summary(found))}</p>"]
     for header, lines in (
-        (AGAIN_HEADER, again_lines(found)),
-        (DIFFERING_HEADER, list(differing_lines(found))),
+        (again.AGAIN_HEADER, again.again_lines(found)),
+        (again.DIFFERING_HEADER, list(again.differing_lines(found))),
     ):
         if lines:
             body = [line(map(cell, cells), _of([device])) for device, cells in lines]
             parts.append(table(header, body, "words"))
-    return [f'<section id="again"><h2>{escape(AGAIN_TITLE)}</h2>', *parts, "</section>"]
+    return [f'<section id="again"><h2>{escape(again.AGAIN_TITLE)}</h2>', *parts, "</section>"]
 
 
 def _published(report: Report) -> str:
     found = ['<section id="published"><h2>Every published row</h2>']
-    for study, told in STUDIES.items():
+    for study, name in gather.STUDIES.items():
         body = [
             line(
                 [
                     cell(f"{row.table}: {row.row}"),
-                    cell(figures(row) or "-"),
+                    cell(gather.figures(row) or "-"),
                     _answering(report, row.answer),
                     f"<td>{_verdicts(report, key)}</td>",
                 ]
@@ -205,7 +219,8 @@ def _published(report: Report) -> str:
             for key, row in report.published.items()
             if row.study == study
         ]
-        found += [f"<h3>{escape(told)}</h3>", table(PUBLISHED_HEADER, body, "words")]
+        fold = f"<details><summary>{escape(name)}: {len(body)} rows</summary>"
+        found += [fold, table(gather.PUBLISHED_HEADER, body, "words"), "</details>"]
     return "\n".join([*found, "</section>"])
 
 
@@ -220,7 +235,7 @@ def _verdicts(report: Report, key: str) -> str:
     if not answers:
         return inline(report.unanswered(key))
     return "".join(
-        f"<div{_of([device])}>{escape(device)}: {_badge(counted(counts))}</div>"
+        f"<div{_of([device])}>{escape(device)}: {_badge(gather.counted(counts))}</div>"
         for device, counts in answers.items()
     )
 
@@ -244,7 +259,9 @@ def _records(parts: Sequence[Part]) -> str:
         for part in parts
     ]
     header = ("experiment", "device", "date", "commit", "versions", "file")
-    return f'<section id="records"><h2>Records</h2>{table(header, body, "words")}</section>'
+    fold = f"<details><summary>{len(parts)} files</summary>"
+    listed = table(header, body, "words")
+    return f'<section id="records"><h2>Records</h2>{fold}{listed}</details></section>'
 
 
 def _of(devices: Iterable[str]) -> str:

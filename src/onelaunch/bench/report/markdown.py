@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 from onelaunch.bench.core.tables import markdown
-from onelaunch.bench.report.again import (
-    AGAIN_HEADER,
-    AGAIN_TITLE,
-    DIFFERING_HEADER,
-    again_lines,
-    again_summary,
-    differing_lines,
-    repeated,
-)
-from onelaunch.bench.report.gather import (
-    FINDING_HEADER,
-    PUBLISHED_HEADER,
-    READING,
-    ROW_HEADER,
-    STUDIES,
-    TITLE,
-    Part,
-    Report,
-    counted,
-    described,
-    figures,
-    finding_lines,
-    row_lines,
-    summary,
-    summary_lines,
-)
+from onelaunch.bench.report import again, gather, story
+from onelaunch.bench.report.gather import Part, Report
 
 MADE = "Made of the records by `make results`; to be made again, not to be edited."
 
 
 def document(report: Report, folder: Path) -> str:
     """The whole text, with links from a file in `folder`."""
-    header, lines = summary_lines(report)
+    header, lines = gather.summary_lines(report)
     parts = [
-        f"# {TITLE}",
+        f"# {gather.TITLE}",
         MADE,
-        *summary(report),
+        *_story(report),
+        "## Everything that was measured",
+        *gather.summary(report),
         _table(header, lines),
-        *READING,
+        *gather.READING,
         *(_experiment(name, of_it, folder) for name, of_it in report.experiments.items()),
         *_again(report),
         _published(report),
@@ -55,17 +33,38 @@ def document(report: Report, folder: Path) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _story(report: Report) -> Iterator[str]:
+    """What the studies claimed, and of each claim what holds on which device."""
+    sentences = story.introduction(report)
+    if not sentences:
+        return
+    yield f"## {story.STORY_TITLE}"
+    yield from map(_words, sentences)
+    for study, name in gather.STUDIES.items():
+        yield f"### {name}"
+        for claim in story.CLAIMS:
+            if claim.study == study and (lines := list(story.told(report, claim))):
+                yield claim.text
+                yield "\n".join(
+                    f"- {_words(each.device)}: **{each.words}**"
+                    f"{f' ({each.share})' if each.share else ''}: {_words(each.figures)}"
+                    for each in lines
+                )
+
+
 def _experiment(name: str, parts: Sequence[Part], folder: Path) -> str:
     found = [f"## {_words(name)}"]
-    if told := described(name):
-        found.append(told)
-    if lines := finding_lines(parts):
-        found.append(_table(FINDING_HEADER, [cells for _, cells in lines], len(FINDING_HEADER)))
+    if sentence := gather.described(name):
+        found.append(sentence)
+    if lines := gather.finding_lines(parts):
+        found.append(
+            _table(gather.FINDING_HEADER, [cells for _, cells in lines], len(gather.FINDING_HEADER))
+        )
     for part in parts:
         found.append(f"{_links(part, folder)}: {part.origin or _words(part.device)}")
         found += [f"- {_words(problem)}" for problem in part.problems]
         if not part.table:
-            found.append(_table(ROW_HEADER, row_lines(part.record)))
+            found.append(_table(gather.ROW_HEADER, gather.row_lines(part.record)))
     return "\n\n".join(found)
 
 
@@ -86,30 +85,33 @@ def _links(part: Part, folder: Path) -> str:
 
 
 def _again(report: Report) -> list[str]:
-    found = repeated(report)
+    found = again.repeated(report)
     if not found:
         return []
-    parts = [f"## {AGAIN_TITLE}", again_summary(found)]
-    parts.append(_table(AGAIN_HEADER, [cells for _, cells in again_lines(found)], 2))
-    if other := [cells for _, cells in differing_lines(found)]:
-        parts.append(_table(DIFFERING_HEADER, other, len(DIFFERING_HEADER)))
+    parts = [f"## {again.AGAIN_TITLE}", again.again_summary(found)]
+    parts.append(_table(again.AGAIN_HEADER, [cells for _, cells in again.again_lines(found)], 2))
+    if other := [cells for _, cells in again.differing_lines(found)]:
+        parts.append(_table(again.DIFFERING_HEADER, other, len(again.DIFFERING_HEADER)))
     return parts
 
 
 def _published(report: Report) -> str:
     found = ["## Every published row"]
-    for study, told in STUDIES.items():
+    for study, name in gather.STUDIES.items():
         lines = [
             [
                 f"{row.table}: {row.row}",
-                figures(row) or "-",
+                gather.figures(row) or "-",
                 row.answer or "-",
                 _answer(report, key),
             ]
             for key, row in report.published.items()
             if row.study == study
         ]
-        found += [f"### {told}", _table(PUBLISHED_HEADER, lines, len(PUBLISHED_HEADER))]
+        found += [
+            f"### {name}",
+            _table(gather.PUBLISHED_HEADER, lines, len(gather.PUBLISHED_HEADER)),
+        ]
     return "\n\n".join(found)
 
 
@@ -117,7 +119,7 @@ def _answer(report: Report, key: str) -> str:
     answers = report.answers(key)
     if not answers:
         return report.unanswered(key)
-    return "; ".join(f"{device}: {counted(counts)}" for device, counts in answers.items())
+    return "; ".join(f"{device}: {gather.counted(counts)}" for device, counts in answers.items())
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -49,6 +49,14 @@ for (const header of document.querySelectorAll("thead th")) {
     }
   });
 }
+// a link to a section opens it
+function openTarget() {
+  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const fold = target && target.querySelector("details");
+  if (fold) fold.open = true;
+}
+addEventListener("hashchange", openTarget);
+openTarget();
 const filter = document.getElementById("devices");
 if (filter) {
   const boxes = Array.from(filter.querySelectorAll("input"));

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onelaunch.bench.core.runner import in_a_line
-from onelaunch.bench.report.gather import Part, module_of
+from onelaunch.bench.report import story
+from onelaunch.bench.report.gather import Part, Report, module_of
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -48,6 +49,16 @@ def plots_of(parts: Sequence[Part]) -> tuple[Mapping[Path, str], Mapping[Path, s
         except Exception as error:
             failed[part.path] = f"without a plot: {in_a_line(error)}"
     return drawn, failed, ""
+
+
+def story_plots(report: Report) -> list[str]:
+    """The story's plots as SVG, those that its records have; none without matplotlib, which
+    `plots_of` says."""
+    try:
+        figures = [story.draw(report, plot) for plot in story.PLOTS]
+    except MissingExtra:
+        return []
+    return [svg(figure, f"story {n}") for n, figure in enumerate(figures) if figure is not None]
 
 
 def svg(figure: Figure, name: str) -> str:

@@ -6,7 +6,6 @@ import pytest
 
 from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
-from onelaunch.errors import BadInput
 from tests.engines.suite import SMALL
 
 pytest.importorskip("coremltools")
@@ -39,8 +38,3 @@ def test_every_case_has_its_figures_and_a_line(monkeypatch, tmp_path):
     text = coreml.table(read_json(path))
     assert text.count("not run here") == len(rows)
     assert all(f"| {case} " in text for case in cases)
-
-
-def test_another_device_is_refused():
-    with pytest.raises(BadInput, match="made and evaluated on the CPU"):
-        next(coreml.run("meta", True, print))

@@ -50,7 +50,7 @@ def made_up(case, peers=("staged", "staged + graph")):
             stages = ranges[-1][1]
             samples[way] = [drift * (2 * stages + launch * len(ranges)) for drift in (1, 1.1, 1.3)]
         of_peers = {peer: [50.0 * (i + 1)] * 3 for i, peer in enumerate(peers)}
-        rows += [row.to_dict() for row in rows_of(case, samples, how, lambda line: None, of_peers)]
+        rows += [row.to_dict() for row in rows_of(case, samples, how, of_peers)]
     return rows
 
 

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 
 pytest.importorskip("coremltools")
 
@@ -94,30 +95,6 @@ def test_k_does_not_grow_without_end():
     assert recompile.settled(8, lambda k: 0.5) == 8 + 2 + 3 + 4 + 5
 
 
-@pytest.mark.parametrize(
-    ("whole", "half", "verdict"),
-    [
-        ((0.01, [0.01, 0.02]), (1.0, [0.9, 1.1]), "confirmed"),
-        ((0.06, [0.0, 0.2]), (1.0, [0.9, 1.1]), "inconclusive"),
-        ((0.01, [0.01, 0.02]), (0.4, [0.1, 0.6]), "inconclusive"),
-        ((0.01, [0.01, 0.02]), (0.01, [0.01, 0.02]), "refuted"),
-        ((1.0, [0.9, 1.1]), (0.4, [0.1, 0.6]), "refuted"),
-    ],
-)
-def test_a_verdict_where_waits_are_far_from_the_bars(whole, half, verdict):
-    rows = [
-        {
-            "case": f"stories260k 1x64, {name}", "k": k, "ours": waits, "spread": spread, "n": 8,
-            "micro_steps_per_s": 10.0, "wait_share": waits / (k / 10), "compile_seconds": 3.0,
-            "step": 0.075,
-        }
-        for name, k, (waits, spread) in (("K", 40, whole), ("K/2", 20, half))
-    ]  # fmt: skip
-    (finding,) = recompile.findings({"rows": rows})
-    assert finding.verdict == verdict
-    assert ("too near" in finding.why) == (verdict == "inconclusive")
-
-
 @pytest.mark.extended
 def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
@@ -147,11 +124,5 @@ def _row(case):
 
 
 def test_a_process_that_ends_says_why():
-    with pytest.raises(RunFailed, match="a process that compiles ended with 1: KeyError"):
-        compile_budget.child((*compile_budget.CHILD, "nothing"))
-
-
-@pytest.mark.parametrize("module", [recompile, compile_budget])
-def test_another_device_is_refused(module):
-    with pytest.raises(BadInput, match="for a CPU|on the CPU"):
-        next(module.run("meta", True, print))
+    with pytest.raises(RunFailed, match="compile_budget.*the process ended with 1: KeyError"):
+        ask((*compile_budget.CHILD, "nothing"))

@@ -12,7 +12,7 @@ import torch
 
 from onelaunch.bench.core.record import write_record
 from onelaunch.checkpoints.atomic import read_json
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 
 pytest.importorskip("coremltools")
 
@@ -85,12 +85,6 @@ class Told:
 
 
 @pytest.mark.parametrize("module", EXPERIMENTS)
-def test_another_device_is_refused(module):
-    with pytest.raises(BadInput, match="cpu and cuda"):
-        next(iter(module.run("meta", True, print)))
-
-
-@pytest.mark.parametrize("module", EXPERIMENTS)
 def test_an_empty_record_says_nothing(module):
     record = {"device": "here", "rows": []}
     assert module.findings(record) == []
@@ -117,7 +111,7 @@ def test_more_micro_steps_compile_less(small, few, tmp_path):
     assert shares == sorted(shares, reverse=True)
     assert 0 < shares[-1] < shares[0] < 1
     assert rows[-1]["micro_steps_per_s"] > rows[1]["micro_steps_per_s"]
-    assert told.verdicts("accum-10")[1] == "refuted"  # PyTorch has nothing to compile
+    assert told.verdicts("accum-10") == ["not applicable"] * 2  # PyTorch has nothing to compile
 
 
 @pytest.mark.extended
@@ -258,10 +252,12 @@ def test_every_optimization_has_its_row(small, short, tmp_path):
     assert told.verdicts("stack-baseline") == ["not applicable"] * 2
     assert len(told.verdicts("stack-background")) == 2
     assert "| ML Programs stories260k 1x16: 8 micro-steps an update, compiled in the " in told.text
-    assert told.verdicts("stack-accumulation") == ["quick run"] * 2  # fewer than the study's
+    # of an evaluator; of fewer micro-steps than the study's
+    assert told.verdicts("stack-accumulation") == ["not applicable", "quick run"]
     for row in told.rows.values():
         row["k"], row["speedup"] = stack.LONG, 100.0
-    assert {each.verdict for each in stack.findings(told.record)[1:2]} == {"confirmed"}
+    of_pytorch = [f for f in stack.findings(told.record) if f.claim.startswith("PyTorch")]
+    assert [each.verdict for each in of_pytorch] == ["not applicable", "confirmed", "confirmed"]
 
 
 @pytest.mark.extended
@@ -282,6 +278,8 @@ def test_a_forward_is_timed_beside_compilations(small, monkeypatch, tmp_path):
     assert beside["compile_alone"] >= COMPILING / 2  # two compilations an answer
     assert told.keys == {"overlap-alone", "overlap-beside"}
     beside |= {"slowdown": overlap.LITTLE + 0.01, "slowdown_spread": [1.27, 1.27]}
+    assert overlap.findings(told.record)[1].verdict == "not applicable"  # of an evaluator
+    alone["of"] = beside["of"] = "PyTorch stories260k 1x16"
     assert overlap.findings(told.record)[1].verdict == "refuted"
     beside["slowdown"] = overlap.LITTLE - 0.01
     assert overlap.findings(told.record)[1].verdict == "confirmed"
@@ -351,7 +349,7 @@ def test_steady_is_from_where_nothing_changes(times, number):
 
 
 def test_a_process_that_cannot_train_says_why():
-    with pytest.raises(RunFailed, match="a process that trains ended with 1"):
+    with pytest.raises(RunFailed, match="warm_up.*the process ended with 1"):
         warm_up._child("PyTorch", "cpu", "nothing", 16, 1, 0, 0)
 
 

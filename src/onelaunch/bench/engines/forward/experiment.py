@@ -21,7 +21,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,23 +33,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.gpu_forwards import pytorch_samples, random_weights, replays, walls
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.core.timing import copy_bandwidth
-from onelaunch.bench.engines.forward.views import draw, table
+from onelaunch.bench.engines.forward.views import draw, findings, table
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.compilation.environment import child_environment
 from onelaunch.config import ModelConfig, preset
-from onelaunch.errors import BadInput, EngineTimeout, RunFailed
+from onelaunch.errors import EngineTimeout, RunFailed
 
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.engine import CudaEngine
     from onelaunch.engines.cuda.pack import PackedModel
     from onelaunch.engines.cuda.staged import BoundForward
 
-__all__ = ["UNIT", "draw", "run", "table"]
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
 
 UNIT = "us"
 CASES = (
@@ -72,10 +71,6 @@ CHILD_SECONDS = 120.0
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every case; yields rows."""
-    if torch.device(device).type != "cuda":
-        raise BadInput(
-            f"forward: it times a GPU, and the device is {device}; take another experiment"
-        )
     import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
     from triton.runtime.cache import triton_key
 
@@ -141,7 +136,6 @@ def _case(
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
     row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes, alone)
-    say(_told(row))
     return row
 
 
@@ -262,12 +256,7 @@ def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -
     kernels, imports and the device's context aside; and those that Triton reads itself."""
     subject = json.dumps([config.to_dict(), batch, sequence, str(store)])
     command = [sys.executable, "-m", "onelaunch.bench.engines.forward.child", subject]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=CHILD_SECONDS, env=child_environment()
-    )
-    if done.returncode:
-        raise RunFailed(f"a process with the choice kept failed: {done.stderr[-500:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = ask(command, timeout=CHILD_SECONDS)
     return {KEPT: float(found["kept"]), READS_ITSELF: float(found["triton"])}
 
 
@@ -307,10 +296,3 @@ def _floor_us(config: ModelConfig, rows: int, bandwidth: float) -> float:
         shape[0] * shape[1] for shape in config.weight_shapes().values() if len(shape) > 1
     )
     return 2 * (weights + rows * config.vocab_size) / bandwidth / 1e3
-
-
-def _told(row: Row) -> str:
-    forms = ", ".join(f"{name} {each['median']:.1f}" for name, each in row.notes["forms"].items())
-    peers = ", ".join(f"{name} {value:.1f}" for name, value in row.peers.items())
-    wide = row.notes[FLOAT32]["median"]
-    return f"{row.case}: {row.ours:.1f} us, float32 {wide:.1f} (graphs: {forms}); {peers}"

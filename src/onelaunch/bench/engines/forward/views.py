@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import digits, document, markdown
 
 MORE_FIRSTS = ("its kernel alone", "torch.compile", "kept", "Triton reads itself")
+ANEW = 0.1
+"""Of the first form's seconds: what takes less compiles nothing."""
 PEERS = ("torch.compile + graph", "torch.compile", "eager + graph", "eager")
+
+
+def findings(record: dict[str, Any]) -> list[Finding]:
+    """Of what each fused form takes until its first forward: one kernel serves them all, and a
+    form after the first compiles nothing."""
+    found = []
+    for row in record["rows"]:
+        seconds = row["seconds_to_first"]
+        fused = {form: s for form, s in seconds.items() if form.startswith("fused ")}
+        if len(fused) < 2:
+            continue
+        first, *others = fused.values()
+        told = ", ".join(f"{form} {s:.2f}" for form, s in fused.items())
+        found.append(
+            Finding(
+                ("compile-forms",),
+                f"{row['case']}: each fused form is compiled anew",
+                str(PUBLISHED["compile-forms"].values["told"]),
+                f"{told} s to a first forward, in this order",
+                "refuted" if max(others) < ANEW * first else "confirmed",
+                "one kernel holds all stages, whichever a launch runs; one kernel per stage takes "
+                f"{seconds['staged']:.2f} s, torch.compile {seconds['torch.compile']:.2f}",
+            )
+        )
+    return found
 
 
 def table(record: dict[str, Any]) -> str:
@@ -40,8 +66,6 @@ def table(record: dict[str, Any]) -> str:
         for row in rows
     ]
     parts = [
-        f"# A forward of whole texts on {record['device']}",
-        provenance(record),
         "Medians in us of a forward in bfloat16, logits of every position. `logits`: wall time of "
         "`engine.logits`, which is what `over` is said of, and with float32 logits. The forms are "
         "CUDA graphs alone, of `chosen` what the engine measured and runs; `fused`: how much one "
@@ -59,7 +83,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     if any("choice" in row for row in rows):
         parts += ["## What was chosen", "us by form in the measurement itself.", _choices(rows)]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A forward of whole texts on", *parts)
 
 
 def _seconds(value: float | None) -> str:
@@ -81,29 +105,20 @@ def _choices(rows: list[dict[str, Any]]) -> str:
     return markdown(["case", "form", "us", "timed", *kinds], body)
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Bars: the forms and the peers of each case, over the fastest of ours."""
-    from onelaunch.bench.core import plots
+def draw(record: dict[str, Any]) -> plots.Figure | None:
+    """Bars: the forms and the fastest peer of each case, over the fastest of ours."""
+    series: dict[str, dict[str, float]] = {}
+    for row in record["rows"]:
+        times = {form: each["median"] for form, each in row["forms"].items()}
+        times[PEERS[0]] = row["peers"][PEERS[0]]
+        for name, us in times.items():
+            series.setdefault(name, {})[row["case"]] = us / row["ours"]
+    return plots.bars(
+        "Forward of whole texts, over our fastest form", series, "",
+        "time over that of our fastest form", names=_shapes(record), at=1,
+    )  # fmt: skip
 
-    rows = record["rows"]
-    if not rows:
-        return None
-    figure = plots.new_figure(9, 4.5)
-    axes = figure.subplots()
-    axes.set_title("Forward of whole texts, over our fastest form")
-    names = list(dict.fromkeys(form for row in rows for form in row["forms"])) + list(PEERS[:1])
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights, places = [], []
-        for j, row in enumerate(rows):
-            each = row["forms"].get(name)
-            value = each["median"] if each else row["peers"].get(name)
-            if value:
-                heights.append(value / row["ours"])
-                places.append(j + (i - len(names) / 2) * width)
-        axes.bar(places, heights, width, label=name)
-    axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=15, fontsize=7)
-    axes.set_ylabel("time over that of our fastest form")
-    axes.axhline(1, color="black", linewidth=0.5)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+
+def _shapes(record: dict[str, Any]) -> dict[str, str]:
+    """Short names of the cases."""
+    return {row["case"]: row["case"].replace(" forward ", "\n") for row in record["rows"]}

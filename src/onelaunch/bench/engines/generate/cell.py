@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from onelaunch.bench.core.compiled import random_weights, ready, runtime_of, thread_counts
+from onelaunch.bench.core.compiled import ready, runtime_of, thread_counts
 from onelaunch.bench.core.rounds import Samples, in_rounds
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.reading import reader
 from onelaunch.bench.engines.generation_speed import BareLoop
 from onelaunch.bench.peers import llama_cpp

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.bench.core.compiled import (
-    check_device,
     compiled_program,
     thread_counts,
     threads_named,
@@ -63,7 +62,6 @@ def run(
     device: str, quick: bool, say: Callable[[str], None], peers: Mapping[str, Path]
 ) -> Iterator[Row]:
     """Time every case; yields rows, higher is better where the unit is tokens/s."""
-    check_device("generate", device)
     binary = peers.get(NAME)
     if binary is not None:
         check_binary(binary)
@@ -80,7 +78,7 @@ def run(
             yield from _cell(name, dtype, threads, n, rounds, (binary, python), say)
             gc.collect()  # the engines' memory, before the next ones take as much
     yield prompt(binary, ROUNDS, say)
-    yield second_start(3 if quick else ROUNDS, say)
+    yield second_start(3 if quick else ROUNDS)
     yield from memory(say)
     if not quick:
         yield from busy_core(binary, ROUNDS, say)
@@ -110,11 +108,6 @@ def _cell(
         row.notes["prefetch"] = cell.ours[each].describe()["prefetch"]
         for peer, same in cell.same_tokens.items():
             row.notes[f"{peer}_same_tokens"] = same
-        told = ", ".join(f"{peer} {value:,.0f}" for peer, value in row.peers.items())
-        say(
-            f"{row.case}: {row.ours:,.1f} tokens/s, {row.notes['gb_s']:.1f} GB/s, "
-            f"{row.notes['share_of_read']:.0%} of reading; {told}"
-        )
         yield row
 
 

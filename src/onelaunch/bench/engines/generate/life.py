@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -15,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from onelaunch.bench.core.compiled import random_weights, ready, thread_counts
+from onelaunch.bench.core.children import ask
+from onelaunch.bench.core.compiled import ready, thread_counts
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.cell import (
     REFERENCE,
     RUN_C,
@@ -85,8 +86,6 @@ def prompt(binary: Path | None, rounds: int, say: Callable[[str], None]) -> Row:
         "peer_threads": thread_counts()[-1],
         "ratios": {name: round(ratio(ours, values), 4) for name, values in samples.items()},
     }
-    told = ", ".join(f"{name} {value:,.0f}" for name, value in row.peers.items())
-    say(f"{row.case}: {row.ours:,.0f} tokens/s; {told}")
     return row
 
 
@@ -122,10 +121,6 @@ def busy_core(binary: Path | None, rounds: int, say: Callable[[str], None]) -> I
         }
         if name == "ours" and RUN_C in writers:
             row.peers = {RUN_C: statistics.median(samples[f"{RUN_C} busy"])}
-        say(
-            f"{row.case}: {row.ours:,.1f} tokens/s, {statistics.median(idle):,.1f} alone; "
-            f"median of ratios {row.notes['busy_over_idle']:.2f}"
-        )
         yield row
 
 
@@ -164,22 +159,9 @@ def busy_loop() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def in_child(what: str, model: Path, **environment: str) -> dict[str, float]:
-    """What a fresh process measured. Raises RunFailed with its last line where it failed."""
+    """What a fresh process measured. Raises RunFailed where it failed."""
     command = [sys.executable, "-m", "onelaunch.bench.engines.generate.child", what, str(model)]
-    try:
-        done = subprocess.run(
-            command,
-            env=child_environment(**environment),
-            capture_output=True,
-            text=True,
-            timeout=CHILD_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RunFailed(f"{what}: it took longer than {CHILD_SECONDS:g} s") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise RunFailed(f"{what}: {last[:200]}")
-    return dict(json.loads(done.stdout))
+    return dict(ask(command, child_environment(**environment), CHILD_SECONDS))
 
 
 @contextmanager
@@ -189,7 +171,7 @@ def _model_file() -> Iterator[Path]:
         yield write_model(config, random_weights(config), Path(folder) / "model.bin")
 
 
-def second_start(samples: int, say: Callable[[str], None]) -> Row:
+def second_start(samples: int) -> Row:
     """From a process's first import until the compiled form is there, found in the store."""
     with _model_file() as model:
         in_child("start", model)  # the files are in the system's memory
@@ -198,7 +180,6 @@ def second_start(samples: int, say: Callable[[str], None]) -> Row:
     row.notes = {"kind": "start", "unit": "s"} | {
         key: digest([each[key] for each in found]) for key in ("import_seconds", "ready_seconds")
     }
-    say(f"{row.case}: {row.ours:.2f} s from the first import to the compiled form")
     return row
 
 
@@ -220,7 +201,6 @@ def memory(say: Callable[[str], None]) -> Iterator[Row]:
         "allowed_mb": round(allowed / 1e6, 2),
         "within": found["bytes"] <= allowed,
     }
-    say(f"{row.case}: {row.ours:.1f} MB more than after the imports, {allowed / 1e6:.1f} allowed")
     yield row
 
 
@@ -242,9 +222,4 @@ def cold_start(samples: int, say: Callable[[str], None]) -> Iterator[Row]:
     row.notes = {"kind": "cold", "unit": "s"} | {
         key: digest([each[key] for each in found]) for key in found[0]
     }
-    swap, gap = row.notes["swap_seconds"]["median"], row.notes["longest_gap_at_swap_ms"]["median"]
-    say(
-        f"{row.case}: first token after {row.ours:.2f} s, the swap after {swap:.1f} s with a gap "
-        f"of {gap:.1f} ms"
-    )
     yield row

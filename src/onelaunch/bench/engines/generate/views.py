@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 Record = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 PEERS = ("run.c", "llama.cpp", "bare loop", "reference")
-COLORS = {
-    "ours": "#1a7a36",
-    "run.c": "#1f5a8f",
-    "llama.cpp": "#7a3f9d",
-    "bare loop": "#d08020",
-    "reference": "#999999",
-}
-
 EXPLANATION = (
     "Greedy, one text. `of reading`: weight bytes read a second, over what as many threads reach "
     "reading the packed weights and doing nothing else (the best of 15 passes, in each round). A "
@@ -34,7 +22,7 @@ EXPLANATION = (
 def table(record: Record) -> str:
     """In Markdown: speeds beside the peers', then each of the other rows."""
     rows = record["rows"]
-    parts = [f"# Generation on {record['device']}", provenance(record), EXPLANATION]
+    parts = [EXPLANATION]
     if speeds := _speeds(rows):
         parts.append(f"## Tokens a second\n\n{_speed_table(speeds)}")
     parts += [
@@ -42,15 +30,11 @@ def table(record: Record) -> str:
         for kind, title, make in _SECTIONS
         if (found := [row for row in rows if row.get("kind") == kind])
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Generation on", *parts)
 
 
 def _speeds(rows: Rows) -> Rows:
     return [row for row in rows if "gb_s" in row]
-
-
-def _span(row: dict[str, Any]) -> str:
-    return "-".join(digits(value) for value in row["spread"] or ()) or "-"
 
 
 def _beside(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
@@ -67,7 +51,7 @@ def _speed_table(rows: Rows) -> str:
         [
             row["case"],
             digits(row["ours"]),
-            _span(row),
+            spread(row),
             digits(row["gb_s"]),
             digits(row["read_gb_s"]),
             f"{row['share_of_read']:.0%}",
@@ -81,7 +65,7 @@ def _speed_table(rows: Rows) -> str:
 
 def _prompt_table(rows: Rows) -> str:
     names = ("run.c", "reference")
-    lines = [[r["case"], digits(r["ours"]), _span(r), *_beside(r, names)] for r in rows]
+    lines = [[r["case"], digits(r["ours"]), spread(r), *_beside(r, names)] for r in rows]
     text = markdown(["tokens/s read", "ours", "p20-p80", *names], lines)
     return f"{text}\n\nrun.c takes a prompt one token at a time, as it writes."
 
@@ -92,7 +76,7 @@ def _busy_table(rows: Rows) -> str:
             row["who"],
             digits(row["idle"]["median"]),
             digits(row["ours"]),
-            _span(row),
+            spread(row),
             digits(row["least"]),
             f"{row['busy_over_idle']:.2f}x",
         ]
@@ -104,7 +88,7 @@ def _busy_table(rows: Rows) -> str:
 def _start_table(rows: Rows) -> str:
     parts = ("import_seconds", "ready_seconds")
     lines = [
-        [r["case"], digits(r["ours"]), _span(r), *(digits(r[part]["median"]) for part in parts)]
+        [r["case"], digits(r["ours"]), spread(r), *(digits(r[part]["median"]) for part in parts)]
         for r in rows
     ]
     return markdown(["s", "all", "p20-p80", "imports", "load and pack"], lines)
@@ -145,32 +129,15 @@ _SECTIONS = (
 )
 
 
-def draw(record: Record) -> Figure | None:
+def draw(record: Record) -> plots.Figure | None:
     """Bars: tokens a second of ours and the peers, relative to ours; None without speeds."""
     rows = _speeds(record["rows"])
-    if not rows:
-        return None
-    names = [name for name in COLORS if name == "ours" or any(name in r["peers"] for r in rows)]
-    figure = plots.new_figure(8, 1.4 + 0.2 * len(names) * len(rows))
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    labelled: set[str] = set()
-    for place, name in enumerate(names):
-        for i, row in enumerate(rows):
-            value = row["ours"] if name == "ours" else row["peers"].get(name)
-            if value is None:
-                continue
-            share = 1.0 if name == "ours" else 1 / row["ratios"][name]
-            y = i + (place - (len(names) - 1) / 2) * height
-            label = None if name in labelled else name
-            labelled.add(name)
-            axes.barh(y, share, height * 0.9, color=COLORS[name], label=label)
-            axes.text(share + 0.01, y, digits(value), va="center", fontsize=7)
-    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("speed relative to ours (medians of rounds); beside the bars tokens/s")
-    axes.set_xlim(right=1.08 * axes.get_xlim()[1])
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
-    axes.set_title(f"Generation on {record['device']}", fontsize=10)
-    return figure
+    series = {"ours": {row["case"]: 1.0 for row in rows}} | {
+        peer: {row["case"]: 1 / row["ratios"][peer] for row in rows if peer in row["ratios"]}
+        for peer in PEERS
+    }
+    return plots.bars(
+        f"Generation on {record['device']}",
+        {name: values for name, values in series.items() if values},
+        "speed relative to ours (medians of rounds)", "", across=True, at=1,
+    )  # fmt: skip

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.weights import SEED, exact_logits, random_weights
 from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.errors import MissingExtra
 from onelaunch.model import Model
 from onelaunch.plan import make_plan
 
@@ -35,7 +36,6 @@ MODELS = (("stories260k", 128), ("stories15m", 64))
 QUICK_MODELS = MODELS[:1]
 GRADIENTS = ("stories260k", 64)
 """Of training through ML Programs; with the reference engine all of MODELS."""
-SEED = 1
 
 Weights = dict[str, Tensor]
 Make = Callable[[ModelConfig, Weights], Engine]
@@ -44,17 +44,13 @@ Make = Callable[[ModelConfig, Weights], Engine]
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every engine that runs on the device; yields rows."""
     place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise BadInput(f"parity: --device {device}: runs on cpu or cuda; use one of them")
-    for row in _rows(place, quick, say):
-        say(f"{row.case}: {row.ours:.2e}")
-        yield row
+    yield from _rows(place, quick, say)
 
 
 def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     for name, sequence in QUICK_MODELS if quick else MODELS:
         config, weights, tokens, targets = _problem(name, sequence)
-        exact = _exact_logits(config, weights, tokens)
+        exact = exact_logits(config, weights, tokens)
         for engine, dtype, make in _engines(place, say):
             logits = make(config, weights).logits(tokens.to(place)).cpu().double()
             beside = _pytorch(config, weights, tokens, dtype, place, engine)
@@ -70,7 +66,7 @@ def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Itera
 def _problem(name: str, sequence: int) -> tuple[ModelConfig, Weights, Tensor, Tensor]:
     """A preset, random weights, tokens and targets."""
     config = preset(name)
-    weights = {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
+    weights = random_weights(config)
     generator = torch.Generator().manual_seed(SEED)
     tokens, targets = torch.randint(config.vocab_size, (2, 1, sequence), generator=generator)
     return config, weights, tokens, targets
@@ -121,12 +117,6 @@ def _has_coremltools(say: Callable[[str], None]) -> bool:
         say(f"without ML Programs: {error}")
         return False
     return True
-
-
-def _exact_logits(config: ModelConfig, weights: Weights, tokens: Tensor) -> Tensor:
-    model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
-    with torch.no_grad():
-        return F.linear(model.hidden(tokens), model.head_weight())
 
 
 def _pytorch(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onelaunch.bench.core.findings import Finding
-from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.tables import document, markdown
 
 MOST_TIMES = 2.0
 """What an engine may lose, times what PyTorch does in the same precision: sums of other order and
@@ -24,51 +22,56 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     """Nothing here was published: what the record says of our own engines."""
     found = []
     for row in record["rows"]:
+        of_programs = row.get("engine") == "coreml"
         if row["what"] == "logits" and row["engine"] != "reference":
-            within = row["times_pytorch"] <= MOST_TIMES
             found.append(
-                Finding(
-                    (),
-                    f"{row['model']}: the {row['engine']} engine in {row['dtype']} loses no more "
-                    f"than {MOST_TIMES:g} times what PyTorch does",
-                    "not measured",
-                    f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
-                    "confirmed" if within else "refuted",
+                _beside_pytorch(
+                    row,
+                    f"the {row['engine']} engine in {row['dtype']} loses",
+                    "PyTorch does",
                     "relative error of all logits against float64; the most likely token is the "
                     f"same at {row['same_argmax']:.1%} of positions",
-                    row["times_pytorch"],
                 )
             )
-        if row["what"] == "gradients" and row["engine"] == "reference":
-            within = row["times_pytorch"] <= MOST_TIMES
+        elif row["what"] == "gradients" and not of_programs:
             found.append(
-                Finding(
-                    (),
-                    f"{row['model']}: gradients of training in {row['dtype']} lose no more than "
-                    f"{MOST_TIMES:g} times what PyTorch's do",
-                    "not measured",
-                    f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
-                    "confirmed" if within else "refuted",
-                    f"{row['parameters']} parameters together against float64 autograd, norm "
-                    f"{row['norm']}; the worst, {row['worst']}, {row['worst_error']:.1e}, "
+                _beside_pytorch(
+                    row,
+                    f"gradients of training in {row['dtype']} lose",
+                    "PyTorch's do",
+                    f"{_together(row)}, norm {row['norm']}; {_worst(row)}, "
                     f"PyTorch's {row['worst_pytorch']:.1e}",
-                    row["times_pytorch"],
                 )
             )
-        if row["what"] == "gradients" and row["engine"] == "coreml":
+        elif row["what"] == "gradients":
             most = MOST_APART[row["dtype"]]
-            found.append(
-                Finding(
-                    (),
-                    f"gradients through ML Programs in {row['dtype']} are within {most:g}",
-                    "not measured",
-                    f"{row['ours']:.1e}",
-                    "confirmed" if row["ours"] <= most else "refuted",
-                    f"{row['parameters']} parameters together against float64 autograd; the worst, "
-                    f"{row['worst']}, {row['worst_error']:.1e}",
-                )
-            )
+            claim = f"gradients through ML Programs in {row['dtype']} are within {most:g}"
+            verdict: Verdict = "confirmed" if row["ours"] <= most else "refuted"
+            why = f"{_together(row)}; {_worst(row)}"
+            found.append(Finding((), claim, "not measured", f"{row['ours']:.1e}", verdict, why))
     return found + list(_by_magnitude(record))
+
+
+def _beside_pytorch(row: dict[str, Any], who: str, pytorch: str, why: str) -> Finding:
+    """Whether an engine loses as little as PyTorch in the same precision."""
+    times = row["times_pytorch"]
+    return Finding(
+        (),
+        f"{row['model']}: {who} no more than {MOST_TIMES:g} times what {pytorch}",
+        "not measured",
+        f"{row['ours']:.1e}, PyTorch {row['peers']['PyTorch']:.1e}",
+        "confirmed" if times <= MOST_TIMES else "refuted",
+        why,
+        times,
+    )
+
+
+def _together(row: dict[str, Any]) -> str:
+    return f"{row['parameters']} parameters together against float64 autograd"
+
+
+def _worst(row: dict[str, Any]) -> str:
+    return f"the worst, {row['worst']}, {row['worst_error']:.1e}"
 
 
 def _by_magnitude(record: dict[str, Any]) -> Iterator[Finding]:
@@ -89,7 +92,7 @@ def _by_magnitude(record: dict[str, Any]) -> Iterator[Finding]:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     rows = record["rows"]
-    parts = [f"# Errors against float64, on {record['device']}", provenance(record)]
+    parts = []
     logits = [row for row in rows if row["what"] == "logits"]
     gradients = [row for row in rows if row["what"] == "gradients"]
     magnitude = [row for row in rows if row["what"] == "magnitude"]
@@ -138,28 +141,21 @@ def table(record: dict[str, Any]) -> str:
             markdown(["ML Program of a forward", "largest", "of float16's end"], lines),
             "The mask, -40,000, is added to scores: it is meant to be large.",
         ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Errors against float64, on", *parts)
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Errors of logits, ours beside PyTorch's in the same precision."""
-    from onelaunch.bench.core import plots
-
-    rows = [row for row in record["rows"] if row["what"] == "logits"]
-    if not rows:
-        return None
-    figure = plots.new_figure(7.5, 1.2 + 0.4 * len(rows))
-    axes = figure.subplots()
-    at = range(len(rows))
-    ours, theirs = [row["ours"] for row in rows], [row["peers"]["PyTorch"] for row in rows]
-    axes.barh([i - 0.2 for i in at], ours, 0.38, color="#1f5a8f", label="the engine")
-    axes.barh([i + 0.2 for i in at], theirs, 0.38, color="#999999", label="PyTorch")
-    names = [f"{row['model']}, {row['engine']} {row['dtype']}" for row in rows]
-    axes.set_yticks(list(at), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("relative error of logits against float64")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
-    axes.set_title(f"Errors by engine and precision, {record['device']}", fontsize=10)
-    return figure
+def draw(record: dict[str, Any]) -> plots.Figure | None:
+    """Errors of logits, ours and PyTorch's in the same precision."""
+    rows = {
+        f"{row['model']}, {row['engine']} {row['dtype']}": row
+        for row in record["rows"]
+        if row["what"] == "logits"
+    }
+    return plots.bars(
+        f"Errors by engine and precision, {record['device']}",
+        {
+            "the engine": {name: row["ours"] for name, row in rows.items()},
+            "PyTorch": {name: row["peers"]["PyTorch"] for name, row in rows.items()},
+        },
+        "relative error of logits against float64", "", across=True, log="x",
+    )  # fmt: skip

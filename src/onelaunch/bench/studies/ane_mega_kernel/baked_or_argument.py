@@ -16,18 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
-from onelaunch.bench.experiments import NOT_ON_A_GPU
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import (
@@ -43,12 +42,9 @@ from onelaunch.engines.coreml.emit import (
 from onelaunch.engines.coreml.evaluate import Evaluator
 from onelaunch.engines.coreml.pack import Packed
 from onelaunch.engines.coreml.package import Package
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 from onelaunch.model import Model
 from onelaunch.plan import Launch, Plan, make_plan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "s"
 MODELS, SEQUENCE = ("stories15m", "stories110m"), 64
@@ -60,21 +56,14 @@ CHECKED = (1, 4, 16, 64)
 QUICK_CHECKED = (1, 16)
 SAME = 1e-5
 """Error between the two forms, relative: they are the same arithmetic on the same numbers."""
-FIT = 0.25
-"""How far a whole update may be from what compile and step say, relative."""
 FORMS = ("constants", "arguments", "PyTorch")
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every model; yields rows."""
-    if torch.device(device).type != "cpu":
-        reason = NOT_ON_A_GPU["baked-or-argument"]
-        raise BadInput(f"baked-or-argument: --device {device}: it is for a CPU; {reason}")
     coremltools("bench baked-or-argument")
     for name in QUICK_MODELS if quick else MODELS:
-        for row in _model(name, quick):
-            say(f"{row.case}: {digits(row.ours * 1e3)} ms")
-            yield row
+        yield from _model(name, quick)
 
 
 @dataclass
@@ -278,23 +267,18 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     found = []
     for model in _models(record):
         rows = {(row["what"], row.get("form")): row for row in _of(record, model)}
-        n, compiling = overtakes(record, model), rows["update", "constants"]["ours"]
-        wholes = [r for r in record["rows"] if r["model"] == model and r["what"] == "whole"]
-        off = [row["ours"] / row["predicted"] - 1 for row in wholes if row["form"] == "constants"]
-        fits = all(abs(each) <= FIT for each in off)
+        compiling = rows["update", "constants"]["ours"]
         found.append(
             Finding(
                 ("mutable-inputs",),
                 f"weights must be constants, a layer of {model}",
                 str(PUBLISHED["mutable-inputs"].values["told"]),
-                "as inputs the same result; constants "
-                + ("never overtake" if n is None else f"overtake at {n:,} micro-steps an update"),
-                "refuted",
-                f"compiled anew {compiling * 1e3:,.0f} ms an update; a step "
-                f"{rows['step', 'constants']['ours'] * 1e3:.2f} ms with constants, "
-                f"{rows['step', 'arguments']['ours'] * 1e3:.2f} with arguments, "
-                f"{rows['step', 'PyTorch']['ours'] * 1e3:.2f} by PyTorch; evaluated on a CPU; "
-                f"whole updates are {'' if fits else 'not '}within {FIT:.0%} of what these say",
+                f"as inputs the same result; compiling constants takes {compiling * 1e3:,.0f} ms "
+                "an update",
+                *needs_a_mac(
+                    "the public converter takes weights as inputs; what the private parser "
+                    "refuses it does not say, nor what a step takes on a Neural Engine"
+                ),
             )
         )
     return found
@@ -304,15 +288,12 @@ def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines, wholes = [], []
     for row in record["rows"]:
-        low, high = (1e3 * v for v in row["spread"])
-        line = [row["case"], digits(1e3 * row["ours"]), f"{digits(low)}-{digits(high)}"]
+        line = [row["case"], digits(1e3 * row["ours"]), spread(row, scale=1e3)]
         if row["what"] == "whole":
             wholes.append([*line, digits(1e3 * row["predicted"])])
         else:
             lines.append([*line, str(row["n"])])
     parts = [
-        f"# Weights as constants or as arguments, on {record['device']}",
-        provenance(record),
         markdown(["one layer", "ms", "p20-p80", "n"], lines),
         *(_in_words(record, model) for model in _models(record)),
         "## Whole updates",
@@ -323,7 +304,7 @@ def table(record: dict[str, Any]) -> str:
         "study found that weights must be constants; the public converter takes them as inputs, "
         "and whether the Neural Engine does is not known.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Weights as constants or as arguments, on", *parts)
 
 
 def _in_words(record: dict[str, Any], model: str) -> str:
@@ -333,18 +314,17 @@ def _in_words(record: dict[str, Any], model: str) -> str:
     return f"{model}: constants overtake from {n:,} micro-steps an update on."
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Milliseconds a micro-step by micro-steps an update, by form."""
-    from onelaunch.bench.core import plots
-
     models = _models(record)
     if not models:
         return None
-    figure = plots.new_figure(5 * len(models), 3.8)
+    title = f"Constants or arguments, evaluated on {record['device']}"
+    figure, all_axes = plots.panels(len(models), title=title)
     counts = [2**i for i in range(13)]
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    for axes, model in zip(all_axes, models, strict=True):
         rows = {(row["what"], row.get("form")): row for row in _of(record, model)}
-        for form, color in zip(FORMS, ("#b03060", "#1f5a8f", "#999999"), strict=True):
+        for form, color in zip(FORMS, plots.COLORS, strict=False):
             update, step = (rows[what, form]["ours"] for what in ("update", "step"))
             axes.plot(counts, [1e3 * (update / n + step) for n in counts], color=color, label=form)
             whole = [
@@ -353,12 +333,8 @@ def draw(record: dict[str, Any]) -> Figure | None:
                 if row["model"] == model and row["what"] == "whole" and row["form"] == form
             ]
             axes.plot(*zip(*whole, strict=True), "o", color=color)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("micro-steps an update")
-        axes.set_ylabel("ms a micro-step, compiling with it")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        axes.set_title(f"a layer of {model}; dots: measured whole", fontsize=9)
-    figure.suptitle(f"Constants or arguments, evaluated on {record['device']}", fontsize=10)
+        plots.label(
+            axes, "micro-steps an update", "ms a micro-step, compiling with it",
+            f"a layer of {model}; dots: measured whole", log="xy",
+        )  # fmt: skip
     return figure

@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown
+from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
-from onelaunch.errors import BadInput, OnelaunchError
-from onelaunch.model import Model
-from onelaunch.plan import Launch, Part, Plan, every_depth, make_plan, part_of
+from onelaunch.errors import OnelaunchError
+from onelaunch.plan import Launch, Plan, every_depth, make_plan, part_of
 
 UNIT = "s"
 SEQUENCE = 256
@@ -56,8 +54,6 @@ class _Made:
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    if torch.device(device).type != "cpu":
-        raise BadInput(f"coreml: --device {device}: programs are made and evaluated on the CPU")
     coremltools("bench coreml")
     from onelaunch.engines.coreml import run as mac
 
@@ -73,9 +69,9 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -> Iterator[Row]:
     config = preset(name)
-    weights = {n: p.detach() for n, p in Model(config).init_weights(0).named_parameters()}
+    weights = random_weights(config, 0)
     tokens = torch.randint(config.vocab_size, (1, SEQUENCE), generator=torch.manual_seed(0))
-    exact = _exact_logits(config, weights, tokens)
+    exact = exact_logits(config, weights, tokens)
     plan = make_plan(config, 1, SEQUENCE, all_positions=True)
     depths = [depth for depth in every_depth(config.n_layers) if depth != "stage"]
     for depth in ("half", "all") if quick else depths:
@@ -86,11 +82,9 @@ def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -
                 precision: _errors(_logits(made, weights, tokens, precision), exact)
                 for precision in ("float32", "float16")
             }
-        say(f"{row.case}: {_told(row)}")
         yield row
     for taps in ("full", "inputs"):
         row = _backward_row(f"{name} 1x{SEQUENCE} backward {taps}", plan, taps, weights, quick)
-        say(f"{row.case}: {_told(row)}")
         yield row
 
 
@@ -101,11 +95,10 @@ def _blocks(
         dim=dim, n_layers=layers, n_heads=dim // 32, hidden_dim=hidden, vocab_size=64,
         max_seq_len=SEQUENCE,
     )  # fmt: skip
-    weights = {n: p.detach() for n, p in Model(config).init_weights(0).named_parameters()}
+    weights = random_weights(config, 0)
     plan = part_of(make_plan(config, 1, SEQUENCE, all_positions=True), "ffn")
     case = f"ffn {dim}/{hidden} 1x{SEQUENCE}, {layers} layer{'s' if layers > 1 else ''}"
-    row = _row(case, plan, layers, weights, quick, on_a_mac, say, "ffn")
-    say(f"{row.case}: {_told(row)}")
+    row = _row(case, plan, layers, weights, quick, on_a_mac, say)
     return row
 
 
@@ -117,7 +110,6 @@ def _row(
     quick: bool,
     on_a_mac: bool,
     say: Callable[[str], None],
-    part: Part = "whole",
 ) -> Row:
     samples: list[_Made] = []
     notes: dict[str, Any] = {}
@@ -199,12 +191,6 @@ def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _
     return _Made(paths, found, emit_seconds, seconds, operations, n_bytes)
 
 
-def _exact_logits(config: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
-    with torch.no_grad():
-        return F.linear(model.hidden(tokens), model.head_weight())
-
-
 def _logits(made: _Made, weights: dict[str, Tensor], tokens: Tensor, precision: str) -> Tensor:
     """Through all programs."""
     from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X
@@ -256,37 +242,47 @@ def _on_a_mac(made: _Made, say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
-def _told(row: Row) -> str:
-    notes = row.notes
-    text = (
-        f"{row.ours:.2f} s, {notes['programs']} program{'s' if notes['programs'] > 1 else ''}, "
-        f"{notes['operations']:,} operations, {notes['over_weights']:.2f}x the weights"
-    )
-    if "errors" in notes:
-        text += "".join(
-            f"; {precision} {error['relative']:.1e} off, cosine 1 - {error['one_minus_cosine']:.0e}"
-            for precision, error in notes["errors"].items()
-        )
-    return text
-
-
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of the largest program that was made: its bytes are weights, but for a hundredth."""
+    """Of the largest program that was made, whose bytes are weights but for a hundredth; and of
+    what its layers take to compile in one program and in several."""
     ones = [row for row in record["rows"] if row["programs"] == 1 and "errors" in row]
     if not ones:
         return []
     largest = max(ones, key=lambda row: row["bytes"])
     mb, published = largest["bytes"] / 1e6, float(PUBLISHED["sram"].values["MB"])
-    return [
+    found = [
         Finding(
             ("sram",),
             f"{published:g} MB of weights in one program meet no limit",
             f"{published:g} MB, run on a Neural Engine",
             f"{mb:,.0f} MB, evaluated on a CPU ({largest['case']})",
-            "not applicable",
-            "made, saved and read back; what a Neural Engine's memory holds cannot be asked here",
+            *needs_a_mac("made, saved and read back here, not run on a Neural Engine"),
         )
     ]
+    rows = {row["case"]: row for row in record["rows"]}
+    whole, fours = (rows.get(f"stories110m 1x{SEQUENCE} {depth}") for depth in ("all", 4))
+    if whole and fours:
+        found.append(_growth(whole, fours))
+    return found
+
+
+def _growth(whole: dict[str, Any], fours: dict[str, Any]) -> Finding:
+    """Conversions of the same layers, in one program and in programs of four."""
+    values = PUBLISHED["compile-growth"].values
+    published = float(values["12 layers, s"]) / (3 * float(values["4 layers, s"]))
+    ours = whole["ours"] / fours["ours"]
+    verdict = above(ours, 1.0, error_of_ratio(ours, whole, fours))
+    return Finding(
+        ("compile-growth",),
+        "12 layers take longer to compile in one program than in programs of 4",
+        f"{published:.2f}x ({values['12 layers, s']:g} s of one, {values['4 layers, s']:g} s of "
+        "each)",
+        f"{ours:.2f}x ({whole['ours']:.2f} s of one, {fours['ours']:.2f} s of all that replace it)",
+        verdict,
+        "coremltools' conversions of stories110m, embed and head with them; more than 1x is "
+        f"confirmed{unless(verdict)}",
+        ours / published,
+    )
 
 
 def table(record: dict[str, Any]) -> str:
@@ -313,8 +309,6 @@ def table(record: dict[str, Any]) -> str:
         "Core ML on this machine",
     ]  # fmt: skip
     parts = [
-        f"# ML Programs made on {record['device']}",
-        provenance(record),
         "Seconds to emit, convert and save all programs of a forward (or a backward through all "
         "layers), coremltools' import not counted. `off` is of the logits of every position "
         "against float64: programs read back from disk, evaluated on the CPU in float32, and in "
@@ -322,7 +316,7 @@ def table(record: dict[str, Any]) -> str:
         "computes the forward again, and has them twice.",
         markdown(head, body),
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "ML Programs made on", *parts)
 
 
 def _error(error: dict[str, float] | None) -> str:

@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,18 +12,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.timing import synchronizer
+from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.compilation.cache import Store
-from onelaunch.config import ModelConfig, preset
+from onelaunch.config import preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import BadInput, MissingExtra
-from onelaunch.model import Model
+from onelaunch.errors import MissingExtra
 from onelaunch.training.data import open_data
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import make_optimizer
 
-SEED = 1
 Engine = TypeVar("Engine", bound=ReferenceEngine)
 
 
@@ -40,7 +40,7 @@ class Update:
 class Driver(Generic[Engine]):
     """Updates of a trainer on the built-in stories, one text of `sequence` tokens at a time."""
 
-    def __init__(self, engine: Engine, config: ModelConfig, sequence: int) -> None:
+    def __init__(self, engine: Engine, sequence: int) -> None:
         self.engine = engine
         self.sequence = sequence
         self.optimizer = make_optimizer(engine.parameters(), Recipe())
@@ -75,8 +75,7 @@ class Driver(Generic[Engine]):
 
     def wait(self) -> None:
         """For the device; nothing on a CPU."""
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+        synchronizer(self.engine.device)()
 
 
 @contextmanager
@@ -87,7 +86,7 @@ def driver(
     config = preset(name)
     engine = CoreMLTrainer(config, random_weights(config), store=store, **options)
     try:
-        yield Driver(engine, config, sequence)
+        yield Driver(engine, sequence)
     finally:
         engine.close()
 
@@ -96,12 +95,7 @@ def pytorch_driver(name: str, sequence: int, device: str) -> Driver[ReferenceEng
     """With PyTorch on a device, as the trainer does it, of a preset with random weights."""
     config = preset(name)
     engine = ReferenceEngine(config, random_weights(config), device, train=True, norm="auto")
-    return Driver(engine, config, sequence)
-
-
-def random_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """The same ones each time."""
-    return {n: p.detach() for n, p in Model(config).init_weights(SEED).named_parameters()}
+    return Driver(engine, sequence)
 
 
 def why_no_programs(device: str) -> str | None:
@@ -113,19 +107,3 @@ def why_no_programs(device: str) -> str | None:
     except MissingExtra as error:
         return str(error)
     return None
-
-
-def check_device(experiment: str, device: str) -> None:
-    """Raise BadInput for a device that training is not timed on."""
-    if torch.device(device).type not in ("cpu", "cuda"):
-        raise BadInput(f"{experiment}: --device {device}: it is timed on cpu and cuda")
-
-
-def told_by(say: Callable[[str], None], case: str, updates: list[Update]) -> None:
-    """A line of what some updates took."""
-    seconds = sum(u.seconds for u in updates)
-    stall = sum(u.stall_seconds for u in updates)
-    say(
-        f"{case}: {len(updates)} updates of {updates[0].micro_steps} micro-steps in "
-        f"{seconds:.1f} s, {stall:.2f} s of it waiting"
-    )

@@ -15,10 +15,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
     below,
@@ -26,25 +27,21 @@ from onelaunch.bench.core.findings import (
     of_a_gain,
     standard_error,
     unless,
+    without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds, ratio
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Driver,
     Update,
-    check_device,
     driver,
     pytorch_driver,
     why_no_programs,
 )
 from onelaunch.compilation.schedule import throughput
 from onelaunch.engines.coreml.training import CoreMLTrainer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "micro-steps/s"
 CASES = (("stories260k", 64, 4), ("stories15m", 32, 2))
@@ -63,21 +60,18 @@ that others use."""
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("stack", device)
     cases, long = (QUICK_CASES, QUICK_LONG) if quick else (CASES, LONG)
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")
     else:
         for model, sequence, rounds in cases:
-            yield from _programs(model, sequence, rounds, long, say)
+            yield from _programs(model, sequence, rounds, long)
     for model, sequence, rounds in cases:
         training = pytorch_driver(model, sequence, device)
-        yield from _pytorch(training, model, PYTORCH_ROUNDS * rounds, long, say)
+        yield from _pytorch(training, model, PYTORCH_ROUNDS * rounds, long)
 
 
-def _programs(
-    model: str, sequence: int, rounds: int, long: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row]:
     timed: dict[str, list[Update]] = {stage: [] for stage in STAGES}
     with (
         driver(model, sequence, staleness=0) as waiting,
@@ -138,7 +132,7 @@ def _programs(
             ),
         }  # fmt: skip
         case = f"ML Programs {model} 1x{sequence}"
-        yield _row(case, stage, samples, SHORT if stage == baseline else long, notes, say)
+        yield _row(case, stage, samples, SHORT if stage == baseline else long, notes)
 
 
 def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
@@ -151,9 +145,7 @@ def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
     return replace(update, seconds=update.seconds + wait, stall_seconds=stall)
 
 
-def _pytorch(
-    training: Driver[Any], model: str, rounds: int, long: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Iterator[Row]:
     def rate(k: int) -> Callable[[], float]:
         def updated() -> float:
             updates = [training.update(k) for _ in range(long // k)]  # as many micro-steps
@@ -176,7 +168,7 @@ def _pytorch(
     samples = in_rounds({baseline: rate(SHORT), accumulation: rate(long), asymptote: bare}, rounds)
     for stage in samples:
         case = f"PyTorch {model} 1x{training.sequence}"
-        yield _row(case, stage, samples, SHORT if stage == baseline else long, {}, say)
+        yield _row(case, stage, samples, SHORT if stage == baseline else long, {})
 
 
 def _row(
@@ -185,7 +177,6 @@ def _row(
     samples: dict[str, list[float]],
     k: int,
     notes: dict[str, Any],
-    say: Callable[[str], None],
 ) -> Row:
     row = Row.of(
         f"{case}: {_label(stage, k)}",
@@ -199,8 +190,6 @@ def _row(
             **notes,
         },
     )
-    model = f", {notes['model']:.2f} by the model" if notes else ""
-    say(f"{row.case}: {row.ours:.2f} micro-steps/s, {row.notes['speedup']:.2f}x{model}")
     return row
 
 
@@ -266,14 +255,12 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                     f"compiling {row['compile_seconds']:.2f} s beside the work{unless(verdict)}",
                 )
             )
-    return found
+    return without_evaluated_seconds(found)
 
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     parts = [
-        f"# The optimizations together, on {record['device']}",
-        provenance(record),
         markdown(
             [
                 "", "micro-steps/s", "p20-p80", "speedup", "by the model", "waiting",
@@ -287,42 +274,31 @@ def table(record: dict[str, Any]) -> str:
         "first two rows and computed the others. ML Programs are evaluated on this CPU, and "
         "compiled on it too.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "The optimizations together, on", *parts)
 
 
 def _line(row: dict[str, Any]) -> list[str]:
     published = PUBLISHED[row["stage"]].values
     waits = "-" if "wait_share" not in row else f"{row['wait_share']:.1%}"
     return [
-        row["case"], digits(row["ours"]), "-".join(digits(end) for end in row["spread"]),
+        row["case"], digits(row["ours"]), spread(row),
         f"{row['speedup']:.2f}", digits(row.get("model")), waits,
         digits(row.get("compile_seconds")), f"{published['micro-steps/s']:g}",
         f"{published['speedup']:g}",
     ]  # fmt: skip
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
-    """Speedups of the stages beside the study's."""
-    from onelaunch.bench.core import plots
-
+def draw(record: dict[str, Any]) -> plots.Figure | None:
+    """Speedups of the stages and the study's."""
+    theirs = {stage: float(PUBLISHED[stage].values["speedup"]) for stage in STAGES}
     by_case: dict[str, dict[str, float]] = {}
     for row in record["rows"]:
         by_case.setdefault(row["of"], {})[row["stage"]] = row["speedup"]
     if not by_case:
         return None
-    theirs = {stage: float(PUBLISHED[stage].values["speedup"]) for stage in STAGES}
-    bars = {**by_case, "study, M1 Pro's Neural Engine": theirs}
-    figure = plots.new_figure(9, 4)
-    axes = figure.subplots()
-    width = 0.8 / len(bars)
-    for number, (case, speedups) in enumerate(bars.items()):
-        places = [STAGES.index(stage) + (number + 0.5) * width - 0.4 for stage in speedups]
-        color = "black" if speedups is theirs else f"C{number}"
-        axes.bar(places, list(speedups.values()), width, label=case, color=color)
-    axes.set_xticks(range(len(STAGES)), [PUBLISHED[stage].row for stage in STAGES], fontsize=8)
-    axes.set_xlabel("one added to the other")
-    axes.set_ylabel("micro-steps/s, over the first")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"The optimizations together, {record['device']}", fontsize=10)
-    return figure
+    return plots.bars(
+        f"The optimizations together, {record['device']}",
+        {"study, M1 Pro's Neural Engine": theirs, **by_case},
+        "one added to the other", "micro-steps/s, over the first",
+        names={stage: PUBLISHED[stage].row for stage in STAGES},
+    )  # fmt: skip

@@ -16,21 +16,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.rounds import ratio
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.training.display import Display, Header
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms/update"
 BYTES_PER_SECOND = 4000
@@ -91,16 +88,14 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
                 blocks, seconds = SLOW_BLOCKS if slow else BLOCKS, SECONDS
             with timed_trainer(recipe, device) as trainer, output() as descriptor:
                 updates = QUICK_NAIVE_UPDATES if quick else NAIVE_UPDATES
-                samples = _watch(trainer, descriptor, blocks, seconds, updates if slow else None)
-            rows.append(_row(f"{case} {kind}", samples, BYTES_PER_SECOND if slow else None, say))
+                samples = watch(trainer, descriptor, blocks, seconds, updates if slow else None)
+            rows.append(_row(f"{case} {kind}", samples, BYTES_PER_SECOND if slow else None))
     return rows
 
 
-def _row(
-    case: str, samples: dict[str, list[float]], rate: int | None, say: Callable[[str], None]
-) -> Row:
+def _row(case: str, samples: dict[str, list[float]], rate: int | None) -> Row:
     extra = [shown / bare - 1 for shown, bare in zip(samples["ours"], samples["none"], strict=True)]
-    ours, none, naive = (Row.of(case, samples[how]) for how in ("ours", "none", "naive"))
+    none, naive = (Row.of(case, samples[how]) for how in ("none", "naive"))
     cost = Row.of(case, extra)
     paired = {}
     if naive.n == none.n:
@@ -109,10 +104,6 @@ def _row(
         paired = {"naive_cost_spread": [round(v, 4) for v in percentiles(each)]}
     else:
         times = naive.ours / none.ours
-    say(
-        f"{case}: unwatched {none.ours:.2f} ms/update, our display {ours.ours:.2f} "
-        f"({cost.ours:+.1%}), a line each update {naive.ours:.2f} ({times:.1f}x)"
-    )
     return Row.of(
         case,
         samples["ours"],
@@ -130,23 +121,11 @@ def _row(
 
 
 def watch(
-    trainer: Trainer,
-    rate: int | None,
-    blocks: int,
-    seconds: float,
-    naive_updates: int = NAIVE_UPDATES,
-) -> dict[str, list[float]]:
-    """Milliseconds per update of each block, by how it was watched: none, ours, naive (one long
-    block), on a terminal that takes `rate` bytes a second (None: all at once)."""
-    with terminal(rate) as descriptor:
-        return _watch(trainer, descriptor, blocks, seconds, naive_updates)
-
-
-def _watch(
     trainer: Trainer, descriptor: int, blocks: int, seconds: float, naive_updates: int | None
 ) -> dict[str, list[float]]:
-    """`watch` on what is open; naive in turn with the others where no number of updates is given,
-    and otherwise in one block of so many, the terminal being full from its start."""
+    """Milliseconds per update of each block, by how it was watched on what is open: none, ours,
+    naive. Naive takes turns with the others where no number of updates is given, and is otherwise
+    one block of so many, the terminal being full from its start."""
     for _ in range(3):
         trainer._update()
     start = time.perf_counter()
@@ -338,8 +317,6 @@ def table(record: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     parts = [
-        f"# Training watched, on {record['device']}",
-        provenance(record),
         markdown(
             [
                 "updates/s", "unwatched", "our display", "it costs", "p20-p80",
@@ -352,28 +329,17 @@ def table(record: dict[str, Any]) -> str:
         "buffers full from the start. The study: 4.68 micro-steps/s with lines to a file, 0.63 to "
         "a terminal, 7.4 times slower; how fast that terminal was it does not tell.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Training watched, on", *parts)
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """How many times slower an update is, by what is written to, printed and displayed."""
-    from onelaunch.bench.core import plots
-
-    rows = record["rows"]
-    if not rows:
-        return None
-    figure = plots.new_figure(7, 1.2 + 0.45 * len(rows))
-    axes = figure.subplots()
-    at = range(len(rows))
-    printed = [row["times_naive"] for row in rows]
-    shown = [1 + row["cost_of_display"] for row in rows]
-    axes.barh([i - 0.2 for i in at], printed, 0.38, color="#b03060", label="a line each update")
-    axes.barh([i + 0.2 for i in at], shown, 0.38, color="#1a7a36", label="our display")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(list(at), [row["case"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("time of an update, times the unwatched one")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
-    axes.set_title(f"Training watched, {record['device']}", fontsize=10)
-    return figure
+    rows = {row["case"]: row for row in record["rows"]}
+    return plots.bars(
+        f"Training watched, {record['device']}",
+        {
+            "a line each update": {case: row["times_naive"] for case, row in rows.items()},
+            "our display": {case: 1 + row["cost_of_display"] for case, row in rows.items()},
+        },
+        "time of an update, times the unwatched one", "", across=True, at=1,
+    )  # fmt: skip

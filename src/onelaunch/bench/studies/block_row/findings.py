@@ -11,7 +11,7 @@ from typing import Any
 
 from onelaunch.bench.core.findings import LEAST_GAIN_SHARE, Finding, Verdict
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
+from onelaunch.bench.core.tables import digits
 from onelaunch.bench.studies.block_row import paths as rms_norm_paths
 from onelaunch.operators.rms_norm.plan import BLOCK_ROW_MAX_BLOCK_SIZE
 

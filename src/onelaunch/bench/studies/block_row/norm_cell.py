@@ -8,7 +8,7 @@ through autograd), `backward` (the gradients alone, from a forward made beforeha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from onelaunch.bench.core.timing import (
 )
 from onelaunch.bench.peers.rms_norm import EPS, Contender, Norm
 
+T = TypeVar("T")
 PASSES = ("forward", "full", "backward")
 
 # Tensors of x's size that a pass must read or write: x and y; x and dy and dx; both passes.
@@ -183,23 +184,42 @@ def kernel_times(
     """Microseconds a call by replay, of every contender that gives the right result. To be called
     on a stream that is not the default one. A contender that cannot be captured, or is wrong, is
     said and left out."""
-    in_place = {c.name for c in contenders if c.in_place}
-    replays: dict[str, Replay] = {}
+
+    def captured(call: Call) -> Replay:
+        _check_replayed(cell, pass_, call)
+        return capture(call, cell.sets_for(pass_), cell.graph_calls(pass_))
+
+    replays = _right(cell, pass_, norms, captured, say)
+    restore = _restorer(cell, contenders if pass_ != "forward" else ())
+    return replays_in_turn(replays, samples, restore) if replays else {}
+
+
+def _right(
+    cell: Cell,
+    pass_: str,
+    norms: Mapping[str, Norm],
+    checked: Callable[[Call], T],
+    say: Callable[[str], None],
+) -> dict[str, T]:
+    """By contender what `checked` makes of its pass; who fails is said and left out."""
+    found = {}
     for name, norm in norms.items():
         try:
-            call = cell.call(pass_, norm)
-            _check_replayed(cell, pass_, call)
-            replays[name] = capture(call, cell.sets_for(pass_), cell.graph_calls(pass_))
+            found[name] = checked(cell.call(pass_, norm))
         except Exception as error:
             say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
+    return found
+
+
+def _restorer(cell: Cell, contenders: Sequence[Contender]) -> Callable[[str], None]:
+    """What puts gradients back before one of these that writes over them."""
+    in_place = {c.name for c in contenders if c.in_place}
 
     def before(name: str) -> None:
-        if name in in_place and pass_ != "forward":
+        if name in in_place:
             cell.restore()
 
-    if not replays:
-        return {}
-    return replays_in_turn(replays, samples, before)
+    return before
 
 
 def _check_replayed(cell: Cell, pass_: str, call: Call) -> None:
@@ -227,25 +247,17 @@ def host_times(
 ) -> dict[str, list[float]]:
     """Microseconds a call, the host's part included, of every contender that gives the right
     result; `repeats` calls a sample."""
-    in_place = {c.name for c in contenders if c.in_place}
-    calls: dict[str, Call] = {}
-    for name, norm in norms.items():
-        try:
-            call = cell.call(pass_, norm)
-            cell.restore()
-            cell.check(pass_, call(0))
-            calls[name] = call
-        except Exception as error:
-            say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
 
-    def before(name: str) -> None:
-        if name in in_place:
-            cell.restore()
+    def checked(call: Call) -> Call:
+        cell.restore()
+        cell.check(pass_, call(0))
+        return call
 
+    calls = _right(cell, pass_, norms, checked, say)
+    wait, restore = synchronizer(cell.device), _restorer(cell, contenders)
     if not calls:
         return {}
-    wait = synchronizer(cell.device)
-    return calls_in_turn(calls, cell.sets_for(pass_), repeats, samples, wait, before)
+    return calls_in_turn(calls, cell.sets_for(pass_), repeats, samples, wait, restore)
 
 
 def peak_bytes(cell: Cell, norm: Norm) -> int:

@@ -97,10 +97,7 @@ def tables(record: Mapping[str, Any]) -> list[str]:
             continue  # of the tuned pair alone the first table tells
         lines = [
             [name, *(_said(wins_from(ratios, each, widths)) for each in (*_ALONE, PASSES))]
-            for name, widths in (
-                *((str(width), (width,)) for width in WIDTHS),
-                ("all", WIDTHS),
-            )
+            for name, widths in (*((str(width), (width,)) for width in WIDTHS), ("all", WIDTHS))
         ]
         header = ["columns", *PASSES, "every pass"]
         parts.append(f"## {pair.label}: wins from so many rows on")
@@ -110,7 +107,7 @@ def tables(record: Mapping[str, Any]) -> list[str]:
         counts = sorted({rows for by_shape in ratios.values() for rows, _ in by_shape})
         for pass_, by_shape in ratios.items():
             cells = [
-                [str(count), *(_judged(by_shape.get((count, width))) for width in WIDTHS)]
+                [str(count), *(judged(by_shape.get((count, width))) for width in WIDTHS)]
                 for count in counts
             ]
             parts.append(f"### {pass_}, {pair.label}: time of the one / time of the other")
@@ -130,5 +127,6 @@ def _said(count: int | None) -> str:
     return "none" if count is None else f"{count:,}"
 
 
-def _judged(ratio: float | None) -> str:
+def judged(ratio: float | None) -> str:
+    """A ratio with its verdict."""
     return "-" if ratio is None else f"{ratio:.2f} {verdict(ratio)}"

@@ -10,14 +10,14 @@ a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
     Norm,
@@ -36,8 +36,9 @@ from onelaunch.bench.studies.block_row.norm_cell import (
     host_times,
     kernel_times,
 )
-from onelaunch.bench.studies.block_row.paths import TIE, Ratios, verdict
+from onelaunch.bench.studies.block_row.paths import TIE, Ratios, judged, verdict
 from onelaunch.bench.studies.block_row.rms_norm import row_of
+from onelaunch.bench.studies.block_row.rms_norm.summary import shape_of
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
     BLOCK_ROW_MAX_BLOCK_SIZE,
@@ -45,9 +46,6 @@ from onelaunch.operators.rms_norm.plan import (
     backward_plan,
     forward_plan,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "us"
 
@@ -162,8 +160,6 @@ def table(record: dict[str, Any]) -> str:
     ours_, other = _sides(record)
     widths, counts = _axes(ratios)
     parts = [
-        f"# RMSNorm, when several rows in a program pay, on {record['device']}",
-        provenance(record),
         f"A pass of {ours_} wins below {1 - TIE:.2f} of the time of {other}, loses above "
         f"{1 + TIE:.2f}, and ties between. Threshold: the lowest row count at which a pass wins, "
         "and from which on none loses, there and at every larger count measured.",
@@ -171,13 +167,13 @@ def table(record: dict[str, Any]) -> str:
     ]
     for pass_, by_shape in ratios.items():
         lines = [
-            [str(count), *(_judged(by_shape.get((count, width))) for width in widths)]
+            [str(count), *(judged(by_shape.get((count, width))) for width in widths)]
             for count in counts
         ]
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
         parts.append(markdown(["rows", *map(str, widths)], lines))
     parts += rms_norm_paths.tables(record)
-    return "\n\n".join(parts) + "\n"
+    return document(record, "RMSNorm, when several rows in a program pay, on", *parts)
 
 
 def _threshold_table(record: dict[str, Any], ratios: Ratios) -> str:
@@ -209,9 +205,9 @@ def _counted(count: int | None, multiprocessors: int | None) -> list[str]:
 def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
     """From which of the measured row counts on `auto` takes several rows a program."""
     chosen = {
-        _shape_of(row)[0]: row["auto"][pass_]
+        shape_of(row)[0]: row["auto"][pass_]
         for row in record["rows"]
-        if "auto" in row and _shape_of(row)[1] == width
+        if "auto" in row and shape_of(row)[1] == width
     }
     if not chosen:
         return "-"
@@ -219,7 +215,7 @@ def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
     return f"from {min(blocks):,}" if blocks else "rows"
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """A heat map a pass, rows by columns; the thresholds as lines."""
     ratios = _ratios(record)
     thresholds = _thresholds(ratios)
@@ -258,13 +254,8 @@ def _ratios(record: dict[str, Any]) -> Ratios:
         for row in record["rows"]:
             words = row["case"].split()
             if len(words) == 3 and words[1] == pass_:
-                found.setdefault(pass_, {})[_shape_of(row)] = row["ratio"]
+                found.setdefault(pass_, {})[shape_of(row)] = row["ratio"]
     return found
-
-
-def _shape_of(row: dict[str, Any]) -> tuple[int, int]:
-    rows, _, columns = row["case"].split()[0].partition("x")
-    return int(rows), int(columns)
 
 
 def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
@@ -292,7 +283,3 @@ def _sides(record: dict[str, Any]) -> tuple[str, str]:
     """What stands against what."""
     names = {name for row in record["rows"] for name in row["peers"]}
     return ("the block path", "the row path") if "row" in names else ("ours", "PyTorch's")
-
-
-def _judged(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f} {verdict(ratio)}"

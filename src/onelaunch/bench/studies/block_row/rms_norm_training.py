@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,15 +17,11 @@ from onelaunch.bench.core import plots
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rig import in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.peers.rms_norm import has_kernel
 from onelaunch.config import preset
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms/step"
 
@@ -55,10 +51,10 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         say("a small model, eager alone")
         cases = CPU_QUICK if quick else CPU_CASES
     for case in cases:
-        yield _compare(case, device, QUICK_BLOCKS if quick else BLOCKS, say)
+        yield _compare(case, device, QUICK_BLOCKS if quick else BLOCKS)
 
 
-def _compare(case: Case, device: str, blocks: int, say: Callable[[str], None]) -> Row:
+def _compare(case: Case, device: str, blocks: int) -> Row:
     name, batch, seq_len, compiled = case
     vocab_size = preset(name).vocab_size
     # a second shape of one function would be compiled for any shape
@@ -93,10 +89,6 @@ def _compare(case: Case, device: str, blocks: int, say: Callable[[str], None]) -
             "norm_input": "float32",
         },
     )
-    say(
-        f"{row.case}: {row.ours:.2f} ms a step with ours, {row.peers['torch']:.2f} with PyTorch's; "
-        f"median of {ratio.n} paired ratios {ratio.ours:.3f}"
-    )
     return row
 
 
@@ -130,7 +122,7 @@ def table(record: dict[str, Any]) -> str:
         [
             row["case"],
             digits(row["ours"]),
-            "-".join(digits(v) for v in row["spread"] or ()) or "-",
+            spread(row),
             digits(row["peers"]["torch"]),
             f"{row['ratio']:.3f}",
             "-".join(f"{v:.3f}" for v in row.get("ratio_spread") or ()) or "-",
@@ -139,11 +131,11 @@ def table(record: dict[str, Any]) -> str:
     ]
     header = ["model, batch x sequence", "ours, ms", "p20-p80", "torch, ms", "ours / torch"]
     header.append("p20-p80 of pairs")
-    title = f"# A training step with our RMSNorm and with PyTorch's, on {record['device']}"
-    return f"{title}\n\n{provenance(record)}\n\n{markdown(header, lines)}\n"
+    title = "A training step with our RMSNorm and with PyTorch's, on"
+    return document(record, title, markdown(header, lines))
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Points: time of ours over time of torch, with the spread of the pairs."""
     rows = record["rows"]
     if not rows:

@@ -22,7 +22,6 @@ from onelaunch.bench.studies.ane_mega_kernel.accumulation.views import draw, fin
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Driver,
     Update,
-    check_device,
     driver,
     pytorch_driver,
     why_no_programs,
@@ -54,25 +53,22 @@ BASE = 10
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("accumulation", device)
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")
     else:
         for model, sequence, counts in QUICK_PROGRAMS if quick else PROGRAMS:
             with driver(model, sequence, staleness=0) as programs:
                 case = f"ML Programs {model} 1x{sequence}"
-                yield from _rates(case, programs, counts, 1, say)
+                yield from _rates(case, programs, counts, 1)
     for model, sequence, counts in QUICK_PYTORCH if quick else PYTORCH:
         training = pytorch_driver(model, sequence, device)
         case = f"PyTorch {model} 1x{sequence}"
-        yield from _rates(case, training, counts, PYTORCH_SAMPLE, say)
+        yield from _rates(case, training, counts, PYTORCH_SAMPLE)
         yield from renewals(model, sequence, training, say)
     yield from learning(device, quick, say)
 
 
-def _rates(
-    case: str, training: Driver[Any], counts: Counts, sample: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Iterator[Row]:
     training.update(WARM_MICRO_STEPS)
     timed: dict[int, list[list[Update]]] = {accum: [] for accum in counts}
     for number in range(max(counts.values())):
@@ -95,7 +91,6 @@ def _rates(
             "speedup": round(speedup, 4),
             "threads": torch.get_num_threads(),
         }
-        say(_told(row))
         yield row
 
 
@@ -159,13 +154,4 @@ def _computed(case: str, accum: int, timed: Mapping[int, list[list[Update]]]) ->
             "optimizer_share": None,
             "computed": True,
         },
-    )
-
-
-def _told(row: Row) -> str:
-    notes = row.notes
-    return (
-        f"{row.case}: {row.ours:.2f} ms a micro-step, {notes['micro_steps_per_s']:.2f} a second, "
-        f"{notes['compile_share']:.1%} of it compiling"
-        + (" (computed, not timed)" if notes["computed"] else "")
     )

@@ -28,7 +28,7 @@ def renewals(
         return [w.to(torch.bfloat16) for w in weights.values()]
 
     case = f"CUDA {model} 1x{sequence}"
-    yield _timed(f"{case}, weights cast to bfloat16", cast, training, "every micro-step", say)
+    yield _timed(f"{case}, weights cast to bfloat16", cast, training, "every micro-step")
     from onelaunch.engines.cuda import why_not
 
     config = training.engine.config
@@ -41,12 +41,12 @@ def renewals(
     def packed() -> Any:
         return pack(config, weights, torch.bfloat16, device)
 
-    yield _timed(f"{case}, weights packed for our kernels", packed, training, "every update", say)
+    yield _timed(f"{case}, weights packed for our kernels", packed, training, "every update")
     bound = BoundForward(config, packed(), Shape(1, sequence, True, torch.bfloat16), {})
     bound.run()  # compiles
     torch.cuda.synchronize(device)
     when = "never: packed into the same buffers"
-    yield _timed(f"{case}, a CUDA graph captured", bound.captured, training, when, say)
+    yield _timed(f"{case}, a CUDA graph captured", bound.captured, training, when)
 
 
 def _timed(
@@ -54,7 +54,6 @@ def _timed(
     make: Callable[[], object],
     training: Driver[Any],
     when: str,
-    say: Callable[[str], None],
 ) -> Row:
     samples = []
     for number in range(REPEATS + 1):
@@ -66,5 +65,4 @@ def _timed(
             samples.append(1e3 * (time.perf_counter() - start))
         del made
     row = Row.of(case, samples, notes={"when": when})
-    say(f"{case}: {row.ours:.3f} ms, {when}")
     return row

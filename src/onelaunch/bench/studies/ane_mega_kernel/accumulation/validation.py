@@ -51,10 +51,6 @@ def learning(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[R
                     "range": round(max(losses) - min(losses), 5),
                 },
             )
-            say(
-                f"{case}: {row.ours:.4f} nats after {recipe.train.updates} updates of "
-                f"{row.notes['tokens']:,} tokens together, rate {row.notes['rate']:.2g}"
-            )
             yield row
 
 

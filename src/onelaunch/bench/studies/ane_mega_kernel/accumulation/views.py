@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onelaunch.bench.core.findings import Finding, Verdict, error_of_ratio, of_a_gain
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import (
+    Finding,
+    Verdict,
+    error_of_ratio,
+    of_a_gain,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
 MOSTLY = 0.5
@@ -45,12 +48,15 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 found.append(_baseline(name, row))
             else:
                 found.append(_speedup(key, name, row, base))
-    return found + list(_learning(record))
+    return [*without_evaluated_seconds(found), *_learning(record)]
 
 
 def _baseline(name: str, row: dict[str, Any]) -> Finding:
     theirs = PUBLISHED["accum-10"].values
     share, published = row["compile_share"], float(theirs["compiling, %"]) / 100
+    verdict: Verdict = "confirmed" if share > MOSTLY else "refuted"
+    if not row["compile_seconds"]:
+        verdict = "not applicable"
     return Finding(
         ("accum-10",),
         f"{name}: with 10 micro-steps an update most of the time is compiling",
@@ -58,7 +64,7 @@ def _baseline(name: str, row: dict[str, Any]) -> Finding:
         f"{theirs['micro-steps/s']} a second",
         f"{share:.1%} compiling; {row['ours']:.1f} ms a micro-step, "
         f"{row['micro_steps_per_s']:.2f} a second",
-        "confirmed" if share > MOSTLY else "refuted",
+        verdict,
         _compilation(row),
         share / published,
     )
@@ -124,7 +130,7 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    parts = [f"# Micro-steps an update, on {record['device']}", provenance(record)]
+    parts = []
     rates = [row for rows in series(record).values() for row in rows]
     if rates:
         parts += [
@@ -149,7 +155,7 @@ def table(record: dict[str, Any]) -> str:
             "## What is made of the weights on the GPU",
             markdown(
                 ["", "ms", "p20-p80", "when"],
-                [[row["case"], digits(row["ours"]), _spread(row), row["when"]] for row in made],
+                [[row["case"], digits(row["ours"]), spread(row), row["when"]] for row in made],
             ),
         ]
     learnt = [row for row in record["rows"] if "rule" in row]
@@ -172,7 +178,7 @@ def table(record: dict[str, Any]) -> str:
             "no row's rate was searched for. The study trained on synthetic data and measured no "
             "loss.",
         ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Micro-steps an update, on", *parts)
 
 
 def _line(row: dict[str, Any]) -> list[str]:
@@ -186,46 +192,30 @@ def _line(row: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
     share = row["optimizer_share"]
     return [
-        row["case"], digits(row["ours"]), _spread(row), str(row["updates_timed"]),
+        row["case"], digits(row["ours"]), spread(row), str(row["updates_timed"]),
         digits(row["micro_steps_per_s"]), f"{row['updates_per_s']:.3f}",
         digits(row["tokens_per_s"]), f"{row['compile_share']:.1%}",
         "-" if share is None else f"{share:.2%}", f"{row['speedup']:.2f}", *theirs,
     ]  # fmt: skip
 
 
-def _spread(row: dict[str, Any]) -> str:
-    return "-".join(digits(end) for end in row["spread"]) if row["spread"] else "-"
-
-
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Rates over 10 micro-steps', and the losses."""
-    from onelaunch.bench.core import plots
-
     rates = series(record)
     if not rates:
         return None
-    figure = plots.new_figure(11, 4.2)
-    left, right = figure.subplots(1, 2)
+    title = f"Micro-steps an update, {record['device']}"
+    figure, (left, right) = plots.panels(2, 5.5, 4.2, title)
     for name, rows in rates.items():
         left.plot([r["accum"] for r in rows], [r["speedup"] for r in rows], "o-", label=name)
     theirs = [PUBLISHED[key] for key in KEYS]
     xs, ys = [int(p.row) for p in theirs], [float(p.values["speedup"]) for p in theirs]
     left.plot(xs, ys, "k--", marker="x", label="study, M1 Pro's Neural Engine")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xlabel("micro-steps an update")
-    left.set_ylabel("micro-steps/s, over those of 10 an update")
-    learnt = [row for row in record["rows"] if "rule" in row]
+    learnt = sorted((r for r in record["rows"] if "rule" in r), key=lambda row: row["accum"])
     for rule in dict.fromkeys(row["rule"] for row in learnt if row["rule"] != "any"):
-        shown = sorted(
-            (row for row in learnt if row["rule"] in (rule, "any")), key=lambda row: row["accum"]
-        )
+        shown = [row for row in learnt if row["rule"] in (rule, "any")]
         right.plot([r["accum"] for r in shown], [r["ours"] for r in shown], "o-", label=rule)
-    right.set_xscale("log")
-    right.set_xlabel("micro-steps an update")
-    right.set_ylabel("validation loss after as many tokens, nats")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(f"Micro-steps an update, {record['device']}", fontsize=10)
+    what = "micro-steps an update"
+    plots.label(left, what, "micro-steps/s, over those of 10 an update", log="xy")
+    plots.label(right, what, "validation loss after as many tokens, nats", log="x")
     return figure

@@ -15,34 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import together
 from onelaunch.bench.core.findings import Finding
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.studies.ane_mega_kernel.cache.cases import (
-    AT_ONCE,
-    DAMAGED,
-    EMPTY,
-    HIT,
-    MISS,
-    MODEL,
-    OTHER,
-    OTHER_UPDATED,
-    SAME,
-    UPDATED,
-)
+from onelaunch.bench.core.tables import digits
+from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import Told
-from onelaunch.engines.cuda import why_not
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import RunFailed
 
 KERNELS = "kernels"
 NAME = "the CUDA engine's kernels"
-CUT = f"{DAMAGED}, half a kernel"
-CUT_LAUNCHER = f"{DAMAGED}, half a library"
+CUT = f"{cases.DAMAGED}, half a kernel"
+CUT_LAUNCHER = f"{cases.DAMAGED}, half a library"
 CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.cache.cuda_child")
 PATIENCE_SECONDS = 120.0
 REPEATS = 2
@@ -74,14 +60,10 @@ class _Kept:
 
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
-    """Every case; yields rows. Raises BadInput where the CUDA engine cannot run, RunFailed where
-    it gives wrong logits, or none, with nothing damaged and nothing kept."""
-    if reason := why_not(torch.device(device)):
-        raise BadInput(f"cache: --device {device}: {reason}")
+    """Every case; yields rows. Raises RunFailed where an engine gives wrong logits, or none, with
+    nothing damaged and nothing kept."""
     with tempfile.TemporaryDirectory(prefix="onelaunch-cache-") as name:
-        for row in _rows(Path(name), device, quick):
-            say(f"{row.case}: {digits(row.ours * 1e3)} ms, {row.notes['found']}")
-            yield row
+        yield from _rows(Path(name), device, quick)
 
 
 def _rows(folder: Path, device: str, quick: bool) -> Iterator[Row]:
@@ -91,14 +73,14 @@ def _rows(folder: Path, device: str, quick: bool) -> Iterator[Row]:
     cold = [first[0]]
     if not quick:
         cold += _processes([folder / "empty"], device, [0])[0]
-    yield _row(kept, EMPTY, MISS, cold)
-    yield _row(kept, SAME, HIT, [first[1]], in_memory=True)
-    yield _row(kept, UPDATED, HIT, [first[2]], seed=1, in_memory=True)
+    yield _row(kept, cases.EMPTY, cases.MISS, cold)
+    yield _row(kept, cases.SAME, cases.HIT, [first[1]], in_memory=True)
+    yield _row(kept, cases.UPDATED, cases.HIT, [first[2]], seed=1, in_memory=True)
     repeats = 1 if quick else REPEATS
     others = [_processes([store], device, [0])[0][0] for _ in range(repeats)]
-    yield _row(kept, OTHER, HIT, others)
+    yield _row(kept, cases.OTHER, cases.HIT, others)
     (updated,) = _processes([store], device, [1])
-    yield _row(kept, OTHER_UPDATED, HIT, updated, seed=1)
+    yield _row(kept, cases.OTHER_UPDATED, cases.HIT, updated, seed=1)
     if not quick:
         yield _at_once(kept, folder / "at once", device)
     damaged = {CUT: triton_store.binaries, CUT_LAUNCHER: triton_store.launchers}
@@ -109,7 +91,7 @@ def _rows(folder: Path, device: str, quick: bool) -> Iterator[Row]:
 
 def _processes(folders: Sequence[Path], device: str, seeds: Sequence[int]) -> list[list[Told]]:
     """What a process for each folder says of an engine for each seed; one that died says why."""
-    command = [*CHILD, MODEL, device, *map(str, seeds)]
+    command = [*CHILD, cases.MODEL, device, *map(str, seeds)]
     ended = together(
         [command] * len(folders),
         [triton_store.environment(each) for each in folders],
@@ -143,7 +125,7 @@ def _row(
 ) -> Row:
     """`in_memory`: what is a hit there is not read again."""
     read = 0 if in_memory else kept.kernels
-    wanted = (read, 0) if expected == HIT else (0, kept.kernels)
+    wanted = (read, 0) if expected == cases.HIT else (0, kept.kernels)
     row = Row.of(f"{NAME}, {what}", [each["seconds"] for each in told])
     answers = _answers(kept, told, seed)
     row.notes = {
@@ -162,8 +144,8 @@ def _at_once(kept: _Kept, folder: Path, device: str) -> Row:
     told = [each[0] for each in _processes([folder, folder], device, [0])]
     there = triton_store.entries(folder)
     ((third,),) = _processes([folder], device, [0])
-    row = _row(kept, AT_ONCE, MISS, told)
-    after = _row(kept, OTHER, HIT, [third])
+    row = _row(kept, cases.AT_ONCE, cases.MISS, told)
+    after = _row(kept, cases.OTHER, cases.HIT, [third])
     right = row.notes["wrong"] == row.notes["failed"] == 0
     row.notes |= {
         "expected": "whole entries",
@@ -185,7 +167,7 @@ def _damaged(
         content = path.read_bytes()
         ((told,),) = _processes([copy], device, [0])
         still = path.is_file() and path.read_bytes() == content
-    row = _row(kept, what, MISS, [told])
+    row = _row(kept, what, cases.MISS, [told])
     anew = not still and told["compilations"] == (what == CUT)
     row.notes |= {
         "found": f"{row.notes['found']}; {'damaged still' if still else 'whole again'}",
@@ -245,16 +227,17 @@ def details(record: dict[str, Any]) -> list[str]:
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of each statement about what is kept."""
     rows = {row["what"]: row for row in record["rows"] if row["kind"] == KERNELS}
-    cold = rows.get(EMPTY)
+    cold = rows.get(cases.EMPTY)
     found = []
     for key, what, claim, why in (
         (
-            "cache-key", OTHER, "a program is kept by hashes of program, options and weights",
+            "cache-key", cases.OTHER, "a program is kept by hashes of program, options and weights",
             "across processes, by Triton: of sources, constants, options and its own version; "
             "weights are arguments, and no part of it",
         ),
         (
-            "cache-weight-free", OTHER_UPDATED, "one without weights is a hit in another process",
+            "cache-weight-free", cases.OTHER_UPDATED,
+            "one without weights is a hit in another process",
             "every kernel is one: other weights, the same kernels",
         ),
     ):  # fmt: skip
@@ -263,7 +246,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             told, ours = str(PUBLISHED[key].values["told"]), _figures(row)
             why += f"; compiling takes {digits(cold['ours'])} s"
             found.append(Finding((key,), claim, told, ours, verdict, why))  # type: ignore[arg-type]
-    if row := rows.get(UPDATED):
+    if row := rows.get(cases.UPDATED):
         found += [
             Finding(
                 ("cache-exists",),

@@ -21,6 +21,7 @@ from triton.runtime.cache import triton_key
 
 from onelaunch.bench.core.children import READY
 from onelaunch.bench.core.gpu_forwards import random_weights
+from onelaunch.bench.core.timing import synchronizer
 from onelaunch.bench.core.triton_store import counting
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.config import ModelConfig, preset
@@ -39,7 +40,7 @@ def first_logits(config: ModelConfig, device: torch.device, seed: int) -> dict[s
     generator = torch.Generator(device=device).manual_seed(seed)
     weights = random_weights(config, device, generator)
     tokens = torch.arange(SEQUENCE, device=device)[None] % config.vocab_size
-    _wait_for(device)
+    synchronizer(device)()
     with counting() as counts:
         start = time.perf_counter()
         error = digest = ""
@@ -47,7 +48,7 @@ def first_logits(config: ModelConfig, device: torch.device, seed: int) -> dict[s
         try:
             engine = CudaEngine(config, weights, str(device), DTYPE, fusion_depth="stage")
             logits = engine.logits(tokens)
-            _wait_for(device)
+            synchronizer(device)()
             seconds = time.perf_counter() - start
             digest = hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest()
             with torch.inference_mode():
@@ -61,11 +62,6 @@ def first_logits(config: ModelConfig, device: torch.device, seed: int) -> dict[s
         "seconds": seconds, "compilations": counts.compilations, "hits": counts.hits,
         "digest": digest, "apart": apart, "error": error,
     }  # fmt: skip
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(model: str, device: str, *seeds: str) -> list[dict[str, Any]]:

@@ -17,25 +17,11 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.findings import Finding
+from onelaunch.bench.core.findings import NEEDS_A_MAC, Finding
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
-from onelaunch.bench.studies.ane_mega_kernel.cache.cases import (
-    ASKED,
-    AT_ONCE,
-    DAMAGED,
-    EMPTY,
-    HIT,
-    MISS,
-    MODEL,
-    OTHER,
-    OTHER_UPDATED,
-    REPAIRED,
-    SAME,
-    UPDATED,
-)
+from onelaunch.bench.core.tables import digits, document, markdown, spread
+from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
     ATTENTION,
     CPU,
@@ -46,7 +32,7 @@ from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
     elsewhere,
 )
 from onelaunch.engines.coreml import coremltools
-from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.errors import MissingExtra
 
 UNIT = "s"
 REPEATS, QUICK_REPEATS = 7, 3
@@ -66,8 +52,6 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
         yield from cache_cuda.run(device, quick, say)
         return
-    if torch.device(device).type != "cpu":
-        raise BadInput(f"cache: --device {device}: programs are compiled on the CPU; use cpu")
     repeats = QUICK_REPEATS if quick else REPEATS
     missing: MissingExtra | None = None
     try:
@@ -76,8 +60,8 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         missing = error
         say(f"without ML Programs: {error}")
     else:
-        yield from _told(_layer(repeats), say)
-        yield from _told(_attention(repeats), say)
+        yield from _layer(repeats)
+        yield from _attention(repeats)
     from onelaunch.engines.cpu import why_not
 
     if reason := why_not():
@@ -85,31 +69,25 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         if missing:
             raise missing
     else:
-        yield from _told(_cpu(QUICK_CPU_REPEATS if quick else CPU_REPEATS, quick), say)
-
-
-def _told(rows: Iterator[Row], say: Callable[[str], None]) -> Iterator[Row]:
-    for row in rows:
-        say(f"{row.case}: {digits(row.ours * 1e3)} ms, {row.notes['found']}")
-        yield row
+        yield from _cpu(QUICK_CPU_REPEATS if quick else CPU_REPEATS, quick)
 
 
 def _layer(repeats: int) -> Iterator[Row]:
     with _folder() as name:
         folder = Path(name)
-        case = Case(MODEL, LAYER, 0)
+        case = Case(cases.MODEL, LAYER, 0)
         cold = []
         for seed in range(repeats):  # other weights each time: nothing of it is kept
-            cold.append(Case(MODEL, LAYER, seed).get(folder))
-        yield _row(LAYER, EMPTY, MISS, cold)
-        yield _row(LAYER, SAME, HIT, [case.get(folder) for _ in range(repeats)])
+            cold.append(Case(cases.MODEL, LAYER, seed).get(folder))
+        yield _row(LAYER, cases.EMPTY, cases.MISS, cold)
+        yield _row(LAYER, cases.SAME, cases.HIT, [case.get(folder) for _ in range(repeats)])
         yield _asked(LAYER, [case.ask(folder) for _ in range(repeats)])
-        yield _row(LAYER, OTHER, HIT, elsewhere(folder, MODEL, LAYER, [0]))
-        updated = [Case(MODEL, LAYER, repeats + n).get(folder) for n in range(repeats)]
-        yield _row(LAYER, UPDATED, MISS, updated)
+        yield _row(LAYER, cases.OTHER, cases.HIT, elsewhere(folder, cases.MODEL, LAYER, [0]))
+        updated = [Case(cases.MODEL, LAYER, repeats + n).get(folder) for n in range(repeats)]
+        yield _row(LAYER, cases.UPDATED, cases.MISS, updated)
         yield from _damaged(LAYER, case, repeats)
     with _folder() as name:
-        at_once = elsewhere(Path(name), MODEL, LAYER, [0, 0])
+        at_once = elsewhere(Path(name), cases.MODEL, LAYER, [0, 0])
         yield _at_once(LAYER, at_once, case.get(Path(name)))
 
 
@@ -117,29 +95,30 @@ def _attention(repeats: int) -> Iterator[Row]:
     cold = []
     for _ in range(repeats):
         with _folder() as name:
-            cold.append(Case(MODEL, ATTENTION, 0).get(Path(name)))
-    yield _row(ATTENTION, EMPTY, MISS, cold)
+            cold.append(Case(cases.MODEL, ATTENTION, 0).get(Path(name)))
+    yield _row(ATTENTION, cases.EMPTY, cases.MISS, cold)
     with _folder() as name:
         folder = Path(name)
-        Case(MODEL, ATTENTION, 0).get(folder)
-        updated = [Case(MODEL, ATTENTION, n + 1).get(folder) for n in range(repeats)]
-        yield _row(ATTENTION, UPDATED, HIT, updated)
-        yield _row(ATTENTION, OTHER_UPDATED, HIT, elsewhere(folder, MODEL, ATTENTION, [1]))
+        Case(cases.MODEL, ATTENTION, 0).get(folder)
+        updated = [Case(cases.MODEL, ATTENTION, n + 1).get(folder) for n in range(repeats)]
+        yield _row(ATTENTION, cases.UPDATED, cases.HIT, updated)
+        other = elsewhere(folder, cases.MODEL, ATTENTION, [1])
+        yield _row(ATTENTION, cases.OTHER_UPDATED, cases.HIT, other)
 
 
 def _cpu(repeats: int, quick: bool) -> Iterator[Row]:
-    case = Case(MODEL, CPU, 0)
+    case = Case(cases.MODEL, CPU, 0)
     with _folder() as name:
         folders = [Path(name) / str(number) for number in range(repeats)]
-        yield _row(CPU, EMPTY, MISS, [case.get(folder) for folder in folders])
+        yield _row(CPU, cases.EMPTY, cases.MISS, [case.get(folder) for folder in folders])
         folder = folders[0]
-        yield _row(CPU, SAME, HIT, [case.get(folder) for _ in range(3)])
-        yield _row(CPU, OTHER, HIT, elsewhere(folder, MODEL, CPU, [0]))
+        yield _row(CPU, cases.SAME, cases.HIT, [case.get(folder) for _ in range(3)])
+        yield _row(CPU, cases.OTHER, cases.HIT, elsewhere(folder, cases.MODEL, CPU, [0]))
         if not quick:
             yield from _damaged(CPU, case, 1)
     if not quick:
         with _folder() as name:
-            at_once = elsewhere(Path(name), MODEL, CPU, [0, 0])
+            at_once = elsewhere(Path(name), cases.MODEL, CPU, [0, 0])
             yield _at_once(CPU, at_once, case.get(Path(name)))
 
 
@@ -153,20 +132,20 @@ def _damaged(kind: str, case: Case, repeats: int) -> Iterator[Row]:
             damage(folder)
             found.append(case.get(folder))
             after.append(case.get(folder))
-    row = _row(kind, DAMAGED, MISS, found)
+    row = _row(kind, cases.DAMAGED, cases.MISS, found)
     row.notes["as_expected"] &= all(each["damaged"] == 1 for each in found)
     row.notes["damaged"] = sum(each["damaged"] for each in found)
     yield row
-    yield _row(kind, REPAIRED, HIT, after)
+    yield _row(kind, cases.REPAIRED, cases.HIT, after)
 
 
 def _at_once(kind: str, told: list[Told], after: Told) -> Row:
     """Nobody waits for the other: both may compile. What is kept is one whole entry."""
-    row = Row.of(f"{NAMES[kind]}, {AT_ONCE}", [each["seconds"] for each in told])
+    row = Row.of(f"{NAMES[kind]}, {cases.AT_ONCE}", [each["seconds"] for each in told])
     compilations = sum(each["compilations"] for each in told)
     whole = after["hits"] == after["entries"] == 1 and not after["damaged"]
     row.notes = {
-        "kind": kind, "what": AT_ONCE, "expected": "one whole entry",
+        "kind": kind, "what": cases.AT_ONCE, "expected": "one whole entry",
         "found": f"{compilations} compiled, {after['entries']} kept",
         "as_expected": whole, "compilations": compilations,
     }  # fmt: skip
@@ -174,10 +153,10 @@ def _at_once(kind: str, told: list[Told], after: Told) -> Row:
 
 
 def _asked(kind: str, told: list[Told]) -> Row:
-    row = Row.of(f"{NAMES[kind]}, {ASKED}", [each["seconds"] for each in told])
+    row = Row.of(f"{NAMES[kind]}, {cases.ASKED}", [each["seconds"] for each in told])
     yes = all(each["there"] for each in told)
     row.notes = {
-        "kind": kind, "what": ASKED, "expected": "yes", "found": "yes" if yes else "no",
+        "kind": kind, "what": cases.ASKED, "expected": "yes", "found": "yes" if yes else "no",
         "as_expected": yes, "compilations": 0,
     }  # fmt: skip
     return row
@@ -187,7 +166,7 @@ def _row(kind: str, what: str, expected: str, told: list[Told]) -> Row:
     row = Row.of(f"{NAMES[kind]}, {what}", [each["seconds"] for each in told])
     hits = sum(each["hits"] for each in told)
     compilations = sum(each["compilations"] for each in told)
-    wanted = (len(told), 0) if expected == HIT else (0, len(told))
+    wanted = (len(told), 0) if expected == cases.HIT else (0, len(told))
     row.notes = {
         "kind": kind, "what": what, "expected": expected,
         "found": f"{hits} of {len(told)} kept, {compilations} compiled",
@@ -201,10 +180,10 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 ANSWERS = {
-    "cache-key": (OTHER, "a program is kept by hashes of program, options and weights"),
-    "cache-exists": (ASKED, "the store says whether a program is kept, without reading it"),
-    "cache-weight-free": (OTHER_UPDATED, "one without weights is a hit in another process"),
-    "cache-weights": (UPDATED, "one with weights is a miss after an update"),
+    "cache-key": (cases.OTHER, "a program is kept by hashes of program, options and weights"),
+    "cache-exists": (cases.ASKED, "the store says whether a program is kept, without reading it"),
+    "cache-weight-free": (cases.OTHER_UPDATED, "one without weights is a hit in another process"),
+    "cache-weights": (cases.UPDATED, "one with weights is a miss after an update"),
 }
 
 
@@ -218,7 +197,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     found = []
     for key, (what, claim) in ANSWERS.items():
         kind = ATTENTION if key == "cache-weight-free" else LAYER
-        row, cold = rows.get((kind, what)), rows.get((kind, EMPTY))
+        row, cold = rows.get((kind, what)), rows.get((kind, cases.EMPTY))
         if row is None or cold is None:
             continue
         found.append(
@@ -229,7 +208,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 f"{row['found']}, {digits(row['ours'] * 1e3)} ms",
                 "confirmed" if row["as_expected"] else "refuted",
                 f"this package's store, {NAMES[kind]}; compiling takes "
-                f"{digits(cold['ours'] * 1e3)} ms",
+                f"{digits(cold['ours'] * 1e3)} ms; Apple's own store {NEEDS_A_MAC}",
             )
         )
     return found
@@ -252,23 +231,20 @@ def table(record: dict[str, Any]) -> str:
 
     of_kernels = cache_cuda.is_of_kernels(record)
     rows = record["rows"]
-    cold = {row["kind"]: row["ours"] for row in rows if row["what"] == EMPTY}
+    cold = {row["kind"]: row["ours"] for row in rows if row["what"] == cases.EMPTY}
     lines = []
     for row in rows:
-        low, high = row["spread"] or (row["ours"], row["ours"])
         times = cold.get(row["kind"], row["ours"]) / row["ours"]
-        no_times = row["what"] == EMPTY or row.get("failed")
+        no_times = row["what"] == cases.EMPTY or row.get("failed")
         lines.append(
             [
                 row["case"], digits(row["ours"] * 1e3),
-                f"{digits(low * 1e3)}-{digits(high * 1e3)}", str(row["n"]),
+                spread(row, scale=1e3), str(row["n"]),
                 "-" if no_times else f"{times:,.1f}x", row["expected"], row["found"],
                 "yes" if row["as_expected"] else "no",
             ]
         )  # fmt: skip
     parts = [
-        f"# The store of compiled programs, on {record['device']}",
-        provenance(record),
         cache_cuda.ABOUT if of_kernels else ABOUT,
         markdown(
             ["", "ms", "p20-p80", "n", "of compiling", "expected", "found", "as expected"], lines
@@ -276,4 +252,4 @@ def table(record: dict[str, Any]) -> str:
         *(cache_cuda.details(record) if of_kernels else ()),
         cache_cuda.STUDY if of_kernels else STUDY,
     ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "The store of compiled programs, on", *parts)

@@ -15,13 +15,13 @@ from typing import Any
 
 from onelaunch.bench.core.children import READY, together
 from onelaunch.bench.core.compiled import compiled_program
+from onelaunch.bench.core.weights import random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.coreml.pack import Packed
 from onelaunch.engines.coreml.programs import Programs, Wanted
 from onelaunch.engines.cpu import program as cpu_program
 from onelaunch.errors import RunFailed
-from onelaunch.model import Model
 from onelaunch.plan import launches, make_plan
 
 SEQUENCE = 64
@@ -47,7 +47,7 @@ class Case:
             for each in launches(plan, stages)
             if plan.stages[each.first].kind == ("attention" if kind == ATTENTION else "qkv")
         )
-        weights = {n: p.detach() for n, p in Model(config).init_weights(seed).named_parameters()}
+        weights = random_weights(config, seed)
         self.wanted, self.packed = Wanted(plan, launch), Packed(config, weights)
 
     @property

@@ -19,15 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from onelaunch.config import ModelConfig, preset
+from onelaunch.bench.core.weights import random_weights
+from onelaunch.config import preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import emit, program_launches, save
 from onelaunch.engines.coreml.lint import lint
 from onelaunch.engines.coreml.pack import Packed
 from onelaunch.engines.coreml.package import Package
-from onelaunch.model import Model
 from onelaunch.plan import make_plan
 
 SEQUENCE = 64
@@ -56,7 +54,7 @@ def restart() -> dict[str, Any]:
 def layers(count: str, path: str) -> dict[str, Any]:
     """So many layers of stories110m's in a program, without embed and head; what says no to it."""
     config = preset("stories110m").with_(n_layers=int(count), vocab_size=64)
-    weights = _weights(config)
+    weights = random_weights(config, 0)
     coremltools("bench compile-budget")
     plan = make_plan(config, 1, SEQUENCE, all_positions=True)
     launch = program_launches(plan, config.n_layers)[0]
@@ -96,12 +94,8 @@ def _many(cases: list[tuple[int, int]]) -> dict[str, Any]:
 
 def _compile(path: Path, sequence: int, seed: int) -> None:
     plan = make_plan(LAYER, 1, sequence, all_positions=True)
-    packed = Packed(LAYER, _weights(LAYER, seed))
+    packed = Packed(LAYER, random_weights(LAYER, seed))
     save(emit(plan, program_launches(plan, "all")[0], packed), path)
-
-
-def _weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {n: p.detach() for n, p in Model(config).init_weights(seed).named_parameters()}
 
 
 def memory() -> int:

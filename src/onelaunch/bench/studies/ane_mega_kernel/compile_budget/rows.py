@@ -3,22 +3,19 @@ processes say."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from onelaunch.bench.core.record import Row
-from onelaunch.compilation.environment import child_environment
-from onelaunch.errors import RunFailed
 
 AGAIN, DISTINCT = 312, 150
 QUICK_AGAIN, QUICK_DISTINCT = 20, 10
 RESTARTS = 5
+WEIGHTS, SHAPES, KERNELS = "new weights", "distinct shapes", "distinct kernels"
+"""What is compiled, as the cases' names end."""
 
 
-def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row:
+def many_row(case: str, told: dict[str, Any]) -> Row:
     """Of what a child says of many compilations, the first tenth of them and the last."""
     seconds, memory = told["seconds"], told["bytes"]
     tenth = max(1, len(seconds) // 10)
@@ -36,29 +33,13 @@ def many_row(case: str, told: dict[str, Any], say: Callable[[str], None]) -> Row
             "bytes_by_number": memory[:: max(1, len(memory) // 50)],
         },
     )
-    say(
-        f"{case}: {told['failures']} failed, {first:.3f} s at first, {last:.3f} s at last; "
-        f"{row.notes['bytes_a_compilation'] / 1e3:+,.1f} kB each over the second half"
-    )
     return row
 
 
-def restart_row(told: list[dict[str, Any]], say: Callable[[str], None]) -> Row:
+def restart_row(told: list[dict[str, Any]]) -> Row:
     """Fresh processes until they have compiled once, less a compilation."""
     row = Row.of("a fresh process", [each["until_first"] - each["second"] for each in told])
-    say(f"{row.case}: {row.ours:.2f} s more than a compilation")
     return row
-
-
-def child(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a process says. Raises RunFailed where it fails."""
-    env = child_environment() if env is None else env
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"a process that compiles ended with {done.returncode}: {reason}")
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
 
 
 def slope(values: list[int]) -> float:

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from onelaunch.bench.core.timing import milliseconds, synchronizer
 from onelaunch.config import ModelConfig
 from onelaunch.model import Model
 
@@ -27,12 +28,6 @@ STEP_MODEL = ModelConfig(
 
 Sample = Callable[[], float]
 """One sample in milliseconds, or, of what is called CALLS times, in microseconds a call."""
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def of_each(call: Callable[[], object], calls: int) -> float:
@@ -114,7 +109,7 @@ def dispatch(device: torch.device) -> Sample:
 
     def sample() -> float:
         took = of_each(lambda: x.add_(y), CALLS)
-        _wait(device)
+        synchronizer(device)()
         return took
 
     return sample
@@ -137,13 +132,13 @@ class TrainingStep:
         """Milliseconds a step, the wait for the last one with it."""
         for _ in range(WARM_STEPS):
             self._step()
-        _wait(self.device)
+        synchronizer(self.device)()
         start = time.perf_counter()
         for _ in range(STEPS):
             loss = self._step()
             if synchronize:
                 loss.item()
-        _wait(self.device)
+        synchronizer(self.device)()
         return 1e3 * (time.perf_counter() - start) / STEPS
 
     def _step(self) -> torch.Tensor:
@@ -152,8 +147,3 @@ class TrainingStep:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.detach()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()

@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead.cases import (
     BUFFER_BYTES,
     BUFFERS,
     CALLS,
     LOCKS,
     Sample,
-    milliseconds,
     of_each,
 )
 from onelaunch.errors import RunFailed

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.findings import findings
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import draw, table
-from onelaunch.errors import BadInput
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]
 
@@ -22,14 +21,11 @@ UNIT = "us"
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Time every case; yields a row for each way and one for the price of a call."""
-    kind = device.partition(":")[0]
-    if kind == "cpu":
+    if device == "cpu":
         from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cpu import run_all
 
         yield from run_all(quick, say)
-    elif kind == "cuda":
+    else:
         from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cuda import run_all_on
 
         yield from run_all_on(device, quick, say)
-    else:
-        raise BadInput(f"--device {device}: fusion-depth runs on cpu or cuda; use one of them")

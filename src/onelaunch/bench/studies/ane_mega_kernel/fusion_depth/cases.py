@@ -7,7 +7,7 @@ the first layers of a model are timed alone, also of time = a + b layers.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -128,7 +128,7 @@ def model_ways(config: ModelConfig, depths: Sequence[str | int]) -> dict[str, Ra
     return {str(depth): _ranges(launches(plan, depth)) for depth in depths}
 
 
-def first_layers(config: ModelConfig, counts: Sequence[int]) -> dict[str, Ranges]:
+def first_layers(counts: Sequence[int]) -> dict[str, Ranges]:
     """embed and so many of a model's layers in one call."""
     return {_first(count): [(0, 1 + 5 * count)] for count in counts}
 
@@ -154,7 +154,6 @@ def rows_of(
     case: Case,
     samples: Samples,
     how: How,
-    say: Callable[[str], None],
     peers: Samples | None = None,
     alone: Mapping[str, Settled] | None = None,
 ) -> Iterator[Row]:
@@ -188,14 +187,7 @@ def rows_of(
             row.notes["speed_against_halves"] = round(ratio(halves, values), 4)
             row.notes["speed_against_whole"] = round(ratio(samples["half"], values), 4)
         yield row
-    price = _price(case, "call", calls, case.whole, samples, notes, how)
-    low, high = price.spread or (price.ours, price.ours)
-    say(
-        f"{case.name}, {how.words}: {statistics.median(samples['stage']):,.1f} us in "
-        f"{calls['stage']} calls, {statistics.median(samples['all']):,.1f} in one; "
-        f"a call {price.ours:.2f} us ({low:.2f} to {high:.2f})"
-    )
-    yield price
+    yield _price(case, "call", calls, case.whole, samples, notes, how)
     if case.layers:
         yield _price(case, "layer", case.layers, list(case.layers), samples, notes, how)
 

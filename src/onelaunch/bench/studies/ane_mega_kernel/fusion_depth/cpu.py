@@ -72,11 +72,11 @@ def run_all(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
         weights = pack(ffn.config, program)
         for threads in thread_counts():
             runtime = Runtime(ffn.config, weights, program, plan, threads, False)
-            yield from _rows(case, runtime, quick, say)
+            yield from _rows(case, runtime, quick)
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
         weights = pack(config, program)
-        yield from _model(name, config, weights, program, quick, say)
+        yield from _model(name, config, weights, program, quick)
 
 
 def _model(
@@ -85,14 +85,13 @@ def _model(
     weights: PackedWeights,
     program: Program,
     quick: bool,
-    say: Callable[[str], None],
 ) -> Iterator[Row]:
     ways = model_ways(config, every_depth(config.n_layers))
     for threads in thread_counts():
         runtime = Runtime(config, weights, program, make_plan(config), threads, False)
         for tokens in TOKENS:
             case = Case(f"{name} forward 1x{tokens}", name, tokens, ways)
-            yield from _rows(case, runtime, quick, say)
+            yield from _rows(case, runtime, quick)
 
 
 def compilation(say: Callable[[str], None]) -> Row:
@@ -105,10 +104,10 @@ def compilation(say: Callable[[str], None]) -> Row:
     return Row(COMPILATION, seconds, notes=notes)
 
 
-def _rows(case: Case, runtime: Runtime, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def _rows(case: Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
     samples = _measure(case, runtime, quick)
     how = How(threads_named(runtime.threads), {"threads": runtime.threads})
-    yield from rows_of(case, samples, how, say)
+    yield from rows_of(case, samples, how)
 
 
 def _measure(case: Case, runtime: Runtime, quick: bool) -> Samples:

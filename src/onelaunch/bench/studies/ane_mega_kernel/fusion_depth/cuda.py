@@ -99,7 +99,7 @@ def model_case(name: str, config: ModelConfig) -> Case:
     """A whole model, and its first layers alone: in one launch, some also by halves."""
     fewer = [n for n in LAYERS_A_LAUNCH if n < config.n_layers]
     counts = [*fewer, config.n_layers]
-    in_one = first_layers(config, counts)
+    in_one = first_layers(counts)
     halved = [n for n in BY_HALVES if n in fewer]
     by_halves = first_layers_by_halves(config, halved)
     return Case(
@@ -109,7 +109,7 @@ def model_case(name: str, config: ModelConfig) -> Case:
         {**model_ways(config, ["stage", "half", *fewer, "all"]), **in_one, **by_halves},
         less=(*in_one, *by_halves),
         layers=dict(zip(in_one, counts, strict=True)),
-        halves=dict(zip(first_layers(config, halved), by_halves, strict=True)),
+        halves=dict(zip(first_layers(halved), by_halves, strict=True)),
     )
 
 
@@ -132,7 +132,7 @@ def _rows(
         measured = _measure(case, staged, shape, bare, tokens_BS, quick, say)
     case = replace(case, notes=measured.notes)
     for how, samples in measured.samples:
-        yield from rows_of(case, samples, how, say, measured.peers, measured.alone)
+        yield from rows_of(case, samples, how, measured.peers, measured.alone)
     del weights, staged, bare
     gc.collect()
     torch.cuda.empty_cache()

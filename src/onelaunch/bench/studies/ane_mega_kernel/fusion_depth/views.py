@@ -6,14 +6,11 @@ What no row of a record has is left out of its tables.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from onelaunch.bench.core.published import PUBLISHED
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -21,20 +18,15 @@ Rows = list[Row]
 Key = tuple[str, int, str]
 Ways = dict[str, Row]
 
-# The published figures, on an M1 Pro's neural engine, us. FFN layers by name and tokens, where 1
-# stands for a number that was not told: one layer, 12 in one call, 12 calls, seconds of compiling.
-# Whole models: one call, two a layer, how many those are, seconds of compiling. The first layers of
-# a model in one call: the same layers two calls each, how many those are.
-PUBLISHED_FFN = {
-    ("64/128", 1): (183, 247, 2197, 0.209),
-    ("128/256", 1): (160, 344, 1921, 0.145),
-    ("288/768", 1): (218, 705, 2611, 0.244),
-    ("288/768", 128): (228, 654, 2740, 0.179),
-    ("768/2048", 1): (429, 1839, 5153, 0.512),
-}
-PUBLISHED_MODELS = {"stories15m": (728, 3039, 12, 1.0), "stories110m": (5081, 15227, 24, 4.2)}
-PUBLISHED_LAYERS = {("stories110m", 4): (1978, 5076, 8), ("stories110m", 8): (3515, 10150, 16)}
-COLORS = ("#1f5a8f", "#d08020", "#1a7a36", "#b03060", "#6a51a3")
+FFNS = {
+    ("64/128", 1): "ffn-64", ("128/256", 1): "ffn-128", ("288/768", 1): "ffn-288",
+    ("288/768", 128): "ffn-288-128", ("768/2048", 1): "ffn-768",
+}  # fmt: skip
+"""The published rows of feed-forward layers, by name and tokens; 1 stands for a number that was not
+told."""
+MODELS = {"stories15m": "whole-15m", "stories110m": "whole-110m"}
+PARTS = {("stories110m", 4): "part-110m-4", ("stories110m", 8): "part-110m-8"}
+"""Of a model's first layers, by their number."""
 
 LAUNCHED = (
     "A call is a kernel launch. `one by one`: launched from Python, one after another, the host's "
@@ -51,10 +43,8 @@ def table(record: Record) -> str:
     ffns = {key: ways for key, ways in cases.items() if _part(key[0]) == "FFN"}
     attentions = {key: ways for key, ways in cases.items() if _part(key[0]) == "attention"}
     parts = [
-        f"# A forward by how much one call holds, on {record['device']}",
-        provenance(record),
         "Medians in us; `speedup` is the median of the rounds' ratios. Tokens stand at the "
-        "positions from 0 on. Every way of a line does the same work.",
+        "positions from 0 on. Every way of a line does the same work."
     ]
     if any("launched" in row for row in rows):
         parts.append(LAUNCHED)
@@ -82,7 +72,7 @@ def table(record: Record) -> str:
             "The same of time = rest + price x layers, over the first layers of a model in one "
             "call, behind embed and without head.",
         ]
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A forward by how much one call holds, on", *parts)
 
 
 def by_case(rows: Rows) -> dict[Key, Ways]:
@@ -109,7 +99,7 @@ def _part(model: str) -> str:
 def _block_table(first: str, cases: dict[Key, Ways]) -> str:
     ours = ["1 layer", "12 in one call", "12 calls", "speedup"]
     compiled = any("compiling_s" in ways["all"] for ways in cases.values())
-    published = [PUBLISHED_FFN.get(key[:2]) for key in cases]
+    published = [_ffn_figures(FFNS.get(key[:2])) for key in cases]
     lines = []
     for ((model, tokens, variant), ways), figures in zip(cases.items(), published, strict=True):
         line = [
@@ -135,6 +125,25 @@ def _block_table(first: str, cases: dict[Key, Ways]) -> str:
     return markdown(header, lines)
 
 
+def _ffn_figures(key: str | None) -> tuple[float, ...]:
+    """Published: us of one layer, of 12 in one call, in 12 calls; seconds of compiling."""
+    if key is None:
+        return ()
+    values = PUBLISHED[key].values
+    us = (float(values[name]) for name in ("1 layer, us", "12 in one, us", "12 apart, us"))
+    return (*us, float(values["compiling, ms"]) / 1e3)
+
+
+def _whole_figures(key: str) -> tuple[float, float, float, float]:
+    """Published: us in one call, and two a layer; how many those are; seconds of compiling."""
+    values = PUBLISHED[key].values
+    one, two, calls, seconds = (
+        float(values[name])
+        for name in ("one program, us", "two a layer, us", "calls", "compiling, s")
+    )
+    return one, two, calls, seconds
+
+
 def _model_table(rows: Rows) -> str:
     compiling = next((row["ours"] for row in rows if row["case"] == "compilation"), None)
     cases = {key: ways for key, ways in by_case(rows).items() if _part(key[0]) == "all"}
@@ -142,11 +151,10 @@ def _model_table(rows: Rows) -> str:
     lines = []
     for (model, tokens, variant), ways in cases.items():
         half = ways["half"]
-        published = PUBLISHED_MODELS.get(model) if tokens == fewest[model] else None
         theirs = ["-"] * 4
-        if published:
-            one, two, calls, seconds = published
-            theirs = [digits(one), f"{two:,} ({calls})", f"{two / one:.2f}x", f"{seconds:.1f}"]
+        if model in MODELS and tokens == fewest[model]:
+            one, two, calls, seconds = _whole_figures(MODELS[model])
+            theirs = [digits(one), f"{two:,.0f} ({calls:g})", f"{two / one:.2f}x", f"{seconds:.1f}"]
         lines.append(
             [
                 f"{model} 1x{tokens}, {variant}",
@@ -172,13 +180,12 @@ def _layers_table(cases: dict[Key, Ways]) -> str:
             if "halves" not in row:
                 continue
             halves = row["halves"]
-            published = PUBLISHED_LAYERS.get((model, row["layers"]))
             theirs = ["-"] * 3
-            if published:
-                one, two, calls = published
-                whole = PUBLISHED_MODELS[model][1]
-                theirs = [f"{two:,} ({calls})", f"{two / one:.2f}x", f"{whole / one:.2f}x"]
-                theirs[0] = f"{one:,} / {theirs[0]}"
+            if key := PARTS.get((model, row["layers"])):
+                one, two, calls, _ = _whole_figures(key)
+                whole = _whole_figures(MODELS[model])[1]
+                theirs = [f"{two:,.0f} ({calls:g})", f"{two / one:.2f}x", f"{whole / one:.2f}x"]
+                theirs[0] = f"{one:,.0f} / {theirs[0]}"
             lines.append(
                 [
                     f"{model} 1x{tokens}, {row['layers']} layers, {variant}",
@@ -236,7 +243,7 @@ def _price_table(rows: Rows, of: str) -> str:
         [
             f"{row['model']} 1x{row['tokens']}, {_variant(row)}",
             digits(row["ours"]),
-            "-".join(digits(value) for value in row["spread"] or ()),
+            spread(row),
             digits(row["rest"]["median"]),
         ]
         for row in rows
@@ -245,7 +252,7 @@ def _price_table(rows: Rows, of: str) -> str:
     return markdown(["us", f"a {of}", "p20-p80", "rest"], lines)
 
 
-def draw(record: Record) -> Figure | None:
+def draw(record: Record) -> plots.Figure | None:
     """Time against calls, one line a model; a panel for each number of tokens and each variant, of
     several numbers of threads the most. None where no whole model was timed."""
     rows = record["rows"]
@@ -253,25 +260,17 @@ def draw(record: Record) -> Figure | None:
     if not cases:
         return None
     most = max((row.get("threads", 0) for row in rows if "depth" in row), default=0)
-    panels = sorted({key[1:] for key in cases if not most or key[2] == f"{most} thr."})
-    models = list(dict.fromkeys(model for model, _, _ in cases))
-    figure = plots.new_figure(5 * len(panels), 4.2)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for model, color in zip(models, COLORS, strict=False):
-            ways = cases.get((model, *panel), {})
-            whole = [row for row in ways.values() if "speed_of_all" in row]
-            points = sorted((row["calls"], row["ours"]) for row in whole)
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=color, label=model)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.set_xlabel("calls a forward")
-        axes.set_ylabel("us a forward")
-        tokens, variant = panel
-        title = f"{tokens} token{'s' if tokens > 1 else ''} at once"
-        axes.set_title(title if most else f"{title}, {variant}", fontsize=10)
-        axes.legend(fontsize=8)
+    shown = sorted({key[1:] for key in cases if not most or key[2] == f"{most} thr."})
     threads = f"{most} threads, " if most else ""
-    figure.suptitle(f"A forward by its calls, {threads}{record['device']}", fontsize=10)
+    title = f"A forward by its calls, {threads}{record['device']}"
+    figure, all_axes = plots.panels(len(shown), 5, 4.2, title)
+    for axes, (tokens, variant) in zip(all_axes, shown, strict=True):
+        for model in dict.fromkeys(model for model, _, _ in cases):
+            ways = cases.get((model, tokens, variant), {})
+            whole = [row for row in ways.values() if "speed_of_all" in row]
+            if points := sorted((row["calls"], row["ours"]) for row in whole):
+                axes.plot(*zip(*points, strict=True), "o-", label=model)
+        title = f"{tokens} token{'s' if tokens > 1 else ''} at once"
+        title = title if most else f"{title}, {variant}"
+        plots.label(axes, "calls a forward", "us a forward", title, log="xy")
     return figure

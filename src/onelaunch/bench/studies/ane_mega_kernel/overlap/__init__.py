@@ -16,33 +16,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from onelaunch.bench.core.findings import Finding, below, standard_error, unless
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import (
+    Finding,
+    below,
+    standard_error,
+    unless,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, percentiles
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import document, markdown, spread
+from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     Background,
     KernelCompilations,
     ProgramCompilations,
 )
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    SEED,
-    check_device,
     preset,
-    random_weights,
     why_no_programs,
 )
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.reference import ReferenceEngine
-from onelaunch.errors import BadInput
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 64))
@@ -60,7 +61,6 @@ Call = Callable[[], object]
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("overlap", device)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     place = torch.device(device)
     if place.type == "cpu":
@@ -80,16 +80,12 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
                     calls["PyTorch"] = _pytorch(config, sequence)
             for name, call in calls.items():
                 case = f"{name} {model} 1x{sequence}"
-                yield from _case(case, call, background, rounds, say)
+                yield from _case(case, call, background, rounds)
 
 
 def _background(config: ModelConfig, sequence: int, device: torch.device) -> Background:
     if device.type == "cpu":
         return ProgramCompilations(config, random_weights(config), sequence)
-    from onelaunch.engines.cuda import why_not
-
-    if reason := why_not(device, config):
-        raise BadInput(f"overlap: --device {device}: {reason}")
     return KernelCompilations(config, sequence, device)
 
 
@@ -140,9 +136,7 @@ def _cuda(config: ModelConfig, sequence: int, device: torch.device) -> Call:
     return call
 
 
-def _case(
-    case: str, call: Call, background: Background, rounds: int, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _case(case: str, call: Call, background: Background, rounds: int) -> Iterator[Row]:
     for _ in range(5):
         call()
     alone: list[list[float]] = []
@@ -182,10 +176,6 @@ def _case(
                 "compile_alone": round(statistics.median(compiled["alone"]), 4),
                 "compile_beside": round(statistics.median(compiled["beside"]), 4),
             }
-        say(
-            f"{row.case}: average {row.ours:.2f} ms, most {row.notes['most']:.2f}"
-            + (f", {row.notes['slowdown']:.2f} times as slow" if each is beside else "")
-        )
         yield row
 
 
@@ -285,7 +275,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 beside["slowdown"] / slowdown,
             )
         )
-    return found
+    return without_evaluated_seconds(found)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -293,10 +283,9 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for alone, beside in pairs(record):
         for row in (alone, beside):
-            low, high = row["spread"]
             lines.append(
                 [
-                    row["case"], f"{row['ours']:.3f}", f"{low:.3f}-{high:.3f}",
+                    row["case"], f"{row['ours']:.3f}", spread(row, "{:.3f}".format),
                     f"{row['most']:.3f}", str(row["n"]), *_beside_only(row),
                 ]
             )  # fmt: skip
@@ -309,8 +298,6 @@ def table(record: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     parts = [
-        f"# A forward while something is compiled, on {record['device']}",
-        provenance(record),
         markdown(
             [
                 "", "average, ms", "p20-p80", "most, ms", "forwards", "slowdown",
@@ -322,7 +309,7 @@ def table(record: dict[str, Any]) -> str:
         "priority. ML Programs are evaluated on this CPU, so that both want the same cores; the "
         "study's forward ran on a Neural Engine.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A forward while something is compiled, on", *parts)
 
 
 def _beside_only(row: dict[str, Any]) -> list[str]:
@@ -331,27 +318,15 @@ def _beside_only(row: dict[str, Any]) -> list[str]:
     return [f"{row[name]:.2f}" for name in ("slowdown", "compile_alone", "compile_beside")]
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Averages and the slowest call."""
-    from onelaunch.bench.core import plots
-
     found = pairs(record)
-    if not found:
-        return None
-    figure = plots.new_figure(8, 4)
-    axes = figure.subplots()
-    for number, rows in enumerate(zip(*found, strict=True)):
-        places = [i + 0.4 * number - 0.2 for i in range(len(rows))]
-        name = "beside compilations" if number else "alone"
-        axes.bar(places, [r["ours"] for r in rows], 0.38, label=f"{name}: average")
-        axes.plot(
-            places, [r["most"] for r in rows], "kv" if number else "k^", label=f"{name}: most"
-        )
-    axes.set_xticks(range(len(found)), [alone["of"] for alone, _ in found], fontsize=8)
-    axes.set_xlabel("what ran")
-    axes.set_ylabel("one forward, ms")
-    axes.set_yscale("log")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"A forward while something is compiled, {record['device']}", fontsize=10)
-    return figure
+    return plots.bars(
+        f"A forward while something is compiled, {record['device']}",
+        {
+            f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in found}
+            for number, when in enumerate(("alone", "beside compilations"))
+            for what, key in (("average", "ours"), ("most", "most"))
+        },
+        "what ran", "one forward, ms", log="y",
+    )  # fmt: skip

@@ -20,7 +20,6 @@ import torch
 
 from onelaunch.bench.core.record import Row, percentiles
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    check_device,
     driver,
     pytorch_driver,
     why_no_programs,
@@ -51,23 +50,22 @@ K = 5
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("step-breakdown", device)
     cases, updates = QUICK_CASES if quick else CASES, QUICK_UPDATES if quick else UPDATES
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")
     else:
         for model, sequence in cases:
-            yield from _programs(model, sequence, updates, say)
+            yield from _programs(model, sequence, updates)
     for model, sequence in cases:
         training = pytorch_driver(model, sequence, device)
         with pytorch_parts(training) as update:
             for _ in range(2):
                 update(K)
             samples = [update(K) for _ in range(10 * updates)]
-        yield from _rows(f"PyTorch {model} 1x{sequence}", samples, {}, say)
+        yield from _rows(f"PyTorch {model} 1x{sequence}", samples, {})
 
 
-def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None]) -> Iterator[Row]:
+def _programs(model: str, sequence: int, updates: int) -> Iterator[Row]:
     """The parts with all layers in a program, and the whole at each depth."""
     with ExitStack() as open_ones:
         by_depth: dict[str, Callable[[int, bool], Seconds]] = {}
@@ -91,7 +89,7 @@ def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None
                         plain[depth].append(1e3 * found[WHOLE])
     whole = statistics.median(plain[DEPTHS[-1]])
     case = f"ML Programs {model} 1x{sequence}"
-    yield from _rows(case, looked[DEPTHS[-1]], {"without_clocks": round(whole, 4)}, say)
+    yield from _rows(case, looked[DEPTHS[-1]], {"without_clocks": round(whole, 4)})
     for depth in DEPTHS:
         evaluating = {
             direction: statistics.median(
@@ -111,10 +109,6 @@ def _programs(model: str, sequence: int, updates: int, say: Callable[[str], None
                 **_products(looked[depth]),
             },
         )
-        say(
-            f"{row.case}: {row.ours:.2f} ms a micro-step, {counts[depth]} programs, forward "
-            f"{evaluating['forward']:.2f} ms, backward {evaluating['backward']:.2f} ms"
-        )
         yield row
 
 
@@ -128,9 +122,7 @@ def _products(samples: Sequence[Seconds]) -> dict[str, Any]:
     }
 
 
-def _rows(
-    case: str, samples: Sequence[Seconds], notes: dict[str, Any], say: Callable[[str], None]
-) -> Iterator[Row]:
+def _rows(case: str, samples: Sequence[Seconds], notes: dict[str, Any]) -> Iterator[Row]:
     """A row for every part, and of the whole. Shares are of all samples' time, so that they add
     up."""
     parts = sorted({name for each in samples for name in each} - {WHOLE, BESIDE})
@@ -152,5 +144,3 @@ def _rows(
                 **(notes if part == WHOLE else {}),
             },
         )
-    told = ", ".join(f"{part} {shares[part]:.1%}" for part in parts)
-    say(f"{case}: {1e3 * statistics.median(each[WHOLE] for each in samples):.2f} ms; {told}")

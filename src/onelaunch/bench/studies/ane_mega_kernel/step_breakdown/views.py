@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onelaunch.bench.core.findings import Finding, Verdict, above, below, standard_error, unless
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.findings import (
+    Finding,
+    Verdict,
+    below,
+    needs_a_mac,
+    standard_error,
+    unless,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     BESIDE,
     EVALUATING,
@@ -17,21 +25,13 @@ from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     WHOLE,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+MS = "{:.3f}".format
 THEIR_WHOLE = float(PUBLISHED["part-whole"].values["ms"])
 NEAR = 0.1
 """Of the micro-step: forward and backward this near to the published shares are the same statement,
 as models and devices differ."""
-MOST = 0.5
-"""Of forward or backward: the study's programs are 53% of the one and 63% of the other."""
 ADDS_UP = 0.02
 """Of the micro-step: parts that leave more than this unexplained do not add up to it."""
-LITTLE = 0.05
-"""Of the micro-step: a part below this is not what a micro-step waits for."""
-TWICE = 1.5
-"""Of a projected "about 2x": at least half of what is gained."""
 
 
 def _all(direction: str) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         found += [_share(case, key, names, rows) for key, names in _halves(rows).items()]
         if BESIDE in rows:
             found += [_share(case, key, names, rows) for key, names in GROUPS.items()]
-    return [*found, *_products(record), *_mega(record)]
+    return [*without_evaluated_seconds([*found, *_products(record)]), *_mega(record)]
 
 
 def _share(case: str, key: str, names: tuple[str, ...], rows: Shares) -> Finding:
@@ -93,28 +93,13 @@ def _share(case: str, key: str, names: tuple[str, ...], rows: Shares) -> Finding
 def _judged(
     key: str, names: tuple[str, ...], share: float, theirs: float, rows: Shares
 ) -> tuple[Verdict, str]:
-    """What is said of a part: halves are to be near, programs most of their half, small parts
-    small; conversions and elementwise operations are other ones here, and only shown."""
-    there = [rows[name] for name in names if name in rows]
-    errors = (standard_error(row["spread"], row["n"]) for row in there)
+    """Halves are to be near. Their parts are told apart in the evaluation of ML Programs alone."""
+    if key not in _halves(rows):
+        return "not applicable", ""
+    errors = (standard_error(rows[n]["spread"], rows[n]["n"]) for n in names if n in rows)
     error = math.hypot(*errors) / rows[WHOLE]["ours"]
-    if key in _halves(rows):
-        verdict = below(abs(share - theirs), NEAR, error)
-        return verdict, f"within {100 * NEAR:g} points is confirmed{unless(verdict)}"
-    if key.endswith("-eval"):
-        half = sum(rows[name]["share"] for name in _halves(rows)[key.removesuffix("-eval")])
-        verdict = above(share / half, MOST, error / half)
-        why = (
-            f"{share / half:.0%} of this half; more than {MOST:.0%} is confirmed: it is most of it"
-        )
-        return verdict, why + unless(verdict)
-    if key.endswith(("-classifier", "-cpu")):
-        verdict = below(share, LITTLE, error)
-        return verdict, f"less than {LITTLE:.0%} is confirmed: little{unless(verdict)}"
-    why = "residuals are in the programs here"
-    if key.endswith("-io"):
-        why = "no memory of another device is converted to and from here"
-    return "not applicable", why
+    verdict = below(abs(share - theirs), NEAR, error)
+    return verdict, f"within {100 * NEAR:g} points is confirmed{unless(verdict)}"
 
 
 def _sum(case: str, rows: Shares) -> Finding:
@@ -140,19 +125,15 @@ def _products(record: dict[str, Any]) -> Iterator[Finding]:
     for row in record["rows"]:
         if "depth" not in row:
             continue
-        share = row["product_wait"] / row["ours"]
-        error = standard_error(row["product_wait_spread"], row["n"]) / row["ours"]
-        verdict = below(share, LITTLE, error)
         yield Finding(
             ("part-backward-dw",),
             f"{row['case']}: the weights' gradients are computed beside the backward, and hardly "
             "awaited",
             "29 ms beside it, awaited 0.005 ms",
             f"{row['products']:.2f} ms beside it, awaited {row['product_wait']:.2f} ms "
-            f"({share:.1%} of the micro-step)",
-            verdict,
-            f"a wait of less than {LITTLE:.0%} of a micro-step is hardly one; a program hands out "
-            f"its gradients when it ends{unless(verdict)}",
+            f"({row['product_wait'] / row['ours']:.1%} of the micro-step)",
+            "not applicable",
+            "",
         )
 
 
@@ -170,26 +151,23 @@ def _mega(record: dict[str, Any]) -> Iterator[Finding]:
             return float(row["forward_programs"] + row["backward_programs"])
 
         ratio = evaluating(half) / evaluating(whole)
-        saved = evaluating(half) - evaluating(whole)
-        each = 1e3 * saved / max(1, half["programs"] - whole["programs"])
-        verdict: Verdict = "confirmed" if ratio >= TWICE else "not applicable"
         yield Finding(
             ("backward-mega",),
             f"{case}: forward and backward in one program each, over two a layer",
             "projected: about 2x of the programs' time",
             f"{ratio:.2f}x of the programs' time, {half['ours'] / whole['ours']:.2f}x of the "
             f"micro-step",
-            verdict,
-            f"{half['programs']} programs as {whole['programs']}: {each:+.0f} us saved for each "
-            "fewer, cores taken by the weights' gradients beside smaller ones included; evaluated "
-            "on this CPU, where none has the price of a call to a Neural Engine",
-            ratio / 2,
+            *needs_a_mac(
+                f"{half['programs']} programs become {whole['programs']}, which saves as many "
+                "calls; here none has the price of a call to a Neural Engine, and these seconds "
+                "are of an evaluator"
+            ),
         )
 
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    parts = [f"# A micro-step by parts, on {record['device']}", provenance(record)]
+    parts = []
     for case, rows in cases(record).items():
         whole = rows[WHOLE]
         note = (
@@ -207,7 +185,7 @@ def table(record: dict[str, Any]) -> str:
             markdown(
                 ["part", "ms a micro-step", "p20-p80", "share"],
                 [
-                    [part, f"{row['ours']:.3f}", _spread(row), f"{row['share']:.2%}"]
+                    [part, f"{row['ours']:.3f}", spread(row, MS), f"{row['share']:.2%}"]
                     for part, row in _ordered(rows)
                 ],
             ),
@@ -226,7 +204,7 @@ def table(record: dict[str, Any]) -> str:
                  "backward programs, ms", "weights' gradients, ms", "awaited, ms"],
                 [
                     [
-                        row["case"], str(row["programs"]), digits(row["ours"]), _spread(row),
+                        row["case"], str(row["programs"]), digits(row["ours"]), spread(row, MS),
                         digits(row["forward_programs"]), digits(row["backward_programs"]),
                         digits(row["products"]), digits(row["product_wait"]),
                     ]
@@ -237,7 +215,7 @@ def table(record: dict[str, Any]) -> str:
             "programs, as each call costs about 160 us there. Milliseconds of programs are with "
             "the clocks, those of a micro-step without.",
         ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "A micro-step by parts, on", *parts)
 
 
 def _ordered(rows: Shares) -> list[tuple[str, dict[str, Any]]]:
@@ -272,35 +250,23 @@ def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _spread(row: dict[str, Any]) -> str:
-    low, high = row["spread"]
-    return f"{low:.3f}-{high:.3f}"
-
-
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Shares, stacked, one bar for what was timed."""
-    from onelaunch.bench.core import plots
-
     found = cases(record)
     if not found:
         return None
-    figure = plots.new_figure(10, 2.4 + 0.7 * len(found))
-    axes = figure.subplots()
+    figure, (axes,) = plots.panels(1, 10, 2.4 + 0.7 * len(found))
     names = dict.fromkeys(
         part for rows in found.values() for part, _ in _ordered(rows) if part not in (WHOLE, BESIDE)
     )
     left = dict.fromkeys(found, 0.0)
     for number, part in enumerate(names):
-        shares = [rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
-        color = f"C{number % 10}"
-        hatch = ("", "//", "xx")[number // 10 % 3]
+        shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
         axes.barh(
-            list(found), [100 * share for share in shares],
-            left=[100 * left[case] for case in found], label=part, color=color, hatch=hatch,
-            edgecolor="white", linewidth=0.3,
+            list(found), shares, left=list(left.values()), label=part, color=f"C{number % 10}",
+            hatch=("", "//", "xx")[number // 10 % 3], edgecolor="white", linewidth=0.3,
         )  # fmt: skip
-        for case, share in zip(found, shares, strict=True):
-            left[case] += share
+        left = {case: left[case] + share for case, share in zip(found, shares, strict=True)}
     axes.set_xlabel("share of a micro-step, %")
     figure.legend(fontsize=7, ncols=4, loc="outside lower center")
     axes.set_title(f"A micro-step by parts, {record['device']}", fontsize=10)

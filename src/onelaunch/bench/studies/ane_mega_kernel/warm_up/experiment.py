@@ -9,23 +9,25 @@ Steady is a micro-step from which on the running median stays within 1% of its e
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onelaunch.bench.core.findings import Finding, Verdict, above, standard_error, unless
+from onelaunch.bench.core import plots
+from onelaunch.bench.core.children import ask
+from onelaunch.bench.core.findings import (
+    Finding,
+    Verdict,
+    above,
+    standard_error,
+    unless,
+    without_evaluated_seconds,
+)
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row
-from onelaunch.bench.core.tables import markdown, provenance
-from onelaunch.bench.studies.ane_mega_kernel.program_training import check_device, why_no_programs
-from onelaunch.compilation.environment import child_environment
-from onelaunch.errors import RunFailed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from onelaunch.bench.core.tables import document, markdown, spread
+from onelaunch.bench.studies.ane_mega_kernel.program_training import why_no_programs
 
 UNIT = "ms"
 MARKS = (1, 30, 136)
@@ -49,11 +51,10 @@ CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up.
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every case; yields rows."""
-    check_device("warm-up", device)
     for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
         case = f"PyTorch {model} 1x{sequence}"
         told = [_child("PyTorch", device, model, sequence, steps, 0, 0) for _ in range(processes)]
-        yield from _rows(case, [each["first"] for each in told], say)
+        yield from _rows(case, [each["first"] for each in told])
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")
         return
@@ -64,19 +65,13 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             _child("ML Programs", device, model, sequence, steps, updates, after)
             for _ in range(processes)
         ]
-        yield from _rows(case, [each["first"] for each in told], say)
+        yield from _rows(case, [each["first"] for each in told])
         fresh = [times for each in told for times in each["after"]]
-        yield from _rows(f"{case} after an update", fresh, say)
+        yield from _rows(f"{case} after an update", fresh)
 
 
 def _child(*words: str | int) -> dict[str, Any]:
-    command = [*CHILD, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"a process that trains ended with {done.returncode}: {reason}")
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
+    return dict(ask([*CHILD, *map(str, words)]))
 
 
 def end_of(times: Sequence[float]) -> float:
@@ -99,9 +94,7 @@ def steady_from(times: Sequence[float], within: float) -> int | None:
     return first + 1 if first < (1 - END_SHARE) * len(times) else None
 
 
-def _rows(
-    case: str, by_process: Sequence[Sequence[float]], say: Callable[[str], None]
-) -> Iterator[Row]:
+def _rows(case: str, by_process: Sequence[Sequence[float]]) -> Iterator[Row]:
     """The marked micro-steps, and the end."""
     by_step = [statistics.median(step) for step in zip(*by_process, strict=True)]
     steps = len(by_step)
@@ -133,11 +126,6 @@ def _rows(
             "by_step": [round(ms, 3) for ms in by_step],
         },
     )
-    say(
-        f"{case}: {by_step[0]:.2f} ms at first, {end_of(by_step):.2f} at last; within "
-        f"{WITHIN:.0%} of it from {steady or 'none'} on, within {ROUGHLY:.0%} from "
-        f"{roughly or 'none'} on"
-    )
     yield row
 
 
@@ -168,7 +156,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 )
             )
         found.append(_steady(case, last))
-    return found
+    return without_evaluated_seconds(found)
 
 
 def _steady(case: str, last: dict[str, Any]) -> Finding:
@@ -199,7 +187,7 @@ def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines = [
         [
-            row["case"], f"{row['ours']:.2f}", f"{row['spread'][0]:.2f}-{row['spread'][1]:.2f}",
+            row["case"], f"{row['ours']:.2f}", spread(row, "{:.2f}".format),
             str(row["n"]), f"{row['over_end']:.2f}" if "mark" in row else "-",
             *(
                 str(row[name] or "never") if name in row else "-"
@@ -216,8 +204,6 @@ def table(record: dict[str, Any]) -> str:
             [f"study: {PUBLISHED[key].row}", f"{ms:g}", "-", "-", f"{ms / end:.2f}", steady, "-"]
         )
     parts = [
-        f"# Warming up, on {record['device']}",
-        provenance(record),
         markdown(
             ["", "ms", "p20-p80", "n", "over the end", f"within {WITHIN:.0%} from",
              f"within {ROUGHLY:.0%} from"],
@@ -227,30 +213,21 @@ def table(record: dict[str, Any]) -> str:
         "last rows all their micro-steps. The end is the median of the last quarter. Waiting for "
         "a compilation is not counted. The study's are after new programs were made.",
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return document(record, "Warming up, on", *parts)
 
 
-def draw(record: dict[str, Any]) -> Figure | None:
+def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Micro-steps by number, over their end."""
-    from onelaunch.bench.core import plots
-
     shown = [row for row in record["rows"] if "by_step" in row]
     if not shown:
         return None
-    figure = plots.new_figure(8, 4)
-    axes = figure.subplots()
+    figure, (axes,) = plots.panels(1, 8)
     for row in shown:
-        end = end_of(row["by_step"])
-        numbers = range(1, len(row["by_step"]) + 1)
+        end, numbers = end_of(row["by_step"]), range(1, len(row["by_step"]) + 1)
         axes.plot(numbers, [ms / end for ms in row["by_step"]], label=row["of"], linewidth=1)
     end = float(PUBLISHED["warm-136"].values["ms"])
     theirs = [float(PUBLISHED[f"warm-{mark}"].values["ms"]) / end for mark in MARKS]
     axes.plot(MARKS, theirs, "k--", marker="x", label="study, M1 Pro's Neural Engine")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("micro-step")
-    axes.set_ylabel("time over that of the last ones")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"Warming up, {record['device']}", fontsize=10)
+    title = f"Warming up, {record['device']}"
+    plots.label(axes, "micro-step", "time over that of the last ones", title, log="xy")
     return figure

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds
+from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
     COLUMNS,
     CONSTANTS,
@@ -37,7 +38,6 @@ from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
     PRODUCT,
     WIDTH,
     findings,
-    in_words,
     table,
 )
 from onelaunch.engines.coreml import coremltools
@@ -45,7 +45,6 @@ from onelaunch.engines.coreml.emit import write
 from onelaunch.engines.coreml.evaluate import Evaluator, Precision
 from onelaunch.engines.coreml.lint import lint
 from onelaunch.engines.coreml.package import Package
-from onelaunch.errors import BadInput
 
 __all__ = ["UNIT", "findings", "run", "table"]
 
@@ -85,22 +84,12 @@ def ways() -> list[Way]:
 
 def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
     """Every way of the device; yields rows."""
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise BadInput(f"weight-mutability: --device {device}: runs on cpu or cuda")
-    for row in _by_programs(quick) if place.type == "cpu" else _by_kernels(place, quick):
-        say(f"{row.case}: {in_words(row.notes)}")
-        yield row
-
-
-def _by_kernels(place: torch.device, quick: bool) -> Iterator[Row]:
-    from onelaunch.engines.cuda import why_not
-
-    if reason := why_not(place):
-        raise BadInput(f"weight-mutability: --device {place}: {reason}; use cpu")
+    if torch.device(device).type == "cpu":
+        yield from _by_programs(quick)
+        return
     from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.cuda import rows
 
-    yield from rows(place, quick)
+    yield from rows(torch.device(device), quick)
 
 
 def _by_programs(quick: bool) -> Iterator[Row]:
@@ -112,7 +101,7 @@ def _by_programs(quick: bool) -> Iterator[Row]:
             made[way.name] = _made(way, folder, QUICK_CONVERSIONS if quick else CONVERSIONS)
         made[FILE] = _overwritten(Path(name), QUICK_CONVERSIONS if quick else CONVERSIONS)
         calls = {case: each.call for case, each in made.items() if each.call is not None}
-        contestants = {case: partial(_milliseconds, call) for case, call in calls.items()}
+        contestants = {case: partial(milliseconds, call) for case, call in calls.items()}
         samples = in_rounds(contestants, QUICK_EVALUATIONS if quick else EVALUATIONS)
     for case, each in made.items():
         notes = each.notes | {"threads": torch.get_num_threads()}
@@ -206,12 +195,6 @@ def _apart(result: Tensor, x: Tensor, w: Tensor) -> float:
     """Error of a result against float64."""
     exact = w.double() @ x[0, :, 0].double()
     return float((result.reshape(exact.shape).double() - exact).norm() / exact.norm())
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _evaluator(package: Package) -> Evaluator:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +22,8 @@ from torch import Tensor
 from onelaunch.bench.core.gpu_forwards import Sample, calls, replays
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds
+from onelaunch.bench.core.timing import milliseconds, synchronizer
+from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
     ARGUMENTS,
     CONSTEXPR,
@@ -84,10 +85,9 @@ class _Forward:
         tokens = torch.randint(self.config.vocab_size, (1, TOKENS), generator=generator)
         self.weights, self._exact = [], []
         for seed in SEEDS:
-            made = dict(Model(self.config).init_weights(seed).named_parameters())
-            double = Model.from_weights(self.config, {n: w.double() for n, w in made.items()})
-            self._exact.append(F.linear(double.hidden(tokens), double.head_weight())[0])
-            self.weights.append({n: w.detach().to(device) for n, w in made.items()})
+            made = random_weights(self.config, seed)
+            self._exact.append(exact_logits(self.config, made, tokens)[0])
+            self.weights.append({n: w.to(device) for n, w in made.items()})
         self.tokens_BS = tokens.to(device)
 
     def pack(self, which: int) -> PackedModel:
@@ -137,7 +137,7 @@ def _other_buffers(forward: _Forward, changes: int) -> Way:
         bound = forward.bind(forward.pack(which))
         start = time.perf_counter()
         graph = bound.captured()
-        _wait(forward.device)
+        synchronizer(forward.device)()
         captures.append(1e3 * (time.perf_counter() - start))
 
     took, error = _followed(forward, change, lambda: _replayed(bound, graph), changes)
@@ -182,7 +182,7 @@ def _followed(
     took, errors = [], [forward.apart(run(), 0)]
     for number in range(changes + 1):
         which = 1 - number % 2
-        took.append(_milliseconds(forward.device, partial(change, which)))
+        took.append(milliseconds(partial(change, which), synchronizer(forward.device)))
         errors.append(forward.apart(run(), which))
     return took[1:], _largest(errors)
 
@@ -213,7 +213,7 @@ def _constant(device: torch.device, changes: int) -> Way:
                 _scale[(SIZE // BLOCK,)](x, y, SCALE=scale, BLOCK=BLOCK)
 
             y.fill_(torch.nan)
-            took.append(_milliseconds(device, run))
+            took.append(milliseconds(run, synchronizer(device)))
             exact = scale * x.double()
             errors.append(float((y.double() - exact).norm() / exact.norm()))
             kernels.append(_compiled(x, y, scale))
@@ -236,16 +236,3 @@ def _notes(by: str, error: float, most: float = MOST_APART_BFLOAT16) -> dict[str
 def _largest(errors: list[float]) -> float:
     """No number where one of them is none."""
     return float(torch.tensor(errors).max())
-
-
-def _milliseconds(device: torch.device, action: Callable[[], object]) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    action()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from onelaunch.bench.core.findings import Finding, Verdict
+from onelaunch.bench.core.findings import Finding, Verdict, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 
 COLUMNS, OUT, WIDTH = 288, 768, 64
 """Of the map, and of how many tokens: the first of stories15M's feed-forward."""
@@ -67,10 +66,12 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 def _judged(row: Mapping[str, Any]) -> tuple[Verdict, str]:
     if row["case"] == FILE:  # when the file is read is the evaluator's affair, not the program's
-        why = "this package's evaluator reads it once; when Core ML does is not asked here"
-        return "not applicable", why
-    why = "public converter, evaluated on a CPU; whether the Neural Engine runs it is not known"
-    return "refuted" if row["converts"] and row["follows"] else "confirmed", why
+        return needs_a_mac("this package's evaluator reads it once; when Core ML does is not known")
+    took = "took it, and its result is right" if row["follows"] else "took it"
+    return needs_a_mac(
+        f"the public converter {took if row['converts'] else 'refuses it too'}; what the private "
+        "parser refuses, and what a Neural Engine runs, it does not say"
+    )
 
 
 def _judged_on_gpu(
@@ -91,10 +92,8 @@ def _judged_on_gpu(
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    device = record["device"]
-    parts = [f"# Weights that are no constants, on {device}", provenance(record)]
-    parts += _of_kernels(record) if _on_gpu(record) else _of_programs(record)
-    return "\n\n".join(parts) + "\n"
+    parts = _of_kernels(record) if _on_gpu(record) else _of_programs(record)
+    return document(record, "Weights that are no constants, on", *parts)
 
 
 def _of_programs(record: dict[str, Any]) -> list[str]:
@@ -104,7 +103,7 @@ def _of_programs(record: dict[str, Any]) -> list[str]:
         [
             row["case"], "yes" if row["converts"] else "no",
             "loaded anew" if row.get("follows_loaded_anew") else "yes" if row["follows"] else "no",
-            digits(row["ours"]) if row["converts"] else "-", _spread(row), _to_change(row),
+            digits(row["ours"]) if row["converts"] else "-", spread(row), _to_change(row),
             _median(row.get("convert_ms", {})), told.get(row["case"], "-"),
         ]
         for row in rows
@@ -142,7 +141,7 @@ def _of_kernels(record: dict[str, Any]) -> list[str]:
             "captured anew" if row.get("follows_loaded_anew") else
             "compiled anew" if row["compiled_anew"] and row["follows"] else
             "yes" if row["follows"] else "no",
-            digits(row["ours"]), _spread(row), _to_change(row), told.get(row["case"], "-"),
+            digits(row["ours"]), spread(row), _to_change(row), told.get(row["case"], "-"),
         ]
         for row in record["rows"]
     ]  # fmt: skip
@@ -176,10 +175,6 @@ def _on_gpu(record: dict[str, Any]) -> bool:
 
 def _to_change(row: Mapping[str, Any]) -> str:
     return _median(row.get("convert_ms" if row.get("compiled_anew") else "change_ms", {}))
-
-
-def _spread(row: Mapping[str, Any]) -> str:
-    return "-".join(digits(v) for v in row["spread"] or ()) or "-"
 
 
 def _median(found: Mapping[str, Any]) -> str:

@@ -132,10 +132,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 
 def _on_gpu(
-    device: torch.device,
-    contenders: Sequence[Contender],
-    quick: bool,
-    say: Callable[[str], None],
+    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Callable[[str], None]
 ) -> Iterator[Row]:
     shapes = GPU_QUICK if quick else GPU_SHAPES
     host_shapes = [s for s in HOST_SHAPES if s in shapes] if quick else HOST_SHAPES
@@ -172,10 +169,7 @@ def _on_gpu(
 
 
 def _on_cpu(
-    device: torch.device,
-    contenders: Sequence[Contender],
-    quick: bool,
-    say: Callable[[str], None],
+    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Callable[[str], None]
 ) -> Iterator[Row]:
     # The forms differ in their kernels alone.
     contenders = [c for c in contenders if c.name == "ours" or not c.form]

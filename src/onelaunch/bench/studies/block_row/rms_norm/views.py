@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import figure as digits
-from onelaunch.bench.core.tables import markdown, provenance
+from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.block_row.rms_norm.summary import (
     best_time,
-    megabytes,
     shape_of,
     summary,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -56,20 +50,13 @@ KINDS = {
     "memory": "Peak extra memory of one forward and backward pass, kB",
 }
 FORMS = ("row", "block", "source", "in place")
-SHARE_COLORS = {
-    "ours": "#1a7a36",
-    "torch": "#999999",
-    "torch.compile": "#d08020",
-    "liger": "#b03060",
-    "quack": "#3a6fb0",
-}
 PEERS = ("torch", "torch.compile", "liger", "liger row", "liger source", "quack")
 
 
 def table(record: Record) -> str:
     """Everything in Markdown: a summary, a table for each kind of case, the source's own table."""
     kinds = _by_kind(record)
-    parts = [f"# RMSNorm on {record['device']}", provenance(record), "\n".join(summary(kinds))]
+    parts = ["\n".join(summary(kinds))]
     parts += [f"## {KINDS[kind]}\n\n{_table(kind, rows)}" for kind, rows in kinds.items()]
     parts += [
         f"## The published table on this device: {pass_}\n\n{text}"
@@ -77,41 +64,29 @@ def table(record: Record) -> str:
         if (text := _published_table(kinds.get(f"{pass_} gpu", [])))
     ]
     parts.append(_legend(kinds))
-    return "\n\n".join(parts) + "\n"
+    return document(record, "RMSNorm on", *parts)
 
 
-def draw(record: Record) -> Figure | None:
-    """Heat maps of every contender's speed relative to the best peer's, shape by shape; where there
-    are floors, under them the share of the copy's bandwidth over the bytes moved. None where the
-    record has neither."""
+def draw(record: Record) -> plots.Figure | None:
+    """Heat maps of every contender's speed relative to the best peer's, shape by shape. None where
+    the record has neither forward and backward nor forward."""
     kinds = _by_kind(record)
     suffix = "gpu" if "full gpu" in kinds else "host"
-    panels = [k for k in (f"full {suffix}", f"forward {suffix}") if k in kinds]
-    if not panels:
+    shown = [k for k in (f"full {suffix}", f"forward {suffix}") if k in kinds]
+    if not shown:
         return None
-    most = max(len(kinds[kind]) for kind in panels)
-    rated = any(row["floor"] is not None for kind in panels for row in kinds[kind])
-    heights = [1.6 + 0.27 * most, *([4.2] if rated else [])]
-    figure = plots.new_figure(7.5 * len(panels) + 1, sum(heights) + 0.6)
-    all_axes = figure.subplots(
-        len(heights), len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    image = None
-    for axes, kind in zip(all_axes[0], panels, strict=True):
-        image = _draw_speeds(axes, kind, kinds[kind])
-    plots.color_bar(figure, image, list(all_axes[0]), "speed relative to the best peer")
     title = f"RMSNorm on {record['device']}; in the cells: speed relative to the shape's best peer"
-    if rated:
-        for axes, kind in zip(all_axes[1], panels, strict=True):
-            _draw_shares(axes, kind, kinds[kind])
-        title += (
-            "\n* and hollow marks: the buffers are small for the L2, calls need not go to memory"
-        )
-    figure.suptitle(title, fontsize=11)
+    if any(row.get("in_cache") for kind in shown for row in kinds[kind]):
+        title += "\n*: the buffers are small for the L2, calls need not go to memory"
+    height = 2.2 + 0.27 * max(len(kinds[kind]) for kind in shown)
+    figure, all_axes = plots.panels(len(shown), 8, height, title)
+    for axes, kind in zip(all_axes, shown, strict=True):
+        image = _draw_speeds(axes, kind, kinds[kind])
+    plots.color_bar(figure, image, all_axes, "speed relative to the best peer")
     return figure
 
 
-def _draw_speeds(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
+def _draw_speeds(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
     names = _names(rows)
     speeds: list[list[float | None]] = []
     for row in rows:
@@ -122,37 +97,6 @@ def _draw_speeds(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> Any:
     shapes = [row["case"].split()[0] + ("*" if row.get("in_cache") else "") for row in rows]
     title = KINDS[kind].removesuffix(", us")
     return plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
-
-
-def _draw_shares(axes: Axes, kind: str, rows: list[dict[str, Any]]) -> None:
-    rows = sorted((row for row in rows if row["floor"] is not None), key=megabytes)
-    for name, color in SHARE_COLORS.items():
-        for in_cache in (False, True):
-            points = [
-                (megabytes(row), 100 * row["floor"] / time)
-                for row in rows
-                if (time := _time(row, name)) and bool(row.get("in_cache")) == in_cache
-            ]
-            if points:
-                axes.scatter(
-                    [mb for mb, _ in points],
-                    [share for _, share in points],
-                    s=30 if name == "ours" else 16,
-                    marker="D" if name == "ours" else "o",
-                    facecolors="none" if in_cache else color,
-                    edgecolors=color,
-                    label=None if in_cache else name,
-                    zorder=3 if name == "ours" else 2,
-                )
-    axes.set_xscale("log")
-    axes.set_ylim(0, 105)
-    axes.axhline(100, color="black", linewidth=0.8)
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("megabytes that must move", fontsize=8)
-    axes.set_ylabel("% of copy bandwidth", fontsize=8)
-    axes.set_title(f"{KINDS[kind].removesuffix(', us')}: share of a copy's bandwidth", fontsize=10)
-    axes.legend(fontsize=8, loc="upper left")
 
 
 def _by_kind(record: Record) -> dict[str, list[dict[str, Any]]]:
@@ -202,8 +146,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> str:
         line += [scaled(row.get("planned"))] if has_plan else []
         line += [scaled(_time(row, name)) for name in names]
         if kind != "memory":
-            low, high = row["spread"] or (row["ours"], row["ours"])
-            line += [f"{digits(low)}-{digits(high)}", row.get("best_peer", "-")]
+            line += [spread(row), row.get("best_peer", "-")]
             line += [f"{row['ratio']:.3f}" if "ratio" in row else "-"]
         if has_share:
             line.append(_share(row))
