@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,8 @@ from onelaunch.checkpoints import save as save_checkpoint
 from onelaunch.config import ModelConfig
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput
-from onelaunch.generation.text import complete, encode_prompts
+from onelaunch.generation.decode import Decoding, Limits
+from onelaunch.generation.prompts import encode_prompts
 from onelaunch.model import Model
 from onelaunch.training.story_data import stories_tokenizer
 
@@ -48,7 +48,8 @@ def expected(model, prompts, n, sampling):
     tokenizer = model.tokenizer
     stop = sorted({*loaded.stop_ids, *tokenizer.stop_ids})
     encoded = encode_prompts(tokenizer, prompts)
-    return [c.text for c in complete(engine, encoded, n, sampling, stop, tokenizer)]
+    decoding = Decoding(engine, encoded, Limits(n, sampling, stop), tokenizer)
+    return [completion.text for completion in decoding.finish()]
 
 
 def test_a_text_is_what_the_command_line_writes(model, path):
@@ -87,15 +88,66 @@ def test_a_stream_may_be_left(model):
     stream = model.stream("The cat", max_new_tokens=200, temperature=1.0)
     assert next(stream)
     stream.close()
-    assert "generation" not in [thread.name for thread in threading.enumerate()]
-    assert model.generate("The cat", max_new_tokens=3, temperature=0.0)  # the engine is free
+    assert list(stream) == []
+    assert model.generate("The cat", max_new_tokens=3, temperature=0.0)
+
+
+@pytest.mark.usefixtures("compiled_program")
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_a_model_is_free_amid_a_stream(path, engine):
+    how = {"max_new_tokens": 40, "temperature": 0.9, "seed": 4}
+    with onelaunch.load(path, engine=engine, device="cpu") as model:
+        expected = model.generate("The cat", **how)
+        first, second = model.stream("The cat", **how), model.stream("The cat", **how)
+        begin = next(first)
+        assert model.generate("The cat", **how) == expected
+        assert model.logits([[1, 2]]).shape == (1, 2, 512)
+        assert "".join(second) == expected
+        assert begin + "".join(first) == expected
+
+
+def test_a_text_ends_before_a_stop_string(model):
+    how = {"max_new_tokens": 30, "temperature": 0.0}
+    whole = model.generate("Once", **how)
+    stop = whole[5:8]
+    ended = whole[: whole.index(stop)]
+    assert model.generate("Once", stop=stop, **how) == ended
+    assert model.generate("Once", stop=["not there", stop], **how) == ended
+    assert "".join(model.stream("Once", stop=stop, **how)) == ended
+    with pytest.raises(BadInput, match="stop=''"):
+        model.generate("Once", stop="")
+
+
+def test_decode_tells_tokens_and_ends(model):
+    how = {"max_new_tokens": 8, "temperature": 0.0}
+    decoding = model.decode(["Once", "One day"], **how)
+    assert [completion.ids for completion in decoding.completions] == [[], []]
+    events = list(decoding)
+    for index, completion in enumerate(decoding.completions):
+        mine = [event for event in events if event.prompt_index == index]
+        assert [event.token for event in mine] == completion.ids
+        assert "".join(event.text for event in mine) == completion.text
+        assert [event.finish for event in mine] == [None] * 7 + ["length"]
+        assert 0 < completion.first_token_seconds <= completion.seconds
+    assert [c.text for c in decoding.completions] == model.generate(["Once", "One day"], **how)
+
+
+def test_ids_alone_need_no_tokenizer(path):
+    (path.parent / "tokenizer.bin").unlink()
+    model = onelaunch.load(path, engine="reference", device="cpu")
+    decoding = model.decode(ids_only=True, max_new_tokens=4, temperature=0.0)
+    (completion,) = decoding.finish()
+    assert (len(completion.ids), completion.text, completion.finish) == (4, None, "length")
+    for wrong in ({"ids_only": False}, {"prompt": "Once", "ids_only": True}):
+        with pytest.raises(BadInput, match=r"no tokenizer found .* tokenizer='FILE'.*ids_only"):
+            model.decode(**wrong)
 
 
 def test_an_error_in_a_stream_is_the_callers(model):
     with pytest.raises(BadInput, match="context holds 512"):
-        list(model.stream("a" * 5000))
+        model.stream("a" * 5000)
     with pytest.raises(BadInput, match="temperature"):
-        next(model.stream("Once", temperature=-1.0))
+        model.stream("Once", temperature=-1.0)
 
 
 def test_a_stream_that_is_alive_at_the_end_ends_with_the_process(path):
@@ -185,6 +237,8 @@ def test_wrong_prompts_are_refused(model):
     for wrong in (5, [1, 2], None):
         with pytest.raises(BadInput, match="must be a text or a list of texts"):
             model.generate(wrong)
+    with pytest.raises(BadInput, match="max_new_tokens=-1"):
+        model.generate("Once", max_new_tokens=-1)
 
 
 def test_a_model_without_a_tokenizer_gives_logits(path):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import queue
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -17,7 +15,7 @@ from onelaunch.checkpoints import random_model
 from onelaunch.checkpoints import save as save_checkpoint
 from onelaunch.config import ModelConfig
 from onelaunch.engines.choice import ENGINES
-from onelaunch.errors import BadInput, RunFailed
+from onelaunch.errors import BadInput, MissingExtra, RunFailed
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +24,8 @@ if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
     from onelaunch.checkpoints.weights import LoadedModel
     from onelaunch.engines.engine import Engine
-    from onelaunch.generation.text import Completion, Prompt
+    from onelaunch.generation.decode import Decoding
+    from onelaunch.generation.prompts import Prompt
     from onelaunch.model import Model
     from onelaunch.training.recipe import Recipe
 
@@ -110,15 +109,17 @@ class LanguageModel:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that `load` was given, else the one beside the model. Raises BadInput where
         there is none."""
-        from onelaunch.checkpoints.tokenizers import find_tokenizer, load_tokenizer
+        from onelaunch.checkpoints.tokenizers import find_tokenizer, load_tokenizer, size_note
 
-        if self._tokenizer is None and self._tokenizer_path is not None:
-            self._tokenizer = load_tokenizer(self._tokenizer_path)
         if self._tokenizer is None:
-            self._tokenizer = find_tokenizer(self.checkpoint)
-        if self._tokenizer is None:
-            source = self.checkpoint.source or "the model"
-            raise BadInput(f"{source}: no tokenizer found for it; load it with tokenizer='FILE'")
+            if self._tokenizer_path is not None:
+                self._tokenizer = load_tokenizer(self._tokenizer_path)
+            else:
+                self._tokenizer = find_tokenizer(self.checkpoint)
+            if self._tokenizer is None:
+                raise BadInput(f"{self._source}: no tokenizer found for it")
+            if note := size_note(self._tokenizer, self.config):
+                self._log(note)
         return self._tokenizer
 
     @property
@@ -145,6 +146,7 @@ class LanguageModel:
         top_p: float = ...,
         min_p: float = ...,
         seed: int = ...,
+        stop: str | Sequence[str] = ...,
         stop_ids: Sequence[int] = ...,
     ) -> str: ...
 
@@ -159,6 +161,7 @@ class LanguageModel:
         top_p: float = ...,
         min_p: float = ...,
         seed: int = ...,
+        stop: str | Sequence[str] = ...,
         stop_ids: Sequence[int] = ...,
     ) -> list[str]: ...
 
@@ -172,23 +175,27 @@ class LanguageModel:
         top_p: float = 0.9,
         min_p: float = 0.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
     ) -> str | list[str]:
         """The continuation of a prompt, without the prompt, or of each of a list of them.
 
-        A text ends at one of the model's own stop ids or of `stop_ids`, where its context is full,
-        or after `max_new_tokens`. Without a prompt it begins at BOS. The other arguments are those
-        of `Sampling`: temperature 0 takes the most likely token each time.
+        max_new_tokens: a text ends after so many tokens, or before, where the model's context is
+            full or at one of the model's own stop ids.
+        temperature, top_k, top_p, min_p, seed: how tokens are drawn, see `Sampling`; temperature 0
+            takes the most likely token each time.
+        stop: a string that ends a text, or several; it does not come back.
+        stop_ids: further token ids that end it.
+        Without a prompt a text begins at BOS.
 
         Raises BadInput for a prompt beyond the context and for arguments out of range, RunFailed
         where logits are not finite numbers.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        completions = self._complete(
-            self._prompts(prompts), max_new_tokens,
-            (temperature, top_k, top_p, min_p, seed), stop_ids,
+        decoding = self.decode(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_ids=stop_ids,
         )  # fmt: skip
-        texts = [completion.text or "" for completion in completions]
+        texts = [completion.text or "" for completion in decoding.finish()]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(
@@ -201,50 +208,61 @@ class LanguageModel:
         top_p: float = 0.9,
         min_p: float = 0.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
     ) -> Iterator[str]:
         """The pieces of the continuation of a prompt as they come; together they are what
-        `generate` returns. Ending the iteration early ends the generation. Until it has ended the
-        model is busy: another call may wait for it."""
-        prompts = self._prompts([prompt])
-        sampling = (temperature, top_k, top_p, min_p, seed)
-        self.engine  # noqa: B018 - made here: its errors are the caller's
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        cancelled = threading.Event()
+        `generate` returns. Ending the iteration early ends the generation; the model may be used
+        for other things meanwhile."""
+        decoding = self.decode(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_ids=stop_ids,
+        )  # fmt: skip
 
-        def on_piece(index: int, token: int | None, piece: str) -> None:
-            if cancelled.is_set():
-                raise _Cancelled
-            if piece:
-                pieces.put(piece)
+        def pieces() -> Iterator[str]:
+            with closing(decoding):
+                for event in decoding:
+                    if event.text:
+                        yield event.text
 
-        def run() -> None:
-            try:
-                self._complete(prompts, max_new_tokens, sampling, stop_ids, on_piece)
-            except _Cancelled:
-                pieces.put(None)
-            except BaseException as error:
-                pieces.put(error)
-            else:
-                pieces.put(None)
+        return pieces()
 
-        thread = threading.Thread(target=run, name="generation", daemon=True)
+    def decode(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        ids_only: bool = False,
+    ) -> Decoding:
+        """What `generate` and `stream` are made of: an iterator of `TextEvent` (the prompt's
+        number, token id, text, finish reason) whose `completions` hold ids, text, finish reason and
+        seconds of each prompt. Nothing is computed before the first event is asked for.
 
-        def stop() -> None:
-            cancelled.set()
-            if thread.ident is not None:
-                thread.join()
+        ids_only: a model without a usable tokenizer will do, where there is no prompt either; the
+            events of such a model have no text.
+        The other arguments are those of `generate`.
+        """
+        from onelaunch.engines.engine import Sampling
+        from onelaunch.generation.decode import Decoding, Limits
 
-        atexit.register(stop)  # a thread that is still computing then would end the process badly
-        try:
-            thread.start()
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            atexit.unregister(stop)
-            stop()
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        tokenizer = self._tokenizer_for(texts, ids_only)
+        ends = {*self.checkpoint.stop_ids, *(tokenizer.stop_ids if tokenizer else ()), *stop_ids}
+        known = sorted(i for i in ends if i < self.config.vocab_size)
+        prompts = self._prompts(texts, tokenizer)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        limits = Limits(max_new_tokens, sampling, known, stops)
+        return Decoding(self.engine, prompts, limits, tokenizer)
 
     def logits(
         self,
@@ -339,36 +357,41 @@ class LanguageModel:
         state = ", closed" if self._closed else ""
         return f"LanguageModel({self.checkpoint.source}, {millions:.1f}M parameters{state})"
 
-    def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        from onelaunch.generation.text import Prompt, encode_prompts, first_id
+    @property
+    def _source(self) -> str:
+        return str(self.checkpoint.source or "the model")
 
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise BadInput(f"prompt={texts!r}: must be a text or a list of texts")
-        encoded = encode_prompts(self.tokenizer, texts, self.config)
-        if all(texts):
-            return encoded
-        first = first_id(self.checkpoint, self.tokenizer)
-        if first is None:
-            source = self.checkpoint.source or "the model"
-            raise BadInput(f"{source}: the model names no BOS to begin with; give a prompt")
-        begin = Prompt("", [first])
-        return [prompt if prompt.text else begin for prompt in encoded]
+    def _tokenizer_for(self, texts: Sequence[str], ids_only: bool) -> Tokenizer | None:
+        """What `decode` needs; where it can do without, None, and a note, for one that cannot be
+        used."""
+        from onelaunch.checkpoints.tokenizers import find_tokenizer
 
-    def _complete(
-        self,
-        prompts: Sequence[Prompt],
-        n: int,
-        sampling: tuple[Any, ...],
-        stop_ids: Sequence[int],
-        on_piece: Callable[[int, int | None, str], None] | None = None,
-    ) -> list[Completion]:
-        from onelaunch.engines.engine import Sampling
-        from onelaunch.generation.text import complete
+        if not ids_only or any(texts):
+            try:
+                return self.tokenizer
+            except BadInput as error:
+                raise BadInput(
+                    f"{error}; load it with tokenizer='FILE', or have ids alone, ids_only=True, "
+                    "of no prompt"
+                ) from error
+        if self._tokenizer is not None or self._tokenizer_path is not None:
+            return self.tokenizer
+        try:
+            return find_tokenizer(self.checkpoint)
+        except (BadInput, MissingExtra) as error:
+            self._log(f"note: the model's tokenizer cannot be used: {error}")
+            return None
 
-        tokenizer = self.tokenizer
-        ends = {*self.checkpoint.stop_ids, *tokenizer.stop_ids, *stop_ids}
-        stop = sorted(i for i in ends if i < self.config.vocab_size)
-        return complete(self.engine, prompts, n, Sampling(*sampling), stop, tokenizer, on_piece)
+    def _prompts(self, texts: Sequence[str], tokenizer: Tokenizer | None) -> list[Prompt]:
+        from onelaunch.generation.prompts import empty_prompt, encode_prompts
+
+        if tokenizer is None:
+            return [empty_prompt(self.checkpoint, None) for _ in texts]
+        prompts = encode_prompts(tokenizer, texts, self.config)
+        return [
+            prompt if prompt.text else empty_prompt(self.checkpoint, tokenizer)
+            for prompt in prompts
+        ]
 
 
 def save(model: LanguageModel | LoadedModel | Model, path: str | Path, format: str) -> None:
@@ -445,10 +468,6 @@ def _go_on(run: Path) -> None:
         raise KeyboardInterrupt(f"stopped; {run} is saved and can be resumed")
     if status:
         raise RunFailed(f"{run}: the process that continued it ended with {status}")
-
-
-class _Cancelled(Exception):
-    """Raised in an engine's callback after the consumer of a stream has stopped."""
 
 
 def _no_log(line: str) -> None:

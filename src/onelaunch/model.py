@@ -10,7 +10,8 @@ and entering its `__call__` cost about as much as a small matrix-vector product 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +60,15 @@ class KVCache:
         shape = (batch, config.n_kv_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.capacity = capacity
         self.length = 0
+
+    def row(self, row: int, length: int) -> KVCache:
+        """One sequence's cache over the same memory, of which `length` positions are filled."""
+        one = copy(self)
+        one.keys = [keys[row : row + 1] for keys in self.keys]
+        one.values = [values[row : row + 1] for values in self.values]
+        one.length = length
+        return one
 
     def extend(self, layer: int, k_BKSE: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """Append S positions to one layer; returns that layer's (B, K, T+S, E) keys and values."""
@@ -69,6 +77,55 @@ class KVCache:
         keys[:, :, self.length : end] = k_BKSE
         values[:, :, self.length : end] = v_BKSE
         return keys[:, :, :end], values[:, :, :end]
+
+    def rope(self, cos_SE: Tensor, sin_SE: Tensor, S: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables of the next S positions."""
+        end = self.length + S
+        return cos_SE[self.length : end], sin_SE[self.length : end]
+
+    def mask(self, S: int, device: torch.device) -> Tensor | None:
+        """Which positions the next S may see, where that is neither all nor those before each."""
+        if S == 1 or not self.length:
+            return None
+        T = self.length + S
+        return torch.ones(S, T, dtype=torch.bool, device=device).tril(self.length)
+
+
+class RaggedCache:
+    """The first rows of a cache, filled to different lengths, for one more token of each.
+
+    `lengths` has a number for each row; they are not changed.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Sequence[int]) -> None:
+        device = cache.keys[0].device
+        self.keys, self.values = cache.keys, cache.values
+        self.length = max(lengths)
+        self._positions_B = torch.tensor(lengths, device=device)
+        self._rows_B = torch.arange(len(lengths), device=device)
+        positions_T = torch.arange(self.length + 1, device=device)
+        self._mask_B11T = positions_T <= self._positions_B[:, None, None, None]
+
+    def extend(self, layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a position into each row of one layer; returns keys and values, (B, K, T, E), as
+        many positions as the longest row has."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self._rows_B, :, self._positions_B] = k_BK1E[:, :, 0]
+        values[self._rows_B, :, self._positions_B] = v_BK1E[:, :, 0]
+        rows, T = len(k_BK1E), self.length + 1
+        return keys[:rows, :, :T], values[:rows, :, :T]
+
+    def rope(self, cos_SE: Tensor, sin_SE: Tensor, S: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables at each row's next position, (B, 1, 1, E)."""
+        positions_B11 = self._positions_B[:, None, None]
+        return cos_SE[positions_B11], sin_SE[positions_B11]
+
+    def mask(self, S: int, device: torch.device) -> Tensor:
+        """Which positions each row's token may see, (B, 1, 1, T)."""
+        return self._mask_B11T
+
+
+Cache = KVCache | RaggedCache
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -129,7 +186,7 @@ def attention(
     config: ModelConfig,
     rope: tuple[Tensor, Tensor],
     dropout: float = 0.0,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     layer: int = 0,
     norm: Norm = rms_norm,
 ) -> Tensor:
@@ -145,13 +202,10 @@ def attention(
     interleaved = config.rope_layout == "interleaved"
     q_BHSE = apply_rope(q_BHSE, *rope, interleaved)
     k_BKSE = apply_rope(k_BKSE, *rope, interleaved)
-    past = 0
-    if cache is not None:
-        past = cache.length
-        k_BKSE, v_BKSE = cache.extend(layer, k_BKSE, v_BKSE)
     mask = None
-    if past and S > 1:
-        mask = torch.ones(S, past + S, dtype=torch.bool, device=x_BSD.device).tril(past)
+    if cache is not None:
+        mask = cache.mask(S, x_BSD.device)
+        k_BKSE, v_BKSE = cache.extend(layer, k_BKSE, v_BKSE)
     out_BHSE = F.scaled_dot_product_attention(
         q_BHSE,
         k_BKSE,
@@ -309,7 +363,7 @@ class Model(nn.Module):
     def hidden(
         self,
         tokens_BS: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layers: list[LayerWeights] | None = None,
     ) -> Tensor:
         """The last layer's normalized output, (B, S, D); appends to `cache` where one is given."""
@@ -320,9 +374,10 @@ class Model(nn.Module):
         if torch.is_autocast_enabled(x_BSD.device.type):
             compute = torch.get_autocast_dtype(x_BSD.device.type)
         start = cache.length if cache is not None else 0
-        end = start + tokens_BS.shape[1]
+        S = tokens_BS.shape[1]
+        end = start + S
         cos, sin = self.rope(x_BSD.device, compute, end)
-        rope = (cos[start:end], sin[start:end])
+        rope = (cos[:end], sin[:end]) if cache is None else cache.rope(cos, sin, S)
         x_BSD = F.dropout(x_BSD, dropout) if dropout else x_BSD
         for i, w in enumerate(layers if layers is not None else self.layer_weights()):
             normed = norm(x_BSD, w.input_norm_D, config.norm_eps)

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from onelaunch.cli.generate import _Output
-from onelaunch.generation.text import Prompt
+from onelaunch.cli.output import Output
+from onelaunch.generation.decode import Completion, TextEvent
+from onelaunch.generation.prompts import Prompt
 
 
 def test_help_names_what_an_option_takes(onelaunch):
@@ -35,31 +36,39 @@ def test_random_of_a_file_says_to_leave_it_out(onelaunch, tmp_path):
     assert "leave it out to take this model" in err
 
 
-@pytest.mark.parametrize(("terminal", "ended"), [(True, "Once upon\n"), (False, "Once upon")])
+class Broken:
+    """A decoding that is broken off after a first token, or before it."""
+
+    def __init__(self, *events):
+        self.completions = [Completion(Prompt("Oh", [1, 5], 1))]
+        self._events = events
+
+    def __iter__(self):
+        yield from self._events
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("terminal", "ended"), [(True, "Oh upon\n"), (False, "Oh upon")])
 def test_a_text_that_is_broken_off_ends_its_line_on_a_terminal(
     monkeypatch, capsys, terminal, ended
 ):
     """What the shell or an error prints next would go on in it."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    out = _Output([Prompt("", [1])], {1}, echo=True, ids=False, quiet=False)
-    out.break_off()
-    assert capsys.readouterr().out == ""  # nothing was begun
-    out.piece(0, 5, "Once upon")
-    out.break_off()
-    assert capsys.readouterr().out == ended
+    for events, written in (((), ""), ((TextEvent(0, 5, " upon", None),), ended)):
+        with pytest.raises(KeyboardInterrupt):
+            Output(echo=True, ids=False, quiet=False).write(Broken(*events))
+        assert capsys.readouterr().out == written
 
 
 def test_generate_ends_the_line_when_it_is_interrupted(onelaunch, monkeypatch):
     """Ctrl-C amid a text; the exit code is that of the signal."""
-
-    def interrupted(runner, prompts, n, sampling, stop, tokenizer, on_piece):
-        on_piece(0, 5, "5")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("onelaunch.generation.text.complete", interrupted)
+    monkeypatch.setattr(
+        "onelaunch.api.LanguageModel.decode",
+        lambda self, prompt, **how: Broken(TextEvent(0, 7, "", None)),
+    )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     argv = ("generate", "stories260k", "--random", "--ids", "--engine", "reference")
-    assert onelaunch(*argv) == (130, "5\n", "")
+    assert onelaunch(*argv) == (130, "5 7\n", "")
 
 
 def test_matplotlib_is_quiet_about_its_folders():

@@ -195,10 +195,26 @@ def test_json_is_one_object_with_everything(model, written):
             "prompt_ids",
             "text",
             "ids",
+            "finish",
             "first_token_seconds",
             "seconds",
         }
         assert 0 < text["first_token_seconds"] <= text["seconds"]
+
+
+def test_a_text_ends_before_a_stop_string(model, written, onelaunch):
+    options = (model, "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "9")
+    (text,) = json.loads(written(*options, "--json"))["texts"]
+    assert text["finish"] == "length"
+    stop = next(char for char in text["text"][2:] if char != "\ufffd")
+    ended = text["text"][: text["text"].index(stop)]
+    assert written(*options, "--no-echo", "--stop", stop) == ended + "\n"
+    assert written(*options, "--no-echo", "--stop", "nowhere", "--stop", stop) == ended + "\n"
+    (found,) = json.loads(written(*options, "--json", "--stop", stop))["texts"]
+    assert (found["text"], found["finish"]) == (ended, "stop")
+    code, out, err = onelaunch("generate", model, "--stop", "")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--stop" in err
 
 
 def test_ids_need_no_tokenizer(bare, written, onelaunch):

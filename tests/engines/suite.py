@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.config import ModelConfig, RopeScaling
-from onelaunch.engines.engine import Engine, Sampling
+from onelaunch.engines.engine import Engine, Request, Sampling, Session, TokenEvent
 from onelaunch.errors import BadInput, RunFailed
+from onelaunch.generation.decode import generate_ids
 from onelaunch.model import (
     Model,
     attention,
@@ -109,10 +110,47 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+Ends = dict[int, tuple[list[int], str]]
+"""By request its new tokens and why it ended."""
+
+
+def by_request(events: Sequence[TokenEvent]) -> Ends:
+    """The requests that have ended. Nothing may come after an end."""
+    tokens: dict[int, list[int]] = {}
+    ends: Ends = {}
+    for event in events:
+        assert event.id not in ends
+        new = tokens.setdefault(event.id, [])
+        if event.token is not None:
+            new.append(event.token)
+        if event.finish is not None:
+            ends[event.id] = (new, event.finish)
+        else:
+            assert event.token is not None
+    return ends
+
+
+def finished(session: Session, n: int) -> Ends:
+    """Step until so many requests have ended."""
+    events: list[TokenEvent] = []
+    while len(by_request(events)) < n:
+        events += session.step()
+    return by_request(events)
+
+
+def run(engine: Engine, requests: Sequence[Request], max_batch: int = 4) -> Ends:
+    """Submit requests together, and step until all have ended."""
+    session = engine.session(max_batch)
+    for request in requests:
+        session.submit(request)
+    return finished(session, len(requests))
+
+
 class EngineSuite:
     """The contract of `Engine`, checked on small random models."""
 
     rows = ROWS
+    logprob_error = 1e-4
     floor = 0.0
     """An error that is always allowed, for engines that are too slow for so many rows."""
 
@@ -151,79 +189,175 @@ class EngineSuite:
         prompt = [5, 17, 3]
         expected = greedy_by_recomputing(config, weights, prompt, 12)
         assert len(set(expected)) > 3, "the model must say more than one thing for this to tell"
-        assert self.make(config, weights).generate([prompt], 12, Sampling()) == [expected]
+        assert generate_ids(self.make(config, weights), [prompt], 12, Sampling()) == [expected]
 
     def test_prompts_together_equal_prompts_alone(self, engine):
         prompts = [[1], [4, 9, 2, 33], [7] * 11, [60, 0]]
-        together = engine.generate(prompts, 9, Sampling())
-        assert together == [engine.generate([p], 9, Sampling())[0] for p in prompts]
+        together = generate_ids(engine, prompts, 9, Sampling())
+        assert together == [generate_ids(engine, [p], 9, Sampling())[0] for p in prompts]
 
     def test_draws_do_not_depend_on_the_other_prompts(self, engine):
         sampling = Sampling(temperature=1.0, seed=3)
-        one = engine.generate([[1], [2]], 8, sampling, stop=[5])
-        other = engine.generate([[8, 8, 8, 8], [2]], 8, sampling, stop=[5])
+        one = generate_ids(engine, [[1], [2]], 8, sampling, stop_ids=[5])
+        other = generate_ids(engine, [[8, 8, 8, 8], [2]], 8, sampling, stop_ids=[5])
         assert one[1] == other[1]
 
     def test_a_sequence_is_drawn_the_same_alone_and_among_others(self, engine):
         sampling = Sampling(temperature=1.0, seed=3)
         prompts = [[1], [4, 9, 2, 33], [1], [7] * 11, [4, 9], [1]]
-        together = engine.generate(prompts, 9, sampling)
+        together = generate_ids(engine, prompts, 9, sampling)
         for i in (0, 1, 3, 4):
-            assert engine.generate([prompts[i]], 9, sampling) == [together[i]]
+            assert generate_ids(engine, [prompts[i]], 9, sampling) == [together[i]]
         samples = [together[i] for i in (0, 2, 5)]
         assert len(set(map(tuple, samples))) == 3
-        assert engine.generate([[1]] * 3, 9, sampling) == samples
-        assert engine.generate([[4, 9], *prompts[3::-1]], 9, sampling)[2::2] == samples[:2]
+        assert generate_ids(engine, [[1]] * 3, 9, sampling) == samples
+        assert generate_ids(engine, [[4, 9], *prompts[3::-1]], 9, sampling)[2::2] == samples[:2]
 
     def test_the_same_seed_draws_the_same_and_another_seed_another(self, engine):
         def text(seed: int) -> list[int]:
-            return engine.generate([[1]], 12, Sampling(temperature=1.0, seed=seed))[0]
+            return generate_ids(engine, [[1]], 12, Sampling(temperature=1.0, seed=seed))[0]
 
         assert text(5) == text(5)
         assert len({tuple(text(seed)) for seed in (0, 1, -1, 2**70)}) == 4
 
     def test_sampling_leaves_the_global_random_state_alone(self, engine):
         before = torch.get_rng_state()
-        engine.generate([[1]], 4, Sampling(temperature=1.0))
+        generate_ids(engine, [[1]], 4, Sampling(temperature=1.0))
         assert torch.equal(before, torch.get_rng_state())
 
     def test_a_stop_id_ends_the_text_and_is_not_returned(self, engine):
-        (free,) = engine.generate([[1]], 10, Sampling())
+        (free,) = generate_ids(engine, [[1]], 10, Sampling())
         stop = free[4]
-        seen: dict[int, list[int]] = {0: [], 1: []}
-        ended: list[int] = []
-        texts = engine.generate(
-            [[1], [1]],
-            10,
-            Sampling(),
-            lambda i, token: seen[i].append(token),
-            stop=[stop, 999],
-            on_end=lambda i: ended.append((i, len(seen[i]))),
-        )
+        requests = [Request(i, [1], 10, stop_ids=[stop, 999]) for i in (7, 5)]
         expected = free[: free.index(stop)]
-        assert texts == [expected, expected]
-        assert seen == {0: expected, 1: expected}
-        assert ended == [(0, len(expected)), (1, len(expected))]
+        assert run(engine, requests) == {7: (expected, "stop"), 5: (expected, "stop")}
+
+    def test_requests_of_their_own_join_while_others_run(self, engine):
+        requests = [
+            Request(0, [1], 12),
+            Request(1, [4, 9, 2, 33], 9, Sampling(1.0, seed=3), [5]),
+            Request(2, [7] * 11, 5, Sampling(0.8, top_k=9, seed=4), sample=1),
+            Request(3, [7] * 11, 0),
+            Request(4, [60, 0], 12, Sampling(1.2, top_p=0.8, min_p=0.01)),
+            Request(5, [4, 9, 2, 33], 9, Sampling(1.0, seed=3)),
+        ]
+        alone = {}
+        for request in requests:
+            alone |= run(engine, [request])
+        assert alone[3] == ([], "length")
+        assert len(alone[2][0]) == 5
+        assert run(engine, requests, max_batch=3) == alone
+        assert run(engine, requests, max_batch=16) == alone
+        session = engine.session(4)
+        ended: dict[int, tuple[list[int], str]] = {}
+        events: list[TokenEvent] = []
+        for request in requests:
+            session.submit(request)
+            events += session.step()
+        while len(ended) < len(requests):
+            events += session.step()
+            ended = by_request(events)
+        assert ended == alone
+        assert session.step() == []
+
+    def test_a_session_holds_so_many_positions(self, engine):
+        session = engine.session(2, max_len=6)
+        session.submit(Request(0, [1, 2], 99))
+        session.submit(Request(1, [3] * 6, 99))
+        found = finished(session, 2)
+        assert found[0] == (generate_ids(engine, [[1, 2]], 5)[0], "length")
+        assert len(found[1][0]) == 1
+
+    def test_logprobs_are_those_of_the_definition(self, engine):
+        for sampling in (Sampling(), Sampling(1.5, top_k=7, seed=2)):
+            session = engine.session(2)
+            session.submit(Request(0, [5, 17, 3], 8, sampling, logprobs=True))
+            session.submit(Request(1, [5, 17, 3], 8, sampling))
+            events = []
+            while len(by_request(events)) < 2:
+                events += session.step()
+            tokens = [event.token for event in events if event.id == 0]
+            exact = exact_logits(
+                SMALL, self.held(weights_of(SMALL)), torch.tensor([[5, 17, 3, *tokens[:-1]]])
+            )[0, 2:].log_softmax(-1)
+            expected = [exact[i, token].item() for i, token in enumerate(tokens)]
+            found = [event.logprob for event in events if event.id == 0]
+            assert found == pytest.approx(expected, abs=self.logprob_error)
+            assert all(event.logprob is None for event in events if event.id == 1)
+
+    def test_a_cancelled_request_ends_and_the_others_go_on(self, engine):
+        expected = run(engine, [Request(1, [9], 12)])
+        session = engine.session(2)
+        for id in range(4):
+            session.submit(Request(id, [9 if id == 1 else id], 12))
+        events = session.step()
+        for id in (0, 3, 3, 17):  # one that grows, one that waits, one that is unknown
+            session.cancel(id)
+        while not {0, 1, 2, 3} <= by_request(events).keys():
+            events += session.step()
+        found = by_request(events)
+        assert found[1] == expected[1]
+        assert (found[0][1], found[3]) == ("cancelled", ([], "cancelled"))
+        assert len(found[0][0]) < 12
+        assert found[2][1] == "length"
+        session.cancel(1)
+        assert session.step() == []
+
+    def test_sessions_of_one_engine_do_not_disturb_each_other(self, engine):
+        requests = [Request(0, [1], 9), Request(1, [4, 9], 9, Sampling(1.0, seed=3))]
+        expected = run(engine, requests)
+        first, second = engine.session(2), engine.session(2)
+        for session in (first, second):
+            for request in requests:
+                session.submit(request)
+        events = {first: [], second: []}
+        while any(len(by_request(found)) < 2 for found in events.values()):
+            for session, found in events.items():
+                found += session.step()
+                engine.logits(torch.tensor([[3, 4, 5]]))
+        assert by_request(events[first]) == by_request(events[second]) == expected
+        first.close()
+
+    @pytest.mark.parametrize(
+        ("request_", "message"),
+        [
+            (Request(4, [], 5), "request 4 is empty"),
+            (Request(4, [3] * 25, 5), "request 4 has 25 tokens"),
+            (Request(4, [61], 5), "request 4: id 61"),
+            (Request(4, [1], -1), "max_new_tokens=-1"),
+        ],
+    )
+    def test_a_bad_request_is_refused_and_the_others_go_on(self, engine, request_, message):
+        session = engine.session(2)
+        session.submit(Request(0, [1], 3))
+        with pytest.raises(BadInput, match=message):
+            session.submit(request_)
+        assert finished(session, 1) == run(engine, [Request(0, [1], 3)])
+
+    @pytest.mark.parametrize("size", [{"max_batch": 0}, {"max_len": 0}])
+    def test_a_session_of_nothing_is_refused(self, engine, size):
+        with pytest.raises(BadInput, match=f"{next(iter(size))}=0"):
+            engine.session(**size)
 
     def test_a_stop_id_in_the_prompt_does_not_end_the_text(self, engine):
-        (free,) = engine.generate([[1, 2]], 3, Sampling())
-        assert engine.generate([[1, 2]], 3, Sampling(), stop=[2]) == [
+        (free,) = generate_ids(engine, [[1, 2]], 3, Sampling())
+        assert generate_ids(engine, [[1, 2]], 3, Sampling(), stop_ids=[2]) == [
             free[: free.index(2)] if 2 in free else free
         ]
 
     @pytest.mark.parametrize(("length", "n", "expected"), [(1, 24, 24), (1, 25, 24), (1, 99, 24)])
     def test_the_text_ends_where_the_context_is_full(self, engine, length, n, expected):
-        assert len(engine.generate([[3] * length], n, Sampling())[0]) == expected
+        assert len(generate_ids(engine, [[3] * length], n, Sampling())[0]) == expected
 
     def test_a_prompt_may_fill_the_context_but_not_pass_it(self, engine):
         full = [3] * SMALL.max_seq_len
-        assert len(engine.generate([full], 5, Sampling())[0]) == 1
+        assert len(generate_ids(engine, [full], 5, Sampling())[0]) == 1
         with pytest.raises(BadInput, match=r"prompt 2 has 25 tokens.* 24"):
-            engine.generate([[1], [*full, 3]], 5, Sampling())
+            generate_ids(engine, [[1], [*full, 3]], 5, Sampling())
 
     def test_nothing_is_generated_where_nothing_is_asked(self, engine):
-        assert engine.generate([[1], [2]], 0, Sampling()) == [[], []]
-        assert engine.generate([], 5, Sampling()) == []
+        assert generate_ids(engine, [[1], [2]], 0, Sampling()) == [[], []]
+        assert generate_ids(engine, [], 5, Sampling()) == []
 
     @pytest.mark.parametrize(
         ("prompts", "message"),
@@ -238,10 +372,8 @@ class EngineSuite:
         ],
     )
     def test_bad_prompts_are_refused_before_any_token(self, engine, prompts, message):
-        seen: list[int] = []
         with pytest.raises(BadInput, match=message):
-            engine.generate(prompts, 5, Sampling(), lambda i, token: seen.append(token))
-        assert not seen
+            generate_ids(engine, prompts, 5, Sampling())
 
     def test_logits_take_lists_and_any_integers(self, engine):
         ids = [[1, 2, 3], [4, 5, 60]]
@@ -302,20 +434,35 @@ class EngineSuite:
         weights["norm.weight"] = weights["norm.weight"].clone()
         weights["norm.weight"][0] = value
         with pytest.raises(RunFailed, match="not finite"):
-            self.make(SMALL, weights).generate([[1]], 3, Sampling(temperature))
+            generate_ids(self.make(SMALL, weights), [[1]], 3, Sampling(temperature))
 
-    def test_an_exception_in_on_token_comes_through(self, engine):
-        def leave(index: int, token: int) -> None:
-            raise BrokenPipeError
-
-        with pytest.raises(BrokenPipeError):
-            engine.generate([[1]], 3, Sampling(), leave)
-        assert engine.generate([[1]], 3, Sampling()) == engine.generate([[1]], 3, Sampling())
+    def test_a_request_that_is_not_finite_ends_and_the_others_go_on(self):
+        weights = dict(weights_of(SMALL))
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        weights["embed_tokens.weight"] = weights["embed_tokens.weight"].clone()
+        weights["embed_tokens.weight"][60] = float("nan")
+        config = SMALL.with_(tied_embeddings=False)
+        engine = self.make(config, weights)
+        prompts = [[60], [1, 2], [1, 60, 2], [4]]
+        session = engine.session(2)
+        for id, prompt in enumerate(prompts):
+            session.submit(Request(id, prompt, 6))
+        events: list[TokenEvent] = []
+        while len(by_request(events)) < 4:
+            events += session.step()
+        found = by_request(events)
+        errors = {event.id: str(event.error) for event in events if event.error is not None}
+        assert {id for id, (_, finish) in found.items() if finish == "error"} == errors.keys()
+        assert {0, 2} <= errors.keys()
+        assert "position 0 are not finite" in errors[0]
+        assert "position 2 are not finite" in errors[2]
+        for id in (1, 3):
+            assert run(engine, [Request(id, prompts[id], 6)])[id] == found[id]
 
     def test_the_weights_given_are_not_changed(self):
         weights = weights_of(SMALL)
         before = {name: w.clone() for name, w in weights.items()}
-        self.make(SMALL, weights).generate([[1]], 5, Sampling(temperature=1.0))
+        generate_ids(self.make(SMALL, weights), [[1]], 5, Sampling(temperature=1.0))
         assert all(torch.equal(before[name], w) for name, w in weights.items())
 
     def test_it_describes_itself(self, engine):

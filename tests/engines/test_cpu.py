@@ -4,6 +4,7 @@ with bfloat16 weights. What is its own is tested in the folder `cpu`."""
 import pytest
 
 from onelaunch.engines.engine import Sampling
+from onelaunch.generation.decode import generate_ids
 from tests.engines.cpu.making import make_engine
 from tests.engines.suite import (
     EngineSuite,
@@ -53,4 +54,4 @@ class TestBfloat16(EngineSuite):
     def test_greedy_equals_reading_the_whole_text_anew(self, config):
         made = self.make(config, weights_of(config))
         expected = greedy_by_recomputing(config, rounded(weights_of(config)), [5, 17, 3], 12)
-        assert made.generate([[5, 17, 3]], 12, Sampling()) == [expected]
+        assert generate_ids(made, [[5, 17, 3]], 12, Sampling()) == [expected]

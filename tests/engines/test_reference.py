@@ -6,6 +6,7 @@ import torch
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine, resolve_device, resolve_dtype
 from onelaunch.errors import BadInput
+from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model
 from tests.engines.suite import SMALL, EngineSuite, relative_error, weights_of
 
@@ -50,7 +51,7 @@ def test_narrow_dtypes_err_as_plain_pytorch_does(dtype):
     plain = Model.from_weights(SMALL, narrow)(tokens)
     error = relative_error(engine.logits(tokens), exact)
     assert 1e-5 < error <= 1.5 * relative_error(plain, exact)
-    assert len(engine.generate([[1]], 8, Sampling())[0]) == 8
+    assert len(generate_ids(engine, [[1]], 8, Sampling())[0]) == 8
     assert engine.describe()["dtype"] == dtype
 
 
@@ -101,9 +102,9 @@ def test_dropout_acts_in_training_only_and_follows_the_global_seed():
 
 def test_an_engine_trains_after_it_has_generated():
     engine = trainer()
-    text = engine.generate([[1, 2]], 6, Sampling())
-    assert text == ReferenceEngine(SMALL, weights_of(SMALL), device="cpu").generate(
-        [[1, 2]], 6, Sampling()
+    text = generate_ids(engine, [[1, 2]], 6, Sampling())
+    assert text == generate_ids(
+        ReferenceEngine(SMALL, weights_of(SMALL), device="cpu"), [[1, 2]], 6, Sampling()
     )
     engine.loss_and_gradients(*batch())
     assert all(p.grad is not None for p in engine.parameters().values())
@@ -119,7 +120,7 @@ def test_autocast_keeps_float32_parameters_and_gradients():
     for name, parameter in engine.parameters().items():
         assert parameter.grad.dtype == parameter.dtype == torch.float32
         assert relative_error(parameter.grad, plain.parameters()[name].grad) < 0.1
-    assert len(engine.generate([[1]], 4, Sampling())[0]) == 4
+    assert len(generate_ids(engine, [[1]], 4, Sampling())[0]) == 4
 
 
 def test_only_a_training_engine_gives_gradients():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from onelaunch.engines.engine import Sampling
-from onelaunch.engines.sampling import LARGEST_UNIFORM, copy_numbers, draw, uniforms
+from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, sample_numbers, uniforms
 from onelaunch.errors import BadInput
 
 
@@ -131,7 +131,7 @@ def test_the_largest_number_never_falls_off_the_end():
 
 
 def test_copies_of_a_prompt_are_numbered():
-    assert copy_numbers([[1], [2, 1], [1], (2, 1), [1], [2]]) == [0, 0, 1, 1, 2, 0]
+    assert sample_numbers([[1], [2, 1], [1], (2, 1), [1], [2]]) == [0, 0, 1, 1, 2, 0]
 
 
 def test_uniforms_depend_on_seed_prompt_and_copy_alone():

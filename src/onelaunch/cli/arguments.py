@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 # Options whose name is not that of the argument.
-OPTIONS = {"sequence": "seq"}
+OPTIONS = {"sequence": "seq", "ids_only": "ids"}
 _ARGUMENT = re.compile(
     r"""(?<![\w.])([a-z][a-z_]*)=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\w.+-]*\w)"""
 )

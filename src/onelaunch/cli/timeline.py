@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def traced_device(name: str) -> torch.device:
 def write_timeline(
     path: Path,
     loaded: LoadedModel,
-    prompts: list[list[int]],
+    prompts: list[Sequence[int]],
     device: torch.device,
     dtype: str | None,
     depth: str,
@@ -46,9 +47,9 @@ def write_timeline(
 
     config = loaded.config
     if prompts:
-        check_prompts(config, prompts, 0)
+        check_prompts(config, prompts)
         longest = max(map(len, prompts))
-        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
+        tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
     else:
         generator = torch.Generator().manual_seed(0)
         size = 1, min(config.max_seq_len, MOST_TOKENS)

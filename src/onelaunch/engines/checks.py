@@ -9,30 +9,55 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
+from onelaunch.engines.engine import Request
 from onelaunch.errors import BadInput, RunFailed
 
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], n: int) -> None:
-    """Raise BadInput unless each prompt is a list of ids, has a token, fits the context, and stays
-    in the vocabulary, and n is not negative."""
-    if n < 0:
-        raise BadInput(f"n={n}: the number of new tokens must not be negative")
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise BadInput, which names it, for a prompt that `check_prompt` refuses."""
     for index, prompt in enumerate(prompts):
-        name = f"prompt {index + 1}"
-        if not isinstance(prompt, Sequence) or not all(isinstance(id_, Integral) for id_ in prompt):
-            raise BadInput(
-                f"{name}: must be a list of token ids, such as [1, 403], not {_kind(prompt)}"
-            )
-        if not prompt:
-            raise BadInput(f"{name} is empty; it needs one token at least, such as BOS")
-        if len(prompt) > config.max_seq_len:
-            raise BadInput(
-                f"{name} has {len(prompt)} tokens, the model's context holds {config.max_seq_len}; "
-                "shorten the prompt"
-            )
-        _check_range(config, min(prompt), max(prompt), name)
+        check_prompt(config, prompt, f"prompt {index + 1}")
+
+
+def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
+    """Raise BadInput unless a prompt is a list of ids, has a token, fits the context, and stays in
+    the vocabulary."""
+    if not isinstance(prompt, Sequence) or not all(isinstance(id_, Integral) for id_ in prompt):
+        raise BadInput(
+            f"{name}: must be a list of token ids, such as [1, 403], not {_kind(prompt)}"
+        )
+    if not prompt:
+        raise BadInput(f"{name} is empty; it needs one token at least, such as BOS")
+    if len(prompt) > config.max_seq_len:
+        raise BadInput(
+            f"{name} has {len(prompt)} tokens, the model's context holds {config.max_seq_len}; "
+            "shorten the prompt"
+        )
+    _check_range(config, min(prompt), max(prompt), name)
+
+
+def check_max_new_tokens(n: int) -> None:
+    """Raise BadInput for a negative number of tokens."""
+    if n < 0:
+        raise BadInput(f"max_new_tokens={n}: must not be negative")
+
+
+def check_request(config: ModelConfig, request: Request) -> None:
+    """Raise BadInput for a request that cannot be met; see `Session.submit`."""
+    check_max_new_tokens(request.max_new_tokens)
+    check_prompt(config, request.prompt_ids, f"the prompt of request {request.id}")
+
+
+def check_session(max_batch: int, max_len: int | None, config: ModelConfig) -> int:
+    """The positions that a session keeps of a request; raises BadInput for less than one, and for
+    a batch of less than one."""
+    if max_batch < 1:
+        raise BadInput(f"max_batch={max_batch}: must be at least 1")
+    if max_len is not None and max_len < 1:
+        raise BadInput(f"max_len={max_len}: must be at least 1")
+    return config.max_seq_len if max_len is None else min(max_len, config.max_seq_len)
 
 
 def check_tokens(config: ModelConfig, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:

@@ -1,10 +1,13 @@
-"""What every engine offers, and how text is sampled."""
+"""What an engine offers: logits of whole sequences, sessions that generate, steps that train.
+
+Three protocols, small and separate; an engine has those that it can.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from onelaunch.errors import BadInput
 
@@ -14,12 +17,8 @@ if TYPE_CHECKING:
 
     from onelaunch.config import ModelConfig
 
-OnToken = Callable[[int, int], None]
-"""Called with (index of the prompt, new token id) as each token is chosen. Texts that grow together
-come in turns; each text's own tokens come in order."""
-
-OnEnd = Callable[[int], None]
-"""Called with the index of a prompt whose text is complete, after its last token."""
+Finish = Literal["stop", "length", "cancelled", "error"]
+"""Why a request ended: a stop id, its number of tokens or the context, `cancel`, an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +28,9 @@ class Sampling:
     temperature 0 takes the most likely token. Otherwise the logits are divided by it, then
     `top_k` keeps the k most likely (0: all), `min_p` those at least `min_p` times as likely as
     the best (0: all), `top_p` the smallest set whose probability reaches it (1: all), and one of
-    what is left is drawn. The same seed draws the same tokens on the same engine.
-
-    A sequence's draws depend on the seed and its prompt alone, not on what else is generated with
-    it. Equal prompts of one call are samples of it: the first is what the prompt alone gives, the
-    second another, and so on, each the same wherever it stands among other prompts.
+    what is left is drawn. The same seed draws the same tokens on the same engine: a request's
+    random numbers depend on the seed, its prompt and its sample number alone, not on what else is
+    generated with it.
     """
 
     temperature: float = 0.0
@@ -57,8 +54,75 @@ class Sampling:
         return self.temperature == 0.0
 
 
-class Engine(Protocol):
-    """Runs one model on one device."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A sequence to be continued.
+
+    id: names it in the session's events.
+    prompt_ids: its first tokens, one at least.
+    max_new_tokens: it ends after so many new tokens, or before, where the model's context or the
+        session's `max_len` is full. A prompt of P tokens in a context of C leaves room for
+        C - P + 1 new ones, as the last one is not read back.
+    sampling: how its tokens are chosen.
+    stop_ids: a new token among these ends it, and is not returned.
+    sample: its number among requests with an equal prompt, 0, 1, ...; each number draws another
+        continuation.
+    logprobs: whether its events have `logprob`.
+    """
+
+    id: int
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: Sequence[int] = ()
+    sample: int = 0
+    logprobs: bool = False
+
+
+class TokenEvent(NamedTuple):
+    """A new token of a request, its end, or both.
+
+    id: the request's.
+    token: the new token; None where the request ends without one.
+    logprob: the natural logarithm of the token's probability before temperature and filters, where
+        the request asked for it.
+    finish: why the request ended; None where it goes on. The last event of a request has one.
+    error: what went wrong, where finish is "error".
+    """
+
+    id: int
+    token: int | None
+    logprob: float | None
+    finish: Finish | None = None
+    error: Exception | None = None
+
+
+class Session(Protocol):
+    """Generation under way: requests join, grow together, and leave.
+
+    A request's tokens do not depend on the others'. For one thread at a time.
+    """
+
+    def submit(self, request: Request) -> None:
+        """Add a request. Where as many as the session holds at once are growing, it waits for one
+        of them to end. Raises BadInput for an empty prompt, one beyond the model's context, an id
+        beyond its vocabulary, or a negative number of tokens."""
+
+    def step(self) -> list[TokenEvent]:
+        """Go on, and return what came of it: one or more tokens of each growing request. A request
+        that joins gets its first token in a step that ends soon after it. Events of one request
+        come in order. Without requests there are none."""
+
+    def cancel(self, id: int) -> None:
+        """End a request; its end comes with the next step. One that has ended, or is unknown, is
+        left alone."""
+
+    def close(self) -> None:
+        """End all requests, without events. The session is used no more."""
+
+
+class LogitsEngine(Protocol):
+    """Computes logits."""
 
     config: ModelConfig
 
@@ -81,21 +145,15 @@ class Engine(Protocol):
         model's context, for an id outside its vocabulary, and for another dtype.
         """
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None = None,
-        stop: Sequence[int] = (),
-        on_end: OnEnd | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt (token ids, at least one) by up to `n` tokens.
 
-        Returns the new ids per prompt, without the stop id that ended it. A text also ends where
-        the model's context is full. Raises BadInput for an empty prompt, one beyond the context,
-        or an id beyond the vocabulary.
-        """
+class Engine(LogitsEngine, Protocol):
+    """Runs one model on one device: logits, and sessions that generate."""
+
+    def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
+        """Begin to generate. At most `max_batch` requests grow at once, or fewer where the engine
+        has a smaller limit. Of a request `max_len` positions are kept: its prompt and its new
+        tokens but the last; the model's context unless given. Sessions of one engine may be open at
+        the same time."""
 
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, bytes of weights."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,12 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype, not_finite
-from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
-from onelaunch.engines.sampling import copy_numbers, draw, uniforms
+from onelaunch.engines.session import RowSession
 from onelaunch.errors import BadInput
-from onelaunch.model import KVCache, Model
+from onelaunch.model import Cache, KVCache, Model, RaggedCache
 
 MAX_THREADS = 1024
 
@@ -130,29 +128,21 @@ class ReferenceEngine:
         with torch.no_grad(), self._autocast():
             return self.model(tokens_BS).to(dtype)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None = None,
-        stop: Sequence[int] = (),
-        on_end: OnEnd | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`.
+    def session(self, max_batch: int = 1, max_len: int | None = None) -> RowSession:
+        """Begin to generate, a token of each request in a step; see `Engine`.
 
-        A prompt of P tokens in a context of C leaves room for C - P + 1 new ones, as the last
-        one need not be read back. Raises RunFailed where the logits are not finite.
+        A sequence alone is computed as `Model` does; among others PyTorch's products of a batch
+        sum in another order, so that two tokens that are as likely within the dtype's rounding may
+        stand for each other.
         """
-        check_prompts(self.config, prompts, n)
-        copies = copy_numbers(prompts)
-        texts: list[list[int]] = []
-        for index, prompt in enumerate(prompts):
-            new, _ = self.continue_text(prompt, n, sampling, index, copies[index], on_token, stop)
-            texts.append(new)
-            if on_end is not None:
-                on_end(index)
-        return texts
+        return self.session_and_rows(max_batch, check_session(max_batch, max_len, self.config))[0]
+
+    def session_and_rows(self, max_batch: int, max_len: int) -> tuple[RowSession, CachedRows]:
+        """A session, and its keys and values, for an engine that will take its texts over."""
+        cache = KVCache(self.config, max_batch, max_len, self.device, self.dtype)
+        rows = CachedRows(cache, self._last_logits)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return RowSession(self.config, rows, max_batch, max_len, dtype), rows
 
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, norm, bytes of weights."""
@@ -216,53 +206,13 @@ class ReferenceEngine:
     def close(self) -> None:
         """Nothing to be ended."""
 
-    @torch.inference_mode()
-    def continue_text(
-        self,
-        prompt: Sequence[int],
-        n: int,
-        sampling: Sampling,
-        index: int,
-        copy: int,
-        on_token: OnToken | None = None,
-        stop: Sequence[int] = (),
-        leave: Callable[[], bool] = lambda: False,
-    ) -> tuple[list[int], KVCache | None]:
-        """The new ids of the text number `index`, by up to `n` tokens; `copy` is its copy number.
-
-        Ends early where `leave` says so, asked after each token: then the cache comes too, filled
-        with all of the text but its last token. It is None where the text is complete.
-        """
-        n = min(n, self.config.max_seq_len - len(prompt) + 1)
-        if n == 0:
-            return [], None
-        capacity = len(prompt) + n - 1
-        cache = KVCache(self.config, 1, capacity, self.device, self.dtype)
-        uniforms_N = None
-        if not sampling.greedy:
-            uniforms_N = uniforms(sampling.seed, prompt, copy, n).to(self.device)
-        tokens_1S = torch.tensor([prompt], device=self.device)
-        new: list[int] = []
+    def _last_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
+        """Logits of the last position of each sequence, (B, V) in float32."""
         with self._autocast(), self._growing_attention():
-            for i in range(n):
-                hidden_1SD = self.model.hidden(tokens_1S, cache, self._layers)
-                logits_V = F.linear(hidden_1SD[0, -1], self._head_VD).float()
-                best, token = logits_V.max(-1)
-                if not math.isfinite(best.item()):
-                    dtype = str(self.dtype).removeprefix("torch.")
-                    raise not_finite(cache.length - 1, dtype)
-                if uniforms_N is not None:
-                    token = draw(logits_V, sampling, uniforms_N[i : i + 1])
-                chosen = int(token.item())
-                if chosen in stop:
-                    break
-                new.append(chosen)
-                if on_token is not None:
-                    on_token(index, chosen)
-                if len(new) < n and leave():
-                    return new, cache
-                tokens_1S = token.view(1, 1)
-        return new, None
+            hidden_BSD = self.model.hidden(tokens_BS.to(self.device), cache, self._layers)
+            if len(hidden_BSD) == 1:  # a matrix-vector product is faster than one of a batch of 1
+                return F.linear(hidden_BSD[0, -1], self._head_VD).float()[None]
+            return F.linear(hidden_BSD[:, -1], self._head_VD).float()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.trains and self.dtype != torch.float32:
@@ -284,6 +234,43 @@ class ReferenceEngine:
     def _check_trains(self) -> None:
         if not self.trains:
             raise RuntimeError("this engine was made without train=True")
+
+
+class CachedRows:
+    """Rows of a session with their keys and values in one cache; see `session.Rows`."""
+
+    def __init__(self, cache: KVCache, last_logits: Callable[[Tensor, Cache], Tensor]) -> None:
+        self._cache, self._last_logits = cache, last_logits
+        self.caches: list[KVCache] = []
+        """Each row's part, filled to its length."""
+
+    def read(self, row: int, prompt_ids: Sequence[int]) -> Tensor:
+        """Read a prompt into a row; its last position's logits, (1, V)."""
+        if row == len(self.caches):
+            self.caches.append(self._cache.row(row, 0))
+        else:  # of what was there a number that is not finite would spread, though it is masked
+            self.caches[row] = self._cache.row(row, 0)
+            for tensor in (*self.caches[row].keys, *self.caches[row].values):
+                tensor.zero_()
+        return self._last_logits(torch.tensor([prompt_ids]), self.caches[row])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read a token of each row; their logits, (B, V)."""
+        if len(tokens) == 1:
+            return self._last_logits(torch.tensor([tokens]), self.caches[0])
+        lengths = [each.length for each in self.caches[: len(tokens)]]
+        ragged = RaggedCache(self._cache, lengths)
+        logits_BV = self._last_logits(torch.tensor(tokens)[:, None], ragged)
+        for each in self.caches[: len(tokens)]:
+            each.length += 1
+        return logits_BV
+
+    def move(self, source: int, row: int) -> None:
+        """Copy a row's sequence over another's."""
+        moved = self.caches[source]
+        for tensor in (*self._cache.keys, *self._cache.values):
+            tensor[row].copy_(tensor[source])
+        self.caches[row] = self._cache.row(row, moved.length)
 
 
 def _place(tensor: Tensor, device: torch.device, dtype: torch.dtype, copy: bool) -> Tensor:

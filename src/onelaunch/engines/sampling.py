@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import Request, Sampling
 
 # Below this a float32 quotient overflows for every logit but the best: it is greedy already.
 _SMALLEST_TEMPERATURE = 1e-30
@@ -18,9 +18,8 @@ LARGEST_UNIFORM = 1.0 - 2.0**-24
 """The float32 before 1; times any total it rounds to less than the total."""
 
 
-def copy_numbers(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """For each prompt, how many equal ones stand before it: what tells samples of one prompt
-    apart."""
+def sample_numbers(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt, how many equal ones stand before it: the `sample` of its request."""
     seen: Counter[tuple[int, ...]] = Counter()
     numbers = []
     for prompt in prompts:
@@ -30,13 +29,20 @@ def copy_numbers(prompts: Sequence[Sequence[int]]) -> list[int]:
     return numbers
 
 
-def uniforms(seed: int, prompt: Sequence[int], copy: int, n: int) -> Tensor:
+def request_uniforms(request: Request, n: int) -> Tensor | None:
+    """The random numbers of a request's first `n` tokens; None where it is greedy."""
+    if request.sampling.greedy:
+        return None
+    return uniforms(request.sampling.seed, request.prompt_ids, request.sample, n)
+
+
+def uniforms(seed: int, prompt: Sequence[int], sample: int, n: int) -> Tensor:
     """`n` numbers from 0 to below 1 for a sequence's new tokens in order, float32 on the CPU.
 
-    They depend on nothing but the seed, the prompt's ids and its copy number (`copy_numbers`):
-    other prompts, their order and lengths, and the device do not shift them.
+    They depend on nothing but the seed, the prompt's ids and the sample's number: other prompts,
+    their order and lengths, and the device do not shift them.
     """
-    text = " ".join(map(str, (seed, copy, *prompt)))
+    text = " ".join(map(str, (seed, sample, *prompt)))
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     # float64 first: float32 draws an exact 0, and with it the first id however unlikely, once in

@@ -20,7 +20,9 @@ from onelaunch.bench.engines.generate.cell import AUTO, Cell, bytes_per_token, p
 from onelaunch.bench.peers.run_c import LETTERS
 from onelaunch.checkpoints import random_model
 from onelaunch.config import preset
+from onelaunch.engines.engine import Sampling, TokenEvent
 from onelaunch.errors import RunFailed
+from onelaunch.generation.decode import generate_ids
 
 
 class FakeRunC:
@@ -159,7 +161,7 @@ def cell(tmp_path, monkeypatch, peer, said):
 def test_run_c_takes_part_and_its_tokens_are_compared(tmp_path, monkeypatch, compiled_program):
     weights = random_weights(preset("stories260k"))
     engine = generate_cell.ReferenceEngine(preset("stories260k"), weights, "cpu")
-    (ids,) = engine.generate([prompt_of(3)], 8, generate_cell.Sampling())
+    (ids,) = generate_ids(engine, [prompt_of(3)], 8, Sampling())
     ids[5] = (ids[5] + 1) % 512
     made = cell(tmp_path, monkeypatch, FakeRunC(ids), [])
     threads = torch.get_num_threads()
@@ -239,11 +241,18 @@ class FakeEngine:
     def wait(self, seconds):
         return self.written >= self.swap_at
 
-    def generate(self, prompts, n, sampling, on_token):
-        for _ in range(n):
-            self.written += 1
-            time.sleep(0.03 if self.written == self.swap_at + 1 else 0.0005)
-            on_token(0, 5)
+    def session(self, max_batch, max_len):
+        return self
+
+    def submit(self, request):
+        self.left = request.max_new_tokens
+
+    def step(self):
+        """Two tokens where it is compiled."""
+        n = min(self.left, 1 + self.wait(0))
+        time.sleep(0.03 if self.written == self.swap_at else 0.0005)
+        self.left, self.written = self.left - n, self.written + n
+        return [TokenEvent(0, 5, None)] * n
 
 
 @pytest.mark.parametrize("swap_at", [5, 509, 510, 700])

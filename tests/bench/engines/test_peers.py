@@ -11,6 +11,7 @@ from onelaunch.config import preset
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
+from onelaunch.generation.decode import generate_ids
 from onelaunch.training.recipe import Recipe
 from tests.engines.suite import SHAPES, exact_logits, relative_error, weights_of
 
@@ -21,7 +22,7 @@ def test_the_bare_generation_loop_writes_our_tokens(prompt):
     generator = torch.Generator().manual_seed(5)
     shapes = config.weight_shapes().items()
     weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes}
-    ours = ReferenceEngine(config, weights, device="cpu").generate([prompt], 40, Sampling())[0]
+    ours = generate_ids(ReferenceEngine(config, weights, device="cpu"), [prompt], 40, Sampling())[0]
     assert BareLoop(config, weights).generate(prompt, 40) == ours
     assert len(set(ours)) > 5
 

@@ -33,6 +33,7 @@ pytest.importorskip("coremltools")
 from onelaunch.engines.coreml import norm
 from onelaunch.engines.coreml.evaluate import Evaluator
 from onelaunch.engines.coreml.lint import lint, magnitudes
+from onelaunch.generation.decode import generate_ids
 from tests.engines.coreml.tiny import read, value
 
 C, ROWS = 96, 256
@@ -252,6 +253,6 @@ def test_a_norm_of_256_says_what_the_reference_says():
             weights[name].fill_(1.0)
     weights["embed_tokens.weight"].fill_(256.0)
     weights["lm_head.weight"] = torch.arange(8.0).view(4, 2)
-    expected = ReferenceEngine(config, weights).generate([[1]], 4, Sampling())
+    expected = generate_ids(ReferenceEngine(config, weights), [[1]], 4, Sampling())
     assert expected == [[3, 3, 3, 3]]
-    assert CoreMLEngine(config, weights).generate([[1]], 4, Sampling()) == expected
+    assert generate_ids(CoreMLEngine(config, weights), [[1]], 4, Sampling()) == expected

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.engine import CpuEngine
+from onelaunch.engines.cpu.layout import End
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import Runtime
+from onelaunch.engines.cpu.runtime import CachedText, Runtime
 from onelaunch.plan import make_plan
 
 
@@ -33,6 +34,12 @@ def make_runtime(
     program = Program(code)
     packed = PackedWeights(config, weights, dtype, program.lanes, program.tile)
     return Runtime(config, packed, program, make_plan(config, sample=True), threads, False)
+
+
+def grow(runtime: Runtime, texts: list[CachedText]) -> None:
+    """Let texts grow until all have ended."""
+    while going := [text for text in texts if text.end == End.NONE]:
+        runtime.generate(going)
 
 
 def logits_of(runtime: Runtime, ids: list[int]) -> Tensor:

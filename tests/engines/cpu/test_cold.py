@@ -10,10 +10,18 @@ import torch
 
 from onelaunch.engines.cpu import engine as engine_module
 from onelaunch.engines.cpu.engine import CpuEngine
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import Request, Sampling
 from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.generation.decode import generate_ids
 from tests.engines.cpu.making import make_engine
-from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
+from tests.engines.suite import (
+    SMALL,
+    by_request,
+    exact_logits,
+    relative_error,
+    run,
+    weights_of,
+)
 
 
 class Held:
@@ -54,7 +62,9 @@ SAMPLINGS = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_k=20, top_p=0.
 def test_an_empty_store_keeps_nobody_waiting(held):
     engine = CpuEngine(SMALL, weights_of(SMALL))
     reference = ReferenceEngine(SMALL, weights_of(SMALL), "cpu")
-    assert engine.generate(PROMPTS, 6, Sampling()) == reference.generate(PROMPTS, 6, Sampling())
+    assert generate_ids(engine, PROMPTS, 6, Sampling()) == generate_ids(
+        reference, PROMPTS, 6, Sampling()
+    )
     tokens = torch.tensor([PROMPTS[2]])
     assert torch.equal(engine.logits(tokens), reference.logits(tokens))
     assert engine.describe()["compiled"] is False
@@ -64,46 +74,45 @@ def test_an_empty_store_keeps_nobody_waiting(held):
 @pytest.mark.parametrize("n", [0, 1])
 def test_asking_for_little_works_before_the_form_is_there(held, n):
     engine = CpuEngine(SMALL, weights_of(SMALL))
-    assert [len(text) for text in engine.generate(PROMPTS, n, Sampling())] == [n] * 3
-    assert engine.generate([], 5, Sampling()) == []
+    assert [len(text) for text in generate_ids(engine, PROMPTS, n, Sampling())] == [n] * 3
+    assert generate_ids(engine, [], 5, Sampling()) == []
 
 
+@pytest.mark.parametrize("max_batch", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_a_text_handed_over_at_any_moment_is_the_same_text(held, monkeypatch, sampling, dtype):
-    """Asked twice before the first text, then after each of its tokens but the last, then before
-    the next: 20 and more is in the third text and after all."""
+def test_texts_handed_over_at_any_moment_are_the_same_texts(
+    held, monkeypatch, sampling, dtype, max_batch
+):
+    """Before the first step, after each until all texts have ended, and never: with texts that
+    wait, and one that is cancelled just before."""
     # a swap collects garbage: a tenth of a second in this process, and there are many
     monkeypatch.setattr(gc, "collect", lambda: 0)
     options = {"dtype": dtype, "threads": 1}
-    reference = CpuEngine(SMALL, weights_of(SMALL), **options)
-    expected = reference.generate(PROMPTS, 8, sampling, stop=[33])
-    assert not reference.describe()["compiled"]
+    requests = [Request(i, ids, 8, sampling, [33]) for i, ids in enumerate(PROMPTS)]
+    cold = CpuEngine(SMALL, weights_of(SMALL), **options)
+    expected = run(cold, requests, max_batch)
+    assert not cold.describe()["compiled"]
     handed = set()
     for ready_at in range(1, 30):
         held.ready_at = ready_at
         engine = CpuEngine(SMALL, weights_of(SMALL), **options)
-        before: list[tuple[int, int]] = []
-        events: dict[int, list[int | str]] = {0: [], 1: [], 2: []}
-
-        def hear(index, token, before=before, events=events, engine=engine):
-            events[index].append(token)
-            if engine._runtime is None:
-                before.append((index, token))
-
-        def end(index, events=events):
-            events[index].append("end")
-
-        texts = engine.generate(PROMPTS, 8, sampling, hear, [33], end)
-        assert texts == expected, ready_at
-        assert events == {i: [*text, "end"] for i, text in enumerate(expected)}
-        handed.add(len(before))
-    held.ready_at = 1
-    compiled = CpuEngine(SMALL, weights_of(SMALL), **options)
-    assert compiled.generate(PROMPTS, 8, sampling, stop=[33]) == expected
-    total = sum(map(len, expected))
-    assert {0, 1, total} < handed
-    assert len(handed) >= total - 6
+        session, events, before = engine.session(max_batch), [], 0
+        for request in requests:
+            session.submit(request)
+        session.submit(Request(9, [7], 8))
+        while len(by_request(events)) < 4:
+            if len(events) > 4:
+                session.cancel(9)
+            events += session.step()
+            if not engine.describe()["compiled"]:
+                before = len(events)
+        found = by_request(events)
+        assert found.pop(9)[1] in ("cancelled", "length")
+        assert found == expected, ready_at
+        handed.add(before)
+    assert len(handed) > 5
+    assert 0 in handed
 
 
 @pytest.mark.parametrize("depth", ["stage", "all"])
@@ -111,7 +120,9 @@ def test_a_text_is_handed_over_to_any_fusion_depth(held, depth):
     held.ready_at = 5
     engine = CpuEngine(SMALL, weights_of(SMALL), threads=2, fusion_depth=depth)
     reference = ReferenceEngine(SMALL, weights_of(SMALL), "cpu")
-    assert engine.generate(PROMPTS, 9, Sampling()) == reference.generate(PROMPTS, 9, Sampling())
+    assert generate_ids(engine, PROMPTS, 9, Sampling()) == generate_ids(
+        reference, PROMPTS, 9, Sampling()
+    )
     assert engine.describe()["compiled"]
 
 
@@ -123,10 +134,10 @@ def test_the_cache_handed_over_is_the_one_that_would_have_been_read(held, length
     prompt = [(7 * i) % 61 for i in range(length)]
     held.ready_at = 4
     engine = CpuEngine(config, weights_of(config))
-    text = engine.generate([prompt], 30, Sampling())
+    text = generate_ids(engine, [prompt], 30, Sampling())
     assert engine.describe()["compiled"]
-    assert text == ReferenceEngine(config, weights_of(config), "cpu").generate(
-        [prompt], 30, Sampling()
+    assert text == generate_ids(
+        ReferenceEngine(config, weights_of(config), "cpu"), [prompt], 30, Sampling()
     )
 
 
@@ -136,7 +147,9 @@ def test_a_failed_compilation_keeps_the_reference_and_says_why(held):
     reference = ReferenceEngine(SMALL, weights_of(SMALL), "cpu")
     assert engine.failed is None
     for n in (9, 0):
-        assert engine.generate(PROMPTS, n, Sampling()) == reference.generate(PROMPTS, n, Sampling())
+        assert generate_ids(engine, PROMPTS, n, Sampling()) == generate_ids(
+            reference, PROMPTS, n, Sampling()
+        )
     assert engine.failed == "no room on the device"
     assert engine.wait(0) is False
     assert engine.describe()["compiled"] is False
@@ -157,12 +170,12 @@ def test_weights_and_reference_go_when_the_form_is_there(held, monkeypatch):
     engine = CpuEngine(SMALL, weights)
     del weights
     assert all(tensor() is not None for tensor in tensors)
-    engine.generate(PROMPTS, 9, Sampling())
+    generate_ids(engine, PROMPTS, 9, Sampling())
     gc.collect()
     assert len(references) == 1
     assert references[0]() is None
     assert all(tensor() is None for tensor in tensors)
-    assert len(engine.generate(PROMPTS, 3, Sampling())) == 3
+    assert len(generate_ids(engine, PROMPTS, 3, Sampling())) == 3
 
 
 def test_bfloat16_before_and_after_are_the_same_model(held):

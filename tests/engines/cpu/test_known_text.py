@@ -6,6 +6,7 @@ import pytest
 
 from onelaunch.checkpoints import load
 from onelaunch.engines.engine import Sampling
+from onelaunch.generation.decode import generate_ids
 from onelaunch.plan import every_depth
 from tests.engines.cpu.making import make_engine
 
@@ -26,4 +27,4 @@ def test_the_known_text(depth, threads):
     model = load(MODEL)
     engine = make_engine(model.config, model.weights, fusion_depth=depth, threads=threads)
     expected = [int(token) for token in IDS.read_text().split()]
-    assert engine.generate([[1]], 256, Sampling()) == [expected]
+    assert generate_ids(engine, [[1]], 256, Sampling()) == [expected]

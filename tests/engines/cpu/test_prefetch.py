@@ -20,7 +20,7 @@ from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.runtime import CachedText
 from onelaunch.engines.engine import Sampling
 from onelaunch.errors import BadInput
-from tests.engines.cpu.making import logits_of, make_engine, make_runtime
+from tests.engines.cpu.making import grow, logits_of, make_engine, make_runtime
 from tests.engines.suite import SMALL, weights_of
 
 L2, L2_FAR, ONCE = CANDIDATES[1:]
@@ -336,8 +336,8 @@ def test_each_variant_gives_the_same_bits(compiled_program, threads, dtype):
     at = State.ONE_PREFETCH_TO if threads == 1 else State.SEVERAL_PREFETCH_TO
 
     def results() -> list[torch.Tensor]:
-        text = CachedText(runtime, 0, ids, 12, None)
-        runtime.generate([text], Sampling(), ())
+        text = CachedText(runtime, ids, 12, Sampling())
+        grow(runtime, [text])
         return [*(logits_of(runtime, ids[:n]) for n in (1, 3, 7)), torch.tensor(text.new)]
 
     expected = results()

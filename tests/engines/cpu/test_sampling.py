@@ -39,10 +39,10 @@ class Drawer:
         runtime = self.runtime
         # the second new token of its text: the first number is not for it
         uniforms = torch.tensor([float("nan"), uniform])
-        texts = [CachedText(runtime, i, [0], 2, uniforms) for i in range(ROW + 1)]
+        texts = [CachedText(runtime, [0], 2, sampling, uniforms) for _ in range(ROW + 1)]
         texts[ROW].size = 2
         runtime._lay_out(texts)
-        runtime._prepare_sampling(len(texts), sampling, ())
+        runtime._need_logits(len(texts), not sampling.greedy)
         runtime._texts[ROW * Text.LENGTH + Text.ROW] = ROW
         for memory in (runtime._logits_memory, runtime._candidates):
             if memory is not None:

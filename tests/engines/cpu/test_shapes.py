@@ -10,6 +10,7 @@ from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.engines.cpu import runtime as runtime_module
 from onelaunch.engines.cpu.layout import State
 from onelaunch.engines.engine import Sampling
+from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model
 from onelaunch.plan import every_depth
 from tests.engines.cpu.making import floats_at, logits_of, make_engine, make_runtime
@@ -138,14 +139,16 @@ def test_every_fusion_depth_gives_the_same_bits(expected, depth, threads):
     prompts = [[1], TEXT[:9].tolist(), [3, 4]]
     whole = make_engine(LONG, weights_of(LONG), threads=1)
     for sampling in (Sampling(), Sampling(0.9, top_k=20, top_p=0.9, seed=2)):
-        assert engine.generate(prompts, 15, sampling) == whole.generate(prompts, 15, sampling)
+        assert generate_ids(engine, prompts, 15, sampling) == generate_ids(
+            whole, prompts, 15, sampling
+        )
     assert engine.describe()["fusion_depth"] == depth
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 127, 128, 129, 200])
 def test_a_prompt_read_by_generate_has_the_logits_of_reading_it(expected, length):
     engine = make_engine(LONG, weights_of(LONG), threads=2)
-    engine.generate([TEXT[:length].tolist()], 1, Sampling())
+    generate_ids(engine, [TEXT[:length].tolist()], 1, Sampling())
     row = floats_at(engine._runtime.state[State.LOGITS], LONG.vocab_size)
     assert torch.equal(row, expected[length - 1])
 
@@ -155,7 +158,7 @@ def test_texts_in_company_have_the_bits_that_they_have_alone(expected, threads):
     """Together 128 tokens at most: one forward reads them all, rows in the prompts' order."""
     lengths = [5, 1, 40, 3, 4, 64, 9]
     engine = make_engine(LONG, weights_of(LONG), threads=threads)
-    engine.generate([TEXT[:n].tolist() for n in lengths], 1, Sampling())
+    generate_ids(engine, [TEXT[:n].tolist() for n in lengths], 1, Sampling())
     state = engine._runtime.state
     for i, n in enumerate(lengths):
         row = floats_at(state[State.LOGITS] + i * state[State.LOGITS_ROW], LONG.vocab_size)
@@ -165,6 +168,6 @@ def test_texts_in_company_have_the_bits_that_they_have_alone(expected, threads):
 def test_prompts_that_one_forward_cannot_hold_give_the_same_text():
     engine = make_engine(LONG, weights_of(LONG), threads=2)
     prompts = [TEXT[i : i + n].tolist() for i, n in enumerate([130, 7, 120, 1, 128, 64, 3])]
-    alone = [engine.generate([prompt], 20, Sampling())[0] for prompt in prompts]
-    assert engine.generate(prompts, 20, Sampling()) == alone
+    alone = [generate_ids(engine, [prompt], 20, Sampling())[0] for prompt in prompts]
+    assert generate_ids(engine, prompts, 20, Sampling()) == alone
     assert len({tuple(text) for text in alone}) == len(prompts)

@@ -16,11 +16,12 @@ import torch
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu import runtime as runtime_module
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import Request, Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
+from onelaunch.generation.decode import generate_ids
 from tests.engines.cpu.making import make_engine
-from tests.engines.suite import SMALL, weights_of
+from tests.engines.suite import SMALL, by_request, run, weights_of
 
 pytestmark = pytest.mark.usefixtures("compiled_program")
 
@@ -53,96 +54,67 @@ def many_prompts(n: int) -> list[list[int]]:
 def test_any_number_of_prompts(engine, n, sampling):
     prompts = many_prompts(max(n, 4))[:n]
     reference = ReferenceEngine(SMALL, weights_of(SMALL), "cpu")
-    expected = reference.generate(prompts, 10, sampling)
-    events: dict[int, list[int | str]] = {i: [] for i in range(n)}
-    texts = engine.generate(
-        prompts,
-        10,
-        sampling,
-        on_token=lambda i, token: events[i].append(token),
-        on_end=lambda i: events[i].append("end"),
-    )
+    expected = generate_ids(reference, prompts, 10, sampling)
+    texts = generate_ids(engine, prompts, 10, sampling)
     assert texts == expected
-    assert events == {i: [*text, "end"] for i, text in enumerate(expected)}
     assert [len(t) for t in texts] == [min(10, SMALL.max_seq_len - len(p) + 1) for p in prompts]
 
 
 def test_stops_end_some_texts_at_once_and_others_later(engine):
     prompts = many_prompts(20)
-    free = engine.generate(prompts, 10, Sampling())
+    free = generate_ids(engine, prompts, 10, Sampling())
     stop = [free[0][0], free[7][-1]]
     expected = [
         text[: next((i for i, token in enumerate(text) if token in stop), len(text))]
         for text in free
     ]
     assert [] in expected
-    events: dict[int, list[int | str]] = {i: [] for i in range(20)}
-    texts = engine.generate(
-        prompts,
-        10,
-        Sampling(),
-        lambda i, token: events[i].append(token),
-        stop,
-        lambda i: events[i].append("end"),
-    )
-    assert texts == expected
-    assert events == {i: [*text, "end"] for i, text in enumerate(expected)}
+    assert generate_ids(engine, prompts, 10, Sampling(), stop) == expected
 
 
-def test_texts_in_company_take_turns(engine):
-    order: list[int] = []
-    engine.generate([[1], [2], [3]], 4, Sampling(), lambda i, token: order.append(i))
-    assert order == [0, 1, 2] * 4
+def test_a_step_writes_many_tokens_where_nobody_waits(depth):
+    engine = make_engine(ENDLESS, weights_of(ENDLESS), threads=1, fusion_depth=depth)
+    session = engine.session(2)
+    session.submit(Request(0, [1], 2000))
+    session.submit(Request(1, [2], 2000))
+    first = session.step()
+    assert [(event.id, event.finish) for event in first] == [(0, None), (1, None)]
+    rest = session.step()
+    assert len(rest) > 2
+    assert [event.id for event in rest] == sorted(event.id for event in rest)
 
 
-def test_nothing_to_generate_ends_every_text_as_the_reference_does(engine):
-    reference = ReferenceEngine(SMALL, weights_of(SMALL), "cpu")
-    for made in (reference, engine):
-        ended: list[int] = []
-        assert made.generate([[1], [2]], 0, Sampling(), on_end=ended.append) == [[], []]
-        assert ended == [0, 1], made
+def test_a_request_joins_within_a_moment_and_leaves_when_cancelled(depth):
+    engine = make_engine(ENDLESS, weights_of(ENDLESS), threads=1, fusion_depth=depth)
+    expected = run(engine, [Request(1, [2], 5)])[1]
+    session = engine.session(2)
+    session.submit(Request(0, [1], 20_000))
+    for _ in range(3):
+        session.step()
+    session.submit(Request(1, [2], 5))
+    events = session.step()
+    assert [event for event in events if event.id == 1]  # its first token ends the step
+    while 1 not in by_request(events):
+        events += session.step()
+    assert by_request(events)[1] == expected
+    session.cancel(0)
+    assert [(event.id, event.finish) for event in session.step()] == [(0, "cancelled")]
+    assert session.step() == []
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("where", ["on_token", "on_end"])
-def test_an_exception_in_a_callback_ends_the_run_there(engine, where, error):
-    expected = engine.generate([[1], [2]], 5, Sampling())
-    calls: list[int] = []
-
-    def fail(index: int, *token: int) -> None:
-        calls.append(index)
-        if len(calls) == 2:
-            raise error
-
-    with pytest.raises(error):
-        engine.generate([[1], [2]], 5, Sampling(), **{where: fail})
-    assert len(calls) == 2, "nothing is heard after it"
-    assert engine.generate([[1], [2]], 5, Sampling()) == expected
+def test_a_text_that_waits_begins_as_another_ends(depth):
+    engine = make_engine(ENDLESS, weights_of(ENDLESS), threads=1, fusion_depth=depth)
+    session = engine.session(1)
+    session.submit(Request(0, [1], 3))
+    session.submit(Request(1, [2], 3))
+    ids = [event.id for _ in range(4) for event in session.step()]
+    assert ids == [0] * 3 + [1] * 3
 
 
-@pytest.mark.parametrize("call", ["generate", "logits"])
-def test_a_callback_cannot_call_its_own_engine(engine, call):
-    def again(index: int, token: int) -> None:
-        if call == "generate":
-            engine.generate([[1]], 1, Sampling())
-        else:
-            engine.logits(torch.zeros(1, 1, dtype=torch.int64))
-
-    with pytest.raises(RuntimeError, match="at work"):
-        engine.generate([[1]], 3, Sampling(), again)
-    assert len(engine.generate([[1]], 3, Sampling())[0]) == 3
-
-
-def test_a_callback_may_call_another_engine(engine):
-    other = make_engine(SMALL, weights_of(SMALL, 1), threads=2)
-    expected, inner = engine.generate([[1]], 4, Sampling()), other.generate([[5]], 3, Sampling())
-    seen = []
-
-    def ask(index: int, token: int) -> None:
-        seen.append(other.generate([[5]], 3, Sampling()))
-
-    assert engine.generate([[1]], 4, Sampling(), ask) == expected
-    assert seen == [inner] * 4
+def test_a_batch_beyond_the_engines_own_waits():
+    engine = make_engine(SMALL, weights_of(SMALL), threads=2)
+    requests = [Request(i, [i], 9) for i in range(40)]
+    assert run(engine, requests, max_batch=40) == run(engine, requests, max_batch=1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -159,20 +131,20 @@ def test_an_interrupt_ends_a_long_generation_soon(depth, threads):
     timer = threading.Timer(0.2, interrupt)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        engine.generate([[1]] * 8, ENDLESS.max_seq_len, Sampling())
+        generate_ids(engine, [[1]] * 8, ENDLESS.max_seq_len, Sampling())
     assert time.process_time() - began[0] < 20
     timer.join()
-    assert len(engine.generate([[1]], 3, Sampling())[0]) == 3
+    assert len(generate_ids(engine, [[1]], 3, Sampling())[0]) == 3
 
 
 def test_two_python_threads_are_served_one_after_the_other(engine):
     prompts = {0: [[1], [7, 7]], 1: [[2, 9, 4]]}
-    expected = {i: engine.generate(p, 20, Sampling()) for i, p in prompts.items()}
+    expected = {i: generate_ids(engine, p, 20, Sampling()) for i, p in prompts.items()}
     found: dict[int, list] = {0: [], 1: []}
 
     def work(i: int) -> None:
         for _ in range(10):
-            found[i].append(engine.generate(prompts[i], 20, Sampling()))
+            found[i].append(generate_ids(engine, prompts[i], 20, Sampling()))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in prompts]
     for thread in threads:
@@ -184,14 +156,14 @@ def test_two_python_threads_are_served_one_after_the_other(engine):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_generates_the_same(engine):
-    expected = engine.generate([[1], [5, 5]], 15, Sampling())
+    expected = generate_ids(engine, [[1], [5, 5]], 15, Sampling())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork: that is the test
         child = os.fork()
     if child == 0:
         code = 2
         try:
-            code = int(engine.generate([[1], [5, 5]], 15, Sampling()) != expected)
+            code = int(generate_ids(engine, [[1], [5, 5]], 15, Sampling()) != expected)
         finally:
             os._exit(code)
     deadline = time.monotonic() + 120
@@ -202,7 +174,7 @@ def test_a_forked_child_generates_the_same(engine):
         os.waitpid(child, 0)
         pytest.fail("the child did not come back")
     assert os.waitstatus_to_exitcode(found[1]) == 0
-    assert engine.generate([[1], [5, 5]], 15, Sampling()) == expected
+    assert generate_ids(engine, [[1], [5, 5]], 15, Sampling()) == expected
 
 
 def test_not_finite_in_one_text_says_where(depth):
@@ -212,9 +184,9 @@ def test_not_finite_in_one_text_says_where(depth):
     weights["lm_head.weight"] = weights_of(SMALL)["embed_tokens.weight"]
     config = SMALL.with_(tied_embeddings=False)
     engine = make_engine(config, weights, threads=2, fusion_depth=depth)
-    assert len(engine.generate([[1, 2], [4]], 3, Sampling())) == 2
+    assert len(generate_ids(engine, [[1, 2], [4]], 3, Sampling())) == 2
     with pytest.raises(RunFailed, match="position 2 are not finite"):
-        engine.generate([[1, 2], [1, 2, 60]], 3, Sampling())
+        generate_ids(engine, [[1, 2], [1, 2, 60]], 3, Sampling())
 
 
 LONG = ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=61, max_seq_len=8192)
@@ -228,14 +200,14 @@ def test_a_long_text_equals_the_references_and_leaves_nothing_behind(monkeypatch
             super().__init__(*args)
             made.append((weakref.ref(self), self.cache.size))
 
-    monkeypatch.setattr("onelaunch.engines.cpu.engine.CachedText", Watched)
+    monkeypatch.setattr("onelaunch.engines.cpu.session.CachedText", Watched)
     weights = weights_of(LONG)
     prompt = torch.randint(0, 61, (8000,), generator=torch.Generator().manual_seed(0)).tolist()
     reference = ReferenceEngine(LONG, weights, "cpu")
-    expected = reference.generate([prompt], 20, Sampling())
+    expected = generate_ids(reference, [prompt], 20, Sampling())
     engine = make_engine(LONG, weights, threads=2)
     before = engine._runtime.n_bytes
-    assert engine.generate([prompt], 20, Sampling()) == expected
+    assert generate_ids(engine, [prompt], 20, Sampling()) == expected
     assert engine._runtime.n_bytes == before
     ((text, size),) = made
     lanes = engine._runtime.program.lanes
@@ -247,11 +219,11 @@ def test_a_long_text_equals_the_references_and_leaves_nothing_behind(monkeypatch
 def test_the_last_positions_of_a_context_equal_the_references():
     config = LONG.with_(max_seq_len=1100)
     prompt = torch.randint(0, 61, (1090,), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = ReferenceEngine(config, weights_of(config), "cpu").generate(
-        [prompt, [1]], 99, Sampling()
+    expected = generate_ids(
+        ReferenceEngine(config, weights_of(config), "cpu"), [prompt, [1]], 99, Sampling()
     )
     engine = make_engine(config, weights_of(config), threads=2)
     # a short text first: the rotary tables have to grow
-    assert engine.generate([[1]], 99, Sampling()) == expected[1:]
-    assert engine.generate([prompt, [1]], 99, Sampling()) == expected
+    assert generate_ids(engine, [[1]], 99, Sampling()) == expected[1:]
+    assert generate_ids(engine, [prompt, [1]], 99, Sampling()) == expected
     assert len(expected[0]) == 11

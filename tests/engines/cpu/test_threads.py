@@ -15,6 +15,7 @@ from onelaunch.engines.cpu.layout import Governor, Operation, State, Sync
 from onelaunch.engines.cpu.runtime import Table
 from onelaunch.engines.engine import Sampling
 from onelaunch.errors import EngineTimeout
+from onelaunch.generation.decode import generate_ids
 from tests.engines.cpu.making import logits_of, make_engine, make_runtime
 from tests.engines.suite import SMALL, weights_of
 
@@ -162,8 +163,8 @@ def test_the_engine_may_choose_while_it_runs(compiled_program):
     engine = make_engine(config, weights_of(config))
     alone = make_engine(config, weights_of(config), threads=1)
     for _ in range(3):
-        assert engine.generate([[1], [2]], 500, Sampling()) == alone.generate(
-            [[1], [2]], 500, Sampling()
+        assert generate_ids(engine, [[1], [2]], 500, Sampling()) == generate_ids(
+            alone, [[1], [2]], 500, Sampling()
         )
         tokens = torch.zeros(1, 9, dtype=torch.int64)
         assert torch.equal(engine.logits(tokens), alone.logits(tokens))
@@ -227,7 +228,7 @@ def test_what_threads_read_outlives_them(compiled_program):
 def test_engines_that_come_and_go_leave_no_threads(compiled_program):
     for _ in range(10):
         engine = make_engine(SMALL, weights_of(SMALL), threads=3)
-        engine.generate([[1]], 3, Sampling())
+        generate_ids(engine, [[1]], 3, Sampling())
         del engine
     gc.collect()
     for thread in threading.enumerate():

@@ -22,6 +22,7 @@ from onelaunch.engines.cuda.tuning.store import Choice, facts_of, find, keep
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, EngineTimeout
+from onelaunch.generation.decode import generate_ids
 from tests.engines.suite import SMALL, weights_of
 
 DEVICE = {"device": "made up", "multiprocessors": 4, "torch": "2", "triton": "3"}
@@ -417,13 +418,13 @@ def test_text_is_pytorchs(store):
     reference = ReferenceEngine(SMALL, weights, "cpu", "bfloat16")
     engine = CudaEngine(SMALL, weights, "cpu", store=store)
     prompts, sampling = [[5, 17, 3], [9]], Sampling(temperature=1.0, seed=3)
-    expected = reference.generate(prompts, 8, sampling)
-    assert engine.generate(prompts, 8, sampling) == expected
+    expected = generate_ids(reference, prompts, 8, sampling)
+    assert generate_ids(engine, prompts, 8, sampling) == expected
     assert engine.describe()["generates_with"] == "reference"
     assert engine._packed is None, "nothing is packed for what nobody asked"
     lines = []
     engine = CudaEngine(SMALL, weights, "cpu", fusion_depth="all", say=lines.append, store=store)
-    assert engine.generate(prompts, 8, sampling) == expected
+    assert generate_ids(engine, prompts, 8, sampling) == expected
     assert lines == ["fusion depth all: PyTorch generates, one operator a launch"]
 
 
@@ -436,7 +437,7 @@ def test_the_weights_that_were_given_go_when_all_is_made_of_them(store):
     assert before == 2 * SMALL.n_params
     answers(engine, 1, 3)
     assert all(t() is not None for t in tensors)
-    engine.generate([[1]], 2, Sampling())
+    generate_ids(engine, [[1]], 2, Sampling())
     gc.collect()
     assert all(t() is None for t in tensors)
     assert engine.describe()["weight_bytes"] > before, "a tied head is there twice"

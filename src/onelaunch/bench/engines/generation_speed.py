@@ -16,9 +16,10 @@ from torch import Tensor
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rig import in_turn, row_beside
 from onelaunch.config import ModelConfig, preset
-from onelaunch.engines.engine import Engine, Sampling
+from onelaunch.engines.engine import LogitsEngine
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
+from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model, rope_tables
 
 UNIT = "tokens/s"
@@ -47,19 +48,19 @@ def _compare(name: str, n: int, device: str, blocks: int, say: Callable[[str], N
     engine = ReferenceEngine(config, weights, device=device)
     placed = {k: v.to(engine.device, engine.dtype) for k, v in weights.items()}
     bare = BareLoop(config, placed)
-    ours, theirs = engine.generate([[1]], n, Sampling())[0], bare.generate([1], n)
+    ours, theirs = generate_ids(engine, [[1]], n)[0], bare.generate([1], n)
     alike = check_texts(name, engine, engine.dtype, ours, theirs)
     if alike < n:
         say(f"{name}: the same {alike} tokens, then two that are nearly as likely")
     samples = in_turn(
-        lambda: engine.generate([[1]], n, Sampling()), lambda: bare.generate([1], n), n, 1, blocks
+        lambda: generate_ids(engine, [[1]], n), lambda: bare.generate([1], n), n, 1, blocks
     )
     dtype = str(engine.dtype).removeprefix("torch.")
     return row_beside(f"{name} greedy {n}", samples, "bare loop", dtype=dtype, tokens_alike=alike)
 
 
 def check_texts(
-    name: str, engine: Engine, dtype: torch.dtype, ours: Sequence[int], theirs: Sequence[int]
+    name: str, engine: LogitsEngine, dtype: torch.dtype, ours: Sequence[int], theirs: Sequence[int]
 ) -> int:
     """How many tokens two greedy texts, which follow token 1, begin with in common. Where they are
     not the same text, every token of either must be the engine's own choice after the text before

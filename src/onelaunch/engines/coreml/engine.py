@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype, not_finite
+from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
 from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, program_launches
 from onelaunch.engines.coreml.pack import HEAD_STEP, Packed, weight_bytes
 from onelaunch.engines.coreml.programs import Programs, Wanted
 from onelaunch.engines.coreml.ready import Opener, ReadyProgram
-from onelaunch.engines.engine import OnEnd, OnToken, Sampling
-from onelaunch.engines.sampling import copy_numbers, draw, uniforms
+from onelaunch.engines.session import RowSession
 from onelaunch.errors import BadInput
 from onelaunch.plan import make_plan, parse_depth
 
@@ -74,23 +72,10 @@ class CoreMLEngine:
         texts = [self._text(text.tolist()) for text in tokens_BS.cpu()]
         return torch.stack(texts)[:, :sequence]
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None = None,
-        stop: Sequence[int] = (),
-        on_end: OnEnd | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt by up to `n` tokens, one prompt after another; see `Engine`."""
-        check_prompts(self.config, prompts, n)
-        texts = []
-        for index, (prompt, copy) in enumerate(zip(prompts, copy_numbers(prompts), strict=True)):
-            texts.append(self._continue(index, copy, list(prompt), n, sampling, on_token, stop))
-            if on_end is not None:
-                on_end(index)
-        return texts
+    def session(self, max_batch: int = 1, max_len: int | None = None) -> RowSession:
+        """Begin to generate, a token of each request in a step; see `Engine`."""
+        max_len = check_session(max_batch, max_len, self.config)
+        return RowSession(self.config, WholeTexts(self._text), max_batch, max_len, self.dtype)
 
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, bytes of weights, fusion depth, and what was compiled."""
@@ -106,36 +91,6 @@ class CoreMLEngine:
             "cache_hits": self.programs.hits,
             "compile_seconds": round(self.programs.compile_seconds, 3),
         }
-
-    def _continue(
-        self,
-        index: int,
-        copy: int,
-        text: list[int],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None,
-        stop: Sequence[int],
-    ) -> list[int]:
-        n = min(n, self.config.max_seq_len - len(text) + 1)
-        greedy = sampling.greedy or not n
-        uniforms_N = None if greedy else uniforms(sampling.seed, text, copy, n)
-        new: list[int] = []
-        for i in range(n):
-            logits_V = self._text(text)[len(text) - 1]
-            best, token = logits_V.max(-1)
-            if not math.isfinite(best.item()):
-                raise not_finite(len(text) - 1, self.dtype)
-            if uniforms_N is not None:
-                token = draw(logits_V, sampling, uniforms_N[i : i + 1])
-            chosen = int(token.item())
-            if chosen in stop:
-                break
-            new.append(chosen)
-            text.append(chosen)
-            if on_token is not None:
-                on_token(index, chosen)
-        return new
 
     def _text(self, ids: Sequence[int]) -> Tensor:
         """Logits of one text and of what it is padded with, (length, V)."""
@@ -191,3 +146,29 @@ class CoreMLEngine:
     def _close(programs: Sequence[ReadyProgram]) -> None:
         for program in programs:
             program.close()
+
+
+class WholeTexts:
+    """Rows of a session without a cache: each new token reads its whole text; see `Rows`."""
+
+    def __init__(self, logits: Callable[[Sequence[int]], Tensor]) -> None:
+        self._logits = logits
+        self._texts: list[list[int]] = []
+
+    def read(self, row: int, prompt_ids: Sequence[int]) -> Tensor:
+        """The last position's logits of a new text, (1, V)."""
+        self._texts[row:] = [list(prompt_ids)]
+        return self._last(self._texts[row])[None]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """The logits behind one more token of each row, (B, V)."""
+        for text, token in zip(self._texts, tokens, strict=False):
+            text.append(token)
+        return torch.stack([self._last(text) for text in self._texts[: len(tokens)]])
+
+    def move(self, source: int, row: int) -> None:
+        """Put a text in the place of another."""
+        self._texts[row] = self._texts[source]
+
+    def _last(self, ids: Sequence[int]) -> Tensor:
+        return self._logits(ids)[len(ids) - 1]

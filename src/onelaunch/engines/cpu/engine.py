@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +13,15 @@ from torch import Tensor
 from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_prompts, check_tokens, logits_dtype
+from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
 from onelaunch.engines.cpu import DTYPES, prefetch_choice, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import MAX_TEXTS, CachedText, Runtime
-from onelaunch.engines.engine import OnEnd, OnToken, Sampling
-from onelaunch.engines.reference import MAX_THREADS, ReferenceEngine
-from onelaunch.engines.sampling import copy_numbers, uniforms
+from onelaunch.engines.cpu.runtime import MAX_TEXTS, Runtime
+from onelaunch.engines.cpu.session import CpuSession
+from onelaunch.engines.reference import MAX_THREADS, CachedRows, ReferenceEngine
+from onelaunch.engines.session import RowSession
 from onelaunch.errors import BadInput
-from onelaunch.model import KVCache
 from onelaunch.plan import Launch, launches, make_plan, parse_depth
 
 CACHED_SECONDS = 0.5  # what a first call waits for a form that is only to be loaded
@@ -77,8 +75,7 @@ class CpuEngine:
         self._weights: dict[str, Tensor] | None = dict(weights)
         self._reference: ReferenceEngine | None = None
         self._runtime: Runtime | None = None
-        self._busy = threading.RLock()
-        self._inside = False
+        self._busy = threading.Lock()
         self._torch_threads: int | None = None
         self.failed: str | None = None
         self._store = store = store or Store()
@@ -103,8 +100,8 @@ class CpuEngine:
         """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
         logits_dtype(dtype)
         tokens_BS = check_tokens(self.config, tokens_BS)
-        with self._alone():
-            runtime = self._ready(CACHED_SECONDS if self._cached else 0.0)
+        with self._busy:
+            runtime = self._ready_soon()
             if runtime is None:
                 return self._slow().logits(tokens_BS)
             tokens_BS = tokens_BS.cpu()
@@ -115,36 +112,23 @@ class CpuEngine:
                 runtime.forward(ids_S, logits_SV, ranges)
             return logits_BSV
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None = None,
-        stop: Sequence[int] = (),
-        on_end: OnEnd | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt by up to `n` tokens; see `Engine`.
+    def session(self, max_batch: int = 1, max_len: int | None = None) -> CpuSession:
+        """Begin to generate; see `Engine`.
 
-        Up to 16 texts grow together. A text is the same alone and among others, drawn or greedy,
-        with any number of threads, at any fusion depth. Raises RunFailed where the logits are not
-        finite.
+        Up to 16 texts grow together, and a step writes as many tokens as come in 20 ms. A text is
+        the same alone and among others, drawn or greedy, with any number of threads, at any fusion
+        depth.
         """
-        check_prompts(self.config, prompts, n)
-        if n == 0:
-            for index in range(len(prompts)):
-                if on_end is not None:
-                    on_end(index)
-            return [[] for _ in prompts]
-        with self._alone():
-            done: list[list[int]] = []
-            handed_over: list[CachedText] = []
-            if prompts and self._ready(CACHED_SECONDS if self._cached else 0.0) is None:
-                done, handed_over = self._begin_slowly(prompts, n, sampling, on_token, stop, on_end)
-            rest = range(len(done) + len(handed_over), len(prompts))
-            if handed_over or rest:
-                self._finish(prompts, rest, n, sampling, on_token, stop, on_end, handed_over, done)
-            return done
+        max_len = check_session(max_batch, max_len, self.config)
+        max_batch = min(max_batch, MAX_TEXTS)
+
+        def begin() -> tuple[RowSession, CachedRows]:
+            return self._slow().session_and_rows(max_batch, max_len)
+
+        launches = None if self._launches is None else self._ranges(sampled=True)
+        return CpuSession(
+            self.config, self._ready_soon, begin, self._busy, launches, max_batch, max_len
+        )
 
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, bytes of weights, threads, prefetch, and which form runs."""
@@ -197,6 +181,10 @@ class CpuEngine:
                 self._give_cores_back()
         return self._runtime
 
+    def _ready_soon(self) -> Runtime | None:
+        """The compiled form, also where it is only to be loaded and comes soon."""
+        return self._ready(CACHED_SECONDS if self._cached else 0.0)
+
     def _slow(self) -> ReferenceEngine:
         """The reference engine, computing with the weights that the compiled form will have."""
         if self._reference is None:
@@ -221,83 +209,6 @@ class CpuEngine:
             torch.set_num_threads(self._torch_threads)
             self._torch_threads = None
 
-    def _begin_slowly(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None,
-        stop: Sequence[int],
-        on_end: OnEnd | None,
-    ) -> tuple[list[list[int]], list[CachedText]]:
-        """Texts by the reference engine until the compiled form is there: those that it completed,
-        and the one that it was at."""
-        done: list[list[int]] = []
-        reference = self._slow()
-        copies = copy_numbers(prompts)
-        for index, prompt in enumerate(prompts):
-            if self._ready() is not None:
-                break
-            new, cache = reference.continue_text(
-                prompt,
-                n,
-                sampling,
-                index,
-                copies[index],
-                on_token,
-                stop,
-                lambda: self._ready() is not None,
-            )
-            if cache is not None:
-                text = self._text(index, prompt, copies[index], n, sampling)
-                self._hand_over(text, new, cache)
-                return done, [text]
-            done.append(new)
-            if on_end is not None:
-                on_end(index)
-        return done, []
-
-    def _hand_over(self, text: CachedText, new: list[int], cache: KVCache) -> None:
-        text.size = text.prompt + len(new)
-        text.ids[text.prompt : text.size] = torch.tensor(new, dtype=torch.int32)
-        text.read = cache.length
-        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            text.take_cache(layer, keys[0, :, : cache.length], values[0, :, : cache.length])
-
-    def _finish(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rest: range,
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None,
-        stop: Sequence[int],
-        on_end: OnEnd | None,
-        begun: list[CachedText],
-        done: list[list[int]],
-    ) -> None:
-        """The remaining texts by the compiled form, so many at once; appends them to `done`."""
-        runtime = self._runtime
-        assert runtime is not None
-        ranges = None if self._launches is None else self._ranges(sampled=True)
-        waiting, copies = list(rest), copy_numbers(prompts)
-        texts = begun
-        while texts or waiting:
-            while waiting and len(texts) < MAX_TEXTS:
-                index = waiting.pop(0)
-                texts.append(self._text(index, prompts[index], copies[index], n, sampling))
-            runtime.generate(texts, sampling, stop, on_token, on_end, ranges)
-            done += [text.new for text in texts]
-            texts = []
-
-    def _text(
-        self, index: int, prompt: Sequence[int], copy: int, n: int, sampling: Sampling
-    ) -> CachedText:
-        assert self._runtime is not None
-        n = min(n, self.config.max_seq_len - len(prompt) + 1)
-        numbers = None if sampling.greedy else uniforms(sampling.seed, prompt, copy, n)
-        return CachedText(self._runtime, index, prompt, n, numbers)
-
     def _ranges(self, sampled: bool) -> list[tuple[int, int]]:
         """The stages of each call of a forward, with the sample stage or without."""
         stages = len(self._plan.stages)
@@ -308,15 +219,3 @@ class CpuEngine:
         if not sampled:
             ranges = [(first, min(last, stages - 1)) for first, last in ranges]
         return [(first, last) for first, last in ranges if first < last]
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One call at a time; none from within another's callback."""
-        with self._busy:
-            if self._inside:
-                raise RuntimeError("this engine is at work: it cannot be called from its callback")
-            self._inside = True
-            try:
-                yield
-            finally:
-                self._inside = False

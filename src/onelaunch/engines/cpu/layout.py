@@ -56,20 +56,12 @@ class State(IntEnum):
     LOGITS_ROW = 31  # bytes from a row of logits to the next
     SCRATCH = 32  # one for each thread
     SCRATCH_SIZE = 33
-    # sampling
-    TEMPERATURE = 34
-    TOP_K = 35
-    TOP_P = 36
-    MIN_P = 37
-    STOPS = 38
-    N_STOPS = 39
     CANDIDATES = 40  # (texts, vocab) float32 and int32
     # the call
     FIRST_STAGE = 41
     LAST_STAGE = 42
     ALL_STAGES = 43
-    ON_TOKEN = 44  # int64 f(text, token), token -1 at the text's end: not 0 stops; 0: nobody asks
-    BREATHE = 45  # the same with (-1, 0), some times a second: lets Python see signals
+    NEWS = 44  # a text has its first token, or has ended: the caller wants to know
     CLOCK = 46  # int64 f(clock, timespec)
     SLEEP = 47  # f(microseconds)
     THREADS = 48  # at most so many work at once
@@ -139,10 +131,27 @@ class Text(IntEnum):
     BLOCKS = 6  # the cache's capacity, in blocks of LANES positions
     UNIFORMS = 7  # float32, one for each new token
     NEXT = 8  # what was drawn
-    DONE = 9
-    INDEX = 10  # its number among the prompts
-    ROW = 11  # its row of logits in this forward, -1: none
-    LENGTH = 16
+    END = 9  # an End
+    ROW = 10  # its row of logits in this forward, -1: none
+    # sampling; floats are float32
+    TEMPERATURE = 11
+    TOP_K = 12
+    TOP_P = 13
+    MIN_P = 14
+    STOPS = 15  # int64
+    N_STOPS = 16
+    LOGPROBS = 17  # for each new token its logit and the sum of all exponentials, both relative to
+    # the largest logit, in float32; 0: not wanted
+    LENGTH = 24
+
+
+class End(IntEnum):
+    """Whether and why a text has ended."""
+
+    NONE = 0
+    STOP = 1
+    LIMIT = 2
+    NOT_FINITE = 3
 
 
 class Product(IntEnum):
@@ -193,9 +202,7 @@ class Status(IntEnum):
     """What a call returns."""
 
     OK = 0
-    NOT_FINITE = 1
     TIMEOUT = 2
-    STOPPED = 3
 
 
 class PrefetchTo(IntEnum):
@@ -211,7 +218,7 @@ class Operation(IntEnum):
 
     RUN = 0  # stages a .. b of the forward at hand
     ADVANCE = 1  # take the drawn tokens, lay out the next forward; how many tokens it has
-    GENERATE = 2  # advance and run until every text is done
+    GENERATE = 2  # advance and run until every text has ended, there is NEWS, or a slice is over
     HELP = 3  # a helper thread's work, thread a, for at most b microseconds without any
     SAMPLE = 4  # draw text a's next token from its logits
     RESET = 5  # forget how many threads are best

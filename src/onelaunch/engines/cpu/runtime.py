@@ -5,21 +5,19 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import not_finite
 from onelaunch.engines.cpu.helpers import Helpers
 from onelaunch.engines.cpu.layout import (
     DIGITS,
     QUERIES,
+    End,
     Governor,
     Group,
     Layer,
@@ -34,7 +32,7 @@ from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
 from onelaunch.engines.cpu.prefetch import NONE, Prefetch
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.tables import Table
-from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.engines.engine import Sampling
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import rope_tables
 from onelaunch.plan import Plan
@@ -43,36 +41,64 @@ MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
 MAX_TEXTS = 16
 SPIN = 4000
 ITEM_ROWS = 256
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+SLICE_SECONDS = 0.02  # of one call of `generate`, as in native/generate.py
 
 Launches = Sequence[tuple[int, int]]
 """Ranges of stages (first, last + 1), each one call."""
 
 
 class CachedText:
-    """A text that grows: its ids, its keys and values."""
+    """A text that grows by up to `n` tokens: its ids, its keys and values, and how it is sampled.
+
+    `uniforms` are the random numbers of its new tokens, where it is not greedy.
+    """
 
     def __init__(
-        self, runtime: Runtime, index: int, ids: Sequence[int], n: int, uniforms: Tensor | None
+        self,
+        runtime: Runtime,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        uniforms: Tensor | None = None,
+        stop_ids: Sequence[int] = (),
+        logprobs: bool = False,
     ) -> None:
         config = runtime.config
-        self.index = index
         self.prompt = len(ids)
         self.limit = self.prompt + n
         self.ids = torch.zeros(self.limit + 1, dtype=torch.int32)
         self.ids[: self.prompt] = torch.tensor(ids, dtype=torch.int32)
         self.size = self.prompt
         self.read = 0
+        self.end = End.NONE
         lanes = runtime.program.lanes
         self.blocks = -(-self.limit // lanes)
         self.shape = (config.n_layers, 2, config.n_kv_heads, self.blocks, config.head_dim, lanes)
         # in small pages: only what a text comes to need is taken, and never much at once
         self.cache = Memory(4 * math.prod(self.shape), large_pages=False)
-        self.uniforms = uniforms
+        self.sampling, self.uniforms = sampling, uniforms
+        self.n_stops, self.stops = len(stop_ids), Table(len(stop_ids))
+        for i, token in enumerate(stop_ids):
+            self.stops[i] = token
+        self.logprobs_N2 = torch.zeros(n, 2) if logprobs else None
 
     @property
     def new(self) -> list[int]:
+        """Its new ids."""
         return self.ids[self.prompt : self.size].tolist()
+
+    def logprob(self, i: int) -> float | None:
+        """Of its new token number `i`, where it was asked for."""
+        if self.logprobs_N2 is None:
+            return None
+        relative, total = self.logprobs_N2[i].tolist()
+        return relative - math.log(total)
+
+    def resume(self, new: Sequence[int], read: int) -> None:
+        """Go on behind these new tokens, `read` of all tokens being in the cache."""
+        self.size = self.prompt + len(new)
+        self.ids[self.prompt : self.size] = torch.tensor(new, dtype=torch.int32)
+        self.read = read
 
     def take_cache(self, layer: int, keys_KTE: Tensor, values_KTE: Tensor) -> None:
         """Fill one layer's cache with the positions that another engine has read."""
@@ -124,12 +150,7 @@ class Runtime:
         self._positions = 0
         self._logits_memory: Memory | None = None
         self._candidates: Memory | None = None
-        self._stops = Table(1)
-        self._raised: BaseException | None = None
-        self._callback = _callback(weakref.ref(self))
         self._stuck = False
-        self._on_token: OnToken | None = None
-        self._on_end: OnEnd | None = None
         self._describe_model()
         self._make_buffers()
         self._sync[Sync.ACTIVE] = 1 if adapt else threads
@@ -176,7 +197,6 @@ class Runtime:
             State.OUT_ROW: 4 * padded(max(ITEM_ROWS, c.head_dim) + 2 * self.program.tile),
             State.CLOCK: _libc("clock_gettime"),
             State.SLEEP: _libc("usleep"),
-            State.BREATHE: ctypes.cast(self._callback, ctypes.c_void_p).value or 0,
         }.items():
             s[index] = value
         s.set_float(State.EPS, c.norm_eps)
@@ -225,7 +245,7 @@ class Runtime:
         """Logits of every position of one text, float32 and contiguous, written in place."""
         if self.adapt:
             self._sync[Sync.ACTIVE] = self.threads
-        text = CachedText(self, 0, ids_S.tolist(), 0, None)
+        text = CachedText(self, ids_S.tolist(), 0, Sampling())
         self._need_positions(text.size)
         self._lay_out([text])
         vocab = self.config.vocab_size
@@ -250,7 +270,7 @@ class Runtime:
 
     def _lay_out(self, texts: Sequence[CachedText]) -> None:
         for i, text in enumerate(texts):
-            at = Text.LENGTH * i
+            at, sampling = Text.LENGTH * i, text.sampling
             for index, value in {
                 Text.IDS: text.ids.data_ptr(),
                 Text.SIZE: text.size,
@@ -260,121 +280,78 @@ class Runtime:
                 Text.CACHE: text.cache.address,
                 Text.BLOCKS: text.blocks,
                 Text.UNIFORMS: 0 if text.uniforms is None else text.uniforms.data_ptr(),
-                Text.DONE: int(text.size >= text.limit),
-                Text.INDEX: text.index,
+                Text.END: text.end,
                 Text.ROW: -1,
+                Text.TOP_K: min(sampling.top_k, self.config.vocab_size),
+                Text.STOPS: text.stops.address,
+                Text.N_STOPS: text.n_stops,
+                Text.LOGPROBS: 0 if text.logprobs_N2 is None else text.logprobs_N2.data_ptr(),
             }.items():
                 self._texts[at + index] = value
+            temperature = min(sampling.temperature, 3e38)
+            self._texts.set_float(at + Text.TEMPERATURE, temperature)
+            if temperature and not self._texts[at + Text.TEMPERATURE]:
+                # not greedy, though float32 has no such number
+                self._texts.set_float(at + Text.TEMPERATURE, 1e-30)
+            self._texts.set_float(at + Text.TOP_P, sampling.top_p)
+            self._texts.set_float(at + Text.MIN_P, sampling.min_p)
         self.state[State.N_TEXTS] = len(texts)
 
-    def generate(
-        self,
-        texts: Sequence[CachedText],
-        sampling: Sampling,
-        stop: Sequence[int],
-        on_token: OnToken | None = None,
-        on_end: OnEnd | None = None,
-        launches: Launches | None = None,
-    ) -> None:
-        """Let texts grow until each is done: in one call, or in `launches` for each forward."""
-        if not texts:
-            return
+    def generate(self, texts: Sequence[CachedText], launches: Launches | None = None) -> None:
+        """Let up to MAX_TEXTS texts grow: in one call, or in `launches` for each forward.
+
+        Returns where all have ended, one has its first token or ends, or after some 20 ms.
+        """
         self._need_positions(max(text.limit for text in texts) - 1)
         self._lay_out(texts)
-        self._prepare_sampling(len(texts), sampling, stop)
-        s = self.state
-        self._on_token, self._on_end, self._raised = on_token, on_end, None
-        s[State.ON_TOKEN] = s[State.BREATHE] if on_token or on_end else 0
+        self._need_logits(len(texts), any(not text.sampling.greedy for text in texts))
+        self.state[State.NEWS] = 0
         self._sync[Sync.BUSY] = 1
         try:
             self.helpers.wake()
-            with self._catching():
-                if launches is None:
-                    status = self._call(Operation.GENERATE)
-                else:
-                    status = self._generate_by(launches)
+            if launches is None:
+                status = self._call(Operation.GENERATE)
+            else:
+                status = self._generate_by(launches)
         finally:
             self._sync[Sync.BUSY] = 0
-            self._on_token = self._on_end = None
         for i, text in enumerate(texts):
-            text.size = self._texts[Text.LENGTH * i + Text.SIZE]
-        if self._raised is not None:
-            raise self._raised
+            at = Text.LENGTH * i
+            text.size, text.read = self._texts[at + Text.SIZE], self._texts[at + Text.READ]
+            text.end = End(self._texts[at + Text.END])
         self._check(status)
 
     def _generate_by(self, launches: Launches) -> int:
-        while (n := self._call(Operation.ADVANCE)) > 0:
+        began = time.perf_counter()
+        while self._call(Operation.ADVANCE):
             for first, last in launches:
                 status = self._call(Operation.RUN, first, last)
                 if status != Status.OK:
                     return status
-        return -n
+            if time.perf_counter() - began > SLICE_SECONDS:
+                self.state[State.NEWS] = 1
+        return Status.OK
 
-    def _prepare_sampling(self, n: int, sampling: Sampling, stop: Sequence[int]) -> None:
+    def _need_logits(self, n: int, drawn: bool) -> None:
+        """Room for n rows of logits, and for their candidates where any is drawn."""
         s, vocab = self.state, self.config.vocab_size
-        s.set_float(State.TEMPERATURE, min(sampling.temperature, 3e38))
-        if sampling.temperature and not s[State.TEMPERATURE]:
-            s.set_float(State.TEMPERATURE, 1e-30)  # not greedy, though float32 has no such number
-        s[State.TOP_K] = min(sampling.top_k, vocab)
-        s.set_float(State.TOP_P, sampling.top_p)
-        s.set_float(State.MIN_P, sampling.min_p)
-        self._stops = Table(len(stop))
-        for i, token in enumerate(stop):
-            self._stops[i] = token
-        s[State.STOPS], s[State.N_STOPS] = self._stops.address, len(stop)
         row = 4 * padded(vocab)
         if self._logits_memory is None or self._logits_memory.size < n * row:
             self._logits_memory = Memory(n * row)
         s[State.LOGITS], s[State.LOGITS_ROW] = self._logits_memory.address, row
-        if not sampling.greedy:
+        if drawn:
             each = 16 * (vocab + self.program.lanes) + 8 * DIGITS
             if self._candidates is None or self._candidates.size < n * each:
                 self._candidates = Memory(n * each)
             s[State.CANDIDATES] = self._candidates.address
 
-    def _heard(self, text: int, token: int) -> int:
-        """Called from the program; an exception must not pass through it."""
-        if self._raised is not None:
-            return 1
-        try:
-            if text >= 0 and token < 0:
-                if self._on_end is not None:
-                    self._on_end(text)
-            elif text >= 0 and self._on_token is not None:
-                self._on_token(text, token)
-        except BaseException as error:
-            self._raised = error
-            return 1
-        return 0
-
-    @contextmanager
-    def _catching(self) -> Iterator[None]:
-        """Keep what a signal handler raises as `_heard` is entered, before its `try`: ctypes would
-        print that and go on, and an interrupt would be lost."""
-        caller, before = threading.get_ident(), sys.unraisablehook
-
-        def hook(unraisable: sys.UnraisableHookArgs, /) -> None:
-            ours = "ctypes callback" in (unraisable.err_msg or "")
-            if ours and threading.get_ident() == caller and unraisable.exc_value is not None:
-                self._raised = unraisable.exc_value
-            else:
-                before(unraisable)
-
-        sys.unraisablehook = hook
-        try:
-            yield
-        finally:
-            sys.unraisablehook = before
-
     def _check(self, status: int) -> None:
-        at = self.state[State.STATUS_AT]
-        if status == Status.NOT_FINITE:
-            raise not_finite(at, str(self.weights.dtype).removeprefix("torch."))
         if status == Status.TIMEOUT:
             # the late thread may still write into the buffers: they are of no more use
             self._stuck = True
+            label = self._labels[self.state[State.STATUS_AT]]
             raise EngineTimeout(
-                f"a thread did not finish its part of stage {self._labels[at]} within a minute; "
+                f"a thread did not finish its part of stage {label} within a minute; "
                 "start again, with threads=1"
             )
 
@@ -382,6 +359,11 @@ class Runtime:
     def n_bytes(self) -> int:
         """Packed weights and buffers; texts come on top of it."""
         return self.weights.n_bytes + self._buffers.size
+
+    @property
+    def dtype(self) -> str:
+        """That of the weights."""
+        return str(self.weights.dtype).removeprefix("torch.")
 
     @property
     def prefetch_in_use(self) -> str:
@@ -392,16 +374,6 @@ class Runtime:
     def active_threads(self) -> int:
         """Threads at work now; automatic choice changes it while running."""
         return self._sync[Sync.ACTIVE]
-
-
-def _callback(runtime: weakref.ref[Runtime]) -> Any:
-    """What the program calls. It holds the runtime weakly: packed weights go with their engine."""
-
-    def heard(text: int, token: int) -> int:
-        found = runtime()
-        return 1 if found is None else found._heard(text, token)
-
-    return _CALLBACK(heard)
 
 
 def _close(sync: Table, helpers: Helpers) -> None:

@@ -30,7 +30,7 @@ from onelaunch.engines.cuda.staging import Staging
 from onelaunch.engines.cuda.tuning.search import Progress, ignore_progress
 from onelaunch.engines.cuda.tuning.store import Choice, bucket, find, keep
 from onelaunch.engines.cuda.tuning.timer import facts, tune
-from onelaunch.engines.engine import OnEnd, OnToken, Sampling
+from onelaunch.engines.engine import Session
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.operators.empty import Empty
@@ -136,19 +136,11 @@ class CudaEngine:
                     raise
             return self._form(batch, sequence)(ids_N, dtype).view(batch, sequence, -1)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        on_token: OnToken | None = None,
-        stop: Sequence[int] = (),
-        on_end: OnEnd | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt by up to `n` tokens, by the reference engine; see `Engine`."""
+    def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
+        """Begin to generate, by the reference engine; see `Engine`."""
         if self.fusion_depth != "auto":
             self._say(f"fusion depth {self.fusion_depth}: PyTorch generates, one operator a launch")
-        return self._by_pytorch().generate(prompts, n, sampling, on_token, stop, on_end)
+        return self._by_pytorch().session(max_batch, max_len)
 
     def tune(
         self, batch: int = 1, sequence: int | None = None, progress: Progress | None = None

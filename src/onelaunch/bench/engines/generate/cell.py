@@ -26,9 +26,11 @@ from onelaunch.checkpoints import save
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.engine import CpuEngine
-from onelaunch.engines.engine import Engine, Sampling
+from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
+from onelaunch.generation.decode import Decoding, Limits, generate_ids
+from onelaunch.generation.prompts import Prompt
 from onelaunch.plan import make_plan
 
 if TYPE_CHECKING:
@@ -171,7 +173,7 @@ class Cell:
         and where it cannot it does not take part. The text of ours."""
         ids: list[int] = []
         for engine in self.ours.values():
-            (ids,) = engine.generate([prompt], n, Sampling())
+            (ids,) = generate_ids(engine, [prompt], n)
         if self.run_c is None:
             return ids
         theirs = written(self.run_c, prompt, n, self._say)
@@ -208,7 +210,9 @@ def _llama_cpp_rate(peer: llama_cpp.LlamaCpp, prompt: list[int], n: int) -> floa
 
 
 def _write(engine: Engine, prompt: list[int], n: int, heard: Heard) -> None:
-    engine.generate([prompt], n, Sampling(), on_token=lambda text, token: heard(token))
+    for event in Decoding(engine, [Prompt("", prompt)], Limits(n)):
+        assert event.token is not None
+        heard(event.token)
 
 
 def _rate(write: Writer, n: int) -> float:

@@ -24,8 +24,9 @@ import torch
 
 from onelaunch.checkpoints import load
 from onelaunch.engines.cpu.engine import CpuEngine
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import Request
 from onelaunch.errors import OnelaunchError, RunFailed
+from onelaunch.generation.decode import generate_ids
 
 if TYPE_CHECKING:
     from onelaunch.checkpoints.weights import LoadedModel
@@ -65,7 +66,7 @@ def memory(model: Path) -> dict[str, float]:
     del loaded
     _ready(engine)
     n = config.max_seq_len - len(PROMPT)
-    engine.generate([PROMPT], n, Sampling())
+    generate_ids(engine, [PROMPT], n)
     gc.collect()
     after = private_bytes()
     return {
@@ -84,21 +85,26 @@ def cold(model: Path) -> dict[str, float]:
 
 def watch_swap(loaded: LoadedModel, seconds: float) -> dict[str, float]:
     """Times of tokens around the swap; RunFailed where it does not come in so many seconds. Texts
-    are as long as the model's context; a gap may lie between two of them."""
+    are as long as the model's context; a gap may lie between two of them. A step of the engine may
+    hand out many tokens: a longest gap is between two steps, a median one that time for each
+    token."""
     config = loaded.config
-    times: list[float] = []
+    times: list[float] = []  # of the step that handed out each token
+    paces: list[float] = []  # a step's time for each of its tokens
     swapped_at = 0  # tokens there were when the compiled form was first seen
-
-    def on_token(index: int, token: int) -> None:
-        nonlocal swapped_at
-        times.append(time.perf_counter())
-        if not swapped_at and engine.wait(0.0):
-            swapped_at = len(times)
-
-    began = time.perf_counter()
+    n = config.max_seq_len - len(PROMPT)
+    began = before = time.perf_counter()
     engine = CpuEngine(config, loaded.weights)
     while not swapped_at or len(times) < swapped_at + TOKENS_AFTER:
-        engine.generate([PROMPT], config.max_seq_len - len(PROMPT), Sampling(), on_token)
+        session = engine.session(1, config.max_seq_len)
+        session.submit(Request(0, PROMPT, n))
+        while events := session.step():
+            now = time.perf_counter()
+            times += [now] * len(events)
+            paces += [(now - before) / len(events)] * len(events)
+            before = now
+            if not swapped_at and engine.wait(0.0):
+                swapped_at = len(times)
         if engine.failed or (not swapped_at and time.perf_counter() - began > seconds):
             raise RunFailed(f"no swap within {len(times)} tokens ({engine.failed or 'too slow'})")
     gaps = [b - a for a, b in pairwise(times)]
@@ -111,8 +117,8 @@ def watch_swap(loaded: LoadedModel, seconds: float) -> dict[str, float]:
         "swap_after_tokens": swapped_at,
         "longest_gap_ms": 1e3 * max(gaps),
         "longest_gap_at_swap_ms": 1e3 * max(around),
-        "median_gap_before_ms": 1e3 * median(gaps[: swapped_at - 1]),
-        "median_gap_after_ms": 1e3 * median(gaps[swapped_at:]),
+        "median_gap_before_ms": 1e3 * median(paces[1:swapped_at]),
+        "median_gap_after_ms": 1e3 * median(paces[swapped_at + 1 :]),
     }
 
 

@@ -32,9 +32,10 @@ from onelaunch.bench.peers.run_c import RunC
 from onelaunch.compilation.environment import child_environment
 from onelaunch.config import preset
 from onelaunch.engines.cpu.engine import CpuEngine
-from onelaunch.engines.engine import Engine, Sampling
+from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
+from onelaunch.generation.decode import generate_ids
 
 MODEL = "stories15m"
 PROMPT = 256
@@ -91,7 +92,7 @@ def prompt(binary: Path | None, rounds: int, say: Callable[[str], None]) -> Row:
 
 def _reading_rate(engine: Engine, ids: list[int]) -> float:
     start = time.perf_counter()
-    engine.generate([ids], 1, Sampling())
+    generate_ids(engine, [ids], 1)
     return len(ids) / (time.perf_counter() - start)
 
 
@@ -128,7 +129,7 @@ def _writing_rate(engine: Engine, ids: list[int]) -> float:
     """Texts one after another for WRITING_SECONDS at least."""
     start, written = time.perf_counter(), 0
     while (took := time.perf_counter() - start) < WRITING_SECONDS:
-        written += len(engine.generate([ids], BUSY_TOKENS, Sampling())[0])
+        written += len(generate_ids(engine, [ids], BUSY_TOKENS)[0])
     return written / took
 
 

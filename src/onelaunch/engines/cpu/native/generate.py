@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from onelaunch.engines.cpu.layout import QUERIES, Governor, Group, State, Status, Sync, Text, Token
+from onelaunch.engines.cpu.layout import (
+    QUERIES,
+    End,
+    Governor,
+    Group,
+    State,
+    Status,
+    Sync,
+    Text,
+    Token,
+)
 from onelaunch.engines.cpu.native.kernels import compiled, field
 from onelaunch.engines.cpu.native.sampling import NOT_FINITE
 from onelaunch.engines.cpu.native.stages import run
@@ -25,8 +35,7 @@ SEARCH_SAMPLES = 6
 KEPT_WITHIN = 1.02  # the number in use stays unless another is faster by more
 FIRST_PERIOD, LAST_PERIOD = 64, 1024
 WORSE = 1.05
-BREATH = 5e7  # nanoseconds
-ENDED = -1  # instead of a token: the text is complete
+SLICE = 2e7  # nanoseconds of one call: requests join, and signals are seen, between two
 
 
 @compiled
@@ -35,9 +44,9 @@ def _set(table, index, value):
 
 
 @compiled
-def _is_stop(state, token):
-    stops = field(state, State.STOPS)
-    for i in range(field(state, State.N_STOPS)):  # noqa: SIM110 (no generators in Numba)
+def _is_stop(text, token):
+    stops = field(text, Text.STOPS)
+    for i in range(field(text, Text.N_STOPS)):  # noqa: SIM110 (no generators in Numba)
         if get_i64(stops + 8 * i) == token:
             return True
     return False
@@ -45,26 +54,23 @@ def _is_stop(state, token):
 
 @compiled
 def _append(state, text):
-    """Take what was drawn for a text; a Status."""
-    token, index = field(text, Text.NEXT), field(text, Text.INDEX)
-    on_token = field(state, State.ON_TOKEN)
+    """Take what was drawn for a text."""
+    token = field(text, Text.NEXT)
     _set(text, Text.ROW, -1)
     if token == NOT_FINITE:
-        _set(state, State.STATUS_AT, field(text, Text.SIZE) - 1)
-        return Status.NOT_FINITE
-    if _is_stop(state, token):
-        _set(text, Text.DONE, 1)
+        _set(text, Text.END, End.NOT_FINITE)
+    elif _is_stop(text, token):
+        _set(text, Text.END, End.STOP)
     else:
         size = field(text, Text.SIZE) + 1
         put_i32(field(text, Text.IDS) + 4 * (size - 1), token)
         _set(text, Text.SIZE, size)
         if size >= field(text, Text.LIMIT):
-            _set(text, Text.DONE, 1)
-        if on_token != 0 and call2(on_token, index, token) != 0:
-            return Status.STOPPED
-    if on_token != 0 and field(text, Text.DONE) != 0 and call2(on_token, index, ENDED) != 0:
-        return Status.STOPPED
-    return Status.OK
+            _set(text, Text.END, End.LIMIT)
+        if size == field(text, Text.PROMPT) + 1:
+            _set(state, State.NEWS, 1)
+    if field(text, Text.END) != End.NONE:
+        _set(state, State.NEWS, 1)
 
 
 @compiled
@@ -97,36 +103,35 @@ def _lay_out(state, text, index, n):
 
 @compiled
 def advance(state):
-    """Take the drawn tokens and lay out the next forward. Returns its number of tokens, 0 where all
-    texts are done, minus a Status where something ended them."""
+    """Take the drawn tokens and, unless there is news, lay out the next forward. Returns its number
+    of tokens, 0 where there is none."""
     texts = field(state, State.TEXTS)
     n_texts = field(state, State.N_TEXTS)
     for i in range(n_texts):
         text = texts + 8 * Text.LENGTH * i
         if field(text, Text.ROW) >= 0:
-            status = _append(state, text)
-            if status != Status.OK:
-                return -status
+            _append(state, text)
     _set(state, State.N_GROUPS, 0)
     _set(state, State.N_ROWS, 0)
     n = 0
-    for i in range(n_texts):
-        text = texts + 8 * Text.LENGTH * i
-        if field(text, Text.DONE) == 0:
-            n = _lay_out(state, text, i, n)
+    if field(state, State.NEWS) == 0:
+        for i in range(n_texts):
+            text = texts + 8 * Text.LENGTH * i
+            if field(text, Text.END) == End.NONE:
+                n = _lay_out(state, text, i, n)
     _set(state, State.N_TOKENS, n)
     return n
 
 
 @compiled
 def generate(state):
-    """Advance and run until every text is done; a Status."""
+    """Advance and run until every text has ended, there is news, or for `SLICE`; a Status."""
     governor = field(state, State.GOVERNOR)
-    breathed = _now(state)
+    began = _now(state)
     while True:
         n = advance(state)
-        if n <= 0:
-            return -n
+        if n == 0:
+            return Status.OK
         decoding = n <= field(state, State.N_TEXTS)
         if field(state, State.ADAPT) != 0:
             if decoding:
@@ -140,10 +145,8 @@ def generate(state):
         after = _now(state)
         if decoding and field(state, State.ADAPT) != 0:
             govern(state, after - before)
-        if after - breathed > BREATH:
-            breathed = after
-            if call2(field(state, State.BREATHE), -1, 0) != 0:
-                return Status.STOPPED
+        if after - began > SLICE:
+            _set(state, State.NEWS, 1)
 
 
 # ---- how many threads

@@ -42,14 +42,31 @@ def sample(state, text):
     top, bad = _largest(logits, vocab)
     chosen = NOT_FINITE
     if not bad:
-        if get_f32(state + 8 * State.TEMPERATURE) == 0.0:
+        new = field(text, Text.SIZE) - field(text, Text.PROMPT)
+        if get_f32(text + 8 * Text.TEMPERATURE) == 0.0:
             chosen = _first_equal(logits, vocab, top)
         else:
-            new = field(text, Text.SIZE) - field(text, Text.PROMPT)
             uniform = get_f32(field(text, Text.UNIFORMS) + 4 * new)
             buffer = field(state, State.CANDIDATES) + row * candidate_bytes(vocab)
-            chosen = _draw(state, logits, vocab, top, uniform, buffer)
+            chosen = _draw(text, logits, vocab, top, uniform, buffer)
+        logprobs = field(text, Text.LOGPROBS)
+        if logprobs != 0:
+            put_f32(logprobs + 8 * new, get_f32(logits + 4 * chosen) - top)
+            put_f32(logprobs + 8 * new + 4, _sum_of_exponentials(logits, vocab, top))
     put_i64(text + 8 * Text.NEXT, chosen)
+
+
+@compiled
+def _sum_of_exponentials(logits, n, top):
+    """Of n floats less the largest."""
+    shift, sums = splat(top), splat(0.0)
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        sums = add(sums, exp(subtract(load(logits + 4 * i), shift)))
+    total = sum_lanes(sums)
+    for i in range(whole, n):
+        total += largest_lane(exp(subtract(splat(get_f32(logits + 4 * i)), shift)))
+    return total
 
 
 @compiled
@@ -96,9 +113,9 @@ def _first_equal(logits, n, value):
 
 
 @compiled
-def _draw(state, logits, vocab, top, uniform, buffer):
+def _draw(text, logits, vocab, top, uniform, buffer):
     weights, ids = buffer, buffer + 4 * (vocab + LANES)
-    temperature = max(get_f32(state + 8 * State.TEMPERATURE), np.float32(_SMALLEST_TEMPERATURE))
+    temperature = max(get_f32(text + 8 * Text.TEMPERATURE), np.float32(_SMALLEST_TEMPERATURE))
     inverse, shift = splat(np.float32(1.0) / temperature), splat(top)
     whole = vocab // LANES * LANES
     sums = splat(0.0)
@@ -112,9 +129,9 @@ def _draw(state, logits, vocab, top, uniform, buffer):
         value = largest_lane(exp(multiply(difference, inverse)))
         put_f32(weights + 4 * i, value)
         total += value
-    k = field(state, State.TOP_K)
-    top_p = get_f32(state + 8 * State.TOP_P)
-    floor = get_f32(state + 8 * State.MIN_P)
+    k = field(text, Text.TOP_K)
+    top_p = get_f32(text + 8 * Text.TOP_P)
+    floor = get_f32(text + 8 * Text.MIN_P)
     if k == 0 and top_p >= 1.0 and floor == 0.0:
         return _invert(weights, ids, vocab, uniform * total, False)
     if k == 0:

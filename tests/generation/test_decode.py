@@ -1,0 +1,301 @@
+"""Prompts to events: decoding as tokens come, several prompts, stop strings, ends, timing."""
+
+import gc
+import weakref
+
+import pytest
+
+from onelaunch.checkpoints.tokenizers import BytesTokenizer, Llama2cTokenizer
+from onelaunch.config import ModelConfig
+from onelaunch.engines.engine import Request, Sampling, TokenEvent
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput, RunFailed
+from onelaunch.generation.decode import (
+    MAX_BATCH,
+    Completion,
+    Decoding,
+    Limits,
+    generate_ids,
+    tokens_per_second,
+)
+from onelaunch.generation.prompts import Prompt, encode_prompts
+from onelaunch.generation.stops import StopStrings
+from tests.engines.suite import weights_of
+
+BYTES = BytesTokenizer()
+CONFIG = ModelConfig(
+    dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=BYTES.vocab_size, max_seq_len=16
+)
+
+
+class Script:
+    """An engine whose session says what it is told, whatever is asked: a list of tokens for each
+    request, `together` of each in a step."""
+
+    config = CONFIG.with_(vocab_size=300)
+
+    def __init__(self, *texts: list[int], together: int = 99, finish: str = "length") -> None:
+        self.texts, self.together, self.finish = [list(ids) for ids in texts], together, finish
+        self.requests: list[Request] = []
+        self.cancelled: list[int] = []
+        self.closed = False
+
+    def session(self, max_batch, max_len):
+        self.size = max_batch, max_len
+        return self
+
+    def submit(self, request):
+        self.requests.append(request)
+
+    def step(self):
+        events = []
+        for request in self.requests:
+            left = self.texts[request.id]
+            if left is None:
+                continue
+            now, self.texts[request.id] = left[: self.together], left[self.together :]
+            events += [TokenEvent(request.id, token, None) for token in now]
+            if not self.texts[request.id]:
+                events.append(TokenEvent(request.id, None, None, self.finish))
+                self.texts[request.id] = None
+        return events
+
+    def cancel(self, id):
+        self.cancelled.append(id)
+        if self.texts[id] is not None:
+            self.texts[id] = []
+
+    def close(self):
+        self.closed = True
+
+
+def spoken(text: str) -> list[int]:
+    return BYTES.encode(text, bos=False)
+
+
+def heard(engine, texts, tokenizer=BYTES, stop=()):
+    """(prompt, token, text) of the events, less ends without a text, and the completions."""
+    decoding = Decoding(
+        engine, encode_prompts(tokenizer, texts), Limits(9, Sampling(), (), stop), tokenizer
+    )
+    events = list(decoding)
+    ends = [event.prompt_index for event in events if event.finish is not None]
+    assert sorted(ends) == list(range(len(texts)))
+    pieces = [event[:3] for event in events if event[1:3] != (None, "")]
+    return pieces, decoding.completions
+
+
+def test_text_comes_piece_by_piece_and_whole_at_the_end():
+    pieces, (completion,) = heard(Script(spoken("hey")), ["Oh "])
+    assert [text for _, _, text in pieces] == ["h", "e", "y"]
+    assert [token for _, token, _ in pieces] == spoken("hey") == completion.ids
+    assert completion.text == "hey"
+    assert completion.prompt == Prompt("Oh ", [1, *spoken("Oh ")], special=1)
+    assert completion.finish == "length"
+
+
+def test_a_character_of_several_tokens_comes_when_it_is_whole():
+    pieces, (completion,) = heard(Script(spoken("a\u20acb")), [""])
+    assert [text for _, _, text in pieces] == ["a", "", "", "\u20ac", "b"]
+    assert completion.text == "a\u20acb"
+
+
+def test_a_character_cut_off_is_marked_before_the_next_text_begins():
+    cut = spoken("\u20ac")[:2]
+    pieces, completions = heard(Script(cut, spoken("x"), cut), ["", "", ""])
+    told = [(index, text) for index, _, text in pieces if text]
+    assert told == [(0, "\ufffd"), (1, "x"), (2, "\ufffd")]
+    assert [completion.text for completion in completions] == ["\ufffd", "x", "\ufffd"]
+    assert [(i, t) for i, t, text in pieces if text == "\ufffd"] == [(0, None), (2, None)]
+
+
+def llama2c_tokenizer(words: list[bytes]) -> Llama2cTokenizer:
+    specials = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
+    return Llama2cTokenizer(specials + words, [0.0] * (259 + len(words)))
+
+
+def test_only_a_text_from_bos_loses_its_first_space():
+    tokenizer = llama2c_tokenizer([b" ", b"a", b" a"])
+    (a,) = [i for i, piece in enumerate(tokenizer.pieces) if piece == b" a"]
+    _, (from_bos,) = heard(Script([a, a]), [""], tokenizer)
+    assert from_bos.text == "a a"
+    _, (continued,) = heard(Script([a, a]), ["a"], tokenizer)
+    assert continued.text == " a a"
+
+
+def test_texts_without_tokens_are_empty_and_do_not_shift_the_others():
+    pieces, completions = heard(Script([], spoken("b"), []), ["x", "y", "z"])
+    assert [(index, text) for index, _, text in pieces] == [(1, "b")]
+    assert [completion.text for completion in completions] == ["", "b", ""]
+    assert [completion.first_token_seconds is None for completion in completions] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_ids_alone_need_no_tokenizer():
+    engine = Script([7, 8])
+    decoding = Decoding(engine, [Prompt("", [1])], Limits(2, Sampling(seed=4), [2]))
+    assert [tuple(event) for event in decoding] == [
+        (0, 7, "", None),
+        (0, 8, "", None),
+        (0, None, "", "length"),
+    ]
+    (completion,) = decoding.completions
+    assert completion.ids == [7, 8]
+    assert completion.text is None
+    assert engine.requests == [Request(0, [1], 2, Sampling(seed=4), [2])]
+    with pytest.raises(BadInput, match="need a tokenizer"):
+        Decoding(engine, [Prompt("", [1])], Limits(2, stop=["x"]))
+
+
+def test_no_prompts_no_texts():
+    assert Decoding(Script(), [], Limits(5)).finish() == []
+    assert generate_ids(Script(), [], 5) == []
+
+
+def test_equal_prompts_are_samples_and_the_session_is_as_large_as_needed():
+    prompts = [Prompt("", ids) for ids in ([1], [2], [1], [1, 4, 5], [1])]
+    engine = Script(*[[7]] * 5)
+    Decoding(engine, prompts, Limits(3)).finish()
+    assert [request.sample for request in engine.requests] == [0, 0, 1, 0, 2]
+    assert engine.size == (5, 5)  # the last new token is not read back
+    many = Script(*[[7]] * 40)
+    Decoding(many, [Prompt("", [1])] * 40, Limits(3)).finish()
+    assert many.size == (MAX_BATCH, 3)
+
+
+@pytest.mark.parametrize("together", [1, 2, 99])
+@pytest.mark.parametrize(
+    ("stop", "text", "ids"),
+    [
+        (["lo"], "hel", 5),
+        (["l"], "he", 3),
+        (["low", "o w"], "hell", 7),
+        (["world!", "el"], "h", 3),
+        (["worlds"], "hello world", 11),
+        (["h"], "", 1),
+        (["ldx", "xd"], "hello world", 11),
+    ],
+)
+def test_a_text_ends_before_a_stop_string(stop, text, ids, together):
+    """However many tokens come at once; what may be its beginning is held back until it is not."""
+    engine = Script(spoken("hello world"), spoken("ha"), together=together)
+    pieces, completions = heard(engine, ["", "b"], stop=stop)
+    first, _ = completions
+    assert first.text == text
+    assert "".join(piece for index, _, piece in pieces if index == 0) == text
+    assert first.ids == spoken("hello world")[:ids]
+    assert first.finish == ("length" if text == "hello world" else "stop")
+    assert (0 in engine.cancelled) == (first.finish == "stop")
+    assert engine.closed
+
+
+def test_a_stop_string_may_be_of_one_character_that_takes_several_tokens():
+    _, (completion,) = heard(Script(spoken("a\u20acb")), [""], stop=["\u20ac"])
+    assert completion.text == "a"
+    assert len(completion.ids) == 4
+
+
+def test_stop_strings_hold_back_what_may_be_theirs_and_no_more():
+    stops = StopStrings(["abab", "bac"])
+    given = [stops.push(each) for each in ("xa", "b", "a", "x", "ab", "a", "b", "more")]
+    assert (
+        given[:6] == [("x", False), ("", False), ("", False), ("abax", False)] + [("", False)] * 2
+    )
+    assert given[6] == ("", True)
+    assert stops.push("ba") == ("", False)
+    assert stops.finish() == "ba"
+
+
+def test_a_stop_string_that_is_empty_is_refused():
+    with pytest.raises(BadInput, match="stop=''"):
+        Decoding(Script([7]), [Prompt("", [1])], Limits(2, stop=[""]), BYTES)
+
+
+def test_a_text_may_be_cancelled_and_the_others_go_on():
+    engine = ReferenceEngine(CONFIG, weights_of(CONFIG), device="cpu")
+    prompts = encode_prompts(BYTES, ["ab", "c"])
+    alone = Decoding(engine, prompts, Limits(9), BYTES).finish()
+    decoding = Decoding(engine, prompts, Limits(9), BYTES)
+    next(decoding)
+    decoding.cancel(0)
+    first, second = decoding.finish()
+    assert first.finish == "cancelled"
+    assert 0 < len(first.ids) < 9
+    assert first.ids == alone[0].ids[: len(first.ids)]
+    assert (second.ids, second.text) == (alone[1].ids, alone[1].text)
+
+
+def test_leaving_early_closes_the_session():
+    engine = Script(spoken("hey"), together=1)
+    decoding = Decoding(engine, encode_prompts(BYTES, ["a"]), Limits(9), BYTES)
+    next(decoding)
+    assert not engine.closed
+    decoding.close()
+    assert engine.closed
+    assert list(decoding) == []
+    engine = Script(spoken("hey"), together=1)
+    decoding = Decoding(engine, encode_prompts(BYTES, ["a"]), Limits(9), BYTES)
+    next(decoding)
+    gone = weakref.ref(decoding)
+    del decoding
+    gc.collect()
+    assert gone() is None
+    assert engine.closed
+
+
+def test_an_error_of_a_request_is_raised():
+    engine = Script([7])
+    engine.step = lambda: [TokenEvent(0, None, None, "error", RunFailed("not finite"))]
+    with pytest.raises(RunFailed, match="not finite"):
+        generate_ids(engine, [[1]], 5)
+    assert engine.closed
+
+
+def test_texts_that_grow_together_are_decoded_apart():
+    pieces, completions = heard(Script(spoken("a\u20acc"), spoken("xy"), together=1), ["", ""])
+    assert [completion.text for completion in completions] == ["a\u20acc", "xy"]
+    assert [(i, text) for i, _, text in pieces if text] == [
+        (0, "a"),
+        (1, "x"),
+        (1, "y"),
+        (0, "\u20ac"),
+        (0, "c"),
+    ]
+
+
+def test_seconds_run_from_the_beginning_of_all(monkeypatch):
+    """A clock that ticks once a look: the start, then each step."""
+    ticks = iter(range(100))
+    monkeypatch.setattr("onelaunch.generation.decode.time.perf_counter", lambda: next(ticks))
+    first, second = heard(Script(spoken("abcde"), spoken("fg"), together=2), ["", ""])[1]
+    assert (first.first_token_seconds, first.seconds) == (1, 3)
+    assert (second.first_token_seconds, second.seconds) == (1, 1)
+    # six of the seven tokens came after the first one, in 2 seconds
+    assert tokens_per_second([first, second]) == 3.0
+
+
+def test_no_speed_without_two_tokens():
+    assert tokens_per_second([]) is None
+    one = Completion(Prompt("", [1]), ids=[5], first_token_seconds=0.1, seconds=0.1)
+    assert tokens_per_second([one, Completion(Prompt("", [1]))]) is None
+
+
+def test_on_a_real_engine_the_text_is_the_engines_ids_decoded():
+    engine = ReferenceEngine(CONFIG, weights_of(CONFIG), device="cpu")
+    pieces, completions = heard(engine, ["ab", "c"])
+    ids = generate_ids(engine, [[1, *spoken("ab")], [1, *spoken("c")]], 9)
+    assert [completion.ids for completion in completions] == ids
+    for index, completion in enumerate(completions):
+        assert completion.text == BYTES.decode(ids[index])
+        assert "".join(text for i, _, text in pieces if i == index) == completion.text
+        assert 0 < completion.first_token_seconds < completion.seconds
+
+
+def test_a_prompt_beyond_the_context_is_named_with_both_lengths():
+    engine = ReferenceEngine(CONFIG, weights_of(CONFIG), device="cpu")
+    assert len(heard(engine, ["x" * 15])[1][0].ids) == 1
+    with pytest.raises(BadInput, match=r"prompt 2 has 17 tokens, .* context holds 16"):
+        heard(engine, ["x", "x" * 16])
