@@ -26,9 +26,9 @@ train [RECIPE] [--preset NAME] [--data DIR] [--run DIR] [--resume] [--accum N] [
     [--engine ENGINE] [--compile-budget N] [--set A.B=C...] [--quiet] [--debug]
 eval MODEL --data DIR [--device DEVICE] [--json] [--quiet] [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
-    [--max-new-tokens N] [--stop TEXT...] [--temperature T] [--top-k K] [--top-p P] [--min-p P] [--seed S]
-    [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth DEPTH]
-    [--trace FILE] [--ids] [--json] [--quiet] [--debug]
+    [--max-new-tokens N] [--stop TEXT...] [--temperature T] [--top-k K] [--top-p P] [--min-p P]
+    [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth
+    DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
 export MODEL OUT --format FORMAT [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]
     [--weights DTYPE] [--quiet] [--debug]
 inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json] [--debug]

@@ -137,6 +137,7 @@ class ReferenceEngine:
         """
         return self.session_and_rows(max_batch, check_session(max_batch, max_len, self.config))[0]
 
+    @torch.inference_mode()
     def session_and_rows(self, max_batch: int, max_len: int) -> tuple[RowSession, CachedRows]:
         """A session, and its keys and values, for an engine that will take its texts over."""
         cache = KVCache(self.config, max_batch, max_len, self.device, self.dtype)
@@ -254,17 +255,18 @@ class CachedRows:
                 tensor.zero_()
         return self._last_logits(torch.tensor([prompt_ids]), self.caches[row])
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, token_B: Tensor) -> Tensor:
         """Read a token of each row; their logits, (B, V)."""
-        if len(tokens) == 1:
-            return self._last_logits(torch.tensor([tokens]), self.caches[0])
-        lengths = [each.length for each in self.caches[: len(tokens)]]
-        ragged = RaggedCache(self._cache, lengths)
-        logits_BV = self._last_logits(torch.tensor(tokens)[:, None], ragged)
-        for each in self.caches[: len(tokens)]:
+        if len(token_B) == 1:
+            return self._last_logits(token_B[None], self.caches[0])
+        caches = self.caches[: len(token_B)]
+        ragged = RaggedCache(self._cache, [each.length for each in caches])
+        logits_BV = self._last_logits(token_B[:, None], ragged)
+        for each in caches:
             each.length += 1
         return logits_BV
 
+    @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
         """Copy a row's sequence over another's."""
         moved = self.caches[source]
