@@ -143,7 +143,7 @@ def test_threads():
         assert torch.get_num_threads() == engine.describe()["threads"] == 1
     finally:
         torch.set_num_threads(before)
-    with pytest.raises(BadInput, match="threads 0"):
+    with pytest.raises(BadInput, match="threads=0"):
         ReferenceEngine(SMALL, weights_of(SMALL), device="cpu", threads=0)
 
 

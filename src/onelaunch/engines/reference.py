@@ -39,22 +39,22 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise BadInput(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+        raise BadInput(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         return _cuda_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("device mps: this machine or this PyTorch has no Apple GPU; use cpu")
+        raise BadInput("device='mps': this machine or this PyTorch has no Apple GPU; use cpu")
     return torch.device(device.type)
 
 
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         reason = "this PyTorch is built without CUDA" if not torch.version.cuda else "no GPU found"
-        raise BadInput(f"device {device}: {reason}; use cpu or auto")
+        raise BadInput(f"device='{device}': {reason}; use cpu or auto")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise BadInput(f"device {device}: the GPUs here are numbered 0 to {last}")
+        raise BadInput(f"device='{device}': the GPUs here are numbered 0 to {last}")
     return torch.device("cuda", index)
 
 
@@ -63,7 +63,7 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise BadInput(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
+        raise BadInput(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -98,10 +98,10 @@ class ReferenceEngine:
         self.trains = train
         if threads is not None:
             if not 1 <= threads <= MAX_THREADS:
-                raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
+                raise BadInput(f"threads={threads}: must be from 1 to {MAX_THREADS}")
             torch.set_num_threads(threads)
         if train and self.dtype == torch.float16:
-            raise BadInput("dtype float16 cannot train here; use bfloat16 or float32")
+            raise BadInput("dtype='float16' cannot train here; use bfloat16 or float32")
         stored = torch.float32 if train else self.dtype
         placed = {
             name: _place(tensor, self.device, stored, copy=train)

@@ -50,7 +50,7 @@ class CoreMLEngine:
         self.config = config
         self.dtype = dtype or DTYPES[0]
         if self.dtype not in DTYPES:
-            raise BadInput(f"dtype {dtype!r}: the Core ML engine knows {', '.join(DTYPES)}")
+            raise BadInput(f"dtype={dtype!r}: the Core ML engine knows {', '.join(DTYPES)}")
         depth = "all" if fusion_depth == "auto" else fusion_depth
         self.fusion_depth = parse_depth(depth, config.n_layers)
         program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
