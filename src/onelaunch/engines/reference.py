@@ -68,11 +68,11 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 class ReferenceEngine:
-    """Runs a model with PyTorch's own operators; see `Engine` and `TrainableEngine`.
+    """Runs a model with PyTorch's own operators; see `Engine` and `TrainEngine`.
 
     `weights` are used as they are where device and dtype fit. With `train` they are copied to
     float32 tensors that take gradients, `dtype` is then what autocast computes in, `dropout` acts
-    in `loss_and_gradients` only, and `compile` gives that method to torch.compile. `norm` is one of
+    in `train_step` only, and `compile` gives that method to torch.compile. `norm` is one of
     `engines.norm.NORMS`; the attribute says which of them "auto" was.
     `threads` sets PyTorch's CPU threads for the whole process. Raises BadInput for a device, dtype,
     norm or number of threads that cannot be had.
@@ -162,14 +162,14 @@ class ReferenceEngine:
         self._check_trains()
         return dict(self.model.named_parameters())
 
-    def loss_and_gradients(
+    def train_step(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
         mark: Callable[[str], None] = lambda part: None,
     ) -> Tensor:
-        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainableEngine`."""
+        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`."""
         self._check_trains()
         self.model.training = True  # the root alone reads it
         try:
@@ -182,25 +182,25 @@ class ReferenceEngine:
             self.model.training = False
         return loss.detach()
 
-    def say_to(self, say: Callable[[str], None]) -> None:
-        """It has nothing to say."""
+    def log_to(self, log: Callable[[str], None]) -> None:
+        """Nothing: it logs no line."""
 
-    def updated(self) -> None:
+    def after_update(self) -> None:
         """The parameters are what computes: there is nothing to be made of them."""
 
     def telemetry(self) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """None."""
         return {}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Nothing to be put back."""
 
     @property
-    def spent(self) -> bool:
+    def restart_requested(self) -> bool:
         """Never."""
         return False
 
