@@ -43,15 +43,15 @@ class Stale(ReferenceEngine):
             for name, parameter in self.parameters().items():
                 parameter.copy_(weights[name])
 
-    def loss_and_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         newest = self._copy()
         self._put(self._versions[max(0, len(self._versions) - 1 - STALENESS)])
         try:
-            return super().loss_and_gradients(*args, **kwargs)
+            return super().train_step(*args, **kwargs)
         finally:
             self._put(newest)
 
-    def updated(self) -> None:
+    def after_update(self) -> None:
         self._versions.append(self._copy())
 
 

@@ -22,6 +22,7 @@ from onelaunch.errors import BadInput
 from onelaunch.generation.decode import Decoding, Limits
 from onelaunch.generation.prompts import encode_prompts
 from onelaunch.model import Model
+from onelaunch.training.prepare import prepare
 from onelaunch.training.story_data import stories_tokenizer
 
 
@@ -191,6 +192,25 @@ def test_logits_and_loss(model):
     assert math.isfinite(model.loss(ids[:1]))
 
 
+@pytest.mark.usefixtures("compiled_program")
+def test_the_loss_over_some_data_is_the_same_on_every_engine(path, tmp_path):
+    rows = "Once upon a time there was a cat. The cat was happy. " * 60
+    (tmp_path / "text.txt").write_text(rows)
+    prepare([tmp_path / "text.txt"], tmp_path / "data", str(path.parent / "tokenizer.bin"))
+    seen = []
+    found = onelaunch.load(path, device="cpu").evaluate(tmp_path / "data", seen.append)
+    assert seen[-1].endswith("tokens")
+    assert (found.window, found.data, found.synthetic) == (512, str(tmp_path / "data"), False)
+    assert found.nats_per_byte < found.loss
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    for how in ({"engine": "reference"}, {"engine": "cpu"}, {"dtype": "float32"}):
+        other = onelaunch.load(path, device="cpu", **how).evaluate(tmp_path / "data")
+        assert other.tokens == found.tokens
+        assert other.loss == pytest.approx(found.loss, rel=1e-5)
+    narrow = onelaunch.load(path, device="cpu", dtype="bfloat16").evaluate(tmp_path / "data")
+    assert 1e-6 < abs(narrow.loss / found.loss - 1) < 0.02
+
+
 def test_a_model_is_saved_in_every_format_also_when_closed(model, path, tmp_path):
     again = tmp_path / "again.bin"
     model.close()
@@ -221,9 +241,9 @@ def test_a_pytorch_model_is_saved(tmp_path):
     ("how", "says"),
     [
         ({"engine": "gpu"}, "engine='gpu'"),
-        ({"device": "tpu"}, "device 'tpu'"),
-        ({"dtype": "int3", "engine": "reference"}, "dtype 'int3'"),
-        ({"threads": 0, "engine": "reference"}, "threads 0"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"dtype": "int3", "engine": "reference"}, "dtype='int3'"),
+        ({"threads": 0, "engine": "reference"}, "threads=0"),
         ({"fusion_depth": "none", "engine": "reference"}, "fusion_depth='none'"),
         ({"tokenizer": "nowhere.bin"}, "nowhere.bin"),
     ],

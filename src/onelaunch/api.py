@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onelaunch.generation.decode import Decoding
     from onelaunch.generation.prompts import Prompt
     from onelaunch.model import Model
+    from onelaunch.training.evaluate import SplitLoss
     from onelaunch.training.recipe import Recipe
 
 Log = Callable[[str], None]
@@ -125,8 +126,7 @@ class LanguageModel:
     @property
     def engine(self) -> Engine:
         """What runs the model; made at the first use."""
-        if self._closed:
-            raise RuntimeError("this model is closed; load it again")
+        self._check_open()
         if self._engine is None:
             from onelaunch.engines.choice import choose
 
@@ -327,6 +327,34 @@ class LanguageModel:
             raise BadInput(f"only the CUDA engine can be tuned, and the engine is {name!r}")
         return engine.tune(batch, sequence, progress)
 
+    def evaluate(self, data: str | Path, progress: Log | None = None) -> SplitLoss:
+        """The loss over the whole validation split of some data, in windows of the model's context,
+        2,048 at most.
+
+        data: a folder made by `onelaunch prepare`, or "stories".
+        progress: called with how many tokens were read.
+        It is computed in float32 unless the model was loaded with a dtype, and, where no engine was
+        chosen, by the one that is fastest for batches: the GPU's own, or PyTorch.
+
+        Raises BadInput where the data were made with another tokenizer than the model's.
+        """
+        from onelaunch.engines.choice import automatic_for_evaluation, choose
+        from onelaunch.engines.reference import resolve_device
+        from onelaunch.training.data import open_data
+        from onelaunch.training.evaluate import check_tokenizer, evaluate_split
+
+        self._check_open()
+        tokens = open_data(str(data))
+        check_tokenizer(self.checkpoint, self._source, str(data), tokens, self._log)
+        how = {"device": "auto", "threads": None} | self._how
+        how["dtype"] = str(how.get("dtype") or "float32").removeprefix("torch.")
+        name = self._engine_name
+        if name == "auto":
+            device = resolve_device(how["device"])
+            name = automatic_for_evaluation(device, self.config, how["dtype"], how["threads"])
+        engine = choose(name, self.config, self.weights, say=self._log, **how)
+        return evaluate_split(engine, tokens, progress or _no_log)
+
     def save(self, path: str | Path, format: str) -> None:
         """Write the model to `path` as "llama2c" (a file) or "hf" (a folder). The tokenizer is not
         written; `onelaunch export` writes both."""
@@ -356,6 +384,10 @@ class LanguageModel:
         millions = self.config.n_params / 1e6
         state = ", closed" if self._closed else ""
         return f"LanguageModel({self.checkpoint.source}, {millions:.1f}M parameters{state})"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this model is closed; load it again")
 
     @property
     def _source(self) -> str:
@@ -451,7 +483,9 @@ def train(
             assert recipe is not None
             place = Path(run) if run else default_run_folder(name)
             outcome = start(recipe, place, quiet, numbered=run is None)
-    if outcome.spent:  # as many compilations as coreml.compile_budget lets a process make
+    if (
+        outcome.restart_requested
+    ):  # as many compilations as coreml.compile_budget lets a process make
         _go_on(outcome.run)
     if outcome.signal is not None:
         raise KeyboardInterrupt(f"stopped; {outcome.run} is saved and can be resumed")

@@ -14,7 +14,7 @@ import typer
 
 from onelaunch import __version__
 from onelaunch.cli import app as app_module
-from onelaunch.cli import doctor
+from onelaunch.engines import installed
 from onelaunch.errors import BadInput, RunFailed
 
 # What people type and scripts rely on. A change here is a change for them: it belongs into the
@@ -24,7 +24,8 @@ onelaunch [--version] [--debug]
 prepare TEXT... --out DIR [--vocab-size N] [--tokenizer FILE] [--quiet] [--debug]
 train [RECIPE] [--preset NAME] [--data DIR] [--run DIR] [--resume] [--accum N] [--device DEVICE]
     [--engine ENGINE] [--compile-budget N] [--set A.B=C...] [--quiet] [--debug]
-eval MODEL --data DIR [--device DEVICE] [--json] [--quiet] [--debug]
+eval MODEL --data DIR [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--json] [--quiet]
+    [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
     [--max-new-tokens N] [--stop TEXT...] [--temperature T] [--top-k K] [--top-p P] [--min-p P]
     [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth
@@ -149,7 +150,7 @@ def test_every_error_has_its_line_and_code(onelaunch, monkeypatch, error, code, 
     def fail():
         raise error
 
-    monkeypatch.setattr(doctor, "examine", fail)
+    monkeypatch.setattr(installed, "examine", fail)
     outcome, out, err = onelaunch("doctor")
     assert (outcome, out) == (code, "")
     assert line in err
@@ -161,7 +162,7 @@ def test_an_error_loses_no_line_that_was_printed(onelaunch, monkeypatch):
         print("what was found so far")
         raise FileNotFoundError(2, "No such file", "y")
 
-    monkeypatch.setattr(doctor, "examine", fail)
+    monkeypatch.setattr(installed, "examine", fail)
     outcome, out, err = onelaunch("doctor")
     assert (outcome, out) == (2, "what was found so far\n")
     assert "y: No such file" in err
@@ -171,7 +172,7 @@ def test_an_error_of_ours_is_not_hidden(onelaunch, monkeypatch):
     def fail():
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(doctor, "examine", fail)
+    monkeypatch.setattr(installed, "examine", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         onelaunch("doctor")
 
@@ -181,7 +182,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(onelaunch, monkeypatch, ar
     def fail():
         raise BadInput("x.bin: bad")
 
-    monkeypatch.setattr(doctor, "examine", fail)
+    monkeypatch.setattr(installed, "examine", fail)
     code, _, err = onelaunch(*argv)
     assert code == 2
     assert "Traceback" in err
@@ -208,7 +209,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(onelaunch, monkeypatch, ar
 def test_every_verb_has_debug(onelaunch, monkeypatch, tmp_path, argv):
     """The traceback in the place of the one line, with the same exit code."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "examine", lambda: (_ for _ in ()).throw(BadInput("bad")))
+    monkeypatch.setattr(installed, "examine", lambda: (_ for _ in ()).throw(BadInput("bad")))
     code, out, err = onelaunch(*argv)
     assert (code, out, err.count("\n")) == (2, "", 1)
     for debugging in ([*argv, "--debug"], ["--debug", *argv]):
@@ -274,11 +275,11 @@ def test_doctor_knows_every_extra():
         for extra, requirements in extras.items()
         if extra != "dev"
     }
-    assert named == doctor.EXTRAS
+    assert named == installed.EXTRAS
 
 
 def test_doctor_says_how_to_get_what_is_missing(onelaunch, monkeypatch):
-    monkeypatch.setattr(doctor, "EXTRAS", {"hf": ("no-such-package",)})
+    monkeypatch.setattr(installed, "EXTRAS", {"hf": ("no-such-package",)})
     _, out, _ = onelaunch("doctor")
     assert "without no-such-package; pip install 'onelaunch[hf]'" in out
 

@@ -12,6 +12,7 @@ import pytest
 from onelaunch import cli
 from onelaunch.compilation import cache
 from onelaunch.compilation.cache import Store
+from onelaunch.engines import installed
 
 
 @pytest.fixture
@@ -129,13 +130,11 @@ def test_a_cache_below_a_file_is_shown_with_the_reason(doctor, tmp_path, monkeyp
 
 
 def test_it_says_whether_the_cuda_engine_can_run(doctor, store, monkeypatch):
-    from onelaunch.cli import doctor as doctor_module
-
     missing = "there is no CUDA GPU here"
-    monkeypatch.setattr(doctor_module, "_cuda", lambda: ([], missing))
+    monkeypatch.setattr(installed, "_cuda", lambda: ([], missing))
     found = json.loads(doctor("--json")[1])["engines"]["cuda"]
     assert found == {"missing": missing, "choices": 0}
     assert re.search(f"^engine cuda +no: {missing}$", doctor()[1], re.M)
     store.put("key", b"{}", {"what": "the choice of a form"})
-    monkeypatch.setattr(doctor_module, "_cuda_engine", lambda gpu: {"missing": None, "choices": 1})
+    monkeypatch.setattr(installed, "_cuda_engine", lambda gpu: {"missing": None, "choices": 1})
     assert re.search("^engine cuda +logits in few launches, chosen for 1 ", doctor()[1], re.M)

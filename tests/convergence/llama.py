@@ -96,7 +96,7 @@ def losses(
     result = []
     for update in range(size.updates):
         tokens_BS, targets_BS = (torch.from_numpy(ids) for ids in sampler.next(size.batch))
-        result.append(engine.loss_and_gradients(tokens_BS, targets_BS))
+        result.append(engine.train_step(tokens_BS, targets_BS))
         torch.nn.utils.clip_grad_norm_(engine.parameters().values(), recipe.optimizer.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(update)

@@ -46,7 +46,7 @@ def test_bf16_gradients_are_as_near_to_float64_as_plain_autocast(name, qk_norm, 
     exact.requires_grad_(True)
     exact.loss(tokens, targets).backward()
     engine = ReferenceEngine(config, weights, device="cuda", train=True, norm=norm)
-    loss = engine.loss_and_gradients(tokens, targets)
+    loss = engine.train_step(tokens, targets)
     assert loss.item() == pytest.approx(exact.loss(tokens, targets).item(), rel=1e-2)
     for key, parameter in exact.named_parameters():
         gradient = engine.parameters()[key].grad
@@ -145,7 +145,7 @@ def test_the_operator_compiles_in_one_graph_with_its_gradients(dtype, qk_norm):
     for compiled in (False, True):
         if compiled:
             engine._loss = torch.compile(engine.model.loss, fullgraph=True)
-        loss = engine.loss_and_gradients(tokens, targets)
+        loss = engine.train_step(tokens, targets)
         gradients.append({k: p.grad.clone() for k, p in engine.parameters().items()})
         gradients[-1]["loss"] = loss
         engine.model.zero_grad(set_to_none=True)

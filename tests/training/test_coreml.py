@@ -80,11 +80,11 @@ def test_what_it_tells(tmp_path):
 @pytest.mark.parametrize(("staleness", "budget"), [(0, 4), (2, 2)])
 def test_a_budget_ends_the_process_and_a_resume_goes_on_exactly(staleness, budget, tmp_path):
     whole = recipe(coreml__staleness=staleness)
-    assert not start(whole, tmp_path / "whole", quiet=True).spent
+    assert not start(whole, tmp_path / "whole", quiet=True).restart_requested
     spent = recipe(coreml__staleness=staleness, coreml__compile_budget=budget)
     outcome = start(spent, tmp_path / "parts", quiet=True)
     times = 1
-    while outcome.spent:
+    while outcome.restart_requested:
         assert outcome.progress.update < 4
         outcome = resume(tmp_path / "parts", {}, quiet=True)
         times += 1

@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onelaunch.cli.common import Debug, Json, load_model, say
-from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
-
-    from onelaunch.checkpoints.weights import LoadedModel
-
-PROMPT_TOKENS = 64
 
 
 def inspect(
@@ -50,6 +46,7 @@ def inspect(
     import json as json_module
     from pathlib import Path
 
+    from onelaunch.engines import inspection
     from onelaunch.engines.coreml.package import is_package
 
     if not random and is_package(Path(model)):
@@ -60,15 +57,13 @@ def inspect(
         _inspect_program(Path(model), json)
         return
     loaded = load_model(model, random)
-    plan = _plan(loaded, fusion_depth)
-    choices = _choices(loaded)
-    prefetch = _prefetch(loaded)
-    facts = {**_facts(model, loaded), "plan": plan, "choices": choices, "prefetch": prefetch}
+    facts = {"model": model, **inspection.inspect(loaded, fusion_depth)}
+    if facts["tokenizer_error"] is not None:
+        say(f"the tokenizer cannot be used: {facts['tokenizer_error']}")
     if json:
         print(json_module.dumps(facts))
         return
-    config = facts.pop("config")
-    del facts["plan"], facts["choices"], facts["prefetch"]
+    plan, choices, prefetch, config = map(facts.pop, ("plan", "choices", "prefetch", "config"))
     if facts.pop("tokenizer_error") is not None:
         facts["tokenizer"] = "cannot be used"
     elif facts["tokenizer"] is not None:
@@ -99,26 +94,6 @@ def _print_lines(lines: Iterable[tuple[str, str]], width: int) -> None:
         print(f"{name:<{width}}  {text}")
 
 
-def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
-    """What a forward of one token and of a prompt takes, embedding to logits, in numbers of the
-    width that the weights are stored in; and in how many launches, at each fusion depth."""
-    from onelaunch.plan import describe, every_depth, launches, make_plan, parse_depth
-
-    config = loaded.config
-    if depth is not None:
-        depth = str(parse_depth(depth, config.n_layers))
-    itemsize = max(tensor.element_size() for tensor in loaded.weights.values())
-    plans = [
-        make_plan(config, sequence=tokens, weight_itemsize=itemsize, activation_itemsize=itemsize)
-        for tokens in sorted({1, min(PROMPT_TOKENS, config.max_seq_len)})
-    ]
-    return {
-        "forwards": [describe(plan, depth) for plan in plans],
-        "launches": {str(d): len(launches(plans[0], d)) for d in every_depth(config.n_layers)},
-        "fusion_depth": depth,
-    }
-
-
 def _plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for forward in plan["forwards"]:
         totals, tokens = forward["totals"], forward["sequence"]
@@ -140,16 +115,6 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """What the CUDA engine has chosen for this model's shape, on whatever GPU, as it is kept."""
-    from dataclasses import asdict
-
-    from onelaunch.compilation.cache import Store
-    from onelaunch.engines.cuda.tuning.store import kept
-
-    return [{"of": of, **asdict(choice)} for of, choice in kept(Store(), loaded.config)]
-
-
 def _choice_lines(choices: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     for choice in choices:
         of, us = choice["of"], choice["us"]
@@ -159,28 +124,6 @@ def _choice_lines(choices: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
             f"{choice['form']}, {us[choice['form']]:.1f} us ({others}), in {of['dtype']} on "
             f"{of['device']}, measured {choice['measured'][:10]}",
         )
-
-
-def _prefetch(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """How the CPU engine prefetches this model's weights, on whatever processor, as it is kept."""
-    from onelaunch.compilation.cache import Store
-    from onelaunch.engines.cpu.prefetch_choice import kept
-
-    found = []
-    for of, choice in kept(Store(), loaded.config):
-        for threads, each in ((1, choice.one), (of["threads"], choice.several)):
-            if each is not None:
-                found.append(
-                    {
-                        "threads": threads,
-                        "prefetch": str(each.prefetch),
-                        "gain": each.gain,
-                        "dtype": of["dtype"],
-                        "processor": of["processor"],
-                        "measured": choice.measured,
-                    }
-                )
-    return found
 
 
 def _prefetch_lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -198,36 +141,6 @@ def _depth_name(depth: str) -> str:
     if depth.isdecimal():
         return "1 layer:" if depth == "1" else f"{depth} layers:"
     return f"{depth}:"
-
-
-def _facts(name: str, loaded: LoadedModel) -> dict[str, Any]:
-    from onelaunch.checkpoints.tokenizers import find_tokenizer
-
-    unusable = None
-    try:
-        tokenizer = find_tokenizer(loaded)
-    except (BadInput, MissingExtra) as error:
-        tokenizer, unusable = None, str(error)
-        say(f"the tokenizer cannot be used: {error}")
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in loaded.weights.values()}
-    return {
-        "model": name,
-        "format": loaded.format,
-        "parameters": loaded.config.n_params,
-        "bytes": loaded.n_bytes,
-        "dtype": ", ".join(sorted(dtypes)),
-        "tokenizer": None
-        if tokenizer is None
-        else {
-            "kind": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "fingerprint": tokenizer.fingerprint,
-        },
-        "tokenizer_error": unusable,
-        "bos_id": loaded.bos_id,
-        "stop_ids": list(loaded.stop_ids),
-        "config": loaded.config.to_dict(),
-    }
 
 
 def _shown(value: object) -> str:

@@ -130,7 +130,7 @@ def train(
         place = default_run_folder(name) if run is None else run
         outcome = start(given, place, quiet, numbered=run is None)
     run = outcome.run
-    if outcome.spent:
+    if outcome.restart_requested:
         _go_on(run, quiet)
     at, folder = outcome.progress, shlex.quote(str(run))
     where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")

@@ -74,6 +74,20 @@ def choose(
     return ReferenceEngine(config, weights, device, dtype, threads)
 
 
+def automatic_for_evaluation(
+    device: torch.device, config: ModelConfig, dtype: str, threads: int | None
+) -> str:
+    """What "auto" is for the logits of whole batches: the CUDA engine, in float32 too, where it
+    runs; elsewhere the reference engine. On a CPU PyTorch's products of a batch are faster than the
+    CPU engine's: logits of 8x256 take that 1.25 to 1.35 times as long."""
+    if device.type == "cuda" and threads is None:
+        from onelaunch.engines import cuda
+
+        if dtype in cuda.DTYPES and cuda.why_not(device, config) is None:
+            return "cuda"
+    return "reference"
+
+
 def automatic(
     device: torch.device, config: ModelConfig | None, dtype: str | None, threads: int | None
 ) -> str:

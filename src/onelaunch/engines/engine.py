@@ -145,6 +145,9 @@ class LogitsEngine(Protocol):
         model's context, for an id outside its vocabulary, and for another dtype.
         """
 
+    def describe(self) -> dict[str, Any]:
+        """Engine, device, dtype, bytes of weights."""
+
 
 class Engine(LogitsEngine, Protocol):
     """Runs one model on one device: logits, and sessions that generate."""
@@ -155,48 +158,49 @@ class Engine(LogitsEngine, Protocol):
         tokens but the last; the model's context unless given. Sessions of one engine may be open at
         the same time."""
 
-    def describe(self) -> dict[str, Any]:
-        """Engine, device, dtype, bytes of weights."""
 
-
-class TrainableEngine(Engine, Protocol):
-    """An engine that also gives gradients."""
+class TrainEngine(LogitsEngine, Protocol):
+    """Computes gradients: what a training loop drives."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The float32 tensors to be updated, by canonical name; `.grad` holds their gradient."""
 
-    def loss_and_gradients(
+    def train_step(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
         mark: Callable[[str], None] = lambda part: None,
     ) -> Tensor:
-        """Add `scale` times the gradient of the mean loss to each parameter's `.grad`.
+        """One micro-step: add `scale` times the gradient of the mean loss to each parameter's
+        `.grad`.
 
-        Returns the unscaled loss as a scalar on the device. Calls `mark("forward")` and
-        `mark("backward")` as each part has been issued, and `mark("stall")` where it had to wait
-        for a program to be compiled.
+        tokens_BS, targets_BS: integers, (batch, sequence); a target of -1 does not count.
+        mark: called with "forward" and "backward" as each part has been issued, and with "stall"
+            where the step had to wait for a program to be compiled.
+        Returns the unscaled loss, in nats per token, as a scalar on the device.
         """
 
-    def say_to(self, say: Callable[[str], None]) -> None:
+    def after_update(self) -> None:
+        """The parameters have been changed: make of them what is computed with."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs in addition to the parameters."""
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Put back what `state_dict` gave after `version` updates."""
+
+    # an engine that compiles in the background while it trains has something to say here
+
+    def log_to(self, log: Callable[[str], None]) -> None:
         """Where lines for people go from now on, from any thread."""
 
-    def updated(self) -> None:
-        """The parameters were changed."""
-
     def telemetry(self) -> dict[str, Any]:
-        """What else there is to tell of the time since it was last asked."""
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What a resume needs beside the parameters."""
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """The inverse, after so many updates."""
+        """Further figures of the time since the last call, for metrics.jsonl."""
 
     @property
-    def spent(self) -> bool:
-        """Whether a fresh process should go on from here."""
+    def restart_requested(self) -> bool:
+        """Whether the run should go on in a fresh process."""
 
     def close(self) -> None:
-        """Nothing more is asked of it."""
+        """End what runs in the background. The engine is used no more."""

@@ -19,7 +19,7 @@ def choose_norm(asked: str, has_kernel: bool, compiled: bool) -> str:
     neighbours and is then 5 to 22% ahead (benchmarks/records/nvidia-h200/rms-norm-training.json).
     Raises BadInput for a name not in `NORMS`."""
     if asked not in NORMS:
-        raise BadInput(f"norm {asked!r}: must be one of {', '.join(NORMS)}")
+        raise BadInput(f"norm={asked!r}: must be one of {', '.join(NORMS)}")
     if asked != "auto":
         return asked
     return "onelaunch" if has_kernel and not compiled else "torch"

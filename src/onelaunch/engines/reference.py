@@ -39,22 +39,22 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise BadInput(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
+        raise BadInput(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         return _cuda_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("device mps: this machine or this PyTorch has no Apple GPU; use cpu")
+        raise BadInput("device='mps': this machine or this PyTorch has no Apple GPU; use cpu")
     return torch.device(device.type)
 
 
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         reason = "this PyTorch is built without CUDA" if not torch.version.cuda else "no GPU found"
-        raise BadInput(f"device {device}: {reason}; use cpu or auto")
+        raise BadInput(f"device='{device}': {reason}; use cpu or auto")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise BadInput(f"device {device}: the GPUs here are numbered 0 to {last}")
+        raise BadInput(f"device='{device}': the GPUs here are numbered 0 to {last}")
     return torch.device("cuda", index)
 
 
@@ -63,16 +63,16 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise BadInput(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
+        raise BadInput(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 class ReferenceEngine:
-    """Runs a model with PyTorch's own operators; see `Engine` and `TrainableEngine`.
+    """Runs a model with PyTorch's own operators; see `Engine` and `TrainEngine`.
 
     `weights` are used as they are where device and dtype fit. With `train` they are copied to
     float32 tensors that take gradients, `dtype` is then what autocast computes in, `dropout` acts
-    in `loss_and_gradients` only, and `compile` gives that method to torch.compile. `norm` is one of
+    in `train_step` only, and `compile` gives that method to torch.compile. `norm` is one of
     `engines.norm.NORMS`; the attribute says which of them "auto" was.
     `threads` sets PyTorch's CPU threads for the whole process. Raises BadInput for a device, dtype,
     norm or number of threads that cannot be had.
@@ -98,10 +98,10 @@ class ReferenceEngine:
         self.trains = train
         if threads is not None:
             if not 1 <= threads <= MAX_THREADS:
-                raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
+                raise BadInput(f"threads={threads}: must be from 1 to {MAX_THREADS}")
             torch.set_num_threads(threads)
         if train and self.dtype == torch.float16:
-            raise BadInput("dtype float16 cannot train here; use bfloat16 or float32")
+            raise BadInput("dtype='float16' cannot train here; use bfloat16 or float32")
         stored = torch.float32 if train else self.dtype
         placed = {
             name: _place(tensor, self.device, stored, copy=train)
@@ -137,6 +137,7 @@ class ReferenceEngine:
         """
         return self.session_and_rows(max_batch, check_session(max_batch, max_len, self.config))[0]
 
+    @torch.inference_mode()
     def session_and_rows(self, max_batch: int, max_len: int) -> tuple[RowSession, CachedRows]:
         """A session, and its keys and values, for an engine that will take its texts over."""
         cache = KVCache(self.config, max_batch, max_len, self.device, self.dtype)
@@ -161,14 +162,14 @@ class ReferenceEngine:
         self._check_trains()
         return dict(self.model.named_parameters())
 
-    def loss_and_gradients(
+    def train_step(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
         mark: Callable[[str], None] = lambda part: None,
     ) -> Tensor:
-        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainableEngine`."""
+        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`."""
         self._check_trains()
         self.model.training = True  # the root alone reads it
         try:
@@ -181,25 +182,25 @@ class ReferenceEngine:
             self.model.training = False
         return loss.detach()
 
-    def say_to(self, say: Callable[[str], None]) -> None:
-        """It has nothing to say."""
+    def log_to(self, log: Callable[[str], None]) -> None:
+        """Nothing: it logs no line."""
 
-    def updated(self) -> None:
+    def after_update(self) -> None:
         """The parameters are what computes: there is nothing to be made of them."""
 
     def telemetry(self) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """None."""
         return {}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Nothing to be put back."""
 
     @property
-    def spent(self) -> bool:
+    def restart_requested(self) -> bool:
         """Never."""
         return False
 
@@ -254,17 +255,18 @@ class CachedRows:
                 tensor.zero_()
         return self._last_logits(torch.tensor([prompt_ids]), self.caches[row])
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, token_B: Tensor) -> Tensor:
         """Read a token of each row; their logits, (B, V)."""
-        if len(tokens) == 1:
-            return self._last_logits(torch.tensor([tokens]), self.caches[0])
-        lengths = [each.length for each in self.caches[: len(tokens)]]
-        ragged = RaggedCache(self._cache, lengths)
-        logits_BV = self._last_logits(torch.tensor(tokens)[:, None], ragged)
-        for each in self.caches[: len(tokens)]:
+        if len(token_B) == 1:
+            return self._last_logits(token_B[None], self.caches[0])
+        caches = self.caches[: len(token_B)]
+        ragged = RaggedCache(self._cache, [each.length for each in caches])
+        logits_BV = self._last_logits(token_B[:, None], ragged)
+        for each in caches:
             each.length += 1
         return logits_BV
 
+    @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
         """Copy a row's sequence over another's."""
         moved = self.caches[source]

@@ -24,8 +24,8 @@ class Rows(Protocol):
         """Read a new sequence's prompt into a row; the last position's logits, (1, V) in
         float32."""
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read one more token of each row; their logits, (B, V) in float32."""
+    def step(self, token_B: Tensor) -> Tensor:
+        """Read one more token of each row, from any device; their logits, (B, V) in float32."""
 
     def move(self, source: int, row: int) -> None:
         """Put a row's sequence in the place of another's, which has left."""
@@ -39,10 +39,6 @@ class Growing:
     limit: int
     uniforms_N: Tensor | None
     new: list[int] = field(default_factory=list)
-
-    @property
-    def last(self) -> int:
-        return self.new[-1]
 
 
 def new_tokens(config: ModelConfig, request: Request, max_len: int) -> int:
@@ -62,6 +58,7 @@ class RowSession:
         self.waiting: deque[Request] = deque()
         self.growing: list[Growing] = []  # by row
         self._events: list[TokenEvent] = []
+        self._token_B: Tensor | None = None  # the rows' last tokens, where they lie on the device
 
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
@@ -72,8 +69,9 @@ class RowSession:
     def step(self) -> list[TokenEvent]:
         """One token more of each growing request, and the first of those that join."""
         if self.growing:
-            logits_BV = self._rows.step([each.last for each in self.growing])
-            self._take(logits_BV, 0)
+            if self._token_B is None:
+                self._token_B = torch.tensor([each.new[-1] for each in self.growing])
+            self._take(self._rows.step(self._token_B), 0)
         while self.waiting and len(self.growing) < self._max_batch:
             self._join(self.waiting.popleft())
         return self.take_events()
@@ -117,8 +115,9 @@ class RowSession:
 
     def _take(self, logits_BV: Tensor, first: int) -> None:
         """Choose a token for each of the rows from `first` on; those that end leave."""
-        best_B, token_B = logits_BV.max(-1)
-        chosen = token_B.tolist()
+        best_B, self._token_B = logits_BV.max(-1)
+        chosen = self._token_B.tolist()
+        as_chosen = first == 0
         ended = []
         for i, best in enumerate(best_B.tolist()):
             row, each = first + i, self.growing[first + i]
@@ -132,6 +131,7 @@ class RowSession:
             if each.uniforms_N is not None:
                 n = len(each.new)
                 token = int(draw(logits_BV[i], request.sampling, each.uniforms_N[n : n + 1]))
+                as_chosen = False
             if token in request.stop_ids:
                 self._end(request.id, "stop")
                 ended.append(row)
@@ -144,9 +144,12 @@ class RowSession:
                 ended.append(row)
         for row in reversed(ended):
             self._leave(row)
+        if not as_chosen:
+            self._token_B = None
 
     def _leave(self, row: int) -> None:
         """Free a row: the last one takes its place."""
+        self._token_B = None
         last = self.growing.pop()
         if row < len(self.growing):
             self._rows.move(len(self.growing), row)

@@ -1,7 +1,9 @@
-"""Validation loss: mean cross-entropy over given batches, every target counted once."""
+"""Validation loss: mean cross-entropy over given batches, every target counted once, and over the
+validation split of some data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,7 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from onelaunch.engines.engine import Engine
+from onelaunch.checkpoints.tokenizer_compare import same_tokenizer
+from onelaunch.checkpoints.tokenizers import check_ids, find_tokenizer, size_note
+from onelaunch.checkpoints.weights import LoadedModel
+from onelaunch.engines.engine import LogitsEngine
+from onelaunch.errors import BadInput, MissingExtra
+from onelaunch.training.data import TokenData
+
+# Longer contexts are read in windows of this.
+MAX_WINDOW = 2048
+BATCH_TOKENS = 8192
+# logits of a batch, 0.5 GB in float32; one window may need more
+BATCH_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine,
+    engine: LogitsEngine,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -39,3 +52,65 @@ def evaluate(
         count += targets.numel()
         progress(count)
     return Evaluation(total / max(1, count), count)
+
+
+@dataclass(frozen=True)
+class SplitLoss:
+    """The loss over a whole validation split.
+
+    loss: nats per token, over `tokens` predicted tokens in windows of `window` that do not overlap.
+    nats_per_byte: where the text's bytes are known.
+    data: the data's name; `synthetic` where the package made it.
+    """
+
+    loss: float
+    nats_per_byte: float | None
+    tokens: int
+    window: int
+    data: str
+    synthetic: bool
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate_split(
+    engine: LogitsEngine, tokens: TokenData, progress: Callable[[str], None] = lambda text: None
+) -> SplitLoss:
+    """The loss over the validation split, in windows of the model's context, MAX_WINDOW at most.
+    `progress` gets how many tokens were read."""
+    config = engine.config
+    window = min(config.max_seq_len, MAX_WINDOW)
+    batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size)
+    batches = tokens.eval_batches("val", window, max(1, batch_tokens // window))
+    total = tokens.n_tokens("val")
+    share = f" of {total:,}" if total else ""
+    result = evaluate(engine, batches, progress=lambda done: progress(f"{done:,}{share} tokens"))
+    n_bytes = tokens.bytes_of("val")
+    per_byte = result.loss * result.tokens / n_bytes if n_bytes else None
+    return SplitLoss(result.loss, per_byte, result.tokens, window, tokens.label, tokens.synthetic)
+
+
+def check_tokenizer(
+    model: LoadedModel, name: str, data: str, tokens: TokenData, log: Callable[[str], None]
+) -> None:
+    """Raise BadInput where the tokenizer of `data` is not that of the model `name`, or its ids are
+    beyond it; a line to `log` where that cannot be told."""
+    config, made_with = model.config, tokens.tokenizer
+    note = size_note(made_with, config)
+    try:
+        own = find_tokenizer(model)
+    except (BadInput, MissingExtra) as error:
+        log(f"note: the model's tokenizer cannot be compared with the data's: {error}")
+        own = None
+    # one of another size than the model's, lying beside it by chance, says nothing of the data
+    if own is not None and (note or not size_note(own, config)):
+        if not same_tokenizer(own, made_with):
+            raise BadInput(
+                f"data={data!r}: was made with another tokenizer than {name}'s; "
+                "prepare the text with the model's own (`onelaunch prepare --tokenizer FILE`)"
+            )
+    elif note:
+        log(note.replace("the tokenizer", "the data's tokenizer"))
+    check_ids(made_with, [tokens.largest_id("val")], config, f"data={data!r}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.checkpoints.run_folder import prune_checkpoints, set_best
-from onelaunch.engines.engine import TrainableEngine
+from onelaunch.engines.engine import TrainEngine
 from onelaunch.errors import RunFailed
 from onelaunch.training import state as saved
 from onelaunch.training.clock import StepClock
@@ -41,13 +41,13 @@ from onelaunch.training.state import Progress
 @dataclass
 class Outcome:
     """How `train` ended: finished, or stopped with everything saved, by a signal or because a fresh
-    process should go on (`spent`)."""
+    process should go on (`restart_requested`)."""
 
     recipe: Recipe
     run: Path
     progress: Progress
     signal: int | None = None
-    spent: bool = False
+    restart_requested: bool = False
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Trainer:
 
     recipe: Recipe
     run: Path
-    engine: TrainableEngine
+    engine: TrainEngine
     data: TokenData
     sampler: Sampler
     optimizer: torch.optim.Optimizer
@@ -89,14 +89,14 @@ class Trainer:
                 self._between_updates(last=progress.update >= total)
             if self.stop.received is not None or progress.update >= total:
                 break
-            if self.engine.spent:
+            if self.engine.restart_requested:
                 break
             self._update()
-        spent = self.stop.received is None and progress.update < total
-        if self.stop.received is not None or spent:
+        restart_requested = self.stop.received is None and progress.update < total
+        if self.stop.received is not None or restart_requested:
             self._save()
         self._record({"kind": "end", "update": progress.update, "seconds": self._clock.end()})
-        return Outcome(self.recipe, self.run, progress, self.stop.received, spent)
+        return Outcome(self.recipe, self.run, progress, self.stop.received, restart_requested)
 
     def _between_updates(self, last: bool) -> None:
         progress, recipe = self.progress, self.recipe
@@ -129,7 +129,7 @@ class Trainer:
         lr = self.recipe.learning_rate(progress.update)
         self._clock.skip()
         norm = self._optimizer_step(lr)
-        self.engine.updated()
+        self.engine.after_update()
         # one wait for the device per update
         loss_sum, grad_norm = torch.stack((self._loss_sum, norm)).tolist()
         loss = loss_sum / accum
@@ -167,7 +167,7 @@ class Trainer:
         targets = torch.from_numpy(targets_BS).to(self.device, non_blocking=True)
         clock.mark("data")
         scale = 1.0 / recipe.train.accum
-        loss = self.engine.loss_and_gradients(tokens, targets, scale, clock.mark)
+        loss = self.engine.train_step(tokens, targets, scale, clock.mark)
         self._loss_sum += loss
         clock.mark("forward")
         progress.micro += 1

@@ -346,7 +346,7 @@ def _train(
                 display.notice(line)
             trainer.display = display
             writer.say = display.notice
-            parts.engine.say_to(display.notice)
+            parts.engine.log_to(display.notice)
         outcome = trainer.train()
     finally:
         parts.engine.close()

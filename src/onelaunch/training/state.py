@@ -15,7 +15,7 @@ from onelaunch.checkpoints.run_folder import (
     read_tensors,
     write_checkpoint,
 )
-from onelaunch.engines.engine import TrainableEngine
+from onelaunch.engines.engine import TrainEngine
 from onelaunch.errors import BadInput
 from onelaunch.training.data import Sampler, TokenData
 
@@ -42,7 +42,7 @@ class Progress:
 def save(
     run: Path,
     progress: Progress,
-    engine: TrainableEngine,
+    engine: TrainEngine,
     optimizer: torch.optim.Optimizer,
     data: TokenData,
     sampler: Sampler,
@@ -64,7 +64,7 @@ def save(
     files[OPTIMIZER_FILE] = slots
     if progress.micro:
         files[GRADIENTS_FILE] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    if more := engine.state_tensors():
+    if more := engine.state_dict():
         files[ENGINE_FILE] = more
     state: dict[str, Any] = {
         **asdict(progress),
@@ -108,7 +108,7 @@ def read_progress(state: dict[str, Any], source: Path) -> Progress:
 def restore(
     checkpoint: Path,
     state: dict[str, Any],
-    engine: TrainableEngine,
+    engine: TrainEngine,
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
 ) -> None:
@@ -147,7 +147,7 @@ def restore(
             of = parameters.get(name.partition(".")[2])
             if of is None or tensor.shape != of.shape:
                 raise BadInput(f"{checkpoint / ENGINE_FILE}: {name} is not of this model")
-    engine.load_state_tensors(more, state["update"])
+    engine.load_state_dict(more, state["update"])
     sampler.load_state_dict(state.get("sampler", {}))
 
 

@@ -113,7 +113,7 @@ def descend(trainer):
         for parameter in trainer.parameters().values():
             parameter -= 0.05 * parameter.grad
             parameter.grad = None
-    trainer.updated()
+    trainer.after_update()
 
 
 @pytest.mark.parametrize("depth", ["half", ""])
@@ -123,14 +123,14 @@ def test_training(on_a_mac, depth):
     evaluated = CoreMLTrainer(TINY, weights, depth, staleness=0)
     losses = []
     for _ in range(2):
-        losses.append(evaluated.loss_and_gradients(tokens, targets))
+        losses.append(evaluated.train_step(tokens, targets))
         descend(evaluated)
     evaluated.close()
     made = on_a_mac()
     trainer = CoreMLTrainer(TINY, weights, depth, staleness=0)
     of_a_version = {"half": 4, "": 2}[depth]
     for update in range(2):
-        assert torch.equal(trainer.loss_and_gradients(tokens, targets), losses[update])
+        assert torch.equal(trainer.train_step(tokens, targets), losses[update])
         assert len(made) == (update + 1) * of_a_version
         assert all(each._worker is None for each in made[:-of_a_version]), "an old version"
         descend(trainer)
@@ -156,7 +156,7 @@ def test_a_program_that_cannot_run_ends_those_that_do(on_a_mac, monkeypatch):
     monkeypatch.setattr(run, "Runner", Failing)
     trainer = CoreMLTrainer(TINY, weights_of(TINY), "half", staleness=0)
     with pytest.raises(RunFailed, match="does not run here"):
-        trainer.loss_and_gradients(tokens_of(TINY, 1, 24), tokens_of(TINY, 1, 24))
+        trainer.train_step(tokens_of(TINY, 1, 24), tokens_of(TINY, 1, 24))
     trainer.close()
     assert all(each._worker is None for each in made)
 
@@ -202,7 +202,7 @@ def test_gradients_of_weights_begin_while_the_backward_goes_on(monkeypatch, dept
     monkeypatch.setattr(training_module._Products, "know", noting)
     monkeypatch.setattr(ready, "Evaluated", Ended)
     trainer = CoreMLTrainer(SMALL, weights_of(SMALL), depth, staleness=0)
-    trainer.loss_and_gradients(tokens_of(SMALL, 1, 24), tokens_of(SMALL, 1, 24, 1))
+    trainer.train_step(tokens_of(SMALL, 1, 24), tokens_of(SMALL, 1, 24, 1))
     trainer.close()
     for counts in ends:
         first_begun = next(i for i, count in enumerate(counts) if count > (counts[0] - 1))

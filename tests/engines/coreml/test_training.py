@@ -72,8 +72,8 @@ def test_gradients_are_pytorchs(config, depth, taps, trainer):
     ours = trainer(config, weights, depth, taps)
     (one, other) = batches_of(config, 2)
     for tokens, targets in (one, other):
-        expected = plain.loss_and_gradients(tokens, targets, 0.5)
-        assert float(ours.loss_and_gradients(tokens, targets, 0.5)) == pytest.approx(
+        expected = plain.train_step(tokens, targets, 0.5)
+        assert float(ours.train_step(tokens, targets, 0.5)) == pytest.approx(
             float(expected), rel=2e-3
         )
     for name, parameter in plain.parameters().items():
@@ -95,7 +95,7 @@ def plain_losses(config, staleness, batches):
         old = versions[max(0, update - staleness)]
         engine = ReferenceEngine(config, old, "cpu", train=True)
         for tokens, targets in batches[2 * update : 2 * update + 2]:
-            losses.append(float(engine.loss_and_gradients(tokens, targets, 0.5)))
+            losses.append(float(engine.train_step(tokens, targets, 0.5)))
         newest = versions[-1]
         versions.append({n: newest[n] - LR * p.grad for n, p in engine.parameters().items()})
     return losses
@@ -105,9 +105,9 @@ def run(engine, batches, first=0):
     losses = []
     for update in range(first, UPDATES):
         for tokens, targets in batches[2 * update : 2 * update + 2]:
-            losses.append(float(engine.loss_and_gradients(tokens, targets, 0.5)))
+            losses.append(float(engine.train_step(tokens, targets, 0.5)))
         step(engine)
-        engine.updated()
+        engine.after_update()
     return losses
 
 
@@ -131,13 +131,13 @@ def test_a_resumed_run_goes_on_exactly(staleness, trainer):
     first = trainer(TINY, start_of(TINY), staleness=staleness)
     for update in range(2):
         for tokens, targets in batches[2 * update : 2 * update + 2]:
-            first.loss_and_gradients(tokens, targets, 0.5)
+            first.train_step(tokens, targets, 0.5)
         step(first)
-        first.updated()
+        first.after_update()
     kept = {name: p.detach().clone() for name, p in first.parameters().items()}
-    state = {name: t.clone() for name, t in first.state_tensors().items()}
+    state = {name: t.clone() for name, t in first.state_dict().items()}
     second = trainer(TINY, kept, staleness=staleness)
-    second.load_state_tensors(state, 2)
+    second.load_state_dict(state, 2)
     assert run(second, batches, 2) == losses[4:]
     for name, parameter in whole.parameters().items():
         assert torch.equal(second.parameters()[name], parameter)
@@ -151,9 +151,9 @@ def test_programs_without_weights_are_taken_from_the_store(trainer, tmp_path, mo
     def updates(count, depth):
         engine = trainer(SMALL, start_of(SMALL), depth, staleness=0, store=Store(tmp_path))
         for _ in range(count):
-            engine.loss_and_gradients(*batch)
+            engine.train_step(*batch)
             step(engine)
-            engine.updated()
+            engine.after_update()
             told = engine.telemetry()
             yield told["compilations"], told["cache_hits"]
 
@@ -172,18 +172,16 @@ def test_another_shape_in_the_middle_has_programs_of_its_own(trainer):
     plain = ReferenceEngine(TINY, start_of(TINY), "cpu", train=True)
     (one,), (other,) = batches_of(TINY, 1), batches_of(TINY, 1, sequence=16)
     for tokens, targets in (one, other, one):
-        expected = float(plain.loss_and_gradients(tokens, targets))
-        assert float(engine.loss_and_gradients(tokens, targets)) == pytest.approx(
-            expected, rel=2e-3
-        )
+        expected = float(plain.train_step(tokens, targets))
+        assert float(engine.train_step(tokens, targets)) == pytest.approx(expected, rel=2e-3)
     for engine_ in (engine, plain):
         step(engine_)
-    engine.updated()  # compiling for the one while the other comes
-    expected = float(plain.loss_and_gradients(*other))
-    engine.loss_and_gradients(*other)
+    engine.after_update()  # compiling for the one while the other comes
+    expected = float(plain.train_step(*other))
+    engine.train_step(*other)
     step(engine)
-    engine.updated()
-    assert float(engine.loss_and_gradients(*other)) == pytest.approx(expected, rel=2e-3)
+    engine.after_update()
+    assert float(engine.train_step(*other)) == pytest.approx(expected, rel=2e-3)
 
 
 def failing(monkeypatch, *times):
@@ -231,7 +229,7 @@ def test_a_compilation_that_fails_once_is_tried_again(trainer, monkeypatch):
     lines = []
     batches = batches_of(TINY, 2 * UPDATES)
     engine = trainer(TINY, start_of(TINY))
-    engine.say_to(lines.append)
+    engine.log_to(lines.append)
     assert run(engine, batches) == pytest.approx(plain_losses(TINY, 1, batches), rel=1e-2)
     (line,) = lines
     assert "no such op; once more, and the old programs serve meanwhile" in line
@@ -308,7 +306,7 @@ def test_the_compiler_is_a_child_that_ends_with_the_trainer(trainer, monkeypatch
     child = engine._compiler._child
     assert child.alive
     for _ in range(3):  # more that wait for their turn
-        engine.updated()
+        engine.after_update()
     engine.close()
     assert not child.alive
     assert engine._compiler._child is None
@@ -320,8 +318,8 @@ def test_gradients_beyond_float16_are_scaled_down(trainer, monkeypatch):
     plain = ReferenceEngine(TINY, weights, "cpu", train=True)
     ours = trainer(TINY, weights)
     ((tokens, targets),) = batches_of(TINY, 1)
-    plain.loss_and_gradients(tokens, targets)
-    ours.loss_and_gradients(tokens, targets)
+    plain.train_step(tokens, targets)
+    ours.train_step(tokens, targets)
     for name, parameter in plain.parameters().items():
         assert relative_error(ours.parameters()[name].grad, parameter.grad) < 2e-2, name
 

@@ -287,10 +287,10 @@ def test_by_hand(large, monkeypatch, compiled_program):
         assert engine.describe()["prefetch_chosen"] == "automatically"
     monkeypatch.setenv("ONELAUNCH_PREFETCH", "much")
     with pytest.raises(
-        BadInput, match="^ONELAUNCH_PREFETCH: prefetch 'much': must be .*, or auto$"
+        BadInput, match="^ONELAUNCH_PREFETCH: prefetch='much': must be .*, or auto$"
     ):
         make_engine(SMALL, weights_of(SMALL), threads=1)
-    with pytest.raises(BadInput, match="^prefetch 'more': must be"):
+    with pytest.raises(BadInput, match="^prefetch='more': must be"):
         make_engine(SMALL, weights_of(SMALL), threads=1, prefetch="more")
 
 

@@ -50,7 +50,7 @@ class CoreMLEngine:
         self.config = config
         self.dtype = dtype or DTYPES[0]
         if self.dtype not in DTYPES:
-            raise BadInput(f"dtype {dtype!r}: the Core ML engine knows {', '.join(DTYPES)}")
+            raise BadInput(f"dtype={dtype!r}: the Core ML engine knows {', '.join(DTYPES)}")
         depth = "all" if fusion_depth == "auto" else fusion_depth
         self.fusion_depth = parse_depth(depth, config.n_layers)
         program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
@@ -160,11 +160,12 @@ class WholeTexts:
         self._texts[row:] = [list(prompt_ids)]
         return self._last(self._texts[row])[None]
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, token_B: Tensor) -> Tensor:
         """The logits behind one more token of each row, (B, V)."""
-        for text, token in zip(self._texts, tokens, strict=False):
+        texts = self._texts[: len(token_B)]
+        for text, token in zip(texts, token_B.tolist(), strict=True):
             text.append(token)
-        return torch.stack([self._last(text) for text in self._texts[: len(tokens)]])
+        return torch.stack([self._last(text) for text in texts])
 
     def move(self, source: int, row: int) -> None:
         """Put a text in the place of another."""

@@ -106,15 +106,14 @@ class Loaded:
 
 
 class CoreMLTrainer(ReferenceEngine):
-    """A `TrainableEngine` whose layers run as ML Programs, by Core ML on a Mac and evaluated
-    elsewhere; logits, for evaluation, and generation are PyTorch's of the newest weights.
+    """A `TrainEngine` whose layers run as ML Programs, by Core ML on a Mac and evaluated elsewhere;
+    logits, for evaluation, and generation are PyTorch's of the newest weights.
 
     `depth` is layers for each program, or half, or stage; `taps` "full", or "inputs" to compute
-    forwards again; `dtype` "float16", or "float32" to
-    evaluate programs in it; `compile_budget` how many compilations
-    until it is `spent`, 0: any number; `store` what is asked for programs before they are compiled.
-    Call `updated` after each optimizer step. Raises BadInput for what cannot be had, MissingExtra
-    without coremltools.
+    forwards again; `dtype` "float16", or "float32" to evaluate programs in it; `compile_budget` how
+    many compilations until it has `restart_requested`, 0: any number; `store` what is asked for
+    programs before they are compiled. Call `after_update` after each optimizer step. Raises
+    BadInput for what cannot be had, MissingExtra without coremltools.
     """
 
     def __init__(
@@ -170,14 +169,14 @@ class CoreMLTrainer(ReferenceEngine):
 
     # ---- what the trainer asks
 
-    def loss_and_gradients(
+    def train_step(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
         mark: Callable[[str], None] = lambda part: None,
     ) -> Tensor:
-        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainableEngine`. The
+        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`. The
         gradient is of the version that serves."""
         check_tokens(self.config, tokens_BS)
         self._begin(*tokens_BS.shape)
@@ -211,11 +210,11 @@ class CoreMLTrainer(ReferenceEngine):
             self.schedule.stepped(time.perf_counter() - start, compiling)
         return loss
 
-    def say_to(self, say: Callable[[str], None]) -> None:
+    def log_to(self, log: Callable[[str], None]) -> None:
         """Where lines for people go from now on, from the thread that compiles."""
-        self._say = say
+        self._say = log
 
-    def updated(self) -> None:
+    def after_update(self) -> None:
         """The parameters were changed: have the programs of what they are now compiled. Returns at
         once; whoever needs them waits."""
         self.version += 1
@@ -225,7 +224,7 @@ class CoreMLTrainer(ReferenceEngine):
         if self._shape is not None:
             self._ask(self.version)
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The versions, but the newest, that micro-steps still run on."""
         return {
             f"{self.version - version}.{name}": weight
@@ -234,7 +233,7 @@ class CoreMLTrainer(ReferenceEngine):
             for name, weight in weights.items()
         }
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """The inverse, after so many updates; the parameters are the newest version."""
         self.version = version
         self._snapshots = {version: self._snapshot()}
@@ -253,7 +252,7 @@ class CoreMLTrainer(ReferenceEngine):
         }  # fmt: skip
 
     @property
-    def spent(self) -> bool:
+    def restart_requested(self) -> bool:
         """Whether as many programs were compiled as the budget has."""
         return 0 < self._budget <= self._compilations
 

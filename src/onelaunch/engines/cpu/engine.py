@@ -59,10 +59,10 @@ class CpuEngine:
         self.config = config
         name = dtype or "float32"
         if name not in DTYPES:
-            raise BadInput(f"dtype {name!r}: the CPU engine knows {' and '.join(DTYPES)}")
+            raise BadInput(f"dtype={name!r}: the CPU engine knows {' and '.join(DTYPES)}")
         self.dtype = getattr(torch, name)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise BadInput(f"threads {threads}: must be from 1 to {MAX_THREADS}")
+            raise BadInput(f"threads={threads}: must be from 1 to {MAX_THREADS}")
         self._threads = threads
         self._prefetch = prefetch_choice.by_hand(prefetch)
         plan = make_plan(config, sample=True, weight_itemsize=self.dtype.itemsize)

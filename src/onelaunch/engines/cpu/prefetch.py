@@ -55,7 +55,7 @@ class Prefetch:
         if name in known and digits and 1 <= int(ahead) <= MOST_AHEAD:
             return cls(known[name], int(ahead))
         raise BadInput(
-            f"prefetch {text!r}: must be none, l2:BYTES or once:BYTES, "
+            f"prefetch={text!r}: must be none, l2:BYTES or once:BYTES, "
             f"with 1 to {MOST_AHEAD} bytes ahead"
         )
 
@@ -159,7 +159,7 @@ class Slices:
         self._program = program
         rows = 16 * program.tile
         self._bytes = rows * padded(columns) * weights.dtype.itemsize
-        self._count = max(1, SLICE_BYTES // self._bytes)
+        self._count = max(1, min(SLICE_BYTES, weights.n_bytes) // self._bytes)
         slices = max(1, weights.n_bytes // (self._bytes * self._count))
         self._first = slices * share // shares
         self._slices = max(1, slices * (share + 1) // shares - self._first)

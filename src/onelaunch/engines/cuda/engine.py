@@ -81,7 +81,7 @@ class CudaEngine:
             raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
         name = dtype or DTYPES[0]
         if name not in DTYPES:
-            raise BadInput(f"dtype {name!r}: the CUDA engine knows {', '.join(DTYPES)}")
+            raise BadInput(f"dtype={name!r}: the CUDA engine knows {', '.join(DTYPES)}")
         self.dtype: torch.dtype = getattr(torch, name)
         self.fusion_depth: Depth | str = "auto"
         if fusion_depth != "auto":

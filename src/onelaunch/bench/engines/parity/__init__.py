@@ -215,7 +215,7 @@ def _trained(
         engine = ReferenceEngine(
             config, dict(weights), device=str(place), dtype=dtype, train=True, norm="auto"
         )
-        engine.loss_and_gradients(tokens, targets)
+        engine.train_step(tokens, targets)
         found, there = _grads(engine.parameters()), (tokens.to(place), targets.to(place))
         beside = _autograd(config, weights, *there, getattr(torch, dtype))
         row = _gradients_row(model, "reference", dtype, found, exact, beside, "PyTorch")
@@ -233,7 +233,7 @@ def _by_programs(name: str, sequence: int, dtype: str) -> Row:
     beside = _autograd(config, _stored(weights, torch.float16), tokens, targets, torch.float32)
     trainer = CoreMLTrainer(config, dict(weights), staleness=0, dtype=dtype)
     try:
-        trainer.loss_and_gradients(tokens, targets)
+        trainer.train_step(tokens, targets)
         found = _grads(dict(trainer.model.named_parameters()))
     finally:
         trainer.close()

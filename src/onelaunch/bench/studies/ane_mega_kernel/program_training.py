@@ -53,7 +53,7 @@ class Driver(Generic[Engine]):
 
     def micro_step(self, scale: float) -> None:
         """Forward and backward of the next text."""
-        self.engine.loss_and_gradients(*self.texts(), scale)
+        self.engine.train_step(*self.texts(), scale)
 
     def update(self, k: int, renew: bool = True) -> Update:
         """One of k micro-steps. Without `renew` the programs are kept, as if weights that change
@@ -67,7 +67,7 @@ class Driver(Generic[Engine]):
         self.optimizer.step()
         self.optimizer.zero_grad()
         if renew:
-            self.engine.updated()
+            self.engine.after_update()
         self.wait()
         end = time.perf_counter()
         told = self.engine.telemetry()

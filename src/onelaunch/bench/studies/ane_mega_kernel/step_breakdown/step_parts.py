@@ -150,7 +150,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
             parts.enter(DATA)
             texts = driver.texts()
             parts.leave()
-            engine.loss_and_gradients(*texts, 1 / k)
+            engine.train_step(*texts, 1 / k)
         parts.enter(OPTIMIZER)
         driver.optimizer.step()
         driver.optimizer.zero_grad()
@@ -220,7 +220,7 @@ def pytorch_parts(driver: Driver[ReferenceEngine]) -> Iterator[Callable[[int], S
         for _ in range(k):
             tokens, targets = (each.to(engine.device) for each in driver.texts())
             clock.mark(DATA)
-            engine.loss_and_gradients(tokens, targets, 1 / k, lambda part: clock.mark(MARKS[part]))
+            engine.train_step(tokens, targets, 1 / k, lambda part: clock.mark(MARKS[part]))
         driver.optimizer.step()
         driver.optimizer.zero_grad()
         clock.mark(OPTIMIZER)

@@ -22,7 +22,7 @@ def measured(training: Driver[Any], steps: int, updates: int, after: int) -> dic
     for _ in range(updates):
         training.optimizer.step()
         training.optimizer.zero_grad()
-        training.engine.updated()
+        training.engine.after_update()
         found["after"].append(_micro_steps(training, after))
     return found
 
@@ -34,7 +34,7 @@ def _micro_steps(training: Driver[Any], count: int) -> list[float]:
         training.engine.telemetry()
         training.wait()
         start = time.perf_counter()
-        training.engine.loss_and_gradients(*texts, 1 / count)
+        training.engine.train_step(*texts, 1 / count)
         training.wait()
         seconds = time.perf_counter() - start
         seconds -= training.engine.telemetry().get("stall_seconds", 0.0)

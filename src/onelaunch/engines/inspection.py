@@ -1,0 +1,103 @@
+"""What a model is, what running it takes, and what engines have chosen for it, without a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onelaunch.checkpoints.weights import LoadedModel
+from onelaunch.errors import BadInput, MissingExtra
+
+PROMPT_TOKENS = 64
+
+
+def inspect(loaded: LoadedModel, fusion_depth: str | None = None) -> dict[str, Any]:
+    """A model's format, size, tokenizer and configuration; its `plan`, and that plan's launches
+    where a fusion depth is given; the forms that were chosen for it on a GPU (`choices`), and how
+    its weights are prefetched on a CPU. Raises BadInput for a depth that it does not have."""
+    plan = _plan(loaded, fusion_depth)
+    return {
+        **_facts(loaded),
+        "plan": plan,
+        "choices": _choices(loaded),
+        "prefetch": _prefetch(loaded),
+    }
+
+
+def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
+    """What a forward of one token and of a prompt takes, embedding to logits, in numbers of the
+    width that the weights are stored in; and in how many launches, at each fusion depth."""
+    from onelaunch.plan import describe, every_depth, launches, make_plan, parse_depth
+
+    config = loaded.config
+    if depth is not None:
+        depth = str(parse_depth(depth, config.n_layers))
+    itemsize = max(tensor.element_size() for tensor in loaded.weights.values())
+    plans = [
+        make_plan(config, sequence=tokens, weight_itemsize=itemsize, activation_itemsize=itemsize)
+        for tokens in sorted({1, min(PROMPT_TOKENS, config.max_seq_len)})
+    ]
+    return {
+        "forwards": [describe(plan, depth) for plan in plans],
+        "launches": {str(d): len(launches(plans[0], d)) for d in every_depth(config.n_layers)},
+        "fusion_depth": depth,
+    }
+
+
+def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
+    """What the CUDA engine has chosen for this model's shape, on whatever GPU, as it is kept."""
+    from dataclasses import asdict
+
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cuda.tuning.store import kept
+
+    return [{"of": of, **asdict(choice)} for of, choice in kept(Store(), loaded.config)]
+
+
+def _prefetch(loaded: LoadedModel) -> list[dict[str, Any]]:
+    """How the CPU engine prefetches this model's weights, on whatever processor, as it is kept."""
+    from onelaunch.compilation.cache import Store
+    from onelaunch.engines.cpu.prefetch_choice import kept
+
+    found = []
+    for of, choice in kept(Store(), loaded.config):
+        for threads, each in ((1, choice.one), (of["threads"], choice.several)):
+            if each is not None:
+                found.append(
+                    {
+                        "threads": threads,
+                        "prefetch": str(each.prefetch),
+                        "gain": each.gain,
+                        "dtype": of["dtype"],
+                        "processor": of["processor"],
+                        "measured": choice.measured,
+                    }
+                )
+    return found
+
+
+def _facts(loaded: LoadedModel) -> dict[str, Any]:
+    from onelaunch.checkpoints.tokenizers import find_tokenizer
+
+    unusable = None
+    try:
+        tokenizer = find_tokenizer(loaded)
+    except (BadInput, MissingExtra) as error:
+        tokenizer, unusable = None, str(error)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in loaded.weights.values()}
+    return {
+        "format": loaded.format,
+        "parameters": loaded.config.n_params,
+        "bytes": loaded.n_bytes,
+        "dtype": ", ".join(sorted(dtypes)),
+        "tokenizer": None
+        if tokenizer is None
+        else {
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "fingerprint": tokenizer.fingerprint,
+        },
+        "tokenizer_error": unusable,
+        "bos_id": loaded.bos_id,
+        "stop_ids": list(loaded.stop_ids),
+        "config": loaded.config.to_dict(),
+    }
