@@ -204,7 +204,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         theirs = f"{values['micro-steps/s']:g} micro-steps/s"
         ours = f"{row['ours']:.2f} micro-steps/s"
         if key == STAGES[0]:
-            claim, why = f"{row['of']}: what the others are over", "their ratios follow"
+            claim = f"{row['of']}: what the others are over"
+            why = "another machine and another model; their ratios follow"
             found.append(Finding((key,), claim, theirs, ours, "not applicable", why))
             continue
         published = float(values["speedup"])
@@ -225,9 +226,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             )
         )
         if key == STAGES[2]:
-            claim = (
-                f"{row['of']}: K / max(K step slowdown, compile) says what the background brings"
-            )
+            what = "K / max(K step slowdown, compile) says what the background brings"
+            claim = f"{row['of']}: {what}"
             by_model = f"{row['ours']:.2f} measured, {row['model']:.2f} by the model"
             told = "5.24 by such a model"
             found.append(Finding((key,), claim, told, by_model, "not applicable", ""))
