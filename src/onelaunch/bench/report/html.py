@@ -68,9 +68,8 @@ def _story(report: Report, plots: Mapping[str, str]) -> Iterator[str]:
         return
     yield f'<section id="story"><h2>{escape(story.STORY_TITLE)}</h2>'
     yield from (f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    yield from (
-        f'<div class="plot" role="img" aria-label="{story.STORY_TITLE}">{s}</div>' for s in plots
-    )
+    for title, plot in plots.items():
+        yield f'<div class="plot" role="img" aria-label="{escape(title)}">{plot}</div>'
     for study, name in gather.STUDIES.items():
         yield f"<h3>{escape(name)}</h3>"
         for claim in story.CLAIMS:

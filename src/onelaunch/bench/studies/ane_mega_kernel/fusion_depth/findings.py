@@ -121,7 +121,8 @@ def _whole(key: str, ways: Ways, variant: str) -> list[Finding]:
         key,
         f"{PUBLISHED[key].row},",
         variant,
-        f"{values['two a layer, us']:,} us in {values['calls']}, {values['one program, us']:,} in one",
+        f"{values['two a layer, us']:,} us in {values['calls']}, {values['one program, us']:,} in "
+        "one",
         speedup(ways, "half", "all", variant),
         f"; {_tokens(ways)}, embed and head counted",
     )
