@@ -22,6 +22,11 @@ from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.weights import SEED, exact_logits, random_weights
 from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
+from onelaunch.engines.coreml.emit import TOKENS, emit, program_launches, save
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.lint import magnitudes
+from onelaunch.engines.coreml.pack import Packed
+from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import MissingExtra
@@ -169,12 +174,6 @@ def _logits_row(
 
 def _magnitudes(model: str, config: ModelConfig, weights: Weights, tokens: Tensor) -> Iterator[Row]:
     """Of a forward in one program, the largest by kind of operation."""
-    from onelaunch.engines.coreml.emit import TOKENS, emit, program_launches, save
-    from onelaunch.engines.coreml.evaluate import Evaluator
-    from onelaunch.engines.coreml.lint import magnitudes
-    from onelaunch.engines.coreml.pack import Packed
-    from onelaunch.engines.coreml.package import Package
-
     plan = make_plan(config, 1, tokens.shape[1], all_positions=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whole.mlpackage"

@@ -27,6 +27,11 @@ from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.backward import emit_backward
+from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, emit, program_launches, save
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.pack import Packed
+from onelaunch.engines.coreml.package import Package
 from onelaunch.errors import OnelaunchError
 from onelaunch.plan import Launch, Plan, every_depth, make_plan, part_of
 
@@ -147,19 +152,12 @@ def _weight_bytes(plan: Plan, launch: Launch) -> int:
 
 
 def _forward(plan: Plan, depth: str | int, weights: dict[str, Tensor], folder: Path) -> _Made:
-    from onelaunch.engines.coreml.emit import emit, program_launches
-    from onelaunch.engines.coreml.pack import Packed
-
     packed = Packed(plan.config, weights)
     found = list(program_launches(plan, depth))
     return _made(found, lambda launch: emit(plan, launch, packed), folder)
 
 
 def _backward_row(case: str, plan: Plan, taps: str, weights: dict[str, Tensor], quick: bool) -> Row:
-    from onelaunch.engines.coreml.backward import emit_backward
-    from onelaunch.engines.coreml.emit import program_launches
-    from onelaunch.engines.coreml.pack import Packed
-
     packed = Packed(plan.config, weights)
     found = list(program_launches(plan, plan.config.n_layers))[:1]
     samples = []
@@ -176,8 +174,6 @@ def _backward_row(case: str, plan: Plan, taps: str, weights: dict[str, Tensor], 
 
 
 def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _Made:
-    from onelaunch.engines.coreml.emit import save
-
     paths, emit_seconds, seconds, operations = [], 0.0, 0.0, 0
     for number, launch in enumerate(found):
         start = time.perf_counter()
@@ -193,10 +189,6 @@ def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _
 
 def _logits(made: _Made, weights: dict[str, Tensor], tokens: Tensor, precision: str) -> Tensor:
     """Through all programs."""
-    from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X
-    from onelaunch.engines.coreml.evaluate import Evaluator
-    from onelaunch.engines.coreml.package import Package
-
     rows = weights["embed_tokens.weight"][tokens].half().float()
     given: dict[str, Any] = {TOKENS: tokens, X: rows.transpose(1, 2)[:, :, None]}
     for path in made.paths:
@@ -217,7 +209,6 @@ def _on_a_mac(made: _Made, say: Callable[[str], None]) -> dict[str, Any]:
     """Seconds by Core ML, all programs one after another."""
     import numpy as np
 
-    from onelaunch.engines.coreml.package import Package
     from onelaunch.engines.coreml.run import Runner
 
     found: dict[str, Any] = {"load_seconds": 0.0, "prediction_seconds": 0.0, "units": []}

@@ -43,7 +43,12 @@ from onelaunch.bench.studies.ane_mega_kernel.program_training import (
 )
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.emit import emit, program_launches, save
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.pack import Packed
+from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.plan import make_plan
 
 UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 64))
@@ -97,12 +102,6 @@ def _tokens(config: ModelConfig, sequence: int) -> torch.Tensor:
 @contextmanager
 def _program(config: ModelConfig, sequence: int) -> Iterator[Call]:
     """The whole forward as one program."""
-    from onelaunch.engines.coreml.emit import emit, program_launches, save
-    from onelaunch.engines.coreml.evaluate import Evaluator
-    from onelaunch.engines.coreml.pack import Packed
-    from onelaunch.engines.coreml.package import Package
-    from onelaunch.plan import make_plan
-
     plan = make_plan(config, 1, sequence, all_positions=True)
     launch = program_launches(plan, "all")[0]
     with tempfile.TemporaryDirectory() as folder:
