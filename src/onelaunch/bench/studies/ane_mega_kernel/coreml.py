@@ -22,7 +22,7 @@ from torch import Tensor
 
 from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.config import ModelConfig, preset
@@ -57,7 +57,7 @@ class _Made:
     n_bytes: int
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     coremltools("bench coreml")
     from onelaunch.engines.coreml import run as mac
@@ -72,7 +72,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             yield _blocks(dim, hidden, layers, quick, reason is None, say)
 
 
-def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def _model(name: str, quick: bool, on_a_mac: bool, say: Say) -> Iterator[Row]:
     config = preset(name)
     weights = random_weights(config, 0)
     tokens = torch.randint(config.vocab_size, (1, SEQUENCE), generator=torch.manual_seed(0))
@@ -93,9 +93,7 @@ def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -
         yield row
 
 
-def _blocks(
-    dim: int, hidden: int, layers: int, quick: bool, on_a_mac: bool, say: Callable[[str], None]
-) -> Row:
+def _blocks(dim: int, hidden: int, layers: int, quick: bool, on_a_mac: bool, say: Say) -> Row:
     config = ModelConfig(
         dim=dim, n_layers=layers, n_heads=dim // 32, hidden_dim=hidden, vocab_size=64,
         max_seq_len=SEQUENCE,
@@ -114,7 +112,7 @@ def _row(
     weights: dict[str, Tensor],
     quick: bool,
     on_a_mac: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Row:
     samples: list[_Made] = []
     notes: dict[str, Any] = {}
@@ -205,7 +203,7 @@ def _errors(logits: Tensor, exact: Tensor) -> dict[str, float]:
     return {"one_minus_cosine": float(f"{1 - cosine:.2e}"), "relative": float(f"{apart:.2e}")}
 
 
-def _on_a_mac(made: _Made, say: Callable[[str], None]) -> dict[str, Any]:
+def _on_a_mac(made: _Made, say: Say) -> dict[str, Any]:
     """Seconds by Core ML, all programs one after another."""
     import numpy as np
 

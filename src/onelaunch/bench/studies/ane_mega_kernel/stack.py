@@ -27,7 +27,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import in_rounds, ratio
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
@@ -52,7 +52,7 @@ PYTORCH_ROUNDS = 2
 STAGES = ("stack-baseline", "stack-accumulation", "stack-background", "stack-asymptote")
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     cases, long = (QUICK_CASES, QUICK_LONG) if quick else (CASES, LONG)
     if reason := why_no_programs(device):
@@ -166,11 +166,7 @@ def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Itera
 
 
 def _row(
-    case: str,
-    stage: str,
-    samples: dict[str, list[float]],
-    k: int,
-    notes: dict[str, Any],
+    case: str, stage: str, samples: dict[str, list[float]], k: int, notes: dict[str, Any]
 ) -> Row:
     row = Row.of(
         f"{case}: {_label(stage, k)}",

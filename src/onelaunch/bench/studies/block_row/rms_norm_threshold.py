@@ -9,13 +9,13 @@ a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
@@ -60,7 +60,7 @@ SAMPLES = 15
 CPU_CALLS, CPU_SAMPLES = 20, 5
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every shape and pass; yields a row each."""
     place = torch.device(device)
     on_gpu = has_kernel(place, say)
@@ -117,7 +117,7 @@ def _shape(
     device: torch.device,
     contenders: list[Contender],
     norms: Mapping[str, Norm],
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[Row]:
     """The rows of one shape: the first contender against the second, the others as forms."""
     on_gpu = device.type == "cuda"

@@ -18,7 +18,7 @@ from typing import Any
 from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import together
 from onelaunch.bench.core.findings import Finding
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits
 from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import Told
@@ -69,7 +69,7 @@ class _Kept:
     apart: float
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows. Raises RunFailed where an engine gives wrong logits, or none, with
     nothing damaged and nothing kept."""
     with tempfile.TemporaryDirectory(prefix="onelaunch-cache-") as name:

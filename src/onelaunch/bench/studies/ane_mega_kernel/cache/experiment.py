@@ -11,14 +11,14 @@ until the program is there; imports and the start of a process are not counted.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from onelaunch.bench.core.findings import NEEDS_A_MAC, Finding
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
@@ -44,7 +44,7 @@ NAMES = {
 }
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case of what can be compiled here, or on a GPU of its kernels; yields rows."""
     if torch.device(device).type == "cuda":
         from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda

@@ -29,7 +29,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.record import Row, Say, percentiles
 from onelaunch.bench.core.tables import document, markdown, spread
 from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
@@ -37,10 +37,7 @@ from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     KernelCompilations,
     ProgramCompilations,
 )
-from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    preset,
-    why_no_programs,
-)
+from onelaunch.bench.studies.ane_mega_kernel.program_training import preset, why_no_programs
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import emit, program_launches, save
@@ -64,7 +61,7 @@ LITTLE = 1.26
 Call = Callable[[], object]
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
     place = torch.device(device)
