@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from onelaunch.bench.core.record import Say
 from onelaunch.bench.core.runner import conduct, in_a_line
 from onelaunch.bench.core.tables import markdown
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
@@ -25,7 +26,7 @@ class Done:
 
 
 def conduct_all(
-    device_of: Callable[[bool], str], quick: bool, folder: Path, say: Callable[[str], None]
+    device_of: Callable[[bool], str], quick: bool, folder: Path, say: Say
 ) -> list[Done]:
     """Run them all. `device_of` gives the device of an experiment, told whether it is one that runs
     on a GPU where there is one. One that cannot run here, or fails, keeps none of the others; what
@@ -42,7 +43,7 @@ def conduct_all(
 
 
 def _one(
-    name: str, device: str, quick: bool, folder: Path, say: Callable[[str], None]
+    name: str, device: str, quick: bool, folder: Path, say: Say
 ) -> tuple[Path | None, str, str]:
     try:
         return conduct(name, device, quick, folder, say), "", ""

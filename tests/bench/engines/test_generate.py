@@ -210,7 +210,7 @@ def test_children_measure_and_say_what_is_wrong(tmp_path, compiled_program):
     found = generate_life.in_child("start", model)
     assert found["compiled"] == 1.0
     assert 0 < found["ready_seconds"] < found["seconds"]
-    with pytest.raises(RunFailed, match=r"^start: .*absent\.bin: no such file"):
+    with pytest.raises(RunFailed, match=r"child start: .*absent\.bin: no such file"):
         generate_life.in_child("start", tmp_path / "absent.bin")
 
 

@@ -33,7 +33,7 @@ def ask(
 ) -> Any:
     """What a process prints last, as JSON. Raises RunFailed where it fails, prints no such thing,
     or takes longer than `timeout` seconds."""
-    name = " ".join(command[2:4])
+    name = " ".join(command[2:4])[:_REASON_LETTERS]
     environment = child_environment() if env is None else dict(env)
     try:
         done = subprocess.run(

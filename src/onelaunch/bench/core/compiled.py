@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.record import Say
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
@@ -35,7 +36,7 @@ def runtime_of(engine: CpuEngine) -> Runtime:
     return runtime
 
 
-def compiled_program(say: Callable[[str], None], store: Store | None = None) -> Program:
+def compiled_program(say: Say, store: Store | None = None) -> Program:
     """The program that serves every model, from the store or compiled now."""
     engine = CpuEngine(TINY, random_weights(TINY), threads=1, say=say, store=store)
     return runtime_of(ready(engine)).program

@@ -8,7 +8,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 from onelaunch.checkpoints.atomic import read_json, write_json
 from onelaunch.errors import BadInput
 
+Say = Callable[[str], None]
+"""Tells the user a line."""
 SCHEMA = 1
 # What else figures may depend on: peers, and what PyTorch's own RMSNorm may be replaced through.
 PACKAGES = ("onelaunch", "torch", "triton", "numpy", "numba", "llvmlite", "coremltools")

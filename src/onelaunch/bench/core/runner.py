@@ -11,18 +11,13 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.record import Row, device_name, record_path, rows_there, write_record
-from onelaunch.bench.experiments import (
-    NOT_ON_A_GPU,
-    OF_THE_CUDA_ENGINE,
-    devices,
-    module_name,
-)
+from onelaunch.bench.core.record import Row, Say, device_name, record_path, rows_there, write_record
+from onelaunch.bench.experiments import NOT_ON_A_GPU, OF_THE_CUDA_ENGINE, devices, module_name
 from onelaunch.checkpoints.atomic import read_json, write_text
 from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
@@ -34,7 +29,7 @@ def conduct(
     device: str,
     quick: bool,
     folder: Path,
-    say: Callable[[str], None],
+    say: Say,
     peers: Mapping[str, Path] | None = None,
 ) -> Path:
     """Run an experiment on a device; returns the record's path.
@@ -124,7 +119,7 @@ def _make_place(path: Path) -> None:
         raise BadInput(f"{path.parent}: cannot be written to")
 
 
-def _leave_views(module: ModuleType, path: Path, say: Callable[[str], None]) -> None:
+def _leave_views(module: ModuleType, path: Path, say: Say) -> None:
     """Table and picture of a record. They can be made again from it: what fails is said, and is no
     failure of the run."""
     if hasattr(module, "table"):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rig import in_turn, row_beside
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import LogitsEngine
@@ -32,7 +32,7 @@ tokens of stories15m in bfloat16 on a CPU it was up to 7e-3; a wrong token is ha
 behind."""
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
+def run(device: str, quick: bool, say: Say) -> list[Row]:
     """Time every case; returns one row each, higher is better."""
     rows = []
     for name, n in CASES.items():
@@ -42,7 +42,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def _compare(name: str, n: int, device: str, blocks: int, say: Callable[[str], None]) -> Row:
+def _compare(name: str, n: int, device: str, blocks: int, say: Say) -> Row:
     config = preset(name)
     weights = dict(Model(config).init_weights(1).state_dict())
     engine = ReferenceEngine(config, weights, device=device)

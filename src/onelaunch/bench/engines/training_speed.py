@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rig import in_turn, row_beside
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.model import Model
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, object]] = {
 QUICK = ("stories260k 32x128", "shakespeare-char 12x64")
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
+def run(device: str, quick: bool, say: Say) -> list[Row]:
     """Time every case; returns one row each, higher is better."""
     rows = []
     for case, settings in CASES.items():

@@ -29,14 +29,14 @@ def page(
     plots: Mapping[Path, str] | None = None,
     failed: Mapping[Path, str] | None = None,
     without: str = "",
-    story_plots: Sequence[str] = (),
+    story_plots: Mapping[str, str] | None = None,
 ) -> str:
     """The whole page: the story with its plots, then everything, folded. `plots` are SVG elements
     by record, `failed` why a record has none, `without` why there are none at all."""
     parts = [
         _HEAD.format(policy=_POLICY, title=escape(gather.TITLE), style=_file("report.css")),
         f"<h1>{escape(gather.TITLE)}</h1>",
-        *_story(report, story_plots),
+        *_story(report, story_plots or {}),
         *([f'<p class="problem">{escape(without)}</p>'] if without else []),
         "<h2>Everything that was measured</h2>",
         _summary(report),
@@ -61,16 +61,15 @@ def _file(name: str) -> str:
     return (resources.files("onelaunch.bench.report") / name).read_text(encoding="utf-8")
 
 
-def _story(report: Report, plots: Sequence[str]) -> Iterator[str]:
+def _story(report: Report, plots: Mapping[str, str]) -> Iterator[str]:
     """What the studies claimed, and of each claim what holds on which device."""
     sentences = story.introduction(report)
     if not sentences:
         return
     yield f'<section id="story"><h2>{escape(story.STORY_TITLE)}</h2>'
     yield from (f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    yield from (
-        f'<div class="plot" role="img" aria-label="{story.STORY_TITLE}">{s}</div>' for s in plots
-    )
+    for title, plot in plots.items():
+        yield f'<div class="plot" role="img" aria-label="{escape(title)}">{plot}</div>'
     for study, name in gather.STUDIES.items():
         yield f"<h3>{escape(name)}</h3>"
         for claim in story.CLAIMS:

@@ -51,14 +51,14 @@ def plots_of(parts: Sequence[Part]) -> tuple[Mapping[Path, str], Mapping[Path, s
     return drawn, failed, ""
 
 
-def story_plots(report: Report) -> list[str]:
-    """The story's plots as SVG, those that its records have; none without matplotlib, which
-    `plots_of` says."""
+def story_plots(report: Report) -> dict[str, str]:
+    """The story's plots as SVG, by title, those that its records have; none without matplotlib,
+    which `plots_of` says."""
     try:
-        figures = [story.draw(report, plot) for plot in story.PLOTS]
+        figures = {plot.title: story.draw(report, plot) for plot in story.PLOTS}
     except MissingExtra:
-        return []
-    return [svg(figure, f"story {n}") for n, figure in enumerate(figures) if figure is not None]
+        return {}
+    return {title: svg(figure, title) for title, figure in figures.items() if figure is not None}
 
 
 def svg(figure: Figure, name: str) -> str:

@@ -100,7 +100,7 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
     monkeypatch.setattr(compile_budget, "QUICK_DISTINCT", 3)
     monkeypatch.setattr(compile_budget, "QUICK_LAYERS", (1,))
-    monkeypatch.setattr(compile_budget, "_restart", lambda count, say: _row("a fresh process"))
+    monkeypatch.setattr(compile_budget, "_restart", lambda count: _row("a fresh process"))
     lines = []
     rows = list(compile_budget.run("cpu", True, lines.append))
     again, distinct, _, layers = rows

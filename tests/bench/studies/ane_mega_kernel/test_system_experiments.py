@@ -35,7 +35,7 @@ def verdicts(module, record):
 
 @pytest.mark.extended
 def test_programs_are_kept_and_damage_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(cache, "MODEL", "stories260k")
+    monkeypatch.setattr(cases, "MODEL", "stories260k")
     monkeypatch.setattr(cache, "QUICK_REPEATS", 1)
     monkeypatch.setattr(cpu, "why_not", lambda: "not in this test")
     lines = []
@@ -138,12 +138,9 @@ def test_which_weights_are_followed(monkeypatch, tmp_path):
     still = [case for case, row in found.items() if row["converts"] and not row["follows"]]
     assert still == [weight_mutability.FILE]
     assert found[weight_mutability.FILE]["follows_loaded_anew"]
-    assert verdicts(weight_mutability, record) == {
-        "mutable-inputs": "refuted",
-        "mutable-packed": "refuted",
-        "mutable-matmul": "refuted",
-        "mutable-file": "not applicable",
-    }
+    # a public converter, and an evaluator: no word on a private parser
+    keys = ("mutable-inputs", "mutable-packed", "mutable-matmul", "mutable-file")
+    assert verdicts(weight_mutability, record) == dict.fromkeys(keys, "not applicable")
 
 
 def on_a_gpu(case, **more):
@@ -197,7 +194,7 @@ def test_constants_and_arguments_are_the_same_layer(monkeypatch, tmp_path):
     record = record_of(baked_or_argument, rows, tmp_path)
     assert len(rows) == 10
     (finding,) = baked_or_argument.findings(record)
-    assert finding.verdict == "refuted"
+    assert (finding.verdict, finding.why.split(":")[0]) == ("not applicable", "needs a Mac")
     updates = {r["form"]: r["ours"] for r in record["rows"] if r["what"] == "update"}
     assert updates["constants"] > updates["arguments"]
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.gpu_forwards import pytorch_samples, random_weights, replays, walls
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.core.timing import copy_bandwidth
@@ -69,7 +69,7 @@ TRITON_STORE = "TRITON_CACHE_DIR"
 CHILD_SECONDS = 120.0
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every case; yields rows."""
     import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
     from triton.runtime.cache import triton_key
@@ -110,7 +110,7 @@ def _case(
     sequence: int,
     device: torch.device,
     store: Path | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Row:
     """One row; nothing is chosen without a store."""
     gc.collect()
@@ -147,7 +147,7 @@ def _ours(
     tokens: Tensor,
     expected: Tensor,
     store: Path | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]], dict[str, Any]]:
     """Graphs of our forms, and what is to be told of them."""
     from onelaunch.engines.cuda.one_launch import FusedForward
@@ -231,7 +231,7 @@ def _chosen(
     sequence: int,
     folder: Path,
     notes: dict[str, Any],
-    say: Callable[[str], None],
+    say: Say,
 ) -> BoundForward:
     """What tuning finds, kept in the folder, and in the notes what it took."""
     from onelaunch.compilation.cache import Store

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from onelaunch.bench.core.compiled import ready, runtime_of, thread_counts
+from onelaunch.bench.core.record import Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.reading import reader
@@ -67,7 +68,7 @@ def write_model(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> 
     return path
 
 
-def written(peer: RunC, prompt: list[int], n: int, say: Callable[[str], None]) -> list[int] | None:
+def written(peer: RunC, prompt: list[int], n: int, say: Say) -> list[int] | None:
     """What run.c writes; None, and a line that says why, where it does not write it all."""
     try:
         return peer.generate(prompt, n, thread_counts()[-1])[1]
@@ -93,7 +94,7 @@ class Cell:
         threads: Sequence[Threads],
         binary: Path | None,
         folder: Path,
-        say: Callable[[str], None],
+        say: Say,
         python: Path | None = None,
     ) -> None:
         weights = random_weights(config)

@@ -12,16 +12,12 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onelaunch.bench.core.compiled import (
-    compiled_program,
-    thread_counts,
-    threads_named,
-)
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.compiled import compiled_program, thread_counts, threads_named
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import ratio
 from onelaunch.bench.engines.generate.cell import (
     AUTO,
@@ -58,9 +54,7 @@ QUICK_LARGE_ROUNDS = 3
 PROMPT_TOKENS = 3
 
 
-def run(
-    device: str, quick: bool, say: Callable[[str], None], peers: Mapping[str, Path]
-) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say, peers: Mapping[str, Path]) -> Iterator[Row]:
     """Time every case; yields rows, higher is better where the unit is tokens/s."""
     binary = peers.get(NAME)
     if binary is not None:
@@ -92,7 +86,7 @@ def _cell(
     n: int,
     rounds: int,
     peers: tuple[Path | None, Path | None],
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[Row]:
     binary, python = peers
     config = preset(name)

@@ -16,7 +16,7 @@ import torch
 
 from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.compiled import ready, thread_counts
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.cell import (
@@ -64,7 +64,7 @@ def _model(binary: Path | None) -> Iterator[tuple[CpuEngine, ReferenceEngine, Ru
         yield ready(CpuEngine(config, weights)), reference, peer
 
 
-def prompt(binary: Path | None, rounds: int, say: Callable[[str], None]) -> Row:
+def prompt(binary: Path | None, rounds: int, say: Say) -> Row:
     """A prompt as long as the context, and one token more. run.c reads a prompt as it writes, one
     token at a time: its rate is that at these positions."""
     ids = prompt_of(PROMPT)
@@ -96,7 +96,7 @@ def _reading_rate(engine: Engine, ids: list[int]) -> float:
     return len(ids) / (time.perf_counter() - start)
 
 
-def busy_core(binary: Path | None, rounds: int, say: Callable[[str], None]) -> Iterator[Row]:
+def busy_core(binary: Path | None, rounds: int, say: Say) -> Iterator[Row]:
     """Texts while another process keeps a core busy, and while none does: ours with automatic
     threads, run.c with a thread for each core. A row for each, as each stands against itself."""
     ids = prompt_of(3)
@@ -184,7 +184,7 @@ def second_start(samples: int) -> Row:
     return row
 
 
-def memory(say: Callable[[str], None]) -> Iterator[Row]:
+def memory(say: Say) -> Iterator[Row]:
     """Growth of a process's own memory, beside what is allowed; no row where it cannot be told."""
     try:
         with _model_file() as model:
@@ -205,7 +205,7 @@ def memory(say: Callable[[str], None]) -> Iterator[Row]:
     yield row
 
 
-def cold_start(samples: int, say: Callable[[str], None]) -> Iterator[Row]:
+def cold_start(samples: int, say: Say) -> Iterator[Row]:
     """Processes that find no compiled program: the first token, and the swap amid texts. No row
     where that failed, as it does on a machine that leaves a compiler no time."""
     found: list[Mapping[str, float]] = []

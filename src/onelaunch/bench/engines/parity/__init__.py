@@ -18,10 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.weights import SEED, exact_logits, random_weights
 from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
+from onelaunch.engines.coreml.emit import TOKENS, emit, program_launches, save
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.lint import magnitudes
+from onelaunch.engines.coreml.pack import Packed
+from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.engine import Engine
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import MissingExtra
@@ -41,13 +46,13 @@ Weights = dict[str, Tensor]
 Make = Callable[[ModelConfig, Weights], Engine]
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every engine that runs on the device; yields rows."""
     place = torch.device(device)
     yield from _rows(place, quick, say)
 
 
-def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def _rows(place: torch.device, quick: bool, say: Say) -> Iterator[Row]:
     for name, sequence in QUICK_MODELS if quick else MODELS:
         config, weights, tokens, targets = _problem(name, sequence)
         exact = exact_logits(config, weights, tokens)
@@ -72,7 +77,7 @@ def _problem(name: str, sequence: int) -> tuple[ModelConfig, Weights, Tensor, Te
     return config, weights, tokens, targets
 
 
-def _engines(place: torch.device, say: Callable[[str], None]) -> Iterator[tuple[str, str, Make]]:
+def _engines(place: torch.device, say: Say) -> Iterator[tuple[str, str, Make]]:
     """Engine, precision and its maker, of those that can run here."""
     if place.type == "cuda":
         from onelaunch.engines.cuda.engine import CudaEngine
@@ -108,7 +113,7 @@ def _compiled(config: ModelConfig, weights: Weights, dtype: str) -> Engine:
     return ready(CpuEngine(config, weights, dtype=dtype))
 
 
-def _has_coremltools(say: Callable[[str], None]) -> bool:
+def _has_coremltools(say: Say) -> bool:
     from onelaunch.engines.coreml import coremltools
 
     try:
@@ -169,12 +174,6 @@ def _logits_row(
 
 def _magnitudes(model: str, config: ModelConfig, weights: Weights, tokens: Tensor) -> Iterator[Row]:
     """Of a forward in one program, the largest by kind of operation."""
-    from onelaunch.engines.coreml.emit import TOKENS, emit, program_launches, save
-    from onelaunch.engines.coreml.evaluate import Evaluator
-    from onelaunch.engines.coreml.lint import magnitudes
-    from onelaunch.engines.coreml.pack import Packed
-    from onelaunch.engines.coreml.package import Package
-
     plan = make_plan(config, 1, tokens.shape[1], all_positions=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whole.mlpackage"

@@ -24,7 +24,7 @@ from torch import Tensor
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import in_rounds
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.config import ModelConfig, preset
@@ -59,7 +59,7 @@ SAME = 1e-5
 FORMS = ("constants", "arguments", "PyTorch")
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every model; yields rows."""
     coremltools("bench baked-or-argument")
     for name in QUICK_MODELS if quick else MODELS:

@@ -22,11 +22,16 @@ from torch import Tensor
 
 from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document, markdown
 from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.backward import emit_backward
+from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, emit, program_launches, save
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.pack import Packed
+from onelaunch.engines.coreml.package import Package
 from onelaunch.errors import OnelaunchError
 from onelaunch.plan import Launch, Plan, every_depth, make_plan, part_of
 
@@ -52,7 +57,7 @@ class _Made:
     n_bytes: int
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     coremltools("bench coreml")
     from onelaunch.engines.coreml import run as mac
@@ -67,7 +72,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
             yield _blocks(dim, hidden, layers, quick, reason is None, say)
 
 
-def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def _model(name: str, quick: bool, on_a_mac: bool, say: Say) -> Iterator[Row]:
     config = preset(name)
     weights = random_weights(config, 0)
     tokens = torch.randint(config.vocab_size, (1, SEQUENCE), generator=torch.manual_seed(0))
@@ -88,9 +93,7 @@ def _model(name: str, quick: bool, on_a_mac: bool, say: Callable[[str], None]) -
         yield row
 
 
-def _blocks(
-    dim: int, hidden: int, layers: int, quick: bool, on_a_mac: bool, say: Callable[[str], None]
-) -> Row:
+def _blocks(dim: int, hidden: int, layers: int, quick: bool, on_a_mac: bool, say: Say) -> Row:
     config = ModelConfig(
         dim=dim, n_layers=layers, n_heads=dim // 32, hidden_dim=hidden, vocab_size=64,
         max_seq_len=SEQUENCE,
@@ -109,7 +112,7 @@ def _row(
     weights: dict[str, Tensor],
     quick: bool,
     on_a_mac: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Row:
     samples: list[_Made] = []
     notes: dict[str, Any] = {}
@@ -147,19 +150,12 @@ def _weight_bytes(plan: Plan, launch: Launch) -> int:
 
 
 def _forward(plan: Plan, depth: str | int, weights: dict[str, Tensor], folder: Path) -> _Made:
-    from onelaunch.engines.coreml.emit import emit, program_launches
-    from onelaunch.engines.coreml.pack import Packed
-
     packed = Packed(plan.config, weights)
     found = list(program_launches(plan, depth))
     return _made(found, lambda launch: emit(plan, launch, packed), folder)
 
 
 def _backward_row(case: str, plan: Plan, taps: str, weights: dict[str, Tensor], quick: bool) -> Row:
-    from onelaunch.engines.coreml.backward import emit_backward
-    from onelaunch.engines.coreml.emit import program_launches
-    from onelaunch.engines.coreml.pack import Packed
-
     packed = Packed(plan.config, weights)
     found = list(program_launches(plan, plan.config.n_layers))[:1]
     samples = []
@@ -176,8 +172,6 @@ def _backward_row(case: str, plan: Plan, taps: str, weights: dict[str, Tensor], 
 
 
 def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _Made:
-    from onelaunch.engines.coreml.emit import save
-
     paths, emit_seconds, seconds, operations = [], 0.0, 0.0, 0
     for number, launch in enumerate(found):
         start = time.perf_counter()
@@ -193,10 +187,6 @@ def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _
 
 def _logits(made: _Made, weights: dict[str, Tensor], tokens: Tensor, precision: str) -> Tensor:
     """Through all programs."""
-    from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X
-    from onelaunch.engines.coreml.evaluate import Evaluator
-    from onelaunch.engines.coreml.package import Package
-
     rows = weights["embed_tokens.weight"][tokens].half().float()
     given: dict[str, Any] = {TOKENS: tokens, X: rows.transpose(1, 2)[:, :, None]}
     for path in made.paths:
@@ -213,11 +203,10 @@ def _errors(logits: Tensor, exact: Tensor) -> dict[str, float]:
     return {"one_minus_cosine": float(f"{1 - cosine:.2e}"), "relative": float(f"{apart:.2e}")}
 
 
-def _on_a_mac(made: _Made, say: Callable[[str], None]) -> dict[str, Any]:
+def _on_a_mac(made: _Made, say: Say) -> dict[str, Any]:
     """Seconds by Core ML, all programs one after another."""
     import numpy as np
 
-    from onelaunch.engines.coreml.package import Package
     from onelaunch.engines.coreml.run import Runner
 
     found: dict[str, Any] = {"load_seconds": 0.0, "prediction_seconds": 0.0, "units": []}

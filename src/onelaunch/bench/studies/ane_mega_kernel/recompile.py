@@ -18,7 +18,7 @@ import torch
 
 from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver
 from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
@@ -48,7 +48,7 @@ ROUNDS, UPDATES = 2, 4
 QUICK_ROUNDS, QUICK_UPDATES = 1, 2
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     coremltools("bench recompile")
     for key in KEYS:
@@ -76,9 +76,7 @@ def _to_hide(schedule: Measured) -> int:
     return micro_steps_to_hide(schedule.compile_seconds, min(steps))
 
 
-def _waits(
-    case: str, training: Driver[CoreMLTrainer], k: int, count: int, say: Callable[[str], None]
-) -> float:
+def _waits(case: str, training: Driver[CoreMLTrainer], k: int, count: int, say: Say) -> float:
     """The share of an update of K micro-steps that it waits: the median of some."""
     training.update(k)  # whose programs an update of another length has asked for
     updates = [training.update(k) for _ in range(count)]
@@ -105,11 +103,7 @@ def settled(k: int, waits: Callable[[int], float]) -> int:
 
 
 def _case(
-    case: str,
-    training: Driver[CoreMLTrainer],
-    first_k: int,
-    quick: bool,
-    say: Callable[[str], None],
+    case: str, training: Driver[CoreMLTrainer], first_k: int, quick: bool, say: Say
 ) -> Iterator[Row]:
     k, schedule = first_k, training.engine.schedule
     first = QUICK_FIRST_UPDATES if quick else FIRST_UPDATES

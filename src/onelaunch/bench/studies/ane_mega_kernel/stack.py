@@ -22,15 +22,12 @@ import torch
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import (
     Finding,
-    below,
     error_of_ratio,
     of_a_gain,
-    standard_error,
-    unless,
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import in_rounds, ratio
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
@@ -53,12 +50,9 @@ BASELINE_UPDATES = 3
 PYTORCH_ROUNDS = 2
 """For each round of programs, as a micro-step is much shorter."""
 STAGES = ("stack-baseline", "stack-accumulation", "stack-background", "stack-asymptote")
-MODEL_NEAR = 0.1
-"""Of the model's rate: the model leaves out the optimizer, and noise is of this size on a machine
-that others use."""
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     cases, long = (QUICK_CASES, QUICK_LONG) if quick else (CASES, LONG)
     if reason := why_no_programs(device):
@@ -172,11 +166,7 @@ def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Itera
 
 
 def _row(
-    case: str,
-    stage: str,
-    samples: dict[str, list[float]],
-    k: int,
-    notes: dict[str, Any],
+    case: str, stage: str, samples: dict[str, list[float]], k: int, notes: dict[str, Any]
 ) -> Row:
     row = Row.of(
         f"{case}: {_label(stage, k)}",
@@ -206,55 +196,37 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     found = []
     first = {row["of"]: row for row in record["rows"] if row["stage"] == STAGES[0]}
     for row in record["rows"]:
-        key = row["stage"]
-        published = float(PUBLISHED[key].values["speedup"])
-        theirs = f"{PUBLISHED[key].values['micro-steps/s']:g} micro-steps/s"
+        key, values = row["stage"], PUBLISHED[row["stage"]].values
+        theirs = f"{values['micro-steps/s']:g} micro-steps/s"
         ours = f"{row['ours']:.2f} micro-steps/s"
         if key == STAGES[0]:
-            found.append(
-                Finding(
-                    (key,), f"{row['of']}: what the others are over", theirs, ours,
-                    "not applicable", "another machine and another model; their ratios follow",
-                )
-            )  # fmt: skip
+            claim = f"{row['of']}: what the others are over"
+            why = "another machine and another model; their ratios follow"
+            found.append(Finding((key,), claim, theirs, ours, "not applicable", why))
             continue
-        times = row["speedup"] / published
+        published = float(values["speedup"])
         error = error_of_ratio(row["speedup"], row, first[row["of"]])
         verdict, why = of_a_gain(row["speedup"], published, error)
-        if "model" not in row:
-            why += "; weights are arguments here: only the optimizer's step is shared by more"
-        elif row["stage"] == STAGES[2]:
-            why += f"; {row['wait_share']:.1%} of an update waits"
         if row["k"] != LONG:
             verdict, why = "quick run", f"{row['k']} micro-steps an update"
+        computed = "" if key == STAGES[1] else ", computed"
         found.append(
             Finding(
                 (key,),
                 row["case"],
-                f"{published:g} times the baseline, {theirs}"
-                + ("" if key == STAGES[1] else ", computed"),
+                f"{published:g} times the baseline, {theirs}{computed}",
                 f"{row['speedup']:.2f} times, {ours}",
                 verdict,
-                why,
-                times,
+                f"{why}; weights are arguments here: only the optimizer's step is shared by more",
+                row["speedup"] / published,
             )
         )
-        if key == STAGES[2] and "model" in row:
-            near = row["ours"] / row["model"]
-            error = standard_error(row["spread"], row["n"]) / row["model"]
-            verdict = below(abs(near - 1), MODEL_NEAR, error)
-            found.append(
-                Finding(
-                    (key,),
-                    f"{row['of']}: K / max(K step slowdown, compile) says what the background "
-                    "brings",
-                    "5.24 by such a model",
-                    f"{row['ours']:.2f} measured, {row['model']:.2f} by the model",
-                    verdict,
-                    f"within {MODEL_NEAR:.0%} is confirmed; slowdown {row['slowdown']:.2f}, "
-                    f"compiling {row['compile_seconds']:.2f} s beside the work{unless(verdict)}",
-                )
-            )
+        if key == STAGES[2]:
+            what = "K / max(K step slowdown, compile) says what the background brings"
+            claim = f"{row['of']}: {what}"
+            by_model = f"{row['ours']:.2f} measured, {row['model']:.2f} by the model"
+            told = "5.24 by such a model"
+            found.append(Finding((key,), claim, told, by_model, "not applicable", ""))
     return without_evaluated_seconds(found)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.record import Row, Say, percentiles
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.rounds import ratio
 from onelaunch.bench.core.tables import digits, document, markdown
@@ -73,7 +73,7 @@ def outputs() -> dict[str, Callable[[], AbstractContextManager[int]]]:
     }
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> list[Row]:
+def run(device: str, quick: bool, say: Say) -> list[Row]:
     """Time every case on every output; returns one row each, lower is better."""
     rows = []
     for case, settings in CASES.items():

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.record import Say
 from onelaunch.bench.core.timing import (
     Call,
     Replay,
@@ -179,7 +180,7 @@ def kernel_times(
     contenders: Sequence[Contender],
     norms: Mapping[str, Norm],
     samples: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, list[float]]:
     """Microseconds a call by replay, of every contender that gives the right result. To be called
     on a stream that is not the default one. A contender that cannot be captured, or is wrong, is
@@ -195,11 +196,7 @@ def kernel_times(
 
 
 def _right(
-    cell: Cell,
-    pass_: str,
-    norms: Mapping[str, Norm],
-    checked: Callable[[Call], T],
-    say: Callable[[str], None],
+    cell: Cell, pass_: str, norms: Mapping[str, Norm], checked: Callable[[Call], T], say: Say
 ) -> dict[str, T]:
     """By contender what `checked` makes of its pass; who fails is said and left out."""
     found = {}
@@ -211,7 +208,7 @@ def _right(
     return found
 
 
-def _restorer(cell: Cell, contenders: Sequence[Contender]) -> Callable[[str], None]:
+def _restorer(cell: Cell, contenders: Sequence[Contender]) -> Say:
     """What puts gradients back before one of these that writes over them."""
     in_place = {c.name for c in contenders if c.in_place}
 
@@ -243,7 +240,7 @@ def host_times(
     norms: Mapping[str, Norm],
     repeats: int,
     samples: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, list[float]]:
     """Microseconds a call, the host's part included, of every contender that gives the right
     result; `repeats` calls a sample."""
@@ -279,7 +276,7 @@ def peak_bytes(cell: Cell, norm: Norm) -> int:
     return peak
 
 
-def each_reason_once(say: Callable[[str], None]) -> Callable[[str], None]:
+def each_reason_once(say: Say) -> Say:
     """Lets a line that says who is left out pass only when who and why are new: a missing compiler
     is missing at every shape."""
     seen: set[str] = set()

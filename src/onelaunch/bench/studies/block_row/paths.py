@@ -106,13 +106,17 @@ def tables(record: Mapping[str, Any]) -> list[str]:
             continue
         counts = sorted({rows for by_shape in ratios.values() for rows, _ in by_shape})
         for pass_, by_shape in ratios.items():
-            cells = [
-                [str(count), *(judged(by_shape.get((count, width))) for width in WIDTHS)]
-                for count in counts
-            ]
             parts.append(f"### {pass_}, {pair.label}: time of the one / time of the other")
-            parts.append(markdown(["rows", *map(str, WIDTHS)], cells))
+            parts.append(ratio_table(by_shape, counts, WIDTHS))
     return parts
+
+
+def ratio_table(
+    by_shape: Mapping[tuple[int, int], float], counts: Sequence[int], widths: Sequence[int]
+) -> str:
+    """Ratios with their verdicts, rows by columns."""
+    lines = [[f"{c}", *(_judged(by_shape.get((c, width))) for width in widths)] for c in counts]
+    return markdown(["rows", *map(str, widths)], lines)
 
 
 _ALONE = tuple((pass_,) for pass_ in PASSES)
@@ -127,6 +131,5 @@ def _said(count: int | None) -> str:
     return "none" if count is None else f"{count:,}"
 
 
-def judged(ratio: float | None) -> str:
-    """A ratio with its verdict."""
+def _judged(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f} {verdict(ratio)}"

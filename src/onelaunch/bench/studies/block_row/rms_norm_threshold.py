@@ -9,14 +9,13 @@ a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.findings import Finding
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
@@ -28,7 +27,7 @@ from onelaunch.bench.peers.rms_norm import (
     source_paths,
 )
 from onelaunch.bench.studies.block_row import paths as rms_norm_paths
-from onelaunch.bench.studies.block_row.findings import sentence_findings
+from onelaunch.bench.studies.block_row.findings import sentence_findings as findings
 from onelaunch.bench.studies.block_row.norm_cell import (
     PASSES,
     Cell,
@@ -36,7 +35,7 @@ from onelaunch.bench.studies.block_row.norm_cell import (
     host_times,
     kernel_times,
 )
-from onelaunch.bench.studies.block_row.paths import TIE, Ratios, judged, verdict
+from onelaunch.bench.studies.block_row.paths import TIE, Ratios, verdict
 from onelaunch.bench.studies.block_row.rms_norm import row_of
 from onelaunch.bench.studies.block_row.rms_norm.summary import shape_of
 from onelaunch.operators.devices import multiprocessors
@@ -46,6 +45,8 @@ from onelaunch.operators.rms_norm.plan import (
     backward_plan,
     forward_plan,
 )
+
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
 
 UNIT = "us"
 
@@ -59,7 +60,7 @@ SAMPLES = 15
 CPU_CALLS, CPU_SAMPLES = 20, 5
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every shape and pass; yields a row each."""
     place = torch.device(device)
     on_gpu = has_kernel(place, say)
@@ -116,7 +117,7 @@ def _shape(
     device: torch.device,
     contenders: list[Contender],
     norms: Mapping[str, Norm],
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[Row]:
     """The rows of one shape: the first contender against the second, the others as forms."""
     on_gpu = device.type == "cuda"
@@ -149,11 +150,6 @@ def _notes(cell: Cell) -> dict[str, object]:
     return {"dtype": "bfloat16", "multiprocessors": count, "auto": auto}
 
 
-def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of the published row count, for all of the rule's widths together."""
-    return sentence_findings(record)
-
-
 def table(record: dict[str, Any]) -> str:
     """In Markdown: the thresholds, then block time over row time by width and row count."""
     ratios = _ratios(record)
@@ -166,12 +162,8 @@ def table(record: dict[str, Any]) -> str:
         _threshold_table(record, ratios),
     ]
     for pass_, by_shape in ratios.items():
-        lines = [
-            [str(count), *(judged(by_shape.get((count, width))) for width in widths)]
-            for count in counts
-        ]
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
-        parts.append(markdown(["rows", *map(str, widths)], lines))
+        parts.append(rms_norm_paths.ratio_table(by_shape, counts, widths))
     parts += rms_norm_paths.tables(record)
     return document(record, "RMSNorm, when several rows in a program pay, on", *parts)
 

@@ -7,14 +7,14 @@ through torch.compile. The models have their presets' vocabularies, whatever the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rig import in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.tables import digits, document, markdown, spread
@@ -43,7 +43,7 @@ BLOCK_SECONDS = 0.4
 BLOCKS, QUICK_BLOCKS = 15, 9
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every case; yields a row each, lower is better."""
     if has_kernel(torch.device(device), say):
         cases = QUICK if quick else CASES

@@ -10,12 +10,12 @@ the kernels. Then validation losses after equally many tokens (validation.py).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.kernel_weights import renewals
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.validation import learning
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.views import draw, findings, table
@@ -51,7 +51,7 @@ BASE = 10
 """Micro-steps an update that speedups are over, as in the study."""
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     if reason := why_no_programs(device):
         say(f"without ML Programs: {reason}")

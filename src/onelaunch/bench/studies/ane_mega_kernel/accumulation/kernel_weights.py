@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
 
 REPEATS = 9
 
 
-def renewals(
-    model: str, sequence: int, training: Driver[Any], say: Callable[[str], None]
-) -> Iterator[Row]:
+def renewals(model: str, sequence: int, training: Driver[Any], say: Say) -> Iterator[Row]:
     """A row of each, in milliseconds; none on another device, where nothing is made of them."""
     device = training.engine.device
     if device.type != "cuda":
@@ -49,12 +47,7 @@ def renewals(
     yield _timed(f"{case}, a CUDA graph captured", bound.captured, training, when)
 
 
-def _timed(
-    case: str,
-    make: Callable[[], object],
-    training: Driver[Any],
-    when: str,
-) -> Row:
+def _timed(case: str, make: Callable[[], object], training: Driver[Any], when: str) -> Row:
     samples = []
     for number in range(REPEATS + 1):
         training.wait()

@@ -18,8 +18,7 @@ from typing import Any
 from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import together
 from onelaunch.bench.core.findings import Finding
-from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits
 from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import Told
@@ -30,6 +29,17 @@ NAME = "the CUDA engine's kernels"
 CUT = f"{cases.DAMAGED}, half a kernel"
 CUT_LAUNCHER = f"{cases.DAMAGED}, half a library"
 CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.cache.cuda_child")
+REASONS = {
+    "cache-key": (
+        cases.OTHER,
+        "across processes, by Triton: of sources, constants, options and its own version; weights "
+        "are arguments, and no part of it",
+    ),
+    "cache-weight-free": (
+        cases.OTHER_UPDATED,
+        "every kernel is one: other weights, the same kernels",
+    ),
+}
 PATIENCE_SECONDS = 120.0
 REPEATS = 2
 MOST_APART = 0.05
@@ -59,7 +69,7 @@ class _Kept:
     apart: float
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows. Raises RunFailed where an engine gives wrong logits, or none, with
     nothing damaged and nothing kept."""
     with tempfile.TemporaryDirectory(prefix="onelaunch-cache-") as name:
@@ -229,38 +239,15 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     rows = {row["what"]: row for row in record["rows"] if row["kind"] == KERNELS}
     cold = rows.get(cases.EMPTY)
     found = []
-    for key, what, claim, why in (
-        (
-            "cache-key", cases.OTHER, "a program is kept by hashes of program, options and weights",
-            "across processes, by Triton: of sources, constants, options and its own version; "
-            "weights are arguments, and no part of it",
-        ),
-        (
-            "cache-weight-free", cases.OTHER_UPDATED,
-            "one without weights is a hit in another process",
-            "every kernel is one: other weights, the same kernels",
-        ),
-    ):  # fmt: skip
+    for key, (what, why) in REASONS.items():
         if (row := rows.get(what)) and cold:
-            verdict = "confirmed" if row["as_expected"] else "refuted"
-            told, ours = str(PUBLISHED[key].values["told"]), _figures(row)
             why += f"; compiling takes {digits(cold['ours'])} s"
-            found.append(Finding((key,), claim, told, ours, verdict, why))  # type: ignore[arg-type]
+            found.append(cases.finding(key, _figures(row), row["as_expected"], why))
     if row := rows.get(cases.UPDATED):
-        found += [
-            Finding(
-                ("cache-exists",),
-                "the store says whether a program is kept, without reading it",
-                str(PUBLISHED["cache-exists"].values["told"]), "", "not applicable",
-                "Triton's store is not asked: a kernel is read or compiled",
-            ),
-            Finding(
-                ("cache-weights",),
-                "one with weights is a miss after an update",
-                str(PUBLISHED["cache-weights"].values["told"]), _figures(row), "not applicable",
-                "no kernel has weights in it: after an update there is nothing to be compiled",
-            ),
-        ]  # fmt: skip
+        why = "Triton's store is not asked: a kernel is read or compiled"
+        found.append(cases.finding("cache-exists", "", None, why))
+        why = "no kernel has weights in it: after an update there is nothing to be compiled"
+        found.append(cases.finding("cache-weights", _figures(row), None, why))
     damaged = [rows[what] for what in (CUT, CUT_LAUNCHER) if what in rows]
     if damaged:
         outcomes = [line for row in damaged for line in row["outcomes"]]

@@ -11,15 +11,14 @@ until the program is there; imports and the start of a process are not counted.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from onelaunch.bench.core.findings import NEEDS_A_MAC, Finding
-from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
@@ -45,7 +44,7 @@ NAMES = {
 }
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case of what can be compiled here, or on a GPU of its kernels; yields rows."""
     if torch.device(device).type == "cuda":
         from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
@@ -180,37 +179,29 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 ANSWERS = {
-    "cache-key": (cases.OTHER, "a program is kept by hashes of program, options and weights"),
-    "cache-exists": (cases.ASKED, "the store says whether a program is kept, without reading it"),
-    "cache-weight-free": (cases.OTHER_UPDATED, "one without weights is a hit in another process"),
-    "cache-weights": (cases.UPDATED, "one with weights is a miss after an update"),
-}
+    "cache-key": (LAYER, cases.OTHER), "cache-exists": (LAYER, cases.ASKED),
+    "cache-weight-free": (ATTENTION, cases.OTHER_UPDATED), "cache-weights": (LAYER, cases.UPDATED),
+}  # fmt: skip
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of each statement about what is kept, and of what it saves."""
+    """Of each statement about what is kept."""
     from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
 
     if cache_cuda.is_of_kernels(record):
         return cache_cuda.findings(record)
     rows = {(row["kind"], row["what"]): row for row in record["rows"]}
     found = []
-    for key, (what, claim) in ANSWERS.items():
-        kind = ATTENTION if key == "cache-weight-free" else LAYER
+    for key, (kind, what) in ANSWERS.items():
         row, cold = rows.get((kind, what)), rows.get((kind, cases.EMPTY))
         if row is None or cold is None:
             continue
-        found.append(
-            Finding(
-                (key,),
-                claim,
-                str(PUBLISHED[key].values["told"]),
-                f"{row['found']}, {digits(row['ours'] * 1e3)} ms",
-                "confirmed" if row["as_expected"] else "refuted",
-                f"this package's store, {NAMES[kind]}; compiling takes "
-                f"{digits(cold['ours'] * 1e3)} ms; Apple's own store {NEEDS_A_MAC}",
-            )
+        why = (
+            f"this package's store, {NAMES[kind]}; compiling takes {digits(cold['ours'] * 1e3)} "
+            f"ms; Apple's own store {NEEDS_A_MAC}"
         )
+        ours = f"{row['found']}, {digits(row['ours'] * 1e3)} ms"
+        found.append(cases.finding(key, ours, row["as_expected"], why))
     return found
 
 

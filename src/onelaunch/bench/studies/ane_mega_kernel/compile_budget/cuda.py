@@ -12,7 +12,7 @@ from typing import Any
 
 from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import ask
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     AGAIN,
     DISTINCT,
@@ -32,7 +32,7 @@ LAYERS, QUICK_LAYERS = (12, 96), (12,)
 Told = Callable[[str, int], dict[str, Any]]
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     with tempfile.TemporaryDirectory(prefix="onelaunch-kernels-") as folder:
         env = triton_store.environment(Path(folder))

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from onelaunch.bench.core.children import ask
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.rows import (
     AGAIN,
     DISTINCT,
@@ -38,7 +38,7 @@ QUICK_LAYERS = (12,)
 CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.compile_budget.child")
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     if torch.device(device).type == "cuda":
         from onelaunch.bench.studies.ane_mega_kernel.compile_budget import (

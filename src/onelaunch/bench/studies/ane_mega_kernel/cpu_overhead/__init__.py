@@ -9,7 +9,7 @@ each step of a small model instead of never.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead.cases import (
@@ -61,13 +61,13 @@ ANSWERS = {
 }
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """The host's cases on any device; on a GPU those of its own too."""
     place = torch.device(device)
     yield from _rows(place, quick, say)
 
 
-def _rows(place: torch.device, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def _rows(place: torch.device, quick: bool, say: Say) -> Iterator[Row]:
     rounds = QUICK_ROUNDS if quick else ROUNDS
     host = (ALLOCATED, allocations), (COPIED, copies), (SUMMED, sums), (LOCKED, locks)
     threads = torch.get_num_threads()
@@ -96,7 +96,7 @@ def _of_samples(what: str, samples: Samples, **notes: object) -> Iterator[Row]:
         yield Row.of(f"{what}, {name}", values, notes={"what": what, "by": name, **notes})
 
 
-def _compiled_call(say: Callable[[str], None]) -> Mapping[str, Sample]:
+def _compiled_call(say: Say) -> Mapping[str, Sample]:
     """A call of the CPU engine's program that asks for a number and nothing else."""
     from onelaunch.engines.cpu import why_not
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from onelaunch.bench.core.compiled import (
     threads_named,
     while_laid_out,
 )
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     FFNS,
@@ -54,7 +54,7 @@ SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.02
 MOST_FORWARDS = 1000
 
 
-def run_all(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run_all(quick: bool, say: Say) -> Iterator[Row]:
     """Time every case."""
     if not quick:
         yield compilation(say)
@@ -80,11 +80,7 @@ def run_all(quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 
 def _model(
-    name: str,
-    config: ModelConfig,
-    weights: PackedWeights,
-    program: Program,
-    quick: bool,
+    name: str, config: ModelConfig, weights: PackedWeights, program: Program, quick: bool
 ) -> Iterator[Row]:
     ways = model_ways(config, every_depth(config.n_layers))
     for threads in thread_counts():
@@ -94,7 +90,7 @@ def _model(
             yield from _rows(case, runtime, quick)
 
 
-def compilation(say: Callable[[str], None]) -> Row:
+def compilation(say: Say) -> Row:
     """What compiling the program takes, for any model and depth, the store being empty."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()

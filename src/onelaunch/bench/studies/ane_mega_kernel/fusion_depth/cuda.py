@@ -29,7 +29,7 @@ from onelaunch.bench.core.gpu_forwards import (
     random_weights,
     replays,
 )
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.peers.forward import BareForward
@@ -79,7 +79,7 @@ class Measured(NamedTuple):
     notes: dict[str, dict[str, float]]
 
 
-def run_all_on(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run_all_on(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every case."""
     place = torch.device(device)
     for block in QUICK_FFNS if quick else BLOCKS:
@@ -114,12 +114,7 @@ def model_case(name: str, config: ModelConfig) -> Case:
 
 
 def _rows(
-    case: Case,
-    config: ModelConfig,
-    part: Part,
-    device: torch.device,
-    quick: bool,
-    say: Callable[[str], None],
+    case: Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, say: Say
 ) -> Iterator[Row]:
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
@@ -145,7 +140,7 @@ def _measure(
     bare: BareForward | None,
     tokens_BS: Tensor,
     quick: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Measured:
     staged.buffers.tokens.copy_(tokens_BS.flatten())
     forms = _forms(case, staged, shape)

@@ -75,12 +75,14 @@ def speedup(ways: Ways, separate: str, way: str, variant: str) -> Speedup:
     The record has no spread of a GPU's peers: the error is that of `way` alone."""
     one = ways[way]
     if peer := STAGED.get(variant):
-        us = f"{digits(one['peers'][peer])} us by one kernel per stage, {digits(one['ours'])} so"
+        us = f"{digits(one['peers'][peer])} us by one kernel per stage, {digits(one['ours'])} in "
+        us += _many(one["calls"])
         ratio = float(one["speed_against"][peer])
         return Speedup(ratio, error_of_ratio(ratio, one), us)
     several = ways[separate]
     ratio = several["ours"] / one["ours"] if way != "all" else float(several["speed_of_all"])
-    us = f"{digits(several['ours'])} us in {several['calls']}, {digits(one['ours'])} so"
+    us = f"{digits(several['ours'])} us in {several['calls']}, {digits(one['ours'])} in "
+    us += _many(one["calls"])
     return Speedup(ratio, error_of_ratio(ratio, several, one), us)
 
 
@@ -107,7 +109,7 @@ def _ffn(key: str, ways: Ways, variant: str) -> list[Finding]:
         key,
         f"12 feed-forward layers of {PUBLISHED[key].row}, {tokens},",
         variant,
-        f"{values['12 apart, us']:,} us in 12, {values['12 in one, us']:,} so",
+        f"{values['12 apart, us']:,} us in 12, {values['12 in one, us']:,} in one",
         speedup(ways, "1", "all", variant),
         UNTOLD if key != "ffn-288-128" else "",
     )
@@ -119,7 +121,8 @@ def _whole(key: str, ways: Ways, variant: str) -> list[Finding]:
         key,
         f"{PUBLISHED[key].row},",
         variant,
-        f"{values['two a layer, us']:,} us in {values['calls']}, {values['one program, us']:,} so",
+        f"{values['two a layer, us']:,} us in {values['calls']}, {values['one program, us']:,} in "
+        "one",
         speedup(ways, "half", "all", variant),
         f"; {_tokens(ways)}, embed and head counted",
     )
@@ -212,6 +215,10 @@ def _prices(record: dict[str, Any], cases: dict[Key, Ways]) -> Iterator[Finding]
             ("call-price",), f"the size of a call's price, {variant}", published, ours,
             *needs_a_mac("it is of a call to Apple's service, from another process"),
         )  # fmt: skip
+
+
+def _many(calls: int) -> str:
+    return "one" if calls == 1 else f"{calls}"
 
 
 def _tokens(ways: Ways) -> str:

@@ -29,7 +29,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.record import Row, Say, percentiles
 from onelaunch.bench.core.tables import document, markdown, spread
 from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
@@ -37,13 +37,15 @@ from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     KernelCompilations,
     ProgramCompilations,
 )
-from onelaunch.bench.studies.ane_mega_kernel.program_training import (
-    preset,
-    why_no_programs,
-)
+from onelaunch.bench.studies.ane_mega_kernel.program_training import preset, why_no_programs
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml import coremltools
+from onelaunch.engines.coreml.emit import emit, program_launches, save
+from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.pack import Packed
+from onelaunch.engines.coreml.package import Package
 from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.plan import make_plan
 
 UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 64))
@@ -59,7 +61,7 @@ LITTLE = 1.26
 Call = Callable[[], object]
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
     place = torch.device(device)
@@ -97,12 +99,6 @@ def _tokens(config: ModelConfig, sequence: int) -> torch.Tensor:
 @contextmanager
 def _program(config: ModelConfig, sequence: int) -> Iterator[Call]:
     """The whole forward as one program."""
-    from onelaunch.engines.coreml.emit import emit, program_launches, save
-    from onelaunch.engines.coreml.evaluate import Evaluator
-    from onelaunch.engines.coreml.pack import Packed
-    from onelaunch.engines.coreml.package import Package
-    from onelaunch.plan import make_plan
-
     plan = make_plan(config, 1, sequence, all_positions=True)
     launch = program_launches(plan, "all")[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.record import Row, Say, percentiles
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     driver,
     pytorch_driver,
@@ -48,7 +48,7 @@ K = 5
 """Micro-steps an update, of which one optimizer step is shared."""
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     cases, updates = QUICK_CASES if quick else CASES, QUICK_UPDATES if quick else UPDATES
     if reason := why_no_programs(device):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onelaunch.bench.core import plots
@@ -25,7 +25,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import why_no_programs
 
@@ -49,7 +49,7 @@ QUICK_UPDATES, QUICK_AFTER = 2, 10
 CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up.child")
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
         case = f"PyTorch {model} 1x{sequence}"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelaunch.bench.core.record import Row
+from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
@@ -82,7 +82,7 @@ def ways() -> list[Way]:
     ]
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Every way of the device; yields rows."""
     if torch.device(device).type == "cpu":
         yield from _by_programs(quick)

@@ -14,13 +14,13 @@ import multiprocessing
 import os
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 import torch
 
-from onelaunch.bench.core.record import Row, percentiles
+from onelaunch.bench.core.record import Row, Say, percentiles
 from onelaunch.bench.core.timing import copy_bandwidth, synchronizer
 from onelaunch.bench.peers.rms_norm import (
     Contender,
@@ -87,7 +87,7 @@ class _Session:
     device: torch.device
     dtype: torch.dtype
     contenders: Sequence[Contender]
-    say: Callable[[str], None]
+    say: Say
     notes: dict[str, object]
     bandwidth: float | None = None
     failed: list[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ class _Session:
         row.notes["in_cache"] = cell.in_cache(pass_)
 
 
-def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
+def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every shape; yields rows, microseconds a call unless a row names another unit."""
     place = torch.device(device)
     on_gpu = has_kernel(place, say)
@@ -132,7 +132,7 @@ def run(device: str, quick: bool, say: Callable[[str], None]) -> Iterator[Row]:
 
 
 def _on_gpu(
-    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Callable[[str], None]
+    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Say
 ) -> Iterator[Row]:
     shapes = GPU_QUICK if quick else GPU_SHAPES
     host_shapes = [s for s in HOST_SHAPES if s in shapes] if quick else HOST_SHAPES
@@ -169,7 +169,7 @@ def _on_gpu(
 
 
 def _on_cpu(
-    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Callable[[str], None]
+    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Say
 ) -> Iterator[Row]:
     # The forms differ in their kernels alone.
     contenders = [c for c in contenders if c.name == "ours" or not c.form]
@@ -190,7 +190,7 @@ def _on_cpu(
 
 
 def backward_norms(
-    contenders: Sequence[Contender], norms: Mapping[str, Norm], say: Callable[[str], None]
+    contenders: Sequence[Contender], norms: Mapping[str, Norm], say: Say
 ) -> dict[str, Norm]:
     """`norms` as the backward pass alone needs them, called again and again on one graph."""
     found = dict(norms)
@@ -317,7 +317,7 @@ def against_liger_row(row: Row, rows: int, columns: int) -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def precompile(device: torch.device, shapes: Sequence[Shape], say: Callable[[str], None]) -> None:
+def precompile(device: torch.device, shapes: Sequence[Shape], say: Say) -> None:
     """Fill the compilers' caches on disk, many processes at once; nothing is timed meanwhile."""
     # What a kernel is tuned to while others use the GPU must not be kept: compiled code is.
     _set_inductor()

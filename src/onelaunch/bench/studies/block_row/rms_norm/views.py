@@ -6,11 +6,7 @@ from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.tables import digits, document, markdown, spread
-from onelaunch.bench.studies.block_row.rms_norm.summary import (
-    best_time,
-    shape_of,
-    summary,
-)
+from onelaunch.bench.studies.block_row.rms_norm.summary import best_time, shape_of, summary
 
 Record = dict[str, Any]
 
