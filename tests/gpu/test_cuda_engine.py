@@ -19,8 +19,8 @@ from onelaunch.engines.cuda.choice import find
 from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.measure import Candidate
+from onelaunch.engines.cuda.program import BoundForward, Shape
 from onelaunch.engines.cuda.replay import Replay
-from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.timer import Timer, facts
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine

@@ -13,8 +13,8 @@ from onelaunch.config import preset
 from onelaunch.engines.cuda import timer
 from onelaunch.engines.cuda.choice import find
 from onelaunch.engines.cuda.measure import Candidate
+from onelaunch.engines.cuda.program import Shape
 from onelaunch.engines.cuda.search import Limits
-from onelaunch.engines.cuda.staged import Shape
 from onelaunch.errors import RunFailed
 
 CONFIG = preset("stories15m")

@@ -1,9 +1,11 @@
-"""A model on a GPU: stages in Triton, tiled as the plan says, in as few launches as pay.
+"""A model on a GPU: stages in Triton, tiled as the plan says, with as few kernel launches as pay.
 
 `pack` lays the weights out for the stages, `blocking` says how each is cut, `stages` holds their
-tiles. `kernels` and `staged` run them one launch a stage; `fused`, `sync` and `one_launch` any
-range of them in one; `watch`, `trace` and `timeline` tell when each tile of that ran. `search`
-lists tiles worth timing, `measure` says in which order, `timer` and `compilers` do it on a device,
+tiles and binds them to tensors. `kernels` are the two kernels that run them, one stage a launch or
+any range of them in one; `program` binds a forward to its buffers and launches it in either form;
+`sync` is how tiles of one launch wait for one another, `calls` and `replay` how kernels are
+launched. `tracer`, `trace` and `timeline` tell when each tile of one launch ran. `search` lists
+tiles worth timing, `measure` says in which order, `timer` and `compilers` do it on a device,
 `measuring` in a process of its own, and `choice` is what is kept of it. `engine` answers meanwhile;
 `chooser` is its thread, `turns` say who uses the device.
 

@@ -164,8 +164,7 @@ class _Compiler:
         self.packed = pack(self.one_layer, weights, self.dtype, device)
 
     def __call__(self, job: Mapping[str, Any]) -> None:
-        from onelaunch.engines.cuda.one_launch import FusedForward
-        from onelaunch.engines.cuda.staged import BoundForward, Shape
+        from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 
         # one text: kernels are the same for any number of rows
         shape = Shape(1, job["sequence"], True, self.dtype)

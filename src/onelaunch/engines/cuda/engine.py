@@ -26,10 +26,9 @@ from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.choice import RULE, STAGED, Choice, bucket, find
 from onelaunch.engines.cuda.chooser import Chooser, Find
 from onelaunch.engines.cuda.measuring import choose
-from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from onelaunch.engines.cuda.replay import Replay
-from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.staging import Staging
 from onelaunch.engines.cuda.timer import bind, facts
 from onelaunch.engines.cuda.turns import LOADING, turns_of

@@ -17,9 +17,9 @@ from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.choice import STAGED, Choice, Facts, bucket, facts_of, keep
 from onelaunch.engines.cuda.compilers import Compilers, Subject, how_many
 from onelaunch.engines.cuda.measure import SECONDS, Candidate, Measurement
-from onelaunch.engines.cuda.one_launch import PATIENCE, FusedForward
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of
+from onelaunch.engines.cuda.program import TIMEOUT_NS as PATIENCE
+from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape, limits_of
 from onelaunch.errors import RunFailed
 
 Turn = Callable[[], AbstractContextManager[None]]

@@ -356,7 +356,7 @@ def test_a_process_that_cannot_train_says_why():
 
 
 def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
-    from onelaunch.engines.cuda import compilers, staged
+    from onelaunch.engines.cuda import compilers, program
     from onelaunch.engines.cuda.blocking import Limits
 
     jobs = []
@@ -373,7 +373,7 @@ def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
             pass
 
     monkeypatch.setattr(compilers, "Compilers", Compilers)
-    monkeypatch.setattr(staged, "limits_of", lambda device: Limits())
+    monkeypatch.setattr(program, "limits_of", lambda device: Limits())
     monkeypatch.setenv("TRITON_CACHE_DIR", "before")
     kernels = overlap_background.KernelCompilations(TINY, 16, torch.device("cuda", 0))
     needed = 1 + overlap.COMPILATIONS * (overlap.ROUNDS + overlap.ALONE_ROUNDS)

@@ -48,7 +48,7 @@ from onelaunch.errors import BadInput, EngineTimeout, RunFailed
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.engine import CudaEngine
     from onelaunch.engines.cuda.pack import PackedModel
-    from onelaunch.engines.cuda.staged import BoundForward
+    from onelaunch.engines.cuda.program import BoundForward
 
 __all__ = ["UNIT", "draw", "run", "table"]
 
@@ -156,9 +156,8 @@ def _ours(
     say: Callable[[str], None],
 ) -> tuple[dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]], dict[str, Any]]:
     """Graphs of our forms, and what is to be told of them."""
-    from onelaunch.engines.cuda.one_launch import FusedForward
     from onelaunch.engines.cuda.pack import pack
-    from onelaunch.engines.cuda.staged import BoundForward, Shape
+    from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 
     packed = pack(config, weights, torch.bfloat16, tokens.device)
     shape = Shape(batch, sequence, True, torch.bfloat16)
@@ -241,7 +240,7 @@ def _chosen(
 ) -> BoundForward:
     """What the engine's measurement chooses, and in the notes what it took."""
     from onelaunch.compilation.cache import Store
-    from onelaunch.engines.cuda.staged import Shape
+    from onelaunch.engines.cuda.program import Shape
     from onelaunch.engines.cuda.timer import bind, choose
 
     choice = choose(config, packed, batch, sequence, Store(folder))

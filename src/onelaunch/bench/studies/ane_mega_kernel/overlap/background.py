@@ -58,7 +58,7 @@ class KernelCompilations:
         from onelaunch.engines.cuda.blocking import default
         from onelaunch.engines.cuda.choice import STAGED
         from onelaunch.engines.cuda.compilers import Compilers, Job, Subject
-        from onelaunch.engines.cuda.staged import limits_of
+        from onelaunch.engines.cuda.program import limits_of
 
         self.refused = 0
         self._before = os.environ.get(TRITON_STORE)
