@@ -12,9 +12,8 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
-from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import Shape
+from onelaunch.engines.cuda.program import FusedForward, Shape
 from tests.engines.suite import SMALL, weights_of
 
 CUDA = torch.device("cuda", 0)
@@ -96,7 +95,7 @@ class Fuzzed:
 
     def _logits(self, forward: FusedForward, text: Tensor) -> Tensor:
         b = forward.buffers
-        for scratch in (b.x, b.parts, b.qkv, b.mixed, b.hidden, b.logits):
+        for scratch in (b.x, b.partial_sumsq, b.qkv, b.attn_out, b.hidden, b.logits):
             scratch.fill_(float("nan"))
         b.tokens.copy_(text)
         forward.run()

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, padded
-from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import Shape
+from onelaunch.engines.cuda.program import FusedForward, Shape
 from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
 from tests.gpu.test_forward_forms import EARLY, OTHERWISE
@@ -54,7 +53,7 @@ def main() -> None:
         for depth in ("all", "half"):
             for watched in (False, True):
                 fused = FusedForward(
-                    config, staged.packed, Shape(2, 19), {}, depth, programs=2, patience=HOUR,
+                    config, staged.packed, Shape(2, 19), {}, depth, programs=2, timeout_ns=HOUR,
                     traced=watched, delayed=watched,
                 )  # fmt: skip
                 fused.buffers.tokens.copy_(tokens.flatten())

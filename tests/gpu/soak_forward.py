@@ -15,9 +15,8 @@ from torch import Tensor
 
 from onelaunch.bench.core.record import Row
 from onelaunch.config import preset
-from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from tests.gpu.fuzzing import CASES, CUDA, Fuzzed
 
 MODEL = "stories15m"

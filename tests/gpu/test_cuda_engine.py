@@ -15,8 +15,8 @@ from onelaunch.engines.cuda import engine as engine_module
 from onelaunch.engines.cuda.blocking import Blocking, default
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.forms import Form
+from onelaunch.engines.cuda.program import BoundForward, Shape
 from onelaunch.engines.cuda.replay import Replay
-from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.tuning.store import find
 from onelaunch.engines.cuda.tuning.timer import Timer, facts
 from onelaunch.engines.engine import Sampling

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, default_fused, padded
-from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import Shape
+from onelaunch.engines.cuda.program import FusedForward, Shape
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import Model
 from tests.engines.cuda.staged_forward import StagedForward
@@ -196,7 +195,7 @@ def test_any_number_of_programs_has_the_same_bits(programs):
     for seed in range(5):
         tokens = tokens_of(config, 2, 200, seed)
         expected = staged.logits(tokens)
-        for scratch in (b.x, b.parts, b.qkv, b.mixed, b.hidden, b.logits):
+        for scratch in (b.x, b.partial_sumsq, b.qkv, b.attn_out, b.hidden, b.logits):
             scratch.fill_(float("nan"))
         b.tokens.copy_(tokens.flatten())
         fused.run()
@@ -241,13 +240,37 @@ def test_a_graph_has_the_same_bits(form):
         assert torch.equal(bound.buffers.logits.view(expected.shape), expected)
 
 
+@pytest.mark.parametrize("form", ["staged", "half"])
+def test_a_launch_by_its_handle_is_tritons_own(form):
+    config = EVERY["heads of 48, longer"]
+    given = OTHERWISE if form == "staged" else {}
+    forward = StagedForward(config, weights_of(config), torch.bfloat16, CUDA, given)
+    if form == "staged":
+        bound = forward.bind(2, 150)
+    else:
+        bound = FusedForward(config, forward.packed, Shape(2, 150), {}, form)
+    for seed in range(2):
+        bound.buffers.tokens.copy_(tokens_of(config, 2, 150, seed).flatten())
+        bound.buffers.logits.fill_(float("nan"))
+        for call in bound.calls:
+            call.kernel[(call.programs,)](*call.arguments, **call.options)
+        bound.check()
+        expected = bound.buffers.logits.clone()
+        bound.buffers.logits.fill_(float("nan"))
+        bound.run()
+        bound.check()
+        assert torch.equal(bound.buffers.logits, expected)
+
+
 def test_a_wait_gives_up_and_says_where():
     from onelaunch.engines.cuda import sync  # it imports Triton
 
     config = EVERY["heads of 48, longer"]
     given = alike(config, 100, torch.bfloat16, {})
     staged = StagedForward(config, weights_of(config), torch.bfloat16, CUDA, given)
-    fused = FusedForward(config, staged.packed, Shape(1, 100), given, "stage", patience=20_000_000)
+    fused = FusedForward(
+        config, staged.packed, Shape(1, 100), given, "stage", timeout_ns=20_000_000
+    )
     fused.buffers.tokens.zero_()
     fused.calls[2]()  # attention, without what it reads
     with pytest.raises(EngineTimeout, match=r"waited 0.02 s for row tile 0 of layer 0 qkv"):

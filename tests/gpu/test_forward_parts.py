@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from onelaunch.engines.cuda.blocking import default_fused
-from onelaunch.engines.cuda.one_launch import FusedForward
-from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from onelaunch.plan import Launch
 from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SMALL, layers_alone, relative_error, weights_of
@@ -39,7 +38,7 @@ def tokens_of(config, batch, sequence, seed=0):
 def run(forward, tokens_BS, launch=None):
     b = forward.buffers
     b.x.fill_(float("nan"))
-    b.parts.fill_(float("nan"))
+    b.partial_sumsq.fill_(float("nan"))
     b.tokens.copy_(tokens_BS.flatten())
     (launch or forward.run)()
     forward.check()

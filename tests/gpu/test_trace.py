@@ -11,9 +11,8 @@ import torch
 
 from onelaunch import cli
 from onelaunch.engines.cuda.blocking import Blocking
-from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import Shape
+from onelaunch.engines.cuda.program import FusedForward, Shape
 from onelaunch.engines.cuda.timeline import summary, told
 from onelaunch.engines.cuda.trace import timeline_of, trace, write
 from tests.engines.suite import weights_of
@@ -88,7 +87,7 @@ def test_tiles_of_many_rows_have_records_of_their_own():
     narrow = MIXED | {"head": Blocking(16, 16, 32, 3)}
     packed = pack(WIDE, weights_of(WIDE), torch.bfloat16, CUDA)
     forward = FusedForward(WIDE, packed, Shape(1, 256), narrow, traced=True)
-    assert forward.tiles.phases[-1].tiles > forward.most_tiles
+    assert forward.tiles.phases[-1].tiles > forward.max_tiles
     forward.buffers.tokens.zero_()
     forward.run()
     assert len(timeline_of(forward).spans) == forward.tiles.tiles

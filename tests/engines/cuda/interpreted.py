@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from onelaunch.engines.cuda import fused, sync  # noqa: E402
+from onelaunch.engines.cuda import kernels, sync  # noqa: E402
 from onelaunch.engines.cuda.blocking import (  # noqa: E402
     Blocking,
     blocks,
@@ -23,8 +23,11 @@ from onelaunch.engines.cuda.blocking import (  # noqa: E402
     padded,
     tilings,
 )
-from onelaunch.engines.cuda.one_launch import FusedForward  # noqa: E402
-from onelaunch.engines.cuda.staged import BoundForward, Shape  # noqa: E402
+from onelaunch.engines.cuda.program import (  # noqa: E402
+    BoundForward,
+    FusedForward,
+    Shape,
+)
 from onelaunch.engines.cuda.stages import common  # noqa: E402
 from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
@@ -223,7 +226,8 @@ def test_blocks_by_descriptors_and_attention_in_chunks(name):
             bound.run()
             got = bound.buffers.logits.view(batch, sequence, -1)
             assert relative_error(got, exact_logits(config, weights, tokens)) < 1e-5
-        assert bound._arrived is None or not bound._arrived.any()
+        chunks = bound._sources.chunks
+        assert chunks is None or not chunks.arrived.any()
         assert torch.equal(forward.logits(tokens, all_positions=False), got[:, -1:])
 
 
@@ -333,8 +337,12 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
     the kernel waits for is written down, and the plan must be right with it."""
     choose = random.Random(seed)
     seen = []
-    monkeypatch.setattr(common, "wait_for", lambda waiting, ptx: seen.append(waiting))
-    monkeypatch.setattr(fused, "publish", lambda counter, me, ptx: seen.append((counter, me)))
+    monkeypatch.setattr(common, "wait_for", seen.append)
+    monkeypatch.setattr(
+        kernels,
+        "publish",
+        lambda counter, tracer, stage, tile_id, mode: seen.append((counter, stage, tile_id)),
+    )
     config = SMALL.with_(max_seq_len=60)
     batch, sequence, every = choose.choice([(2, 40, True), (3, 17, False), (5, 9, True)])
     columns = choose.choice([16, 32])
@@ -365,19 +373,17 @@ def test_the_kernel_waits_for_what_the_plan_says(seed, part, monkeypatch):
         place = tile.phase, index - tiles.phases[tile.phase].first
         found = ()
         if tile.phase > 0:
-            wait, me = next(events)
-            assert (number(me[1]), number(me[2])) == place
-            first_counter, count, target, _, says, _ = map(number, wait)
+            wait = next(events)
+            assert (number(wait.stage), number(wait.tile_id)) == place
+            first_counter, count, target = map(number, (wait.counter, wait.count, wait.target))
             phase, first = divmod((first_counter - counters) // 4, row_tiles)
             found = (Wait(phase, first, first + count - 1),)
             assert target == (epoch + 1) * tiles.phases[phase].column_tiles
-            assert says == sync.GAVE_UP + (phase << sync.ROW_TILE_BITS) + first
+            assert number(wait.report) == sync.GAVE_UP + (phase << sync.ROW_TILE_BITS) + first
         assert waits.setdefault(tile[:2], found) == found
         if tiles.plan.stages[tile.phase].kind != "head":
             at = counters + 4 * (tile.phase * row_tiles + tile.row_tile)
-            counter, me = next(events)
-            assert number(counter) == at
-            assert (number(me[1]), number(me[2])) == place
+            assert tuple(map(number, next(events))) == (at, *place)
     assert next(events, None) is None
     phases = [
         replace(phase, waits=tuple(waits[i, j] for j in range(len(phase.spans))))
@@ -463,11 +469,11 @@ def test_attention_does_not_read_what_comes_later():
     bound.buffers.tokens.copy_(tokens_of(SMALL, 2, 20).flatten())
     for call in bound.calls[:3]:
         call()
-    expected = bound.buffers.mixed.clone()
+    expected = bound.buffers.attn_out.clone()
     bound.buffers.qkv[0].view(2, 20, -1)[:, 16:] = float("nan")
-    bound.buffers.mixed.fill_(float("nan"))
+    bound.buffers.attn_out.fill_(float("nan"))
     bound.calls[2]()
-    got = bound.buffers.mixed.view(2, 20, -1)
+    got = bound.buffers.attn_out.view(2, 20, -1)
     assert torch.equal(got[:, :16], expected.view(2, 20, -1)[:, :16])
     assert got[:, 16:].isnan().all()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.program import BoundForward, Shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,18 +6,23 @@ import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_device, current_stream
 from onelaunch.operators.kept import verified
+
+Launch = Callable[[Any, Any], None]
+"""Called with ids, (N,), int64, and logits, (rows, V); or with None for the call's own."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel, its grid, its arguments in order, its options."""
+    """A kernel, its grid, its arguments in order, tuples among them, and its options. To call it
+    launches it on the current device and its current stream."""
 
     kernel: Any
     programs: int
@@ -26,11 +31,17 @@ class Call:
     launches: ClassVar[int] = 1
 
     def __call__(self) -> None:
-        self.kernel[(self.programs,)](*self.arguments, **self.options)
+        self._launch(None, None)
 
-    def with_tensor(self, old: Tensor, new: Tensor) -> Call:
+    @cached_property
+    def _launch(self) -> Launch:
+        return launcher(self, None, None)
+
+    def with_tensor(self, old: Tensor | None, new: Tensor) -> Call:
         """The same with another tensor in the place of one of its arguments."""
-        return replace(self, arguments=tuple(new if a is old else a for a in self.arguments))
+        return replace(
+            self, arguments=tuple(new if a is old is not None else a for a in self.arguments)
+        )
 
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
@@ -109,3 +120,62 @@ def share_first_cache(compiled: Any) -> None:
         return
     carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
     driver.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), carveout, 100)
+
+
+def launcher(call: Call, ids_N: Tensor | None, logits: Tensor | None) -> Launch:
+    """A function that launches a call, on the current device and its current stream, with other
+    tensors in the place of `ids_N` and `logits`: through the compiled kernel's handle where
+    Triton's launcher is known (operators/handles.py)."""
+
+    def by_triton(ids: Any, to: Any) -> None:
+        others = call if ids is None else call.with_tensor(ids_N, ids).with_tensor(logits, to)
+        others.kernel[(others.programs,)](*others.arguments, **others.options)
+
+    if not _known(call.kernel):
+        return by_triton
+    compiled = call.load()
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:
+        return by_triton
+    index, options = current_device(), call.options
+    # stream and function stand between the grid and these: two scratch buffers, the kernel's
+    # metadata, the launch's, two hooks
+    flags = (
+        options.get("launch_cooperative_grid", False), options.get("launch_pdl", False), None, None,
+        compiled.packed_metadata, None, None, None,
+    )  # fmt: skip
+    named = call.kernel.arg_names[len(call.arguments) :]
+    given = [*call.arguments, *(options[name] for name in named)]
+    head = [call.programs, 1, 1, None, compiled.function, *flags]
+    of_ids = [len(head) + i for i, value in enumerate(given) if value is ids_N is not None]
+    of_logits = [len(head) + i for i, value in enumerate(given) if value is logits is not None]
+    values = [*head, *map(_addressed, given)]
+    launch, stream = run.launch, head.index(None)
+
+    def by_handle(ids: Any, to: Any) -> None:
+        values[stream] = current_stream(index)
+        for i in of_ids:
+            values[i] = ids.data_ptr()
+        for i in of_logits:
+            values[i] = to.data_ptr()
+        launch(*values)
+
+    return by_handle
+
+
+def _addressed(value: Any) -> Any:
+    """A kernel's argument with the addresses of tensors on a GPU in their place, in tuples too."""
+    if isinstance(value, tuple):
+        return tuple(map(_addressed, value))
+    on_gpu = isinstance(value, Tensor) and value.device.type == "cuda"
+    return value.data_ptr() if on_gpu else value
+
+
+def _known(kernel: Any) -> bool:
+    """Whether a kernel is compiled for an NVIDIA GPU that is there, and its launcher is known."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    return isinstance(kernel, triton.JITFunction) and version in KNOWN_LAUNCHERS

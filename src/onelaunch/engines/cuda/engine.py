@@ -24,8 +24,8 @@ from onelaunch.engines.checks import (
 from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.forms import STAGED, Form, bind
 from onelaunch.engines.cuda.pack import PackedModel, pack
+from onelaunch.engines.cuda.program import BoundForward, Shape
 from onelaunch.engines.cuda.replay import Replay
-from onelaunch.engines.cuda.staged import BoundForward, Shape
 from onelaunch.engines.cuda.staging import Staging
 from onelaunch.engines.cuda.tuning.search import Progress, ignore_progress
 from onelaunch.engines.cuda.tuning.store import Choice, bucket, find, keep

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
-from onelaunch.engines.cuda.one_launch import PATIENCE, FusedForward
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.program import TIMEOUT_NS, BoundForward, FusedForward, Shape
 
 STAGED = "staged"
 """The name of one kernel per stage among the forms; the others are fusion depths."""
@@ -30,7 +29,7 @@ def bind(
     packed: PackedModel,
     shape: Shape,
     form: Form,
-    timeout_ns: int = PATIENCE,
+    timeout_ns: int = TIMEOUT_NS,
 ) -> BoundForward:
     """The forward of one shape in a form. `timeout_ns`: how long a wait in a kernel may take."""
     if form.name == STAGED:

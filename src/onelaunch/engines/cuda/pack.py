@@ -38,6 +38,13 @@ class PackedModel:
     sin: Tensor
     bad_id: Tensor
 
+    def weight(self, kind: str, layer: int | None = None) -> Tensor:
+        """What a kind of stage multiplies: in one layer, or without one in all."""
+        if kind == "head":
+            return self.head
+        weight: Tensor = getattr(self, {"out_proj": "out"}.get(kind, kind))
+        return weight if layer is None else weight[layer]
+
     @cached_property
     def _bad_id(self) -> np.ndarray:
         """The same memory: NumPy reads a number in a tenth of a tensor's time."""

@@ -3,19 +3,22 @@ are to be, and what is in between is a CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, share_first_cache
-from onelaunch.engines.cuda.staged import BoundForward
-from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_stream
-
-Launch = Callable[[Tensor, Tensor], None]
-"""Called with ids, (N,), int64, and logits, (rows, V)."""
+from onelaunch.engines.cuda.calls import (
+    Call,
+    CallAndProduct,
+    Launch,
+    captured,
+    launcher,
+    on,
+    share_first_cache,
+)
+from onelaunch.engines.cuda.program import BoundForward
 
 
 class Replay:
@@ -76,49 +79,3 @@ class Replay:
 def _call_all(calls: Sequence[Call]) -> None:
     for call in calls:
         call()
-
-
-def launcher(call: Call, ids_N: Tensor, logits: Tensor) -> Launch:
-    """A function that launches a call, on the current device and its current stream, with other
-    tensors in the place of `ids_N` and `logits`: through the compiled kernel's handle where
-    Triton's launcher is known (operators/handles.py)."""
-
-    def by_triton(ids: Tensor, to: Tensor) -> None:
-        call.with_tensor(ids_N, ids).with_tensor(logits, to)()
-
-    run = call.load().run
-    if torch.version.hip is not None or not _known():
-        return by_triton
-    if run.global_scratch_size or run.profile_scratch_size:
-        return by_triton
-    compiled, index = call.load(), ids_N.device.index
-    constants = call.kernel.arg_names[len(call.arguments) :]
-    values: list[Any] = [*call.arguments, *(call.options[name] for name in constants)]
-    of_ids = [i for i, value in enumerate(values) if value is ids_N]
-    of_logits = [i for i, value in enumerate(values) if value is logits]
-    for i, value in enumerate(values):
-        if isinstance(value, Tensor) and value.device.type == "cuda":
-            values[i] = value.data_ptr()
-    # stream and function stand between the grid and these: two scratch buffers, the kernel's
-    # metadata, the launch's, two hooks
-    options = call.options
-    flags = (
-        options.get("launch_cooperative_grid", False), options.get("launch_pdl", False), None, None,
-        compiled.packed_metadata, None, None, None,
-    )  # fmt: skip
-    launch, function, programs = run.launch, compiled.function, call.programs
-
-    def by_handle(ids: Tensor, to: Tensor) -> None:
-        for i in of_ids:
-            values[i] = ids.data_ptr()
-        for i in of_logits:
-            values[i] = to.data_ptr()
-        launch(programs, 1, 1, current_stream(index), function, *flags, *values)
-
-    return by_handle
-
-
-def _known() -> bool:
-    import triton
-
-    return ".".join(triton.__version__.split(".")[:2]) in KNOWN_LAUNCHERS

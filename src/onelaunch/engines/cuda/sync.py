@@ -3,7 +3,7 @@
 A row tile of a phase has a counter, to which each of its tiles adds one when what it wrote can be
 seen by others. Counters are never cleared: in epoch e, which counts forwards from 0, a row tile of
 c tiles has ended when its counter is (e + 1) c. The epoch lies in the device's memory, so that a
-CUDA graph can be replayed; the last program of a forward to end moves it on.
+CUDA graph can be replayed; the last CTA of a forward to end moves it on.
 
 Every wait is bounded. Where one gives up it writes which into the status word, and from then on no
 wait waits: the launch ends, with results that are none, and whoever reads them reads the status.
@@ -11,10 +11,12 @@ wait waits: the launch ends, with results that are none, and whoever reads them 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from onelaunch.engines.cuda.watch import INTERPRETED, delay, ended, ready
+from onelaunch.engines.cuda.tracer import INTERPRETED, delay, ended, ready
 
 # What a forward's sync buffer begins with: int32 words, each alone in its cache line.
 LINE = 32
@@ -22,6 +24,12 @@ EPOCH, ENDED, STATUS, COUNTERS = 0, LINE, 2 * LINE, 3 * LINE
 ROW_TILE_BITS = 18
 GAVE_UP = 1 << 30
 """The status word is GAVE_UP, the awaited stage << ROW_TILE_BITS and its row tile, added up."""
+
+# How a tile knows that what it reads has been written: the launch before has ended; or it says so
+# (programmatic dependent launch); or counters of this launch say so, read by Triton's atomic
+# additions or by NVIDIA's own instructions.
+AFTER, DEPENDENT = tl.constexpr(0), tl.constexpr(1)
+COUNTED, COUNTED_PTX = tl.constexpr(2), tl.constexpr(3)
 
 _ENDED, _STATUS = tl.constexpr(ENDED), tl.constexpr(STATUS)
 
@@ -80,7 +88,7 @@ _ADD_ONE = tl.constexpr("""
   mov.u32 $0, 0;
 }
 """)
-# $1 epoch, $2 programs that have ended, $3 programs less one
+# $1 epoch, $2 CTAs that have ended, $3 CTAs less one
 _END = tl.constexpr("""
 {
   .reg .pred p;
@@ -99,28 +107,42 @@ DONE_${:uid}:
 _LOOK = tl.constexpr(500)  # nanoseconds, about, that a look by an atomic addition takes
 
 
+class Wait(NamedTuple):
+    """What a tile of one launch waits for: `count` counters from `counter` on, until they have
+    reached `target`; `report` is what the status word is to be of the first; `timeout_ns`; then
+    which tile waits (tracer.py)."""
+
+    MODE: Any
+    counter: Any
+    count: Any
+    target: Any
+    sync: Any
+    report: Any
+    timeout_ns: Any
+    tracer: Any
+    stage: Any
+    tile_id: Any
+
+
 @triton.jit
-def wait_for(waiting, PTX: tl.constexpr):
-    """waiting: for what, and who (watch.py). For what: the first counter, how many, what they must
-    have reached, the sync buffer, what the status is to say of the first, and for how many
-    nanoseconds."""
-    wait, me = waiting
-    delay(me, 0)
+def wait_for(wait):
+    """Go on when what a tile waits for is there, or has been given up."""
+    delay(wait.tracer, wait.stage, wait.tile_id, 0)
     if INTERPRETED:
-        for i in range(wait[1]):  # nobody else runs: what is not there will not come
-            if tl.load(wait[0] + i) < wait[2]:
-                tl.store(wait[3] + _STATUS, wait[4] + i)
-    elif PTX:
+        for i in range(wait.count):  # nobody else runs: what is not there will not come
+            if tl.load(wait.counter + i) < wait.target:
+                tl.store(wait.sync + _STATUS, wait.report + i)
+    elif wait.MODE == COUNTED_PTX:
         tl.inline_asm_elementwise(
             _WAIT,
             "=r,l,r,r,l,r,l",
             [
-                wait[0].to(tl.int64, bitcast=True),
-                wait[1],
-                wait[2],
-                (wait[3] + _STATUS).to(tl.int64, bitcast=True),
-                wait[4],
-                wait[5].to(tl.int64),
+                wait.counter.to(tl.int64, bitcast=True),
+                wait.count,
+                wait.target,
+                (wait.sync + _STATUS).to(tl.int64, bitcast=True),
+                wait.report,
+                wait.timeout_ns.to(tl.int64),
             ],
             dtype=tl.int32,
             is_pure=False,
@@ -128,31 +150,33 @@ def wait_for(waiting, PTX: tl.constexpr):
         )
         tl.debug_barrier()
     else:
-        for i in range(wait[1]):
-            there = tl.atomic_add(wait[0] + i, 0, sem="acquire", scope="gpu")
+        for i in range(wait.count):
+            there = tl.atomic_add(wait.counter + i, 0, sem="acquire", scope="gpu")
             looks = 0
-            while there - wait[2] < 0:
+            while there - wait.target < 0:
                 looks += 1
-                if looks >= wait[5] // _LOOK:
-                    tl.atomic_cas(wait[3] + _STATUS, 0, wait[4] + i, sem="relaxed", scope="gpu")
-                if tl.atomic_add(wait[3] + _STATUS, 0, sem="relaxed", scope="gpu") != 0:
-                    there = wait[2]
+                if looks >= wait.timeout_ns // _LOOK:
+                    tl.atomic_cas(
+                        wait.sync + _STATUS, 0, wait.report + i, sem="relaxed", scope="gpu"
+                    )
+                if tl.atomic_add(wait.sync + _STATUS, 0, sem="relaxed", scope="gpu") != 0:
+                    there = wait.target
                 else:
-                    there = tl.atomic_add(wait[0] + i, 0, sem="acquire", scope="gpu")
+                    there = tl.atomic_add(wait.counter + i, 0, sem="acquire", scope="gpu")
         tl.debug_barrier()
-    delay(me, 1)
-    ready(me)
+    delay(wait.tracer, wait.stage, wait.tile_id, 1)
+    ready(wait.tracer, wait.stage, wait.tile_id)
 
 
 @triton.jit
-def publish(counter_ptr, me, PTX: tl.constexpr):
-    """A tile of this row tile has ended: `me` (watch.py)."""
-    delay(me, 2)
+def publish(counter_ptr, tracer, stage, tile_id, MODE: tl.constexpr):
+    """A tile of this row tile has ended."""
+    delay(tracer, stage, tile_id, 2)
     if INTERPRETED:
         tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     else:
         tl.debug_barrier()
-        if PTX:
+        if MODE == COUNTED_PTX:
             tl.inline_asm_elementwise(
                 _ADD_ONE,
                 "=r,l",
@@ -163,34 +187,34 @@ def publish(counter_ptr, me, PTX: tl.constexpr):
             )
         else:
             tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-    delay(me, 3)
-    ended(me)
+    delay(tracer, stage, tile_id, 3)
+    ended(tracer, stage, tile_id)
 
 
 @triton.jit
-def end(sync_ptr, watch, PTX: tl.constexpr):
-    """This program has ended; after the last of them comes the next epoch."""
-    programs = tl.num_programs(0)
-    delay((watch, -1, tl.program_id(0)), 0)
+def end(sync_ptr, tracer, MODE: tl.constexpr):
+    """This CTA has ended; after the last of them comes the next epoch."""
+    ctas = tl.num_programs(0)
+    delay(tracer, -1, tl.program_id(0), 0)
     if INTERPRETED:
         ended = tl.load(sync_ptr + _ENDED) + 1
-        tl.store(sync_ptr + _ENDED, tl.where(ended == programs, 0, ended))
-        tl.store(sync_ptr, tl.load(sync_ptr) + tl.where(ended == programs, 1, 0))
+        tl.store(sync_ptr + _ENDED, tl.where(ended == ctas, 0, ended))
+        tl.store(sync_ptr, tl.load(sync_ptr) + tl.where(ended == ctas, 1, 0))
     else:
         tl.debug_barrier()
-        if PTX:
+        if MODE == COUNTED_PTX:
             tl.inline_asm_elementwise(
                 _END,
                 "=r,l,l,r",
                 [
                     sync_ptr.to(tl.int64, bitcast=True),
                     (sync_ptr + _ENDED).to(tl.int64, bitcast=True),
-                    programs - 1,
+                    ctas - 1,
                 ],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
-        elif tl.atomic_add(sync_ptr + _ENDED, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            tl.atomic_add(sync_ptr + _ENDED, -programs, sem="relaxed", scope="gpu")
+        elif tl.atomic_add(sync_ptr + _ENDED, 1, sem="acq_rel", scope="gpu") == ctas - 1:
+            tl.atomic_add(sync_ptr + _ENDED, -ctas, sem="relaxed", scope="gpu")
             tl.atomic_add(sync_ptr, 1, sem="relaxed", scope="gpu")

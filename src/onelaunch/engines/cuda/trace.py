@@ -11,9 +11,8 @@ from torch import Tensor
 
 from onelaunch.checkpoints.atomic import write_text
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import Shape
+from onelaunch.engines.cuda.program import FusedForward, Shape
 from onelaunch.engines.cuda.timeline import Span, Timeline, perfetto
 from onelaunch.errors import BadInput, RunFailed
 
@@ -56,7 +55,7 @@ def timeline_of(forward: FusedForward) -> Timeline:
         launch = next(i for i, launch in enumerate(of) if launch.first <= number < launch.last)
         for within in range(phase.tiles):
             tile = tiles.tile(phase.first + within)
-            began, ready, ended, where = records[1 + number * forward.most_tiles + within]
+            began, ready, ended, where = records[1 + number * forward.max_tiles + within]
             if not 0 < began <= ready <= ended:
                 raise RunFailed(
                     f"{tiles.plan.stages[number].label}: tile {within} left no times, or wrong ones"

@@ -18,7 +18,7 @@ from onelaunch.bench.core.settled import settle  # noqa: E402
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases, cuda  # noqa: E402
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import draw, table  # noqa: E402
 from onelaunch.engines.cuda import sync  # noqa: E402
-from onelaunch.engines.cuda.staged import BoundForward  # noqa: E402
+from onelaunch.engines.cuda.program import BoundForward  # noqa: E402
 from onelaunch.errors import EngineTimeout, RunFailed  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402

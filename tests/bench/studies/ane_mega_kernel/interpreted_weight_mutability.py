@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from onelaunch.bench.studies.ane_mega_kernel.weight_mutability import cuda, views  # noqa: E402
-from onelaunch.engines.cuda.staged import BoundForward  # noqa: E402
+from onelaunch.engines.cuda.program import BoundForward  # noqa: E402
 from onelaunch.errors import RunFailed  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402

@@ -12,7 +12,7 @@ from onelaunch.config import preset
 from onelaunch.engines.cuda.blocking import Limits, default
 from onelaunch.engines.cuda.forms import Form
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import Shape
+from onelaunch.engines.cuda.program import Shape
 from onelaunch.engines.cuda.tuning import timer
 from onelaunch.engines.cuda.tuning.search import Job
 from onelaunch.errors import RunFailed
@@ -59,8 +59,7 @@ def test_kernels_are_compiled_several_at_a_time(monkeypatch):
         pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
     from triton.runtime import driver
 
-    from onelaunch.engines.cuda.one_launch import FusedForward
-    from onelaunch.engines.cuda.staged import BoundForward
+    from onelaunch.engines.cuda.program import BoundForward, FusedForward
 
     monkeypatch.setattr(driver, "_active", absent("sm_90"))
     config = preset("stories260k").with_(n_layers=2)

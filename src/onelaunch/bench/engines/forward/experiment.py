@@ -47,7 +47,7 @@ from onelaunch.errors import EngineTimeout, RunFailed
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.engine import CudaEngine
     from onelaunch.engines.cuda.pack import PackedModel
-    from onelaunch.engines.cuda.staged import BoundForward
+    from onelaunch.engines.cuda.program import BoundForward
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]
 
@@ -150,9 +150,8 @@ def _ours(
     say: Say,
 ) -> tuple[dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]], dict[str, Any]]:
     """Graphs of our forms, and what is to be told of them."""
-    from onelaunch.engines.cuda.one_launch import FusedForward
     from onelaunch.engines.cuda.pack import pack
-    from onelaunch.engines.cuda.staged import BoundForward, Shape
+    from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 
     packed = pack(config, weights, torch.bfloat16, tokens.device)
     shape = Shape(batch, sequence, True, torch.bfloat16)
@@ -236,7 +235,7 @@ def _chosen(
     """What tuning finds, kept in the folder, and in the notes what it took."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cuda.forms import bind
-    from onelaunch.engines.cuda.staged import Shape
+    from onelaunch.engines.cuda.program import Shape
     from onelaunch.engines.cuda.tuning.store import keep
     from onelaunch.engines.cuda.tuning.timer import facts, tune
 

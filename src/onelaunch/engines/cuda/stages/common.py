@@ -1,39 +1,142 @@
-"""What the stages' tiles share: when they begin, where they lie, products, norms, rows of x."""
+"""What the stages' tiles share: what they are handed, how they begin, products, norms."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from onelaunch.engines.cuda.sync import wait_for
+from onelaunch.engines.cuda.sync import COUNTED, DEPENDENT, wait_for
 
-# How a tile knows that what it reads has been written: the launch before has ended; or it says so
-# (programmatic dependent launch); or counters of this launch say so, looked at by Triton's atomic
-# additions or by NVIDIA's own instructions.
-AFTER, DEPENDENT = tl.constexpr(0), tl.constexpr(1)
-COUNTED, COUNTED_PTX = tl.constexpr(2), tl.constexpr(3)
-REAL = tl.constexpr(1)  # what a kernel of one stage hands to its tile as `wait`; 0 in a rehearsal
+# Which rows a stage has, and how its row tiles are cut from them: all positions; the positions of
+# each sequence by themselves; those that get logits.
+POSITIONS, WITHIN_SEQUENCES, LOGIT_ROWS = range(3)
+INTERPRETED: bool = triton.knobs.runtime.interpret
 # How many turns of a loop of loads are left to LLVM to unroll, which unrolls that many. Triton
 # would do it before its own passes, and one of them looks at all that is around each load.
 _UNROLLED = tl.constexpr(16)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a stage is cut into tiles: its rows (POSITIONS, WITHIN_SEQUENCES or LOGIT_ROWS), rows of
+    a row tile, column tiles of a row tile. In one launch the same of the stage that it reads, and
+    `read_first` of that in the first layer, where it is another one."""
+
+    rows_of: int
+    BM: int
+    COLUMN_TILES: int
+    read: Cut | None = None
+    read_first: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A product's tile: rows and columns, how much of the inner dimension is taken at once, what is
+    left of it where the weights come early, how many blocks are on their way, and whether they come
+    by descriptors."""
+
+    BM: int
+    BN: int
+    BK: int
+    TAIL: int
+    NUM_STAGES: int
+    TMA: bool
+
+
+class Stage(NamedTuple):
+    """One stage of a kernel. `tile` is a jit function, tile(tile_id, operands, run, wait), never
+    inside a constexpr: Triton would know it by its name, and run its binary after an edit. `cut` is
+    a Cut, a constexpr. Without a tile it is no stage: `is None` fails on a tuple that has None in
+    it."""
+
+    tile: Any = None
+    operands: Any = None
+    cut: Any = None
+
+
+class Residual(NamedTuple):
+    """The residual stream, which most stages read or write. x: (N, D); partial_sumsq: (SUMS, N),
+    float32, the sums of squares of each row's columns in as many parts as x has column tiles; eps:
+    of the norms; extents: D and SUMS. Once for all stages: as operands of each they cost one launch
+    registers."""
+
+    x: Any
+    partial_sumsq: Any
+    eps: Any
+    extents: Any
+
+
+@dataclass(frozen=True)
+class ResidualExtents:
+    """Of Residual."""
+
+    D: int
+    SUMS: int
+
+
+class Run(NamedTuple):
+    """What the tiles of a kernel are handed beside their operands: what stages share, and what
+    Triton must not specialize or takes as a kernel's own parameters only. ids: (n_rows,), int64;
+    logits: (logit_rows, V); descriptors of a product's two sides, or None; `layer`, 0 where
+    operands are one layer's. To be built where it is passed: bound to a name, the constexprs inside
+    become tensors."""
+
+    residual: Any
+    ids: Any
+    logits: Any
+    x_desc: Any
+    w_desc: Any
+    n_rows: Any
+    sequence: Any
+    logit_rows: Any
+    layer: Any
+
+
+def constant(value: Any) -> Any:
+    """Extents, or what else is plain data, as a kernel's constexpr. One dataclass takes the host as
+    long, at each launch, as one number would; of the interpreter constexprs have no fields."""
+    return value if INTERPRETED else tl.constexpr(value)
+
+
+class Launched(NamedTuple):
+    """A tile whose inputs another launch has written, or is writing; `real` is 0 in a warm-up
+    pass, which must not wait."""
+
+    MODE: Any
+    real: Any
+
+
+class Place(NamedTuple):
+    """Where a tile lies: its first row and column, all of them, and which of them exist. `rows` are
+    those of what a product reads."""
+
+    row: Any
+    rows: Any
+    in_rows: Any
+    column: Any
+    columns: Any
+    in_columns: Any
+
+
 @triton.jit
-def ready(wait, MODE: tl.constexpr):
+def ready(wait):
     """Go on when what the tile reads has been written."""
-    if MODE == DEPENDENT:
-        if wait == REAL:
+    if wait.MODE == DEPENDENT:
+        if wait.real == 1:
             gdc_wait()
-    elif MODE >= COUNTED:
-        wait_for(wait, MODE == COUNTED_PTX)
+    elif wait.MODE >= COUNTED:
+        wait_for(wait)
 
 
 @triton.jit
-def corner(tile, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def corner(tile_id, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """The first row and the first column of a tile of COLUMNS columns."""
     column_tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
-    return tile // column_tiles * BM, tile % column_tiles * BN
+    return tile_id // column_tiles * BM, tile_id % column_tiles * BN
 
 
 @triton.jit
@@ -86,112 +189,75 @@ def _inputs(
 
 
 @triton.jit
-def early_weights(
-    w_ptr,
-    columns,
-    in_columns,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TAIL: tl.constexpr,
-    LOADS: tl.constexpr,
-):
+def early_weights(w_ptr, at, blocks: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr):
     """The weights of a tile that takes them at once; of another one nothing."""
-    all_columns: tl.constexpr = 2 if COLUMNS % BN == 0 else 0
-    head: tl.constexpr = all_columns + (1 if BK <= INNER else 0)
-    rest: tl.constexpr = all_columns + (1 if BK + TAIL <= INNER else 0)
-    if LOADS > 0:
+    all_columns: tl.constexpr = 2 if COLUMNS % blocks.BN == 0 else 0
+    head: tl.constexpr = all_columns + (1 if blocks.BK <= INNER else 0)
+    rest: tl.constexpr = all_columns + (1 if blocks.BK + blocks.TAIL <= INNER else 0)
+    if blocks.NUM_STAGES > 0:
         return 0, 0
-    elif TAIL > 0:
+    elif blocks.TAIL > 0:
         return (
-            _weights(w_ptr, columns, in_columns, 0, INNER, BK, head),
-            _weights(w_ptr, columns, in_columns, BK, INNER, TAIL, rest),
+            _weights(w_ptr, at.columns, at.in_columns, 0, INNER, blocks.BK, head),
+            _weights(w_ptr, at.columns, at.in_columns, blocks.BK, INNER, blocks.TAIL, rest),
         )
     else:
-        return _weights(w_ptr, columns, in_columns, 0, INNER, BK, head), 0
+        return _weights(w_ptr, at.columns, at.in_columns, 0, INNER, blocks.BK, head), 0
 
 
 @triton.jit
 def product(
-    x_ptr,
-    w_ptr,
-    early,
-    row,
-    rows,
-    in_rows,
-    column,
-    columns,
-    in_columns,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TAIL: tl.constexpr,
-    LOADS: tl.constexpr,
-    TMA: tl.constexpr,
+    x_ptr, w_ptr, early, at, blocks: tl.constexpr, run, INNER: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Rows of x times rows of w, (BM, BN). With TMA x_ptr and w_ptr are tensor descriptors, outside
-    of which all is zero."""
-    if TMA:
-        total = tl.zeros([BM, BN], tl.float32)
-        for first in tl.range(0, INNER, BK, num_stages=LOADS):
-            x = x_ptr.load([row, first])
-            w = w_ptr.load([column, first])
-            total = tl.dot(x, w.T, total, input_precision="ieee")
-    elif LOADS == 0:
-        x = _inputs(x_ptr, rows, in_rows, 0, INNER, BK, BK <= INNER)
-        if TAIL > 0:
-            tail = _inputs(x_ptr, rows, in_rows, BK, INNER, TAIL, BK + TAIL <= INNER)
-        total = tl.dot(x, early[0], input_precision="ieee")
-        if TAIL > 0:
-            total = tl.dot(tail, early[1], total, input_precision="ieee")
+    """Rows of x times rows of w, (BM, BN). With TMA both come by descriptors, outside of which all
+    is zero."""
+    if blocks.TMA:
+        acc = tl.full([blocks.BM, blocks.BN], 0.0, tl.float32)
+        for first in tl.range(0, INNER, blocks.BK, num_stages=blocks.NUM_STAGES):
+            x = run.x_desc.load([at.row, first])
+            w = run.w_desc.load([at.column, first])
+            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    elif blocks.NUM_STAGES == 0:
+        x = _inputs(x_ptr, at.rows, at.in_rows, 0, INNER, blocks.BK, blocks.BK <= INNER)
+        if blocks.TAIL > 0:
+            all_of_tail: tl.constexpr = blocks.BK + blocks.TAIL <= INNER
+            tail = _inputs(x_ptr, at.rows, at.in_rows, blocks.BK, INNER, blocks.TAIL, all_of_tail)
+        acc = tl.dot(x, early[0], input_precision="ieee")
+        if blocks.TAIL > 0:
+            acc = tl.dot(tail, early[1], acc, input_precision="ieee")
     else:
-        whole: tl.constexpr = INNER % BK == 0
-        all_columns: tl.constexpr = 2 if COLUMNS % BN == 0 else 0
-        total = tl.zeros([BM, BN], tl.float32)
-        for first in tl.range(0, INNER, BK, num_stages=LOADS):
-            x = _inputs(x_ptr, rows, in_rows, first, INNER, BK, whole)
-            w = _weights(
-                w_ptr, columns, in_columns, first, INNER, BK, all_columns + (1 if whole else 0)
-            )
-            total = tl.dot(x, w, total, input_precision="ieee")
-    return total
+        whole: tl.constexpr = INNER % blocks.BK == 0
+        some: tl.constexpr = (2 if COLUMNS % blocks.BN == 0 else 0) + (1 if whole else 0)
+        acc = tl.full([blocks.BM, blocks.BN], 0.0, tl.float32)
+        for first in tl.range(0, INNER, blocks.BK, num_stages=blocks.NUM_STAGES):
+            x = _inputs(x_ptr, at.rows, at.in_rows, first, INNER, blocks.BK, whole)
+            w = _weights(w_ptr, at.columns, at.in_columns, first, INNER, blocks.BK, some)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
-def rstd_of(parts_ptr, n_rows, rows, in_rows, eps, D: tl.constexpr, PARTS: tl.constexpr):
+def rstd_of(run, rows, in_rows):
     """1 / rms of rows of x, (BM,), from the sums of their squares, added in their order: by
     `tl.sum` two kernels may add them in two."""
+    SUMS: tl.constexpr = run.residual.extents.SUMS
     squares = tl.zeros_like(rows).to(tl.float32)
-    for first in tl.static_range(0, PARTS, _UNROLLED):
-        end = first + _UNROLLED if first + _UNROLLED < PARTS else PARTS
-        for part in tl.range(first, end, num_stages=1):
-            at = parts_ptr + part * n_rows + rows
+    for first in tl.static_range(0, SUMS, _UNROLLED):
+        end = first + _UNROLLED if first + _UNROLLED < SUMS else SUMS
+        for number in tl.range(first, end, num_stages=1):
+            at = run.residual.partial_sumsq + number * run.n_rows + rows
             squares += tl.load(at, mask=in_rows, other=0.0, cache_modifier=".cg")
-    return tl.rsqrt(squares / D + eps)
+    return tl.rsqrt(squares / run.residual.extents.D + run.residual.eps)
 
 
 @triton.jit
-def store_rows(
-    x_ptr,
-    parts_ptr,
-    values,
-    tile,
-    n_rows,
-    rows,
-    columns,
-    in_rows,
-    in_columns,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-):
+def store_rows(values, tile_id, at, run):
     """A tile of x, and its sums of squares: of the values as they are stored."""
-    parts: tl.constexpr = (D + BN - 1) // BN
-    mask = in_rows[:, None] & in_columns[None, :]
-    stored = values.to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], stored, mask=mask)
+    D: tl.constexpr = run.residual.extents.D
+    mask = at.in_rows[:, None] & at.in_columns[None, :]
+    stored = values.to(run.residual.x.dtype.element_ty)
+    to = run.residual.x + at.rows.to(tl.int64)[:, None] * D + at.columns[None, :]
+    tl.store(to, stored, mask=mask)
     again = tl.where(mask, stored.to(tl.float32), 0.0)
-    at = parts_ptr + tile % parts * n_rows + rows
-    tl.store(at, tl.sum(again * again, 1), mask=in_rows)
+    to = run.residual.partial_sumsq + tile_id % run.residual.extents.SUMS * run.n_rows + at.rows
+    tl.store(to, tl.sum(again * again, 1), mask=at.in_rows)

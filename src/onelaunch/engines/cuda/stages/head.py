@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from onelaunch.engines.cuda.blocking import padded
+from onelaunch.engines.cuda.stages.binding import Bound, Sources
 from onelaunch.engines.cuda.stages.common import (
+    LOGIT_ROWS,
+    Blocks,
+    Cut,
+    Place,
+    constant,
     corner,
     early_weights,
     place,
@@ -15,79 +26,100 @@ from onelaunch.engines.cuda.stages.common import (
 )
 
 
+@dataclass(frozen=True)
+class Extents:
+    """V; the tile."""
+
+    V: int
+    blocks: Blocks
+
+
+class Operands(NamedTuple):
+    """w: (V, D); of: (logit_rows,), int32, the rows of x that get logits, in their order; status:
+    where one launch says that it was given up, or None."""
+
+    w: Any
+    of: Any
+    status: Any
+    extents: Any
+
+
 @triton.jit
-def head_tile(
-    tile,
-    wait,
-    x_ptr,
-    parts_ptr,
-    w_ptr,
-    logits_ptr,
-    of_ptr,
-    status_ptr,
-    n_rows,
-    x_rows,
-    eps,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    PARTS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TAIL: tl.constexpr,
-    LOADS: tl.constexpr,
-    TMA: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """logits: (n_rows, V) of normalized rows of x: those that of, (n_rows,), says; with TMA, of all
-    in their order. Its tiles go row tile first: the weights, which may be more than the second
-    cache holds, come by once. They are NaN where a status says that the forward was given up."""
-    row_tiles = tl.maximum(tl.cdiv(n_rows, BM), 1)
-    row, column = tile % row_tiles * BM, tile // row_tiles * BN
-    rows, columns, in_rows, in_columns = place(row, column, n_rows, V, BM, BN)
-    of = rows if TMA else tl.load(of_ptr + rows, mask=in_rows, other=0)
-    early = early_weights(w_ptr, columns, in_columns, D, V, BN, BK, TAIL, LOADS)
-    ready(wait, MODE)
-    if status_ptr is not None:  # who gave up wrote it before it went on
-        status = tl.load(status_ptr, cache_modifier=".cg")
-    total = product(
-        x_ptr, w_ptr, early, row, of, in_rows, column, columns, in_columns, D, V, BM, BN, BK, TAIL,
-        LOADS, TMA,
-    )  # fmt: skip
+def head_tile(tile_id, o, run, wait):
+    """logits: (logit_rows, V) of normalized rows of x: those in `of`; with TMA, of all in their
+    order. Its tiles go row tile first: the weights, which may be more than the L2 holds, come by
+    once. They are NaN where a status says that the forward was given up."""
+    c: tl.constexpr = o.extents
+    blocks: tl.constexpr = c.blocks
+    D: tl.constexpr = run.residual.extents.D
+    row_tiles = tl.maximum(tl.cdiv(run.logit_rows, blocks.BM), 1)
+    row, column = tile_id % row_tiles * blocks.BM, tile_id // row_tiles * blocks.BN
+    rows, columns, in_rows, in_columns = place(
+        row, column, run.logit_rows, c.V, blocks.BM, blocks.BN
+    )
+    of = rows if blocks.TMA else tl.load(o.of + rows, mask=in_rows, other=0)
+    at = Place(row, of, in_rows, column, columns, in_columns)
+    early = early_weights(o.w, at, blocks, D, c.V)
+    ready(wait)
+    if o.status is not None:  # who gave up wrote it before it went on
+        status = tl.load(o.status, cache_modifier=".cg")
+    acc = product(run.residual.x, o.w, early, at, blocks, run, D, c.V)
     # behind the product, or a loop of tiles is no single pipeline
-    total *= rstd_of(parts_ptr, x_rows, of, in_rows, eps, D, PARTS)[:, None]
-    if status_ptr is not None:
-        total = tl.where(status == 0, total, float("nan"))
-    to = logits_ptr + rows.to(tl.int64)[:, None] * V + columns[None, :]
+    acc *= rstd_of(run, of, in_rows)[:, None]
+    if o.status is not None:
+        acc = tl.where(status == 0, acc, float("nan"))
+    to = run.logits + rows.to(tl.int64)[:, None] * c.V + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
-    tl.store(to, total.to(logits_ptr.dtype.element_ty), mask=mask)
+    tl.store(to, acc.to(run.logits.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class NormalizeExtents:
+    """The tile's rows and columns."""
+
+    BM: int
+    BN: int
+
+
+class NormalizeOperands(NamedTuple):
+    """normalized: (logit_rows, D); of: as in Operands."""
+
+    normalized: Any
+    of: Any
+    extents: Any
 
 
 @triton.jit
-def normalize_tile(
-    tile,
-    wait,
-    x_ptr,
-    parts_ptr,
-    normalized_ptr,
-    of_ptr,
-    n_rows,
-    x_rows,
-    eps,
-    D: tl.constexpr,
-    PARTS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """normalized: (n_rows, D), the rows of x that of, (n_rows,), says, over their rms."""
-    row, column = corner(tile, D, BM, BN)
-    rows, columns, in_rows, in_columns = place(row, column, n_rows, D, BM, BN)
-    of = tl.load(of_ptr + rows, mask=in_rows, other=0)
-    ready(wait, MODE)
-    rstd = rstd_of(parts_ptr, x_rows, of, in_rows, eps, D, PARTS)
+def normalize_tile(tile_id, o, run, wait):
+    """normalized: the rows of x in `of`, over their rms."""
+    c: tl.constexpr = o.extents
+    D: tl.constexpr = run.residual.extents.D
+    row, column = corner(tile_id, D, c.BM, c.BN)
+    rows, columns, in_rows, in_columns = place(row, column, run.logit_rows, D, c.BM, c.BN)
+    of = tl.load(o.of + rows, mask=in_rows, other=0)
+    ready(wait)
+    rstd = rstd_of(run, of, in_rows)
     mask = in_rows[:, None] & in_columns[None, :]
-    at = x_ptr + of.to(tl.int64)[:, None] * D + columns[None, :]
+    at = run.residual.x + of.to(tl.int64)[:, None] * D + columns[None, :]
     x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    to = normalized_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(to, (x * rstd[:, None]).to(normalized_ptr.dtype.element_ty), mask=mask)
+    to = o.normalized + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(to, (x * rstd[:, None]).to(o.normalized.dtype.element_ty), mask=mask)
+
+
+def bind(s: Sources, kind: str, layer: int | None) -> Bound:
+    """head with its operands."""
+    sides = s.sides(kind, layer, s.buffers.x)
+    extents = Extents(s.config.vocab_size, sides.blocks)
+    operands = Operands(sides.w, s.buffers.of, s.status, constant(extents))
+    return Bound(head_tile, operands, s.cut(kind, LOGIT_ROWS), sides.x_desc, sides.w_desc)
+
+
+def bind_normalize(s: Sources, normalized: Tensor) -> tuple[Bound, int]:
+    """What makes the normalized rows, (logit_rows, D), that a library multiplies; its tiles."""
+    dim, of = s.config.dim, s.buffers.of
+    rows, columns = 16, min(128, padded(dim))
+    operands = NormalizeOperands(normalized, of, constant(NormalizeExtents(rows, columns)))
+    column_tiles = -(-dim // columns)
+    cut = Cut(LOGIT_ROWS, rows, column_tiles)
+    tiles = -(-of.shape[0] // rows) * column_tiles
+    return Bound(normalize_tile, operands, cut), tiles

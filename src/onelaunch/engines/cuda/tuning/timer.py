@@ -19,7 +19,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.forms import Form, bind
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.staged import Shape, limits_of
+from onelaunch.engines.cuda.program import Shape, limits_of
 from onelaunch.engines.cuda.tuning.search import (
     COMPILING,
     Job,

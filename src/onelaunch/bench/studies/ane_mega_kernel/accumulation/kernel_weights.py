@@ -34,7 +34,7 @@ def renewals(model: str, sequence: int, training: Driver[Any], say: Say) -> Iter
         say(f"{case}: without our kernels: {reason}")
         return
     from onelaunch.engines.cuda.pack import pack
-    from onelaunch.engines.cuda.staged import BoundForward, Shape
+    from onelaunch.engines.cuda.program import BoundForward, Shape
 
     def packed() -> Any:
         return pack(config, weights, torch.bfloat16, device)

@@ -77,9 +77,8 @@ def restart(device: torch.device, number: int) -> dict[str, Any]:
 
 def layers(device: torch.device, count: int) -> dict[str, Any]:
     """So many layers of stories110m's in one launch; what says no to it."""
-    from onelaunch.engines.cuda.one_launch import FusedForward
     from onelaunch.engines.cuda.pack import pack
-    from onelaunch.engines.cuda.staged import Shape
+    from onelaunch.engines.cuda.program import FusedForward, Shape
 
     config, dtype = LAYERS.with_(n_layers=count), getattr(torch, DTYPE)
     generator = torch.Generator(device=device).manual_seed(0)

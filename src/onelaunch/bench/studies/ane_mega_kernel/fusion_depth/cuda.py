@@ -48,9 +48,8 @@ from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
 )
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.calls import Call, CallAndProduct, share_first_cache
-from onelaunch.engines.cuda.one_launch import FusedForward
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from onelaunch.errors import RunFailed
 from onelaunch.plan import Launch, Part
 

@@ -22,7 +22,7 @@ from onelaunch.compilation.children import lines_of_parent
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import default
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.cuda.staged import BoundForward, Shape, limits_of
+from onelaunch.engines.cuda.program import BoundForward, Shape, limits_of
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
 from onelaunch.config import preset
 from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.staged import BoundForward, Shape
+from onelaunch.engines.cuda.program import BoundForward, Shape
 from onelaunch.errors import RunFailed
 from onelaunch.model import Model
 

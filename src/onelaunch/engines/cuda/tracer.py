@@ -1,18 +1,19 @@
-"""What a tile of one launch tells of its time, and how a test delays it. Each is in a kernel that
-is compiled for it, and in no other.
+"""What a tile of one launch records of its time, and how a test delays it.
 
-A program's watch is where the records are, how many there are of a stage, and where the seed of the
-delays is; None in the place of the records or of the seed leaves out what it is for. `me` is which
-tile it is: the watch, the stage, and the tile's number in it.
+A kernel is handed a `Tracer`: a field that is None leaves out what it is for, and without any
+nothing of this is in the kernel, not even a parameter. A tile is known by its stage and its number
+in it.
 
 A record is RECORD int64 words: nanoseconds of the device's clock when the tile began, when what it
-waited for was there, and when it had ended and said so; then its multiprocessor << 32 | its
-program. One thread writes them, to a place that is the tile's own: tile t of stage s, of which each
+waited for was there, and when it had ended and published it; then its multiprocessor << 32 | its
+CTA. One thread writes them, to a place that is the tile's own: tile t of stage s, of which each
 but the last has at most T tiles, has record 1 + s T + t. Record 0 is the clock of the interpreter,
 which has no other: it counts.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,8 +21,19 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 RECORD = 4
 BEGAN, READY, ENDED, WHERE = range(RECORD)
-_BEGAN, _READY, _ENDED = tl.constexpr(BEGAN), tl.constexpr(READY), tl.constexpr(ENDED)
-_WHERE_WORD, _RECORD = tl.constexpr(WHERE), tl.constexpr(RECORD)
+_BEGAN_WORD, _READY_WORD = tl.constexpr(BEGAN), tl.constexpr(READY)
+_ENDED_WORD, _WHERE_WORD = tl.constexpr(ENDED), tl.constexpr(WHERE)
+_RECORD = tl.constexpr(RECORD)
+
+
+class Tracer(NamedTuple):
+    """records: (1 + tiles, RECORD), int64, and MAX_TILES of a stage, a constexpr; seed: (1,),
+    int32, of the delays."""
+
+    records: Any = None
+    MAX_TILES: Any = None
+    seed: Any = None
+
 
 _CLOCK = tl.constexpr("""
 {
@@ -82,10 +94,10 @@ DONE_${:uid}:
 
 
 @triton.jit
-def began(me):
-    """The tile asks for its weights next, then waits."""
-    if me[0][0] is not None:
-        at = _record(me) + _WHERE_WORD
+def began(tracer, stage, tile_id):
+    """The tile loads its weights next, then waits."""
+    if tracer.records is not None:
+        at = _record(tracer, stage, tile_id) + _WHERE_WORD
         if INTERPRETED:
             tl.store(at, tl.program_id(0).to(tl.int64))
         else:
@@ -97,50 +109,50 @@ def began(me):
                 is_pure=False,
                 pack=1,
             )
-        _stamp(me, _BEGAN)
+        _stamp(tracer, stage, tile_id, _BEGAN_WORD)
 
 
 @triton.jit
-def ready(me):
+def ready(tracer, stage, tile_id):
     """What the tile waited for is there."""
-    if me[0][0] is not None:
-        _stamp(me, _READY)
+    if tracer.records is not None:
+        _stamp(tracer, stage, tile_id, _READY_WORD)
 
 
 @triton.jit
-def ended(me):
-    """The tile has ended, and said so to those who wait for it."""
-    if me[0][0] is not None:
-        _stamp(me, _ENDED)
+def ended(tracer, stage, tile_id):
+    """The tile has ended, and published it to those who wait for it."""
+    if tracer.records is not None:
+        _stamp(tracer, stage, tile_id, _ENDED_WORD)
 
 
 @triton.jit
-def ended_unsaid(me):
+def ended_unpublished(tracer, stage, tile_id):
     """The tile has ended, and nobody waits for it."""
-    if me[0][0] is not None:
+    if tracer.records is not None:
         tl.debug_barrier()
-        _stamp(me, _ENDED)
+        _stamp(tracer, stage, tile_id, _ENDED_WORD)
 
 
 @triton.jit
-def delay(me, PLACE: tl.constexpr):
-    """Where there is a seed, sleep for up to about 2 us, as it, the tile and the place say."""
-    if me[0][2] is not None and not INTERPRETED:
-        what = ((tl.load(me[0][2]) * 4 + PLACE) * 1021 + me[1]) * 65599 + me[2]
-        tl.inline_asm_elementwise(_SLEEP, "=r,r", [what], dtype=tl.int32, is_pure=False, pack=1)
+def delay(tracer, stage, tile_id, PLACE: tl.constexpr):
+    """Where there is a seed, sleep for up to about 2 us, by the seed, the tile and the place."""
+    if tracer.seed is not None and not INTERPRETED:
+        number = ((tl.load(tracer.seed) * 4 + PLACE) * 1021 + stage) * 65599 + tile_id
+        tl.inline_asm_elementwise(_SLEEP, "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _record(me):
-    return me[0][0] + _RECORD * (1 + me[1] * me[0][1] + me[2])
+def _record(tracer, stage, tile_id):
+    return tracer.records + _RECORD * (1 + stage * tracer.MAX_TILES + tile_id)
 
 
 @triton.jit
-def _stamp(me, WORD: tl.constexpr):
-    at = _record(me) + WORD
+def _stamp(tracer, stage, tile_id, WORD: tl.constexpr):
+    at = _record(tracer, stage, tile_id) + WORD
     if INTERPRETED:
-        now = tl.load(me[0][0]) + 1
-        tl.store(me[0][0], now)
+        now = tl.load(tracer.records) + 1
+        tl.store(tracer.records, now)
         tl.store(at, now)
     else:
         tl.inline_asm_elementwise(
