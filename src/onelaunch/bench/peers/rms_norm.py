@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.record import Say
 from onelaunch.errors import BadInput
 from onelaunch.operators.rms_norm import launch, rms_norm
 
@@ -98,7 +97,7 @@ def ours_in_place() -> Contender:
     )
 
 
-def has_kernel(device: torch.device, say: Say) -> bool:
+def has_kernel(device: torch.device, say: Callable[[str], None]) -> bool:
     """Whether kernels are measured on a device; where none is, that is said. Raises BadInput where
     there are kernels of which a time would tell nothing, or none though there should be."""
     if launch.INTERPRETED:
@@ -115,7 +114,7 @@ def has_kernel(device: torch.device, say: Say) -> bool:
     return False
 
 
-def without_kernel(say: Say) -> None:
+def without_kernel(say: Callable[[str], None]) -> None:
     """Say, instead of the operator's own warning, that the plain form runs here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,7 +122,7 @@ def without_kernel(say: Say) -> None:
     say("there is no kernel on this device: ours is the plain PyTorch form")
 
 
-def peers(device: torch.device, say: Say) -> list[Contender]:
+def peers(device: torch.device, say: Callable[[str], None]) -> list[Contender]:
     """Those that run on a device; what is missing is said."""
     found = [Contender("torch", lambda: _torch)]
     found.append(Contender("torch.compile", _compiled, repeatable=_compiled_repeatable))
@@ -191,7 +190,7 @@ def _compiled() -> Norm:
     return torch.compile(_torch, fullgraph=True)
 
 
-def liger_paths(say: Say) -> list[Contender]:
+def liger_paths(say: Callable[[str], None]) -> list[Contender]:
     """Liger's two paths as it has them, at any number of rows; what is missing is said."""
     released = _import_liger(say)
     if released is None:
@@ -207,7 +206,7 @@ def liger_paths(say: Say) -> list[Contender]:
     ]
 
 
-def _import_liger(say: Say) -> ModuleType | None:
+def _import_liger(say: Callable[[str], None]) -> ModuleType | None:
     try:
         return importlib.import_module("liger_kernel.ops.rms_norm")
     except Exception as error:
@@ -220,7 +219,7 @@ def _liger_norm(module: ModuleType, row_mode: bool | None = None) -> Norm:
     return lambda x, weight: apply(x, weight, EPS, 0.0, "llama", True, row_mode)
 
 
-def _liger(say: Say) -> list[Contender]:
+def _liger(say: Callable[[str], None]) -> list[Contender]:
     released = _import_liger(say)
     if released is None:
         return []
@@ -256,7 +255,7 @@ def with_source_rule(released: ModuleType, condition: str = SOURCE_CONDITION) ->
     return module
 
 
-def _quack(say: Say) -> list[Contender]:
+def _quack(say: Callable[[str], None]) -> list[Contender]:
     try:
         rmsnorm = importlib.import_module("quack").rmsnorm
     except Exception as error:
