@@ -83,9 +83,9 @@ class ScalarModel:
         for b, s in self.rows():
             for h in range(c.n_heads):
                 for e, value in enumerate(self.attended(i, b, s, h)):
-                    self.write(value, "mixed", b, s, h * c.head_dim + e)
+                    self.write(value, "attn_out", b, s, h * c.head_dim + e)
         self.begin("out_proj", i)
-        self.project_and_add("mixed", c.q_dim, f"{prefix}self_attn.o_proj")
+        self.project_and_add("attn_out", c.q_dim, f"{prefix}self_attn.o_proj")
         self.begin("gate_up", i)
         for b, s in self.rows():
             normed = self.normed("x", b, s, f"{prefix}post_attention_layernorm")

@@ -9,7 +9,8 @@ from onelaunch.config import PRESETS, ModelConfig
 from onelaunch.errors import BadInput
 from onelaunch.model import Model
 from onelaunch.plan import KINDS, NO_LAYER, make_plan
-from onelaunch.plan.stages import LAYER_KINDS, Totals, add_totals
+from onelaunch.plan.kinds import LAYER_KINDS
+from onelaunch.plan.stages import Totals, add_totals
 from tests.plan.plans import CONFIGS, SIZES, TINY
 from tests.plan.scalar_model import ScalarModel
 
@@ -63,7 +64,7 @@ def test_totals_of_stories15m_for_one_token():
     totals = make_plan(PRESETS["stories15m"]).totals
     layer_weights = 4 * D * D + 3 * D * F_ + 2 * D
     assert totals.weight_bytes == 4 * (D + L * layer_weights + D + V * D)
-    # tokens; each layer x four times in, q, mixed, hidden; x into the head
+    # tokens; each layer x four times in, q, attn_out, hidden; x into the head
     assert totals.activation_bytes_read == 4 * (1 + L * (4 * D + D + D + F_) + D)
     assert totals.activation_bytes_written == 4 * (D + L * (D + D + D + F_ + D) + V)
     assert totals.cache_bytes_read == totals.cache_bytes_written == 4 * L * 2 * D
@@ -136,7 +137,7 @@ def test_buffers_have_the_shapes_of_what_they_hold():
         "tokens": ((3, 2), 4, "input"),
         "x": ((3, 2, 4), 2, "scratch"),
         "q": ((3, 2, 12), 2, "scratch"),
-        "mixed": ((3, 2, 12), 2, "scratch"),
+        "attn_out": ((3, 2, 12), 2, "scratch"),
         "hidden": ((3, 2, 10), 2, "scratch"),
         **{f"cache.{i}": ((2, 3, 1, 9, 6), 2, "state") for i in range(3)},
         "logits": ((3, 1, 17), 4, "scratch"),

@@ -8,17 +8,20 @@ and its siblings say where a plan is wrong.
 from onelaunch.plan.build import make_plan
 from onelaunch.plan.check import PlanError, check, check_launches
 from onelaunch.plan.describe import describe
+from onelaunch.plan.kinds import KINDS, NO_LAYER, STAGE_KINDS, Kind
 from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_depth
 from onelaunch.plan.parts import Part, part_of
-from onelaunch.plan.stages import KINDS, NO_LAYER, Access, Buffer, Plan, Stage, Totals
+from onelaunch.plan.stages import Access, Buffer, Plan, Stage, Totals
 from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, counts, make_tiles
 
 __all__ = [
     "KINDS",
     "NO_LAYER",
+    "STAGE_KINDS",
     "Access",
     "Buffer",
     "Depth",
+    "Kind",
     "Launch",
     "Part",
     "Plan",

@@ -14,10 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
-from onelaunch.plan.stages import NO_LAYER, Access, Buffer, Plan, Role, Stage, cache_name, is_cache
+from onelaunch.plan.kinds import (
+    NO_LAYER,
+    STAGE_KINDS,
+    buffers_of,
+    cache_name,
+    is_cache,
+    weights_of,
+)
+from onelaunch.plan.stages import Access, Buffer, Plan, Role, Stage
 
 # Ids fit 24 bits; logits are float32 on every engine.
 ID_ITEMSIZE = 4
@@ -58,10 +67,10 @@ def make_plan(
     weight_itemsize: int = 4,
     activation_itemsize: int = 4,
 ) -> Plan:
-    """The stages that take `batch` texts by `sequence` tokens each after `past` cached positions.
+    """The stages that take `batch` sequences by `sequence` tokens each after `past` cached ones.
 
-    Logits are of each text's last position, or of `all_positions`; `sample` adds the choice of each
-    text's next token. Item sizes are in bytes; the caches hold activations. Raises BadInput where a
+    Logits are of each sequence's last position, or of `all_positions`; `sample` adds the choice of
+    its next token. Item sizes are in bytes; the caches hold activations. Raises BadInput where a
     number is out of range or the positions exceed the model's context.
     """
     _at_least("batch", batch, 1)
@@ -113,7 +122,7 @@ def activation_shapes(
     return {
         "x": (batch, sequence, config.dim),
         "q": (batch, sequence, config.q_dim),
-        "mixed": (batch, sequence, config.q_dim),
+        "attn_out": (batch, sequence, config.q_dim),
         "hidden": (batch, sequence, config.hidden_dim),
         **{cache_name(layer): cache for layer in range(config.n_layers)},
     }
@@ -142,72 +151,57 @@ class _Maker:
         self.stages: list[Stage] = []
 
     def embed(self) -> None:
-        rows = self.rows * self.config.dim
-        weights = ("embed_tokens.weight",)
-        self._add("embed", NO_LAYER, _whole("tokens"), _whole("x"), weights, 0, rows)
+        self._add("embed", NO_LAYER, 0, weight_elements=self.rows * self.config.dim)
 
     def attention_block(self, layer: int) -> None:
         c, rows = self.config, self.rows
-        cache, prefix = cache_name(layer), f"layers.{layer}."
-        names = ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
         flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, c.q_dim + 2 * c.kv_dim)
         flops += ROPE_FLOPS * rows * (c.q_dim + c.kv_dim)
         if c.qk_norm:
-            names += ["self_attn.q_norm", "self_attn.k_norm"]
             flops += rows * (c.n_heads + c.n_kv_heads) * norm_flops(c.head_dim)
-        weights = tuple(f"{prefix}{name}.weight" for name in names)
-        appended = {"q": None, cache: 2 * rows * c.kv_dim}
-        self._add("qkv", layer, _whole("x"), appended, weights, flops)
+        appended = {cache_name(layer): 2 * rows * c.kv_dim}
+        self._add("qkv", layer, flops, writes=appended)
 
         pairs = self.batch * visible_pairs(self.sequence, self.past)
         flops = pairs * c.n_heads * (4 * c.head_dim + SOFTMAX_FLOPS)
-        self._add("attention", layer, _whole("q", cache), _whole("mixed"), (), flops)
-
-        weights = (f"{prefix}self_attn.o_proj.weight",)
-        flops = product_flops(rows, c.q_dim, c.dim) + rows * c.dim
-        self._add("out_proj", layer, _whole("mixed", "x"), _whole("x"), weights, flops)
+        self._add("attention", layer, flops)
+        self._add("out_proj", layer, product_flops(rows, c.q_dim, c.dim) + rows * c.dim)
 
     def ffn_block(self, layer: int) -> None:
-        c, rows, prefix = self.config, self.rows, f"layers.{layer}."
-        names = ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj")
-        weights = tuple(f"{prefix}{name}.weight" for name in names)
+        c, rows = self.config, self.rows
         flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, 2 * c.hidden_dim)
         flops += SWIGLU_FLOPS * rows * c.hidden_dim
-        self._add("gate_up", layer, _whole("x"), _whole("hidden"), weights, flops)
-
-        weights = (f"{prefix}mlp.down_proj.weight",)
-        flops = product_flops(rows, c.hidden_dim, c.dim) + rows * c.dim
-        self._add("down", layer, _whole("hidden", "x"), _whole("x"), weights, flops)
+        self._add("gate_up", layer, flops)
+        self._add("down", layer, product_flops(rows, c.hidden_dim, c.dim) + rows * c.dim)
 
     def head(self, positions: int) -> None:
         c, rows = self.config, self.batch * positions
-        classifier = "embed_tokens.weight" if c.tied_embeddings else "lm_head.weight"
         flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, c.vocab_size)
-        weights = ("norm.weight", classifier)
-        self._add("head", NO_LAYER, {"x": rows * c.dim}, _whole("logits"), weights, flops)
+        self._add("head", NO_LAYER, flops, reads={"x": rows * c.dim})
 
     def sample(self) -> None:
-        last = {"logits": self.batch * self.config.vocab_size}
-        self._add("sample", NO_LAYER, last, _whole("next"), (), 0)
+        self._add("sample", NO_LAYER, 0, reads={"logits": self.batch * self.config.vocab_size})
 
     def _add(
         self,
         kind: str,
         layer: int,
-        reads: Mapping[str, int | None],
-        writes: Mapping[str, int | None],
-        weights: tuple[str, ...],
         flops: int,
+        reads: Mapping[str, int] = MappingProxyType({}),
+        writes: Mapping[str, int] = MappingProxyType({}),
         weight_elements: int | None = None,
     ) -> None:
-        """`reads` and `writes` give the elements that are touched, None for the whole buffer;
+        """`reads` and `writes` give the elements of buffers that are not touched whole;
         `weight_elements` those of the weights where not all are read."""
+        weights = weights_of(self.config, kind, layer)
         if weight_elements is None:
             weight_elements = sum(self.weight_elements[name] for name in weights)
-        read = tuple(self._access(name, n) for name, n in reads.items())
-        for name in writes:
+        read_names = buffers_of(STAGE_KINDS[kind].reads, layer)
+        written_names = buffers_of(STAGE_KINDS[kind].writes, layer)
+        read = tuple(self._access(name, reads.get(name)) for name in read_names)
+        for name in written_names:
             self.versions[name] += 1
-        written = tuple(self._access(name, n) for name, n in writes.items())
+        written = tuple(self._access(name, writes.get(name)) for name in written_names)
         weight_bytes = weight_elements * self.weight_itemsize
         self.stages.append(Stage(kind, layer, read, written, weights, weight_bytes, flops))
 
@@ -215,10 +209,6 @@ class _Maker:
         buffer = self.buffers[name]
         nbytes = buffer.nbytes if elements is None else elements * buffer.itemsize
         return Access(name, self.versions[name], nbytes)
-
-
-def _whole(*names: str) -> dict[str, int | None]:
-    return dict.fromkeys(names)
 
 
 def _at_least(name: str, value: object, least: int) -> None:

@@ -10,20 +10,9 @@ import math
 from collections.abc import Sequence
 
 from onelaunch.plan.build import activation_shapes
+from onelaunch.plan.kinds import LAYER_KINDS, NO_LAYER, STAGE_KINDS, buffers_of
 from onelaunch.plan.launches import Launch
-from onelaunch.plan.stages import LAYER_KINDS, NO_LAYER, Buffer, Plan, Stage
-
-# What each kind reads and writes of the model's buffers; {} is the layer.
-ACCESS = {
-    "embed": ({"tokens"}, {"x"}),
-    "qkv": ({"x"}, {"q", "cache.{}"}),
-    "attention": ({"q", "cache.{}"}, {"mixed"}),
-    "out_proj": ({"mixed", "x"}, {"x"}),
-    "gate_up": ({"x"}, {"hidden"}),
-    "down": ({"hidden", "x"}, {"x"}),
-    "head": ({"x"}, {"logits"}),
-    "sample": ({"logits"}, {"next"}),
-}
+from onelaunch.plan.stages import Buffer, Plan, Stage
 
 
 class PlanError(AssertionError):
@@ -118,10 +107,11 @@ def _check_access(plan: Plan) -> None:
     """Each kind of stage touches the model's own buffers that its formula names, each once."""
     known = set(_activation_shapes(plan)) | {"tokens", "logits", "next"}
     for index, stage in enumerate(plan.stages):
-        sides = (("reads", stage.reads), ("writes", stage.writes))
-        for (verb, accesses), names in zip(sides, ACCESS[stage.kind], strict=True):
+        kind = STAGE_KINDS[stage.kind]
+        sides = (("reads", stage.reads, kind.reads), ("writes", stage.writes, kind.writes))
+        for verb, accesses, values in sides:
             found = [access.buffer for access in accesses if access.buffer in known]
-            right = sorted(name.format(stage.layer) for name in names)
+            right = sorted(buffers_of(values, stage.layer))
             if sorted(found) != right:
                 raise PlanError(
                     f"{_where(index, stage)} {verb} {' and '.join(found) or 'nothing'}, "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from onelaunch.plan.kinds import NO_LAYER
 from onelaunch.plan.launches import launches
-from onelaunch.plan.stages import NO_LAYER, Plan, Stage, add_totals
+from onelaunch.plan.stages import Plan, Stage, add_totals
 
 
 def describe(plan: Plan, depth: str | int | None = None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 from onelaunch.errors import BadInput
-from onelaunch.plan.stages import ATTENTION_BLOCK, NO_LAYER, Plan, Stage
+from onelaunch.plan.kinds import ATTENTION_BLOCK, NO_LAYER
+from onelaunch.plan.stages import Plan, Stage
 
 Depth = Literal["stage", "half", "all"] | int
 """A whole number is layers for each launch."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from onelaunch.plan.stages import ATTENTION_BLOCK, FFN_BLOCK, Access, Plan
+from onelaunch.plan.kinds import ATTENTION_BLOCK, FFN_BLOCK
+from onelaunch.plan.stages import Access, Plan
 
 Part = Literal["whole", "attention", "ffn"]
 _BLOCKS = {"attention": ATTENTION_BLOCK, "ffn": FFN_BLOCK}

@@ -11,28 +11,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from onelaunch.config import ModelConfig
-
-# A compiled program is handed a kind as its index here: new kinds go to the end.
-KINDS = ("embed", "qkv", "attention", "out_proj", "gate_up", "down", "head", "sample")
-ATTENTION_BLOCK = ("qkv", "attention", "out_proj")
-FFN_BLOCK = ("gate_up", "down")
-LAYER_KINDS = ATTENTION_BLOCK + FFN_BLOCK
-NO_LAYER = -1
-_CACHE = "cache."
+from onelaunch.plan.kinds import KINDS, NO_LAYER, is_cache
 
 Role = Literal["input", "state", "scratch", "output"]
 """Who needs a buffer: `input` is there before the first stage, `state` (the caches) before and
 after, `scratch` between stages only, `output` after the last."""
-
-
-def cache_name(layer: int) -> str:
-    """The buffer of one layer's keys and values."""
-    return f"{_CACHE}{layer}"
-
-
-def is_cache(buffer: str) -> bool:
-    """Whether a buffer holds keys and values."""
-    return buffer.startswith(_CACHE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from typing import NamedTuple
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
 from onelaunch.plan.check import PlanError
+from onelaunch.plan.kinds import STAGE_KINDS, is_cache
 from onelaunch.plan.launches import Launch
-from onelaunch.plan.stages import Plan, Stage, is_cache
+from onelaunch.plan.stages import Plan, Stage
 
 
 class Tiling(NamedTuple):
@@ -111,16 +112,7 @@ class TilePlan:
 
 def columns_of(config: ModelConfig, kind: str) -> int:
     """How many columns, as Tiling counts them, a kind of stage writes for each row."""
-    return {
-        "embed": config.dim,
-        "qkv": config.q_dim + 2 * config.kv_dim,
-        "attention": config.n_heads,
-        "out_proj": config.dim,
-        "gate_up": config.hidden_dim,
-        "down": config.dim,
-        "head": config.vocab_size,
-        "sample": 1,
-    }[kind]
+    return STAGE_KINDS[kind].columns(config)
 
 
 def make_tiles(plan: Plan, tilings: Mapping[str, Tiling]) -> TilePlan:

@@ -15,7 +15,7 @@ import torch
 
 from onelaunch.engines.coreml import pack
 from onelaunch.plan import make_plan
-from onelaunch.plan.stages import LAYER_KINDS
+from onelaunch.plan.kinds import LAYER_KINDS
 from tests.engines.coreml.test_programs import looked_up, saved, tokens_of
 from tests.engines.coreml.tiny import read, value
 from tests.engines.suite import SMALL, relative_error, weights_of

@@ -37,29 +37,33 @@ from onelaunch.engines.coreml.emit import (
 from onelaunch.engines.coreml.norm import Var, normalize, normalize_backward
 from onelaunch.engines.coreml.pack import Packed, padded_head
 from onelaunch.errors import BadInput
-from onelaunch.plan import NO_LAYER, Launch, Plan, Stage
+from onelaunch.plan import NO_LAYER, STAGE_KINDS, Launch, Plan, Stage
 
 DX, DX_IN = "dx", "dx_in"
+
+
+def _gradients(values: Sequence[str]) -> tuple[str, ...]:
+    """Names of gradients of what stages hand to one another; those of the heads' queries, keys and
+    values are not the products' yet."""
+    of_heads = STAGE_KINDS["attention"].reads
+    return tuple(f"d_heads_{v}" if v in of_heads else f"d_{v}" for v in values if v != X)
+
+
 BACK = {
-    "down": ("d_hidden",), "out_proj": ("d_mixed",),
-    "attention": ("d_heads_q", "d_heads_k", "d_heads_v"),
-}  # fmt: skip
+    name: _gradients(kind.reads)
+    for name, kind in STAGE_KINDS.items()
+    if kind.block and _gradients(kind.reads)
+}
 """What the backward of a stage hands on beside the gradient of x, where a program ends there."""
 _TAKEN = {
-    "gate_up": (DX, *BACK["down"]), "attention": BACK["out_proj"], "qkv": (DX, *BACK["attention"]),
-}  # fmt: skip
-_READS = {
-    "qkv": ("input", "q_raw", "k_raw"),
-    "attention": ("q", "k", "v"),
-    "gate_up": ("middle", "gate", "up"),
+    name: ((DX,) if X in kind.reads + kind.writes else ()) + _gradients(kind.writes)
+    for name, kind in STAGE_KINDS.items()
+    if kind.block
 }
-_BEGINS = {"qkv": "input", "gate_up": "middle"}
+BEGINS = {
+    name: kind.saved[0] for name, kind in STAGE_KINDS.items() if kind.block and kind.reads == (X,)
+}
 """Where a block is computed again from."""
-_OPERANDS = {
-    "qkv": ("normed", "q_raw", "k_raw"), "out_proj": ("mixed",), "gate_up": ("middle", "normed_2"),
-    "down": ("hidden",),
-}  # fmt: skip
-"""What the weights' gradients are products with, of the forward."""
 
 
 def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
@@ -69,10 +73,10 @@ def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
     found = list(_TAKEN.get(stages[-1].kind, (DX,)))
     alone = len(stages) == 1 and stages[0].kind == "attention"
     for number, stage in enumerate(stages):
-        names: tuple[str, ...] = _READS.get(stage.kind, ())
+        names: tuple[str, ...] = STAGE_KINDS[stage.kind].saved
         if taps == "inputs":
             first = number == 0 or stage.kind == "qkv"
-            names = (_BEGINS[stage.kind],) if stage.kind in _BEGINS and first else ()
+            names = (BEGINS[stage.kind],) if stage.kind in BEGINS and first else ()
         if not plan.config.qk_norm:
             names = tuple(name for name in names if not name.endswith("_raw"))
         found += names if alone else [tap_name(stage.layer, name) for name in names]
@@ -94,7 +98,7 @@ def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full
         raise BadInput("a backward program is of layers; embed and head have theirs on the host")
     if taps == "none":
         raise BadInput("without taps there is no backward; use inputs or full")
-    if taps == "inputs" and (stages[0].kind not in _BEGINS or stages[-1].kind in HANDED):
+    if taps == "inputs" and (stages[0].kind not in BEGINS or stages[-1].kind in HANDED):
         raise BadInput("only whole blocks can be computed again from their inputs; use taps full")
     program = mil.Program()
     emitter = _Backward(plan, packed)
@@ -127,11 +131,11 @@ class _Backward(Builder):
         self._named: list[tuple[str, Var]] = []
         self._values: dict[tuple[int, str], Var] = {}
         for stage in stages:
-            for name in _READS.get(stage.kind, ()):
+            for name in STAGE_KINDS[stage.kind].saved:
                 if (tap := tap_name(stage.layer, name)) in inputs or (tap := name) in inputs:
                     self._values[stage.layer, name] = inputs[tap]
         self._attention: dict[int, Any] = {}
-        self._d_hidden, self._d_mixed = inputs.get("d_hidden"), inputs.get("d_mixed")
+        self._d_hidden, self._d_attn_out = inputs.get("d_hidden"), inputs.get("d_attn_out")
         if stages[-1].kind == "qkv":
             d_q, d_k, self._d_v = (inputs[name] for name in BACK["attention"])
             c = self.config
@@ -146,7 +150,7 @@ class _Backward(Builder):
         forward = Emitter(self.plan, self.packed, "none")
         forward.shared = self.shared
         for stage in stages:
-            begins = _BEGINS.get(stage.kind)
+            begins = BEGINS.get(stage.kind)
             if begins and (tap := tap_name(stage.layer, begins)) in inputs:
                 forward.x = inputs[tap]
             # what comes out of a layer is nobody's input here
@@ -154,7 +158,7 @@ class _Backward(Builder):
             getattr(forward, f"before_{stage.kind}" if unread else stage.kind)(stage)
             if stage.kind == "attention":
                 self._attention[stage.layer] = forward.heads
-            for name in _OPERANDS.get(stage.kind, ()):
+            for name in STAGE_KINDS[stage.kind].operands:
                 tap, value = tap_name(stage.layer, name), forward.values.get((stage.layer, name))
                 if value is not None and tap not in inputs:
                     self._named.append((tap, value))
@@ -168,7 +172,7 @@ class _Backward(Builder):
             results = list(zip(BACK["attention"], (d_q, d_k, self._d_v), strict=True))
         elif self._ends in BACK:
             (name,) = BACK[self._ends]
-            results = [(name, self._d_hidden if self._ends == "down" else self._d_mixed)]
+            results = [(name, self._d_hidden if self._ends == "down" else self._d_attn_out)]
         return [self.mb.identity(x=var, name=name) for name, var in results + self._named]
 
     # ---- the stages
@@ -198,7 +202,7 @@ class _Backward(Builder):
 
     def out_proj(self, stage: Stage) -> None:
         self._gradient(stage, "d_middle", self.dx)
-        self._d_mixed = self._linear_back(self.dx, stage.weights[0])
+        self._d_attn_out = self._linear_back(self.dx, stage.weights[0])
 
     def attention(self, stage: Stage) -> None:
         mb, c = self.mb, self.config
@@ -210,16 +214,16 @@ class _Backward(Builder):
         d_q: list[Var] = []
         d_k: list[Var] = [None] * c.n_kv_heads
         d_v: list[Var] = [None] * c.n_kv_heads
-        for head, d_mixed in enumerate(self.split(self._d_mixed, c.n_heads)):
+        for head, d_attn_out in enumerate(self.split(self._d_attn_out, c.n_heads)):
             group = self.group(head)
             weights = self.attended(queries[head], standing_k[group])
-            d_weights = self.product(standing_v[group], d_mixed)
+            d_weights = self.product(standing_v[group], d_attn_out)
             weighted = mb.mul(x=weights, y=d_weights)
             total = mb.reduce_sum(x=weighted, axes=[1], keep_dims=True)
             d_scores = mb.sub(x=weighted, y=mb.mul(x=weights, y=total))
             d_q.append(self.product(keys[group], d_scores))
             d_k[group] = self._sum(d_k[group], self.product(queries[head], self.standing(d_scores)))
-            d_v[group] = self._sum(d_v[group], self.product(d_mixed, self.standing(weights)))
+            d_v[group] = self._sum(d_v[group], self.product(d_attn_out, self.standing(weights)))
         self._d_heads = d_q, d_k
         self._d_v = self.joined(d_v)
 

@@ -29,7 +29,7 @@ from onelaunch.engines.coreml import coremltools, one_at_a_time
 from onelaunch.engines.coreml.norm import Normalized, Var, normalize
 from onelaunch.engines.coreml.pack import Packed, causal_mask, padded_head, rotation
 from onelaunch.errors import BadInput
-from onelaunch.plan import Launch, Plan, Stage, launches, parse_depth
+from onelaunch.plan import STAGE_KINDS, Launch, Plan, Stage, launches, parse_depth
 
 Taps = Literal["none", "inputs", "full"]
 TAPS: tuple[Taps, ...] = ("none", "inputs", "full")
@@ -43,10 +43,12 @@ _WRITE_ERRORS = ("[MIL FileWriter]", "filesystem error")
 _OVERHEAD_BYTES = 1 << 20
 """Of a package without its weights, at most."""
 X, TOKENS, RESULT, LOGITS = "x", "tokens", "x_out", "logits"
-HANDED = {"qkv": ("q", "k", "v"), "attention": ("mixed",), "gate_up": ("hidden",)}
+HANDED = {
+    name: kind.writes for name, kind in STAGE_KINDS.items() if kind.block and X not in kind.writes
+}
 """What a stage hands to the next one beside x, an input or output where a program begins or ends
 between the two. Of no layer by name: all layers share the program of a stage without weights."""
-_TAKEN = {"attention": HANDED["qkv"], "out_proj": (X, "mixed"), "down": (X, "hidden")}
+_TAKEN = {name: kind.reads for name, kind in STAGE_KINDS.items() if kind.block}
 HEAD_AXIS = 2
 """Of the elements, where heads have an axis of their own."""
 
@@ -71,7 +73,7 @@ def channels(config: ModelConfig, name: str) -> int:
     return {
         X: config.dim, "input": config.dim, "middle": config.dim, "normed": config.dim,
         "normed_2": config.dim, "q": config.n_heads * E, "q_raw": config.n_heads * E,
-        "mixed": config.n_heads * E, "k": config.n_kv_heads * E, "k_raw": config.n_kv_heads * E,
+        "attn_out": config.n_heads * E, "k": config.n_kv_heads * E, "k_raw": config.n_kv_heads * E,
         "v": config.n_kv_heads * E, "gate": config.hidden_dim, "up": config.hidden_dim,
         "hidden": config.hidden_dim,
     }[name]  # fmt: skip
@@ -163,7 +165,7 @@ def tap_name(layer: int, name: str) -> str:
 _FULL = {
     "qkv": ("input", "normed", "q_raw", "k_raw", "v"),
     "attention": ("q", "k"),
-    "out_proj": ("mixed",),
+    "out_proj": ("attn_out",),
     "gate_up": ("middle", "normed_2", "gate", "up"),
     "down": ("hidden",),
 }
@@ -255,7 +257,7 @@ class Emitter(Builder):
             of = {"q": self.config.n_heads, "k": self.config.n_kv_heads}
             self._turned = [list(self.split(inputs[name], heads)) for name, heads in of.items()]
             self._v = inputs["v"]
-        self._mixed, self._hidden = inputs.get("mixed"), inputs.get("hidden")
+        self._attn_out, self._hidden = inputs.get("attn_out"), inputs.get("hidden")
 
     # ---- the stages
 
@@ -291,15 +293,15 @@ class Emitter(Builder):
             self._tap(stage, "k", self.joined(keys))
         self.heads = queries, keys, self.split(self._v, self.config.n_kv_heads)
         standing = [self.standing(key) for key in keys]
-        mixed = []
+        attn_out = []
         for head, query in enumerate(queries):
             weights = self.attended(query, standing[self.group(head)])
-            mixed.append(self.product(self.heads[2][self.group(head)], weights))
-        self._mixed = self.joined(mixed)
+            attn_out.append(self.product(self.heads[2][self.group(head)], weights))
+        self._attn_out = self.joined(attn_out)
 
     def before_out_proj(self, stage: Stage) -> Var:
         """What it multiplies."""
-        return self._tap(stage, "mixed", self._mixed)
+        return self._tap(stage, "attn_out", self._attn_out)
 
     def out_proj(self, stage: Stage) -> None:
         product = self.linear(self.before_out_proj(stage), stage.weights[0])
@@ -342,7 +344,7 @@ class Emitter(Builder):
             queries, keys = self._turned
             results = [("q", self.joined(queries)), ("k", self.joined(keys)), ("v", self._v)]
         elif self._ends == "attention":
-            results = [("mixed", self._mixed)]
+            results = [("attn_out", self._attn_out)]
         elif self._ends == "gate_up":
             results = [("hidden", self._hidden)]
         for name, var in results:

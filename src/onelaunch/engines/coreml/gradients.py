@@ -22,7 +22,7 @@ def products(config: ModelConfig, layer: int, values: Mapping[str, Tensor]) -> d
     another, so that threads may share them. `values` have the names without the layer."""
     c, prefix = config, f"layers.{layer}."
     q_rows, k_rows = half_rows(c, c.n_heads), half_rows(c, c.n_kv_heads)
-    v_rows, mixed_rows = whole_rows(c, c.n_kv_heads), whole_rows(c, c.n_heads)
+    v_rows, attn_out_rows = whole_rows(c, c.n_kv_heads), whole_rows(c, c.n_heads)
     scale = c.head_dim**-0.5
 
     def product(d_out: str, operand: str) -> Tensor:
@@ -36,7 +36,9 @@ def products(config: ModelConfig, layer: int, values: Mapping[str, Tensor]) -> d
         "self_attn.q_proj": q_proj,
         "self_attn.k_proj": lambda: returned(product("d_k", "normed"), k_rows, c.kv_dim),
         "self_attn.v_proj": lambda: returned(product("d_v", "normed"), v_rows, c.kv_dim),
-        "self_attn.o_proj": lambda: returned(product("mixed", "d_middle"), mixed_rows, c.q_dim).T,
+        "self_attn.o_proj": lambda: (
+            returned(product("attn_out", "d_middle"), attn_out_rows, c.q_dim).T
+        ),
         "mlp.gate_proj": lambda: product("d_gate", "normed_2"),
         "mlp.up_proj": lambda: product("d_up", "normed_2"),
         "mlp.down_proj": lambda: product("d_out", "hidden"),
@@ -74,7 +76,7 @@ def operands(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 def needed(config: ModelConfig) -> tuple[str, ...]:
     """What `products` reads of the forward, by the names of its taps."""
     raw = ("q_raw", "k_raw") if config.qk_norm else ()
-    return ("input", "middle", "normed", "normed_2", "mixed", "hidden", *raw)
+    return ("input", "middle", "normed", "normed_2", "attn_out", "hidden", *raw)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from onelaunch.compilation.schedule import Measured
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.coreml import DTYPES, coremltools, gradients
-from onelaunch.engines.coreml.backward import BACK, DX, DX_IN
+from onelaunch.engines.coreml.backward import BACK, BEGINS, DX, DX_IN
 from onelaunch.engines.coreml.compiler import Compiler, Shape, program_path
 from onelaunch.engines.coreml.emit import HANDED, RESULT, TAPS, X, tap_name
 from onelaunch.engines.coreml.programs import DIRECTIONS
@@ -49,8 +49,8 @@ MAX_STALENESS = 8
 GOAL = 64.0
 """What the largest gradient of x is scaled to, about: far from both ends of float16."""
 LOWER, TRIES = 2.0**-8, 3
-_BEGINS, _ENDS = {"qkv": "input", "gate_up": "middle"}, {"out_proj": "d_middle", "down": "d_out"}
-"""As which tap x is known where a program begins with such a stage; its gradient where one ends."""
+_ENDS = {"out_proj": "d_middle", "down": "d_out"}
+"""As which tap the gradient of x is known where a program ends with such a stage."""
 _HANDED = tuple(name for names in HANDED.values() for name in names)
 _HANDED_BACK = tuple(name for names in BACK.values() for name in names)
 
@@ -382,8 +382,8 @@ class CoreMLTrainer(ReferenceEngine):
         given = {X: x}
         for launch, program in zip(self._launches, loaded.forward, strict=True):
             first = self._plan.stages[launch.first]
-            if first.kind in _BEGINS:
-                known[tap_name(first.layer, _BEGINS[first.kind])] = given[X]
+            if first.kind in BEGINS:
+                known[tap_name(first.layer, BEGINS[first.kind])] = given[X]
             outputs = program({name: given[name] for name in program.inputs})
             if RESULT in outputs:
                 given[X] = outputs.pop(RESULT)

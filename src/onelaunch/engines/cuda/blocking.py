@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
-from onelaunch.plan import Tiling
+from onelaunch.plan import STAGE_KINDS, Tiling
 
-PRODUCTS = ("qkv", "out_proj", "gate_up", "down", "head")
+PRODUCTS = tuple(name for name, kind in STAGE_KINDS.items() if kind.inner is not None)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def padded(n: int, least: int = 16) -> int:
 
 def inner_of(config: ModelConfig, kind: str) -> int:
     """What a kind of product sums over."""
-    return {"out_proj": config.q_dim, "down": config.hidden_dim}.get(kind, config.dim)
+    inner = STAGE_KINDS[kind].inner
+    if inner is None:
+        raise ValueError(f"{kind} is no product")
+    return inner(config)
 
 
 def shared_bytes(config: ModelConfig, kind: str, blocking: Blocking, itemsize: int) -> int:

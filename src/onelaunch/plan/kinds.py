@@ -1,0 +1,132 @@
+"""What each kind of stage reads, writes and weighs: the one table that plans, their checks and the
+engines take it from.
+
+Values: tokens; x, the residual stream; q, k, v, queries, keys and values of the heads, k and v in
+the layer's cache; attn_out, what attention gives; hidden, silu(gate) up; logits; next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from onelaunch.config import ModelConfig
+
+NO_LAYER = -1
+_CACHE = "cache."
+_CACHED = ("k", "v")
+
+Extent = Callable[[ModelConfig], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of stage. A layer's weights are named as a checkpoint does it, without the layer and
+    `.weight`; those of norms of heads count where a model has them. `columns` is how many columns
+    it writes for each row, heads in attention; `inner` what its product sums over, None without
+    one.
+
+    Of its backward: `saved` are the values of the forward that the gradient of its input needs,
+    `operands` those that its weights' gradients are products with. Beside the values above these
+    are `input` and `middle`, x before the layer and between its blocks; `normed` and `normed_2`,
+    after their norms; `q_raw`, `k_raw`, before the norms of heads; `gate`, `up`."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    columns: Extent
+    inner: Extent | None = None
+    weights: tuple[str, ...] = ()
+    block: Literal["attention", "ffn"] | None = None
+    saved: tuple[str, ...] = ()
+    operands: tuple[str, ...] = ()
+
+
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+STAGE_KINDS: dict[str, Kind] = {
+    "embed": Kind(("tokens",), ("x",), lambda c: c.dim, weights=("embed_tokens",)),
+    "qkv": Kind(
+        ("x",),
+        ("q", "k", "v"),
+        lambda c: c.q_dim + 2 * c.kv_dim,
+        lambda c: c.dim,
+        (
+            "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+            *HEAD_NORMS,
+        ),
+        "attention",
+        saved=("input", "q_raw", "k_raw"),
+        operands=("normed", "q_raw", "k_raw"),
+    ),
+    "attention": Kind(
+        ("q", "k", "v"),
+        ("attn_out",),
+        lambda c: c.n_heads,
+        block="attention",
+        saved=("q", "k", "v"),
+    ),
+    "out_proj": Kind(
+        ("x", "attn_out"),
+        ("x",),
+        lambda c: c.dim,
+        lambda c: c.q_dim,
+        ("self_attn.o_proj",),
+        "attention",
+        operands=("attn_out",),
+    ),
+    "gate_up": Kind(
+        ("x",),
+        ("hidden",),
+        lambda c: c.hidden_dim,
+        lambda c: c.dim,
+        ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"),
+        "ffn",
+        saved=("middle", "gate", "up"),
+        operands=("middle", "normed_2"),
+    ),
+    "down": Kind(
+        ("x", "hidden"),
+        ("x",),
+        lambda c: c.dim,
+        lambda c: c.hidden_dim,
+        ("mlp.down_proj",),
+        "ffn",
+        operands=("hidden",),
+    ),
+    "head": Kind(
+        ("x",), ("logits",), lambda c: c.vocab_size, lambda c: c.dim, ("norm", "lm_head")
+    ),
+    "sample": Kind(("logits",), ("next",), lambda c: 1),
+}  # fmt: skip
+
+# A compiled program is handed a kind as its index here: new kinds go to the end.
+KINDS = tuple(STAGE_KINDS)
+ATTENTION_BLOCK = tuple(name for name, kind in STAGE_KINDS.items() if kind.block == "attention")
+FFN_BLOCK = tuple(name for name, kind in STAGE_KINDS.items() if kind.block == "ffn")
+LAYER_KINDS = ATTENTION_BLOCK + FFN_BLOCK
+
+
+def cache_name(layer: int) -> str:
+    """The buffer of one layer's keys and values."""
+    return f"{_CACHE}{layer}"
+
+
+def is_cache(buffer: str) -> bool:
+    """Whether a buffer holds keys and values."""
+    return buffer.startswith(_CACHE)
+
+
+def buffers_of(values: Sequence[str], layer: int) -> tuple[str, ...]:
+    """The buffers that hold some values of a layer, each once."""
+    names = (cache_name(layer) if value in _CACHED else value for value in values)
+    return tuple(dict.fromkeys(names))
+
+
+def weights_of(config: ModelConfig, kind: str, layer: int = NO_LAYER) -> tuple[str, ...]:
+    """The canonical names of a stage's weights."""
+    prefix = "" if layer == NO_LAYER else f"layers.{layer}."
+    return tuple(
+        f"{prefix}{'embed_tokens' if name == 'lm_head' and config.tied_embeddings else name}.weight"
+        for name in STAGE_KINDS[kind].weights
+        if config.qk_norm or name not in HEAD_NORMS
+    )
