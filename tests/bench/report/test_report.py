@@ -158,6 +158,17 @@ def test_the_story_tells_what_holds_where(monkeypatch, tmp_path):
     assert shown == [{name: {"whole-15m": pytest.approx(2.085)} for name in names}, {}, {}]
 
 
+def test_every_table_but_the_summary_is_folded():
+    pytest.importorskip("coremltools")
+    before, _, main = page(gather([RECORDS], again=[AGAIN])).partition("<main>")
+    depth = 0
+    for tag in re.findall(r"</?details|<table", main):
+        depth += {"<details": 1, "</details": -1}.get(tag, 0)
+        assert tag != "<table" or depth, "a table outside a fold"
+    assert not depth
+    assert before.count("<table") == 1
+
+
 def test_without_findings_there_is_no_story(tmp_path):
     write(tmp_path, record("quickstart"))
     html, text = both(gather([tmp_path]), tmp_path)

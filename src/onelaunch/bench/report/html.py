@@ -192,7 +192,10 @@ def _again(report: Report) -> list[str]:
     found = again.repeated(report)
     if not found:
         return []
-    parts = [f"<p>{inline(again.again_summary(found))}</p>"]
+    parts = [
+        f"<p>{inline(again.again_summary(found))}</p>",
+        f"<details><summary>{len(found)} experiments</summary>",
+    ]
     for header, lines in (
         (again.AGAIN_HEADER, again.again_lines(found)),
         (again.DIFFERING_HEADER, list(again.differing_lines(found))),
@@ -200,7 +203,8 @@ def _again(report: Report) -> list[str]:
         if lines:
             body = [line(map(cell, cells), _of([device])) for device, cells in lines]
             parts.append(table(header, body, "words"))
-    return [f'<section id="again"><h2>{escape(again.AGAIN_TITLE)}</h2>', *parts, "</section>"]
+    head = f'<section id="again"><h2>{escape(again.AGAIN_TITLE)}</h2>'
+    return [head, *parts, "</details></section>"]
 
 
 def _published(report: Report) -> str:
