@@ -60,7 +60,7 @@ def operands(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         "self_attn.q_proj": ("d_q", "normed"),
         "self_attn.k_proj": ("d_k", "normed"),
         "self_attn.v_proj": ("d_v", "normed"),
-        "self_attn.o_proj": ("mixed", "d_middle"),
+        "self_attn.o_proj": ("attn_out", "d_middle"),
         "mlp.gate_proj": ("d_gate", "normed_2"),
         "mlp.up_proj": ("d_up", "normed_2"),
         "mlp.down_proj": ("d_out", "hidden"),

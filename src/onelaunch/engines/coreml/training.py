@@ -430,6 +430,7 @@ class CoreMLTrainer(ReferenceEngine):
             if DX_IN in outputs:
                 given[DX] = outputs[DX_IN]
             given |= {name: outputs[name] for name in _HANDED_BACK if name in outputs}
+        assert products.is_whole, "a weight's gradient has no operands"
         return given[DX], products.found
 
     def _awaited(self, products: dict[str, Future[Tensor]]) -> dict[str, Tensor]:
@@ -483,6 +484,11 @@ class _Products:
                 self._missing[weight] = taps - known.keys()
                 for tap in taps:
                     self._readers.setdefault(tap, []).append(weight)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of them have begun."""
+        return len(self.found) == len(self._products)
 
     def know(self, name: str, value: Tensor) -> None:
         """Add a value by the name of its tap or gradient."""
