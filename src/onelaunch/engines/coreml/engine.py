@@ -43,7 +43,7 @@ class CoreMLEngine:
         weights: dict[str, Tensor],
         dtype: str | None = None,
         fusion_depth: str | int = "auto",
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
     ) -> None:
         coremltools("engine='coreml'")
@@ -56,7 +56,7 @@ class CoreMLEngine:
         program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
         self.programs = Programs(store or Store())
         self._packed = Packed(config, dict(weights))
-        self._say = say
+        self._log = log
         self._said = False
         self._loaded: OrderedDict[int, list[Evaluator]] = OrderedDict()
 
@@ -120,7 +120,7 @@ class CoreMLEngine:
         plan = make_plan(self.config, 1, length, all_positions=True)
         found = program_launches(plan, self.fusion_depth)
         if not self._said:
-            self._say(
+            self._log(
                 f"Core ML runs on macOS: here its programs are evaluated, operation by operation "
                 f"in {self.dtype}"
             )
