@@ -131,7 +131,7 @@ class LanguageModel:
             from onelaunch.engines.choice import choose
 
             self._engine = choose(
-                self._engine_name, self.config, self.weights, say=self._log, **self._how
+                self._engine_name, self.config, self.weights, log=self._log, **self._how
             )
         return self._engine
 
@@ -352,7 +352,7 @@ class LanguageModel:
         if name == "auto":
             device = resolve_device(how["device"])
             name = automatic_for_evaluation(device, self.config, how["dtype"], how["threads"])
-        engine = choose(name, self.config, self.weights, say=self._log, **how)
+        engine = choose(name, self.config, self.weights, log=self._log, **how)
         return evaluate_split(engine, tokens, progress or _no_log)
 
     def save(self, path: str | Path, format: str) -> None:

@@ -186,7 +186,7 @@ def test_logits_wait_for_nothing():
 def test_tuning_chooses_keeps_and_answers_as_well(store):
     lines, weights, tokens = [], weights_of(LONGER), tokens_of(LONGER, 1, 250)
     exact, allowed = allowed_error(LONGER, weights, tokens, torch.bfloat16)
-    engine = CudaEngine(LONGER, weights, "cuda", say=lines.append, store=store)
+    engine = CudaEngine(LONGER, weights, "cuda", log=lines.append, store=store)
     before = engine.logits(tokens)
     assert engine.describe()["forms"] == {"1x250": {"form": "staged"}}
     waited, phases = [], []

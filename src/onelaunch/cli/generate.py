@@ -77,7 +77,7 @@ def generate(
         typer.Option(
             "--engine",
             metavar="ENGINE",
-            help="auto, reference (PyTorch), cpu (compiled: one call for a whole generation), "
+            help="auto, reference (PyTorch), cpu (compiled: one call for many tokens), "
             "cuda (generates with PyTorch so far) or coreml (ML Programs, evaluated here, for "
             "checking); auto is the device's own.",
         ),
@@ -107,7 +107,7 @@ def generate(
         typer.Option(
             "--fusion-depth",
             metavar="DEPTH",
-            help="What one call holds: auto (on the CPU a whole generation), stage, half, a number "
+            help="What one call holds: auto (on the CPU many tokens), stage, half, a number "
             "of layers, or all (one forward).",
         ),
     ] = "auto",

@@ -25,7 +25,7 @@ def choose(
     dtype: str | torch.dtype | None = None,
     threads: int | None = None,
     fusion_depth: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """The engine of a name, on a device, computing in a dtype: a name or PyTorch's own. "auto" is
     the device's own engine, where its packages are there and it computes in the dtype, and the
@@ -49,7 +49,7 @@ def choose(
     if engine == "cuda":
         from onelaunch.engines.cuda.engine import CudaEngine
 
-        return CudaEngine(config, weights, device, dtype, fusion_depth, say)
+        return CudaEngine(config, weights, device, dtype, fusion_depth, log)
     if engine == "coreml":
         if device not in ("auto", "cpu"):
             raise BadInput(
@@ -61,11 +61,11 @@ def choose(
             )
         from onelaunch.engines.coreml.engine import CoreMLEngine
 
-        return CoreMLEngine(config, weights, dtype, fusion_depth, say)
+        return CoreMLEngine(config, weights, dtype, fusion_depth, log)
     if engine == "cpu":
         from onelaunch.engines.cpu.engine import CpuEngine
 
-        return CpuEngine(config, weights, dtype, threads, fusion_depth, say)
+        return CpuEngine(config, weights, dtype, threads, fusion_depth, log)
     if fusion_depth != "auto":
         raise BadInput(
             f"fusion_depth={fusion_depth!r}: the reference engine runs one operator after another; "

@@ -115,7 +115,7 @@ def test_a_weight_that_float16_cannot_hold_is_named():
 
 def test_it_says_once_that_it_evaluates():
     lines = []
-    engine = CoreMLEngine(SMALL, weights_of(SMALL), say=lines.append)
+    engine = CoreMLEngine(SMALL, weights_of(SMALL), log=lines.append)
     generate_ids(engine, [[1], [2]], 3, Sampling())
     assert len(lines) == 1
     assert "Core ML runs on macOS" in lines[0]

@@ -62,7 +62,7 @@ def test_the_engines_programs(on_a_mac, depth):
     expected = evaluated.logits(tokens)
     assert evaluated.describe()["programs"] == "evaluated"
     made = on_a_mac()
-    engine = CoreMLEngine(TINY, weights, fusion_depth=depth, say=lines.append)
+    engine = CoreMLEngine(TINY, weights, fusion_depth=depth, log=lines.append)
     assert torch.equal(engine.logits(tokens), expected)
     assert engine.describe()["programs"] == "run by Core ML"
     count = len(made)
@@ -85,7 +85,7 @@ def test_programs_of_a_length_that_is_not_kept_end(on_a_mac, monkeypatch):
 
 def test_float32_is_the_evaluators(on_a_mac):
     made, lines = on_a_mac(), []
-    engine = CoreMLEngine(TINY, weights_of(TINY), "float32", say=lines.append)
+    engine = CoreMLEngine(TINY, weights_of(TINY), "float32", log=lines.append)
     engine.logits(tokens_of(TINY, 1, 4))
     assert engine.describe()["programs"] == "evaluated"
     assert made == []
@@ -103,7 +103,7 @@ def test_where_a_program_does_not_run_it_is_said(on_a_mac, monkeypatch):
 
     monkeypatch.setattr(run, "Runner", Failing)
     lines = []
-    engine = CoreMLEngine(TINY, weights_of(TINY), fusion_depth="half", say=lines.append)
+    engine = CoreMLEngine(TINY, weights_of(TINY), fusion_depth="half", log=lines.append)
     engine.logits(tokens_of(TINY, 1, 4))
     assert lines == ["Core ML: CPU and Neural Engine: loading failed; CPU and GPU instead"]
 

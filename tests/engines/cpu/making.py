@@ -12,7 +12,7 @@ from onelaunch.engines.cpu.engine import CpuEngine
 from onelaunch.engines.cpu.layout import End
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import CachedText, Runtime
+from onelaunch.engines.cpu.runtime import CachedSequence, Runtime
 from onelaunch.plan import make_plan
 
 
@@ -36,7 +36,7 @@ def make_runtime(
     return Runtime(config, packed, program, make_plan(config, sample=True), threads, False)
 
 
-def grow(runtime: Runtime, texts: list[CachedText]) -> None:
+def grow(runtime: Runtime, texts: list[CachedSequence]) -> None:
     """Let texts grow until all have ended."""
     while going := [text for text in texts if text.end == End.NONE]:
         runtime.generate(going)

@@ -17,7 +17,7 @@ from onelaunch.engines.cpu.layout import Operation, PrefetchTo, Product, State
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.prefetch import CANDIDATES, NONE, Measured, Prefetch, Slices, choose
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import CachedText
+from onelaunch.engines.cpu.runtime import CachedSequence
 from onelaunch.engines.engine import Sampling
 from onelaunch.errors import BadInput
 from tests.engines.cpu.making import grow, logits_of, make_engine, make_runtime
@@ -336,7 +336,7 @@ def test_each_variant_gives_the_same_bits(compiled_program, threads, dtype):
     at = State.ONE_PREFETCH_TO if threads == 1 else State.SEVERAL_PREFETCH_TO
 
     def results() -> list[torch.Tensor]:
-        text = CachedText(runtime, ids, 12, Sampling())
+        text = CachedSequence(runtime, ids, 12, Sampling())
         grow(runtime, [text])
         return [*(logits_of(runtime, ids[:n]) for n in (1, 3, 7)), torch.tensor(text.new)]
 

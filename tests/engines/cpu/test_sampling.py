@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.cpu.layout import Operation, State, Text
-from onelaunch.engines.cpu.runtime import CachedText, Runtime
+from onelaunch.engines.cpu.layout import Operation, Seq, State
+from onelaunch.engines.cpu.runtime import CachedSequence, Runtime
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.sampling import LARGEST_UNIFORM, draw
 from tests.engines.cpu.making import floats_at, make_runtime
@@ -39,11 +39,11 @@ class Drawer:
         runtime = self.runtime
         # the second new token of its text: the first number is not for it
         uniforms = torch.tensor([float("nan"), uniform])
-        texts = [CachedText(runtime, [0], 2, sampling, uniforms) for _ in range(ROW + 1)]
+        texts = [CachedSequence(runtime, [0], 2, sampling, uniforms) for _ in range(ROW + 1)]
         texts[ROW].size = 2
         runtime._lay_out(texts)
         runtime._need_logits(len(texts), not sampling.greedy)
-        runtime._texts[ROW * Text.LENGTH + Text.ROW] = ROW
+        runtime._sequences[ROW * Seq.LENGTH + Seq.ROW] = ROW
         for memory in (runtime._logits_memory, runtime._candidates):
             if memory is not None:
                 ctypes.memset(memory.address, 0xFF, memory.size)
@@ -52,7 +52,7 @@ class Drawer:
         row = logits.float().contiguous()
         ctypes.memmove(address, row.data_ptr(), 4 * self.vocab)
         token = int(runtime.program.call(Operation.SAMPLE, state.address, ROW, 0))
-        assert runtime._texts[ROW * Text.LENGTH + Text.NEXT] == token
+        assert runtime._sequences[ROW * Seq.LENGTH + Seq.NEXT] == token
         assert torch.equal(floats_at(address, self.vocab), row) or row.isnan().any()
         return token
 

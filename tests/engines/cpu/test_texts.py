@@ -195,12 +195,12 @@ LONG = ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=61, 
 def test_a_long_text_equals_the_references_and_leaves_nothing_behind(monkeypatch):
     made = []
 
-    class Watched(runtime_module.CachedText):
+    class Watched(runtime_module.CachedSequence):
         def __init__(self, *args):
             super().__init__(*args)
             made.append((weakref.ref(self), self.cache.size))
 
-    monkeypatch.setattr("onelaunch.engines.cpu.session.CachedText", Watched)
+    monkeypatch.setattr("onelaunch.engines.cpu.session.CachedSequence", Watched)
     weights = weights_of(LONG)
     prompt = torch.randint(0, 61, (8000,), generator=torch.Generator().manual_seed(0)).tolist()
     reference = ReferenceEngine(LONG, weights, "cpu")

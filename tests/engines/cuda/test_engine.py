@@ -225,7 +225,7 @@ def test_buffers_are_bounded_and_the_latest_always_has_its_own(store, monkeypatc
 def test_a_stored_choice_is_used_at_once(store):
     lines = []
     keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
-    engine = make(store, say=lines.append)
+    engine = make(store, log=lines.append)
     answers(engine, 1, 9)
     answers(engine, 1, 16)
     assert [(f.depth, f.programs) for f in Form.made] == [("all", 4)] * 2
@@ -261,7 +261,7 @@ def test_the_context_is_tuned_unless_another_sequence_is_asked_for(store):
 def test_a_store_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     lines = []
-    engine = make(Store(tmp_path / "file"), say=lines.append)
+    engine = make(Store(tmp_path / "file"), log=lines.append)
     engine.tune(1, 9)
     assert "not kept" in lines[-1]
     answers(engine, 1, 9)
@@ -318,7 +318,7 @@ def test_threads_are_served_one_at_a_time(store):
 def test_a_tuned_form_that_fails_is_given_up_for_one_launch_a_stage(store, where):
     lines = []
     keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
-    engine = make(store, say=lines.append)
+    engine = make(store, log=lines.append)
     if where == "replay":
         answers(engine, 1, 12)
         answers(engine, 1, 9)
@@ -357,7 +357,7 @@ def test_what_fails_and_was_not_tuned_is_raised(store, depth):
 
 def test_without_a_graph_each_kernel_is_launched(store):
     lines = []
-    engine = make(store, fusion_depth="stage", say=lines.append)
+    engine = make(store, fusion_depth="stage", log=lines.append)
     Form.fails["stage", "capture"] = RuntimeError("not now")
     for _ in range(4):
         answers(engine, 1, 9)
@@ -379,7 +379,7 @@ def test_without_a_graph_each_kernel_is_launched(store):
 def test_what_is_given_by_hand_or_for_checking_is_not_tuned(store, options, depth):
     keep(store, facts_of(SMALL, "bfloat16", 1, 16, DEVICE), CHOICE)
     lines = []
-    engine = make(store, say=lines.append, **options)
+    engine = make(store, log=lines.append, **options)
     answers(engine, 1, 9)
     assert [form.depth for form in Form.made] == [depth]
     assert lines == []
@@ -423,7 +423,7 @@ def test_text_is_pytorchs(store):
     assert engine.describe()["generates_with"] == "reference"
     assert engine._packed is None, "nothing is packed for what nobody asked"
     lines = []
-    engine = CudaEngine(SMALL, weights, "cpu", fusion_depth="all", say=lines.append, store=store)
+    engine = CudaEngine(SMALL, weights, "cpu", fusion_depth="all", log=lines.append, store=store)
     assert generate_ids(engine, prompts, 8, sampling) == expected
     assert lines == ["fusion depth all: PyTorch generates, one operator a launch"]
 

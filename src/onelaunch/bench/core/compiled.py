@@ -38,7 +38,7 @@ def runtime_of(engine: CpuEngine) -> Runtime:
 
 def compiled_program(say: Say, store: Store | None = None) -> Program:
     """The program that serves every model, from the store or compiled now."""
-    engine = CpuEngine(TINY, random_weights(TINY), threads=1, say=say, store=store)
+    engine = CpuEngine(TINY, random_weights(TINY), threads=1, log=say, store=store)
     return runtime_of(ready(engine)).program
 
 

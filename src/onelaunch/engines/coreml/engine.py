@@ -43,7 +43,7 @@ class CoreMLEngine:
         weights: dict[str, Tensor],
         dtype: str | None = None,
         fusion_depth: str | int = "auto",
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
     ) -> None:
         coremltools("engine='coreml'")
@@ -56,8 +56,8 @@ class CoreMLEngine:
         program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
         self.programs = Programs(store or Store())
         self._packed = Packed(config, dict(weights))
-        self._say, self._said = say, False
-        self._open = Opener(self.dtype, say)  # type: ignore[arg-type]
+        self._log, self._said = log, False
+        self._open = Opener(self.dtype, log)  # type: ignore[arg-type]
         self._loaded: OrderedDict[int, list[ReadyProgram]] = OrderedDict()
 
     def logits(
@@ -120,7 +120,7 @@ class CoreMLEngine:
         found = program_launches(plan, self.fusion_depth)
         if not (self._said or self._open.runs):
             self._said = True
-            self._say(
+            self._log(
                 "Core ML runs on macOS: here its programs are evaluated, operation by operation in "
                 f"{self.dtype}"
             )

@@ -152,10 +152,10 @@ class CoreMLTrainer(ReferenceEngine):
         self.staleness = staleness
         self.schedule = Measured(1)
         self._depth, self._taps = parsed, taps
-        self._open = Opener(dtype, lambda line: self._say(line))  # type: ignore[arg-type]
+        self._open = Opener(dtype, lambda line: self._log(line))  # type: ignore[arg-type]
         self._budget, self._compilations = compile_budget, 0
         self._store = store
-        self._say: Callable[[str], None] = lambda line: None
+        self._log: Callable[[str], None] = lambda line: None
         self._closed = False
         self._shape: Shape | None = None
         self._compiler: Compiler | None = None
@@ -212,7 +212,7 @@ class CoreMLTrainer(ReferenceEngine):
 
     def log_to(self, log: Callable[[str], None]) -> None:
         """Where lines for people go from now on, from the thread that compiles."""
-        self._say = log
+        self._log = log
 
     def after_update(self) -> None:
         """The parameters were changed: have the programs of what they are now compiled. Returns at
@@ -320,7 +320,7 @@ class CoreMLTrainer(ReferenceEngine):
         except RunFailed as error:
             if self._closed or compiler is not self._compiler:
                 raise
-            self._say(f"{in_a_line(error)}; once more, and the old programs serve meanwhile")
+            self._log(f"{in_a_line(error)}; once more, and the old programs serve meanwhile")
             return self._compiled(compiler, count, version, weights)
 
     def _compiled(

@@ -17,7 +17,7 @@ from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
 from onelaunch.engines.cpu import DTYPES, prefetch_choice, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import MAX_TEXTS, Runtime
+from onelaunch.engines.cpu.runtime import MAX_SEQUENCES, Runtime
 from onelaunch.engines.cpu.session import CpuSession
 from onelaunch.engines.reference import MAX_THREADS, CachedRows, ReferenceEngine
 from onelaunch.engines.session import RowSession
@@ -32,10 +32,10 @@ class CpuEngine:
     """Runs a model on the CPU in compiled code; see `Engine`.
 
     The code is compiled once for each processor, in the background, and kept; until it is there the
-    reference engine answers, and hands a text over in its middle. `dtype` is that of the weights,
+    reference engine answers, and hands sequences over in their middle. `dtype` is that of weights,
     float32 or bfloat16; all else is float32. `threads` None means as many as are fastest, measured
-    while running. `fusion_depth` is how much one call holds: "auto" (a whole generation), "stage",
-    "half", a number of layers, or "all" (one forward). `say` gets lines for people. `wait` has
+    while running. `fusion_depth` is how much one call holds: "auto" (many tokens), "stage",
+    "half", a number of layers, or "all" (one forward). `log` gets lines for people. `wait` has
     the constructor wait for the compiled form. `prefetch` is how weights are prefetched: "none",
     "l2:BYTES" or "once:BYTES", so many bytes ahead; "auto" measures what is fastest, once for a
     processor and a shape; None takes ONELAUNCH_PREFETCH, or "auto". Raises BadInput for what cannot
@@ -49,7 +49,7 @@ class CpuEngine:
         dtype: str | None = None,
         threads: int | None = None,
         fusion_depth: str | int = "auto",
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
         wait: bool = False,
         prefetch: str | None = None,
@@ -83,7 +83,7 @@ class CpuEngine:
         self._cached = store.contains(key)
         command = [sys.executable, "-m", "onelaunch.engines.cpu.native.build"]
         self._compilation: Compilation[Runtime] | None = Compilation(
-            store, key, command, self._prepare, say, WHAT
+            store, key, command, self._prepare, log, WHAT
         )
         if wait:
             self.wait()
@@ -115,12 +115,12 @@ class CpuEngine:
     def session(self, max_batch: int = 1, max_len: int | None = None) -> CpuSession:
         """Begin to generate; see `Engine`.
 
-        Up to 16 texts grow together, and a step writes as many tokens as come in 20 ms. A text is
-        the same alone and among others, drawn or greedy, with any number of threads, at any fusion
-        depth.
+        Up to 16 sequences grow together, and a step writes as many tokens as come in 20 ms. A
+        sequence is the same alone and among others, drawn or greedy, with any number of threads, at
+        any fusion depth.
         """
         max_len = check_session(max_batch, max_len, self.config)
-        max_batch = min(max_batch, MAX_TEXTS)
+        max_batch = min(max_batch, MAX_SEQUENCES)
 
         def begin() -> tuple[RowSession, CachedRows]:
             return self._slow().session_and_rows(max_batch, max_len)
@@ -145,7 +145,7 @@ class CpuEngine:
             "prefetch": None if runtime is None else runtime.prefetch_in_use,
             "prefetch_chosen": "automatically" if self._prefetch is None else "by hand",
             "fusion_depth": self.fusion_depth,
-            "calls": "one for a whole generation" if not calls else f"{calls} a forward",
+            "calls": "one for many tokens" if not calls else f"{calls} a forward",
             "compiled": runtime is not None,
         }
 

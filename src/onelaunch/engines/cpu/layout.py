@@ -43,25 +43,25 @@ class State(IntEnum):
     N_GROUPS = 19
     GROUPS = 20  # table of Group
     N_ROWS = 21  # rows of logits asked for
-    TEXTS = 22  # table of Text
-    N_TEXTS = 23
+    SEQUENCES = 22  # table of Seq
+    N_SEQUENCES = 23
     MAX_TOKENS = 24
     # buffers
     X = 25
     NORMED = 26
     QUERY = 27
-    MIXED = 28
+    ATTN_OUT = 28
     ACTIVATION = 29
     LOGITS = 30
     LOGITS_ROW = 31  # bytes from a row of logits to the next
     SCRATCH = 32  # one for each thread
     SCRATCH_SIZE = 33
-    CANDIDATES = 40  # (texts, vocab) float32 and int32
+    CANDIDATES = 40  # (sequences, vocab) float32 and int32
     # the call
     FIRST_STAGE = 41
     LAST_STAGE = 42
     ALL_STAGES = 43
-    NEWS = 44  # a text has its first token, or has ended: the caller wants to know
+    NEWS = 44  # a sequence has its first token, or has ended: the caller wants to know
     CLOCK = 46  # int64 f(clock, timespec)
     SLEEP = 47  # f(microseconds)
     THREADS = 48  # at most so many work at once
@@ -105,22 +105,22 @@ class Token(IntEnum):
     """One token of a forward."""
 
     ID = 0
-    TEXT = 1
+    SEQUENCE = 1
     POSITION = 2
     LOGITS = 3  # row of logits, -1: none
     LENGTH = 4
 
 
 class Group(IntEnum):
-    """Neighbouring tokens of one text, attended together."""
+    """Neighbouring tokens of one sequence, attended together."""
 
     FIRST = 0
     COUNT = 1
     LENGTH = 2
 
 
-class Text(IntEnum):
-    """One text that grows."""
+class Seq(IntEnum):
+    """One sequence that grows."""
 
     IDS = 0  # int32, prompt and new
     SIZE = 1  # how many there are
@@ -146,7 +146,7 @@ class Text(IntEnum):
 
 
 class End(IntEnum):
-    """Whether and why a text has ended."""
+    """Whether and why a sequence has ended."""
 
     NONE = 0
     STOP = 1
@@ -218,9 +218,11 @@ class Operation(IntEnum):
 
     RUN = 0  # stages a .. b of the forward at hand
     ADVANCE = 1  # take the drawn tokens, lay out the next forward; how many tokens it has
-    GENERATE = 2  # advance and run until every text has ended, there is NEWS, or a slice is over
+    GENERATE = (
+        2  # advance and run until every sequence has ended, there is NEWS, or a slice is over
+    )
     HELP = 3  # a helper thread's work, thread a, for at most b microseconds without any
-    SAMPLE = 4  # draw text a's next token from its logits
+    SAMPLE = 4  # draw sequence a's next token from its logits
     RESET = 5  # forget how many threads are best
     READ = 6  # add up the floats of b bytes at address `state`: what reading alone takes
     SHAPE = 7  # how many floats a vector holds (a = 0), how many rows a tile (a = 1)

@@ -1,4 +1,4 @@
-"""A model in the compiled program's hands: its tables and buffers, forwards and texts."""
+"""A model in the compiled program's hands: its tables and buffers, forwards and sequences."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from onelaunch.engines.cpu.layout import (
     Group,
     Layer,
     Operation,
+    Seq,
     State,
     Status,
     Sync,
-    Text,
     Token,
 )
 from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
@@ -38,7 +38,7 @@ from onelaunch.model import rope_tables
 from onelaunch.plan import Plan
 
 MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
-MAX_TEXTS = 16
+MAX_SEQUENCES = 16
 SPIN = 4000
 ITEM_ROWS = 256
 SLICE_SECONDS = 0.02  # of one call of `generate`, as in native/generate.py
@@ -47,8 +47,8 @@ Launches = Sequence[tuple[int, int]]
 """Ranges of stages (first, last + 1), each one call."""
 
 
-class CachedText:
-    """A text that grows by up to `n` tokens: its ids, its keys and values, and how it is sampled.
+class CachedSequence:
+    """A sequence that grows by up to `n` tokens: ids, keys and values, and how it is sampled.
 
     `uniforms` are the random numbers of its new tokens, where it is not greedy.
     """
@@ -74,7 +74,7 @@ class CachedText:
         lanes = runtime.program.lanes
         self.blocks = -(-self.limit // lanes)
         self.shape = (config.n_layers, 2, config.n_kv_heads, self.blocks, config.head_dim, lanes)
-        # in small pages: only what a text comes to need is taken, and never much at once
+        # in small pages: only what a sequence comes to need is taken, and never much at once
         self.cache = Memory(4 * math.prod(self.shape), large_pages=False)
         self.sampling, self.uniforms = sampling, uniforms
         self.n_stops, self.stops = len(stop_ids), Table(len(stop_ids))
@@ -136,7 +136,7 @@ class Runtime:
         self.state = Table(State.LENGTH)
         self._sync = Table(Sync.TICKETS + Sync.APART * threads)
         self._governor = Table(Governor.LENGTH)
-        self._texts = Table(MAX_TEXTS * Text.LENGTH)
+        self._sequences = Table(MAX_SEQUENCES * Seq.LENGTH)
         self._tokens = Table(MAX_TOKENS * Token.LENGTH)
         self._groups = Table(MAX_TOKENS * Group.LENGTH)
         self._stages = Table(2 * len(stages))
@@ -182,7 +182,7 @@ class Runtime:
             State.ALL_STAGES: self.n_stages,
             State.TOKENS: self._tokens.address,
             State.GROUPS: self._groups.address,
-            State.TEXTS: self._texts.address,
+            State.SEQUENCES: self._sequences.address,
             State.MAX_TOKENS: MAX_TOKENS,
             State.THREADS: self.threads,
             State.ADAPT: int(self.adapt),
@@ -210,7 +210,7 @@ class Runtime:
             State.X: 4 * n * padded(c.dim),
             State.NORMED: 4 * n * padded(c.dim),
             State.QUERY: 4 * n * c.q_dim,
-            State.MIXED: 4 * n * padded(c.q_dim),
+            State.ATTN_OUT: 4 * n * padded(c.q_dim),
             State.ACTIVATION: 4 * n * padded(c.hidden_dim),
             State.SCRATCH: scratch * self.threads,
         }
@@ -242,21 +242,21 @@ class Runtime:
         self._check(self._call(Operation.RUN, first, last))
 
     def forward(self, ids_S: Tensor, logits_SV: Tensor, launches: Launches) -> None:
-        """Logits of every position of one text, float32 and contiguous, written in place."""
+        """Logits of every position of one sequence, float32 and contiguous, written in place."""
         if self.adapt:
             self._sync[Sync.ACTIVE] = self.threads
-        text = CachedText(self, ids_S.tolist(), 0, Sampling())
-        self._need_positions(text.size)
-        self._lay_out([text])
+        seq = CachedSequence(self, ids_S.tolist(), 0, Sampling())
+        self._need_positions(seq.size)
+        self._lay_out([seq])
         vocab = self.config.vocab_size
         self.state[State.LOGITS_ROW] = 4 * vocab
         s = self.state
-        for start in range(0, text.size, MAX_TOKENS):
-            count = min(MAX_TOKENS, text.size - start)
+        for start in range(0, seq.size, MAX_TOKENS):
+            count = min(MAX_TOKENS, seq.size - start)
             for i in range(count):
                 row = Token.LENGTH * i
-                self._tokens[row + Token.ID] = int(text.ids[start + i])
-                self._tokens[row + Token.TEXT] = 0
+                self._tokens[row + Token.ID] = int(seq.ids[start + i])
+                self._tokens[row + Token.SEQUENCE] = 0
                 self._tokens[row + Token.POSITION] = start + i
                 self._tokens[row + Token.LOGITS] = i
             groups = range(0, count, QUERIES)
@@ -268,43 +268,45 @@ class Runtime:
             for first, last in launches:
                 self.run(first, last)
 
-    def _lay_out(self, texts: Sequence[CachedText]) -> None:
-        for i, text in enumerate(texts):
-            at, sampling = Text.LENGTH * i, text.sampling
+    def _lay_out(self, sequences: Sequence[CachedSequence]) -> None:
+        for i, seq in enumerate(sequences):
+            at, sampling = Seq.LENGTH * i, seq.sampling
             for index, value in {
-                Text.IDS: text.ids.data_ptr(),
-                Text.SIZE: text.size,
-                Text.READ: text.read,
-                Text.LIMIT: text.limit,
-                Text.PROMPT: text.prompt,
-                Text.CACHE: text.cache.address,
-                Text.BLOCKS: text.blocks,
-                Text.UNIFORMS: 0 if text.uniforms is None else text.uniforms.data_ptr(),
-                Text.END: text.end,
-                Text.ROW: -1,
-                Text.TOP_K: min(sampling.top_k, self.config.vocab_size),
-                Text.STOPS: text.stops.address,
-                Text.N_STOPS: text.n_stops,
-                Text.LOGPROBS: 0 if text.logprobs_N2 is None else text.logprobs_N2.data_ptr(),
+                Seq.IDS: seq.ids.data_ptr(),
+                Seq.SIZE: seq.size,
+                Seq.READ: seq.read,
+                Seq.LIMIT: seq.limit,
+                Seq.PROMPT: seq.prompt,
+                Seq.CACHE: seq.cache.address,
+                Seq.BLOCKS: seq.blocks,
+                Seq.UNIFORMS: 0 if seq.uniforms is None else seq.uniforms.data_ptr(),
+                Seq.END: seq.end,
+                Seq.ROW: -1,
+                Seq.TOP_K: min(sampling.top_k, self.config.vocab_size),
+                Seq.STOPS: seq.stops.address,
+                Seq.N_STOPS: seq.n_stops,
+                Seq.LOGPROBS: 0 if seq.logprobs_N2 is None else seq.logprobs_N2.data_ptr(),
             }.items():
-                self._texts[at + index] = value
+                self._sequences[at + index] = value
             temperature = min(sampling.temperature, 3e38)
-            self._texts.set_float(at + Text.TEMPERATURE, temperature)
-            if temperature and not self._texts[at + Text.TEMPERATURE]:
+            self._sequences.set_float(at + Seq.TEMPERATURE, temperature)
+            if temperature and not self._sequences[at + Seq.TEMPERATURE]:
                 # not greedy, though float32 has no such number
-                self._texts.set_float(at + Text.TEMPERATURE, 1e-30)
-            self._texts.set_float(at + Text.TOP_P, sampling.top_p)
-            self._texts.set_float(at + Text.MIN_P, sampling.min_p)
-        self.state[State.N_TEXTS] = len(texts)
+                self._sequences.set_float(at + Seq.TEMPERATURE, 1e-30)
+            self._sequences.set_float(at + Seq.TOP_P, sampling.top_p)
+            self._sequences.set_float(at + Seq.MIN_P, sampling.min_p)
+        self.state[State.N_SEQUENCES] = len(sequences)
 
-    def generate(self, texts: Sequence[CachedText], launches: Launches | None = None) -> None:
-        """Let up to MAX_TEXTS texts grow: in one call, or in `launches` for each forward.
+    def generate(
+        self, sequences: Sequence[CachedSequence], launches: Launches | None = None
+    ) -> None:
+        """Let up to MAX_SEQUENCES sequences grow: in one call, or in `launches` for each forward.
 
         Returns where all have ended, one has its first token or ends, or after some 20 ms.
         """
-        self._need_positions(max(text.limit for text in texts) - 1)
-        self._lay_out(texts)
-        self._need_logits(len(texts), any(not text.sampling.greedy for text in texts))
+        self._need_positions(max(seq.limit for seq in sequences) - 1)
+        self._lay_out(sequences)
+        self._need_logits(len(sequences), any(not seq.sampling.greedy for seq in sequences))
         self.state[State.NEWS] = 0
         self._sync[Sync.BUSY] = 1
         try:
@@ -315,10 +317,10 @@ class Runtime:
                 status = self._generate_by(launches)
         finally:
             self._sync[Sync.BUSY] = 0
-        for i, text in enumerate(texts):
-            at = Text.LENGTH * i
-            text.size, text.read = self._texts[at + Text.SIZE], self._texts[at + Text.READ]
-            text.end = End(self._texts[at + Text.END])
+        for i, seq in enumerate(sequences):
+            at = Seq.LENGTH * i
+            seq.size, seq.read = self._sequences[at + Seq.SIZE], self._sequences[at + Seq.READ]
+            seq.end = End(self._sequences[at + Seq.END])
         self._check(status)
 
     def _generate_by(self, launches: Launches) -> int:
@@ -357,7 +359,7 @@ class Runtime:
 
     @property
     def n_bytes(self) -> int:
-        """Packed weights and buffers; texts come on top of it."""
+        """Packed weights and buffers; sequences come on top of it."""
         return self.weights.n_bytes + self._buffers.size
 
     @property

@@ -1,4 +1,4 @@
-"""A session of the CPU engine: texts grow in one compiled call, many tokens in a step."""
+"""A session of the CPU engine: sequences grow in one compiled call, many tokens in a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.cpu.layout import End
-from onelaunch.engines.cpu.runtime import CachedText, Launches, Runtime
+from onelaunch.engines.cpu.runtime import CachedSequence, Launches, Runtime
 from onelaunch.engines.engine import Finish, Request, TokenEvent
 from onelaunch.engines.reference import CachedRows
 from onelaunch.engines.sampling import request_uniforms
@@ -19,11 +19,11 @@ FINISH: dict[End, Finish] = {End.STOP: "stop", End.LIMIT: "length"}
 
 
 class CpuSession:
-    """A `Session` of up to `max_batch` texts at once, and `max_len` positions of each.
+    """A `Session` of up to `max_batch` sequences at once, and `max_len` positions of each.
 
     `runtime` gives the compiled program's runtime, or None while it is not there; until then the
-    steps are those of the reference engine's session, which `begin` opens, and its texts are then
-    handed over in their middle. `alone` is held during a step. `launches` are the calls of a
+    steps are those of the reference engine's session, which `begin` opens, and its sequences are
+    then handed over in their middle. `alone` is held during a step. `launches` are the calls of a
     forward; None: one call writes many tokens.
     """
 
@@ -41,7 +41,7 @@ class CpuSession:
         self._alone, self._launches = alone, launches
         self._max_batch, self._max_len = max_batch, max_len
         self._waiting: deque[Request] = deque()
-        self._growing: list[tuple[Request, CachedText]] = []
+        self._growing: list[tuple[Request, CachedSequence]] = []
         self._events: list[TokenEvent] = []
         self._reference: tuple[RowSession, CachedRows] | None = None
 
@@ -54,7 +54,7 @@ class CpuSession:
             self._waiting.append(request)
 
     def step(self) -> list[TokenEvent]:
-        """Let all texts grow until one has its first token or ends, or for some 20 ms."""
+        """Let all sequences grow until one has its first token or ends, or for some 20 ms."""
         with self._alone:
             if not (self._waiting or self._growing or self._events or self._reference):
                 return []
@@ -89,19 +89,19 @@ class CpuSession:
         self._reference = None
 
     def _grow(self, runtime: Runtime) -> None:
-        sizes = [text.size for _, text in self._growing]
-        runtime.generate([text for _, text in self._growing], self._launches)
-        for (request, text), size in zip(self._growing, sizes, strict=True):
-            self._report(runtime, request, text, size)
+        sizes = [seq.size for _, seq in self._growing]
+        runtime.generate([seq for _, seq in self._growing], self._launches)
+        for (request, seq), size in zip(self._growing, sizes, strict=True):
+            self._report(runtime, request, seq, size)
         self._growing = [pair for pair in self._growing if pair[1].end == End.NONE]
 
-    def _report(self, runtime: Runtime, request: Request, text: CachedText, size: int) -> None:
-        """The events of what came to a text after its first `size` tokens."""
-        finish, error = FINISH.get(text.end), None
-        if text.end == End.NOT_FINITE:
-            finish, error = "error", not_finite(text.size - 1, runtime.dtype)
-        for i, token in enumerate(text.ids[size : text.size].tolist(), size - text.prompt):
-            self._events.append(TokenEvent(request.id, token, text.logprob(i)))
+    def _report(self, runtime: Runtime, request: Request, seq: CachedSequence, size: int) -> None:
+        """The events of what came to a sequence after its first `size` tokens."""
+        finish, error = FINISH.get(seq.end), None
+        if seq.end == End.NOT_FINITE:
+            finish, error = "error", not_finite(seq.size - 1, runtime.dtype)
+        for i, token in enumerate(seq.ids[size : seq.size].tolist(), size - seq.prompt):
+            self._events.append(TokenEvent(request.id, token, seq.logprob(i)))
         if finish == "length":
             self._events[-1] = self._events[-1]._replace(finish=finish)
         elif finish is not None:
@@ -110,13 +110,13 @@ class CpuSession:
     def _join(self, runtime: Runtime, request: Request) -> None:
         n = new_tokens(self._config, request, self._max_len)
         if n:
-            self._growing.append((request, self._text(runtime, request, n)))
+            self._growing.append((request, self._sequence(runtime, request, n)))
         else:
             self._events.append(TokenEvent(request.id, None, None, "length"))
 
-    def _text(self, runtime: Runtime, request: Request, n: int) -> CachedText:
+    def _sequence(self, runtime: Runtime, request: Request, n: int) -> CachedSequence:
         uniforms = request_uniforms(request, n)
-        return CachedText(
+        return CachedSequence(
             runtime,
             request.prompt_ids,
             n,
@@ -135,16 +135,16 @@ class CpuSession:
         return events + self._reference[0].step()
 
     def _take_over(self, runtime: Runtime) -> None:
-        """Go on with the texts of the reference engine's session."""
+        """Go on with the sequences of the reference engine's session."""
         assert self._reference is not None
         session, rows = self._reference
         for row, each in enumerate(session.growing):
-            text = self._text(runtime, each.request, each.limit)
+            seq = self._sequence(runtime, each.request, each.limit)
             cache = rows.caches[row]
-            text.resume(each.new, cache.length)
+            seq.resume(each.new, cache.length)
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                text.take_cache(layer, keys[0, :, : cache.length], values[0, :, : cache.length])
-            self._growing.append((each.request, text))
+                seq.take_cache(layer, keys[0, :, : cache.length], values[0, :, : cache.length])
+            self._growing.append((each.request, seq))
         self._waiting.extend(session.waiting)
         self._events += session.take_events()
         self._reference = None

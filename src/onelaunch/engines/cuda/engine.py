@@ -58,7 +58,7 @@ class CudaEngine:
     that `tune` found on this GPU and `store` keeps, else the rule's: one kernel per stage. "stage",
     "half", a number of layers or "all" are a form by hand. float32, which is for checking, and
     AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of DTYPES, bfloat16
-    unless given. `say` gets lines for people. Raises BadInput for what cannot be had.
+    unless given. `log` gets lines for people. Raises BadInput for what cannot be had.
 
     Engines may be used from several threads; one at a time is served. At the second use of a shape
     a CUDA graph is captured, and in these milliseconds whatever waits for the whole device in
@@ -72,7 +72,7 @@ class CudaEngine:
         device: str = "auto",
         dtype: str | None = None,
         fusion_depth: str | int = "auto",
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
     ) -> None:
         self.config = config
@@ -93,7 +93,7 @@ class CudaEngine:
         self._weights = dict(weights)
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
-        self._store, self._say = store or Store(), say
+        self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._given_up: dict[str, str] = {}
         self._forms: OrderedDict[tuple[int, int], _BoundForm] = OrderedDict()
@@ -139,7 +139,7 @@ class CudaEngine:
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
         """Begin to generate, by the reference engine; see `Engine`."""
         if self.fusion_depth != "auto":
-            self._say(f"fusion depth {self.fusion_depth}: PyTorch generates, one operator a launch")
+            self._log(f"fusion depth {self.fusion_depth}: PyTorch generates, one operator a launch")
         return self._by_pytorch().session(max_batch, max_len)
 
     def tune(
@@ -169,7 +169,7 @@ class CudaEngine:
                 self._used.synchronize()
             choice = tune(self.config, packed, batch, sequence, progress or ignore_progress)
             if not keep(self._store, facts(self.config, packed, batch, sequence), choice):
-                self._say(f"not kept for the next process: {self._store.last_error}")
+                self._log(f"not kept for the next process: {self._store.last_error}")
             name = self._name(batch, sequence)
             self._choices[name] = choice
             self._given_up.pop(name, None)
@@ -261,7 +261,7 @@ class CudaEngine:
         form = self._forms.pop((batch, sequence), None)
         if form is None:
             bound = self._bind(batch, sequence)
-            form = _BoundForm(bound, self.config.vocab_size, self._say)
+            form = _BoundForm(bound, self.config.vocab_size, self._log)
             self._make_room(form)
         self._forms[batch, sequence] = form  # the latest is last
         return form
@@ -293,7 +293,7 @@ class CudaEngine:
         if self._choices.pop(name, None) is None:
             return False
         self._given_up[name] = why = in_a_line(error)
-        tell(self._say, f"{name} tokens: the tuned form fails ({why}); the rule's answers")
+        tell(self._log, f"{name} tokens: the tuned form fails ({why}); the rule's answers")
         if self._used is not None:
             self._used.record()  # what was launched of it is its last use
         self._drop_forms_of({name})
@@ -381,10 +381,10 @@ class _BoundForm:
         self,
         bound: BoundForward,
         columns: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self.n_bytes = bound.n_bytes
-        self._bound, self._columns, self._say = bound, columns, say
+        self._bound, self._columns, self._log = bound, columns, log
         self._empty: dict[torch.dtype, Empty] = {}
         self._replay: Replay | None = None
         self._uses = 0
@@ -413,7 +413,7 @@ class _BoundForm:
             self._replay = Replay(self._bound)
         except Exception as error:  # slower without, not wrong
             tell(
-                self._say,
+                self._log,
                 f"there is no CUDA graph, and each kernel is launched: {in_a_line(error)}",
             )
 

@@ -101,7 +101,7 @@ class Cell:
         numbers = sorted({self.number(each) for each in threads})
         self.ours = {
             each: ready(
-                CpuEngine(config, weights, dtype, None if isinstance(each, str) else each, say=say)
+                CpuEngine(config, weights, dtype, None if isinstance(each, str) else each, log=say)
             )
             for each in threads
         }

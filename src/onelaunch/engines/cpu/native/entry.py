@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onelaunch.engines.cpu.layout import Operation, Product, State, Text
+from onelaunch.engines.cpu.layout import Operation, Product, Seq, State
 from onelaunch.engines.cpu.native.generate import advance, generate, reset_governor
 from onelaunch.engines.cpu.native.kernels import TILE, WIDTH, compiled, field, product, row_bytes
 from onelaunch.engines.cpu.native.sampling import sample
@@ -22,9 +22,9 @@ def entry(operation, state, a, b):
     if operation == Operation.HELP:
         return help_out(state, a, b)
     if operation == Operation.SAMPLE:
-        text = field(state, State.TEXTS) + 8 * Text.LENGTH * a
-        sample(state, text)
-        return field(text, Text.NEXT)
+        seq = field(state, State.SEQUENCES) + 8 * Seq.LENGTH * a
+        sample(state, seq)
+        return field(seq, Seq.NEXT)
     if operation == Operation.RESET:
         reset_governor(state)
         return 0

@@ -1,4 +1,4 @@
-"""The generation loop: texts grow by a token with each forward, until all are done."""
+"""The generation loop: sequences grow by a token with each forward, until all are done."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from onelaunch.engines.cpu.layout import (
     End,
     Governor,
     Group,
+    Seq,
     State,
     Status,
     Sync,
-    Text,
     Token,
 )
 from onelaunch.engines.cpu.native.kernels import compiled, field
@@ -44,45 +44,45 @@ def _set(table, index, value):
 
 
 @compiled
-def _is_stop(text, token):
-    stops = field(text, Text.STOPS)
-    for i in range(field(text, Text.N_STOPS)):  # noqa: SIM110 (no generators in Numba)
+def _is_stop(seq, token):
+    stops = field(seq, Seq.STOPS)
+    for i in range(field(seq, Seq.N_STOPS)):  # noqa: SIM110 (no generators in Numba)
         if get_i64(stops + 8 * i) == token:
             return True
     return False
 
 
 @compiled
-def _append(state, text):
-    """Take what was drawn for a text."""
-    token = field(text, Text.NEXT)
-    _set(text, Text.ROW, -1)
+def _append(state, seq):
+    """Take what was drawn for a sequence."""
+    token = field(seq, Seq.NEXT)
+    _set(seq, Seq.ROW, -1)
     if token == NOT_FINITE:
-        _set(text, Text.END, End.NOT_FINITE)
-    elif _is_stop(text, token):
-        _set(text, Text.END, End.STOP)
+        _set(seq, Seq.END, End.NOT_FINITE)
+    elif _is_stop(seq, token):
+        _set(seq, Seq.END, End.STOP)
     else:
-        size = field(text, Text.SIZE) + 1
-        put_i32(field(text, Text.IDS) + 4 * (size - 1), token)
-        _set(text, Text.SIZE, size)
-        if size >= field(text, Text.LIMIT):
-            _set(text, Text.END, End.LIMIT)
-        if size == field(text, Text.PROMPT) + 1:
+        size = field(seq, Seq.SIZE) + 1
+        put_i32(field(seq, Seq.IDS) + 4 * (size - 1), token)
+        _set(seq, Seq.SIZE, size)
+        if size >= field(seq, Seq.LIMIT):
+            _set(seq, Seq.END, End.LIMIT)
+        if size == field(seq, Seq.PROMPT) + 1:
             _set(state, State.NEWS, 1)
-    if field(text, Text.END) != End.NONE:
+    if field(seq, Seq.END) != End.NONE:
         _set(state, State.NEWS, 1)
 
 
 @compiled
-def _lay_out(state, text, index, n):
-    """Put a text's unread tokens behind the n that the forward has; how many it then has."""
-    read, size = field(text, Text.READ), field(text, Text.SIZE)
+def _lay_out(state, seq, index, n):
+    """Put a sequence's unread tokens behind the n that the forward has; how many it then has."""
+    read, size = field(seq, Seq.READ), field(seq, Seq.SIZE)
     count = min(size - read, field(state, State.MAX_TOKENS) - n)
-    ids = field(text, Text.IDS)
+    ids = field(seq, Seq.IDS)
     for i in range(count):
         token = field(state, State.TOKENS) + 8 * Token.LENGTH * (n + i)
         _set(token, Token.ID, get_i32(ids + 4 * (read + i)))
-        _set(token, Token.TEXT, index)
+        _set(token, Token.SEQUENCE, index)
         _set(token, Token.POSITION, read + i)
         _set(token, Token.LOGITS, -1)
         if i % QUERIES == 0:
@@ -91,12 +91,12 @@ def _lay_out(state, text, index, n):
             _set(group, Group.FIRST, n + i)
             _set(group, Group.COUNT, min(QUERIES, count - i))
             _set(state, State.N_GROUPS, groups + 1)
-    _set(text, Text.READ, read + count)
+    _set(seq, Seq.READ, read + count)
     if count > 0 and read + count == size:
         row = field(state, State.N_ROWS)
         last = field(state, State.TOKENS) + 8 * Token.LENGTH * (n + count - 1)
         _set(last, Token.LOGITS, row)
-        _set(text, Text.ROW, row)
+        _set(seq, Seq.ROW, row)
         _set(state, State.N_ROWS, row + 1)
     return n + count
 
@@ -105,34 +105,34 @@ def _lay_out(state, text, index, n):
 def advance(state):
     """Take the drawn tokens and, unless there is news, lay out the next forward. Returns its number
     of tokens, 0 where there is none."""
-    texts = field(state, State.TEXTS)
-    n_texts = field(state, State.N_TEXTS)
-    for i in range(n_texts):
-        text = texts + 8 * Text.LENGTH * i
-        if field(text, Text.ROW) >= 0:
-            _append(state, text)
+    sequences = field(state, State.SEQUENCES)
+    n_sequences = field(state, State.N_SEQUENCES)
+    for i in range(n_sequences):
+        seq = sequences + 8 * Seq.LENGTH * i
+        if field(seq, Seq.ROW) >= 0:
+            _append(state, seq)
     _set(state, State.N_GROUPS, 0)
     _set(state, State.N_ROWS, 0)
     n = 0
     if field(state, State.NEWS) == 0:
-        for i in range(n_texts):
-            text = texts + 8 * Text.LENGTH * i
-            if field(text, Text.END) == End.NONE:
-                n = _lay_out(state, text, i, n)
+        for i in range(n_sequences):
+            seq = sequences + 8 * Seq.LENGTH * i
+            if field(seq, Seq.END) == End.NONE:
+                n = _lay_out(state, seq, i, n)
     _set(state, State.N_TOKENS, n)
     return n
 
 
 @compiled
 def generate(state):
-    """Advance and run until every text has ended, there is news, or for `SLICE`; a Status."""
+    """Advance and run until every sequence has ended, there is news, or for `SLICE`; a Status."""
     governor = field(state, State.GOVERNOR)
     began = _now(state)
     while True:
         n = advance(state)
         if n == 0:
             return Status.OK
-        decoding = n <= field(state, State.N_TEXTS)
+        decoding = n <= field(state, State.N_SEQUENCES)
         if field(state, State.ADAPT) != 0:
             if decoding:
                 _use(state, governor, field(governor, Governor.INDEX))

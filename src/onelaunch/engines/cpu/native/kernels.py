@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from onelaunch.engines.cpu.layout import PAD, QUERIES, Layer, PrefetchTo, State, Text, Token
+from onelaunch.engines.cpu.layout import PAD, QUERIES, Layer, PrefetchTo, Seq, State, Token
 from onelaunch.engines.cpu.native.tiles import make_tile
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
@@ -94,9 +94,11 @@ def token_field(state, token, index):
 
 
 @compiled
-def text_of(state, token):
-    """The Text that a token belongs to."""
-    return field(state, State.TEXTS) + 8 * Text.LENGTH * token_field(state, token, Token.TEXT)
+def sequence_of(state, token):
+    """The Seq that a token belongs to."""
+    return field(state, State.SEQUENCES) + 8 * Seq.LENGTH * token_field(
+        state, token, Token.SEQUENCE
+    )
 
 
 @compiled
@@ -217,18 +219,18 @@ def _rotate(state, head, position):
 
 
 @compiled
-def head_cache(state, text, layer, which, head):
+def head_cache(state, seq, layer, which, head):
     """Where a head's keys (which = 0) or values (1) begin: blocks of (E, LANES)."""
-    size = field(text, Text.BLOCKS) * field(state, State.HEAD_DIM) * WIDTH
+    size = field(seq, Seq.BLOCKS) * field(state, State.HEAD_DIM) * WIDTH
     index = (2 * layer + which) * field(state, State.KV_HEADS) + head
-    return field(text, Text.CACHE) + index * size
+    return field(seq, Seq.CACHE) + index * size
 
 
 @compiled
-def _cache_slot(state, text, layer, number, position):
+def _cache_slot(state, seq, layer, number, position):
     """Where a position's first element goes; heads of keys are numbered before those of values."""
     kv_heads, width = field(state, State.KV_HEADS), field(state, State.HEAD_DIM)
-    to = head_cache(state, text, layer, number // kv_heads, number % kv_heads)
+    to = head_cache(state, seq, layer, number // kv_heads, number % kv_heads)
     return to + (position // LANES) * width * WIDTH + 4 * (position % LANES)
 
 
@@ -244,14 +246,14 @@ def qkv(state, layer, first, heads, x, x_row, scratch):
         position = token_field(state, 0, Token.POSITION)
         # a new position touches a cache line for each element: ask for them before the product
         for h in range(max(first, n_heads), first + heads):
-            to = _cache_slot(state, text_of(state, 0), layer, h - n_heads, position)
+            to = _cache_slot(state, sequence_of(state, 0), layer, h - n_heads, position)
             for e in range(width):
                 prefetch_to_write(to + WIDTH * e)
     scratch = product(state, weights, first * width, heads * width, dim, x, x_row, tokens, scratch)
     out_row = field(state, State.OUT_ROW)
     for t in range(tokens):
         position = token_field(state, t, Token.POSITION)
-        text = text_of(state, t)
+        seq = sequence_of(state, t)
         for h in range(first, first + heads):
             head = scratch + t * out_row + 4 * width * (h - first)
             if h < n_heads + kv_heads:
@@ -264,27 +266,27 @@ def qkv(state, layer, first, heads, x, x_row, scratch):
                 for e in range(width):
                     put_f32(query + 4 * e, get_f32(head + 4 * e))
             else:
-                to = _cache_slot(state, text, layer, h - n_heads, position)
+                to = _cache_slot(state, seq, layer, h - n_heads, position)
                 for e in range(width):
                     put_f32(to + WIDTH * e, get_f32(head + 4 * e))
 
 
 @compiled
 def attend(state, layer, first, count, head, scores):
-    """Causal attention of one head for `count` neighbouring tokens of one text."""
-    text = text_of(state, first)
+    """Causal attention of one head for `count` neighbouring tokens of one sequence."""
+    seq = sequence_of(state, first)
     width, n_heads = field(state, State.HEAD_DIM), field(state, State.HEADS)
     kv_head = head // (n_heads // field(state, State.KV_HEADS))
-    keys = head_cache(state, text, layer, 0, kv_head)
-    values = head_cache(state, text, layer, 1, kv_head)
+    keys = head_cache(state, seq, layer, 0, kv_head)
+    values = head_cache(state, seq, layer, 1, kv_head)
     position = token_field(state, first, Token.POSITION)
     blocks = (position + count - 1) // LANES + 1
     block = width * WIDTH
-    scores_row = WIDTH * field(text, Text.BLOCKS)
+    scores_row = WIDTH * field(seq, Seq.BLOCKS)
     query_row = 4 * width * n_heads
     query = field(state, State.QUERY) + query_row * first + 4 * width * head
     out_row = 4 * padded(width * n_heads)
-    out = field(state, State.MIXED) + out_row * first + 4 * width * head
+    out = field(state, State.ATTN_OUT) + out_row * first + 4 * width * head
     scale = ONE / square_root(np.float32(width))
     if count == QUERIES:
         twos = blocks // 2 * 2

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from onelaunch.engines.cpu.layout import DIGITS, State, Text
+from onelaunch.engines.cpu.layout import DIGITS, Seq, State
 from onelaunch.engines.cpu.native.kernels import WIDTH, compiled, field
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
@@ -34,26 +34,26 @@ _SMALLEST_TEMPERATURE = 1e-30
 
 
 @compiled
-def sample(state, text):
-    """Leaves the drawn id in the text's NEXT; NOT_FINITE where the largest logit is no number."""
+def sample(state, seq):
+    """Put the drawn id in NEXT; NOT_FINITE where the largest logit is no number."""
     vocab = field(state, State.VOCAB)
-    row = field(text, Text.ROW)
+    row = field(seq, Seq.ROW)
     logits = field(state, State.LOGITS) + field(state, State.LOGITS_ROW) * row
     top, bad = _largest(logits, vocab)
     chosen = NOT_FINITE
     if not bad:
-        new = field(text, Text.SIZE) - field(text, Text.PROMPT)
-        if get_f32(text + 8 * Text.TEMPERATURE) == 0.0:
+        new = field(seq, Seq.SIZE) - field(seq, Seq.PROMPT)
+        if get_f32(seq + 8 * Seq.TEMPERATURE) == 0.0:
             chosen = _first_equal(logits, vocab, top)
         else:
-            uniform = get_f32(field(text, Text.UNIFORMS) + 4 * new)
+            uniform = get_f32(field(seq, Seq.UNIFORMS) + 4 * new)
             buffer = field(state, State.CANDIDATES) + row * candidate_bytes(vocab)
-            chosen = _draw(text, logits, vocab, top, uniform, buffer)
-        logprobs = field(text, Text.LOGPROBS)
+            chosen = _draw(seq, logits, vocab, top, uniform, buffer)
+        logprobs = field(seq, Seq.LOGPROBS)
         if logprobs != 0:
             put_f32(logprobs + 8 * new, get_f32(logits + 4 * chosen) - top)
             put_f32(logprobs + 8 * new + 4, _sum_of_exponentials(logits, vocab, top))
-    put_i64(text + 8 * Text.NEXT, chosen)
+    put_i64(seq + 8 * Seq.NEXT, chosen)
 
 
 @compiled
@@ -71,7 +71,7 @@ def _sum_of_exponentials(logits, n, top):
 
 @compiled
 def candidate_bytes(vocab):
-    """What one text's draw needs: weights and ids twice, and a histogram."""
+    """What one sequence's draw needs: weights and ids twice, and a histogram."""
     return 16 * (vocab + LANES) + 8 * DIGITS
 
 
@@ -113,9 +113,9 @@ def _first_equal(logits, n, value):
 
 
 @compiled
-def _draw(text, logits, vocab, top, uniform, buffer):
+def _draw(seq, logits, vocab, top, uniform, buffer):
     weights, ids = buffer, buffer + 4 * (vocab + LANES)
-    temperature = max(get_f32(text + 8 * Text.TEMPERATURE), np.float32(_SMALLEST_TEMPERATURE))
+    temperature = max(get_f32(seq + 8 * Seq.TEMPERATURE), np.float32(_SMALLEST_TEMPERATURE))
     inverse, shift = splat(np.float32(1.0) / temperature), splat(top)
     whole = vocab // LANES * LANES
     sums = splat(0.0)
@@ -129,9 +129,9 @@ def _draw(text, logits, vocab, top, uniform, buffer):
         value = largest_lane(exp(multiply(difference, inverse)))
         put_f32(weights + 4 * i, value)
         total += value
-    k = field(text, Text.TOP_K)
-    top_p = get_f32(text + 8 * Text.TOP_P)
-    floor = get_f32(text + 8 * Text.MIN_P)
+    k = field(seq, Seq.TOP_K)
+    top_p = get_f32(seq + 8 * Seq.TOP_P)
+    floor = get_f32(seq + 8 * Seq.MIN_P)
     if k == 0 and top_p >= 1.0 and floor == 0.0:
         return _invert(weights, ids, vocab, uniform * total, False)
     if k == 0:

@@ -10,7 +10,7 @@ does not depend on who does it: results are the same with any number of threads.
 
 from __future__ import annotations
 
-from onelaunch.engines.cpu.layout import Group, Layer, State, Status, Sync, Text, Token
+from onelaunch.engines.cpu.layout import Group, Layer, Seq, State, Status, Sync, Token
 from onelaunch.engines.cpu.native import kernels
 from onelaunch.engines.cpu.native.kernels import TILE, compiled, field, padded, row_bytes
 from onelaunch.engines.cpu.native.sampling import sample
@@ -96,7 +96,7 @@ def count_items(state, kind, phase):
             return 0
         return _over(field(state, State.VOCAB), _item_rows(state, field(state, State.VOCAB), dim))
     if kind == SAMPLE:
-        return field(state, State.N_TEXTS)
+        return field(state, State.N_SEQUENCES)
     return 0
 
 
@@ -171,7 +171,7 @@ def do_item(state, kind, layer, phase, item, stamp, thread):
         if kind == OUT_PROJ:
             columns = field(state, State.HEADS) * field(state, State.HEAD_DIM)
             weights = kernels.layer_field(state, layer, Layer.O_PROJ)
-            x = field(state, State.MIXED)
+            x = field(state, State.ATTN_OUT)
         else:
             columns = field(state, State.HIDDEN)
             weights = kernels.layer_field(state, layer, Layer.DOWN)
@@ -182,9 +182,9 @@ def do_item(state, kind, layer, phase, item, stamp, thread):
         out = scratch + 64 + 4 * padded(dim)
         kernels.add_product(state, weights, first, rows, columns, x, out)
     elif kind == SAMPLE:
-        text = field(state, State.TEXTS) + 8 * Text.LENGTH * item
-        if field(text, Text.ROW) >= 0:
-            sample(state, text)
+        seq = field(state, State.SEQUENCES) + 8 * Seq.LENGTH * item
+        if field(seq, Seq.ROW) >= 0:
+            sample(state, seq)
     else:
         _product(state, kind, layer, item, stamp, scratch)
 
