@@ -53,7 +53,7 @@ def main() -> None:
         for depth in ("all", "half"):
             for watched in (False, True):
                 fused = FusedForward(
-                    config, staged.packed, Shape(2, 19), {}, depth, programs=2, timeout_ns=HOUR,
+                    config, staged.packed, Shape(2, 19), {}, depth, ctas=2, timeout_ns=HOUR,
                     traced=watched, delayed=watched,
                 )  # fmt: skip
                 fused.buffers.tokens.copy_(tokens.flatten())

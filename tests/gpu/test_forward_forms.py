@@ -190,7 +190,7 @@ def test_any_number_of_programs_has_the_same_bits(programs):
     weights = weights_of(config)
     given = alike(config, 400, torch.bfloat16, EARLY)
     staged = StagedForward(config, weights, torch.bfloat16, CUDA, given)
-    fused = FusedForward(config, staged.packed, Shape(2, 200), given, programs=programs)
+    fused = FusedForward(config, staged.packed, Shape(2, 200), given, ctas=programs)
     b = fused.buffers
     for seed in range(5):
         tokens = tokens_of(config, 2, 200, seed)
@@ -253,7 +253,7 @@ def test_a_launch_by_its_handle_is_tritons_own(form):
         bound.buffers.tokens.copy_(tokens_of(config, 2, 150, seed).flatten())
         bound.buffers.logits.fill_(float("nan"))
         for call in bound.calls:
-            call.kernel[(call.programs,)](*call.arguments, **call.options)
+            call.kernel[(call.ctas,)](*call.arguments, **call.options)
         bound.check()
         expected = bound.buffers.logits.clone()
         bound.buffers.logits.fill_(float("nan"))

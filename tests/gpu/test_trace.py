@@ -13,7 +13,7 @@ from onelaunch import cli
 from onelaunch.engines.cuda.blocking import Blocking
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.program import FusedForward, Shape
-from onelaunch.engines.cuda.timeline import summary, told
+from onelaunch.engines.cuda.timeline import format_summary, summary
 from onelaunch.engines.cuda.trace import timeline_of, trace, write
 from tests.engines.suite import weights_of
 from tests.gpu.fuzzing import CUDA, MIXED, WIDE
@@ -64,7 +64,7 @@ def test_times_are_those_of_tiles_that_waited(depth, programs):
 
 def test_a_trace_can_be_read(tmp_path):
     timeline = trace(WIDE, weights_of(WIDE), tokens_of(1, 256), torch.bfloat16, CUDA)
-    print(told(summary(timeline)))
+    print(format_summary(summary(timeline)))
     write(timeline, tmp_path / "trace.json", "a forward")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     works = [e for e in events if e["ph"] == "X" and e["cat"].startswith("work") and e["tid"]]

@@ -41,7 +41,7 @@ def write_timeline(
     import torch
 
     from onelaunch.engines.checks import check_prompts
-    from onelaunch.engines.cuda.timeline import summary, told
+    from onelaunch.engines.cuda.timeline import format_summary, summary
     from onelaunch.engines.cuda.trace import trace, write
     from onelaunch.engines.reference import resolve_dtype
 
@@ -65,4 +65,4 @@ def write_timeline(
     batch, sequence = tokens.shape
     name = f"forward of {batch}x{sequence} tokens, launches: {len(timeline.launches)}"
     write(timeline, path, name)
-    return f"{path}: {name}\n{told(summary(timeline))}"
+    return f"{path}: {name}\n{format_summary(summary(timeline))}"

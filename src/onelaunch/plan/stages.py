@@ -106,7 +106,7 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One forward of `batch` texts, `sequence` new tokens each, after `past` cached positions."""
+    """A forward of `batch` sequences, `sequence` new tokens each, after `past` cached positions."""
 
     config: ModelConfig
     batch: int

@@ -7,7 +7,7 @@ or, in head, column tile after column tile; of P programs, program p takes tiles
 counter for each row tile of a phase. As every tile waits for earlier phases only, the first tile
 that has not ended can always go on, and no number of programs deadlocks, one included.
 
-Positions are counted through the batch: text b, position s is row b * sequence + s.
+Positions are counted through the batch: sequence b, position s is row b * sequence + s.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def make_tiles(plan: Plan, tilings: Mapping[str, Tiling]) -> TilePlan:
     """Cut every stage as the tiling of its kind says, and find what each tile waits for.
 
     A wait is left out where another one implies it. Raises BadInput where a kind has no tiling or
-    one of no size, or where there are cached positions: what is tiled is a whole text's forward.
+    one of no size, or where there are cached positions: what is tiled has none.
     """
     if plan.past:
         raise BadInput(f"{plan.past} positions are cached; tiles are of a forward without any")
@@ -169,8 +169,8 @@ def counts(plan: Plan, stage: Stage, tiling: Tiling) -> tuple[int, int]:
 
 
 def row_spans(plan: Plan, stage: Stage, rows: int) -> tuple[Span, ...]:
-    """The row tiles of a stage. Attention's lie within one text; head has a row for each position
-    that gets logits, sample one for each text."""
+    """The row tiles of a stage. Attention's lie within one sequence; head has a row for each
+    position that gets logits, sample one for each sequence."""
     if stage.kind == "attention":
         return tuple(
             Span(start + span.first, start + span.last)
@@ -184,7 +184,7 @@ def rows_read(plan: Plan, stage: Stage, buffer: str, span: Span) -> tuple[Span, 
     """The rows of a buffer that a row tile reads."""
     if stage.kind == "attention" and is_cache(buffer):
         start = span.first // plan.sequence * plan.sequence
-        return (Span(start, span.last),)  # of its text, all up to its own
+        return (Span(start, span.last),)  # of its sequence, all up to its own
     if stage.kind == "head" and plan.buffer("logits").shape[1] == 1:
         ends = range(span.first + 1, span.last + 1)
         return tuple(Span(end * plan.sequence - 1, end * plan.sequence) for end in ends)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from onelaunch.engines.cuda.blocking import default, tilings
-from onelaunch.engines.cuda.timeline import Span, Timeline, perfetto, summary, told
+from onelaunch.engines.cuda.timeline import Span, Timeline, format_summary, perfetto, summary
 from onelaunch.plan import launches, make_plan, make_tiles
 from tests.engines.suite import SMALL
 
@@ -96,7 +96,7 @@ def test_a_summary_counts_each_tile_once():
     least, median, most = found["waiting"]
     assert 0 <= least <= median <= most < 1
     json.dumps(found)
-    lines = told(found).splitlines()
+    lines = format_summary(found).splitlines()
     assert len(lines) == 1 + len(kinds) + 2
     assert lines[1].split()[:3] == ["embed", "1", str(kinds["embed"]["tiles"])]
 

@@ -25,7 +25,7 @@ class Call:
     launches it on the current device and its current stream."""
 
     kernel: Any
-    programs: int
+    ctas: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     launches: ClassVar[int] = 1
@@ -46,7 +46,7 @@ class Call:
     def compile(self) -> Any:
         """The compiled kernel; nothing is launched."""
         with verified:
-            return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+            return self.kernel.warmup(*self.arguments, grid=(self.ctas,), **self.options)
 
     def load(self) -> Any:
         """The compiled kernel, on its device; nothing is launched. Raises what the driver says of
@@ -129,7 +129,7 @@ def launcher(call: Call, ids_N: Tensor | None, logits: Tensor | None) -> Launch:
 
     def by_triton(ids: Any, to: Any) -> None:
         others = call if ids is None else call.with_tensor(ids_N, ids).with_tensor(logits, to)
-        others.kernel[(others.programs,)](*others.arguments, **others.options)
+        others.kernel[(others.ctas,)](*others.arguments, **others.options)
 
     if not _known(call.kernel):
         return by_triton
@@ -146,7 +146,7 @@ def launcher(call: Call, ids_N: Tensor | None, logits: Tensor | None) -> Launch:
     )  # fmt: skip
     named = call.kernel.arg_names[len(call.arguments) :]
     given = [*call.arguments, *(options[name] for name in named)]
-    head = [call.programs, 1, 1, None, compiled.function, *flags]
+    head = [call.ctas, 1, 1, None, compiled.function, *flags]
     of_ids = [len(head) + i for i, value in enumerate(given) if value is ids_N is not None]
     of_logits = [len(head) + i for i, value in enumerate(given) if value is logits is not None]
     values = [*head, *map(_addressed, given)]

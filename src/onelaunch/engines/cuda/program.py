@@ -311,7 +311,7 @@ class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
     blockings say, and nothing of what those say of one kernel per stage. In place of a depth the
     launches themselves may be handed over, in order from embed on; they may end before the last
-    stage. `programs` is how many CTAs run at once, by default one or two a multiprocessor; all of
+    stage. `ctas` is how many run at once, by default one or two a multiprocessor; all of
     them must fit on the device together. A tile that waits for another for `timeout_ns` gives up.
 
     A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
@@ -327,7 +327,7 @@ class FusedForward(BoundForward):
         shape: Shape,
         blockings: Mapping[str, Blocking],
         depth: str | int | Sequence[Launch] = "all",
-        programs: int | None = None,
+        ctas: int | None = None,
         timeout_ns: int = TIMEOUT_NS,
         traced: bool = False,
         delayed: bool = False,
@@ -337,7 +337,7 @@ class FusedForward(BoundForward):
         self._traced, self._delayed = traced, delayed
         self.qkv_buffers = config.n_layers
         self._depth, self._timeout_ns = depth, timeout_ns
-        self._programs = programs
+        self._ctas = ctas
         super().__init__(config, packed, shape, blockings)
 
     @contextmanager
@@ -423,9 +423,7 @@ class FusedForward(BoundForward):
         depth = self._depth
         self.launches = launches(plan, depth) if isinstance(depth, str | int) else tuple(depth)
         limits, itemsize = limits_of(b.x.device), b.x.element_size()
-        ctas = self._programs or at_once(
-            self.config, b.x.shape[0], self.blockings, itemsize, limits
-        )
+        ctas = self._ctas or at_once(self.config, b.x.shape[0], self.blockings, itemsize, limits)
         stages = self._stages()
         options = self._options() | {"PER_LAYER": len(stages[1])}
         found: list[Call | CallAndProduct] = []

@@ -137,7 +137,7 @@ def _of_kind(kind: str, spans: Sequence[Span], timeline: Timeline) -> dict[str, 
     }
 
 
-def told(found: dict[str, Any]) -> str:
+def format_summary(found: dict[str, Any]) -> str:
     """A summary as lines of text."""
     head = f"{'us':<10}{'stages':>7}{'tiles':>7}{'wait':>8}{'work':>8}{'stage':>8}"
     lines = [head + f"{'path: work':>13}{'gap':>8}"]
