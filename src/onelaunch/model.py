@@ -110,8 +110,8 @@ class RaggedCache:
         """Put a position into each row of one layer; returns keys and values, (B, K, T, E), as
         many positions as the longest row has."""
         keys, values = self.keys[layer], self.values[layer]
-        keys[self._rows_B, :, self._positions_B] = k_BK1E[:, :, 0]
-        values[self._rows_B, :, self._positions_B] = v_BK1E[:, :, 0]
+        keys[self._rows_B, :, self._positions_B] = k_BK1E[:, :, 0].to(keys.dtype)
+        values[self._rows_B, :, self._positions_B] = v_BK1E[:, :, 0].to(values.dtype)
         rows, T = len(k_BK1E), self.length + 1
         return keys[:rows, :, :T], values[:rows, :, :T]
 

@@ -110,6 +110,18 @@ def test_an_engine_trains_after_it_has_generated():
     assert all(p.grad is not None for p in engine.parameters().values())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_sequences_together_follow_the_definition(dtype):
+    """Every greedy token of a batch is the best of the logits of its whole sequence, or nearly."""
+    engine = ReferenceEngine(SMALL, weights_of(SMALL), device="cpu", dtype=dtype)
+    prompts = [[5, 17, 3], [9], [1, 2, 3, 4, 5, 6, 7]]
+    for prompt, new in zip(prompts, generate_ids(engine, prompts, 9), strict=True):
+        assert len(new) == 9
+        logits_SV = engine.logits([[*prompt, *new[:-1]]])[0, len(prompt) - 1 :]
+        behind_S = logits_SV.amax(-1) - logits_SV.gather(-1, torch.tensor(new)[:, None])[:, 0]
+        assert (behind_S <= 0.05 * logits_SV.std(-1)).all()
+
+
 def test_autocast_keeps_float32_parameters_and_gradients():
     engine, plain = trainer(dtype="bfloat16"), trainer()
     loss = engine.train_step(*batch())
