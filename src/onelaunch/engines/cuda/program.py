@@ -3,8 +3,8 @@ over ranges of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -131,17 +131,21 @@ class BoundForward:
 
     def run(self) -> None:
         """Launch it on its device's current stream."""
-        with on(self.buffers.x.device), self._compiling, self.whole():
-            for call in self.calls:
-                call()
-        self._compiling = nullcontext()
+        self._launch_all(self.calls)
 
     def launch(self, ids_N: Tensor, logits: Tensor) -> None:
         """Launch it on the current stream, with a caller's ids, (N,), int64, and into a caller's
         logits, (rows, V), float32 or the model's dtype."""
-        with on(self.buffers.x.device), self._compiling, self.whole():
-            for call in self.calls_on(ids_N, logits):
-                call()
+        self._launch_all(self.calls_on(ids_N, logits))
+
+    def _launch_all(self, calls: Sequence[Call | CallAndProduct]) -> None:
+        with on(self.buffers.x.device), self._compiling:
+            try:
+                for call in calls:
+                    call()
+            except BaseException:
+                self.break_off()
+                raise
         self._compiling = nullcontext()
 
     def calls_on(self, ids_N: Tensor, logits: Tensor) -> list[Call | CallAndProduct]:
@@ -156,9 +160,8 @@ class BoundForward:
         """The last call, as it writes other logits."""
         return self._call(len(self.plan.stages) - 1, logits)
 
-    def whole(self) -> AbstractContextManager[None]:
-        """In it all of its calls are launched; or an exception ends it."""
-        return nullcontext()
+    def break_off(self) -> None:
+        """To be called where some of its launches were made and not all."""
 
     @property
     def n_bytes(self) -> int:
@@ -340,15 +343,9 @@ class FusedForward(BoundForward):
         self._ctas = ctas
         super().__init__(config, packed, shape, blockings)
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Where some of its launches were made and not all, the counters are cleared: they would
-        be ahead of the epoch, and let later forwards pass."""
-        try:
-            yield
-        except BaseException:
-            self.sync.zero_()
-            raise
+    def break_off(self) -> None:
+        """Clear the counters: they are ahead of the epoch, and would let later forwards pass."""
+        self.sync.zero_()
 
     def last_call(self, logits: Tensor) -> Call | CallAndProduct:
         last = self.calls[-1]
