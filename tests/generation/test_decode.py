@@ -37,6 +37,7 @@ class Script:
     def __init__(self, *texts: list[int], together: int = 99, finish: str = "length") -> None:
         self.texts, self.together, self.finish = [list(ids) for ids in texts], together, finish
         self.requests: list[Request] = []
+        self.seconds: list[float] = []
         self.cancelled: list[int] = []
         self.closed = False
 
@@ -47,7 +48,8 @@ class Script:
     def submit(self, request):
         self.requests.append(request)
 
-    def step(self):
+    def step(self, seconds=0.02):
+        self.seconds.append(seconds)
         events = []
         for request in self.requests:
             left = self.texts[request.id]
@@ -248,7 +250,7 @@ def test_leaving_early_closes_the_session():
 
 def test_an_error_of_a_request_is_raised():
     engine = Script([7])
-    engine.step = lambda: [TokenEvent(0, None, None, "error", RunFailed("not finite"))]
+    engine.step = lambda seconds: [TokenEvent(0, None, None, "error", RunFailed("not finite"))]
     with pytest.raises(RunFailed, match="not finite"):
         generate_ids(engine, [[1]], 5)
     assert engine.closed
@@ -299,3 +301,16 @@ def test_a_prompt_beyond_the_context_is_named_with_both_lengths():
     assert len(heard(engine, ["x" * 15])[1][0].ids) == 1
     with pytest.raises(BadInput, match=r"prompt 2 has 17 tokens, .* context holds 16"):
         heard(engine, ["x", "x" * 16])
+
+
+@pytest.mark.parametrize(("stop", "longer"), [((), True), (("xyz",), False)])
+def test_steps_are_longer_where_nobody_waits_for_their_text(stop, longer):
+    """But not where a stop string may be in it: what is behind it would be computed for nothing."""
+    engine = Script(spoken("one two"), together=1)
+    decoding = Decoding(engine, [Prompt("", [1])], Limits(20, stop=stop), BYTES)
+    next(decoding)
+    next(decoding)
+    watched = set(engine.seconds)
+    decoding.finish()
+    assert len(watched) == 1
+    assert (max(engine.seconds) > max(watched)) == longer

@@ -21,6 +21,10 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop id, its number of tokens or the context, `cancel`, an error."""
 
 
+STEP_SECONDS = 0.02
+"""Of a session's step, unless it is told."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen from its logits.
@@ -108,10 +112,11 @@ class Session(Protocol):
         of them to end. Raises BadInput for an empty prompt, one beyond the model's context, an id
         beyond its vocabulary, or a negative number of tokens."""
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on, and return what came of it: one or more tokens of each growing request. A request
         that joins gets its first token in a step that ends soon after it. Events of one request
-        come in order. Without requests there are none."""
+        come in order. Without requests there are none. A step takes about `seconds`, or one token's
+        time where an engine writes no more at once: longer ones cost a little less."""
 
     def cancel(self, id: int) -> None:
         """End a request; its end comes with the next step. One that has ended, or is unknown, is

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
-from onelaunch.engines.engine import Finish, Request, TokenEvent
+from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
 from onelaunch.engines.sampling import draw, request_uniforms
 
 
@@ -66,7 +66,7 @@ class RowSession:
         self.waiting.append(request)
 
     @torch.inference_mode()
-    def step(self) -> list[TokenEvent]:
+    def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """One token more of each growing request, and the first of those that join."""
         if self.growing:
             if self._token_B is None:

@@ -10,13 +10,22 @@ from typing import NamedTuple
 
 from onelaunch.checkpoints.tokenizers import Tokenizer
 from onelaunch.engines.checks import check_max_new_tokens, check_prompts
-from onelaunch.engines.engine import Engine, Finish, Request, Sampling, Session, TokenEvent
+from onelaunch.engines.engine import (
+    STEP_SECONDS,
+    Engine,
+    Finish,
+    Request,
+    Sampling,
+    Session,
+    TokenEvent,
+)
 from onelaunch.engines.sampling import sample_numbers
 from onelaunch.errors import BadInput
 from onelaunch.generation.prompts import Prompt
 from onelaunch.generation.stops import StopStrings
 
 MAX_BATCH = 16  # sequences that grow at once
+UNWATCHED_SECONDS = 0.2  # of a step whose text nobody waits for
 
 
 class TextEvent(NamedTuple):
@@ -90,6 +99,7 @@ class Decoding:
         self.completions = [Completion(prompt) for prompt in prompts]
         self._texts = [_Text(completion, tokenizer, limits.stop) for completion in self.completions]
         self._cancelled: set[int] = set()
+        self._step_seconds = STEP_SECONDS
         self._events = self._run()
 
     def __iter__(self) -> Iterator[TextEvent]:
@@ -100,6 +110,8 @@ class Decoding:
 
     def finish(self) -> list[Completion]:
         """Go on to the end of all texts."""
+        if not self.limits.stop:  # else tokens behind a stop string would be computed for nothing
+            self._step_seconds = UNWATCHED_SECONDS
         for _ in self._events:
             pass
         return self.completions
@@ -122,7 +134,7 @@ class Decoding:
                 for index in self._cancelled:
                     session.cancel(index)
                 self._cancelled.clear()
-                events = session.step()
+                events = session.step(self._step_seconds)
                 seconds = time.perf_counter() - start
                 for event in events:
                     text = self._texts[event.id]

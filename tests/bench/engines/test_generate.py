@@ -247,7 +247,7 @@ class FakeEngine:
     def submit(self, request):
         self.left = request.max_new_tokens
 
-    def step(self):
+    def step(self, seconds=0.02):
         """Two tokens where it is compiled."""
         n = min(self.left, 1 + self.wait(0))
         time.sleep(0.03 if self.written == self.swap_at else 0.0005)

@@ -62,6 +62,7 @@ class State(IntEnum):
     LAST_STAGE = 42
     ALL_STAGES = 43
     NEWS = 44  # a sequence has its first token, or has ended: the caller wants to know
+    SLICE = 45  # nanoseconds after which the caller wants to be asked
     CLOCK = 46  # int64 f(clock, timespec)
     SLEEP = 47  # f(microseconds)
     THREADS = 48  # at most so many work at once

@@ -32,7 +32,7 @@ from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
 from onelaunch.engines.cpu.prefetch import NONE, Prefetch
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.tables import Table
-from onelaunch.engines.engine import Sampling
+from onelaunch.engines.engine import STEP_SECONDS, Sampling
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import rope_tables
 from onelaunch.plan import Plan
@@ -41,7 +41,6 @@ MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
 MAX_SEQUENCES = 16
 SPIN = 4000
 ITEM_ROWS = 256
-SLICE_SECONDS = 0.02  # of one call of `generate`, as in native/generate.py
 
 Launches = Sequence[tuple[int, int]]
 """Ranges of stages (first, last + 1), each one call."""
@@ -298,23 +297,27 @@ class Runtime:
         self.state[State.N_SEQUENCES] = len(sequences)
 
     def generate(
-        self, sequences: Sequence[CachedSequence], launches: Launches | None = None
+        self,
+        sequences: Sequence[CachedSequence],
+        launches: Launches | None = None,
+        seconds: float = STEP_SECONDS,
     ) -> None:
         """Let up to MAX_SEQUENCES sequences grow: in one call, or in `launches` for each forward.
 
-        Returns where all have ended, one has its first token or ends, or after some 20 ms.
+        Returns where all have ended, one has its first token or ends, or after so many seconds.
         """
         self._need_positions(max(seq.limit for seq in sequences) - 1)
         self._lay_out(sequences)
         self._need_logits(len(sequences), any(not seq.sampling.greedy for seq in sequences))
         self.state[State.NEWS] = 0
+        self.state[State.SLICE] = int(1e9 * seconds)
         self._sync[Sync.BUSY] = 1
         try:
             self.helpers.wake()
             if launches is None:
                 status = self._call(Operation.GENERATE)
             else:
-                status = self._generate_by(launches)
+                status = self._generate_by(launches, seconds)
         finally:
             self._sync[Sync.BUSY] = 0
         for i, seq in enumerate(sequences):
@@ -323,14 +326,14 @@ class Runtime:
             seq.end = End(self._sequences[at + Seq.END])
         self._check(status)
 
-    def _generate_by(self, launches: Launches) -> int:
+    def _generate_by(self, launches: Launches, seconds: float) -> int:
         began = time.perf_counter()
         while self._call(Operation.ADVANCE):
             for first, last in launches:
                 status = self._call(Operation.RUN, first, last)
                 if status != Status.OK:
                     return status
-            if time.perf_counter() - began > SLICE_SECONDS:
+            if time.perf_counter() - began > seconds:
                 self.state[State.NEWS] = 1
         return Status.OK
 

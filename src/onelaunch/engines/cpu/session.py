@@ -10,7 +10,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.cpu.layout import End
 from onelaunch.engines.cpu.runtime import CachedSequence, Launches, Runtime
-from onelaunch.engines.engine import Finish, Request, TokenEvent
+from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
 from onelaunch.engines.reference import CachedRows
 from onelaunch.engines.sampling import request_uniforms
 from onelaunch.engines.session import RowSession, new_tokens
@@ -53,8 +53,8 @@ class CpuSession:
         else:
             self._waiting.append(request)
 
-    def step(self) -> list[TokenEvent]:
-        """Let all sequences grow until one has its first token or ends, or for some 20 ms."""
+    def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
+        """Let all sequences grow until one has its first token or ends, or for so many seconds."""
         with self._alone:
             if not (self._waiting or self._growing or self._events or self._reference):
                 return []
@@ -66,7 +66,7 @@ class CpuSession:
             while self._waiting and len(self._growing) < self._max_batch:
                 self._join(runtime, self._waiting.popleft())
             if self._growing:
-                self._grow(runtime)
+                self._grow(runtime, seconds)
             events, self._events = self._events, []
             return events
 
@@ -88,9 +88,9 @@ class CpuSession:
         self._events.clear()
         self._reference = None
 
-    def _grow(self, runtime: Runtime) -> None:
+    def _grow(self, runtime: Runtime, seconds: float) -> None:
         sizes = [seq.size for _, seq in self._growing]
-        runtime.generate([seq for _, seq in self._growing], self._launches)
+        runtime.generate([seq for _, seq in self._growing], self._launches, seconds)
         for (request, seq), size in zip(self._growing, sizes, strict=True):
             self._report(runtime, request, seq, size)
         self._growing = [pair for pair in self._growing if pair[1].end == End.NONE]

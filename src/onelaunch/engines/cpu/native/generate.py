@@ -35,7 +35,6 @@ SEARCH_SAMPLES = 6
 KEPT_WITHIN = 1.02  # the number in use stays unless another is faster by more
 FIRST_PERIOD, LAST_PERIOD = 64, 1024
 WORSE = 1.05
-SLICE = 2e7  # nanoseconds of one call: requests join, and signals are seen, between two
 
 
 @compiled
@@ -125,7 +124,8 @@ def advance(state):
 
 @compiled
 def generate(state):
-    """Advance and run until every sequence has ended, there is news, or for `SLICE`; a Status."""
+    """Advance and run until every sequence has ended, there is news, or the slice is over; a
+    Status."""
     governor = field(state, State.GOVERNOR)
     began = _now(state)
     while True:
@@ -145,7 +145,7 @@ def generate(state):
         after = _now(state)
         if decoding and field(state, State.ADAPT) != 0:
             govern(state, after - before)
-        if after - began > SLICE:
+        if after - began > np.float64(field(state, State.SLICE)):
             _set(state, State.NEWS, 1)
 
 
