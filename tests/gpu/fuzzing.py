@@ -27,8 +27,8 @@ NORMED = SMALL.with_(
 # Row tiles of most stages end at other rows; two programs fit on a multiprocessor.
 MIXED = {
     "embed": Blocking(16, 32),
-    "qkv": Blocking(32, 32, loads=0),
-    "attention": Blocking(16, 32, loads=2),
+    "qkv": Blocking(32, 32, num_stages=0),
+    "attention": Blocking(16, 32, num_stages=2),
     "out_proj": Blocking(64, 32, 32, 3),
     "gate_up": Blocking(16, 64, 32, 3),
     "down": Blocking(32, 32, 64, 3),

@@ -38,15 +38,15 @@ COMBINATIONS = [
     if dtype == torch.bfloat16 or name in FEW
 ]
 EARLY = {
-    "qkv": Blocking(64, 32, loads=0),
-    "gate_up": Blocking(64, 64, loads=0),
-    "out_proj": Blocking(32, 32, loads=0, rehearsed=True),
-    "down": Blocking(64, 32, 64, 4, rehearsed=True),
+    "qkv": Blocking(64, 32, num_stages=0),
+    "gate_up": Blocking(64, 64, num_stages=0),
+    "out_proj": Blocking(32, 32, num_stages=0, warmup_pass=True),
+    "down": Blocking(64, 32, 64, 4, warmup_pass=True),
 }
 OTHERWISE = {
     "qkv": Blocking(64, 64, 64, 3, tma=True),
-    "attention": Blocking(64, 64, loads=2, chunk=64),
-    "out_proj": Blocking(64, 32, 64, 4, tma=True, rehearsed=True),
+    "attention": Blocking(64, 64, num_stages=2, chunk=64),
+    "out_proj": Blocking(64, 32, 64, 4, tma=True, warmup_pass=True),
     "gate_up": Blocking(128, 128, 64, 3, 8, tma=True),
     "down": Blocking(128, 32, 64, 3, tma=True),
     "head": Blocking(128, 256, 64, 3, 8, tma=True, programs=1),

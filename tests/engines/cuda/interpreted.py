@@ -180,10 +180,10 @@ def test_a_dtype_without_stages_is_refused():
 
 
 EARLY = {
-    "qkv": Blocking(16, 32, loads=0),
-    "out_proj": Blocking(32, 16, 16, 2, rehearsed=True),
-    "gate_up": Blocking(16, 64, loads=0),
-    "down": Blocking(16, 16, loads=0, rehearsed=True),
+    "qkv": Blocking(16, 32, num_stages=0),
+    "out_proj": Blocking(32, 16, 16, 2, warmup_pass=True),
+    "gate_up": Blocking(16, 64, num_stages=0),
+    "down": Blocking(16, 16, num_stages=0, warmup_pass=True),
     "embed": Blocking(32, 16),
 }
 
@@ -199,8 +199,8 @@ def test_weights_that_come_early_are_the_same_weights(config):
 
 OTHERWISE = {
     "qkv": Blocking(16, 32, 16, 2, tma=True),
-    "attention": Blocking(16, 16, loads=2, chunk=16),
-    "out_proj": Blocking(16, 16, 16, 2, tma=True, rehearsed=True),
+    "attention": Blocking(16, 16, num_stages=2, chunk=16),
+    "out_proj": Blocking(16, 16, 16, 2, tma=True, warmup_pass=True),
     "gate_up": Blocking(32, 32, 32, 2, tma=True),
     "down": Blocking(32, 16, 16, 3, tma=True),
     "head": Blocking(16, 32, 16, 2, tma=True, programs=3),
@@ -515,7 +515,7 @@ def test_the_tiles_are_a_right_plan():
                 for part in ("whole", "ffn", "attention"):
                     check_tiles(make_tiles(part_of(make_plan(config, 3, 21), part), cut))
     assert [padded(n) for n in (1, 16, 17, 48)] == [16, 16, 32, 64]
-    early = Blocking(16, 16, loads=0)
+    early = Blocking(16, 16, num_stages=0)
     assert [blocks(n, early) for n in (288, 768, 64, 40, 8)] == [
         (256, 32), (512, 256), (64, 0), (32, 16), (16, 0),
     ]  # fmt: skip

@@ -15,11 +15,11 @@ PRODUCTS = tuple(name for name, kind in STAGE_KINDS.items() if kind.inner is not
 @dataclass(frozen=True)
 class Blocking:
     """A tile of `rows` by `columns`; of gate_up, rows of its weight, two to a column of what it
-    writes; of attention, keys at once. `inner` is how much of the inner dimension is taken at once,
-    `loads` how many such blocks are on their way; with `loads` 0 all of it is, and the weights are
-    asked for before the tile's turn. `warps` run a tile.
+    writes; of attention, keys at once. `block_k` is how much of the inner dimension is taken at
+    once, `num_stages` how many such blocks are on their way; with `num_stages` 0 all of it is, and
+    the weights are asked for before the tile's turn. `warps` run a tile.
 
-    Where a stage is a launch of its own: a tile that is `rehearsed` is computed once before its
+    Where a stage is a launch of its own: with a `warmup_pass` a tile is computed once before its
     turn, and nothing of it stored; with `tma` blocks are fetched by the tensor memory accelerator,
     if the device has one and the extents allow it; a `chunk`, a multiple of `rows` and of
     `columns`, is how many keys a program of attention looks at, 0 all of them; so many `programs` a
@@ -29,10 +29,10 @@ class Blocking:
 
     rows: int
     columns: int
-    inner: int = 64
-    loads: int = 3
+    block_k: int = 64
+    num_stages: int = 3
     warps: int = 4
-    rehearsed: bool = False
+    warmup_pass: bool = False
     tma: bool = False
     chunk: int = 0
     programs: int = 0
@@ -64,8 +64,8 @@ H200 = Limits()
 
 def blocks(inner: int, blocking: Blocking) -> tuple[int, int]:
     """The constants BK and TAIL of a product over `inner`: powers of two from 16 on."""
-    if blocking.loads:
-        return blocking.inner, 0
+    if blocking.num_stages:
+        return blocking.block_k, 0
     whole = 1 << (inner.bit_length() - 1)
     rest = inner - whole
     return max(16, whole), padded(rest) if rest else 0
@@ -90,8 +90,8 @@ def shared_bytes(config: ModelConfig, kind: str, blocking: Blocking, itemsize: i
     if kind == "embed":
         return 0
     if kind == "attention":
-        return (b.rows + 2 * b.columns * b.loads) * padded(config.head_dim) * itemsize
-    inner = b.inner * b.loads or sum(blocks(inner_of(config, kind), b))
+        return (b.rows + 2 * b.columns * b.num_stages) * padded(config.head_dim) * itemsize
+    inner = b.block_k * b.num_stages or sum(blocks(inner_of(config, kind), b))
     way_out = b.rows * b.columns // 2 if b.programs else 0
     return ((b.rows + b.columns) * inner + way_out) * itemsize
 
@@ -140,10 +140,12 @@ def default_fused(
         return _completed(config, _few_rows(rows), itemsize, limits)
     small = config.dim <= 384
     found = {
-        "qkv": Blocking(64, 32, loads=0) if small else Blocking(64, 64, 64, 4),
-        "attention": Blocking(16, 128, loads=2) if rows <= 256 else Blocking(64, 64, loads=2),
+        "qkv": Blocking(64, 32, num_stages=0) if small else Blocking(64, 64, 64, 4),
+        "attention": Blocking(16, 128, num_stages=2)
+        if rows <= 256
+        else Blocking(64, 64, num_stages=2),
         "out_proj": Blocking(64, 32, 32, 5) if small else Blocking(64, 64, 64, 4),
-        "gate_up": Blocking(64, 64, loads=0) if small else Blocking(64, 128, 64, 4),
+        "gate_up": Blocking(64, 64, num_stages=0) if small else Blocking(64, 128, 64, 4),
         "down": Blocking(64, 32, 128, 3) if small else Blocking(64, 64, 64, 4),
         "head": Blocking(128, 128, 64, 3),
     }
@@ -177,7 +179,9 @@ def _completed(
     if config.qk_norm:  # a tile is a head
         qkv = found["qkv"]
         columns = padded(config.head_dim)
-        found["qkv"] = replace(qkv, rows=min(qkv.rows, 64), columns=columns, loads=qkv.loads or 3)
+        found["qkv"] = replace(
+            qkv, rows=min(qkv.rows, 64), columns=columns, num_stages=qkv.num_stages or 3
+        )
     found["embed"] = Blocking(16, found["down"].columns)
     return {kind: _fitted(config, kind, b, itemsize, limits) for kind, b in found.items()}
 
@@ -189,16 +193,16 @@ def _fitted(
     memory."""
     b = blocking
     while shared_bytes(config, kind, b, itemsize) > limits.room:
-        if not b.loads:
-            b = replace(b, loads=3)
-        elif b.loads > 2:
-            b = replace(b, loads=b.loads - 1)
+        if not b.num_stages:
+            b = replace(b, num_stages=3)
+        elif b.num_stages > 2:
+            b = replace(b, num_stages=b.num_stages - 1)
         elif b.programs:
             b = replace(b, programs=0)
         elif kind == "attention" and b.columns > 16:
             b = replace(b, columns=b.columns // 2)
-        elif kind != "attention" and b.inner > 16:
-            b = replace(b, inner=b.inner // 2)
+        elif kind != "attention" and b.block_k > 16:
+            b = replace(b, block_k=b.block_k // 2)
         elif b.rows > 16:
             b = replace(b, rows=b.rows // 2)
         else:
@@ -209,29 +213,29 @@ def _fitted(
 def _exact() -> dict[str, Blocking]:
     """Of float32, whose products are exact ones and slow."""
     found = dict.fromkeys(PRODUCTS, Blocking(16, 32, 32, 3))
-    return found | {"attention": Blocking(16, 32, loads=2)}
+    return found | {"attention": Blocking(16, 32, num_stages=2)}
 
 
 def _few_rows(rows: int) -> dict[str, Blocking]:
     few = Blocking(16 if rows <= 16 else 32, 32, 64, 4)
     found = dict.fromkeys(PRODUCTS, few)
     found["gate_up"] = Blocking(few.rows, 64, 64, 4)
-    return found | {"attention": Blocking(16, 64, loads=2)}
+    return found | {"attention": Blocking(16, 64, num_stages=2)}
 
 
 def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
     """64 to 511 of them: tiles so small that every multiprocessor has one."""
     if config.dim <= 384:  # registers hold a tile's weights
         found = {
-            "qkv": Blocking(32, 128, loads=0),
-            "out_proj": Blocking(64, 32, 32, 6, rehearsed=True),
-            "gate_up": Blocking(32, 128, loads=0),
-            "down": Blocking(64, 32, 128, 4, rehearsed=True),
+            "qkv": Blocking(32, 128, num_stages=0),
+            "out_proj": Blocking(64, 32, 32, 6, warmup_pass=True),
+            "gate_up": Blocking(32, 128, num_stages=0),
+            "down": Blocking(64, 32, 128, 4, warmup_pass=True),
             "head": Blocking(128, 256, 32, 4, 8, tma=True, programs=1),
         }
     elif config.dim < 768:
         found = {
-            "qkv": Blocking(64, 64, loads=0),
+            "qkv": Blocking(64, 64, num_stages=0),
             "out_proj": Blocking(64, 32, 64, 4),
             "gate_up": Blocking(128, 64, 64, 6, tma=True),
             "down": Blocking(64, 32, 128, 5, tma=True),
@@ -243,7 +247,7 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
             "qkv": Blocking(128, 64, 64, 6, tma=True),
             "out_proj": Blocking(64, 32, 128, 5, tma=True)
             if deep
-            else Blocking(64, 64, 128, 3, rehearsed=True, tma=True),
+            else Blocking(64, 64, 128, 3, warmup_pass=True, tma=True),
             "gate_up": Blocking(128, 128, 64, 6, 8, tma=True)
             if 2 * config.hidden_dim > 4096  # or two tiles for a multiprocessor
             else Blocking(128, 64, 64, 6, tma=True),
@@ -252,15 +256,15 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
         }
     heads = rows * config.n_heads
     if padded(config.head_dim) > 64:
-        found["attention"] = Blocking(32, 128, loads=3)
+        found["attention"] = Blocking(32, 128, num_stages=3)
     elif rows > 256:
-        found["attention"] = Blocking(16, 128, loads=2)
+        found["attention"] = Blocking(16, 128, num_stages=2)
     elif heads <= 2048:
-        found["attention"] = Blocking(16, 256, loads=3)
+        found["attention"] = Blocking(16, 256, num_stages=3)
     elif heads <= 2560:
-        found["attention"] = Blocking(32, 128, loads=2)
+        found["attention"] = Blocking(32, 128, num_stages=2)
     else:  # two tiles for a multiprocessor
-        found["attention"] = Blocking(16, 256, loads=1)
+        found["attention"] = Blocking(16, 256, num_stages=1)
     return found
 
 
@@ -268,7 +272,7 @@ def _many_rows(config: ModelConfig) -> dict[str, Blocking]:
     if config.dim <= 384:
         return {
             "qkv": Blocking(64, 64, 64, 4, tma=True),
-            "attention": Blocking(64, 128, loads=2, chunk=256),
+            "attention": Blocking(64, 128, num_stages=2, chunk=256),
             "out_proj": Blocking(128, 32, 64, 4, tma=True),
             "gate_up": Blocking(128, 128, 64, 4, 8, tma=True),
             "down": Blocking(64, 32, 128, 4, tma=True),
@@ -276,7 +280,9 @@ def _many_rows(config: ModelConfig) -> dict[str, Blocking]:
         }
     return {
         "qkv": Blocking(64, 128, 64, 4, tma=True),
-        "attention": Blocking(64, 128 if padded(config.head_dim) <= 64 else 64, loads=2, chunk=512),
+        "attention": Blocking(
+            64, 128 if padded(config.head_dim) <= 64 else 64, num_stages=2, chunk=512
+        ),
         "out_proj": Blocking(64, 128, 64, 6, tma=True),
         "gate_up": Blocking(128, 128, 64, 3, tma=True),
         "down": Blocking(64, 128, 64, 6, tma=True),

@@ -107,9 +107,9 @@ def _capturing(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def share_first_cache(compiled: Any) -> None:
-    """Have a multiprocessor give its first cache to shared memory, as much as it can, for a kernel
-    that is loaded. Between kernels that want it divided in different ways a multiprocessor must run
+def prefer_shared_memory(compiled: Any) -> None:
+    """Have a multiprocessor give its L1 to shared memory, as much as it can, for a kernel that is
+    loaded. Between kernels that want it divided in different ways a multiprocessor must run
     empty: with all of them alike, the stages of a 15-million-parameter model took 138 us in place
     of 158."""
     if torch.version.hip is not None:

@@ -22,7 +22,7 @@ from onelaunch.engines.cuda.blocking import (
     padded,
     tilings,
 )
-from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, share_first_cache
+from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, prefer_shared_memory
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.operators.handles import dependent_launch
@@ -188,7 +188,7 @@ class BoundForward:
         # the stream that is the current one stays it where capturing fails, too
         with on(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             for call in self.calls:
-                share_first_cache(call.load())
+                prefer_shared_memory(call.load())
             self.run()
             torch.cuda.synchronize(device)
             return captured(self.run, device)

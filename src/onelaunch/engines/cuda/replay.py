@@ -16,7 +16,7 @@ from onelaunch.engines.cuda.calls import (
     captured,
     launcher,
     on,
-    share_first_cache,
+    prefer_shared_memory,
 )
 from onelaunch.engines.cuda.program import BoundForward
 
@@ -42,10 +42,10 @@ class Replay:
         with on(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             if rest:
                 assert isinstance(first, Call)
-                share_first_cache(first.load())
+                prefer_shared_memory(first.load())
                 self._first = launcher(first, bound.buffers.tokens, bound.buffers.logits)
             for call in middle:
-                share_first_cache(call.load())
+                prefer_shared_memory(call.load())
             if middle:
                 torch.cuda.synchronize(device)
                 self._graph = captured(partial(_call_all, middle), device)
@@ -59,7 +59,7 @@ class Replay:
             assert isinstance(product, CallAndProduct)
             self._last[logits.dtype] = lambda ids_N, to: product.multiply(to)
             return
-        share_first_cache(last.load())
+        prefer_shared_memory(last.load())
         self._last[logits.dtype] = launcher(last, bound.buffers.tokens, logits)
 
     def is_prepared(self, dtype: torch.dtype) -> bool:

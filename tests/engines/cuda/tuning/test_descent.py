@@ -55,7 +55,7 @@ def test_what_shares_columns_changes_together():
             "out_proj": lambda b: price[b.columns] + b.rows,
             "down": lambda b: price[b.columns] + abs(b.rows - 32),
             "embed": lambda b: 0.0,
-            "qkv": lambda b: b.inner,
+            "qkv": lambda b: b.block_k,
         }
     )
     found = descend(listed, time_us)
@@ -81,9 +81,9 @@ def test_what_cannot_run_is_never_returned():
     listed = {"qkv": of_inner(16, 32, 64), "head": of_inner(16, 32)}
 
     def time_us(blockings):
-        if blockings["qkv"].inner == 16 or blockings["head"].inner == 32:
+        if blockings["qkv"].block_k == 16 or blockings["head"].block_k == 32:
             return math.inf
-        return float(blockings["qkv"].inner)
+        return float(blockings["qkv"].block_k)
 
     found = descend(listed, time_us)
     assert found.blockings == {"qkv": Blocking(64, 64, 32), "head": Blocking(64, 64, 16)}

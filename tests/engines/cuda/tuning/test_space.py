@@ -53,35 +53,35 @@ def test_options_fit_the_device(config, limits):
                     assert found[0] == rule[kind]
                 for blocking in found[1:]:
                     check_option(config, kind, blocking, width, limits)
-                    assert not blocking.rehearsed or rows < 512 or found[0].rehearsed
+                    assert not blocking.warmup_pass or rows < 512 or found[0].warmup_pass
                     own = not (alike(blocking, found[0]) or blocking.library)
-                    if blocking.loads and own and kind != "attention":
-                        assert blocking.loads <= -(-inner_of(config, kind) // blocking.inner)
+                    if blocking.num_stages and own and kind != "attention":
+                        assert blocking.num_stages <= -(-inner_of(config, kind) // blocking.block_k)
 
 
 def alike(one, other):
-    return replace(one, rehearsed=False, tma=other.tma, programs=0) == replace(
-        other, rehearsed=False, programs=0
+    return replace(one, warmup_pass=False, tma=other.tma, programs=0) == replace(
+        other, warmup_pass=False, programs=0
     )
 
 
 def check_option(config, kind, b, width, limits):
     threads = 32 * b.warps
     assert b.warps in (4, 8)
-    assert {b.rows, b.columns, b.inner} <= {16, 32, 64, 128, 256}
+    assert {b.rows, b.columns, b.block_k} <= {16, 32, 64, 128, 256}
     assert b.rows * b.columns / threads <= 128
     assert b.rows >= 16
     if kind in WRITES_X:
         assert b.columns == width
-    assert not b.rehearsed or kind in ("out_proj", "down")
+    assert not b.warmup_pass or kind in ("out_proj", "down")
     if kind == "attention":
-        elements = (b.rows + 2 * b.columns * b.loads) * padded(config.head_dim)
+        elements = (b.rows + 2 * b.columns * b.num_stages) * padded(config.head_dim)
         assert b.rows * padded(config.head_dim) / threads <= 64
     else:
         inner = inner_of(config, kind)
-        at_once = b.inner * b.loads if b.loads else sum(blocks(inner, b))
+        at_once = b.block_k * b.num_stages if b.num_stages else sum(blocks(inner, b))
         elements = (b.rows + b.columns) * at_once
-        if not b.loads:
+        if not b.num_stages:
             assert b.columns * at_once / threads <= 320
     if kind == "qkv" and config.qk_norm:
         assert b.columns == padded(config.head_dim)
@@ -101,16 +101,16 @@ def test_what_was_best_on_an_h200_is_among_them():
     """The tiles that a search by hand ended with (docs/log.md): 15 million parameters, 256 rows."""
     config = preset("stories15m")
     for kind, tile in {
-        "qkv": Blocking(32, 128, loads=0),
-        "attention": Blocking(16, 256, loads=3),
-        "out_proj": Blocking(64, 32, 32, 6, rehearsed=True),
-        "gate_up": Blocking(32, 128, loads=0),
-        "down": Blocking(64, 32, 128, 4, rehearsed=True),
+        "qkv": Blocking(32, 128, num_stages=0),
+        "attention": Blocking(16, 256, num_stages=3),
+        "out_proj": Blocking(64, 32, 32, 6, warmup_pass=True),
+        "gate_up": Blocking(32, 128, num_stages=0),
+        "down": Blocking(64, 32, 128, 4, warmup_pass=True),
     }.items():
         assert tile in options(config, 1, 256, 2, kind, 32)
     best = Blocking(128, 256, 64, 4, 8, tma=True, programs=1)
     assert best in options(preset("stories110m"), 1, 1024, 2, "head", 32)
-    best = Blocking(64, 128, loads=2, chunk=512)
+    best = Blocking(64, 128, num_stages=2, chunk=512)
     assert best in options(preset("stories110m"), 1, 1024, 2, "attention", 32)
 
 

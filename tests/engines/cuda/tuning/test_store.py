@@ -173,9 +173,9 @@ WRONG = {
     "rows less than none": changed((*TILE, "rows"), -16),
     "rows by halves": changed((*TILE, "rows"), 32.0),
     "a truth for warps": changed((*TILE, "warps"), True),
-    "too many loads": changed((*TILE, "loads"), 17),
-    "rehearsed by number": changed((*TILE, "rehearsed"), 1),
-    "a blocking's field missing": changed((*TILE, "inner"), None),
+    "too many stages": changed((*TILE, "num_stages"), 17),
+    "a warm-up pass by number": changed((*TILE, "warmup_pass"), 1),
+    "a blocking's field missing": changed((*TILE, "block_k"), None),
     "x in tiles of two widths": changed(("choice", "blockings", "down", "columns"), 64),
 }
 

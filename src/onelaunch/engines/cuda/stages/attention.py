@@ -202,7 +202,7 @@ def bind(s: Sources, kind: str, layer: int | None) -> Bound:
     partial, arrived = (None, None) if s.chunks is None else (s.chunks.partial, s.chunks.arrived)
     extents = Extents(
         c.n_heads, c.n_kv_heads, c.head_dim, padded(c.head_dim), blocking.rows,
-        blocking.columns, chunk, blocking.loads,
+        blocking.columns, chunk, blocking.num_stages,
     )  # fmt: skip
     scale = c.head_dim**-0.5
     operands = Operands(b.qkv, b.attn_out, partial, arrived, scale, constant(extents))

@@ -119,15 +119,15 @@ class Sources:
         row_bytes = weight.shape[-1] * weight.element_size()
         every_row = kind != "head" or self.buffers.of.shape[0] == x.shape[0]
         apart = kind != "qkv" or self.tilings[kind].columns == blocking.columns
-        fits = blocking.loads > 0 and row_bytes % 16 == 0 and every_row and apart
+        fits = blocking.num_stages > 0 and row_bytes % 16 == 0 and every_row and apart
         tma = blocking.tma and fits and self.limits.tma and layer is not None
-        product = Blocks(blocking.rows, blocking.columns, BK, TAIL, blocking.loads, tma)
+        product = Blocks(blocking.rows, blocking.columns, BK, TAIL, blocking.num_stages, tma)
         if tma:
             x_desc, w_desc = (
                 descriptor(x, blocking.rows, BK), descriptor(weight, blocking.columns, BK)
             )  # fmt: skip
-            return Sides(None, None, x_desc, w_desc, product, blocking.rehearsed)
-        return Sides(x, weight, None, None, product, blocking.rehearsed)
+            return Sides(None, None, x_desc, w_desc, product, blocking.warmup_pass)
+        return Sides(x, weight, None, None, product, blocking.warmup_pass)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:

@@ -25,9 +25,9 @@ WRITES_X = ("embed", "out_proj", "down")
 """They write x in tiles of the same columns."""
 MOST = 10
 PER_TILE = 4
-REHEARSED_ROWS = 512
+WARMUP_ROWS = 512
 
-# (inner, loads), the likeliest first
+# (block_k, num_stages), the likeliest first
 _PIPELINES = (
     (64, 4), (128, 5), (64, 6), (32, 6), (128, 3), (64, 3), (128, 4), (128, 2), (32, 3), (64, 2),
 )  # fmt: skip
@@ -48,7 +48,7 @@ _KEYS_US = 0.5  # a step of attention through its keys
 def x_columns(config: ModelConfig, rows: int) -> tuple[int, ...]:
     """The widths of the tiles of x that are worth trying, the rule's first."""
     first = default(config, rows, 2)["down"].columns
-    widths = (32, 64, 128) if rows >= REHEARSED_ROWS else (32, 64)
+    widths = (32, 64, 128) if rows >= WARMUP_ROWS else (32, 64)
     return (first, *(w for w in widths if w != first and w <= padded(config.dim)))
 
 
@@ -75,11 +75,11 @@ def options(
     found = [rule]
     if kind == "head":
         found.append(Blocking(128, 128, library=True))
-    if kind in PRODUCTS and rule.loads and limits.tma:
+    if kind in PRODUCTS and rule.num_stages and limits.tma:
         found.append(replace(rule, tma=not rule.tma, programs=0))
-    if kind in ("out_proj", "down") and batch * sequence < REHEARSED_ROWS:
+    if kind in ("out_proj", "down") and batch * sequence < WARMUP_ROWS:
         likely = (rule, *_best(ranked, 2))
-        found += [replace(o, rehearsed=not o.rehearsed) for o in likely if o.loads]
+        found += [replace(o, warmup_pass=not o.warmup_pass) for o in likely if o.num_stages]
     found += _best(ranked, MOST)
     fitting = [o for o in found if o == rule or fits(config, kind, o, itemsize, limits)]
     return list(dict.fromkeys(fitting))
@@ -98,7 +98,7 @@ def fits(
         few_enough = max(accumulators, b.rows * padded(config.head_dim) / threads) <= _SCORES
     else:
         few_enough = accumulators <= _ACCUMULATORS[1]
-        if not b.loads:
+        if not b.num_stages:
             weights = b.columns * sum(blocks(inner_of(config, kind), b))
             few_enough &= weights <= _EARLY_TILE and weights / threads <= _EARLY_WEIGHTS
     shared = shared_bytes(config, kind, b, itemsize)
@@ -142,7 +142,7 @@ def _products(
 
 
 def _tiles(config: ModelConfig, rows: int, kind: str, x_columns: int) -> Iterator[tuple[int, int]]:
-    least = 64 if rows >= REHEARSED_ROWS else 32 if rows >= 64 else 16
+    least = 64 if rows >= WARMUP_ROWS else 32 if rows >= 64 else 16
     if kind in WRITES_X:
         widths: tuple[int, ...] = (x_columns,)
     elif kind == "qkv" and config.qk_norm:
@@ -162,8 +162,8 @@ def _variants(
 ) -> Iterator[Blocking]:
     """Ways through the inner dimension and numbers of warps, the likeliest first."""
     likely, other = (4, 8) if rows * columns <= 64 * 128 else (8, 4)
-    if all_rows < REHEARSED_ROWS:
-        yield Blocking(rows, columns, loads=0, warps=likely)
+    if all_rows < WARMUP_ROWS:
+        yield Blocking(rows, columns, num_stages=0, warps=likely)
     whole = [p for p in _PIPELINES if p[1] <= -(-inner // p[0])]
     # blocks that the inner dimension is a multiple of need no masks
     whole.sort(key=lambda pipeline: inner % pipeline[0] != 0)
@@ -182,7 +182,7 @@ def _attention(
     """Blockings of attention with what they are guessed to take."""
     width, ranked = padded(config.head_dim), []
     for rows in (16, 32, 64, 128):
-        if rows > padded(sequence) or (rows < 32 and sequence >= REHEARSED_ROWS):
+        if rows > padded(sequence) or (rows < 32 and sequence >= WARMUP_ROWS):
             continue
         tiles = batch * -(-sequence // rows) * config.n_heads
         for keys in (32, 64, 128, 256):
@@ -196,17 +196,17 @@ def _attention(
             variants = [
                 option
                 for warps in (4, 8)
-                for loads in (2, 3, 1)
+                for num_stages in (2, 3, 1)
                 for chunk in (*chunks, 0)
                 if fits(
                     config,
                     "attention",
-                    option := Blocking(rows, keys, loads=loads, warps=warps, chunk=chunk),
+                    option := Blocking(rows, keys, num_stages=num_stages, warps=warps, chunk=chunk),
                     itemsize,
                     limits,
                 )
                 and (warps == 4 or rows >= 64)
-                and loads <= steps + 1
+                and num_stages <= steps + 1
             ]
             ranked += [(guess * (1 + _PIPELINE_STEP * i), v) for i, v in enumerate(variants)]
     return ranked

@@ -31,7 +31,7 @@ WHAT = "the choice of a form"
 _SHAPE = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "qk_norm",
 )  # fmt: skip
-_EXTENT, _LOADS, _WARPS, _CHUNK, _PROGRAMS = 1024, 16, 32, 1 << 16, 32  # more than any has
+_EXTENT, _STAGES, _WARPS, _CHUNK, _PROGRAMS = 1024, 16, 32, 1 << 16, 32  # more than any has
 
 Facts = dict[str, str | int | bool]
 
@@ -214,9 +214,9 @@ def read_blocking(data: Mapping[str, Any]) -> Blocking:
         expected = int if field.default is MISSING else type(field.default)
         _require(type(data[field.name]) is expected)
     blocking = Blocking(**data)
-    for extent in (blocking.rows, blocking.columns, blocking.inner):
+    for extent in (blocking.rows, blocking.columns, blocking.block_k):
         _require(16 <= extent <= _EXTENT and extent & (extent - 1) == 0)
-    _require(0 <= blocking.loads <= _LOADS)
+    _require(0 <= blocking.num_stages <= _STAGES)
     _require(0 <= blocking.chunk <= _CHUNK and 0 <= blocking.programs <= _PROGRAMS)
     _require(blocking.chunk % max(blocking.rows, blocking.columns) == 0)
     _require(1 <= blocking.warps <= _WARPS and blocking.warps & (blocking.warps - 1) == 0)

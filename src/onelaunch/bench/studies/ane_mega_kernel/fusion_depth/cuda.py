@@ -47,7 +47,7 @@ from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     rows_of,
 )
 from onelaunch.config import ModelConfig, preset
-from onelaunch.engines.cuda.calls import Call, CallAndProduct, share_first_cache
+from onelaunch.engines.cuda.calls import Call, CallAndProduct, prefer_shared_memory
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from onelaunch.errors import RunFailed
@@ -203,7 +203,7 @@ def _compiling(call: Call | CallAndProduct) -> float:
     with triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
         start = time.perf_counter()
-        share_first_cache(call.load())
+        prefer_shared_memory(call.load())
         return time.perf_counter() - start
 
 

@@ -1,8 +1,8 @@
 """A process that compiles the CUDA engine's kernel for gate and up.
 
 Its argument is JSON: a configuration, a sequence, the number of a GPU. Each line of its input is
-JSON too, [inner, loads, warps] of a tiling, and is answered by a line: null, or why it does not
-fit.
+JSON too, [block_k, num_stages, warps] of a tiling, and is answered by a line: null, or why it does
+not fit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main() -> None:
         packed = pack(config, weights, torch.bfloat16, device)
         rule = default(config, sequence, 2, limits_of(device))
         while True:
-            inner, loads, warps = json.loads(lines.get())
-            tile = replace(rule["gate_up"], inner=inner, loads=loads, warps=warps)
+            block_k, num_stages, warps = json.loads(lines.get())
+            tile = replace(rule["gate_up"], block_k=block_k, num_stages=num_stages, warps=warps)
             shape = Shape(1, sequence, True, torch.bfloat16)
             bound = BoundForward(config, packed, shape, {**rule, "gate_up": tile})
             kinds = [stage.kind for stage in bound.plan.stages]
