@@ -483,9 +483,7 @@ def train(
             assert recipe is not None
             place = Path(run) if run else default_run_folder(name)
             outcome = start(recipe, place, quiet, numbered=run is None)
-    if (
-        outcome.restart_requested
-    ):  # as many compilations as coreml.compile_budget lets a process make
+    if outcome.restart_requested:  # coreml.compile_budget is spent
         _go_on(outcome.run)
     if outcome.signal is not None:
         raise KeyboardInterrupt(f"stopped; {outcome.run} is saved and can be resumed")

@@ -78,8 +78,8 @@ def generate(
             "--engine",
             metavar="ENGINE",
             help="auto, reference (PyTorch), cpu (compiled: one call for many tokens), "
-            "cuda (generates with PyTorch so far) or coreml (ML Programs, evaluated here, for "
-            "checking); auto is the device's own.",
+            "cuda (generates with PyTorch so far) or coreml (ML Programs, by Core ML on a Mac, "
+            "elsewhere evaluated, for checking); auto is the device's own.",
         ),
     ] = "auto",
     device: Device = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -90,6 +91,52 @@ def test_kernels_are_compiled_several_at_a_time(monkeypatch):
     assert compiled == []
     BoundForward(config, packed, shape, {"head": broken}).calls[-1].compile()
     assert len(compiled) == 1, "what failed is tried again where it is timed"
+
+
+@pytest.mark.extended
+def test_an_interrupt_leaves_out_what_is_not_begun(monkeypatch):
+    pytest.importorskip("triton")
+    if launch.INTERPRETED:
+        pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    monkeypatch.setattr(timer, "usable_cores", lambda: 1)
+    config = preset("stories260k").with_(n_layers=1)
+    zeros = {n: torch.zeros(s, dtype=torch.bfloat16) for n, s in config.weight_shapes().items()}
+    packed = pack(config, zeros, torch.bfloat16, torch.device("cpu"))
+
+    asked_for = threading.Event()
+
+    class Held(timer._Counting):
+        def submit(self, fn, /, *args, **kwargs):
+            return super().submit(lambda: asked_for.wait(60) and fn(*args, **kwargs))
+
+    monkeypatch.setattr(timer, "_Counting", Held)
+
+    def jobs():
+        for columns in (16, 32, 64, 128):
+            wide = replace(default(config, 64, 2)["gate_up"], rows=16, columns=columns, warps=2)
+            yield Job(Form("staged", {"gate_up": wide}), "gate_up")
+        asked_for.set()
+        raise KeyboardInterrupt
+
+    heard = []
+    with pytest.raises(KeyboardInterrupt):
+        timer.Compiler(config, packed, 64, lambda *how: heard.append(how))(jobs())
+    compiled = []
+    monkeypatch.setattr(
+        "triton.runtime.jit.JITFunction._do_compile", lambda *how: compiled.append(how)
+    )
+    timer.Compiler(config, packed, 64, lambda *how: None)(list(jobs_before_the_interrupt(jobs)))
+    assert compiled, "some were not begun"
+
+
+def jobs_before_the_interrupt(jobs):
+    try:
+        yield from jobs()
+    except KeyboardInterrupt:
+        return
 
 
 @pytest.fixture

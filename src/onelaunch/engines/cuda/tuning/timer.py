@@ -108,11 +108,15 @@ class Compiler:
         with ThreadPoolExecutor(min(MAX_COMPILERS, max(2, usable_cores() - 1))) as pool, verified:
             counted = _Counting(pool, self._progress)
             try:
-                with AsyncCompileMode(counted, ignore_errors=True):
-                    for job in jobs:
-                        with suppress(Exception):  # whatever Triton raises
-                            for call in self._calls(job):
-                                call.compile()
+                with AsyncCompileMode(counted, ignore_errors=True) as mode:
+                    try:
+                        for job in jobs:
+                            with suppress(Exception):  # whatever Triton raises
+                                for call in self._calls(job):
+                                    call.compile()
+                    except BaseException:  # interrupted: its end would wait for all of them
+                        mode.raw_futures.clear()
+                        raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
