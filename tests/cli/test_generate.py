@@ -265,7 +265,7 @@ def test_bad_input_is_one_line_and_exit_2(model, onelaunch, tmp_path):
         (("--prompt", "-", "--prompt", "-"), "standard input"),
         (("--prompt", "x" * 32), "33 tokens"),
         (("--tokenizer", str(latin)), "latin.txt"),
-        (("--engine", "cuda"), "--engine cuda"),
+        (("--device", "cpu", "--engine", "cuda"), "--engine cuda"),
         (("--device", "gpu"), "--device gpu"),
         (("--dtype", "fp8"), "--dtype fp8"),
         (("--temperature", "-1"), "temperature"),
