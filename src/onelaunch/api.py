@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -268,10 +267,14 @@ class LanguageModel:
         self,
         ids: Tensor | Sequence[Sequence[int]],
         dtype: torch.dtype | None = None,
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits of every position, (batch, sequence, vocabulary), on the engine's device; see
-        `engines.engine.Engine.logits`."""
-        return self.engine.logits(ids, dtype)
+        """Logits of every position, (batch, sequence, vocabulary), on the engine's device; with
+        `last` those of each sequence's last position alone, (batch, vocabulary), and `lengths` says
+        how many tokens of each count. See `engines.engine.LogitsEngine.logits`."""
+        return self.engine.logits(ids, dtype, last=last, lengths=lengths)
 
     def loss(self, ids: Tensor | Sequence[Sequence[int]]) -> float:
         """Mean cross-entropy of the ids after the first of each sequence, in nats per token.
@@ -461,28 +464,10 @@ def train(
     """
     import torch
 
-    from onelaunch.training.folders import default_run_folder, newest_run
-    from onelaunch.training.recipe import Recipe
-    from onelaunch.training.run import resume as resume_run
-    from onelaunch.training.run import start
+    from onelaunch.training.train import train as train_run
 
-    changed, name = dict(settings or {}), "run"
-    if recipe is None and not resume:
-        recipe = "quickstart"
-    if isinstance(recipe, Mapping):
-        recipe = Recipe.from_dict(dict(recipe), "recipe")
-    elif isinstance(recipe, str | Path):
-        name = Path(recipe).stem
-        recipe = Recipe.load(str(recipe))
-    if recipe is not None:
-        recipe = recipe.with_settings(changed, "settings")
     with torch.inference_mode(False), torch.enable_grad():
-        if resume:
-            outcome = resume_run(Path(run) if run else newest_run(), changed, recipe, quiet)
-        else:
-            assert recipe is not None
-            place = Path(run) if run else default_run_folder(name)
-            outcome = start(recipe, place, quiet, numbered=run is None)
+        outcome = train_run(recipe, Path(run) if run else None, settings or {}, resume, quiet)
     if outcome.restart_requested:  # coreml.compile_budget is spent
         _go_on(outcome.run)
     if outcome.signal is not None:
@@ -493,8 +478,9 @@ def train(
 def _go_on(run: Path) -> None:
     """Have a fresh process finish a run."""
     from onelaunch.compilation.environment import child_environment
+    from onelaunch.training.train import resume_command
 
-    command = [sys.executable, "-m", "onelaunch", "train", "--resume", "--run", str(run), "--quiet"]
+    command = resume_command(run, quiet=True)
     status = subprocess.run(command, env=child_environment()).returncode
     if status < 0 or status > 128:
         raise KeyboardInterrupt(f"stopped; {run} is saved and can be resumed")

@@ -83,8 +83,8 @@ def test_a_finished_run_is_not_overwritten(finished):
     [
         (["train", "nothing.toml"], "built-in ones: quickstart"),
         (["train", "--set", "train.acum=3"], "did you mean train.accum?"),
-        (["train", "--accum", "1001"], "--accum 1001: must be from 1 to 1000"),
-        (["train", "--preset", "stories15"], "unknown preset"),
+        (["train", "--accum", "1001"], "--accum: train.accum = 1001"),
+        (["train", "--preset", "stories15"], "--preset stories15"),
         (["train", "--resume"], "there is no run to resume in runs/; name the one to continue"),
         (["train", "--resume", "--run", "nowhere"], "nothing to resume"),
         (["train", "--data", "nowhere", "--run", "r"], "nowhere"),

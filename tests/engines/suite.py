@@ -411,6 +411,48 @@ class EngineSuite:
         with pytest.raises(BadInput, match=message):
             engine.logits(tokens)
 
+    def test_logits_of_each_last_position(self, engine):
+        tokens = torch.randint(
+            SMALL.vocab_size, (3, 21), generator=torch.Generator().manual_seed(5)
+        )
+        every = engine.logits(tokens).double()
+        lengths = [21, 1, 17]
+        padded = tokens.clone()
+        for row, length in zip(padded, lengths, strict=True):
+            row[length:] = 7  # has no effect
+        for got, ends in [
+            (engine.logits(tokens, last=True), [21, 21, 21]),
+            (engine.logits(padded, last=True, lengths=lengths), lengths),
+            (engine.logits(padded, last=True, lengths=torch.tensor(lengths)), lengths),
+            (engine.logits(tokens, last=True), [21, 21, 21]),  # again, after other lengths
+        ]:
+            assert got.shape == (3, SMALL.vocab_size)
+            for row, (logits_V, end) in enumerate(zip(got.double(), ends, strict=True)):
+                expected = every[row, end - 1]
+                error = float((logits_V - expected).norm() / expected.norm())
+                assert error < self.logprob_error
+        none = engine.logits(torch.empty(0, 3, dtype=torch.int64), last=True)
+        assert none.shape == (0, SMALL.vocab_size)
+
+    @pytest.mark.parametrize(
+        ("last", "lengths", "message"),
+        [
+            (False, [3, 3], "last=True"),
+            (True, [3], "lengths=.*2 whole numbers from 1 to 3"),
+            (True, [3, 0], "lengths=.*from 1 to 3"),
+            (True, [4, 3], "lengths=.*from 1 to 3"),
+            (True, [1.5, 3], "lengths=.*whole numbers"),
+        ],
+        ids=str,
+    )
+    def test_logits_say_which_lengths_they_take(self, engine, last, lengths, message):
+        with pytest.raises(BadInput, match=message):
+            engine.logits([[1, 2, 3], [4, 5, 6]], last=last, lengths=lengths)
+
+    def test_nothing_has_no_last_position(self, engine):
+        with pytest.raises(BadInput, match="last"):
+            engine.logits(torch.empty(2, 0, dtype=torch.int64), last=True)
+
     @pytest.mark.parametrize("size", [(0, 3), (2, 0), (0, 0)])
     def test_logits_of_nothing_are_empty(self, engine, size):
         logits = engine.logits(torch.empty(size, dtype=torch.int64))

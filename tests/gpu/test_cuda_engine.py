@@ -263,7 +263,7 @@ def test_a_forward_that_was_given_up_is_told_once():
     tokens = tokens_of(SMALL, 2, 20)
     right = engine.logits(tokens)
     for _ in range(2):
-        bound = engine._forms[2, 20]._bound
+        bound = engine._forms[2, 20, True]._bound
         bound.sync[sync.STATUS] = sync.GAVE_UP + (3 << sync.ROW_TILE_BITS)
         assert engine.logits(tokens).isnan().all()
         with pytest.raises(EngineTimeout, match="row tile 0 of layer 0 out_proj"):

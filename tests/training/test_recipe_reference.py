@@ -162,7 +162,7 @@ def test_an_option_sets_the_key_that_is_shown(monkeypatch, tmp_path):
         started.append(given)
         raise BadInput("started")
 
-    monkeypatch.setattr("onelaunch.training.run.start", start)
+    monkeypatch.setattr("onelaunch.training.train.start", start)
     values = {"--preset": "stories15m", "--data": "folder", "--accum": "7", "--device": "mps"}
     values |= {"--engine": "coreml", "--compile-budget": "9"}
     assert set(values) == set(TOOL["OPTIONS"])

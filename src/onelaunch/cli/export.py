@@ -1,26 +1,19 @@
 """`onelaunch export`: a model from one format into another, its tokenizer with it.
 
-Into a Hugging Face folder the tokenizer goes under its usual name, beside OUT/NAME.bin as
-NAME.tokenizer.bin (or .bytes, .json): several models share a folder, and loading NAME.bin looks
-for that name first. A model whose tokenizer cannot be used is exported without it, and a line on
-standard error, with --quiet too, names the file and the reason.
+A model whose tokenizer cannot be used is exported without it, and a line on standard error, with
+--quiet too, names the file and the reason.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from onelaunch.checkpoints import writable_formats
 from onelaunch.cli.common import Debug, ModelArgument, Quiet, load_model, say
-from onelaunch.errors import BadInput, MissingExtra
-
-if TYPE_CHECKING:
-    from onelaunch.checkpoints.tokenizers import Tokenizer
+from onelaunch.errors import BadInput
 
 COREML = "coreml"
 FORMATS = (*writable_formats(), COREML)
@@ -83,8 +76,9 @@ def export(
     """
     if format not in FORMATS:
         raise BadInput(f"--format {format}: must be one of {', '.join(FORMATS)}")
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists already; nothing was written: choose another name for OUT")
+    from onelaunch.checkpoints.export import check_out
+
+    check_out(out, format)
     if format == COREML:
         if weights not in (None, "fp16"):
             raise BadInput(f"--weights {weights}: must be fp16")
@@ -94,64 +88,31 @@ def export(
     for name, value in programs.items():
         if value is not None:
             raise BadInput(f"--{name} {value}: is for --format {COREML}; leave it out")
-    if format == "llama2c" and out.suffix != ".bin":
-        raise BadInput(f"{out}: a llama2.c file is known by its name: OUT must end in .bin")
-    from onelaunch.checkpoints import save
-    from onelaunch.checkpoints.tokenizers import find_tokenizer
+    _export_model(model, random, out, format, quiet)
 
-    if format == "llama2c":
-        _refuse_own_tokenizer(out)
+
+def _export_model(model: str, random: bool, out: Path, format: str, quiet: bool) -> None:
+    from onelaunch.checkpoints.export import bytes_in
+    from onelaunch.checkpoints.export import export as export_model
+
     loaded = load_model(model, random)
-    unusable = None
-    try:
-        tokenizer = find_tokenizer(loaded)
-    except (BadInput, MissingExtra) as error:
-        tokenizer, unusable = None, error
-    save(loaded, out, format)
-    say(f"wrote {out} ({format}, {_bytes_in(out):,} bytes)", quiet)
-    if format == "llama2c" and (loaded.bos_id, loaded.stop_ids) != (1, (1, 2)):
+    exported = export_model(loaded, out, format)
+    say(f"wrote {out} ({format}, {bytes_in(out):,} bytes)", quiet)
+    if exported.loses_special_ids:
         say(
             f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
             f"and stop at 1 and 2; this model has BOS {loaded.bos_id} and stops at "
             f"{', '.join(map(str, loaded.stop_ids)) or 'none'}",
             quiet,
         )
-    if unusable is not None:
-        say(f"the tokenizer was left out: {unusable}")
-    elif tokenizer is None:
+    if exported.unusable is not None:
+        say(f"the tokenizer was left out: {exported.unusable}")
+    elif exported.tokenizer is None:
         say(f"no tokenizer found beside {model}; none was written", quiet)
-    if tokenizer is None:
-        return
-    prefix = "" if out.is_dir() else f"{out.stem}."
-    try:
-        if out.is_dir():
-            _save_inside(tokenizer, out, quiet)
-        else:
-            say(f"wrote {tokenizer.save(out.parent, prefix)}", quiet)
-    except BaseException:
-        # all of it or nothing: neither OUT nor its own tokenizer was there before
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-        for name in _own_names(out) if prefix else ():
-            out.with_name(name).unlink(missing_ok=True)
-        raise
-
-
-def _own_names(out: Path) -> list[str]:
-    """What the files of OUT.bin's own tokenizer may be called."""
-    from onelaunch.checkpoints.tokenizers import FILE_NAMES
-
-    settings = ("tokenizer_config.json", "generation_config.json")
-    return [f"{out.stem}.{name}" for name in (*FILE_NAMES, *settings)]
-
-
-def _refuse_own_tokenizer(out: Path) -> None:
-    """What would be taken for OUT.bin's tokenizer must not be there before it."""
-    for name in _own_names(out):
-        if os.path.lexists(out.with_name(name)):
-            raise BadInput(
-                f"{out.with_name(name)}: exists already, and would be taken for the tokenizer of "
-                f"{out.name}; nothing was written: choose another name for OUT, or remove it"
-            )
+    else:
+        say(f"wrote {exported.tokenizer}", quiet)
+    if exported.for_transformers is not None:
+        say(f"wrote {exported.for_transformers}, for transformers", quiet)
 
 
 def _export_programs(
@@ -163,6 +124,7 @@ def _export_programs(
     taps: str,
     quiet: bool,
 ) -> None:
+    from onelaunch.checkpoints.export import bytes_in
     from onelaunch.engines.coreml import coremltools
     from onelaunch.engines.coreml.export import checked, write
 
@@ -173,22 +135,7 @@ def _export_programs(
     for each in written:
         say(
             f"wrote {each.path} ({each.launch.name}: {each.operations:,} operations, "
-            f"{_bytes_in(each.path):,} bytes, {each.emit_seconds + each.save_seconds:.1f} s)",
+            f"{bytes_in(each.path):,} bytes, {each.emit_seconds + each.save_seconds:.1f} s)",
             quiet,
         )
     say(f"onelaunch inspect {written[0].path} says what would run where", quiet)
-
-
-def _save_inside(tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
-    """Put the tokenizer into a Hugging Face folder: its own file, and one for transformers."""
-    from onelaunch.checkpoints.tokenizer_export import save_for_transformers
-    from onelaunch.checkpoints.tokenizers import BytesTokenizer, Llama2cTokenizer
-
-    say(f"wrote {tokenizer.save(folder)}", quiet)
-    if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
-        say(f"wrote {save_for_transformers(tokenizer, folder)}, for transformers", quiet)
-
-
-def _bytes_in(out: Path) -> int:
-    files = out.rglob("*") if out.is_dir() else [out]
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from onelaunch.cli.common import Debug, Quiet, program, say
+from onelaunch.config import PRESETS
 from onelaunch.errors import BadInput
 
 
@@ -80,55 +83,32 @@ def train(
     debug: Debug = False,
 ) -> int:
     """Train a model, or continue a run."""
-    from onelaunch.training.recipe import MAX_ACCUM, Recipe, parse_setting
+    from onelaunch.training.recipe import Recipe, parse_setting
+    from onelaunch.training.train import train as train_run
 
     settings: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+        settings["model.preset"] = preset
+    if data is not None:
+        settings["data.path"] = data
     for text in set_ or []:
         try:
             key, value = parse_setting(text)
         except BadInput as error:
             raise BadInput(f"--set {error}") from None
         settings[key] = value
-    if accum is not None:
-        if not 1 <= accum <= MAX_ACCUM:
-            raise BadInput(f"--accum {accum}: must be from 1 to {MAX_ACCUM}")
-        settings["train.accum"] = accum
-    if device is not None:
-        settings["train.device"] = device
-    if engine is not None:
-        settings["train.engine"] = engine
-    if compile_budget is not None:
-        settings["coreml.compile_budget"] = compile_budget
-    given: Recipe | None = None
-    if recipe is not None:
-        given = Recipe.load(recipe)
-    elif preset is not None:
-        given = Recipe()
-    elif not resume:
-        given = Recipe.load("quickstart")
-    named = {"model.preset": preset, "data.path": data}
-    chosen = {key: value for key, value in named.items() if value is not None}
-
-    from onelaunch.training.folders import default_run_folder, newest_run
-    from onelaunch.training.run import resume as resume_run
-    from onelaunch.training.run import start
-
-    if resume:
-        if run is None:
-            run = newest_run()
-            say(f"--resume without --run: the newest run is {run}", quiet)
-        if given is not None:
-            given = given.with_settings(chosen, "train").with_settings(settings, "--set")
-        if data is not None:
-            settings["data.path"] = data
-        Recipe().with_settings(settings, "--set")  # what no recipe has is said by this name
-        outcome = resume_run(run, settings, given, quiet)
-    else:
-        assert given is not None
-        name = Path(recipe).stem if recipe else preset or "quickstart"
-        given = given.with_settings(chosen, "train").with_settings(settings, "--set")
-        place = default_run_folder(name) if run is None else run
-        outcome = start(given, place, quiet, numbered=run is None)
+    options = {
+        "train.accum": accum,
+        "train.device": device,
+        "train.engine": engine,
+        "coreml.compile_budget": compile_budget,
+    }
+    settings |= {key: value for key, value in options.items() if value is not None}
+    named = recipe if recipe is not None or preset is None else Recipe()
+    with _settings_as_options(options):
+        outcome = train_run(named, run, settings, resume, quiet, lambda line: say(line, quiet))
     run = outcome.run
     if outcome.restart_requested:
         _go_on(run, quiet)
@@ -149,16 +129,32 @@ def train(
     return 0
 
 
+@contextlib.contextmanager
+def _settings_as_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Name the option by which a setting was given, in the messages that name settings."""
+    from onelaunch.training.train import SETTINGS
+
+    try:
+        yield
+    except BadInput as error:
+        head, colon, message = str(error).partition(": ")
+        if not colon or head != SETTINGS:
+            raise
+        keys = [key for key, value in options.items() if value is not None and key in message]
+        option = f"--{keys[0].partition('.')[2].replace('_', '-')}" if keys else "--set"
+        raise BadInput(f"{option}: {message}") from error
+
+
 def _go_on(run: Path, quiet: bool) -> None:
     """Have a fresh process continue this run, in this one's place."""
     import os
     import sys
 
     from onelaunch.compilation.environment import child_environment
+    from onelaunch.training.train import resume_command
 
     say("as many compilations as the budget has: a fresh process goes on", quiet)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-m", "onelaunch", "train", "--resume", "--run", str(run)]
-    command += ["--quiet"] if quiet else []
+    command = resume_command(run, quiet)
     os.execve(sys.executable, command, child_environment())

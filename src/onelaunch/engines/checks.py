@@ -103,6 +103,27 @@ def _from_lists(tokens: Sequence[Sequence[int]]) -> Tensor:
     return tensor if tensor.numel() else tensor.long()
 
 
+def last_positions(
+    tokens_BS: Tensor, last: bool, lengths: Sequence[int] | None
+) -> list[int] | None:
+    """The position of each sequence whose logits are wanted; None where those of all are. Raises
+    BadInput; see `LogitsEngine.logits`."""
+    batch, sequence = tokens_BS.shape
+    if not last:
+        if lengths is not None:
+            raise BadInput("lengths: need last=True; without it the logits of all positions come")
+        return None
+    if lengths is None:
+        if batch and not sequence:
+            raise BadInput("last=True: sequences without a token have no last position")
+        return [sequence - 1] * batch
+    counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    whole = all(isinstance(n, Integral) for n in counts)
+    if len(counts) != batch or not whole or not all(1 <= n <= sequence for n in counts):
+        raise BadInput(f"lengths={counts}: must be {batch} whole numbers from 1 to {sequence}")
+    return [int(n) - 1 for n in counts]
+
+
 def _kind(prompt: object) -> str:
     """What stands in the place of a list of ids."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):

@@ -135,8 +135,11 @@ class LogitsEngine(Protocol):
         self,
         tokens_BS: Tensor | Sequence[Sequence[int]],
         dtype: torch.dtype | None = None,
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits of every position of a batch of sequences.
+        """Logits of every position of a batch of sequences, or of each one's last.
 
         `tokens_BS` is an integer tensor of token ids, (batch, sequence), on any device, or lists of
         equal length, `[[1, 403], [1, 407]]`; a single sequence is a batch of one, `tokens[None]`.
@@ -146,8 +149,14 @@ class LogitsEngine(Protocol):
         call changes it. Position i holds the logits of token i + 1. An empty batch or sequence
         gives an empty tensor.
 
+        last: only the logits of each sequence's last position, (batch, vocabulary); less work than
+            those of all.
+        lengths: with `last`, how many tokens of each sequence count, from 1 to S; all S unless
+            given. What lies behind them has no effect.
+
         Raises BadInput for another shape, for ids that are no integers, for more positions than the
-        model's context, for an id outside its vocabulary, and for another dtype.
+        model's context, for an id outside its vocabulary, for another dtype, for lengths that do
+        not fit or come without `last`, and for the last of no position.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
+from onelaunch.engines.checks import check_session, check_tokens, last_positions, logits_dtype
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
 from onelaunch.engines.session import RowSession
 from onelaunch.errors import BadInput
@@ -120,13 +120,25 @@ class ReferenceEngine:
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
 
     def logits(
-        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+        self,
+        tokens_BS: Tensor | Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits of every position, (B, S, V), on the engine's device; see `Engine`."""
+        """Logits of every position, (B, S, V), or of each last one, (B, V), on the engine's device;
+        see `LogitsEngine`."""
         dtype = logits_dtype(dtype, self.dtype)
         tokens_BS = check_tokens(self.config, tokens_BS).to(self.device, torch.int64)
+        ends = last_positions(tokens_BS, last, lengths)
         with torch.no_grad(), self._autocast():
-            return self.model(tokens_BS).to(dtype)
+            if ends is None:
+                return self.model(tokens_BS).to(dtype)
+            hidden_BSD = self.model.hidden(tokens_BS)
+            ends_B = torch.tensor(ends, dtype=torch.int64, device=self.device)
+            hidden_BD = hidden_BSD[torch.arange(len(ends), device=self.device), ends_B]
+            return F.linear(hidden_BD, self._head_VD).float().to(dtype)
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> RowSession:
         """Begin to generate, a token of each request in a step; see `Engine`.

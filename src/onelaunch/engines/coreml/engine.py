@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
+from onelaunch.engines.checks import check_session, check_tokens, last_positions, logits_dtype
 from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, program_launches
 from onelaunch.engines.coreml.pack import HEAD_STEP, Packed, weight_bytes
@@ -61,15 +61,25 @@ class CoreMLEngine:
         self._loaded: OrderedDict[int, list[ReadyProgram]] = OrderedDict()
 
     def logits(
-        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+        self,
+        tokens_BS: Tensor | Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
+        """Logits of every position, (B, S, V), or of each last one, (B, V), float32, on the CPU;
+        see `LogitsEngine`."""
         logits_dtype(dtype)
         tokens_BS = check_tokens(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
+        ends = last_positions(tokens_BS, last, lengths)
         if not tokens_BS.numel():
-            return torch.empty(batch, sequence, self.config.vocab_size)
+            empty = torch.empty(batch, sequence, self.config.vocab_size)
+            return empty if ends is None else empty.view(batch, -1)
         texts = [self._text(text.tolist()) for text in tokens_BS.cpu()]
+        if ends is not None:
+            return torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
         return torch.stack(texts)[:, :sequence]
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> RowSession:

@@ -13,7 +13,7 @@ from torch import Tensor
 from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_session, check_tokens, logits_dtype
+from onelaunch.engines.checks import check_session, check_tokens, last_positions, logits_dtype
 from onelaunch.engines.cpu import DTYPES, prefetch_choice, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
@@ -95,17 +95,29 @@ class CpuEngine:
         return self._ready() is not None
 
     def logits(
-        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+        self,
+        tokens_BS: Tensor | Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits of every position, (B, S, V), float32, on the CPU; see `Engine`."""
+        """Logits of every position, (B, S, V), or of each last one, (B, V), float32, on the CPU;
+        see `LogitsEngine`."""
         logits_dtype(dtype)
         tokens_BS = check_tokens(self.config, tokens_BS)
+        ends = last_positions(tokens_BS, last, lengths)
         with self._busy:
             runtime = self._ready_soon()
             if runtime is None:
-                return self._slow().logits(tokens_BS)
+                return self._slow().logits(tokens_BS, last=last, lengths=lengths)
             tokens_BS = tokens_BS.cpu()
             B, S = tokens_BS.shape
+            if ends is not None:
+                logits_BV = torch.empty(B, self.config.vocab_size)
+                for ids_S, end, logits_V in zip(tokens_BS, ends, logits_BV, strict=True):
+                    runtime.forward(ids_S[: end + 1], logits_V[None], self._ranges(sampled=False))
+                return logits_BV
             logits_BSV = torch.empty(B, S, self.config.vocab_size)
             ranges = self._ranges(sampled=False)
             for ids_S, logits_SV in zip(tokens_BS, logits_BSV, strict=True):

@@ -241,7 +241,8 @@ class Runtime:
         self._check(self._call(Operation.RUN, first, last))
 
     def forward(self, ids_S: Tensor, logits_SV: Tensor, launches: Launches) -> None:
-        """Logits of every position of one sequence, float32 and contiguous, written in place."""
+        """Logits of every position of one sequence, (S, V), or of its last one, (1, V): float32 and
+        contiguous, written in place."""
         if self.adapt:
             self._sync[Sync.ACTIVE] = self.threads
         seq = CachedSequence(self, ids_S.tolist(), 0, Sampling())
@@ -250,20 +251,23 @@ class Runtime:
         vocab = self.config.vocab_size
         self.state[State.LOGITS_ROW] = 4 * vocab
         s = self.state
+        skipped = seq.size - len(logits_SV)
         for start in range(0, seq.size, MAX_TOKENS):
             count = min(MAX_TOKENS, seq.size - start)
+            first_row = max(0, min(count, skipped - start))  # that has logits
             for i in range(count):
                 row = Token.LENGTH * i
                 self._tokens[row + Token.ID] = int(seq.ids[start + i])
                 self._tokens[row + Token.SEQUENCE] = 0
                 self._tokens[row + Token.POSITION] = start + i
-                self._tokens[row + Token.LOGITS] = i
+                self._tokens[row + Token.LOGITS] = max(-1, i - first_row)
             groups = range(0, count, QUERIES)
             for g, i in enumerate(groups):
                 self._groups[Group.LENGTH * g + Group.FIRST] = i
                 self._groups[Group.LENGTH * g + Group.COUNT] = min(QUERIES, count - i)
-            s[State.N_TOKENS], s[State.N_GROUPS], s[State.N_ROWS] = count, len(groups), count
-            s[State.LOGITS] = logits_SV.data_ptr() + 4 * vocab * start
+            s[State.N_TOKENS], s[State.N_GROUPS] = count, len(groups)
+            s[State.N_ROWS] = count - first_row
+            s[State.LOGITS] = logits_SV.data_ptr() + 4 * vocab * max(0, start - skipped)
             for first, last in launches:
                 self.run(first, last)
 

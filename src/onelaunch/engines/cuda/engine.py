@@ -17,6 +17,7 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import (
     check_tokens,
+    last_positions,
     logits_dtype,
     outside_vocabulary,
     token_tensor,
@@ -96,7 +97,8 @@ class CudaEngine:
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._given_up: dict[str, str] = {}
-        self._forms: OrderedDict[tuple[int, int], _BoundForm] = OrderedDict()
+        # by batch, sequence, and whether all positions have logits
+        self._forms: OrderedDict[tuple[int, int, bool], _BoundForm] = OrderedDict()
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None  # of the last call
         self._staging = Staging()
@@ -105,9 +107,15 @@ class CudaEngine:
             weakref.finalize(self, _wait_for, self._used).atexit = False
 
     def logits(
-        self, tokens_BS: Tensor | Sequence[Sequence[int]], dtype: torch.dtype | None = None
+        self,
+        tokens_BS: Tensor | Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits of every position, (B, S, V), on the GPU; see `Engine`.
+        """Logits of every position, (B, S, V), or of each last one, (B, V), on the GPU; see
+        `LogitsEngine`.
 
         Launches and returns: nothing here waits for the GPU. Ids that come on the host are checked
         at once: BadInput for one beyond the vocabulary, or for more positions than the context.
@@ -123,18 +131,18 @@ class CudaEngine:
         on_gpu = isinstance(tokens_BS, Tensor) and tokens_BS.device.type != "cpu"
         tokens_BS = (token_tensor if on_gpu else check_tokens)(self.config, tokens_BS)
         batch, sequence = tokens_BS.shape
+        ends = last_positions(tokens_BS, last, lengths)
         if not (1 <= batch <= MAX_BATCH and 1 <= sequence <= MAX_SEQUENCE):
-            return self._by_pytorch().logits(tokens_BS).to(dtype)
+            return self._by_pytorch().logits(tokens_BS, last=last, lengths=lengths).to(dtype)
         with self._alone():
             try:
-                ids_N = self._staging.on_device(tokens_BS.flatten(), self.device)
-                return self._form(batch, sequence)(ids_N, dtype).view(batch, sequence, -1)
+                return self._run_form(tokens_BS, dtype, ends)
             except (BadInput, RunFailed):
                 raise
             except Exception as error:  # whatever Triton, its compiler or the driver raises
                 if not self._give_up_choice(batch, sequence, error):
                     raise
-            return self._form(batch, sequence)(ids_N, dtype).view(batch, sequence, -1)
+            return self._run_form(tokens_BS, dtype, ends)
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
         """Begin to generate, by the reference engine; see `Engine`."""
@@ -213,8 +221,8 @@ class CudaEngine:
             "generates_with": "reference",
             "fusion_depth": self.fusion_depth,
             "forms": {
-                f"{batch}x{sequence}": self._about(batch, sequence)
-                for batch, sequence in list(self._forms)
+                f"{batch}x{sequence}{'' if every else ' last'}": self._about(batch, sequence)
+                for batch, sequence, every in list(self._forms)
             },
         }
 
@@ -257,18 +265,27 @@ class CudaEngine:
 
     # ---- the forms
 
-    def _form(self, batch: int, sequence: int) -> _BoundForm:
-        form = self._forms.pop((batch, sequence), None)
+    def _run_form(self, tokens_BS: Tensor, dtype: torch.dtype, ends: list[int] | None) -> Tensor:
+        batch, sequence = tokens_BS.shape
+        ids_N = self._staging.on_device(tokens_BS.flatten(), self.device)
+        form = self._form(batch, sequence, all_positions=ends is None)
+        if ends is None:
+            return form(ids_N, dtype).view(batch, sequence, -1)
+        form.end_at(ends)
+        return form(ids_N, dtype)
+
+    def _form(self, batch: int, sequence: int, all_positions: bool) -> _BoundForm:
+        key = (batch, sequence, all_positions)
+        form = self._forms.pop(key, None)
         if form is None:
-            bound = self._bind(batch, sequence)
-            form = _BoundForm(bound, self.config.vocab_size, self._log)
+            form = _BoundForm(self._bind(*key), self.config.vocab_size, self._log)
             self._make_room(form)
-        self._forms[batch, sequence] = form  # the latest is last
+        self._forms[key] = form  # the latest is last
         return form
 
-    def _bind(self, batch: int, sequence: int) -> BoundForward:
+    def _bind(self, batch: int, sequence: int, all_positions: bool) -> BoundForward:
         packed = self._pack()
-        shape = Shape(batch, sequence, True, self.dtype, own_logits=False)
+        shape = Shape(batch, sequence, all_positions, self.dtype, own_logits=False)
         if self.fusion_depth not in ("auto", "stage"):
             return bind(self.config, packed, shape, Form(str(self.fusion_depth), {}))
         choice = self._choice(packed, batch, sequence) if self._tunes else None
@@ -300,7 +317,7 @@ class CudaEngine:
         return True
 
     def _drop_forms_of(self, names: Container[str]) -> None:
-        for shape in [shape for shape in self._forms if self._name(*shape) in names]:
+        for shape in [shape for shape in self._forms if self._name(*shape[:2]) in names]:
             self._drop(shape)
 
     def _make_room(self, newest: _BoundForm) -> None:
@@ -311,7 +328,7 @@ class CudaEngine:
         ):
             self._drop(next(iter(self._forms)))
 
-    def _drop(self, shape: tuple[int, int]) -> None:
+    def _drop(self, shape: tuple[int, int, bool]) -> None:
         if self._used is not None:
             self._used.synchronize()  # its memory may go to another stream
         del self._forms[shape]
@@ -388,12 +405,13 @@ class _BoundForm:
         self._empty: dict[torch.dtype, Empty] = {}
         self._replay: Replay | None = None
         self._uses = 0
+        self._ends: list[int] | None = None
 
     def __call__(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
         self._bound.told(wait=False)  # of the calls before
         empty = self._empty.get(dtype)
         if empty is None:
-            shape = (len(ids_N), self._columns)
+            shape = (len(self._bound.buffers.of), self._columns)
             self._empty[dtype] = empty = Empty(shape, (self._columns, 1), dtype, ids_N.device)
         logits = empty()
         if self._uses == 1 and self._bound.buffers.x.device.type == "cuda":
@@ -407,6 +425,12 @@ class _BoundForm:
             self._replay(ids_N, logits)
         self._bound.ask()
         return logits
+
+    def end_at(self, ends: list[int]) -> None:
+        """The position of each sequence whose logits are wanted, from the next call on."""
+        if ends != self._ends:
+            self._bound.end_at([end + 1 for end in ends])
+            self._ends = ends
 
     def _capture(self) -> None:
         try:
