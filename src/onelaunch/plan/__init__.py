@@ -8,7 +8,7 @@ and its siblings say where a plan is wrong.
 from onelaunch.plan.build import make_plan
 from onelaunch.plan.check import PlanError, check, check_launches
 from onelaunch.plan.describe import describe
-from onelaunch.plan.kinds import KINDS, NO_LAYER, STAGE_KINDS, Kind
+from onelaunch.plan.kinds import KINDS, LAYER_KINDS, NO_LAYER, STAGE_KINDS, Kind
 from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_depth
 from onelaunch.plan.parts import Part, part_of
 from onelaunch.plan.stages import Access, Buffer, Plan, Stage, Totals
@@ -16,6 +16,7 @@ from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, counts, make_til
 
 __all__ = [
     "KINDS",
+    "LAYER_KINDS",
     "NO_LAYER",
     "STAGE_KINDS",
     "Access",

@@ -1,6 +1,10 @@
 """What each kind of stage reads, writes and weighs: the one table that plans, their checks and the
 engines take it from.
 
+What a kind does, and in which order, is said elsewhere, by its name: build.py (order, buffers),
+check.py (which order is right), tiles.py and launches.py (rows, joins), and in the engines
+cpu/native/stages.py, cuda/stages/ and coreml/emit.py. The CUDA engine and Core ML have no `sample`.
+
 Values: tokens; x, the residual stream; q, k, v, queries, keys and values of the heads, k and v in
 the layer's cache; attn_out, what attention gives; hidden, silu(gate) up; logits; next.
 """
@@ -99,7 +103,8 @@ STAGE_KINDS: dict[str, Kind] = {
     "sample": Kind(("logits",), ("next",), lambda c: 1),
 }  # fmt: skip
 
-# A compiled program is handed a kind as its index here: new kinds go to the end.
+# The CPU engine's program is handed a kind as its index here (cpu/native/stages.py numbers them in
+# this order): new kinds go to the end.
 KINDS = tuple(STAGE_KINDS)
 ATTENTION_BLOCK = tuple(name for name, kind in STAGE_KINDS.items() if kind.block == "attention")
 FFN_BLOCK = tuple(name for name, kind in STAGE_KINDS.items() if kind.block == "ffn")

@@ -16,6 +16,7 @@ import torch  # noqa: E402
 
 from onelaunch.engines.cuda import kernels, sync  # noqa: E402
 from onelaunch.engines.cuda.blocking import (  # noqa: E402
+    KINDS,
     Blocking,
     blocks,
     default,
@@ -23,12 +24,13 @@ from onelaunch.engines.cuda.blocking import (  # noqa: E402
     padded,
     tilings,
 )
+from onelaunch.engines.cuda.pack import pack  # noqa: E402
 from onelaunch.engines.cuda.program import (  # noqa: E402
     BoundForward,
     FusedForward,
     Shape,
 )
-from onelaunch.engines.cuda.stages import common  # noqa: E402
+from onelaunch.engines.cuda.stages import STAGES, TILES, common  # noqa: E402
 from onelaunch.engines.cuda.trace import timeline_of, trace  # noqa: E402
 from onelaunch.errors import BadInput, EngineTimeout, RunFailed  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
@@ -151,6 +153,31 @@ def test_what_stands_behind_changes_nothing_before():
     forward = StagedForward(SMALL, weights, torch.float32, CPU)
     whole = forward.logits(tokens)
     assert torch.equal(forward.logits(tokens[:, :7]), whole[:, :7])
+
+
+@pytest.mark.parametrize("depth", ["stage", "all"])
+def test_positions_of_ones_own(depth):
+    """Every second position of the rotary embedding, as with a table of every second row."""
+    sequence = 9
+    packed = pack(SMALL, weights_of(SMALL), torch.float32, CPU)
+    tokens, shape = tokens_of(SMALL, 2, sequence), Shape(2, sequence, own_positions=True)
+    tables = {"cos": packed.cos.clone(), "sin": packed.sin.clone()}
+    for table in tables.values():
+        table[:sequence] = table[: 2 * sequence : 2].clone()
+    expected = BoundForward(SMALL, replace(packed, **tables), Shape(2, sequence), {})
+    if depth == "stage":
+        got = BoundForward(SMALL, packed, shape, {})
+    else:
+        got = FusedForward(SMALL, packed, shape, {}, depth)
+    results = []
+    for step in (1, 2):  # the buffer begins with the usual ones
+        assert got.buffers.positions is not None
+        got.buffers.positions.copy_(step * torch.arange(sequence).repeat(2))
+        for each in (expected, got):
+            each.buffers.tokens.copy_(tokens.flatten())
+            each.run()
+        results.append(torch.equal(got.buffers.logits, expected.buffers.logits))
+    assert results == [False, True]
 
 
 @pytest.mark.parametrize("form", ["staged", "all"])
@@ -519,3 +546,10 @@ def test_the_tiles_are_a_right_plan():
     assert [blocks(n, early) for n in (288, 768, 64, 40, 8)] == [
         (256, 32), (512, 256), (64, 0), (32, 16), (16, 0),
     ]  # fmt: skip
+
+
+def test_every_kind_has_its_stage_and_its_tile():
+    assert tuple(STAGES) == KINDS
+    names = {tile.__name__ for tile in TILES}
+    bound = StagedForward(SMALL, weights_of(SMALL), torch.float32, CPU).bind(2, 9)
+    assert {STAGES[kind](bound._sources, kind, 0).tile.__name__ for kind in KINDS} <= names

@@ -9,6 +9,8 @@ from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
 from onelaunch.plan import STAGE_KINDS, Tiling
 
+KINDS = tuple(name for name in STAGE_KINDS if name != "sample")
+"""The kinds of stage that the CUDA engine runs."""
 PRODUCTS = tuple(name for name, kind in STAGE_KINDS.items() if kind.inner is not None)
 
 

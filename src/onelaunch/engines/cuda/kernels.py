@@ -244,10 +244,10 @@ def _run_stage(first_tile, stage, number, run, launch, tracer, MODE: tl.constexp
                     tile_id,
                 ),
             )
-        if cut.rows_of == _LOGIT_ROWS:
-            ended_unpublished(tracer, number, tile_id)
-        else:
+        if cut.waited_for:
             publish(counters + number * counter_row + row_tile, tracer, number, tile_id, MODE)
+        else:
+            ended_unpublished(tracer, number, tile_id)
     return _first_tile(first_tile, tiles)
 
 

@@ -28,6 +28,7 @@ from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.operators.handles import dependent_launch
 from onelaunch.operators.kept import verified
 from onelaunch.plan import (
+    LAYER_KINDS,
     Launch,
     Part,
     Plan,
@@ -50,7 +51,8 @@ TIMEOUT_NS = 2_000_000_000  # that a tile waits for another
 class Shape:
     """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
     written. Without `own_logits` it has no buffer for them: it runs by `launch` and `Replay`
-    alone, into tensors of its caller's."""
+    alone, into tensors of its caller's. With `own_positions` the rotary embedding takes each row's
+    position from `buffers.positions`."""
 
     batch: int
     sequence: int
@@ -58,6 +60,7 @@ class Shape:
     logits_dtype: torch.dtype = torch.float32
     part: Part = "whole"
     own_logits: bool = True
+    own_positions: bool = False
 
 
 class BoundForward:
@@ -104,6 +107,9 @@ class BoundForward:
                 logit_rows if shape.own_logits else 0, config.vocab_size, dtype=shape.logits_dtype
             ),
             torch.arange(logit_rows, dtype=torch.int32, device=device),
+            torch.arange(sequence, dtype=torch.int32, device=device).repeat(batch)
+            if shape.own_positions
+            else None,
         )
         if not shape.all_positions:
             self.end_at([sequence] * batch)
@@ -166,7 +172,7 @@ class BoundForward:
     @property
     def n_bytes(self) -> int:
         """Of all that it holds beside the weights."""
-        held = [*vars(self.buffers).values()]
+        held = [tensor for tensor in vars(self.buffers).values() if tensor is not None]
         if (chunks := self._sources.chunks) is not None:
             held += [chunks.partial, chunks.arrived]
         held += [c.left for c in self.calls if isinstance(c, CallAndProduct)]
@@ -442,9 +448,10 @@ class FusedForward(BoundForward):
         from onelaunch.engines.cuda.stages.common import Stage
 
         kinds = dict.fromkeys(stage.kind for stage in self.plan.stages)
-        bound = [STAGES[kind](self._sources, kind, None) for kind in kinds]
-        embed, *of_layer = bound
-        head = of_layer.pop() if "head" in kinds else None
+        bound = {kind: STAGES[kind](self._sources, kind, None) for kind in kinds}
+        of_layer = [bound[kind] for kind in LAYER_KINDS if kind in bound]
+        embed, head = bound["embed"], bound.get("head")
+        assert len(bound) == len(of_layer) + 1 + (head is not None)  # what this kernel has room for
         last = of_layer[-1]
         before = [last, *of_layer[:-1]]
         stages = [each.reading(read.cut) for each, read in zip(of_layer, before, strict=True)]

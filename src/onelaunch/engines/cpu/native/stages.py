@@ -25,6 +25,7 @@ from onelaunch.engines.cpu.native.vectors import (
     put_i64,
 )
 
+# the order of plan.kinds.KINDS
 EMBED, QKV, ATTENTION, OUT_PROJ, GATE_UP, DOWN, HEAD, SAMPLE = range(8)
 ITEM_BYTES = 1 << 20  # of weights, at most
 ITEMS_PER_THREAD = 4

@@ -27,7 +27,8 @@ from onelaunch.plan.tiles import columns_of
 class Buffers:
     """tokens: (N,), int64; x: (N, D); partial_sumsq: (column tiles of x, N), float32; qkv: (layers
     that have their own, N, (H + 2 K) E); attn_out: (N, H E); hidden: (N, F); logits: (rows, V); of:
-    (rows,), int32, the rows of x that they are of, ascending."""
+    (rows,), int32, the rows of x that they are of, ascending; positions: (N,), int32, the rows'
+    positions for the rotary embedding, or None where row i has i % sequence."""
 
     tokens: Tensor
     x: Tensor
@@ -37,6 +38,7 @@ class Buffers:
     hidden: Tensor
     logits: Tensor
     of: Tensor
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Sources:
     def cut(self, kind: str, rows_of: int) -> Cut:
         """How a kind is cut, as its tiling says."""
         columns = -(-columns_of(self.config, kind) // self.tilings[kind].columns)
-        return Cut(rows_of, self.tilings[kind].rows, columns)
+        return Cut(rows_of, self.tilings[kind].rows, columns, waited_for=kind != "head")
 
     def sides(self, kind: str, layer: int | None, x: Tensor) -> Sides:
         """The sides of a kind's product: of one layer, or of all where a kernel counts them. Blocks

@@ -24,13 +24,15 @@ _UNROLLED = tl.constexpr(16)
 class Cut:
     """How a stage is cut into tiles: its rows (POSITIONS, WITHIN_SEQUENCES or LOGIT_ROWS), rows of
     a row tile, column tiles of a row tile. In one launch the same of the stage that it reads, and
-    `read_first` of that in the first layer, where it is another one."""
+    `read_first` of that in the first layer, where it is another one, and whether a stage waits for
+    this one: its tiles are then counted."""
 
     rows_of: int
     BM: int
     COLUMN_TILES: int
     read: Cut | None = None
     read_first: Cut | None = None
+    waited_for: bool = True
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,14 @@ class Extents:
 
 class Operands(NamedTuple):
     """w: ((H + 2 K) E, D) of each layer; norms: (2, E), of queries and keys, of each layer, or
-    None; cos, sin: (positions, E / 2); qkv: (N, (H + 2 K) E) of each layer."""
+    None; cos, sin: (context, E / 2); positions: (N,), int32, those of the rows, or None where
+    row i has i % sequence; qkv: (N, (H + 2 K) E) of each layer."""
 
     w: Any
     norms: Any
     cos: Any
     sin: Any
+    positions: Any
     qkv: Any
     extents: Any
 
@@ -68,7 +70,11 @@ def qkv_tile(tile_id, o, run, wait):
     # neighbours are a rotary pair; values turn by nothing
     pair = start // 2 + tl.arange(0, blocks.BN // 2)
     rotated = in_rows[:, None] & (pair < (c.H + c.K) * c.E // 2)[None, :]
-    angle = (rows % run.sequence)[:, None] * (c.E // 2) + (pair % (c.E // 2))[None, :]
+    if o.positions is None:
+        positions = rows % run.sequence
+    else:
+        positions = tl.load(o.positions + rows, mask=in_rows, other=0)
+    angle = positions[:, None] * (c.E // 2) + (pair % (c.E // 2))[None, :]
     if blocks.NUM_STAGES == 0:
         cos = tl.load(o.cos + angle, mask=rotated, other=1.0)
         sin = tl.load(o.sin + angle, mask=rotated, other=0.0)
@@ -99,6 +105,6 @@ def bind(s: Sources, kind: str, layer: int | None) -> Bound:
     norms = w.norms if w.norms is None or layer is None else w.norms[layer]
     step = s.tilings[kind].columns
     extents = Extents(c.n_heads, c.n_kv_heads, c.head_dim, step, sides.blocks)
-    operands = Operands(sides.w, norms, w.cos, w.sin, b.qkv, constant(extents))
+    operands = Operands(sides.w, norms, w.cos, w.sin, b.positions, b.qkv, constant(extents))
     cut = s.cut(kind, POSITIONS)
     return Bound(qkv_tile, operands, cut, sides.x_desc, sides.w_desc, sides.warmup)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import (
     H200,
+    KINDS,
     PRODUCTS,
     Blocking,
     Limits,
@@ -18,10 +19,10 @@ from onelaunch.engines.cuda.blocking import (
     shared_bytes,
     tilings,
 )
+from onelaunch.plan import STAGE_KINDS
 from onelaunch.plan.tiles import columns_of
 
-KINDS = ("embed", "qkv", "attention", "out_proj", "gate_up", "down", "head")
-WRITES_X = ("embed", "out_proj", "down")
+WRITES_X = tuple(kind for kind in KINDS if "x" in STAGE_KINDS[kind].writes)
 """They write x in tiles of the same columns."""
 MOST = 10
 PER_TILE = 4
