@@ -104,7 +104,8 @@ def test_without_the_library_of_its_tokenizer(tmp_path, monkeypatch):
     def find(model):
         raise MissingExtra("tokenizers", "hf", "reading tokenizer.json")
 
-    monkeypatch.setattr("onelaunch.checkpoints.tokenizers.find_tokenizer", find)
+    for module in ("export", "tokenizers"):
+        monkeypatch.setattr(f"onelaunch.checkpoints.{module}.find_tokenizer", find)
     out = tmp_path / "a.bin"
     result = _run("export", "stories260k", out, "--format", "llama2c", "--random")
     assert out.is_file()
@@ -269,14 +270,13 @@ def test_a_llama2c_file_must_be_named_as_one(bin_file, tmp_path):
 
 
 def test_an_export_without_room_for_the_tokenizer_leaves_nothing(bin_file, tmp_path, monkeypatch):
-    from onelaunch.checkpoints import tokenizers
 
     class Unwritable:
         def save(self, folder, prefix=""):
             (folder / f"{prefix}tokenizer.json").touch()
             raise BadInput(f"{folder}: cannot write: the disk is full")
 
-    monkeypatch.setattr(tokenizers, "find_tokenizer", lambda model: Unwritable())
+    monkeypatch.setattr("onelaunch.checkpoints.export.find_tokenizer", lambda model: Unwritable())
     for name, format in (("out", "hf"), ("out.bin", "llama2c")):
         with pytest.raises(BadInput, match="the disk is full"):
             export(str(bin_file), tmp_path / name, format)

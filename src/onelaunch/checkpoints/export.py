@@ -31,12 +31,14 @@ LLAMA2C = "llama2c"
 class Exported:
     """The files of an exported model.
 
-    tokenizer: the tokenizer's files as its reader here takes them; empty where there was none.
+    n_bytes: of the model's own.
+    tokenizer: the tokenizer's file; None where none was written.
     for_transformers: a further file that makes the tokenizer one of transformers.
     unusable: why the model's tokenizer was left out, where it could not be used.
     loses_special_ids: whether BOS or the stop ids are others than the format's readers take.
     """
 
+    n_bytes: int
     tokenizer: Path | None = None
     for_transformers: Path | None = None
     unusable: Exception | None = None
@@ -71,18 +73,19 @@ def export(model: LoadedModel, out: Path, format: str) -> Exported:
     except (BadInput, MissingExtra) as error:
         unusable = error
     save(model, out, format)
+    n_bytes = bytes_in(out)
     loses = format == LLAMA2C and (model.bos_id, model.stop_ids) != (1, (1, 2))
     if tokenizer is None:
-        return Exported(unusable=unusable, loses_special_ids=loses)
+        return Exported(n_bytes, unusable=unusable, loses_special_ids=loses)
     folder = out.is_dir()
     try:
         if not folder:
             own = tokenizer.save(out.parent, f"{out.stem}.")
-            return Exported(own, loses_special_ids=loses)
+            return Exported(n_bytes, own, loses_special_ids=loses)
         own, further = tokenizer.save(out), None
         if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
             further = save_for_transformers(tokenizer, out)
-        return Exported(own, further, loses_special_ids=loses)
+        return Exported(n_bytes, own, further, loses_special_ids=loses)
     except BaseException:
         # neither OUT nor its own tokenizer was there before
         shutil.rmtree(out) if folder else out.unlink(missing_ok=True)

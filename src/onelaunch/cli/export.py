@@ -92,12 +92,11 @@ def export(
 
 
 def _export_model(model: str, random: bool, out: Path, format: str, quiet: bool) -> None:
-    from onelaunch.checkpoints.export import bytes_in
     from onelaunch.checkpoints.export import export as export_model
 
     loaded = load_model(model, random)
     exported = export_model(loaded, out, format)
-    say(f"wrote {out} ({format}, {bytes_in(out):,} bytes)", quiet)
+    say(f"wrote {out} ({format}, {exported.n_bytes:,} bytes)", quiet)
     if exported.loses_special_ids:
         say(
             f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
