@@ -105,9 +105,17 @@ def test_what_changes_no_kernel_changes_no_choice(store):
 
 def test_other_sources_have_other_choices(store, monkeypatch):
     keep(store, FACTS, STAGED)
-    monkeypatch.setattr(store_module, "_sources", lambda: b"another day's")
+    monkeypatch.setattr(store_module, "_sources", lambda store: b"another day's")
     assert find(store, FACTS) is None
     assert kept(store, CONFIG) == []
+
+
+def test_sources_are_parsed_once(store, monkeypatch):
+    store_module._digests.clear()
+    keep(store, FACTS, STAGED)
+    store_module._digests.clear()  # as another process begins
+    monkeypatch.setattr(store_module, "syntax", None)
+    assert find(store, FACTS) == STAGED
 
 
 def test_an_edit_of_a_comment_is_no_other_source():
@@ -183,7 +191,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_what_is_not_exactly_a_choice_is_none_and_goes(store, text):
     """Under the right key and with the store's digest right: as if these sources had been wrong."""
-    key = store_module._key(FACTS)
+    key = store_module._key(store, FACTS)
     store.put(key, text, {"what": store_module.WHAT, "model": store_module._name(FACTS)})
     assert kept(store, CONFIG) == []
     assert find(store, FACTS) is None

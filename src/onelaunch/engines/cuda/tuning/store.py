@@ -11,9 +11,9 @@ import ast
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def facts_of(
 
 def find(store: Store, facts: Facts) -> Choice | None:
     """The choice that is kept for these facts. One that cannot be read is removed."""
-    key = _key(facts)
+    key = _key(store, facts)
     text = store.get(key)
     if text is None:
         return None
@@ -103,7 +103,7 @@ def keep(store: Store, facts: Facts, choice: Choice) -> bool:
         "model": _name(facts),
     }
     text = json.dumps({"of": facts, "choice": asdict(choice)}, sort_keys=True)
-    return store.put(_key(facts), text.encode("ascii"), about)
+    return store.put(_key(store, facts), text.encode("ascii"), about)
 
 
 def kept(store: Store, config: ModelConfig) -> list[tuple[Facts, Choice]]:
@@ -114,7 +114,7 @@ def kept(store: Store, config: ModelConfig) -> list[tuple[Facts, Choice]]:
         if entry.about.get("what") != WHAT or entry.about.get("model") != name:
             continue
         read = _parse(store.peek(entry.key) or b"")
-        if read is not None and _key(read[0]) == entry.key:
+        if read is not None and _key(store, read[0]) == entry.key:
             found.append(read)
     return sorted(found, key=lambda pair: _order(pair[0]))
 
@@ -137,22 +137,35 @@ def _name(facts: Facts) -> str:
     return hashlib.sha256(shape.encode("ascii")).hexdigest()
 
 
-def _key(facts: Facts) -> str:
-    return program_key(_sources(), facts)
+def _key(store: Store, facts: Facts) -> str:
+    return program_key(_sources(store), facts)
 
 
-@cache
-def _sources() -> bytes:
-    """The syntax trees of all that a forward is made of, without comments, docstrings and line
-    numbers: an edit of these leaves what was measured as it is."""
+_digests: dict[str, bytes] = {}
+
+
+def _sources(store: Store) -> bytes:
+    """A digest of the syntax trees of all that a forward is made of, without comments, docstrings
+    and line numbers: an edit of these leaves what was measured as it is. Parsing takes 0.4 s, so
+    the digest is kept by the files' bytes."""
+    files = [(file.name.encode(), file.read_bytes()) for file in _source_files()]
+    raw = b"\0".join(name + b"\0" + text for name, text in files)
+    key = program_key(raw, {"what": "a digest of syntax trees", "python": sys.version})
+    digest = _digests.get(key) or store.peek(key)
+    if digest is None:
+        trees = (name + b"\0" + syntax(text.decode()) for name, text in files)
+        digest = hashlib.sha256(b"\0".join(trees)).digest()
+        store.put(key, digest, {"what": "the sources of forwards"})
+    _digests[key] = digest
+    return digest
+
+
+def _source_files() -> list[Path]:
     here = Path(__file__).parent.parent
     package = here.parent.parent
-    of_tuning = set((here / "tuning").glob("*.py"))
-    files = [file for file in here.rglob("*.py") if file not in of_tuning]
-    files += [*(package / "plan").glob("*.py"), package / "operators" / "handles.py"]
-    return b"\0".join(
-        file.name.encode() + b"\0" + syntax(file.read_text()) for file in sorted(files)
-    )
+    apart = [here / "tuning", here / "decoding"]
+    files = [file for file in here.rglob("*.py") if not set(apart) & set(file.parents)]
+    return sorted([*files, *(package / "plan").glob("*.py"), package / "operators" / "handles.py"])
 
 
 def syntax(source: str) -> bytes:
