@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from onelaunch.compilation.child import usable_cores
 from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_device, current_stream
 from onelaunch.operators.kept import verified
 
@@ -105,6 +108,21 @@ def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
 def _capturing(device: torch.device) -> torch.cuda.Stream:
     """The stream that graphs of a device are captured on."""
     return torch.cuda.Stream(device)
+
+
+def compile_together(calls: Sequence[Call | CallAndProduct]) -> None:
+    """Compile what is not compiled yet, several kernels at once. An error is left to whoever loads
+    the kernel."""
+    from triton import AsyncCompileMode
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(max(2, min(8, usable_cores() - 1))) as pool, verified:
+            with suppress(Exception), AsyncCompileMode(pool, ignore_errors=True):
+                for call in calls:
+                    call.compile()
+
+    # Triton's mode stays set where an interrupt ends it: in a context of its own it does not
+    contextvars.copy_context().run(compile_all)
 
 
 def prefer_shared_memory(compiled: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from onelaunch.compilation.background import in_a_line, tell
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import (
+    check_session,
     check_tokens,
     last_positions,
     logits_dtype,
@@ -23,6 +25,7 @@ from onelaunch.engines.checks import (
     token_tensor,
 )
 from onelaunch.engines.cuda import DTYPES, why_not
+from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.forms import STAGED, Form, bind
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.engines.cuda.program import BoundForward, Shape
@@ -94,6 +97,7 @@ class CudaEngine:
         self._weights = dict(weights)
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
+        self._prompts: Prompts | None = None
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._given_up: dict[str, str] = {}
@@ -145,10 +149,30 @@ class CudaEngine:
             return self._run_form(tokens_BS, dtype, ends)
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
-        """Begin to generate, by the reference engine; see `Engine`."""
-        if self.fusion_depth != "auto":
-            self._log(f"fusion depth {self.fusion_depth}: PyTorch generates, one operator a launch")
-        return self._by_pytorch().session(max_batch, max_len)
+        """Begin to generate, in graphs of a few tokens; see `Engine`.
+
+        Up to 64 sequences grow together. A sequence's tokens are the same alone and among others;
+        whatever the fusion depth, generation has one kernel per stage. Sessions of more than
+        MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference engine's.
+        """
+        length = check_session(max_batch, max_len, self.config)
+        if length > MAX_SEQUENCE or not self._generates():
+            self._log("PyTorch generates, one operator a launch")
+            return self._by_pytorch().session(max_batch, max_len)
+        from onelaunch.engines.cuda.decoding.session import CudaSession
+
+        packed = self._pack()
+        if self._prompts is None:
+            self._prompts = Prompts(self.config, packed)
+        return CudaSession(
+            self.config, packed, self._prompts, self._alone, max_batch, length, self._log
+        )
+
+    def _generates(self) -> bool:
+        """Whether its own kernels generate: on NVIDIA's GPUs, and through the interpreter."""
+        if self.device.type == "cuda":
+            return torch.version.hip is None
+        return os.environ.get("TRITON_INTERPRET") == "1"
 
     def tune(
         self, batch: int = 1, sequence: int | None = None, progress: Progress | None = None
@@ -218,7 +242,7 @@ class CudaEngine:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "weight_bytes": stored if self._packed is None else _bytes_of(self._packed),
-            "generates_with": "reference",
+            "generates_with": "cuda" if self._generates() else "reference",
             "fusion_depth": self.fusion_depth,
             "forms": {
                 f"{batch}x{sequence}{'' if every else ' last'}": self._about(batch, sequence)
@@ -278,7 +302,8 @@ class CudaEngine:
         key = (batch, sequence, all_positions)
         form = self._forms.pop(key, None)
         if form is None:
-            form = _BoundForm(self._bind(*key), self.config.vocab_size, self._log)
+            shape = (batch * sequence if all_positions else batch, self.config.vocab_size)
+            form = _BoundForm(self._bind(*key), shape, self._log)
             self._make_room(form)
         self._forms[key] = form  # the latest is last
         return form
@@ -397,11 +422,11 @@ class _BoundForm:
     def __init__(
         self,
         bound: BoundForward,
-        columns: int,
+        shape: tuple[int, int],
         log: Callable[[str], None],
     ) -> None:
         self.n_bytes = bound.n_bytes
-        self._bound, self._columns, self._log = bound, columns, log
+        self._bound, self._shape, self._log = bound, shape, log
         self._empty: dict[torch.dtype, Empty] = {}
         self._replay: Replay | None = None
         self._uses = 0
@@ -411,8 +436,8 @@ class _BoundForm:
         self._bound.told(wait=False)  # of the calls before
         empty = self._empty.get(dtype)
         if empty is None:
-            shape = (len(self._bound.buffers.of), self._columns)
-            self._empty[dtype] = empty = Empty(shape, (self._columns, 1), dtype, ids_N.device)
+            strides = (self._shape[1], 1)
+            self._empty[dtype] = empty = Empty(self._shape, strides, dtype, ids_N.device)
         logits = empty()
         if self._uses == 1 and self._bound.buffers.x.device.type == "cuda":
             self._capture()

@@ -52,7 +52,7 @@ class Shape:
     """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
     written. Without `own_logits` it has no buffer for them: it runs by `launch` and `Replay`
     alone, into tensors of its caller's. With `own_positions` the rotary embedding takes each row's
-    position from `buffers.positions`."""
+    position from `buffers.positions`. With `keep_qkv` each layer's are kept, in `buffers.qkv`."""
 
     batch: int
     sequence: int
@@ -61,6 +61,7 @@ class Shape:
     part: Part = "whole"
     own_logits: bool = True
     own_positions: bool = False
+    keep_qkv: bool = False
 
 
 class BoundForward:
@@ -100,7 +101,11 @@ class BoundForward:
             torch.zeros(rows, dtype=torch.int64, device=device),  # ids that a model has
             empty(rows, config.dim),
             empty(-(-config.dim // columns), rows, dtype=torch.float32),
-            empty(self.qkv_buffers, rows, config.q_dim + 2 * config.kv_dim),
+            empty(
+                config.n_layers if shape.keep_qkv else self.qkv_buffers,
+                rows,
+                config.q_dim + 2 * config.kv_dim,
+            ),
             empty(rows, config.q_dim),
             empty(rows, config.hidden_dim),
             empty(

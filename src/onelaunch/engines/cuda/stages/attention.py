@@ -205,5 +205,5 @@ def bind(s: Sources, kind: str, layer: int | None) -> Bound:
         blocking.columns, chunk, blocking.num_stages,
     )  # fmt: skip
     scale = c.head_dim**-0.5
-    operands = Operands(b.qkv, b.attn_out, partial, arrived, scale, constant(extents))
+    operands = Operands(s.qkv(layer), b.attn_out, partial, arrived, scale, constant(extents))
     return Bound(attention_tile, operands, s.cut(kind, WITHIN_SEQUENCES), backwards=True)

@@ -107,6 +107,11 @@ class Sources:
         extents = constant(ResidualExtents(c.dim, sums))
         return Residual(b.x, b.partial_sumsq, c.norm_eps, extents)
 
+    def qkv(self, layer: int | None) -> Tensor:
+        """Queries, keys and values of a layer, where each has its own, or of all."""
+        every = self.buffers.qkv
+        return every if layer is None or len(every) == 1 else every[layer]
+
     def cut(self, kind: str, rows_of: int) -> Cut:
         """How a kind is cut, as its tiling says."""
         columns = -(-columns_of(self.config, kind) // self.tilings[kind].columns)

@@ -105,6 +105,6 @@ def bind(s: Sources, kind: str, layer: int | None) -> Bound:
     norms = w.norms if w.norms is None or layer is None else w.norms[layer]
     step = s.tilings[kind].columns
     extents = Extents(c.n_heads, c.n_kv_heads, c.head_dim, step, sides.blocks)
-    operands = Operands(sides.w, norms, w.cos, w.sin, b.positions, b.qkv, constant(extents))
+    operands = Operands(sides.w, norms, w.cos, w.sin, b.positions, s.qkv(layer), constant(extents))
     cut = s.cut(kind, POSITIONS)
     return Bound(qkv_tile, operands, cut, sides.x_desc, sides.w_desc, sides.warmup)

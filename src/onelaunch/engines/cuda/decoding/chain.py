@@ -1,0 +1,214 @@
+"""The kernels of one token of up to MAX_ROWS sequences, bound to a session's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda import sync
+from onelaunch.engines.cuda.blocking import padded
+from onelaunch.engines.cuda.calls import Call
+from onelaunch.engines.cuda.decoding import kernels, sampling
+from onelaunch.engines.cuda.pack import PackedModel
+from onelaunch.engines.cuda.program import limits_of
+from onelaunch.operators.handles import dependent_launch
+
+MAX_ROWS = 64
+ROWS = 8
+"""Rows of a CTA at most."""
+WARPS = 4
+WIDTH = 2048
+"""Of the inner dimension at once, at most."""
+WEIGHTS_PER_THREAD = 64
+"""Of those loaded before a launch waits: half as many registers in bfloat16."""
+CHUNK = 64
+"""Positions of the context in one CTA of attention."""
+SAMPLE_BLOCK, SAMPLE_WARPS = 8192, 16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A session's tensors on the device; S slots, the last of them for rows that are not used.
+
+    keys, values: (L, S, K, context, E); x: (B, D); qkv: (B, N), acc: (B, H, C, E padded), m_l: (B,
+    H, C, 2), logits: (B, V), float32; hidden: (B, F); slots: (B,), positions: (S,), whole: (S, 8),
+    stop: (S, 32), int32; fraction: (S, 4), uniforms: (S, context), float32. tokens, logprobs: (S,
+    context), and progress: (S, 2) are on the host, pinned.
+    """
+
+    keys: Tensor
+    values: Tensor
+    x: Tensor
+    qkv: Tensor
+    acc: Tensor
+    m_l: Tensor
+    hidden: Tensor
+    logits: Tensor
+    slots: Tensor
+    positions: Tensor
+    whole: Tensor
+    fraction: Tensor
+    stop: Tensor
+    uniforms: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    progress: Tensor
+
+    @classmethod
+    def of(cls, config: ModelConfig, packed: PackedModel, max_batch: int, max_len: int) -> Memory:
+        """For `max_batch` sequences of `max_len` positions, zeros."""
+        c, device, dtype = config, packed.embedding.device, packed.embedding.dtype
+        rows, slots = max(bucket(max_batch), 1), max_batch + 1
+        chunks = -(-max_len // CHUNK)
+        pinned = device.type == "cuda"
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        def on_host(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, pin_memory=pinned)
+
+        cache = (c.n_layers, slots, c.n_kv_heads, max_len, c.head_dim)
+        whole = zeros(slots, sampling.WHOLE_NUMBERS, dtype=torch.int32)
+        whole[:, sampling.FINISH] = sampling.STOPPED
+        return cls(
+            keys=zeros(*cache, dtype=dtype),
+            values=zeros(*cache, dtype=dtype),
+            x=zeros(rows, c.dim, dtype=dtype),
+            qkv=zeros(rows, c.q_dim + 2 * c.kv_dim),
+            acc=zeros(rows, c.n_heads, chunks, padded(c.head_dim)),
+            m_l=zeros(rows, c.n_heads, chunks, 2),
+            hidden=zeros(rows, c.hidden_dim, dtype=dtype),
+            logits=zeros(rows, c.vocab_size),
+            slots=torch.full((rows,), max_batch, dtype=torch.int32, device=device),
+            positions=zeros(slots, dtype=torch.int32),
+            whole=whole,
+            fraction=zeros(slots, sampling.FRACTIONS),
+            stop=torch.full(
+                (slots, sampling.STOP_IDS), -1, dtype=torch.int32, device=device
+            ),
+            uniforms=zeros(slots, max_len),
+            tokens=on_host(slots, max_len),
+            logprobs=on_host(slots, max_len, dtype=torch.float32),
+            progress=on_host(slots, 2),
+        )  # fmt: skip
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all of it."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+
+def bucket(rows: int) -> int:
+    """As many rows as a chain has for so many sequences: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def tile_rows(n_rows: int, inner: int, multiprocessors: int) -> int:
+    """How many rows of a weight a CTA has: few enough for two CTAs a multiprocessor, but 4 at
+    least, and no more than its threads hold."""
+    width = min(padded(inner), WIDTH)
+    most = max(4, WEIGHTS_PER_THREAD * 32 * WARPS // width)
+    wanted = max(4, bucket(-(-n_rows // (2 * multiprocessors))))
+    return min(most, wanted)
+
+
+class TokenChain:
+    """One token of `rows` sequences, whose contexts have up to `context` positions: `calls` in
+    order."""
+
+    def __init__(
+        self, config: ModelConfig, packed: PackedModel, memory: Memory, rows: int, context: int
+    ) -> None:
+        self._config, self._packed, self._memory = config, packed, memory
+        self._rows, self._chunks = rows, -(-context // CHUNK)
+        self._cta_rows = min(ROWS, rows)
+        self._multiprocessors = limits_of(packed.embedding.device).multiprocessors
+        self._dependent = dependent_launch(packed.embedding.device)
+        self._mode = (sync.DEPENDENT if self._dependent else sync.AFTER).value
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """All stages of a token, from the first layer on: x is there."""
+        calls = []
+        for layer in range(self._config.n_layers):
+            calls += self._layer(layer)
+        return [*calls, self.head, self.sample]
+
+    def _call(
+        self, kernel: Any, ctas: int, arguments: Sequence[Any], warps: int = WARPS, **constants: Any
+    ) -> Call:
+        options = {**constants, "MODE": self._mode, "num_warps": warps}
+        if self._dependent:
+            options["launch_pdl"] = True
+        return Call(kernel, ctas, tuple(arguments), options)
+
+    def _product(
+        self, kernel: Any, arguments: Sequence[Any], n_rows: int, inner: int, **constants: Any
+    ) -> Call:
+        BN = tile_rows(n_rows, inner, self._multiprocessors)
+        ctas = -(-n_rows // BN) * (self._rows // self._cta_rows)
+        tile = {"BN": BN, "WIDTH": min(padded(inner), WIDTH), "ROWS": self._cta_rows}
+        return self._call(kernel, ctas, arguments, **constants, **tile)
+
+    def _layer(self, layer: int) -> list[Call]:
+        c, w, m = self._config, self._packed, self._memory
+        heads = {"H": c.n_heads, "E": c.head_dim, "PADDED": padded(c.head_dim), "CHUNK": CHUNK}
+        wide = c.q_dim + 2 * c.kv_dim
+        norms = None if w.norms is None else w.norms[layer]
+        return [
+            self._product(
+                kernels.qkv_kernel, (m.x, w.qkv[layer], m.qkv, c.norm_eps), wide, c.dim,
+                D=c.dim, N=wide,
+            ),
+            self._call(
+                kernels.attention_kernel, self._rows * c.n_kv_heads * self._chunks,
+                (
+                    m.qkv, norms, w.cos, w.sin, m.keys[layer], m.values[layer], m.slots,
+                    m.positions, m.acc, m.m_l, c.norm_eps, c.head_dim**-0.5, m.keys.shape[3],
+                    self._chunks,
+                ),
+                K=c.n_kv_heads, **heads,
+            ),
+            self._product(
+                kernels.out_proj_kernel,
+                (m.x, m.acc, m.m_l, w.out[layer], m.slots, m.positions, self._chunks),
+                c.dim, c.q_dim, D=c.dim, **heads,
+            ),
+            self._product(
+                kernels.gate_up_kernel, (m.x, w.gate_up[layer], m.hidden, c.norm_eps),
+                c.hidden_dim, c.dim, D=c.dim, F=c.hidden_dim,
+            ),
+            self._product(
+                kernels.add_product_kernel, (m.x, m.hidden, w.down[layer]), c.dim, c.hidden_dim,
+                D=c.dim, INNER=c.hidden_dim,
+            ),
+        ]  # fmt: skip
+
+    @cached_property
+    def head(self) -> Call:
+        """The logits."""
+        c, m = self._config, self._memory
+        return self._product(
+            kernels.head_kernel, (m.x, self._packed.head, m.logits, c.norm_eps), c.vocab_size,
+            c.dim, D=c.dim, V=c.vocab_size,
+        )  # fmt: skip
+
+    @cached_property
+    def sample(self) -> Call:
+        """Tokens of the logits."""
+        c, m = self._config, self._memory
+        arguments = (
+            m.logits, m.slots, m.positions, m.whole, m.fraction, m.stop, m.uniforms, m.tokens,
+            m.logprobs, m.progress, self._packed.embedding, m.x, m.tokens.shape[1],
+        )  # fmt: skip
+        return self._call(
+            sampling.sample_kernel, self._rows, arguments, SAMPLE_WARPS, V=c.vocab_size, D=c.dim,
+            WIDTH=padded(c.dim), BLOCK=min(padded(c.vocab_size), SAMPLE_BLOCK),
+        )  # fmt: skip

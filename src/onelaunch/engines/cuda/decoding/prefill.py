@@ -1,0 +1,50 @@
+"""Prompts through the forward: keys and values of every position, logits of the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.decoding.chain import bucket
+from onelaunch.engines.cuda.pack import PackedModel
+from onelaunch.engines.cuda.program import BoundForward, Shape
+
+MAX_PROMPT = 2048
+_SHORTEST = 16
+
+
+class Prompts:
+    """Reads prompts of up to MAX_PROMPT tokens, one at a time. Of each power of two that a prompt's
+    length was rounded up to a forward is bound and kept."""
+
+    def __init__(self, config: ModelConfig, packed: PackedModel) -> None:
+        self._config, self._packed = config, packed
+        self._forwards: dict[int, BoundForward] = {}
+
+    def forward(self, n: int) -> BoundForward:
+        """That of prompts of n tokens."""
+        length = min(max(_SHORTEST, bucket(n)), self._config.max_seq_len, MAX_PROMPT)
+        if length not in self._forwards:
+            shape = Shape(1, length, False, torch.float32, keep_qkv=True)
+            self._forwards[length] = BoundForward(self._config, self._packed, shape, {})
+        return self._forwards[length]
+
+    def read(self, prompt_ids: Sequence[int], keys: Tensor, values: Tensor) -> Tensor:
+        """The last position's logits, (1, V), float32. Keys and values of all positions are written
+        into a slot's cache, (L, K, context, E) each."""
+        c, n = self._config, len(prompt_ids)
+        forward = self.forward(n)
+        length = forward.plan.sequence
+        # what stands behind a prompt has no effect on it
+        ids = [*prompt_ids, *[0] * (length - n)]
+        forward.buffers.tokens.copy_(torch.tensor(ids, dtype=torch.int64))
+        forward.end_at([n])
+        forward.run()
+        kept_LNX = forward.buffers.qkv[:, :n, c.q_dim :]
+        for cache, columns_LNX in zip((keys, values), kept_LNX.split(c.kv_dim, -1), strict=True):
+            heads = columns_LNX.unflatten(-1, (c.n_kv_heads, c.head_dim)).transpose(1, 2)
+            cache[:, :, :n].copy_(heads)
+        return forward.buffers.logits

@@ -1,0 +1,270 @@
+"""A session of the CUDA engine: sequences grow in graphs of a few tokens, without the host between
+one token and the next."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import check_request, not_finite
+from onelaunch.engines.cuda.calls import captured, compile_together, prefer_shared_memory
+from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding.chain import MAX_ROWS, ROWS, Memory, TokenChain, bucket
+from onelaunch.engines.cuda.decoding.prefill import Prompts
+from onelaunch.engines.cuda.pack import PackedModel
+from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
+from onelaunch.engines.sampling import request_uniforms
+from onelaunch.engines.session import new_tokens
+
+GRAPH_TOKENS = 4
+"""Tokens of each sequence in one graph."""
+MAX_SECONDS = 0.005
+"""Of what is launched at once, so that a request that is cancelled or joins does not wait long."""
+FIRST_CONTEXT = 256
+SILENT_SECONDS = 1.0
+FINISH: dict[int, Finish] = {sampling.STOPPED: "stop", sampling.FULL: "length"}
+
+
+@dataclass(slots=True)
+class Growing:
+    """A request in a slot: at most `limit` new tokens, `new` so far."""
+
+    request: Request
+    slot: int
+    limit: int
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of its last token."""
+        return len(self.request.prompt_ids) + len(self.new) - 1
+
+
+class CudaSession:
+    """A `Session` of up to `max_batch` sequences at once, MAX_ROWS at most, and `max_len` positions
+    of each. `alone` is held during a step."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        packed: PackedModel,
+        prompts: Prompts,
+        alone: Callable[[], AbstractContextManager[None]],
+        max_batch: int,
+        max_len: int,
+        log: Callable[[str], None],
+    ) -> None:
+        self._config, self._packed, self._prompts = config, packed, prompts
+        self._alone, self._log = alone, log
+        self._device = packed.embedding.device
+        self._max_batch, self._max_len = min(max_batch, MAX_ROWS), max_len
+        self._waiting: deque[Request] = deque()
+        self._growing: list[Growing] = []
+        self._events: list[TokenEvent] = []
+        self._memory: Memory | None = None
+        self._chains: dict[tuple[int, int], TokenChain] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._compiled = False
+        self._rows: list[int] = []  # the slots that the device has in its rows
+        self._token_seconds = MAX_SECONDS / GRAPH_TOKENS
+
+    def submit(self, request: Request) -> None:
+        """Add a request; see `Session`."""
+        check_request(self._config, request)
+        self._waiting.append(request)
+
+    def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
+        """Let all sequences grow for so many seconds, and those join that wait; see `Session`."""
+        if self._waiting or self._growing:
+            with self._alone():
+                if not self._join() and self._growing:
+                    self._grow(seconds)
+        events, self._events = self._events, []
+        return events
+
+    def cancel(self, id: int) -> None:
+        """End a request; see `Session`."""
+        waiting = [request for request in self._waiting if request.id != id]
+        growing = [each for each in self._growing if each.request.id != id]
+        if len(waiting) + len(growing) < len(self._waiting) + len(self._growing):
+            self._waiting, self._growing = deque(waiting), growing
+            self._events.append(TokenEvent(id, None, None, "cancelled"))
+
+    def close(self) -> None:
+        """End all requests."""
+        self._waiting.clear()
+        self._growing.clear()
+        self._events.clear()
+        self._graphs.clear()
+        self._chains.clear()
+        self._memory = None
+
+    # ---- requests that join
+
+    def _join(self) -> bool:
+        """Read the prompts that there is room for; whether any was."""
+        joined = False
+        while self._waiting and len(self._growing) < self._max_batch:
+            request = self._waiting.popleft()
+            limit = new_tokens(self._config, request, self._max_len)
+            if not limit:
+                self._events.append(TokenEvent(request.id, None, None, "length"))
+                continue
+            used = {each.slot for each in self._growing}
+            slot = next(i for i in range(self._max_batch) if i not in used)
+            each = Growing(request, slot, limit)
+            self._begin(each)
+            self._growing.append(each)
+            self._report([each])
+            joined = True
+        return joined
+
+    def _begin(self, each: Growing) -> None:
+        """Read a prompt into a slot, and choose its first token."""
+        memory, request, slot = self._state(), each.request, each.slot
+        sampled, stop = request.sampling, list(request.stop_ids)[: sampling.STOP_IDS]
+        whole = [0] * sampling.WHOLE_NUMBERS
+        whole[sampling.LIMIT] = each.limit
+        whole[sampling.TOP_K] = sampled.top_k
+        whole[sampling.DRAWN] = int(not sampled.greedy)
+        fraction = [sampled.temperature, sampled.top_p, sampled.min_p, 0.0]
+        stop += [-1] * (sampling.STOP_IDS - len(stop))
+        for table, row in ((memory.whole, whole), (memory.stop, stop), (memory.fraction, fraction)):
+            table[slot].copy_(torch.tensor(row, dtype=table.dtype))
+        uniforms_N = request_uniforms(request, each.limit)
+        if uniforms_N is not None:
+            memory.uniforms[slot, : each.limit].copy_(uniforms_N)
+        memory.positions[slot] = len(request.prompt_ids) - 1
+        self._compile(len(request.prompt_ids))
+        keys, values = memory.keys[:, slot], memory.values[:, slot]
+        logits_1V = self._prompts.read(request.prompt_ids, keys, values)
+        memory.logits[:1].copy_(logits_1V)
+        memory.slots[:1] = slot
+        self._rows = []
+        self._chain(1, FIRST_CONTEXT).sample()
+        self._wait()
+
+    # ---- sequences that grow
+
+    def _grow(self, seconds: float) -> None:
+        longest = max(each.position for each in self._growing)
+        tokens = max(1, int(min(seconds, MAX_SECONDS) / self._token_seconds))
+        tokens = min(tokens, max(each.limit - len(each.new) for each in self._growing))
+        graphs = -(-tokens // GRAPH_TOKENS)
+        reached = min(self._max_len, longest + graphs * GRAPH_TOKENS + 1)
+        rows = max(self._least_rows(), bucket(len(self._growing)))
+        context = min(self._max_len, max(FIRST_CONTEXT, bucket(reached)))
+        self._place(rows)
+        run = self._run(rows, context)
+        start = time.perf_counter()
+        for _ in range(graphs):
+            run()
+        self._wait()
+        took = (time.perf_counter() - start) / (graphs * GRAPH_TOKENS)
+        self._token_seconds = took
+        self._report(self._growing)
+
+    def _least_rows(self) -> int:
+        """Those of a CTA: sequences that leave make no other kernels."""
+        return min(ROWS, bucket(self._max_batch))
+
+    def _compile(self, prompt: int) -> None:
+        """Compile all kernels before the first request's prompt, and say so where it takes long."""
+        if self._compiled or self._device.type != "cuda":
+            return
+        self._compiled = True
+        layer = self._chain(self._least_rows(), FIRST_CONTEXT).calls
+        layers = self._config.n_layers
+        of_token = [*layer[: len(layer) // layers], *layer[-2:]]
+        of_prompt = self._prompts.forward(prompt).calls
+        each = len(of_prompt[1:-1]) // layers
+        line = "compiling the kernels that generate; they are kept for the next time"
+        timer = threading.Timer(SILENT_SECONDS, self._log, [line])
+        timer.start()
+        try:
+            compile_together([*of_token, *of_prompt[: 1 + each], of_prompt[-1]])
+        finally:
+            timer.cancel()
+
+    def _place(self, rows: int) -> None:
+        """The sequences in their rows, each with its last token's row of the embedding."""
+        slots = [each.slot for each in self._growing]
+        if slots == self._rows:
+            return
+        memory, unused = self._state(), rows - len(slots)
+        placed = torch.tensor([*slots, *[self._max_batch] * unused], dtype=torch.int32)
+        memory.slots[:rows].copy_(placed)
+        last = [each.new[-1] for each in self._growing] + [0] * unused
+        ids = torch.tensor(last).to(self._device)
+        torch.index_select(self._packed.embedding, 0, ids, out=memory.x[:rows])
+        self._rows = slots
+
+    def _run(self, rows: int, context: int) -> Callable[[], None]:
+        """What lets so many rows grow by GRAPH_TOKENS tokens."""
+        calls = self._chain(rows, context).calls
+
+        def launch() -> None:
+            for _ in range(GRAPH_TOKENS):
+                for call in calls:
+                    call()
+
+        if self._device.type != "cuda":
+            return launch
+        key = (rows, context)
+        if key not in self._graphs:
+            for call in calls:
+                prefer_shared_memory(call.load())
+            torch.cuda.synchronize(self._device)
+            self._graphs[key] = captured(launch, self._device)
+        return self._graphs[key].replay
+
+    def _chain(self, rows: int, context: int) -> TokenChain:
+        key = (rows, context)
+        if key not in self._chains:
+            self._chains[key] = TokenChain(self._config, self._packed, self._state(), rows, context)
+        return self._chains[key]
+
+    def _state(self) -> Memory:
+        if self._memory is None:
+            self._memory = Memory.of(self._config, self._packed, self._max_batch, self._max_len)
+        return self._memory
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _report(self, sequences: Sequence[Growing]) -> None:
+        """The events of what came to sequences; those that ended leave."""
+        memory = self._state()
+        ended = set()
+        for each in sequences:
+            request, before = each.request, len(each.new)
+            count, how = memory.progress[each.slot].tolist()
+            tokens = memory.tokens[each.slot, before:count].tolist()
+            logprobs = memory.logprobs[each.slot, before:count].tolist()
+            finish = FINISH.get(how)
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                if token in request.stop_ids:  # one of more than the device knows
+                    finish = "stop"
+                    break
+                each.new.append(token)
+                shown = logprob if request.logprobs else None
+                self._events.append(TokenEvent(request.id, token, shown))
+            if how == sampling.NOT_FINITE:
+                dtype = str(self._packed.embedding.dtype).removeprefix("torch.")
+                error = not_finite(each.position, dtype)
+                self._events.append(TokenEvent(request.id, None, None, "error", error))
+            elif finish == "length":
+                self._events[-1] = self._events[-1]._replace(finish=finish)
+            elif finish is not None:
+                self._events.append(TokenEvent(request.id, None, None, finish))
+            if finish is not None or how == sampling.NOT_FINITE:
+                ended.add(each.slot)
+        self._growing = [each for each in self._growing if each.slot not in ended]

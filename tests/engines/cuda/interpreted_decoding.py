@@ -1,0 +1,169 @@
+"""One more token, stage by stage, through Triton's interpreter on CPU tensors. Run by
+test_interpreter.py in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+assert "triton" not in sys.modules, "too late: Triton was imported before this"
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from onelaunch.engines.cuda.decoding import chain, sampling  # noqa: E402
+from onelaunch.engines.cuda.decoding.chain import Memory, TokenChain  # noqa: E402
+from onelaunch.engines.cuda.pack import pack  # noqa: E402
+from onelaunch.engines.engine import Sampling  # noqa: E402
+from onelaunch.engines.sampling import _keep_likely  # noqa: E402
+from tests.engines.suite import (  # noqa: E402
+    SMALL,
+    exact_logits,
+    relative_error,
+    weights_of,
+)
+from tests.interpreting import mend_loop_bounds  # noqa: E402
+
+CPU = torch.device("cpu")
+
+mend_loop_bounds()
+
+
+class Rows:
+    """Sequences that are read a token at a time, in slots that are not their rows."""
+
+    def __init__(self, config, dtype, n, length, context=None):
+        self.packed = pack(config, weights_of(config), dtype, CPU)
+        self.memory = Memory.of(config, self.packed, n, context or config.max_seq_len)
+        self.chain = TokenChain(config, self.packed, self.memory, len(self.memory.slots), length)
+        self.memory.slots[:n] = torch.arange(n).flip(0)
+        for cache in (self.memory.keys, self.memory.values):
+            cache.fill_(float("nan"))  # what is not written is not read
+        self.n = n
+
+    def step(self, token_B, position_B):
+        """The logits of one token of each row."""
+        slots = self.memory.slots[: self.n].long()
+        self.memory.positions[slots] = torch.as_tensor(position_B, dtype=torch.int32)
+        self.memory.x[: self.n] = self.packed.embedding[torch.as_tensor(token_B)]
+        for call in self.chain.calls[:-1]:
+            call()
+        return self.memory.logits[: self.n].clone()
+
+
+def tokens_of(config, batch, length):
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+TINY = SMALL.with_(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, hidden_dim=24)
+KINDS = {
+    "grouped heads": TINY,
+    "norms of heads": TINY.with_(qk_norm=True, n_kv_heads=2, rope_layout="half"),
+    "two layers": TINY.with_(n_layers=2, head_dim=12, tied_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_of_a_token_are_the_models(config, dtype):
+    tokens = tokens_of(config, 3, 4)
+    exact = exact_logits(config, weights_of(config), tokens)
+    rows = Rows(config, dtype, 3, 4)
+    got = torch.stack([rows.step(tokens[:, i], [i] * 3) for i in range(4)], 1)
+    assert relative_error(got, exact) < (2e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_a_context_of_several_chunks(monkeypatch):
+    monkeypatch.setattr(chain, "CHUNK", 4)
+    tokens = tokens_of(TINY, 2, 10)
+    exact = exact_logits(TINY, weights_of(TINY), tokens)
+    rows = Rows(TINY, torch.float32, 2, 10)
+    for i in range(10):
+        at = [i, max(0, i - 3)]  # one row lags behind
+        got = rows.step([tokens[0, at[0]], tokens[1, at[1]]], at)
+        for row in range(2):
+            assert relative_error(got[row], exact[row, at[row]]) < 2e-6
+
+
+def test_a_rows_bits_do_not_depend_on_the_others():
+    tokens = tokens_of(TINY, 3, 3)
+    together, alone = Rows(TINY, torch.float16, 3, 3), Rows(TINY, torch.float16, 1, 3)
+    for i in range(3):
+        got = together.step(tokens[:, i], [i] * 3)
+        assert torch.equal(got[1], alone.step(tokens[1:2, i], [i])[0])
+
+
+FILTERS = [
+    Sampling(1.0),
+    Sampling(0.7, top_k=3),
+    Sampling(1.3, top_p=0.7),
+    Sampling(1.0, min_p=0.2),
+    Sampling(1.5, top_k=9, top_p=0.8, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_uniform_number_draws_from_the_kept_tokens(filters, block, monkeypatch):
+    """Each kept token for as much of 0 to 1 as its share, in the order of ids; of equal ones the
+    lower ids are kept."""
+    monkeypatch.setattr(chain, "SAMPLE_BLOCK", block)
+    V, n = TINY.vocab_size, 24
+    rows = Rows(TINY, torch.float32, n, 4)
+    memory, generator = rows.memory, torch.Generator().manual_seed(3)
+    logits_V = 2 * torch.randn(V, generator=generator)
+    logits_V[[5, 9, 20, 33]] = logits_V.sort().values[-3]  # ties
+    weights = torch.zeros(V)
+    ids_C, weights_C = _keep_likely(
+        torch.exp((logits_V - logits_V.max()) / filters.temperature), filters
+    )
+    weights[ids_C] = weights_C
+    reached = torch.cumsum(weights.double() / weights.double().sum(), 0)
+    uniforms = (torch.arange(n) + 0.5) / n
+    expected = torch.searchsorted(reached, uniforms.double(), right=True)
+    clear = (reached[None] - uniforms[:, None].double()).abs().min(1).values > 1e-6
+    memory.logits[:n] = logits_V
+    memory.whole[:, sampling.FINISH] = sampling.GROWING
+    memory.whole[:, sampling.LIMIT] = 9
+    memory.whole[:, sampling.DRAWN] = 1
+    memory.whole[:, sampling.TOP_K] = filters.top_k
+    for column, value in enumerate((filters.temperature, filters.top_p, filters.min_p)):
+        memory.fraction[:, column] = value
+    slots = memory.slots[:n].long()
+    memory.uniforms[slots, 0] = uniforms
+    rows.chain.sample()
+    got = memory.tokens[slots, 0]
+    assert torch.equal(got[clear], expected.int()[clear])
+    logprobs = logits_V.log_softmax(-1)[got.long()]
+    assert torch.allclose(memory.logprobs[slots, 0], logprobs, atol=1e-5)
+    assert torch.equal(memory.x[:n], rows.packed.embedding[got.long()])
+
+
+@pytest.mark.parametrize(
+    ("limit", "stop", "value", "finish", "count"),
+    [
+        (2, -1, 0.0, sampling.GROWING, 1),
+        (1, -1, 0.0, sampling.FULL, 1),
+        (2, 7, 0.0, sampling.STOPPED, 0),
+        (2, -1, float("nan"), sampling.NOT_FINITE, 0),
+        (2, -1, float("inf"), sampling.NOT_FINITE, 0),
+    ],
+)
+def test_how_a_sequence_ends(limit, stop, value, finish, count):
+    rows = Rows(TINY, torch.float32, 1, 4)
+    memory = rows.memory
+    memory.logits[0] = torch.linspace(0, 1, TINY.vocab_size)
+    memory.logits[0, 7] = 2.0
+    memory.logits[0, 3] += value
+    memory.whole[0, sampling.FINISH] = sampling.GROWING
+    memory.whole[0, sampling.LIMIT] = limit
+    memory.stop[0, 5] = stop
+    memory.positions[0] = 3
+    for _ in range(2 if finish != sampling.GROWING else 1):  # what has ended stays as it is
+        rows.chain.sample()
+    assert memory.progress[0].tolist() == [count, finish]
+    assert memory.positions[0] == 3 + (finish == sampling.GROWING)
+    if count:
+        assert memory.tokens[0, 0] == 7

@@ -1,0 +1,81 @@
+"""Generation by the CUDA engine in bfloat16; the engines' shared suite has it in float32
+(test_cuda_engine.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onelaunch.engines.engine import Request, Sampling
+from onelaunch.model import Model
+from tests.engines.suite import SHAPES, SMALL, exact_logits, run, weights_of
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from onelaunch.engines.cuda.engine import CudaEngine
+
+LONGER = SMALL.with_(max_seq_len=400)
+
+
+def requests_of(n, length, new, sampling):
+    generator = torch.Generator().manual_seed(7)
+    prompts = torch.randint(SMALL.vocab_size, (n, length), generator=generator).tolist()
+    return [
+        Request(i, prompt[: 1 + 3 * i], new, sampling, logprobs=True)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.1, top_k=20, top_p=0.9, min_p=0.01)])
+def test_a_text_is_the_same_each_time_alone_and_among_others(sampling):
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda")
+    requests = requests_of(5, 40, 330, sampling)  # beyond the first context of a graph
+    together = run(engine, requests, max_batch=8)
+    assert run(engine, requests, max_batch=8) == together
+    for request in requests[::2]:
+        assert run(engine, [request], max_batch=8)[request.id] == together[request.id]
+    # with less room: the others wait
+    assert run(engine, requests, max_batch=2) == run(engine, requests[::-1], max_batch=2)
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_logprobs_are_as_exact_as_pytorchs(config):
+    """Over 80 steps: keys and values of all positions, prompt and text."""
+    config = config.with_(max_seq_len=128)
+    weights = weights_of(config)
+    engine = CudaEngine(config, weights, "cuda")
+    session = engine.session(1, 128)
+    prompt = torch.randint(config.vocab_size, (20,), generator=torch.manual_seed(1)).tolist()
+    session.submit(Request(0, prompt, 80, Sampling(1.0, seed=2), logprobs=True))
+    events = []
+    while not events or events[-1].finish is None:
+        events += session.step()
+    session.close()
+    new = [event.token for event in events]
+    tokens = torch.tensor([prompt + new[:-1]])
+    narrow = Model.from_weights(config, {name: w.bfloat16() for name, w in weights.items()})
+    with torch.no_grad():
+        plain = torch.nn.functional.linear(narrow.hidden(tokens), narrow.head_weight())
+    chosen = torch.tensor(new)[:, None]
+
+    def logprobs(logits_1SV):
+        rows = logits_1SV[0, len(prompt) - 1 :].double().log_softmax(-1)
+        return rows.gather(1, chosen)[:, 0]
+
+    exact = logprobs(exact_logits(config, weights, tokens))
+    allowed = 1.5 * (logprobs(plain) - exact).norm()
+    got = torch.tensor([event.logprob for event in events]).double()
+    assert (got - exact).norm() <= allowed
+
+
+def test_memory_goes_at_close():
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda")
+    first = engine.session(64, 400)
+    first.submit(Request(0, [1, 2], 3))
+    first.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    first.close()
+    assert torch.cuda.memory_allocated() < before - 64 * 400 * LONGER.kv_dim
