@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 assert "triton" not in sys.modules, "too late: Triton was imported before this"
 os.environ["TRITON_INTERPRET"] = "1"
@@ -14,12 +15,17 @@ import torch  # noqa: E402
 
 from onelaunch.engines.cuda.decoding import chain, sampling  # noqa: E402
 from onelaunch.engines.cuda.decoding.chain import Memory, TokenChain  # noqa: E402
+from onelaunch.engines.cuda.decoding.prefill import Prompts  # noqa: E402
+from onelaunch.engines.cuda.decoding.session import CudaSession  # noqa: E402
 from onelaunch.engines.cuda.pack import pack  # noqa: E402
-from onelaunch.engines.engine import Sampling  # noqa: E402
+from onelaunch.engines.engine import Request, Sampling  # noqa: E402
+from onelaunch.engines.reference import ReferenceEngine  # noqa: E402
 from onelaunch.engines.sampling import _keep_likely  # noqa: E402
+from onelaunch.generation.decode import generate_ids  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
     SMALL,
     exact_logits,
+    finished,
     relative_error,
     weights_of,
 )
@@ -167,3 +173,30 @@ def test_how_a_sequence_ends(limit, stop, value, finish, count):
     assert memory.positions[0] == 3 + (finish == sampling.GROWING)
     if count:
         assert memory.tokens[0, 0] == 7
+
+
+def test_a_session_writes_what_the_reference_engine_does():
+    """Three requests, of which two have room; one ends at a stop id, one where its slot is full."""
+    weights, max_len = weights_of(TINY), 12
+    packed = pack(TINY, weights, torch.float32, CPU)
+    reference = ReferenceEngine(TINY, weights, "cpu")
+    prompts = tokens_of(TINY, 3, 6).tolist()
+    plain = generate_ids(reference, prompts, 5, Sampling())
+    requests = [
+        Request(0, prompts[0], 5, stop_ids=[plain[0][3]], logprobs=True),
+        Request(1, prompts[1], 99),
+        Request(2, prompts[2], 2),
+    ]
+    ends = []
+    for session in (
+        reference.session(2, max_len),
+        CudaSession(
+            TINY, packed, Prompts(TINY, packed), nullcontext, 2, max_len, lambda line: None
+        ),
+    ):
+        for request in requests:
+            session.submit(request)
+        ends.append(finished(session, 3))
+        session.close()
+    assert ends[1] == ends[0]
+    assert ends[0][1][1] == "length"

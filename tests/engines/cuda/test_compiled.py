@@ -65,6 +65,29 @@ def test_the_stages_stay_in_registers(target, name, monkeypatch, tmp_path, trito
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(("name", "rows"), [("stories15m", 1), ("qwen3-0.6b", 8)])
+def test_the_stages_of_a_token_stay_in_registers(target, name, rows, monkeypatch, tmp_path, triton):
+    from triton.runtime import driver
+
+    from onelaunch.engines.cuda.decoding import chain
+
+    monkeypatch.setattr(driver, "_active", absent(target))
+    monkeypatch.setattr(chain, "limits_of", lambda device: LIMITS[target])
+    monkeypatch.setattr(chain, "dependent_launch", lambda device: target == "sm_90")
+    config = preset(name).with_(n_layers=1, vocab_size=4096, max_seq_len=256)
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    memory = chain.Memory.of(config, packed, rows, 256)
+    spills = {}
+    for call in chain.TokenChain(config, packed, memory, rows, 256).calls:
+        compiled = call.compile()
+        assert len(call.kernel.arg_names) <= MAX_PARAMETERS
+        spills[compiled.metadata.name] = spilled(triton, compiled, tmp_path)
+    assert len(spills) == 7
+    assert max(spills.values()) <= 128, spills
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("part", ["ffn", "attention"])
 def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path, triton):
     from triton.runtime import driver

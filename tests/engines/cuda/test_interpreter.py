@@ -1,5 +1,5 @@
-"""The stages and their engine through Triton's interpreter: interpreted.py and
-interpreted_engine.py, each in a process of its own."""
+"""The stages, their engine and generation through Triton's interpreter: interpreted.py,
+interpreted_engine.py and interpreted_decoding.py, each in processes of its own."""
 
 from pathlib import Path
 
@@ -16,3 +16,7 @@ def test_the_stages_through_the_interpreter():
 
 def test_the_engine_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted_engine.py"))
+
+
+def test_generation_through_the_interpreter():
+    run_interpreted(Path(__file__).with_name("interpreted_decoding.py"))

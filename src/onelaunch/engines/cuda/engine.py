@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -169,10 +168,8 @@ class CudaEngine:
         )
 
     def _generates(self) -> bool:
-        """Whether its own kernels generate: on NVIDIA's GPUs, and through the interpreter."""
-        if self.device.type == "cuda":
-            return torch.version.hip is None
-        return os.environ.get("TRITON_INTERPRET") == "1"
+        """Whether its own kernels generate: on NVIDIA's GPUs."""
+        return self.device.type == "cuda" and torch.version.hip is None
 
     def tune(
         self, batch: int = 1, sequence: int | None = None, progress: Progress | None = None

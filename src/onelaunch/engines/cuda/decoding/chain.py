@@ -23,9 +23,10 @@ MAX_ROWS = 64
 ROWS = 8
 """Rows of a CTA at most."""
 WARPS = 4
-WIDTH = 2048
-"""Of the inner dimension at once, at most."""
-WEIGHTS_PER_THREAD = 64
+WIDTH, MERGED_WIDTH = 2048, 512
+"""Of the inner dimension at once, at most; where chunks of attention are merged, whose indices take
+registers, less."""
+WEIGHTS_PER_THREAD, MERGED_PER_THREAD = 64, 32
 """Of those loaded before a launch waits: half as many registers in bfloat16."""
 CHUNK = 64
 """Positions of the context in one CTA of attention."""
@@ -110,11 +111,10 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def tile_rows(n_rows: int, inner: int, multiprocessors: int) -> int:
-    """How many rows of a weight a CTA has: few enough for two CTAs a multiprocessor, but 4 at
-    least, and no more than its threads hold."""
-    width = min(padded(inner), WIDTH)
-    most = max(4, WEIGHTS_PER_THREAD * 32 * WARPS // width)
+def tile_rows(n_rows: int, width: int, multiprocessors: int, held: int) -> int:
+    """How many rows of a weight a CTA has, `width` of the inner dimension at once: few enough for
+    two CTAs a multiprocessor, but 4 at least, and no more than a thread holds."""
+    most = max(4, held * 32 * WARPS // width)
     wanted = max(4, bucket(-(-n_rows // (2 * multiprocessors))))
     return min(most, wanted)
 
@@ -150,11 +150,19 @@ class TokenChain:
         return Call(kernel, ctas, tuple(arguments), options)
 
     def _product(
-        self, kernel: Any, arguments: Sequence[Any], n_rows: int, inner: int, **constants: Any
+        self,
+        kernel: Any,
+        arguments: Sequence[Any],
+        n_rows: int,
+        inner: int,
+        merged: bool = False,
+        **constants: Any,
     ) -> Call:
-        BN = tile_rows(n_rows, inner, self._multiprocessors)
+        most, held = (MERGED_WIDTH, MERGED_PER_THREAD) if merged else (WIDTH, WEIGHTS_PER_THREAD)
+        width = min(padded(inner), most)
+        BN = tile_rows(n_rows, width, self._multiprocessors, held)
         ctas = -(-n_rows // BN) * (self._rows // self._cta_rows)
-        tile = {"BN": BN, "WIDTH": min(padded(inner), WIDTH), "ROWS": self._cta_rows}
+        tile = {"BN": BN, "WIDTH": width, "ROWS": self._cta_rows}
         return self._call(kernel, ctas, arguments, **constants, **tile)
 
     def _layer(self, layer: int) -> list[Call]:
@@ -179,7 +187,7 @@ class TokenChain:
             self._product(
                 kernels.out_proj_kernel,
                 (m.x, m.acc, m.m_l, w.out[layer], m.slots, m.positions, self._chunks),
-                c.dim, c.q_dim, D=c.dim, **heads,
+                c.dim, c.q_dim, merged=True, D=c.dim, **heads,
             ),
             self._product(
                 kernels.gate_up_kernel, (m.x, w.gate_up[layer], m.hidden, c.norm_eps),
