@@ -104,7 +104,7 @@ class SourceSuite:
                             getattr(want, name),
                             atol=atol,
                             rtol=rtol,
-                            msg=lambda told, name=name, this=this: f"{this}, {name}: {told}",
+                            msg=lambda message, name=name, this=this: f"{this}, {name}: {message}",
                         )
 
     def test_none_is_nearer_to_float64_than_a_module_that_rounds_its_squares(self):

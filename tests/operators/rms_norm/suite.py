@@ -314,11 +314,11 @@ def check_promises(case: Case, device: torch.device) -> None:
     x, weight, dy = inputs(case, device)
     numbers, modes = (case.eps, case.casting, case.offset), (case.row_mode, case.rule)
     operators = torch.ops.onelaunch
-    for operator, given in (
+    for operator, arguments in (
         (operators.rms_norm, (x, weight, *numbers, *modes)),
         (operators.rms_norm_backward, (dy, x, weight, *numbers, weight is not None, *modes)),
     ):
-        torch.library.opcheck(operator.default, given, test_utils="test_faketensor")
+        torch.library.opcheck(operator.default, arguments, test_utils="test_faketensor")
 
 
 # ------------------------------------------------------------------------------------------ matrix
