@@ -15,7 +15,7 @@ from onelaunch.checkpoints import run_folder, tensors
 from onelaunch.checkpoints.run_folder import (
     best_checkpoint,
     list_checkpoints,
-    newest_whole_checkpoint,
+    newest_valid_checkpoint,
     read_state,
 )
 from onelaunch.errors import BadInput, RunFailed
@@ -162,7 +162,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     damaged = bytearray((newest / "optimizer.safetensors").read_bytes())
     damaged[-5] ^= 1
     (newest / "optimizer.safetensors").write_bytes(damaged)
-    assert newest_whole_checkpoint(tmp_path / "cut")[0] == list_checkpoints(tmp_path / "cut")[-2]
+    assert newest_valid_checkpoint(tmp_path / "cut")[0] == list_checkpoints(tmp_path / "cut")[-2]
     runs.resume(tmp_path / "cut", {}, quiet=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
@@ -419,7 +419,7 @@ def test_damaged_checkpoints_are_set_aside_and_never_push_out_whole_ones(tmp_pat
     assert len(list_checkpoints(run)) == 3
     done = runs.resume(run, {"checkpoint.keep": 1, "checkpoint.every": 1}, quiet=True)
     assert done.progress.update == 8
-    assert newest_whole_checkpoint(run)[0].name == "update-00000008"
+    assert newest_valid_checkpoint(run)[0].name == "update-00000008"
     assert len(list((run / "checkpoints").glob("*.damaged"))) == 2
     a, b = outcome(run), outcome(tmp_path / "whole")
     assert (a["losses"], a["sha256"]) == (b["losses"], b["sha256"])

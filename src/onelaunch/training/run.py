@@ -22,11 +22,11 @@ from onelaunch.checkpoints.run_folder import (
     MODEL_FILE,
     SCHEMA,
     list_checkpoints,
-    newest_whole_checkpoint,
+    mark_damaged,
+    newest_valid_checkpoint,
     prune_checkpoints,
     read_run,
     read_tensors,
-    set_aside,
     set_best,
 )
 from onelaunch.checkpoints.tokenizers import FILE_NAMES
@@ -128,7 +128,7 @@ def resume(
         if not list_checkpoints(run):
             # stopped before its first: the recipe alone says how it begins
             return _train(_first_parts(recipe, run, config, data), stop, quiet, changed=changed)
-        checkpoint, state, damaged = newest_whole_checkpoint(run)
+        checkpoint, state, damaged = newest_valid_checkpoint(run)
         _check_state(run, checkpoint, state, recipe, config, data)
         _check_memory(recipe, config)
         weights = read_tensors(checkpoint, MODEL_FILE, state)
@@ -153,7 +153,7 @@ def resume(
             notices.append(
                 "the run's own recipe is used; single settings change it, a named recipe does not"
             )
-        set_aside(damaged)
+        mark_damaged(damaged)
         resumed = _Resumed(checkpoint, state, progress, tuple(notices))
         return _train(parts, stop, quiet, resumed, changed)
 
