@@ -64,7 +64,7 @@ RANDOM = ["generate", "stories260k", "--random", "--ids"]
             ["export", "stories260k", "x.mlpackage", "--random", "--format=coreml", "--seq=513"],
             "--seq 513: must be from 1 to the model's 512",
         ),
-        (["train", "--set", "x"], "--set x: must look like section.key=value"),
+        (["train", "--set", "x"], "--set x: must have the form section.key=value"),
         (["train", "--resume", "--run", ".", "--set", "a.b=1"], "--set: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -60,9 +60,9 @@ def test_a_gpu_has_one_where_the_operator_says_so(kernel, monkeypatch):
 
 
 def test_another_name_is_refused():
-    with pytest.raises(BadInput, match=r"train\.norm = 'apex' must be one of auto, torch, one"):
+    with pytest.raises(BadInput, match=r"train\.norm = 'apex': .*auto, torch, onelaunch"):
         recipe(train__norm="apex")
-    with pytest.raises(BadInput, match="norm='apex': must be one of auto"):
+    with pytest.raises(BadInput, match="norm='apex': .*auto"):
         ReferenceEngine(SMALL, weights_of(SMALL), device="cpu", norm="apex")
     for name in NORMS:
         assert recipe(train__norm=name).train.norm == name
@@ -103,7 +103,7 @@ def test_a_run_from_before_there_was_a_choice_resumes_exactly(tmp_path, capfd):
     runs.resume(run, {})
     said = capfd.readouterr().err
     assert "resumed from update-00000002" in said
-    assert "the norm was" not in said
+    assert "norm changed" not in said
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
@@ -112,11 +112,11 @@ def test_a_resume_with_another_norm_says_so(tmp_path, capfd):
     runs.start(recipe(train__norm="torch"), run, quiet=True)
     runs.resume(run, {"train.updates": 6, "train.norm": "onelaunch"})
     said = capfd.readouterr().err
-    assert "the norm was torch, now it is onelaunch" in said
-    assert "train.norm=torch keeps it" in said
+    assert "norm changed from torch to onelaunch" in said
+    assert "train.norm=torch" in said
     assert norms(run) == ["torch", "onelaunch"]
     runs.resume(run, {"train.updates": 8})
-    assert "the norm was" not in capfd.readouterr().err
+    assert "norm changed" not in capfd.readouterr().err
 
 
 def test_resume_with_the_operator_is_exact(tmp_path):
