@@ -265,7 +265,7 @@ def test_a_model_without_a_tokenizer_gives_logits(path):
     (path.parent / "tokenizer.bin").unlink()
     model = onelaunch.load(path, engine="reference")
     assert model.logits([[1, 2]]).shape == (1, 2, 512)
-    with pytest.raises(BadInput, match=r"no tokenizer found for it; load it with tokenizer='FILE'"):
+    with pytest.raises(BadInput, match=r"no tokenizer .*tokenizer='FILE'"):
         model.generate("Once")
 
 

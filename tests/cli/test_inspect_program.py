@@ -104,8 +104,8 @@ def test_a_program_without_findings_and_of_two_functions(onelaunch, tmp_path):
     from tests.engines.coreml.tiny import built, edited, value
 
     path = built(tmp_path, lambda x: mb.relu(x=x), value(1, 8, 1, 64))
-    found = "none: nothing here is known to keep it off the Neural Engine"
-    assert onelaunch("inspect", path)[1].splitlines()[-1].split("  ")[-1].strip() == found
+    last = onelaunch("inspect", path)[1].splitlines()[-1]
+    assert last.split("  ")[-1].strip().startswith("none: ")
 
     def twice(spec):
         functions = spec.mlProgram.functions
@@ -136,10 +136,12 @@ def test_what_is_no_program(onelaunch, tmp_path):
     folder.mkdir()
     code, out, err = onelaunch("inspect", folder)
     assert (code, out) == (2, "")
-    assert err == f"onelaunch: {folder}: is no .mlpackage (its Manifest.json cannot be read)\n"
+    assert err.startswith(f"onelaunch: {folder}: ")
+    assert "Manifest.json" in err
+    assert err.count("\n") == 1
     code, _, err = onelaunch("inspect", tmp_path / "absent.mlpackage")
     assert code == 2
-    assert "absent.mlpackage: no such file or folder" in err
+    assert "absent.mlpackage: no such file" in err
 
 
 @pytest.mark.parametrize(
@@ -148,14 +150,12 @@ def test_what_is_no_program(onelaunch, tmp_path):
         (
             "the package coremltools is not installed",
             MissingExtra,
-            "onelaunch: reading an ML Program needs the package coremltools, which is not "
-            "installed; install it with: pip install 'onelaunch[coreml]'\n",
+            "onelaunch: .*coremltools.* not installed.*pip install 'onelaunch\\[coreml\\]'\n",
         ),
         (
             "coremltools 8.0 is not known here; 9.0 is",
             BadInput,
-            "onelaunch: reading an ML Program: coremltools 8.0 is not known here; 9.0 is; "
-            "pip install 'onelaunch[coreml]'\n",
+            "onelaunch: .*coremltools 8.0 .*9.0 .*pip install 'onelaunch\\[coreml\\]'\n",
         ),
     ],
 )
@@ -171,4 +171,6 @@ def test_without_coremltools(onelaunch, tmp_path, monkeypatch, reason, error, li
     monkeypatch.setattr(coreml, "why_not", lambda: reason)
     with pytest.raises(error):
         Package(folder)
-    assert onelaunch("inspect", folder) == (2, "", line)
+    code, out, err = onelaunch("inspect", folder)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(line, err), err
