@@ -51,7 +51,7 @@ def elsewhere(tmp_path):
 
 @pytest.mark.parametrize("after", ["kept", "forgotten"])
 def test_children_find_the_package_that_code_has_put_on_the_path(elsewhere, tmp_path, after):
-    """In a folder whose own modules are in nobody's way, either."""
+    """In a folder whose modules do not shadow those of the child."""
     started_in = tmp_path / "started in"
     started_in.mkdir()
     (started_in / "onelaunch.py").write_text("raise SystemExit('another module')")

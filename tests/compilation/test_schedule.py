@@ -34,7 +34,7 @@ PUBLISHED_UPDATES = [
 # Seconds of compiling for one update, from the fastest run to the slowest.
 PUBLISHED_COMPILATIONS = (10.3, 15.3)
 STEP_SECONDS = 0.1687  # warm, of the longest update
-SLOWDOWN = 1.13  # of a call beside a compilation
+SLOWDOWN = 1.13  # of a call during a compilation
 
 
 # the published tables
@@ -141,23 +141,25 @@ def test_whole_numbers_stay_whole(n, milliseconds):
 @settings(deadline=None)
 def test_k_micro_steps_hide_it_and_fewer_do_not(compiling, step, slowdown):
     k = micro_steps_to_hide(compiling, step, slowdown)
-    beside = Fraction(slowdown) * Fraction(compiling)
-    assert k * Fraction(step) >= beside * (1 - Fraction(2 * NOISE))
-    assert k == 1 or (k - 1) * Fraction(step) < beside
+    concurrent = Fraction(slowdown) * Fraction(compiling)
+    assert k * Fraction(step) >= concurrent * (1 - Fraction(2 * NOISE))
+    assert k == 1 or (k - 1) * Fraction(step) < concurrent
 
 
 @given(compiling=TIMES, step=TIMES, slowdown=SLOWDOWNS, steps_slowdown=SLOWDOWNS)
 @settings(deadline=None)
 def test_k_by_micro_steps_timed_alone_is_enough(compiling, step, slowdown, steps_slowdown):
     by_alone = micro_steps_to_hide(compiling, step, slowdown)
-    by_beside = micro_steps_to_hide(compiling, step * steps_slowdown, slowdown)
-    beside = slowdown * compiling
-    assert by_beside <= by_alone
-    for k in (by_alone, by_beside):
-        stall = stall_seconds(k, beside, step, steps_slowdown, overlapped=True)
-        assert stall <= 2 * NOISE * beside
-    if by_beside > 1:
-        assert stall_seconds(by_beside - 1, beside, step, steps_slowdown, overlapped=True) > 0
+    by_concurrent = micro_steps_to_hide(compiling, step * steps_slowdown, slowdown)
+    concurrent = slowdown * compiling
+    assert by_concurrent <= by_alone
+    for k in (by_alone, by_concurrent):
+        stall = stall_seconds(k, concurrent, step, steps_slowdown, overlapped=True)
+        assert stall <= 2 * NOISE * concurrent
+    if by_concurrent > 1:
+        assert (
+            stall_seconds(by_concurrent - 1, concurrent, step, steps_slowdown, overlapped=True) > 0
+        )
 
 
 @given(compiling=TIMES, step=TIMES, slowdown=SLOWDOWNS, more=SLOWDOWNS)
@@ -173,7 +175,7 @@ def test_what_makes_k_larger(compiling, step, slowdown, more):
 
 
 def test_an_update_that_waits():
-    # 10 micro-steps of 0.2 s, 2.5 s where they are slowed, beside 3 s of compiling
+    # 10 micro-steps of 0.2 s, 2.5 s when slowed down, during 3 s of compiling
     assert stall_seconds(10, 3.0, 0.2, 1.25, overlapped=True) == pytest.approx(0.5)
     assert throughput(10, 3.0, 0.2, 1.25, overlapped=True) == pytest.approx(10 / 3)
     assert stall_seconds(10, 3.0, 0.2, 1.25, overlapped=False) == 3.0

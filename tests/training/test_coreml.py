@@ -1,4 +1,4 @@
-"""Whole runs through ML Programs: beside PyTorch's, stopped, resumed, their telemetry."""
+"""Runs through ML Programs: compared with PyTorch, stopped, resumed, their telemetry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may go wrong around a run, and what is then said, kept and returned."""
+"""Faults around a run: the messages, what is saved, and the exit status."""
 
 from __future__ import annotations
 
@@ -275,11 +275,11 @@ def test_a_recipe_named_again_is_the_same_from_its_own_directory(tmp_path, monke
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def test_a_metrics_file_that_is_removed_is_written_anew_and_said(tmp_path):
-    path, said = tmp_path / "metrics.jsonl", []
+def test_a_metrics_file_that_is_removed_is_written_again_with_a_notice(tmp_path):
+    path, notices = tmp_path / "metrics.jsonl", []
     head = {"kind": "run", "schema": 1}
     writer = MetricsWriter(path)
-    writer.log = said.append
+    writer.log = notices.append
     writer.push(head)
     writer.push({"kind": "update", "update": 1})
     assert writer.flush()
@@ -287,14 +287,14 @@ def test_a_metrics_file_that_is_removed_is_written_anew_and_said(tmp_path):
     writer.push({"kind": "update", "update": 2})
     assert writer.flush()
     assert read_metrics(path) == [head, {"kind": "update", "update": 2}]
-    assert len(said) == 1
-    assert str(path) in said[0]
+    assert len(notices) == 1
+    assert str(path) in notices[0]
     path.rename(tmp_path / "old.jsonl")
     path.write_text('{"kind": "note"}\n')
     writer.push({"kind": "update", "update": 3})
     writer.close()
     assert read_metrics(path) == [{"kind": "note"}, {"kind": "update", "update": 3}]
-    assert (len(said), writer.error) == (2, None)
+    assert (len(notices), writer.error) == (2, None)
 
 
 def test_a_metrics_file_whose_folder_is_gone_is_an_error_in_one_line(tmp_path):

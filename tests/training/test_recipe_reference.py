@@ -158,8 +158,8 @@ def test_with_coreml_only_what_is_shown_is_taken(name):
 def test_an_option_sets_the_key_that_is_shown(monkeypatch, tmp_path):
     started = []
 
-    def start(given, *rest, **named):
-        started.append(given)
+    def start(recipe, *rest, **options):
+        started.append(recipe)
         raise BadInput("started")
 
     monkeypatch.setattr("onelaunch.training.run.start", start)

@@ -83,9 +83,9 @@ def test_the_verb_says_what_separates(tmp_path, capsys, special, line):
     tokenizer = json_tokenizer(tmp_path / "t", **special)
     words = ["prepare", str(documents(tmp_path, "some\n", "text")), "--out", str(tmp_path / "out")]
     assert cli.run([*words, "--tokenizer", str(tokenizer)]) == 0
-    said = [text for text in capsys.readouterr().err.splitlines() if "BOS" in text]
-    assert len(said) == (line is not None)
-    assert line is None or re.search(line, said[0])
+    lines = [text for text in capsys.readouterr().err.splitlines() if "BOS" in text]
+    assert len(lines) == (line is not None)
+    assert line is None or re.search(line, lines[0])
 
 
 def test_the_first_of_several_ends_stays_the_separator_when_a_tokenizer_is_saved(tmp_path):

@@ -150,10 +150,10 @@ class EdgeSuite:
             near = {"rtol": 5e-3, "atol": 1e-3} if x.dtype is torch.half else {}
             torch.testing.assert_close(y, reference.rms_norm(x, w, eps), **near)
             if any(needs):
-                asked = [leaf for leaf in leaves if leaf.requires_grad]
+                inputs = [leaf for leaf in leaves if leaf.requires_grad]
                 expected = reference.rms_norm_backward(dy, x, w, eps)
                 both = [w for w, need in zip(expected, needs, strict=True) if need]
-                torch.testing.assert_close(torch.autograd.grad(y, asked, dy), tuple(both), **near)
+                torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), tuple(both), **near)
 
         def laid(t, like):
             return torch.empty_strided(t.shape, like.stride(), device=t.device).copy_(t)

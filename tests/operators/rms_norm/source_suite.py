@@ -4,7 +4,7 @@ Weights are all ones there, so that a kernel without any would pass; here they a
 
 Its tolerance of 0.2 is wide for y and dX and narrow for dW: the sum of thousands of rows is within
 it only where each term is rounded as autograd of Hugging Face's module rounds it. So this stands
-beside the measure of `suite`, 1.5 times the eager error.
+besides the measure of `suite`, 1.5 times the eager error.
 """
 
 from __future__ import annotations

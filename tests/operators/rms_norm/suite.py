@@ -264,7 +264,7 @@ def check(case: Case, got: Results, x: Tensor, weight: Tensor | None, dy: Tensor
     for name in ("y", "dx", "dw"):
         result, oracle, size = getattr(got, name), getattr(want, name), sizes.get(name)
         if oracle is None:
-            assert result is None, f"{case}: {name} came back though nothing asked for it"
+            assert result is None, f"{case}: {name} was returned without a request"
             continue
         like = weight if name == "dw" else x
         assert result.shape == oracle.shape, f"{case}: {name} has shape {tuple(result.shape)}"

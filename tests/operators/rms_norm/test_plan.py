@@ -336,7 +336,7 @@ def test_no_program_backward_is_idle_and_partials_are_bounded(
 def test_a_tile_of_one_kernel_depends_on_the_width_alone(
     rows, columns, element_bytes, multiprocessors, row_mode, rule
 ):
-    """So a row's sum is added in one order, however many rows stand beside it. Where a width has
+    """So a row's sum is added in one order, for any number of rows. Where a width has
     several tiles, a warp of each holds whole rows, and the GPU tests compare the bits."""
     width = max(plans.padded(columns), BACKWARD_BLOCK[0][0])
     by_rows = dict(BACKWARD_BLOCK).get(width, ())
