@@ -36,14 +36,17 @@ def program(tmp_path_factory):
     return built(tmp_path_factory.mktemp("program"), body, value(1, 8, dtype="int32"))
 
 
-FINDINGS = [
-    ("cpu", "tokens: is an input or output of int32, which the CPU converts"),
-    ("cpu", "rows: gather looks up by index on the CPU, as an embedding within a program does"),
-    (
-        "error",
-        "mask: has a number that is infinite, NaN or beyond 65,504; for a mask -40,000 does",
-    ),
+FINDINGS = [  # severity, and what the text must name
+    ("cpu", "tokens: .*int32.*CPU"),
+    ("cpu", "rows: .*gather.*CPU"),
+    ("error", "mask: .*infinite.* 65,504.* -40,000"),
 ]
+
+
+def check_findings(findings):
+    for (severity, text), (expected, pattern) in zip(findings, FINDINGS, strict=True):
+        assert severity == expected
+        assert re.match(pattern, text), text
 
 
 def sizes(program):
@@ -58,7 +61,7 @@ def test_lines(onelaunch, program):
     assert (code, err) == (0, "")
     weight_bytes, file_bytes = sizes(program)
     lines = [tuple(re.split(r"  +", line, maxsplit=1)) for line in out.splitlines()]
-    assert lines == [
+    assert lines[:8] == [
         ("program", str(program)),
         ("specification version", "9"),
         ("weight bytes", f"{weight_bytes:,}"),
@@ -67,8 +70,8 @@ def test_lines(onelaunch, program):
         ("output", "out, float16 1x8x64"),
         ("operations", "4: relu 2, add 1, gather 1"),
         ("constants", lines[7][1]),
-        *FINDINGS,
     ]
+    check_findings(lines[8:])
     assert int(lines[7][1]) >= 3  # the table, the axis, the mask, what coremltools adds
     columns = {line.index(text) for line, (_, text) in zip(out.splitlines(), lines, strict=True)}
     assert len(columns) == 1
@@ -86,7 +89,8 @@ def test_json(onelaunch, program):
     assert main["inputs"] == {"tokens": {"dtype": "int32", "shape": [1, 8]}}
     assert main["outputs"] == {"out": {"dtype": "float16", "shape": [1, 8, 64]}}
     assert (main["states"], main["operations"]) == ({}, {"relu": 2, "add": 1, "gather": 1})
-    assert [(f["severity"], f"{f['operation']}: {f['text']}") for f in told["findings"]] == FINDINGS
+    findings = told["findings"]
+    check_findings([(f["severity"], f"{f['operation']}: {f['text']}") for f in findings])
     assert [(f["rule"], f["count"]) for f in told["findings"]] == [
         ("dtype", 1),
         ("operation", 1),

@@ -46,7 +46,7 @@ def test_both_are_written_where_they_are_asked_for(report, folder):
     ("argv", "said"),
     [
         (["none.json"], "none.json: no such record"),
-        (["empty"], "empty: holds no records; onelaunch bench"),
+        (["empty"], "empty: holds no records"),
         (["bad.json"], "bad.json: not valid JSON"),
         (["--out", "none/a.html"], "none/a.html: cannot write"),
     ],
