@@ -357,7 +357,7 @@ def _use_run(path: Path) -> None:
             sums.pop(run_folder.STATE_FILE, None)
             run_folder._write_state(path.parent, state, sums)
     _touch(run_folder.read(run))
-    checkpoint, state, _ = run_folder.newest_whole_checkpoint(run)
+    checkpoint, state, _ = run_folder.newest_valid_checkpoint(run)
     read_progress(state, checkpoint)
 
 

@@ -255,7 +255,7 @@ def test_wrong_arguments_are_named(path, how, says):
 
 def test_wrong_prompts_are_refused(model):
     for wrong in (5, [1, 2], None):
-        with pytest.raises(BadInput, match="must be a text or a list of texts"):
+        with pytest.raises(BadInput, match="^prompt.*must be"):
             model.generate(wrong)
     with pytest.raises(BadInput, match="max_new_tokens=-1"):
         model.generate("Once", max_new_tokens=-1)
@@ -265,7 +265,7 @@ def test_a_model_without_a_tokenizer_gives_logits(path):
     (path.parent / "tokenizer.bin").unlink()
     model = onelaunch.load(path, engine="reference")
     assert model.logits([[1, 2]]).shape == (1, 2, 512)
-    with pytest.raises(BadInput, match=r"no tokenizer found for it; load it with tokenizer='FILE'"):
+    with pytest.raises(BadInput, match=r"no tokenizer .*tokenizer='FILE'"):
         model.generate("Once")
 
 

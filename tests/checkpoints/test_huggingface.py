@@ -314,7 +314,7 @@ class TestWeights:
             ({name: torch.zeros(24, 16, dtype=torch.float64)}, "is F64"),
             ({name: torch.zeros(24, 16, dtype=torch.int8)}, "is I8"),
             ({"model.extra.weight": torch.zeros(2)}, "unexpected tensor extra.weight"),
-            ({"norm.weight": torch.zeros(16)}, "there twice"),
+            ({"norm.weight": torch.zeros(16)}, "norm.weight occurs twice"),
             ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}, "unexpected tensor"),
         ):
             tensors = {k: v for k, v in {**whole, **change}.items() if v is not None}
@@ -324,7 +324,7 @@ class TestWeights:
         path = folder(tmp_path / "m", tensors={})
         refused(path, "model.safetensors is missing")
         (path / "pytorch_model.bin").write_bytes(b"x")
-        refused(path, "pickled", "convert them to safetensors")
+        refused(path, "pytorch_model.bin", "safetensors")
         (path / "config.json").unlink()
         refused(path, "config.json is missing")
 
@@ -350,7 +350,7 @@ class TestWeights:
         weight_map: dict[str, Any] = sharded(path, hub_names(random_weights(CONFIG)))
         weight_map["model.norm.weight"] = shard
         write_index(path, weight_map)
-        refused(path, "is not the name of a safetensors file")
+        refused(path, f"{shard!r} is not a safetensors file")
 
     def test_damaged_index(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m", tensors={})
@@ -363,7 +363,7 @@ class TestWeights:
         other = weight_map["model.embed_tokens.weight"]
         assert weight_map["model.norm.weight"] != other
         write_index(path, {**weight_map, "model.norm.weight": other})
-        refused(path, "model.norm.weight, which model.safetensors.index.json names, is missing")
+        refused(path, "model.norm.weight of model.safetensors.index.json is missing")
         write_index(path, {k: v for k, v in weight_map.items() if k != "model.norm.weight"})
         refused(path, "norm.weight is missing")
 

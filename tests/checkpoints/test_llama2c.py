@@ -211,17 +211,17 @@ def test_header_that_cannot_be_true(tmp_path, name, value):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"n_heads": 5}, "dim 24 is not a multiple of n_heads 5"),
-        ({"n_heads": 8, "n_kv_heads": 3}, "n_heads 8 is not a multiple of n_kv_heads 3"),
+        ({"n_heads": 5}, "dim 24 .*n_heads 5"),
+        ({"n_heads": 8, "n_kv_heads": 3}, "n_heads 8 .*n_kv_heads 3"),
         ({"n_heads": 24, "n_kv_heads": 1}, "head_dim 1 is odd"),
-        ({"n_kv_heads": 0}, "n_kv_heads must be at least 1"),
-        ({"n_layers": 1025}, "n_layers must be a whole number from 1 to 1024"),
+        ({"n_kv_heads": 0}, "n_kv_heads .*at least 1, not 0"),
+        ({"n_layers": 1025}, "n_layers .*1 to 1024, not 1025"),
     ],
 )
-def test_dimensions_that_do_not_fit_each_other(tmp_path, changes, said):
-    with pytest.raises(BadInput, match=said):
+def test_dimensions_that_do_not_fit_each_other(tmp_path, changes, message):
+    with pytest.raises(BadInput, match=rf"model\.bin: .*{message}"):
         llama2c.read(_with_header(_file(tmp_path), **changes))
 
 
@@ -229,7 +229,7 @@ def test_dimensions_that_do_not_fit_each_other(tmp_path, changes, said):
 def test_later_versions_are_named(tmp_path, version):
     path = tmp_path / "model.bin"
     path.write_bytes(b"24ka" + struct.pack("<i", version) + bytes(600))
-    with pytest.raises(BadInput, match=f"of version {version}; this version of onelaunch reads"):
+    with pytest.raises(BadInput, match=rf"model\.bin: .*version {version} .*--version 0"):
         llama2c.read(path)
     path.write_bytes(b"24ka")
     with pytest.raises(BadInput, match="too few"):
@@ -250,7 +250,7 @@ def test_absent_file_and_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"qk_norm": True}, "qk_norm"),
         ({"rope_scaling": RopeScaling()}, "rope_scaling"),
@@ -259,8 +259,8 @@ def test_absent_file_and_folder(tmp_path):
         ({"head_dim": 12}, "head_dim 12 "),
     ],
 )
-def test_what_the_format_cannot_express_is_refused(tmp_path, changes, said):
-    with pytest.raises(BadInput, match=said) as caught:
+def test_what_the_format_cannot_express_is_refused(tmp_path, changes, message):
+    with pytest.raises(BadInput, match=message) as caught:
         llama2c.write(_model(**changes), tmp_path / "a.bin")
     assert "use format='hf'" in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -60,19 +60,19 @@ def test_listing_the_formats_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("", "the path of the model is empty"),
-        ("absent.bin", "absent.bin: no such file or folder"),
-        ("a/b/c", "a/b/c: no such file or folder"),
-        ("./org/name", "no such file or folder"),
+        ("", "path is empty"),
+        ("absent.bin", r"absent\.bin: no such file"),
+        ("a/b/c", "a/b/c: no such file"),
+        ("./org/name", "org/name: no such file"),
         ("x" * 5000, "File name too long"),
-        ("nul\0byte", "no such file or folder"),
+        ("nul\0byte", "byte: no such file"),
     ],
 )
-def test_names_of_nothing(name, said, tmp_path, monkeypatch):
+def test_names_of_nothing(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(BadInput, match=message) as caught:
         load(name)
     assert "hf download" not in str(caught.value)
 
@@ -89,10 +89,10 @@ def test_hub_id(name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput) as caught:
         load(name)
-    said = str(caught.value)
-    assert "onelaunch downloads nothing" in said
-    assert f"hf download {name} --local-dir {folder}" in said
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "does not download" in message
+    assert f"hf download {name} --local-dir {folder}" in message
+    assert "\n" not in message
     (tmp_path / name.split("/")[0]).mkdir()
     with pytest.raises(BadInput) as caught:
         load(name)  # a path into a folder that exists is a path
@@ -102,31 +102,27 @@ def test_hub_id(name, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_without_random(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        BadInput, match=f"^{name}: a preset is a shape without weights.*random=True"
-    ):
+    with pytest.raises(BadInput, match=f"^{name}: .*preset.*no weights.*random=True"):
         load(name)
     (tmp_path / name).mkdir()
-    with pytest.raises(BadInput, match="this folder holds none of"):
+    with pytest.raises(BadInput, match=f"^{name}: not a model folder"):
         load(name)  # what is on disk comes first
 
 
 def test_folder_and_file_of_nothing_known(tmp_path):
-    with pytest.raises(BadInput, match=r"this folder holds none of.*\.bin.*run folder.*config"):
+    with pytest.raises(BadInput, match=r"not a model folder.*\.bin.*run folder.*config"):
         load(tmp_path)
     (tmp_path / "m.bin").write_bytes(bytes(28))
-    with pytest.raises(
-        BadInput, match=r"this folder holds none of.*; .*m\.bin is in it: give that$"
-    ):
+    with pytest.raises(BadInput, match=rf"not a model folder.*{tmp_path}/m\.bin\?$"):
         load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(BadInput, match=r"notes\.txt: this file is none of"):
+    with pytest.raises(BadInput, match=r"notes\.txt: not a model file"):
         load(tmp_path / "notes.txt")
 
 
 def test_saving_refuses_what_is_not_a_model(model, tmp_path):
     for name in ("run", "gguf", ""):
-        with pytest.raises(BadInput, match="must be one of llama2c, hf"):
+        with pytest.raises(BadInput, match=rf"format='{name}': .*llama2c, hf"):
             save(model, tmp_path / "out", name)
     del model.weights["norm.weight"]
     for name in writable_formats():

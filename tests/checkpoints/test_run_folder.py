@@ -1,4 +1,4 @@
-"""Run folders read as models: what a damaged file changes, and that it is said."""
+"""Run folders read as models: damaged files are named and replaced."""
 
 import json
 import shutil
@@ -42,17 +42,17 @@ def weights_of(run, name):
     return run_folder.read(run / "checkpoints" / name).weights["norm.weight"]
 
 
-def test_an_undamaged_run_has_nothing_to_say(run):
+def test_an_intact_run_has_no_notices(run):
     assert run_folder.read(run).notices == ()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
-def test_a_damaged_best_checkpoint_is_named_with_what_is_used_instead(run, name):
+def test_a_damaged_best_checkpoint_is_named_with_its_replacement(run, name):
     damage(run / "checkpoints" / "update-00000002" / name)
     loaded = run_folder.read(run)
     (line,) = loaded.notices
     assert f"damaged checkpoint: {run}/checkpoints/update-00000002/{name}: " in line
-    assert "update-00000001 is used instead" in line
+    assert line.endswith("using update-00000001")
     assert torch.equal(loaded.weights["norm.weight"], weights_of(run, "update-00000001"))
 
 
@@ -70,11 +70,11 @@ def test_a_missing_file_of_the_best_checkpoint_is_named_once(run):
         ('{"checkpoint": "update-00000009"}', "best.json: its checkpoint update-00000009"),
     ],
 )
-def test_a_best_json_that_leads_nowhere_is_said(run, content, reason):
+def test_a_wrong_best_json_is_named(run, content, reason):
     (run / "best.json").write_text(content)
     (line,) = run_folder.read(run).notices
     assert reason in line
-    assert "update-00000002 is used instead" in line
+    assert line.endswith("using update-00000002")
 
 
 def test_a_run_without_an_evaluation_has_no_best_to_miss(run):
@@ -118,10 +118,10 @@ def test_a_state_of_the_first_schema_is_read_without_its_own_checksum(run):
     ],
     ids=lambda words: words[0],
 )
-def test_every_verb_that_reads_a_model_says_it(run, tmp_path, capsys, words):
+def test_every_verb_that_reads_a_model_prints_the_notice(run, tmp_path, capsys, words):
     damage(run / "checkpoints" / "update-00000002" / "model.safetensors")
     places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
     assert cli.run([places.get(word, word) for word in words]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "model.safetensors: damaged" in line
-    assert "update-00000001 is used instead" in line
+    assert line.endswith("using update-00000001")

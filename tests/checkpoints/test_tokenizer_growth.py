@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.tokenizer_files import json_tokenizer, token, write_json_tokenizer, w
 
 from onelaunch.checkpoints import tokenizer_growth
 from onelaunch.checkpoints.foreign_stderr import without_stderr
-from onelaunch.checkpoints.tokenizer_growth import MAX_SCALE, MAX_STEPS, refuse_growth
+from onelaunch.checkpoints.tokenizer_growth import MAX_SCALE, MAX_STEPS, check_growth
 from onelaunch.checkpoints.tokenizers import load_tokenizer
 from onelaunch.errors import BadInput
 
@@ -122,13 +123,13 @@ USUAL: dict[str, dict[str, Any]] = {
 def test_a_growing_file_is_refused_unrun(name: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(BadInput, match=r"tokenizer\.json: .* at most \d+") as caught:
-        refuse_growth(json_tokenizer(**HOSTILE[name]), path)
+        check_growth(json_tokenizer(**HOSTILE[name]), path)
     assert len(str(caught.value)) - len(str(path)) < 200
 
 
 @pytest.mark.parametrize("name", USUAL)
 def test_the_usual_ones_are_not(name: str, tmp_path: Path) -> None:
-    refuse_growth(json_tokenizer(**USUAL[name]), tmp_path)
+    check_growth(json_tokenizer(**USUAL[name]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +166,10 @@ def _odd(**changes: Any) -> Any:
 def test_parts_of_no_known_form_are_left_to_the_library(odd: Any, tmp_path: Path) -> None:
     parts = ("normalizer", "pre_tokenizer", "decoder", "post_processor", "added_tokens")
     for part in parts:
-        refuse_growth(json_tokenizer(**{part: odd}), tmp_path)
+        check_growth(json_tokenizer(**{part: odd}), tmp_path)
     for kind in ("normalizers", "single", "special_tokens", "pattern", "precompiled_charsmap"):
         step = {"type": "Sequence", "content": odd, kind: odd}
-        refuse_growth(json_tokenizer(normalizer=step), tmp_path)
+        check_growth(json_tokenizer(normalizer=step), tmp_path)
 
 
 def shell(*argv: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -199,7 +200,7 @@ def test_inspect_of_a_hostile_folder_is_one_line(tmp_path: Path) -> None:
     result = shell("inspect", model)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("\n") == 1
-    assert "its normalizer and pre_tokenizer could make a text 2e+15 times" in result.stderr
+    assert re.search(r"tokenizer\.json: .*normalizer.* 2e\+15 times", result.stderr)
     assert "cannot be used" in result.stdout
 
 
@@ -219,7 +220,7 @@ def test_a_panic_prints_nothing_of_its_own(
     result = shell("prepare", path, "--tokenizer", path, "--out", "o", RUST_BACKTRACE=backtrace)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"onelaunch: {path}: not a usable tokenizer.json")
+    assert result.stderr.startswith(f"onelaunch: {path}: not a usable")
     assert "panicked" not in result.stderr
 
 

@@ -285,19 +285,19 @@ class TestTraining:
 
     @pytest.mark.parametrize("size", [-1, 0, 259, (1 << 18) + 1])
     def test_size_out_of_range(self, size: int) -> None:
-        with pytest.raises(BadInput, match=f"vocabulary size {size}: must be from 260"):
+        with pytest.raises(BadInput, match=f"size {size}: .* from 260"):
             train_llama2c(CORPUS, size)
 
     def test_too_little_text(self) -> None:
         pytest.importorskip("sentencepiece")
-        with pytest.raises(BadInput, match="too small for it; take at most") as caught:
+        with pytest.raises(BadInput, match="size 5000: .*at most") as caught:
             train_llama2c(CORPUS, 5000)
         most = int(str(caught.value).split("at most ")[1].split(",")[0])
         assert train_llama2c(CORPUS, most).vocab_size == most
 
     def test_too_many_characters(self) -> None:
         pytest.importorskip("sentencepiece")
-        with pytest.raises(BadInput, match="too many distinct characters") as caught:
+        with pytest.raises(BadInput, match="size 265: .*characters") as caught:
             train_llama2c(CORPUS, 265)
         least = int(str(caught.value).split("at least ")[1])
         assert train_llama2c(CORPUS, least).vocab_size == least
@@ -305,7 +305,7 @@ class TestTraining:
     @pytest.mark.parametrize("texts", [[], [""], ["\n\n"]])
     def test_no_text(self, texts: list[str]) -> None:
         pytest.importorskip("sentencepiece")
-        with pytest.raises(BadInput, match="no text"):
+        with pytest.raises(BadInput, match="size 300: no text"):
             train_llama2c(texts, 300)
 
     def test_other_sentencepiece_models_are_refused(self) -> None:
@@ -319,7 +319,7 @@ class TestTraining:
             hard_vocab_limit=False,
             minloglevel=2,
         )
-        with pytest.raises(BadInput, match="3 to 258 the bytes"):
+        with pytest.raises(BadInput, match=r"x\.model: .*3 to 258"):
             from_sentencepiece(model.getvalue(), "x.model")
         with pytest.raises(BadInput, match=r"x\.model: not a sentencepiece model"):
             from_sentencepiece(b"\xff\xff nonsense", "x.model")
@@ -576,9 +576,9 @@ class TestLoadAndFind:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("absent.bin", "no such tokenizer file"),
-            ("tokenizer.vocab", "a tokenizer is a llama2.c tokenizer.bin, a Hugging Face"),
-            ("empty", "holds no tokenizer.bin"),
+            ("absent.bin", r"absent\.bin: no such file"),
+            ("tokenizer.vocab", r"tokenizer\.vocab: .*tokenizer\.bin"),
+            ("empty", r"empty: no tokenizer .*tokenizer\.bin"),
         ],
     )
     def test_load_refuses(self, name: str, message: str, tmp_path: Path) -> None:
@@ -591,21 +591,21 @@ class TestLoadAndFind:
         assert load_tokenizer("bytes").kind == "bytes"
 
     @pytest.mark.parametrize("as_folder", [False, True])
-    def test_find_beside_and_inside(self, as_folder: bool, tmp_path: Path) -> None:
+    def test_find_next_to_a_file_and_in_a_folder(self, as_folder: bool, tmp_path: Path) -> None:
         source = tmp_path if as_folder else tmp_path / "model.bin"
         assert find_tokenizer(model_at(source, 261)) is None
         made([b"a", b"b"]).save(tmp_path)
-        found = find_tokenizer(model_at(source, 261))
-        assert found is not None
-        assert found.kind == "llama2c"
+        tokenizer = find_tokenizer(model_at(source, 261))
+        assert tokenizer is not None
+        assert tokenizer.kind == "llama2c"
         for padded_or_short in (262, 260):
-            found = find_tokenizer(model_at(source, padded_or_short))
-            assert found is not None
-            assert found.kind == "llama2c"
+            tokenizer = find_tokenizer(model_at(source, padded_or_short))
+            assert tokenizer is not None
+            assert tokenizer.kind == "llama2c"
         BytesTokenizer().save(tmp_path)
-        found = find_tokenizer(model_at(source, 259))
-        assert found is not None
-        assert found.kind == "bytes"
+        tokenizer = find_tokenizer(model_at(source, 259))
+        assert tokenizer is not None
+        assert tokenizer.kind == "bytes"
         assert find_tokenizer(model_at(None, 259)) is None
 
     def test_find_tok_bin(self, tmp_path: Path) -> None:
@@ -614,37 +614,37 @@ class TestLoadAndFind:
             (tmp_path / name).write_bytes(made(extra).to_bytes())
         (tmp_path / "tok9.bin").write_bytes(b"damaged")
         (tmp_path / "tokenizer.bin").write_bytes(made([]).to_bytes())
-        found = find_tokenizer(model_at(source, 261))
-        assert found is not None
-        assert found.vocab_size == 261
+        tokenizer = find_tokenizer(model_at(source, 261))
+        assert tokenizer is not None
+        assert tokenizer.vocab_size == 261
         (tmp_path / "tok261b.bin").write_bytes(made([b"x", b"y"]).to_bytes())
-        found = find_tokenizer(model_at(source, 261))
-        assert found is not None
-        assert found.vocab_size == 259  # which of the two? the one of the plain name
+        tokenizer = find_tokenizer(model_at(source, 261))
+        assert tokenizer is not None
+        assert tokenizer.vocab_size == 259  # which of the two? the one of the plain name
         (tmp_path / "tokenizer.bin").unlink()
-        with pytest.raises(BadInput, match=r"tok261\.bin and tok261b\.bin have as many tokens"):
+        with pytest.raises(BadInput, match=r"tok261\.bin and tok261b\.bin .*pass one"):
             find_tokenizer(model_at(source, 261))
 
     def test_find_json_of_a_padded_model(self, json_folder: Path) -> None:
         for vocab_size in (300, 320):
-            found = find_tokenizer(model_at(json_folder, vocab_size))
-            assert found is not None
-            assert found.kind == "json"
-        found = find_tokenizer(model_at(json_folder, 299))  # only a text may be refused
-        assert found is not None
-        assert found.vocab_size == 300
+            tokenizer = find_tokenizer(model_at(json_folder, vocab_size))
+            assert tokenizer is not None
+            assert tokenizer.kind == "json"
+        tokenizer = find_tokenizer(model_at(json_folder, 299))  # only a text may be refused
+        assert tokenizer is not None
+        assert tokenizer.vocab_size == 300
 
     @needs_shared
     def test_find_stories260k(self) -> None:
-        found = find_tokenizer(model_at(SHARED / "stories260K.bin", 512))
-        assert found is not None
-        assert found.vocab_size == 512
+        tokenizer = find_tokenizer(model_at(SHARED / "stories260K.bin", 512))
+        assert tokenizer is not None
+        assert tokenizer.vocab_size == 512
 
     def test_ids_that_the_model_lacks(self, json_folder: Path) -> None:
         for tokenizer in (BytesTokenizer(), made([b"a"]), load_tokenizer(json_folder)):
             last = tokenizer.vocab_size - 1
             check_ids(tokenizer, [0, last], shape(last + 1), "here")
-            with pytest.raises(BadInput, match=f"here: .* is id {last} of the tokenizer") as caught:
+            with pytest.raises(BadInput, match=f"here: .* id {last} ") as caught:
                 check_ids(tokenizer, [0, last], shape(last), "here")
             assert repr(tokenizer.piece(last)) in str(caught.value)
 

@@ -1,5 +1,7 @@
 """Messages name Python arguments; people see the options that they gave."""
 
+import re
+
 import pytest
 
 from onelaunch.cli.arguments import with_options
@@ -46,25 +48,24 @@ RANDOM = ["generate", "stories260k", "--random", "--ids"]
         ([*RANDOM, "--engine", "coreml", "--threads", "2"], "--threads 2: --engine coreml"),
         (
             [*RANDOM, "--engine", "reference", "--fusion-depth", "half"],
-            "--fusion-depth half: the reference engine runs one operator after another; "
-            "use --engine cpu, or --engine cuda on a GPU",
+            "--fusion-depth half: .*--engine cpu, or --engine cuda",
         ),
-        ([*RANDOM, "--engine=cpu", "--fusion-depth=9"], "--fusion-depth 9: must be stage, half"),
+        ([*RANDOM, "--engine=cpu", "--fusion-depth=9"], "--fusion-depth 9: .*stage, half"),
         ([*RANDOM, "--temperature", "-1"], "--temperature -1.0: must be 0"),
         ([*RANDOM, "--top-k", "-1"], "--top-k -1: must be"),
         ([*RANDOM, "--top-p", "0"], "--top-p 0.0: must be"),
         ([*RANDOM, "--min-p", "2"], "--min-p 2.0: must be"),
-        (["generate", ""], "MODEL is empty; give a file or a folder"),
+        (["generate", ""], "MODEL is empty"),
         (
             ["generate", "stories15m"],
-            "stories15m: a preset is a shape without weights; add --random",
+            "stories15m: .*preset.*--random",
         ),
-        (["inspect", "nothing"], "nothing: no such file or folder (presets: stories260k, "),
+        (["inspect", "nothing"], "nothing: no such file.*presets: stories260k, "),
         (
             ["export", "stories260k", "x.mlpackage", "--random", "--format=coreml", "--seq=513"],
-            "--seq 513: must be from 1 to the model's 512",
+            "--seq 513: .*from 1 .*512",
         ),
-        (["train", "--set", "x"], "--set x: must look like section.key=value"),
+        (["train", "--set", "x"], "--set x: .*section.key=value"),
         (["train", "--resume", "--run", ".", "--set", "a.b=1"], "--set: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -72,7 +73,7 @@ RANDOM = ["generate", "stories260k", "--random", "--ids"]
 def test_the_command_line_names_options(onelaunch, argv, line):
     code, out, err = onelaunch(*argv)
     assert (code, out) == (2, "")
-    assert err.startswith(f"onelaunch: {line}"), err
+    assert re.match(f"onelaunch: {line}", err), err
     assert err.count("\n") == 1
 
 

@@ -96,10 +96,10 @@ def test_a_cache_that_is_not_trusted_is_shown_with_the_reason_and_not_touched(do
     found = in_use(doctor)
     assert (found["programs"], found["bytes"]) == (0, 0)
     assert "others can write to it" in found["unusable"]
-    assert f"not used: {store.folder}: others can write to it" in line(doctor)
+    assert f"not used: {store.folder}: others can write" in line(doctor)
     code, out, err = doctor("--clear-cache")
     assert (code, out) == (1, "")
-    assert err.startswith(f"onelaunch: {store.folder}: others can write to it")
+    assert err.startswith(f"onelaunch: {store.folder}: others can write")
     assert err.count("\n") == 1
     store.folder.chmod(0o700)
     assert store.contains("a")
@@ -137,4 +137,4 @@ def test_it_says_whether_the_cuda_engine_can_run(doctor, store, monkeypatch):
     assert re.search(f"^engine cuda +no: {missing}$", doctor()[1], re.M)
     store.put("key", b"{}", {"what": "the choice of a form"})
     monkeypatch.setattr(installed, "_cuda_engine", lambda gpu: {"missing": None, "choices": 1})
-    assert re.search("^engine cuda +logits in few launches, chosen for 1 ", doctor()[1], re.M)
+    assert re.search("^engine cuda +logits.* 1 ", doctor()[1], re.M)

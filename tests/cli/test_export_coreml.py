@@ -71,11 +71,11 @@ def test_several_programs_are_a_folder_with_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("a", (), "is one program: OUT must end in .mlpackage"),
-        ("a.mlpackage", ("--fusion-depth", "half"), "is 11 programs: OUT must be a folder's name"),
-        ("a.mlpackage", ("--fusion-depth", "stage"), "holds half a layer at least"),
+        ("a", (), r"a: .*one program.*\.mlpackage"),
+        ("a.mlpackage", ("--fusion-depth", "half"), r"a\.mlpackage: .*11 programs.*folder"),
+        ("a.mlpackage", ("--fusion-depth", "stage"), "half a layer"),
         ("a.mlpackage", ("--fusion-depth", "9"), "fusion_depth='9'.*from 1 to 5"),
-        ("a.mlpackage", ("--seq", "513"), "sequence=513: must be from 1 to the model's 512"),
+        ("a.mlpackage", ("--seq", "513"), "sequence=513: .* 512"),
         ("a.mlpackage", ("--taps", "some"), "taps='some': must be none, inputs or full"),
         ("a.mlpackage", ("--weights", "int8"), "--weights int8: must be fp16"),
         ("missing/a.mlpackage", (), "cannot write"),
@@ -94,7 +94,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save", full)
-    with pytest.raises(RunFailed, match="cannot write: the disk is full"):
+    with pytest.raises(RunFailed, match=r"a\.mlpackage: .*the disk is full"):
         run("stories260k", tmp_path / "a.mlpackage", "--seq", 32)
     assert list(tmp_path.iterdir()) == []
 
@@ -103,7 +103,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "number", "message"),
     [
-        ("embed_tokens.weight", 65_520.0, "of magnitude 65,520; .* float16, which ends at 65,504"),
+        ("embed_tokens.weight", 65_520.0, "65,520.* float16.* 65,504"),
         ("norm.weight", -7e4, "of magnitude 70,000"),
         ("layers.3.mlp.up_proj.weight", 1e38, "of magnitude 9[0-9,]*;"),
         ("layers.1.self_attn.v_proj.weight", 1e5, "of magnitude 100,000"),
@@ -168,11 +168,13 @@ def test_a_full_disk_is_one_line(error, full, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     monkeypatch.setattr(coremltools, "convert", refused)
-    place = out if full == "out" else f"{temporary}, where programs are converted (TMPDIR)"
-    expected = f"{place}: cannot write: the disk is full; free some space and run again"
+    place, hint = (out, "") if full == "out" else (temporary, "TMPDIR")
     with pytest.raises(OnelaunchError) as raised:
         run("stories260k", out, "--seq", 32)
-    assert str(raised.value) == expected
+    message = str(raised.value)
+    assert message.startswith(str(place))
+    assert "the disk is full" in message
+    assert hint in message
     assert list(folder.iterdir()) == []
 
 

@@ -80,7 +80,7 @@ def test_nothing_that_exists_is_overwritten(bin_file, tmp_path):
 
 def test_bad_flags_write_nothing(bin_file, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(BadInput, match="--format gguf: must be one of llama2c, hf"):
+    with pytest.raises(BadInput, match="--format gguf: .*llama2c, hf"):
         _run("export", bin_file, out, "--format", "gguf")
     with pytest.raises(BadInput, match="add --random"):
         _run("export", "stories260k", out, "--format", "hf")
@@ -109,10 +109,10 @@ def test_without_the_library_of_its_tokenizer(tmp_path, monkeypatch):
     out = tmp_path / "a.bin"
     result = _run("export", "stories260k", out, "--format", "llama2c", "--random")
     assert out.is_file()
-    assert "the tokenizer was left out: reading tokenizer.json needs" in result.stderr
+    assert re.search("tokenizer .*left out: .*tokenizer.json needs .*tokenizers", result.stderr)
     result = _run("inspect", out, "--json")
     assert json.loads(result.stdout)["tokenizer"] is None
-    assert "the tokenizer cannot be used: reading tokenizer.json needs" in result.stderr
+    assert re.search("tokenizer .*: .*tokenizer.json needs .*tokenizers", result.stderr)
 
 
 def test_random_preset_and_quiet(tmp_path):
@@ -131,7 +131,7 @@ def test_special_ids_that_are_lost_are_told(tmp_path):
     model = LoadedModel(config, _weights(config), bos_id=5, stop_ids=(6, 7))
     save(model, tmp_path / "hf", "hf")
     result = _run("export", tmp_path / "hf", tmp_path / "a.bin", "--format", "llama2c")
-    assert "this model has BOS 5 and stops at" in result.stderr
+    assert re.search("BOS 5 .*6", result.stderr)
 
 
 def test_inspect_json(bin_file):
@@ -253,7 +253,7 @@ def test_inspect_counts_in_the_width_of_the_weights(tmp_path):
 def test_inspect_refuses_a_depth_that_the_model_does_not_have(bin_file):
     for depth in ("3", "0", "auto", "Half"):
         for flags in ([], ["--json"]):
-            with pytest.raises(BadInput, match=f"fusion_depth='{depth}': must be stage, half, all"):
+            with pytest.raises(BadInput, match=f"fusion_depth='{depth}': .*stage, half, all"):
                 _run("inspect", bin_file, "--fusion-depth", depth, *flags)
 
 

@@ -36,14 +36,17 @@ def program(tmp_path_factory):
     return built(tmp_path_factory.mktemp("program"), body, value(1, 8, dtype="int32"))
 
 
-FINDINGS = [
-    ("cpu", "tokens: is an input or output of int32, which the CPU converts"),
-    ("cpu", "rows: gather looks up by index on the CPU, as an embedding within a program does"),
-    (
-        "error",
-        "mask: has a number that is infinite, NaN or beyond 65,504; for a mask -40,000 does",
-    ),
+FINDINGS = [  # severity, and what the text must name
+    ("cpu", "tokens: .*int32.*CPU"),
+    ("cpu", "rows: .*gather.*CPU"),
+    ("error", "mask: .*infinite.* 65,504.* -40,000"),
 ]
+
+
+def check_findings(findings):
+    for (severity, text), (expected, pattern) in zip(findings, FINDINGS, strict=True):
+        assert severity == expected
+        assert re.match(pattern, text), text
 
 
 def sizes(program):
@@ -58,7 +61,7 @@ def test_lines(onelaunch, program):
     assert (code, err) == (0, "")
     weight_bytes, file_bytes = sizes(program)
     lines = [tuple(re.split(r"  +", line, maxsplit=1)) for line in out.splitlines()]
-    assert lines == [
+    assert lines[:8] == [
         ("program", str(program)),
         ("specification version", "9"),
         ("weight bytes", f"{weight_bytes:,}"),
@@ -67,8 +70,8 @@ def test_lines(onelaunch, program):
         ("output", "out, float16 1x8x64"),
         ("operations", "4: relu 2, add 1, gather 1"),
         ("constants", lines[7][1]),
-        *FINDINGS,
     ]
+    check_findings(lines[8:])
     assert int(lines[7][1]) >= 3  # the table, the axis, the mask, what coremltools adds
     columns = {line.index(text) for line, (_, text) in zip(out.splitlines(), lines, strict=True)}
     assert len(columns) == 1
@@ -86,7 +89,8 @@ def test_json(onelaunch, program):
     assert main["inputs"] == {"tokens": {"dtype": "int32", "shape": [1, 8]}}
     assert main["outputs"] == {"out": {"dtype": "float16", "shape": [1, 8, 64]}}
     assert (main["states"], main["operations"]) == ({}, {"relu": 2, "add": 1, "gather": 1})
-    assert [(f["severity"], f"{f['operation']}: {f['text']}") for f in told["findings"]] == FINDINGS
+    findings = told["findings"]
+    check_findings([(f["severity"], f"{f['operation']}: {f['text']}") for f in findings])
     assert [(f["rule"], f["count"]) for f in told["findings"]] == [
         ("dtype", 1),
         ("operation", 1),
@@ -104,8 +108,8 @@ def test_a_program_without_findings_and_of_two_functions(onelaunch, tmp_path):
     from tests.engines.coreml.tiny import built, edited, value
 
     path = built(tmp_path, lambda x: mb.relu(x=x), value(1, 8, 1, 64))
-    found = "none: nothing here is known to keep it off the Neural Engine"
-    assert onelaunch("inspect", path)[1].splitlines()[-1].split("  ")[-1].strip() == found
+    last = onelaunch("inspect", path)[1].splitlines()[-1]
+    assert last.split("  ")[-1].strip().startswith("none: ")
 
     def twice(spec):
         functions = spec.mlProgram.functions
@@ -136,10 +140,12 @@ def test_what_is_no_program(onelaunch, tmp_path):
     folder.mkdir()
     code, out, err = onelaunch("inspect", folder)
     assert (code, out) == (2, "")
-    assert err == f"onelaunch: {folder}: is no .mlpackage (its Manifest.json cannot be read)\n"
+    assert err.startswith(f"onelaunch: {folder}: ")
+    assert "Manifest.json" in err
+    assert err.count("\n") == 1
     code, _, err = onelaunch("inspect", tmp_path / "absent.mlpackage")
     assert code == 2
-    assert "absent.mlpackage: no such file or folder" in err
+    assert "absent.mlpackage: no such file" in err
 
 
 @pytest.mark.parametrize(
@@ -148,14 +154,12 @@ def test_what_is_no_program(onelaunch, tmp_path):
         (
             "the package coremltools is not installed",
             MissingExtra,
-            "onelaunch: reading an ML Program needs the package coremltools, which is not "
-            "installed; install it with: pip install 'onelaunch[coreml]'\n",
+            "onelaunch: .*coremltools.* not installed.*pip install 'onelaunch\\[coreml\\]'\n",
         ),
         (
             "coremltools 8.0 is not known here; 9.0 is",
             BadInput,
-            "onelaunch: reading an ML Program: coremltools 8.0 is not known here; 9.0 is; "
-            "pip install 'onelaunch[coreml]'\n",
+            "onelaunch: .*coremltools 8.0 .*9.0 .*pip install 'onelaunch\\[coreml\\]'\n",
         ),
     ],
 )
@@ -171,4 +175,6 @@ def test_without_coremltools(onelaunch, tmp_path, monkeypatch, reason, error, li
     monkeypatch.setattr(coreml, "why_not", lambda: reason)
     with pytest.raises(error):
         Package(folder)
-    assert onelaunch("inspect", folder) == (2, "", line)
+    code, out, err = onelaunch("inspect", folder)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(line, err), err

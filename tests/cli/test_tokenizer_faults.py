@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -47,7 +48,7 @@ class TestOneThatCannotBeUsed:
         for options in ((), ("--prompt", "a"), ("--json",), ("--ids", "--prompt", "a")):
             code, out, err = onelaunch("generate", cut_off, *options)
             assert (code, out, err.count("\n")) == (2, "", 1)
-            assert f"{cut_off / 'tokenizer.json'}: damaged or cut off" in err
+            assert f"{cut_off / 'tokenizer.json'}: truncated" in err
             assert "--tokenizer FILE" in err
             assert "no tokenizer found" not in err
 
@@ -55,7 +56,7 @@ class TestOneThatCannotBeUsed:
         code, out, err = onelaunch("generate", cut_off, "--ids", *REFERENCE)
         assert code == 0
         assert len(out.split()) == 3
-        assert f"{cut_off / 'tokenizer.json'}: damaged or cut off" in err
+        assert f"{cut_off / 'tokenizer.json'}: truncated" in err
         code, out, _ = onelaunch("generate", cut_off, "--tokenizer", "bytes", *REFERENCE)
         assert code == 0
 
@@ -63,11 +64,11 @@ class TestOneThatCannotBeUsed:
         for argv in (("eval", cut_off, "--data", data), ("inspect", cut_off)):
             code, out, err = onelaunch(*argv)
             assert code == 0
-            assert f"{cut_off / 'tokenizer.json'}: damaged or cut off" in err
+            assert f"{cut_off / 'tokenizer.json'}: truncated" in err
         assert "cannot be used" in out
         facts = json.loads(onelaunch("inspect", cut_off, "--json")[1])
         assert facts["tokenizer"] is None
-        assert "damaged or cut off" in facts["tokenizer_error"]
+        assert "truncated" in facts["tokenizer_error"]
 
     @pytest.mark.parametrize(("format", "name"), [("hf", "out"), ("llama2c", "out.bin")])
     @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
@@ -77,7 +78,7 @@ class TestOneThatCannotBeUsed:
         assert code == 0
         assert checkpoints.load(out).config.vocab_size == 259
         line = next(line for line in err.splitlines() if "left out" in line)
-        assert line.startswith(f"the tokenizer was left out: {cut_off / 'tokenizer.json'}: damaged")
+        assert f"left out: {cut_off / 'tokenizer.json'}: truncated" in line
         assert find_tokenizer(checkpoints.load(out)) is None
 
     def test_prepare_and_train_name_it(self, cut_off, data, onelaunch):
@@ -86,12 +87,12 @@ class TestOneThatCannotBeUsed:
             argv = ("prepare", data / "manifest.json", "--tokenizer", spec, "--out", data / "o")
             code, out, err = onelaunch(*argv)
             assert (code, out, err.count("\n")) == (2, "", 1)
-            assert f"{path}: damaged or cut off" in err
+            assert f"{path}: truncated" in err
         (data / "tokenizer.bytes").unlink()
         (data / "tokenizer.bytes").symlink_to("absent")
         code, out, err = onelaunch("train", "--data", data, "--run", data / "run")
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert "tokenizer.bytes: a link to a file that is not there" in err
+        assert "tokenizer.bytes: a broken link" in err
 
 
 class TestSizes:
@@ -143,7 +144,7 @@ class TestSizes:
         BytesTokenizer().save(tmp_path)
         code, _, err = onelaunch("generate", model, *REFERENCE)
         assert code == 0
-        assert "note: the tokenizer has 259 tokens, the model 600: is it the model's own?" in err
+        assert re.search("note: .*259 tokens.* model 600", err)
 
     def test_another_models_says_nothing_of_the_data(self, data, tmp_path, onelaunch):
         model = write_model(tmp_path / "lone" / "model.bin", 259)
@@ -176,7 +177,9 @@ class TestTheSame:
         write_json_tokenizer(model)
         code, _, err = onelaunch("eval", model, "--data", data)
         assert (code, err.count("\n")) == (2, 1)
-        assert "was made with another tokenizer" in err
+        assert err.startswith(f"onelaunch: --data {data}: its tokenizer ")
+        assert f"{model};" in err
+        assert "--tokenizer FILE" in err
 
     def test_a_tokenizer_bin_and_the_exported_tokenizer_json(self, tmp_path, onelaunch):
         pytest.importorskip("tokenizers")
@@ -210,7 +213,7 @@ class TestTheSame:
         path.write_text(json.dumps(manifest))
         code, _, err = onelaunch("eval", model, "--data", tmp_path / "data")
         assert code == 2
-        assert "is not the tokenizer that the manifest describes" in err
+        assert "tokenizer.json: is not the tokenizer" in err
 
 
 class TestExport:
@@ -315,7 +318,7 @@ class TestPrompts:
         path.write_text(POINTER)
         code, out, err = onelaunch("generate", model, "--prompt", f"@{path}")
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert "is a Git LFS pointer" in err
+        assert "Git LFS pointer" in err
 
 
 def test_a_pointer_is_told_at_every_verb(tmp_path, onelaunch):
@@ -329,7 +332,7 @@ def test_a_pointer_is_told_at_every_verb(tmp_path, onelaunch):
     ):
         code, out, err = onelaunch(*argv)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert f"{model / 'model.safetensors'}: is a Git LFS pointer" in err
+        assert f"{model / 'model.safetensors'}: a Git LFS pointer" in err
 
 
 def test_config_json_is_told_in_its_own_words(tmp_path, onelaunch):

@@ -81,11 +81,11 @@ def test_a_finished_run_is_not_overwritten(finished):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["train", "nothing.toml"], "built-in ones: quickstart"),
+        (["train", "nothing.toml"], "built-in recipes: quickstart"),
         (["train", "--set", "train.acum=3"], "did you mean train.accum?"),
         (["train", "--accum", "1001"], "--accum: train.accum = 1001"),
         (["train", "--preset", "stories15"], "--preset stories15"),
-        (["train", "--resume"], "there is no run to resume in runs/; name the one to continue"),
+        (["train", "--resume"], "runs/: no run to resume"),
         (["train", "--resume", "--run", "nowhere"], "nothing to resume"),
         (["train", "--data", "nowhere", "--run", "r"], "nowhere"),
         (["train", "--device", "tpu", "--run", "r"], "must be auto, cpu"),

@@ -1,5 +1,4 @@
-"""Children that compile, or do what a compiler may do instead (each is a command line), and what
-tests ask of a store."""
+"""Command lines of children that compile or fail, and helpers for stores."""
 
 import sys
 import time
@@ -17,15 +16,15 @@ def child(code: str, *arguments: str) -> list[str]:
 
 
 def compiler(program: bytes = b"program", first: str = "pass") -> list[str]:
-    """One that does `first`, then delivers."""
+    """A child that runs `first`, then delivers."""
     return child(f"{DELIVER}\n{first}\ndeliver(sys.argv[-1], {program!r})")
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for what another process does."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come about"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""A store, and compilations into it that end with their test."""
+"""A store, and compilations that are cancelled at the end of their test."""
 
 import pytest
 
@@ -13,19 +13,19 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def said():
+def logged():
     return []
 
 
 @pytest.fixture
-def compiling(store, said):
-    """Begins a compilation; what is still running at the end of the test is ended."""
+def compiling(store, logged):
+    """Starts a compilation, which is cancelled at the end of the test."""
     begun = []
 
     def begin(command=None, prepare=bytes.decode, key="key", store=store, **more):
         command = compiler() if command is None else command
         compilation = Compilation(
-            store, key, command, prepare, said.append, "the fast form", **more
+            store, key, command, prepare, logged.append, "the fast form", **more
         )
         begun.append(compilation)
         return compilation

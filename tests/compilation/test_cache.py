@@ -55,10 +55,10 @@ def test_what_is_put_comes_back(store, size):
     assert store.put("key", program, {"what": "a program", "seconds": 5.25})
     assert store.get("key") == program
     assert Store(store.folder).get("key") == program
-    (found,) = store.entries()
-    assert (found.key, found.about) == ("key", {"what": "a program", "seconds": 5.25})
-    assert found.bytes == the_file(store).stat().st_size > size
-    assert abs(found.last_used - time.time()) < 60
+    (entry,) = store.entries()
+    assert (entry.key, entry.about) == ("key", {"what": "a program", "seconds": 5.25})
+    assert entry.bytes == the_file(store).stat().st_size > size
+    assert abs(entry.last_used - time.time()) < 60
 
 
 def test_a_later_program_replaces_an_earlier(store):
@@ -193,8 +193,8 @@ while time.monotonic() < until:
     program = hashlib.sha256(f"{seed}{rounds}".encode()).digest() * 1000
     if not store.put(key, program, {"seed": seed}):
         sys.exit(f"put: {store.last_error}")
-    found = store.get(key)
-    if found is not None and (len(found) != 32000 or found != found[:32] * 1000):
+    program = store.get(key)
+    if program is not None and (len(program) != 32000 or program != program[:32] * 1000):
         sys.exit("not what anybody wrote")
     store.entries()
     if rounds % 5 == 0:
@@ -214,8 +214,8 @@ def test_two_processes_write_read_and_clear_at_once(store):
         for seed in "ab"
     ]
     for writer in writers:
-        _, said = writer.communicate(timeout=300)
-        assert (writer.returncode, said) == (0, "")
+        _, errors = writer.communicate(timeout=300)
+        assert (writer.returncode, errors) == (0, "")
     assert not [path for path in store.folder.iterdir() if path.suffix == ".tmp"]
 
 

@@ -50,7 +50,7 @@ def test_no_shorter_or_longer_entry_is_trusted(store):
         assert store.damaged == number
 
 
-def test_the_entry_of_another_key_is_not_given_out(store):
+def test_the_entry_of_another_key_is_not_returned(store):
     store.put("one", b"1")
     first = the_file(store)
     whole = first.read_bytes()
@@ -152,9 +152,9 @@ def test_the_folder_is_made_at_the_first_write_for_its_owner_alone(tmp_path):
     assert store.get("key") == b"x"
 
 
-def check_unusable(store: Store, *said: str) -> None:
+def check_unusable(store: Store, *words: str) -> None:
     """As if empty, without an exception, and with the reason."""
-    assert all(words in store.unusable for words in (*said, str(store.folder)))
+    assert all(word in store.unusable for word in (*words, str(store.folder)))
     assert "\n" not in store.unusable
     assert store.get("key") is None
     assert not store.contains("key")
@@ -190,7 +190,7 @@ def test_a_folder_of_another_user_is_refused(store, monkeypatch):
 @posix
 def test_a_file_of_another_user_is_not_trusted(store, monkeypatch):
     store.put("key", b"x")
-    monkeypatch.setattr(cache, "_foreign", lambda found: stat.S_ISREG(found.st_mode))
+    monkeypatch.setattr(cache, "_has_other_owner", lambda status: stat.S_ISREG(status.st_mode))
     assert not store.contains("key")
     assert store.get("key") is None
     assert store.damaged == 1
@@ -203,7 +203,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_a_full_or_read_only_disk_is_said_and_leaves_nothing(store, monkeypatch):
+def test_a_full_or_read_only_disk_is_named_and_leaves_nothing(store, monkeypatch):
     store.put("key", b"x")
 
     def full(descriptor):

@@ -1,4 +1,4 @@
-"""A compiling child's side: where its program goes, and how it steps back."""
+"""The child side of a compilation: where its program goes, and its priority."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 from onelaunch.compilation import entry
 from onelaunch.compilation.cache import Store
-from onelaunch.compilation.child import NICENESS, NOT_KEPT, Destination, deliver
+from onelaunch.compilation.child import NICENESS, NOT_CACHED, Destination, deliver
 from onelaunch.errors import BadInput, RunFailed
 from tests.compilation.children import child, compiler
 
@@ -35,21 +35,21 @@ def test_a_destination_comes_back_from_its_text(to):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"folder": "x"}', "/x", "{" * 5000])
-def test_what_is_no_destination_is_said(text):
-    with pytest.raises(BadInput, match="not a place for a compiled program") as caught:
+def test_an_invalid_destination_is_refused(text):
+    with pytest.raises(BadInput, match="not a destination") as caught:
         deliver(text, b"x")
     assert len(str(caught.value)) < 200
 
 
-def test_a_program_goes_to_the_store_with_what_is_known_of_it(to):
+def test_a_program_goes_to_the_store_with_its_metadata(to):
     deliver(str(to), b"program")
     assert store_of(to).get("key") == b"program"
-    (found,) = store_of(to).entries()
-    assert found.about["what"] == "a program"
-    assert 3 <= found.about["seconds"] < 60
+    (stored,) = store_of(to).entries()
+    assert stored.about["what"] == "a program"
+    assert 3 <= stored.about["seconds"] < 60
     deliver(str(to), b"program", {"seconds": 1.5, "target": "here"})
-    (found,) = store_of(to).entries()
-    assert found.about == {"what": "a program", "seconds": 1.5, "target": "here"}
+    (stored,) = store_of(to).entries()
+    assert stored.about == {"what": "a program", "seconds": 1.5, "target": "here"}
 
 
 def test_the_limit_is_the_parents(to):
@@ -70,10 +70,10 @@ def test_past_an_unusable_store_it_goes_to_standard_output(to, tmp_path):
         out.seek(0)
         header, program = entry.read(out, "key")
     assert program == b"\r\n\x00\xff"
-    assert str(to.folder) in header.about[NOT_KEPT]
+    assert str(to.folder) in header.about[NOT_CACHED]
 
 
-def test_with_neither_way_open_it_fails(to, tmp_path):
+def test_without_a_store_and_a_file_it_fails(to, tmp_path):
     to = unusable(to, tmp_path)
     done = subprocess.run([*compiler(), str(to)], capture_output=True, timeout=300)
     assert done.returncode != 0

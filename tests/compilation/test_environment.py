@@ -1,4 +1,4 @@
-"""Child processes find the package, and what else this process finds, however it was found."""
+"""Child processes import this package and the other modules that this process imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if sys.argv[2] == "forgotten":
     del sys.path[0]
 
 child = Child([sys.executable, "-c", "import onelaunch; print(onelaunch.__file__)"])
-heard = child.hear_within(60)
+line = child.receive_within(60)
 child.end()
 CODE = '''
 import sys
@@ -37,7 +37,7 @@ deliver(sys.argv[-1], onelaunch.__file__.encode())
 '''
 command = [sys.executable, "-c", CODE]
 compilation = Compilation(Store(), "key", command, bytes.decode, lambda line: None, "it", 60)
-print(json.dumps([heard, compilation.wait(60), compilation.failed]))
+print(json.dumps([line, compilation.wait(60), compilation.failed]))
 """
 
 
@@ -51,7 +51,7 @@ def elsewhere(tmp_path):
 
 @pytest.mark.parametrize("after", ["kept", "forgotten"])
 def test_children_find_the_package_that_code_has_put_on_the_path(elsewhere, tmp_path, after):
-    """In a folder whose own modules are in nobody's way, either."""
+    """In a folder whose modules do not shadow those of the child."""
     started_in = tmp_path / "started in"
     started_in.mkdir()
     (started_in / "onelaunch.py").write_text("raise SystemExit('another module')")
@@ -64,18 +64,18 @@ def test_children_find_the_package_that_code_has_put_on_the_path(elsewhere, tmp_
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = str(elsewhere / "onelaunch" / "__init__.py")
-    assert json.loads(done.stdout) == [found, found, None]
+    path = str(elsewhere / "onelaunch" / "__init__.py")
+    assert json.loads(done.stdout) == [path, path, None]
 
 
-def test_what_else_is_on_the_path_is_found_in_its_order(tmp_path, monkeypatch):
+def test_the_rest_of_the_path_keeps_its_order(tmp_path, monkeypatch):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "only_here.py").write_text(f"print({name!r})")
         monkeypatch.syspath_prepend(tmp_path / name)
     child = Child([sys.executable, "-m", "only_here"])
     try:
-        assert child.hear_within(60) == "second"
+        assert child.receive_within(60) == "second"
     finally:
         child.end()
 

@@ -1,4 +1,4 @@
-"""Several processes that want one program of a store: one compiles, the others wait for it."""
+"""Several processes that need one program of a store: one compiles, the others wait."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print(done.wait(60))
 
 
 def slow_compiler(tmp_path) -> str:
-    """Notes that it runs, and delivers when it is let."""
+    """A child that records that it runs, and delivers once the file `go` exists."""
     return "\n".join(
         (
             "import os, sys, time",
@@ -57,56 +57,57 @@ def test_of_several_processes_one_compiles(store, tmp_path):
     until(lambda: runs(tmp_path))
     processes += [start(store, code) for _ in range(2)]
     others = [process.stdout.readline() for process in processes[1:]]
-    assert first == ["compiling the fast form in the background, once\n"]
-    assert others == ["waiting for the fast form, which another process compiles\n"] * 2
+    assert first[0].startswith("compiling the fast form")
+    assert all(line.startswith("waiting for the fast form") for line in others)
     (tmp_path / "go").touch()
     for process, by in zip(processes, ("", *[" by another process"] * 2), strict=True):
-        told = process.communicate(timeout=60)[0].splitlines()
-        assert told[0].startswith(f"the fast form: compiled{by} in ")
-        assert told[1] == "b'program'"
+        lines = process.communicate(timeout=60)[0].splitlines()
+        assert lines[0].startswith(f"the fast form: compiled{by} in ")
+        assert lines[1] == "b'program'"
     assert runs(tmp_path) == 1
     assert [path.suffix for path in store.folder.iterdir()] == [".program"], "no lock is left"
 
 
-def test_a_child_whose_parent_has_ended_is_waited_for(store, tmp_path, compiling, said):
+def test_a_child_whose_parent_has_ended_is_waited_for(store, tmp_path, compiling, logged):
     process = start(store, slow_compiler(tmp_path))
     until(lambda: runs(tmp_path))
     process.kill()
     process.communicate()
     compilation = compiling(child("sys.exit('not to be run')"))
-    until(lambda: said)
-    assert said == ["waiting for the fast form, which another process compiles"]
+    until(lambda: logged)
+    (line,) = logged
+    assert line.startswith("waiting for the fast form")
     (tmp_path / "go").touch()
     assert compilation.wait(60) == "program", compilation.failed
     assert runs(tmp_path) == 1
 
 
-def test_where_another_process_fails_the_next_compiles(store, compiling, said):
+def test_where_another_process_fails_the_next_compiles(store, compiling, logged):
     lock = CompileLock(store, "key")
     assert lock.acquire()
     compilation = compiling()
-    until(lambda: said)
+    until(lambda: logged)
     assert compilation.wait(0.0) is None
     lock.release()
     assert compilation.wait(60) == "program", compilation.failed
-    assert said[1] == "compiling the fast form in the background, once"
-    assert said[2].startswith("the fast form: compiled in ")
+    assert logged[1].startswith("compiling the fast form")
+    assert logged[2].startswith("the fast form: compiled in ")
 
 
-def test_one_who_waits_can_be_cancelled(store, compiling, said):
+def test_a_waiting_compilation_can_be_cancelled(store, compiling, logged):
     lock = CompileLock(store, "key")
     assert lock.acquire()
     compilation = compiling()
-    until(lambda: said)
+    until(lambda: logged)
     compilation.cancel()
     assert compilation.wait(20) is None
     until(lambda: compilation.ended)
     assert compilation.failed is None
-    assert len(said) == 1
+    assert len(logged) == 1
     lock.release()
 
 
-def test_one_who_has_waited_too_long_compiles_for_himself(store, compiling, monkeypatch):
+def test_a_process_that_waited_too_long_compiles_itself(store, compiling, monkeypatch):
     lock = CompileLock(store, "key")
     assert lock.acquire()
     monkeypatch.setattr(Compilation, "_compile_here", lambda self, lock: b"own")
@@ -147,8 +148,8 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_not_held(store, monkeypa
     other.release()
 
 
-def test_what_cannot_be_kept_is_not_compiled_on_when_its_process_ends(tmp_path):
-    """Where it can be kept it is."""
+def test_a_child_whose_program_cannot_be_stored_ends_with_its_parent(tmp_path):
+    """If it can be stored, it goes on."""
     (tmp_path / "file").write_text("x")
     code = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     command = child(code)
@@ -167,12 +168,12 @@ def test_what_cannot_be_kept_is_not_compiled_on_when_its_process_ends(tmp_path):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert f"not kept for the next time ({store.folder}: " in done.stdout
+    assert f"not cached ({store.folder}: " in done.stdout
     pid = int((tmp_path / "pid").read_text())
     until(lambda: not alive(pid))
 
 
-def test_a_process_does_not_end_amid_a_preparation(tmp_path, store):
+def test_a_process_does_not_exit_during_a_preparation(tmp_path, store):
     """PyTorch's C++ code in a thread that the interpreter ends would abort the process."""
     store.put("key", b"program")
     code = f"""
@@ -197,7 +198,7 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # one that nobody has reaped is not at work
+    # a zombie does not run
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -205,11 +206,11 @@ def alive(pid: int) -> bool:
         return True
 
 
-def test_a_store_that_cannot_be_written_is_named_by_every_compilation(tmp_path, said):
+def test_a_store_that_cannot_be_written_is_named_by_every_compilation(tmp_path, logged):
     (tmp_path / "file").write_text("x")
     store = Store(tmp_path / "file" / "store")
     for _ in range(2):
-        made = Compilation(store, "key", compiler(), bytes, said.append, "the fast form")
+        made = Compilation(store, "key", compiler(), bytes, logged.append, "the fast form")
         assert made.wait(60) == b"program"
-    assert len([line for line in said if "not kept" in line]) == 2
-    assert len(said) == 4
+    assert len([line for line in logged if f"not cached ({store.folder}: " in line]) == 2
+    assert len(logged) == 4

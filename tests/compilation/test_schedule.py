@@ -12,7 +12,7 @@ from onelaunch.compilation.schedule import (
     COMPILATIONS,
     NOISE,
     STEPS,
-    Measured,
+    MicroStepEstimator,
     micro_steps_to_hide,
     stall_seconds,
     throughput,
@@ -34,7 +34,7 @@ PUBLISHED_UPDATES = [
 # Seconds of compiling for one update, from the fastest run to the slowest.
 PUBLISHED_COMPILATIONS = (10.3, 15.3)
 STEP_SECONDS = 0.1687  # warm, of the longest update
-SLOWDOWN = 1.13  # of a call beside a compilation
+SLOWDOWN = 1.13  # of a call during a compilation
 
 
 # the published tables
@@ -62,7 +62,7 @@ def test_published_k_of_rounded_times(compiling, step, k, published):
 
 
 def test_k_of_a_whole_micro_step():
-    # "~8 ms" for stories110m is no whole micro-step: those were measured as 168.7 ms
+    # "~8 ms" for stories110m is no whole micro-step: those were estimator as 168.7 ms
     assert micro_steps_to_hide(4.2, STEP_SECONDS) == 25
 
 
@@ -141,23 +141,25 @@ def test_whole_numbers_stay_whole(n, milliseconds):
 @settings(deadline=None)
 def test_k_micro_steps_hide_it_and_fewer_do_not(compiling, step, slowdown):
     k = micro_steps_to_hide(compiling, step, slowdown)
-    beside = Fraction(slowdown) * Fraction(compiling)
-    assert k * Fraction(step) >= beside * (1 - Fraction(2 * NOISE))
-    assert k == 1 or (k - 1) * Fraction(step) < beside
+    concurrent = Fraction(slowdown) * Fraction(compiling)
+    assert k * Fraction(step) >= concurrent * (1 - Fraction(2 * NOISE))
+    assert k == 1 or (k - 1) * Fraction(step) < concurrent
 
 
 @given(compiling=TIMES, step=TIMES, slowdown=SLOWDOWNS, steps_slowdown=SLOWDOWNS)
 @settings(deadline=None)
 def test_k_by_micro_steps_timed_alone_is_enough(compiling, step, slowdown, steps_slowdown):
     by_alone = micro_steps_to_hide(compiling, step, slowdown)
-    by_beside = micro_steps_to_hide(compiling, step * steps_slowdown, slowdown)
-    beside = slowdown * compiling
-    assert by_beside <= by_alone
-    for k in (by_alone, by_beside):
-        stall = stall_seconds(k, beside, step, steps_slowdown, overlapped=True)
-        assert stall <= 2 * NOISE * beside
-    if by_beside > 1:
-        assert stall_seconds(by_beside - 1, beside, step, steps_slowdown, overlapped=True) > 0
+    by_concurrent = micro_steps_to_hide(compiling, step * steps_slowdown, slowdown)
+    concurrent = slowdown * compiling
+    assert by_concurrent <= by_alone
+    for k in (by_alone, by_concurrent):
+        stall = stall_seconds(k, concurrent, step, steps_slowdown, overlapped=True)
+        assert stall <= 2 * NOISE * concurrent
+    if by_concurrent > 1:
+        assert (
+            stall_seconds(by_concurrent - 1, concurrent, step, steps_slowdown, overlapped=True) > 0
+        )
 
 
 @given(compiling=TIMES, step=TIMES, slowdown=SLOWDOWNS, more=SLOWDOWNS)
@@ -173,7 +175,7 @@ def test_what_makes_k_larger(compiling, step, slowdown, more):
 
 
 def test_an_update_that_waits():
-    # 10 micro-steps of 0.2 s, 2.5 s where they are slowed, beside 3 s of compiling
+    # 10 micro-steps of 0.2 s, 2.5 s when slowed down, during 3 s of compiling
     assert stall_seconds(10, 3.0, 0.2, 1.25, overlapped=True) == pytest.approx(0.5)
     assert throughput(10, 3.0, 0.2, 1.25, overlapped=True) == pytest.approx(10 / 3)
     assert stall_seconds(10, 3.0, 0.2, 1.25, overlapped=False) == 3.0
@@ -190,7 +192,7 @@ def test_a_compilation_that_ends_early_slows_every_micro_step_of_the_model():
     early = (100, 0.5, 0.1, 1.25)
     rate = throughput(*early, overlapped=True)
     assert rate == pytest.approx(8.0)
-    # 4 micro-steps fit beside it, the other 96 run alone
+    # 4 micro-steps run during the compilation, the other 96 alone
     truth = 100 / (4 * 0.125 + 96 * 0.1)
     assert rate < throughput(*early, overlapped=False) < truth < 1.25 * rate
 
@@ -219,28 +221,26 @@ def test_an_update_is_its_micro_steps_and_its_stall(k, compiling, step, slowdown
 
 @pytest.mark.parametrize("seconds", NOT_TIMES)
 def test_times_are_positive_and_finite(seconds):
-    for times, what in [((seconds, 1.0), "compilation"), ((1.0, seconds), "micro-step")]:
-        message = rf"a {what} takes {seconds} s; it must be positive and finite"
+    for times, name in [((seconds, 1.0), "compile_seconds"), ((1.0, seconds), "step_seconds")]:
+        message = rf"{name} {seconds}: .*positive"
         with pytest.raises(BadInput, match=message):
             micro_steps_to_hide(*times)
         for function in (stall_seconds, throughput):
             for overlapped in (True, False):
                 with pytest.raises(BadInput, match=message):
                     function(1, *times, 1.0, overlapped)
-    measured = Measured(7)
-    with pytest.raises(BadInput, match="a compilation takes"):
-        measured.compiled(seconds)
+    estimator = MicroStepEstimator(7)
+    with pytest.raises(BadInput, match=f"compilation seconds {seconds}"):
+        estimator.add_compilation(seconds)
     for compiling in (True, False):
-        with pytest.raises(BadInput, match="a micro-step takes"):
-            measured.stepped(seconds, compiling)
-    assert (measured.k, measured.known, measured.compile_seconds) == (7, False, None)
+        with pytest.raises(BadInput, match=f"micro-step seconds {seconds}"):
+            estimator.add_micro_step(seconds, compiling)
+    assert (estimator.k, estimator.is_measured, estimator.compile_seconds) == (7, False, None)
 
 
 @pytest.mark.parametrize("slowdown", NOT_SLOWDOWNS)
 def test_a_slowdown_is_at_least_one(slowdown):
-    with pytest.raises(
-        BadInput, match=rf"slowdown is {slowdown}; it must be finite and at least 1"
-    ):
+    with pytest.raises(BadInput, match=rf"slowdown {slowdown}: .*at least 1"):
         micro_steps_to_hide(1.0, 1.0, slowdown)
     for function in (stall_seconds, throughput):
         for overlapped in (True, False):
@@ -250,55 +250,55 @@ def test_a_slowdown_is_at_least_one(slowdown):
 
 @pytest.mark.parametrize("times", [(1e300, 1e-300), (1.0, 5e-324), (1e308, 1.0, 10.0)])
 def test_a_k_past_all_floats(times):
-    with pytest.raises(BadInput, match="no number of micro-steps is that large"):
+    with pytest.raises(BadInput, match=r"compile_seconds=.*, step_seconds=.* overflows"):
         micro_steps_to_hide(*times)
 
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_an_update_has_a_micro_step(k):
-    message = rf"an update of {k} micro-steps: it must have at least 1"
+    message = rf"{k} micro-steps per update: .*at least 1"
     for function in (stall_seconds, throughput):
         with pytest.raises(BadInput, match=message):
             function(k, 1.0, 1.0, 1.0, True)
     with pytest.raises(BadInput, match=message):
-        Measured(k)
+        MicroStepEstimator(k)
 
 
 # what a run measures
 
 
-def test_k_is_what_was_given_until_it_is_known():
-    measured = Measured(100)
-    assert (measured.k, measured.known, measured.slowdown) == (100, False, None)
-    measured.stepped(0.2, compiling=False)
-    measured.stepped(0.25, compiling=True)
-    assert (measured.k, measured.known) == (100, False)
-    measured.compiled(10.0)
-    assert (measured.k, measured.known) == (40, True)
-    assert (measured.compile_seconds, measured.step_seconds) == (10.0, 0.2)
-    assert (measured.step_seconds_beside, measured.slowdown) == (0.25, 1.25)
+def test_k_is_the_initial_one_until_it_is_measured():
+    estimator = MicroStepEstimator(100)
+    assert (estimator.k, estimator.is_measured, estimator.slowdown) == (100, False, None)
+    estimator.add_micro_step(0.2, compiling=False)
+    estimator.add_micro_step(0.25, compiling=True)
+    assert (estimator.k, estimator.is_measured) == (100, False)
+    estimator.add_compilation(10.0)
+    assert (estimator.k, estimator.is_measured) == (40, True)
+    assert (estimator.compile_seconds, estimator.step_seconds) == (10.0, 0.2)
+    assert (estimator.step_seconds_compiling, estimator.slowdown) == (0.25, 1.25)
 
 
-def test_a_compilation_alone_makes_nothing_known():
-    measured = Measured(100)
-    measured.compiled(10.0)
-    assert (measured.k, measured.known) == (100, False)
+def test_a_compilation_without_micro_steps_measures_nothing():
+    estimator = MicroStepEstimator(100)
+    estimator.add_compilation(10.0)
+    assert (estimator.k, estimator.is_measured) == (100, False)
 
 
-def test_micro_steps_alone_stand_for_those_beside_a_compilation():
-    measured = Measured(100)
-    measured.compiled(10.0)
-    measured.stepped(0.2, compiling=False)
-    assert (measured.k, measured.known) == (50, True)
-    measured.stepped(0.25, compiling=True)
-    assert measured.k == 40
+def test_micro_steps_alone_replace_those_during_a_compilation():
+    estimator = MicroStepEstimator(100)
+    estimator.add_compilation(10.0)
+    estimator.add_micro_step(0.2, compiling=False)
+    assert (estimator.k, estimator.is_measured) == (50, True)
+    estimator.add_micro_step(0.25, compiling=True)
+    assert estimator.k == 40
 
 
-def test_micro_steps_that_are_faster_beside_a_compilation_are_noise():
-    measured = Measured(1)
-    measured.stepped(0.2, compiling=False)
-    measured.stepped(0.19, compiling=True)
-    assert measured.slowdown == 1.0
+def test_micro_steps_that_are_faster_during_a_compilation_are_noise():
+    estimator = MicroStepEstimator(1)
+    estimator.add_micro_step(0.2, compiling=False)
+    estimator.add_micro_step(0.19, compiling=True)
+    assert estimator.slowdown == 1.0
 
 
 @given(
@@ -307,59 +307,59 @@ def test_micro_steps_that_are_faster_beside_a_compilation_are_noise():
 @settings(deadline=None)
 def test_one_interruption_changes_no_estimate_beyond_the_other_times(times, at, data):
     interrupted = max(times) * data.draw(st.floats(1.0, 1e6))
-    measured = Measured(1)
+    estimator = MicroStepEstimator(1)
     at %= len(times) + 1
     for seconds in [*times[:at], interrupted, *times[at:]]:
-        measured.compiled(seconds)
-        measured.stepped(seconds, compiling=False)
-        measured.stepped(seconds, compiling=True)
+        estimator.add_compilation(seconds)
+        estimator.add_micro_step(seconds, compiling=False)
+        estimator.add_micro_step(seconds, compiling=True)
     for estimate in (
-        measured.compile_seconds,
-        measured.step_seconds,
-        measured.step_seconds_beside,
+        estimator.compile_seconds,
+        estimator.step_seconds,
+        estimator.step_seconds_compiling,
     ):
         assert min(times) <= estimate <= max(times)
 
 
 def test_an_interruption_that_ruins_a_mean():
     compilations, steps = [4.2, 4.1, 34.2, 4.3], [0.17, 0.169, 2.17, 0.168]
-    measured = Measured(1)
+    estimator = MicroStepEstimator(1)
     for seconds in compilations:
-        measured.compiled(seconds)
+        estimator.add_compilation(seconds)
     for seconds in steps:
-        measured.stepped(seconds, compiling=True)
-    assert measured.k == micro_steps_to_hide(4.2, 0.169) == 25
+        estimator.add_micro_step(seconds, compiling=True)
+    assert estimator.k == micro_steps_to_hide(4.2, 0.169) == 25
     assert micro_steps_to_hide(statistics.mean(compilations), 0.169) == 70
     assert micro_steps_to_hide(4.2, statistics.mean(steps)) == 7
 
 
 def test_what_was_long_ago_is_forgotten():
-    measured = Measured(1)
+    estimator = MicroStepEstimator(1)
     # of equally many the shorter counts: only a rise shows that the older ones are gone
     for seconds, compiling in [(0.169, 1.0), (0.258, 4.2)]:
         for _ in range(STEPS):
-            measured.stepped(seconds, compiling=False)
-            measured.stepped(2 * seconds, compiling=True)
+            estimator.add_micro_step(seconds, compiling=False)
+            estimator.add_micro_step(2 * seconds, compiling=True)
         for _ in range(COMPILATIONS):
-            measured.compiled(compiling)
-        assert (measured.step_seconds, measured.compile_seconds) == (seconds, compiling)
-        assert measured.step_seconds_beside == 2 * seconds
+            estimator.add_compilation(compiling)
+        assert (estimator.step_seconds, estimator.compile_seconds) == (seconds, compiling)
+        assert estimator.step_seconds_compiling == 2 * seconds
     # three of the last five decide
     for _ in range(COMPILATIONS // 2):
-        measured.compiled(1.0)
-    assert measured.compile_seconds == 4.2
-    measured.compiled(1.0)
-    assert measured.compile_seconds == 1.0
+        estimator.add_compilation(1.0)
+    assert estimator.compile_seconds == 4.2
+    estimator.add_compilation(1.0)
+    assert estimator.compile_seconds == 1.0
 
 
 @given(compiling=TIMES, step=TIMES, slowdown=SLOWDOWNS)
 @settings(deadline=None)
 def test_the_k_of_a_steady_run_waits_for_nothing(compiling, step, slowdown):
-    measured = Measured(1)
-    measured.compiled(compiling)
-    measured.stepped(step, compiling=False)
-    measured.stepped(step * slowdown, compiling=True)
-    times = (measured.compile_seconds, measured.step_seconds, measured.slowdown, True)
-    assert stall_seconds(measured.k, *times) <= 2 * NOISE * compiling
-    if measured.k > 1:
-        assert stall_seconds(measured.k - 1, *times) > 0
+    estimator = MicroStepEstimator(1)
+    estimator.add_compilation(compiling)
+    estimator.add_micro_step(step, compiling=False)
+    estimator.add_micro_step(step * slowdown, compiling=True)
+    times = (estimator.compile_seconds, estimator.step_seconds, estimator.slowdown, True)
+    assert stall_seconds(estimator.k, *times) <= 2 * NOISE * compiling
+    if estimator.k > 1:
+        assert stall_seconds(estimator.k - 1, *times) > 0

@@ -1,20 +1,20 @@
-"""A small Llama trained with one norm and with another: how far apart the losses may be.
+"""Train a small Llama with two norms, and compare the losses.
 
-Every run of a size has the same data, the same initial weights and the same settings; only the
-function that computes its norms differs. A run's result is its loss at each update.
+All runs of a size have the same data, initial weights and settings; only the function that computes
+their norms differs. The result of a run is its loss at each update.
 
-float32: every loss equals that of the run with PyTorch's norm to 1e-5 of itself.
+float32: every loss equals that of the run with PyTorch's norm within a relative 1e-5.
 
-bfloat16: the loss of a plain run is itself uncertain. `PLAIN_RUNS` runs with PyTorch's norm, whose
-initial weights differ from one another by one unit in the last place of float32, show by how much:
-a run's distance is the root mean square, over its updates, of its loss minus the mean loss of the
-(other) plain runs. The operator's distance may be no larger than the mean distance of a plain run
-and three of its standard deviations.
+bfloat16: the loss of a plain run is uncertain itself. `PLAIN_RUNS` runs with PyTorch's norm, whose
+initial weights differ by one unit in the last place of float32, measure by how much: the distance
+of a run is the root mean square, over its updates, of its loss minus the mean loss of the (other)
+plain runs. The distance of the operator must not exceed the mean distance of the plain runs plus
+three standard deviations.
 
-Under autocast the residual stream is float32, and bfloat16 reaches only the norms of queries and
-keys. So a third kind of run, `bfloat16 weights`, holds the whole model in bfloat16, without
-autocast: every norm's input and weight are then bfloat16. Its plain runs differ from one another by
-one unit in the last place of bfloat16 in one initial weight of 256.
+Under autocast the residual stream is float32, and only the norms of queries and keys get bfloat16.
+So a third kind of run, `bfloat16 weights`, has the whole model in bfloat16, without autocast: the
+input and weight of every norm are then bfloat16. Its plain runs differ by one unit in the last
+place of bfloat16 in one initial weight of 256.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ GQA = {"n_layers": 4, "vocab_size": 512, "tied_embeddings": True}
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shape and how it is trained: `batch` sequences as long as the model's context."""
+    """The shape of a model and its training: `batch` sequences of the length of its context."""
 
     config: ModelConfig
     batch: int
     updates: int = 100
 
     def with_qk_norm(self) -> Size:
-        """The same with norms of queries and keys."""
+        """Return this size with QK-norm."""
         return Size(self.config.with_(qk_norm=True), self.batch, self.updates)
 
 

@@ -85,7 +85,7 @@ def _plain_form(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def main() -> int:
-    """Run what was asked for, everything by default; 0 where every loss is where it may be."""
+    """Run the selected comparisons, all by default; returns 0 if every loss is within bounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES)

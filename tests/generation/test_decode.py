@@ -1,4 +1,4 @@
-"""Prompts to events: decoding as tokens come, several prompts, stop strings, ends, timing."""
+"""Decoding: streamed text, several prompts, stop strings, finish reasons, timing."""
 
 import gc
 import weakref
@@ -28,14 +28,14 @@ CONFIG = ModelConfig(
 )
 
 
-class Script:
-    """An engine whose session says what it is told, whatever is asked: a list of tokens for each
-    request, `together` of each in a step."""
+class ScriptedEngine:
+    """An engine whose session returns scripted tokens: one list per request, `per_step` of each in
+    a step."""
 
     config = CONFIG.with_(vocab_size=300)
 
-    def __init__(self, *texts: list[int], together: int = 99, finish: str = "length") -> None:
-        self.texts, self.together, self.finish = [list(ids) for ids in texts], together, finish
+    def __init__(self, *outputs: list[int], per_step: int = 99, finish: str = "length") -> None:
+        self.outputs, self.per_step, self.finish = [list(ids) for ids in outputs], per_step, finish
         self.requests: list[Request] = []
         self.seconds: list[float] = []
         self.cancelled: list[int] = []
@@ -52,31 +52,31 @@ class Script:
         self.seconds.append(seconds)
         events = []
         for request in self.requests:
-            left = self.texts[request.id]
+            left = self.outputs[request.id]
             if left is None:
                 continue
-            now, self.texts[request.id] = left[: self.together], left[self.together :]
+            now, self.outputs[request.id] = left[: self.per_step], left[self.per_step :]
             events += [TokenEvent(request.id, token, None) for token in now]
-            if not self.texts[request.id]:
+            if not self.outputs[request.id]:
                 events.append(TokenEvent(request.id, None, None, self.finish))
-                self.texts[request.id] = None
+                self.outputs[request.id] = None
         return events
 
     def cancel(self, id):
         self.cancelled.append(id)
-        if self.texts[id] is not None:
-            self.texts[id] = []
+        if self.outputs[id] is not None:
+            self.outputs[id] = []
 
     def close(self):
         self.closed = True
 
 
-def spoken(text: str) -> list[int]:
+def byte_ids(text: str) -> list[int]:
     return BYTES.encode(text, bos=False)
 
 
-def heard(engine, texts, tokenizer=BYTES, stop=()):
-    """(prompt, token, text) of the events, less ends without a text, and the completions."""
+def decode(engine, texts, tokenizer=BYTES, stop=()):
+    """Return the (prompt, token, text) of all events that add any, and the completions."""
     decoding = Decoding(
         engine, encode_prompts(tokenizer, texts), Limits(9, Sampling(), (), stop), tokenizer
     )
@@ -88,25 +88,25 @@ def heard(engine, texts, tokenizer=BYTES, stop=()):
 
 
 def test_text_comes_piece_by_piece_and_whole_at_the_end():
-    pieces, (completion,) = heard(Script(spoken("hey")), ["Oh "])
+    pieces, (completion,) = decode(ScriptedEngine(byte_ids("hey")), ["Oh "])
     assert [text for _, _, text in pieces] == ["h", "e", "y"]
-    assert [token for _, token, _ in pieces] == spoken("hey") == completion.ids
+    assert [token for _, token, _ in pieces] == byte_ids("hey") == completion.ids
     assert completion.text == "hey"
-    assert completion.prompt == Prompt("Oh ", [1, *spoken("Oh ")], special=1)
+    assert completion.prompt == Prompt("Oh ", [1, *byte_ids("Oh ")], special=1)
     assert completion.finish == "length"
 
 
 def test_a_character_of_several_tokens_comes_when_it_is_whole():
-    pieces, (completion,) = heard(Script(spoken("a\u20acb")), [""])
+    pieces, (completion,) = decode(ScriptedEngine(byte_ids("a\u20acb")), [""])
     assert [text for _, _, text in pieces] == ["a", "", "", "\u20ac", "b"]
     assert completion.text == "a\u20acb"
 
 
 def test_a_character_cut_off_is_marked_before_the_next_text_begins():
-    cut = spoken("\u20ac")[:2]
-    pieces, completions = heard(Script(cut, spoken("x"), cut), ["", "", ""])
-    told = [(index, text) for index, _, text in pieces if text]
-    assert told == [(0, "\ufffd"), (1, "x"), (2, "\ufffd")]
+    cut = byte_ids("\u20ac")[:2]
+    pieces, completions = decode(ScriptedEngine(cut, byte_ids("x"), cut), ["", "", ""])
+    streamed = [(index, text) for index, _, text in pieces if text]
+    assert streamed == [(0, "\ufffd"), (1, "x"), (2, "\ufffd")]
     assert [completion.text for completion in completions] == ["\ufffd", "x", "\ufffd"]
     assert [(i, t) for i, t, text in pieces if text == "\ufffd"] == [(0, None), (2, None)]
 
@@ -119,14 +119,14 @@ def llama2c_tokenizer(words: list[bytes]) -> Llama2cTokenizer:
 def test_only_a_text_from_bos_loses_its_first_space():
     tokenizer = llama2c_tokenizer([b" ", b"a", b" a"])
     (a,) = [i for i, piece in enumerate(tokenizer.pieces) if piece == b" a"]
-    _, (from_bos,) = heard(Script([a, a]), [""], tokenizer)
+    _, (from_bos,) = decode(ScriptedEngine([a, a]), [""], tokenizer)
     assert from_bos.text == "a a"
-    _, (continued,) = heard(Script([a, a]), ["a"], tokenizer)
+    _, (continued,) = decode(ScriptedEngine([a, a]), ["a"], tokenizer)
     assert continued.text == " a a"
 
 
 def test_texts_without_tokens_are_empty_and_do_not_shift_the_others():
-    pieces, completions = heard(Script([], spoken("b"), []), ["x", "y", "z"])
+    pieces, completions = decode(ScriptedEngine([], byte_ids("b"), []), ["x", "y", "z"])
     assert [(index, text) for index, _, text in pieces] == [(1, "b")]
     assert [completion.text for completion in completions] == ["", "b", ""]
     assert [completion.first_token_seconds is None for completion in completions] == [
@@ -137,7 +137,7 @@ def test_texts_without_tokens_are_empty_and_do_not_shift_the_others():
 
 
 def test_ids_alone_need_no_tokenizer():
-    engine = Script([7, 8])
+    engine = ScriptedEngine([7, 8])
     decoding = Decoding(engine, [Prompt("", [1])], Limits(2, Sampling(seed=4), [2]))
     assert [tuple(event) for event in decoding] == [
         (0, 7, "", None),
@@ -153,22 +153,22 @@ def test_ids_alone_need_no_tokenizer():
 
 
 def test_no_prompts_no_texts():
-    assert Decoding(Script(), [], Limits(5)).finish() == []
-    assert generate_ids(Script(), [], 5) == []
+    assert Decoding(ScriptedEngine(), [], Limits(5)).finish() == []
+    assert generate_ids(ScriptedEngine(), [], 5) == []
 
 
 def test_equal_prompts_are_samples_and_the_session_is_as_large_as_needed():
     prompts = [Prompt("", ids) for ids in ([1], [2], [1], [1, 4, 5], [1])]
-    engine = Script(*[[7]] * 5)
+    engine = ScriptedEngine(*[[7]] * 5)
     Decoding(engine, prompts, Limits(3)).finish()
     assert [request.sample for request in engine.requests] == [0, 0, 1, 0, 2]
     assert engine.size == (5, 5)  # the last new token is not read back
-    many = Script(*[[7]] * 40)
+    many = ScriptedEngine(*[[7]] * 40)
     Decoding(many, [Prompt("", [1])] * 40, Limits(3)).finish()
     assert many.size == (MAX_BATCH, 3)
 
 
-@pytest.mark.parametrize("together", [1, 2, 99])
+@pytest.mark.parametrize("per_step", [1, 2, 99])
 @pytest.mark.parametrize(
     ("stop", "text", "ids"),
     [
@@ -181,39 +181,39 @@ def test_equal_prompts_are_samples_and_the_session_is_as_large_as_needed():
         (["ldx", "xd"], "hello world", 11),
     ],
 )
-def test_a_text_ends_before_a_stop_string(stop, text, ids, together):
-    """However many tokens come at once; what may be its beginning is held back until it is not."""
-    engine = Script(spoken("hello world"), spoken("ha"), together=together)
-    pieces, completions = heard(engine, ["", "b"], stop=stop)
+def test_a_text_ends_before_a_stop_string(stop, text, ids, per_step):
+    """For any number of tokens per step; a possible beginning of it is held back."""
+    engine = ScriptedEngine(byte_ids("hello world"), byte_ids("ha"), per_step=per_step)
+    pieces, completions = decode(engine, ["", "b"], stop=stop)
     first, _ = completions
     assert first.text == text
     assert "".join(piece for index, _, piece in pieces if index == 0) == text
-    assert first.ids == spoken("hello world")[:ids]
+    assert first.ids == byte_ids("hello world")[:ids]
     assert first.finish == ("length" if text == "hello world" else "stop")
     assert (0 in engine.cancelled) == (first.finish == "stop")
     assert engine.closed
 
 
 def test_a_stop_string_may_be_of_one_character_that_takes_several_tokens():
-    _, (completion,) = heard(Script(spoken("a\u20acb")), [""], stop=["\u20ac"])
+    _, (completion,) = decode(ScriptedEngine(byte_ids("a\u20acb")), [""], stop=["\u20ac"])
     assert completion.text == "a"
     assert len(completion.ids) == 4
 
 
-def test_stop_strings_hold_back_what_may_be_theirs_and_no_more():
+def test_stop_strings_hold_back_a_possible_beginning_and_no_more():
     stops = StopStrings(["abab", "bac"])
-    given = [stops.push(each) for each in ("xa", "b", "a", "x", "ab", "a", "b", "more")]
+    pushed = [stops.push(each) for each in ("xa", "b", "a", "x", "ab", "a", "b", "more")]
     assert (
-        given[:6] == [("x", False), ("", False), ("", False), ("abax", False)] + [("", False)] * 2
+        pushed[:6] == [("x", False), ("", False), ("", False), ("abax", False)] + [("", False)] * 2
     )
-    assert given[6] == ("", True)
+    assert pushed[6] == ("", True)
     assert stops.push("ba") == ("", False)
     assert stops.finish() == "ba"
 
 
 def test_a_stop_string_that_is_empty_is_refused():
     with pytest.raises(BadInput, match="stop=''"):
-        Decoding(Script([7]), [Prompt("", [1])], Limits(2, stop=[""]), BYTES)
+        Decoding(ScriptedEngine([7]), [Prompt("", [1])], Limits(2, stop=[""]), BYTES)
 
 
 def test_a_text_may_be_cancelled_and_the_others_go_on():
@@ -231,14 +231,14 @@ def test_a_text_may_be_cancelled_and_the_others_go_on():
 
 
 def test_leaving_early_closes_the_session():
-    engine = Script(spoken("hey"), together=1)
+    engine = ScriptedEngine(byte_ids("hey"), per_step=1)
     decoding = Decoding(engine, encode_prompts(BYTES, ["a"]), Limits(9), BYTES)
     next(decoding)
     assert not engine.closed
     decoding.close()
     assert engine.closed
     assert list(decoding) == []
-    engine = Script(spoken("hey"), together=1)
+    engine = ScriptedEngine(byte_ids("hey"), per_step=1)
     decoding = Decoding(engine, encode_prompts(BYTES, ["a"]), Limits(9), BYTES)
     next(decoding)
     gone = weakref.ref(decoding)
@@ -249,7 +249,7 @@ def test_leaving_early_closes_the_session():
 
 
 def test_an_error_of_a_request_is_raised():
-    engine = Script([7])
+    engine = ScriptedEngine([7])
     engine.step = lambda seconds: [TokenEvent(0, None, None, "error", RunFailed("not finite"))]
     with pytest.raises(RunFailed, match="not finite"):
         generate_ids(engine, [[1]], 5)
@@ -257,7 +257,9 @@ def test_an_error_of_a_request_is_raised():
 
 
 def test_texts_that_grow_together_are_decoded_apart():
-    pieces, completions = heard(Script(spoken("a\u20acc"), spoken("xy"), together=1), ["", ""])
+    pieces, completions = decode(
+        ScriptedEngine(byte_ids("a\u20acc"), byte_ids("xy"), per_step=1), ["", ""]
+    )
     assert [completion.text for completion in completions] == ["a\u20acc", "xy"]
     assert [(i, text) for i, _, text in pieces if text] == [
         (0, "a"),
@@ -269,10 +271,12 @@ def test_texts_that_grow_together_are_decoded_apart():
 
 
 def test_seconds_run_from_the_beginning_of_all(monkeypatch):
-    """A clock that ticks once a look: the start, then each step."""
+    """The clock ticks once per call: at the start, then at each step."""
     ticks = iter(range(100))
     monkeypatch.setattr("onelaunch.generation.decode.time.perf_counter", lambda: next(ticks))
-    first, second = heard(Script(spoken("abcde"), spoken("fg"), together=2), ["", ""])[1]
+    first, second = decode(ScriptedEngine(byte_ids("abcde"), byte_ids("fg"), per_step=2), ["", ""])[
+        1
+    ]
     assert (first.first_token_seconds, first.seconds) == (1, 3)
     assert (second.first_token_seconds, second.seconds) == (1, 1)
     # six of the seven tokens came after the first one, in 2 seconds
@@ -287,8 +291,8 @@ def test_no_speed_without_two_tokens():
 
 def test_on_a_real_engine_the_text_is_the_engines_ids_decoded():
     engine = ReferenceEngine(CONFIG, weights_of(CONFIG), device="cpu")
-    pieces, completions = heard(engine, ["ab", "c"])
-    ids = generate_ids(engine, [[1, *spoken("ab")], [1, *spoken("c")]], 9)
+    pieces, completions = decode(engine, ["ab", "c"])
+    ids = generate_ids(engine, [[1, *byte_ids("ab")], [1, *byte_ids("c")]], 9)
     assert [completion.ids for completion in completions] == ids
     for index, completion in enumerate(completions):
         assert completion.text == BYTES.decode(ids[index])
@@ -298,19 +302,19 @@ def test_on_a_real_engine_the_text_is_the_engines_ids_decoded():
 
 def test_a_prompt_beyond_the_context_is_named_with_both_lengths():
     engine = ReferenceEngine(CONFIG, weights_of(CONFIG), device="cpu")
-    assert len(heard(engine, ["x" * 15])[1][0].ids) == 1
+    assert len(decode(engine, ["x" * 15])[1][0].ids) == 1
     with pytest.raises(BadInput, match=r"prompt 2 has 17 tokens, .* context holds 16"):
-        heard(engine, ["x", "x" * 16])
+        decode(engine, ["x", "x" * 16])
 
 
 @pytest.mark.parametrize(("stop", "longer"), [((), True), (("xyz",), False)])
-def test_steps_are_longer_where_nobody_waits_for_their_text(stop, longer):
-    """But not where a stop string may be in it: what is behind it would be computed for nothing."""
-    engine = Script(spoken("one two"), together=1)
+def test_steps_are_longer_when_text_is_not_streamed(stop, longer):
+    """But not with stop strings: tokens after one would be wasted."""
+    engine = ScriptedEngine(byte_ids("one two"), per_step=1)
     decoding = Decoding(engine, [Prompt("", [1])], Limits(20, stop=stop), BYTES)
     next(decoding)
     next(decoding)
-    watched = set(engine.seconds)
+    streamed = set(engine.seconds)
     decoding.finish()
-    assert len(watched) == 1
-    assert (max(engine.seconds) > max(watched)) == longer
+    assert len(streamed) == 1
+    assert (max(engine.seconds) > max(streamed)) == longer

@@ -223,7 +223,7 @@ def test_one_call_in_c_does_what_python_does(case, monkeypatch):
     assert len(bound) > 1
     assert {type(one).__name__ for one in bound} == {"Sequence"}
     monkeypatch.setattr(launch, "_settings", {})
-    monkeypatch.setattr(launch, "sequence", sequence.in_python)
+    monkeypatch.setattr(launch, "sequence", sequence.python_twin)
     in_python = run(case, *given)
     assert {type(one).__name__ for one in remembered(case, *given[:2])} == {"function"}
     assert_same((in_c.y, in_c.dx, in_c.dw), (in_python.y, in_python.dx, in_python.dw))

@@ -5,12 +5,12 @@ import torch
 
 from onelaunch.operators.empty import Empty
 from onelaunch.operators.handles import Bound, Handle
-from onelaunch.operators.sequence import in_python
+from onelaunch.operators.sequence import python_twin
 
 HANDLE = Handle(11, 7, 64, 1024, False, (None, None, None, 5, 0, 0), 0)
 
 
-def test_the_plain_form_does_the_same():
+def test_the_python_twin():
     calls = []
     steps = [
         (Bound(lambda *tensors: calls.append(tensors)), (0, 2, 4)),
@@ -23,13 +23,13 @@ def test_the_plain_form_does_the_same():
         Empty((4, 3), (3, 1), torch.float32, cpu),
     ]
     x, w = torch.randn(2, 3), torch.randn(3)
-    dx, dw = in_python(2, empty, steps, (2, 3))(x, w)
+    dx, dw = python_twin(2, empty, steps, (2, 3))(x, w)
     assert [len(tensors) for tensors in calls] == [3, 2]
     assert calls[0][0] is x
     assert calls[0][1] is dx
     assert calls[0][2] is calls[1][0]
     assert calls[1][1] is dw
-    assert in_python(2, empty, steps, (0,))(x, w) is x
+    assert python_twin(2, empty, steps, (0,))(x, w) is x
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_the_plain_form_does_the_same():
     ],
 )
 def test_an_empty_tensor_lies_as_empty_like_makes_it(like):
-    made, expected = Empty.like(like)(), torch.empty_like(like)
-    assert (made.shape, made.dtype, made.device) == (like.shape, like.dtype, like.device)
-    assert made.stride() == expected.stride()
-    assert made.data_ptr() != like.data_ptr() or like.numel() == 0
+    result, expected = Empty.like(like)(), torch.empty_like(like)
+    assert (result.shape, result.dtype, result.device) == (like.shape, like.dtype, like.device)
+    assert result.stride() == expected.stride()
+    assert result.data_ptr() != like.data_ptr() or like.numel() == 0
 
 
 def test_a_launch_names_every_tensor_once():
-    assert HANDLE.described((3, 0, 1))[-1][:4] == ((3, 0), (0, 0), (1, 0), (-1, 5))
+    assert HANDLE.as_tuple((3, 0, 1))[-1][:4] == ((3, 0), (0, 0), (1, 0), (-1, 5))
     for wrong in ((3, 0), (3, 0, 1, 2)):
         with pytest.raises(AssertionError):
-            HANDLE.described(wrong)
+            HANDLE.as_tuple(wrong)

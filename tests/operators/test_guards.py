@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onelaunch.operators import guards
-from onelaunch.operators.guards import same_as, with_recent
+from onelaunch.operators.guards import add_recent, make_guard
 
 
 class Mode(TorchDispatchMode):
@@ -20,12 +20,12 @@ def pair():
     return torch.randn(4, 6), torch.randn(6)
 
 
-def test_a_guard_fits_tensors_like_its_own():
+def test_a_guard_accepts_tensors_like_its_own():
     x, w = pair()
-    same = same_as(x, w)
-    assert same(x, w)
-    assert same(*pair())
-    assert same(torch.zeros(5, 6)[1:], w)
+    guard = make_guard(x, w)
+    assert guard(x, w)
+    assert guard(*pair())
+    assert guard(torch.zeros(5, 6)[1:], w)
 
 
 @pytest.mark.parametrize(
@@ -42,52 +42,52 @@ def test_a_guard_fits_tensors_like_its_own():
         lambda x: x.to("meta"),
     ],
 )
-def test_a_guard_fits_nothing_else(change):
+def test_a_guard_rejects_all_others(change):
     x, w = pair()
-    same = same_as(x, w)
+    guard = make_guard(x, w)
     other = change(x)
-    assert not same(other, w)
-    assert same_as(other, w)(other, w)
+    assert not guard(other, w)
+    assert make_guard(other, w)(other, w)
 
 
 def test_modes_and_transforms_are_seen():
     x, w = pair()
-    same = same_as(x, w)
+    guard = make_guard(x, w)
     with Mode():
-        assert not same(x, w)
+        assert not guard(x, w)
     with torch.inference_mode():
-        assert not same(x, w)
+        assert not guard(x, w)
     with torch.autocast("cpu"):
-        assert not same(x, w)
+        assert not guard(x, w)
 
     def transformed(x):
-        assert not same(x, w)
+        assert not guard(x, w)
         return x.sum()
 
     for transform in (torch.func.vmap, torch.func.grad):
         transform(transformed)(x)
-    assert same(x, w)
+    assert guard(x, w)
 
 
 def test_a_guard_keeps_no_tensor():
     x, w = pair()
-    told = weakref.ref(x)
-    same = same_as(x, w)
+    reference = weakref.ref(x)
+    guard = make_guard(x, w)
     del x
     gc.collect()
-    assert told() is None
-    assert same(*pair())
+    assert reference() is None
+    assert guard(*pair())
 
 
-def test_without_pytorchs_guards_nothing_is_remembered(monkeypatch):
+def test_without_pytorchs_guards_nothing_is_cached(monkeypatch):
     monkeypatch.setattr(guards, "TensorGuards", None)
-    assert same_as(*pair()) is None
-    assert with_recent((), pair(), True, "value") == ()
+    assert make_guard(*pair()) is None
+    assert add_recent((), pair(), True, "value") == ()
 
 
 def test_the_latest_are_kept():
     recent = ()
-    for n in range(1, 2 * guards.MOST_RECENT):
-        recent = with_recent(recent, (torch.empty(n),), n, str(n))
+    for n in range(1, 2 * guards.MAX_RECENT):
+        recent = add_recent(recent, (torch.empty(n),), n, str(n))
     assert [value for _, _, value in recent] == ["7", "6", "5", "4"]
-    assert [same(torch.empty(5)) for same, _, _ in recent] == [False, False, True, False]
+    assert [guard(torch.empty(5)) for guard, _, _ in recent] == [False, False, True, False]

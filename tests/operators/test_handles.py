@@ -1,5 +1,5 @@
-"""What ours gives the driver for a kernel, held against what Triton's own launcher gives it: both
-compiled here, over a driver that notes what it is given."""
+"""Our driver calls equal those of Triton's own launcher: both are compiled here, over a fake driver
+that records its arguments."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ DRIVER = r"""
 #include <cuda.h>
 #include <string.h>
 
-static unsigned char noted[4096];
+static unsigned char recorded[4096];
 static int sizes[64], count, length;
 
 void expect(int n, const int *bytes) {
     count = n;
     memcpy(sizes, bytes, n * sizeof(int));
 }
-int length_noted(void) { return length; }
-const unsigned char *what_noted(void) { return noted; }
+int length_recorded(void) { return length; }
+const unsigned char *bytes_recorded(void) { return recorded; }
 
 static void note(const void *from, int bytes) {
-    memcpy(noted + length, from, bytes);
+    memcpy(recorded + length, from, bytes);
     length += bytes;
 }
 
@@ -70,7 +70,7 @@ SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """The noting driver, in the place of libcuda.so.1, and its folder."""
+    """The recording driver, in place of libcuda.so.1, and its folder."""
     triton = pytest.importorskip("triton")
     nvidia = pytest.importorskip("triton.backends.nvidia.driver")
     if torch.cuda.is_available():
@@ -86,22 +86,22 @@ def driver(tmp_path_factory):
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), folder
 
 
-def noted(library):
-    library.what_noted.restype = ctypes.POINTER(ctypes.c_ubyte)
-    return bytes(library.what_noted()[: library.length_noted()])
+def recorded(library):
+    library.bytes_recorded.restype = ctypes.POINTER(ctypes.c_ubyte)
+    return bytes(library.bytes_recorded()[: library.length_recorded()])
 
 
 def bound_kernels(monkeypatch, x, weight):
-    """Of a forward and a backward: compiled kernel, grid, tensors, numbers, constants, and whether
-    it is launched dependent on the one before."""
+    """Return, for the kernels of a forward and a backward: the compiled kernel, grid, tensors,
+    numbers, constants, and whether it is a dependent launch."""
     from triton.runtime import driver as active
 
-    found = []
+    bound = []
 
     def bind(kernel, grid, tensors, numbers, constants, warps, dependent=False):
         options = {"num_warps": warps} | ({"launch_pdl": True} if dependent else {})
         compiled = kernel.warmup(*tensors, *numbers, grid=(1,), **constants, **options)
-        found.append((compiled, grid, tensors, numbers, constants, dependent))
+        bound.append((compiled, grid, tensors, numbers, constants, dependent))
         return lambda *tensors: None
 
     monkeypatch.setattr(active, "_active", absent("sm_90"))
@@ -111,7 +111,7 @@ def bound_kernels(monkeypatch, x, weight):
     monkeypatch.setattr(launch, "bind", bind)
     settings = launch.Settings(1e-5, "llama", 0.5, False, "auto", "tuned")
     launch.backward(launch.forward(x, weight, settings), x, weight, settings, True)
-    return found
+    return bound
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def bound_kernels(monkeypatch, x, weight):
     ],
     ids=["tiles", "rows at two strides", "one column", "chunked"],
 )
-def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatch, make):
+def test_our_driver_call_equals_that_of_tritons_launcher(driver, monkeypatch, make):
     from triton.backends.nvidia.driver import include_dirs, make_launcher
     from triton.runtime.build import compile_module_from_src
 
@@ -134,8 +134,8 @@ def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatc
     kernels = bound_kernels(monkeypatch, x, torch.empty(x.shape[-1]))
     assert len(kernels) == 3
     for compiled, grid, tensors, numbers, constants, dependent in kernels:
-        given = [tensor for tensor in tensors if tensor is not None]
-        rest = (*tensors[len(given) :], *numbers)
+        inputs = [tensor for tensor in tensors if tensor is not None]
+        rest = (*tensors[len(inputs) :], *numbers)
         kinds = list(compiled.src.signature.values())
         sizes = [8 if k.startswith("*") else SIZES[k] for k in kinds if k != "constexpr"] + [8, 8]
         library.expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
@@ -144,12 +144,12 @@ def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatc
         module = compile_module_from_src(
             source, "__triton_launcher", [str(folder)], include_dirs, ["libcuda.so.1"]
         )
-        pointers = [tensor.data_ptr() for tensor in given]
+        pointers = [tensor.data_ptr() for tensor in inputs]
         flags = (False, dependent, None, None, compiled.packed_metadata, None, None, None)
         module.launch(
             grid, 1, 1, STREAM, FUNCTION, *flags, *pointers, *rest, *constants.values()
         )  # fmt: skip
-        theirs = noted(library)
+        expected = recorded(library)
 
         loaded = SimpleNamespace(
             function=FUNCTION,
@@ -158,22 +158,22 @@ def test_ours_gives_the_driver_what_tritons_launcher_gives_it(driver, monkeypatc
             src=compiled.src,
             run=SimpleNamespace(global_scratch_size=0, profile_scratch_size=0),
         )
-        open_ = (*[None] * len(given), *rest)
-        fixed = (*pointers[:1], *[None] * (len(given) - 1), *rest)  # the first by its address
-        for values, which in ((open_, range(len(given))), (fixed, range(1, len(given)))):
+        open_ = (*[None] * len(inputs), *rest)
+        fixed = (*pointers[:1], *[None] * (len(inputs) - 1), *rest)  # the first by its address
+        for values, which in ((open_, range(len(inputs))), (fixed, range(1, len(inputs)))):
             handle = handle_of(loaded, values, grid, 0, dependent)
             run = extension.Sequence(
-                len(given), None, (), (handle.described(tuple(which)),), (0,),
+                len(inputs), None, (), (handle.as_tuple(tuple(which)),), (0,),
                 torch.Tensor.data_ptr, lambda: 0, lambda index: STREAM, 0, None,
                 ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value,
             )  # fmt: skip
             library.expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
-            assert run(*given) is given[0]
-            assert noted(library) == theirs
-            assert len(theirs) > 64
+            assert run(*inputs) is inputs[0]
+            assert recorded(library) == expected
+            assert len(expected) > 64
 
 
-def test_a_kernel_that_is_launched_otherwise_has_no_handle():
+def test_a_kernel_that_needs_another_launch_has_no_handle():
     src = SimpleNamespace(signature={"x": "*fp32", "n": "i32"})
     usual = SimpleNamespace(
         function=1,

@@ -1,5 +1,4 @@
-"""The extension in C, over a driver that notes what it is given; compiled as Triton compiles its
-own, so only where Triton is."""
+"""The C extension, over a fake driver that records its calls. Needs Triton, which compiles it."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ class Config(ctypes.Structure):
 
 
 class Driver:
-    """In the place of cuLaunchKernelEx: notes what it is given, and returns `status`."""
+    """A fake cuLaunchKernelEx that records its arguments and returns `status`."""
 
     def __init__(self, parameters, status=0):
         self.launched = []
@@ -64,8 +63,8 @@ class Driver:
             )
             return self.status
 
-        self._kept = LAUNCH(launch)
-        self.address = ctypes.cast(self._kept, ctypes.c_void_p).value
+        self._callback = LAUNCH(launch)
+        self.address = ctypes.cast(self._callback, ctypes.c_void_p).value
 
 
 def pointer(tensor):
@@ -79,13 +78,13 @@ SIZES = {11: (8, 8, 8, 4, 8, 8), 22: (8, 8, 8, 8, 8)}
 
 @pytest.fixture
 def sequence():
-    """A function: the extension's Sequence over a driver that notes its launches, and that."""
+    """A function that makes a recording driver and the extension's Sequence over it."""
     pytest.importorskip("triton")
     extension = compile_extension()
 
     def make(results=(2, 3), status=0, device=0, current=0, twin=None, empty=None):
         driver = Driver(SIZES, status)
-        launches = (FIRST.described((0, 2, 4)), SECOND.described((4, 3)))
+        launches = (FIRST.as_tuple((0, 2, 4)), SECOND.as_tuple((4, 3)))
         made = empty or [((2, 3), (3, 1), torch.float32), ((3,), (1,), torch.bfloat16)]
         partials = ((4, 3), (3, 1), torch.float32)
         return driver, extension.Sequence(
@@ -121,7 +120,7 @@ def test_tensors_are_made_and_kernels_launched_in_order(sequence):
     assert partials not in (pointer(x), pointer(w), pointer(dx), pointer(dw))
 
 
-def test_one_result_is_a_tensor_and_a_given_one_is_itself(sequence):
+def test_one_result_is_a_tensor_and_an_input_is_itself(sequence):
     x, w = torch.randn(2, 3), torch.randn(3)
     assert sequence(results=(2,))[1](x, w).shape == (2, 3)
     assert sequence(results=(0,))[1](x, w) is x
@@ -163,7 +162,7 @@ def test_names_are_refused(sequence):
         run(torch.ones(1), w=torch.ones(1))
 
 
-def test_what_cannot_be_made_raises_its_own_error(sequence):
+def test_an_allocation_error_is_raised(sequence):
     driver, run = sequence(empty=[((2, -3), (3, 1), torch.float32), ((3,), (1,), torch.bfloat16)])
     with pytest.raises(RuntimeError):
         run(torch.randn(2, 3), torch.randn(3))
@@ -171,12 +170,12 @@ def test_what_cannot_be_made_raises_its_own_error(sequence):
 
 
 @pytest.mark.parametrize("results", [(), (5,), (-1,), ("x",), tuple(range(5)) * 4])
-def test_results_that_are_not_there_are_refused(sequence, results):
+def test_unknown_results_are_refused(sequence, results):
     with pytest.raises((ValueError, TypeError)):
         sequence(results=results)
 
 
-def test_too_much_is_refused(sequence):
+def test_too_many_tensors_are_refused(sequence):
     with pytest.raises(ValueError, match="too many"):
         sequence(empty=[((1,), (1,), torch.float32)] * 20)
 
@@ -242,7 +241,7 @@ def doubled(dy, x, weight):
 
 @pytest.fixture
 def function():
-    """A function: an autograd.Function whose node calls the extension, and what it fell back to."""
+    """Makes an autograd.Function whose node calls the extension, and its list of fallbacks."""
     pytest.importorskip("triton")
     extension = compile_extension()
 
@@ -260,7 +259,7 @@ def function():
             def backward(ctx, dy):
                 raise AssertionError("its `apply` is called")
 
-        def otherwise(ctx, dy, x, weight):
+        def fallback(ctx, dy, x, weight):
             assert isinstance(ctx, Known._backward_cls)
             fell_back.append(dy)
             return 5 * dy, None if weight is None else 7 * weight, None
@@ -269,7 +268,7 @@ def function():
             torch.is_grad_enabled,
             torch._C._len_torch_dispatch_stack,
             torch.Tensor.data_ptr,
-            otherwise,
+            fallback,
         )
         Known._backward_cls.apply = apply
         return Known, fell_back
@@ -282,11 +281,11 @@ def differentiated(known, weight_grad=True, **how):
     weight = torch.randn(4, requires_grad=weight_grad)
     y = known.apply(x, weight, None)
     dy = torch.ones(2, 4)
-    wanted = (x, weight) if weight_grad else (x,)
-    return weight, torch.autograd.grad(y, wanted, dy, **how)
+    inputs = (x, weight) if weight_grad else (x,)
+    return weight, torch.autograd.grad(y, inputs, dy, **how)
 
 
-def test_the_gradients_are_those_of_the_function_that_fits(function):
+def test_the_gradients_are_those_of_the_matching_entry(function):
     prepared = Prepared(
         (lambda *tensors: False, True, None),
         (lambda *tensors: True, False, None),
@@ -318,7 +317,7 @@ def test_a_function_without_the_weights_gradient(function):
         ((lambda *tensors: True, True),),
     ],
 )
-def test_where_none_fits_python_answers(function, recent):
+def test_python_runs_where_no_entry_matches(function, recent):
     known, fell_back = function(Prepared(*recent))
     weight, (dx, dw) = differentiated(known)
     assert torch.equal(dx, torch.full((2, 4), 5.0))
@@ -326,13 +325,13 @@ def test_where_none_fits_python_answers(function, recent):
     assert len(fell_back) == 1
 
 
-def test_python_answers_where_gradients_are_recorded(function):
+def test_python_runs_where_gradients_are_recorded(function):
     known, fell_back = function(Prepared((lambda *tensors: True, True, doubled)))
     differentiated(known, create_graph=True)
     assert len(fell_back) == 1
 
 
-def test_python_answers_where_a_dispatch_mode_is_on(function):
+def test_python_runs_where_a_dispatch_mode_is_on(function):
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
@@ -343,7 +342,7 @@ def test_python_answers_where_a_dispatch_mode_is_on(function):
     assert len(fell_back) == 1
 
 
-def test_python_answers_where_an_address_is_not_aligned(function):
+def test_python_runs_where_an_address_is_not_aligned(function):
     known, fell_back = function(Prepared((lambda *tensors: True, True, doubled)))
     x = torch.randn(2, 4, requires_grad=True)
     weight = torch.randn(4, requires_grad=True)
@@ -353,7 +352,7 @@ def test_python_answers_where_an_address_is_not_aligned(function):
     assert len(fell_back) == 1
 
 
-def test_python_answers_where_there_is_no_weight(function):
+def test_python_runs_where_there_is_no_weight(function):
     known, fell_back = function(Prepared((lambda *tensors: True, True, doubled)))
     x = torch.randn(2, 4, requires_grad=True)
     torch.autograd.grad(known.apply(x, None, None), x, torch.ones(2, 4))
@@ -361,7 +360,7 @@ def test_python_answers_where_there_is_no_weight(function):
 
 
 @pytest.mark.parametrize("where", ["guard", "function", "prepared"])
-def test_an_error_is_the_callers(function, where):
+def test_errors_are_passed_on(function, where):
     def fails(*tensors):
         raise KeyError(where)
 
@@ -391,7 +390,7 @@ def test_saved_tensors_are_unpacked_once(function, recent):
     assert len(unpacked) == 2
 
 
-def test_a_call_that_is_not_autograds_is_refused(function):
+def test_wrong_calls_of_apply_are_refused(function):
     known, _ = function(Prepared())
     for wrong in ((), (1,), (1, 2, 3)):
         with pytest.raises(TypeError):

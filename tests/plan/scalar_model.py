@@ -1,6 +1,6 @@
-"""The model written out number by number, noting each one touched and each operation done.
+"""A scalar reference model that counts each number read or written and each operation.
 
-It shares nothing with the plan: what it counts is what a plan has to say. Sums start from zero, so
+It shares no code with the plan: its counts are what a plan must state. Sums start from zero, so
 that n terms are n additions; comparisons are not counted.
 """
 
@@ -33,7 +33,7 @@ class Tally:
 
 class ScalarModel:
     def __init__(self, config: ModelConfig, weights: dict[str, list]) -> None:
-        self.config, self.given = config, weights
+        self.config, self.model_weights = config, weights
         self.memory: dict[tuple[str, Index], float] = {}
         self.past = 0
         self.tallies: list[Tally] = []
@@ -179,7 +179,7 @@ class ScalarModel:
 
     def weight(self, name: str, *index: int) -> float:
         self.tallies[-1].weights.add((f"{name}.weight", index))
-        value = self.given[f"{name}.weight"]
+        value = self.model_weights[f"{name}.weight"]
         for i in index:
             value = value[i]
         return value

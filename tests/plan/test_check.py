@@ -1,8 +1,8 @@
-"""Right plans pass; a right plan broken in any one place does not.
+"""Valid plans pass `check`; a plan broken in any one place does not.
 
-A plan's stages are a chain: each reads what the one before it wrote. So no swap of two stages is
-fine, and the tests below try them all. What the check leaves alone: the number of operations, a
-read of fewer bytes than are there, and buffers that it does not know but that are used in order.
+The stages of a plan form a chain: each reads what the previous one wrote. So no swap of two stages
+is valid, and the tests below try them all. Not checked: the number of operations, a read of fewer
+bytes than the buffer has, and extra buffers that are used in order.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.plan.plans import TINY, tiny_plans
 
 PLAN = make_plan(TINY, 2, 3, 4, sample=True)
 INDICES = range(len(PLAN.stages))
-OUT_OF_TURN = "not written yet|has replaced|after version"
+OUT_OF_ORDER = "not written yet|has replaced|after version"
 
 
 def _with_stages(stages):
@@ -56,13 +56,13 @@ def test_every_swap_of_two_stages_is_caught():
     for i, j in combinations(INDICES, 2):
         stages = list(PLAN.stages)
         stages[i], stages[j] = stages[j], stages[i]
-        with pytest.raises(PlanError, match=OUT_OF_TURN):
+        with pytest.raises(PlanError, match=OUT_OF_ORDER):
             check(_with_stages(stages))
 
 
 def test_every_missing_stage_is_caught():
     for i in INDICES:
-        with pytest.raises(PlanError, match=f"{OUT_OF_TURN}|never written|nothing reads"):
+        with pytest.raises(PlanError, match=f"{OUT_OF_ORDER}|never written|never read"):
             check(_with_stages(PLAN.stages[:i] + PLAN.stages[i + 1 :]))
 
 
@@ -70,7 +70,7 @@ def test_every_stage_that_comes_twice_is_caught():
     for i in INDICES:
         for j in range(len(PLAN.stages) + 1):
             again = (*PLAN.stages[:j], PLAN.stages[i], *PLAN.stages[j:])
-            with pytest.raises(PlanError, match=OUT_OF_TURN):
+            with pytest.raises(PlanError, match=OUT_OF_ORDER):
                 check(_with_stages(again))
 
 
@@ -142,12 +142,12 @@ def test_every_size_that_disagrees_is_caught():
 def test_a_buffer_that_is_missing_twice_there_or_of_another_shape_is_caught(name):
     buffer = PLAN.buffer(name)
     without = tuple(b for b in PLAN.buffers if b.name != name)
-    with pytest.raises(PlanError, match=f"{name}, which is no buffer of the plan"):
+    with pytest.raises(PlanError, match=rf"\b{name}\b.* not a buffer"):
         check(replace(PLAN, buffers=without))
-    with pytest.raises(PlanError, match="two buffers have the same name"):
+    with pytest.raises(PlanError, match="same name"):
         check(replace(PLAN, buffers=(*PLAN.buffers, buffer)))
     for shape in ((*buffer.shape[:-1], buffer.shape[-1] + 1), (*buffer.shape, 1), buffer.shape[1:]):
-        with pytest.raises(PlanError, match=f"buffer {name} has the shape"):
+        with pytest.raises(PlanError, match=f"buffer {name} has shape"):
             check(_with_buffer(name, shape=shape))
     if name != "tokens":  # whose ids may be wider than what a stage reads of them
         with pytest.raises(PlanError, match=f"writes .* bytes of {name}"):
@@ -182,10 +182,10 @@ def _scratch(name):
 
 
 def test_a_buffer_of_no_stage_is_caught():
-    with pytest.raises(PlanError, match="buffer spare is never written"):
+    with pytest.raises(PlanError, match="spare is never written"):
         check(replace(PLAN, buffers=(*PLAN.buffers, _scratch("spare"))))
     unread = Buffer("spare", (2, 3, 4), 4, "input")
-    with pytest.raises(PlanError, match="buffer spare: nothing reads its version 0"):
+    with pytest.raises(PlanError, match="spare: version 0 is never read"):
         check(replace(PLAN, buffers=(*PLAN.buffers, unread)))
 
 
@@ -196,16 +196,16 @@ def test_a_buffer_beyond_those_of_the_model_passes_if_used_in_turn():
     partial = Access("partial", 1, 96)
     stages[gate_up] = replace(stages[gate_up], writes=(*stages[gate_up].writes, partial))
     plan = replace(PLAN, stages=tuple(stages), buffers=(*PLAN.buffers, _scratch("partial")))
-    with pytest.raises(PlanError, match="partial: nothing reads its version 1"):
+    with pytest.raises(PlanError, match="partial: version 1 is never read"):
         check(plan)
     stages[down] = replace(stages[down], reads=(*stages[down].reads, partial))
     check(replace(plan, stages=tuple(stages)))
     too_early = (*stages[gate_up].reads, partial._replace(version=0))
     early = [*stages[:gate_up], replace(stages[gate_up], reads=too_early), *stages[gate_up + 1 :]]
-    with pytest.raises(PlanError, match="partial version 0, which is not written yet"):
+    with pytest.raises(PlanError, match="partial version 0.* not written"):
         check(replace(plan, stages=tuple(early)))
     stages[down] = replace(stages[down], reads=(*stages[down].reads, partial._replace(version=2)))
-    with pytest.raises(PlanError, match="partial version 2, which is not written yet"):
+    with pytest.raises(PlanError, match="partial version 2.* not written"):
         check(replace(plan, stages=tuple(stages)))
 
 
@@ -217,14 +217,14 @@ def test_a_value_replaced_before_it_is_read_is_caught():
         written = partial._replace(version=version)
         stages[index] = replace(stages[index], writes=(*stages[index].writes, written))
     plan = replace(PLAN, stages=tuple(stages), buffers=(*PLAN.buffers, _scratch("partial")))
-    with pytest.raises(PlanError, match="writes partial again, before anything has read it"):
+    with pytest.raises(PlanError, match="layer 1 down.* overwrites partial"):
         check(plan)
 
 
 def test_writing_an_input_is_caught():
     embed = PLAN.stages[0]
     written = (*embed.writes, Access("tokens", 1, 24))
-    with pytest.raises(PlanError, match="writes tokens, which is an input"):
+    with pytest.raises(PlanError, match="tokens.* input"):
         check(_with_stage(0, writes=written))
 
 
@@ -235,7 +235,7 @@ def test_every_weight_that_is_missing_unknown_or_twice_is_caught():
             with pytest.raises(PlanError):
                 check(_with_stage(i, weights=weights[:at] + weights[at + 1 :]))
             unknown = (*weights[:at], weights[at].replace("weight", "bias"), *weights[at + 1 :])
-            with pytest.raises(PlanError, match="bias, which is no weight of the model"):
+            with pytest.raises(PlanError, match="bias.* not a weight"):
                 check(_with_stage(i, weights=unknown))
             with pytest.raises(PlanError):
                 check(_with_stage(i, weights=(*weights, weights[at])))
@@ -269,13 +269,13 @@ def test_kinds_out_of_order_are_caught_where_the_values_are_in_turn():
     i, j = _index("out_proj", 1), _index("gate_up", 1)
     stages = list(PLAN.stages)
     stages[i], stages[j] = replace(stages[i], kind="gate_up"), replace(stages[j], kind="out_proj")
-    with pytest.raises(PlanError, match="gate_up.*stands where layer 1 out_proj belongs"):
+    with pytest.raises(PlanError, match="gate_up.* out of order.* layer 1 out_proj"):
         check(_with_stages(stages))
 
 
 def test_a_stage_too_many_is_caught_where_the_values_are_in_turn():
     idle = Stage("sample", NO_LAYER, (), (), (), 0, 0)
-    with pytest.raises(PlanError, match="the plan has 19 stages, not 18"):
+    with pytest.raises(PlanError, match="19 stages, not 18"):
         check(_with_stages((*PLAN.stages, idle)))
 
 

@@ -21,13 +21,13 @@ from tests.engines.suite import SHAPES
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def test_every_weight_is_of_one_stage_tied_embeddings_of_two(config):
-    found: Counter[str] = Counter()
+    readers: Counter[str] = Counter()
     for kind in KINDS:
         layers = range(config.n_layers) if kind in LAYER_KINDS else (NO_LAYER,)
         for layer in layers:
-            found.update(weights_of(config, kind, layer))
-    assert set(found) == set(config.weight_shapes())
-    twice = {name for name, times in found.items() if times > 1}
+            readers.update(weights_of(config, kind, layer))
+    assert set(readers) == set(config.weight_shapes())
+    twice = {name for name, times in readers.items() if times > 1}
     assert twice == ({"embed_tokens.weight"} if config.tied_embeddings else set())
 
 

@@ -48,23 +48,23 @@ def test_the_whole_is_the_plan_itself():
     batch=st.integers(1, 3),
     sequence=st.integers(1, 20),
     sizes=st.lists(st.tuples(st.integers(1, 33), st.integers(1, 64)), min_size=8, max_size=8),
-    programs=st.integers(1, 40),
+    ctas=st.integers(1, 40),
     depth=st.sampled_from(["stage", "half", 1, 2, "all"]),
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_tiling(part, batch, sequence, sizes, programs, depth, seed):
+def test_any_tiling(part, batch, sequence, sizes, ctas, depth, seed):
     tilings = {kind: Tiling(*size) for kind, size in zip(KINDS, sizes, strict=True)}
     tiles = part_tiled(part, batch, sequence, tilings)
     check_tiles(tiles)
-    run_all(tiles, depth, programs, seed)
+    run_all(tiles, depth, ctas, seed)
 
 
 @pytest.mark.parametrize("part", OF_LAYER)
 def test_every_wait_is_needed(part):
-    found = 0
+    n_mutants = 0
     for mutant in mutants(part_tiled(part, 2, 7)):
         with pytest.raises(PlanError):
             check_tiles(mutant)
-        found += 1
-    assert found > 30
+        n_mutants += 1
+    assert n_mutants > 30

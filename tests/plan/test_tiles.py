@@ -1,4 +1,4 @@
-"""Tiles and waits, on a model of a machine: programs in any number that take turns at random."""
+"""Tiles and waits, on a simulated machine: any number of CTAs, interleaved at random."""
 
 from __future__ import annotations
 
@@ -45,38 +45,41 @@ def part_tiled(part, batch=2, sequence=11, tilings=UNEVEN) -> TilePlan:
 
 
 class Machine:
-    """Programs walk a launch's tiles, one step of one program at a time. Every element of a buffer
-    is the number of the stage that wrote it last; a tile that reads anything else has come too
-    early or too late."""
+    """A simulated GPU: CTAs walk the tiles of a launch, one step of one CTA at a time.
+
+    Every element of a buffer is the number of the stage that wrote it last; a tile that reads
+    another number ran too early or too late."""
 
     def __init__(self, tiles: TilePlan, seed: int) -> None:
         self.tiles, self.random = tiles, random.Random(seed)
         self.written: dict[tuple[str, int, int], int] = {}  # buffer, row, column tile's phase
         self.ended: dict[tuple[int, int], int] = {}
 
-    def run(self, launch, programs: int) -> int:
-        """All tiles of a launch; the number of them."""
-        walks = {p: list(self.tiles.walk(launch, p, programs)) for p in range(programs)}
+    def run(self, launch, ctas: int) -> int:
+        """Run all tiles of a launch; returns how many."""
+        walks = {p: list(self.tiles.walk(launch, p, ctas)) for p in range(ctas)}
         at = dict.fromkeys(walks, 0)
         begun: dict[int, Tile] = {}
         done = 0
         while any(at[p] < len(walks[p]) for p in walks):
-            able = [p for p in walks if at[p] < len(walks[p]) and self.may_go(walks, at, p, launch)]
-            able = sorted({*able, *begun})
-            assert able, "deadlock"
-            program = self.random.choice(able)
-            tile = walks[program][at[program]]
-            if program in begun:
-                self.write(begun.pop(program))
-                at[program] += 1
+            ready = [
+                p for p in walks if at[p] < len(walks[p]) and self.is_ready(walks, at, p, launch)
+            ]
+            ready = sorted({*ready, *begun})
+            assert ready, "deadlock"
+            cta = self.random.choice(ready)
+            tile = walks[cta][at[cta]]
+            if cta in begun:
+                self.write(begun.pop(cta))
+                at[cta] += 1
                 done += 1
             else:
                 self.read(tile)
-                begun[program] = tile
+                begun[cta] = tile
         return done
 
-    def may_go(self, walks, at, program, launch) -> bool:
-        waits = self.tiles.waits(walks[program][at[program]], launch)
+    def is_ready(self, walks, at, cta, launch) -> bool:
+        waits = self.tiles.waits(walks[cta][at[cta]], launch)
         return all(
             self.ended.get((w.phase, i), 0) == self.tiles.phases[w.phase].column_tiles
             for w in waits
@@ -87,7 +90,7 @@ class Machine:
         plan, phase = self.tiles.plan, self.tiles.phases[tile.phase]
         stage, span = plan.stages[tile.phase], phase.spans[tile.row_tile]
         for name, version, _ in stage.reads:
-            wanted = next(
+            writer = next(
                 (
                     i
                     for i, s in enumerate(plan.stages)
@@ -96,19 +99,19 @@ class Machine:
                 ),
                 None,
             )
-            if wanted is None:
+            if writer is None:
                 continue
-            # In place, a tile reads of its own columns alone what it will write over.
+            # In place, a tile reads only the columns that it will overwrite.
             in_place = any(name == w.buffer for w in stage.writes)
-            columns = range(self.tiles.phases[wanted].column_tiles)
+            columns = range(self.tiles.phases[writer].column_tiles)
             if in_place:
                 same = len(columns) == phase.column_tiles
                 columns = [tile.column_tile] if same else []
             for rows in rows_read(plan, stage, name, span):
                 for row in range(*rows):
                     for column in columns:
-                        found = self.written.get((name, row, column))
-                        assert found == wanted, f"{stage.label} row {row} of {name}: {found}"
+                        actual = self.written.get((name, row, column))
+                        assert actual == writer, f"{stage.label} row {row} of {name}: {actual}"
 
     def write(self, tile: Tile) -> None:
         phase = self.tiles.phases[tile.phase]
@@ -119,9 +122,9 @@ class Machine:
         self.ended[key] = self.ended.get(key, 0) + 1
 
 
-def run_all(tiles: TilePlan, depth, programs: int, seed: int) -> None:
+def run_all(tiles: TilePlan, depth, ctas: int, seed: int) -> None:
     machine = Machine(tiles, seed)
-    done = sum(machine.run(launch, programs) for launch in launches(tiles.plan, depth))
+    done = sum(machine.run(launch, ctas) for launch in launches(tiles.plan, depth))
     assert done == tiles.tiles
     for number, phase in enumerate(tiles.phases):
         for row_tile in range(len(phase.spans)):
@@ -129,13 +132,13 @@ def run_all(tiles: TilePlan, depth, programs: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("depth", ["stage", "half", 1, 2, "all"])
-@pytest.mark.parametrize("programs", [1, 2, 7, 132])
-def test_any_number_of_programs_at_any_depth(depth, programs):
+@pytest.mark.parametrize("ctas", [1, 2, 7, 132])
+def test_any_number_of_programs_at_any_depth(depth, ctas):
     for all_positions in (False, True):
         tiles = tiled(all_positions=all_positions, sample=True)
         check_tiles(tiles)
         for seed in range(3):
-            run_all(tiles, depth, programs, seed)
+            run_all(tiles, depth, ctas, seed)
 
 
 @given(
@@ -143,16 +146,16 @@ def test_any_number_of_programs_at_any_depth(depth, programs):
     sequence=st.integers(1, 20),
     all_positions=st.booleans(),
     sizes=st.lists(st.tuples(st.integers(1, 33), st.integers(1, 64)), min_size=8, max_size=8),
-    programs=st.integers(1, 40),
+    ctas=st.integers(1, 40),
     depth=st.sampled_from(["stage", "half", 1, "all"]),
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_tiling(batch, sequence, all_positions, sizes, programs, depth, seed):
+def test_any_tiling(batch, sequence, all_positions, sizes, ctas, depth, seed):
     tilings = {kind: Tiling(*size) for kind, size in zip(KINDS, sizes, strict=True)}
     tiles = tiled(batch, sequence, tilings, all_positions=all_positions, sample=True)
     check_tiles(tiles)
-    run_all(tiles, depth, programs, seed)
+    run_all(tiles, depth, ctas, seed)
 
 
 def test_the_numbers_of_tiles():
@@ -172,7 +175,7 @@ def test_the_numbers_of_tiles():
 
 def test_waits_are_by_row_tile_and_no_more_than_needed():
     """With equal row tiles a product waits for its own row tile of the stage before, attention for
-    the rows of its text up to its own; what these imply is not waited for again."""
+    the rows of its sequence up to its own; implied waits are left out."""
     tiles = tiled(2, 16, dict.fromkeys(KINDS, Tiling(8, 8)), all_positions=True)
     for number, (phase, stage) in enumerate(zip(tiles.phases, tiles.plan.stages, strict=True)):
         for row_tile, waits in enumerate(phase.waits):
@@ -192,7 +195,7 @@ def test_logits_of_the_last_position_wait_for_its_rows_alone():
     assert head.waits == ((Wait(down, 1, 1), Wait(down, 3, 3)),)
 
 
-def test_attention_stays_within_a_text():
+def test_attention_stays_within_a_sequence():
     plan = make_plan(TINY, 3, 10)
     stage = next(stage for stage in plan.stages if stage.kind == "attention")
     assert row_spans(plan, stage, 4) == tuple(
@@ -221,18 +224,18 @@ def mutants(tiles: TilePlan):
                     yield replace(tiles, phases=tuple(phases))
 
 
-def test_every_wait_is_needed_and_a_missing_one_is_found():
+def test_every_wait_is_needed_and_a_missing_one_is_caught():
     tiles = tiled(2, 7, sample=True)
     check_tiles(tiles)
-    found = 0
+    n_mutants = 0
     for mutant in mutants(tiles):
         with pytest.raises(PlanError):
             check_tiles(mutant)
-        found += 1
-    assert found > 100
+        n_mutants += 1
+    assert n_mutants > 100
 
 
-def test_row_tiles_that_miss_a_row_are_found():
+def test_row_tiles_that_miss_a_row_are_caught():
     tiles = tiled(1, 8)
     phase = tiles.phases[1]
     for spans in (phase.spans[:-1], (Span(0, 4), Span(3, 8)), (Span(0, 4), Span(4, 9))):
@@ -242,9 +245,9 @@ def test_row_tiles_that_miss_a_row_are_found():
 
 
 def test_what_cannot_be_tiled_is_refused():
-    with pytest.raises(BadInput, match="3 positions are cached"):
+    with pytest.raises(BadInput, match="past 3: .* without cached"):
         make_tiles(make_plan(TINY, 1, 4, 3), UNEVEN)
-    with pytest.raises(BadInput, match="tiles of qkv: None"):
+    with pytest.raises(BadInput, match="tiling of qkv: None"):
         make_tiles(make_plan(TINY, 1, 4), {k: t for k, t in UNEVEN.items() if k != "qkv"})
-    with pytest.raises(BadInput, match="tiles of down"):
+    with pytest.raises(BadInput, match="tiling of down"):
         make_tiles(make_plan(TINY, 1, 4), UNEVEN | {"down": Tiling(0, 8)})

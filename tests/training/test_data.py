@@ -174,7 +174,7 @@ def test_a_position_beyond_the_epoch_is_refused(shared_folder):
     sampler = open_data(str(shared_folder)).train(16, 1)
     n_windows = sampler.windows(0)[1]
     sampler.load_state_dict({**sampler.state_dict(), "position": n_windows - 1})
-    with pytest.raises(BadInput, match="beyond the end"):
+    with pytest.raises(BadInput, match="past the end"):
         sampler.load_state_dict({**sampler.state_dict(), "position": n_windows})
 
 
@@ -182,7 +182,7 @@ def test_a_file_shorter_than_one_sequence_is_refused(tmp_path):
     make_folder(tmp_path, n_train=9)
     data = open_data(str(tmp_path))
     assert data.train(8, 1).next(3)[0].shape == (3, 8)
-    with pytest.raises(BadInput, match=r"train\.bin.* 9 tokens are fewer than one sequence of 9"):
+    with pytest.raises(BadInput, match=r"train\.bin: 9 tokens .* 9 "):
         data.train(9, 1)
     with pytest.raises(BadInput, match="sequence length 0"):
         data.train(0, 1)
@@ -228,7 +228,7 @@ def test_limited_evaluation_is_spread_and_always_the_same(tmp_path):
 def test_evaluation_needs_two_tokens(tmp_path, n):
     make_folder(tmp_path, n_val=n)
     data = open_data(str(tmp_path))
-    with pytest.raises(BadInput, match=r"val\.bin: evaluation needs two tokens, this has"):
+    with pytest.raises(BadInput, match=r"val\.bin: [01] tokens "):
         data.eval_batches("val", 8, 3)
 
 
@@ -321,16 +321,16 @@ def test_token_files_that_are_not_as_the_manifest_says(tmp_path):
     path = make_tokens(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(BadInput, match=r"train\.bin: its 199 bytes are not a whole number"):
+    with pytest.raises(BadInput, match=r"train\.bin: 199 bytes"):
         open_data(str(tmp_path))
     path.write_bytes(whole[:-2])
-    with pytest.raises(BadInput, match=r"train\.bin: holds 99 tokens, the manifest says 100"):
+    with pytest.raises(BadInput, match=r"train\.bin: has 99 tokens.* 100"):
         open_data(str(tmp_path))
     path.write_bytes(whole + b"\0\0")
-    with pytest.raises(BadInput, match="holds 101 tokens"):
+    with pytest.raises(BadInput, match=r"train\.bin: has 101 tokens.* 100"):
         open_data(str(tmp_path))
     path.write_bytes(whole[2:] + whole[:2])
-    with pytest.raises(BadInput, match=r"train\.bin: is not the file.*SHA-256"):
+    with pytest.raises(BadInput, match=r"train\.bin: .*SHA-256"):
         open_data(str(tmp_path))
     path.unlink()
     with pytest.raises(BadInput, match=r"train\.bin: cannot read"):
@@ -350,7 +350,7 @@ def test_ids_beyond_the_vocabulary_are_found(tmp_path, monkeypatch, at):
     open_data(str(tmp_path))
     tokens[at] = 259
     rewrite(tmp_path, tokens)
-    with pytest.raises(BadInput, match=rf"train\.bin: token {at} is id 259, beyond .* of 259"):
+    with pytest.raises(BadInput, match=rf"train\.bin: token {at} is id 259, outside .* 259"):
         open_data(str(tmp_path))
 
 
@@ -361,10 +361,10 @@ def test_a_file_that_changes_under_its_reader_is_one_line(tmp_path):
     sampler.next(2)
     with open(path, "r+b") as file:
         file.write(b"\xff" * 200)
-    with pytest.raises(BadInput, match=r"train\.bin: changed while it was in use"):
+    with pytest.raises(BadInput, match=r"train\.bin: changed"):
         sampler.next(2)
     os.truncate(path, 0)
-    with pytest.raises(BadInput, match=r"train\.bin: became shorter"):
+    with pytest.raises(BadInput, match=r"train\.bin: was truncated"):
         sampler.next(2)
 
 

@@ -80,12 +80,12 @@ class Ticks(threading.Event):
 
     def __init__(self):
         super().__init__()
-        self.asked, self._tick, self._done = [], threading.Semaphore(0), threading.Semaphore(0)
+        self.timeouts, self._tick, self._done = [], threading.Semaphore(0), threading.Semaphore(0)
 
     def wait(self, timeout=None):
-        if self.asked:
+        if self.timeouts:
             self._done.release()
-        self.asked.append(timeout)
+        self.timeouts.append(timeout)
         assert self._tick.acquire(timeout=60)
         return self.is_set()
 
@@ -121,7 +121,7 @@ def test_a_terminal_is_redrawn_four_times_a_second_whatever_happens_in_between(s
         ticks.tick()
         until(lambda tick=tick: frames(seen) == tick)
     display.close(60)
-    assert set(ticks.asked) == {1 / DRAWS_PER_SECOND} == {0.25}
+    assert set(ticks.timeouts) == {1 / DRAWS_PER_SECOND} == {0.25}
     until(lambda: "forward 75.0%" in seen.decode())
     assert frames(seen) <= 5  # one of the end, and once more as rich leaves
 
@@ -139,7 +139,7 @@ def test_an_unchanged_panel_is_not_drawn_again(screen, ticks):
 def test_a_terminal_that_stands_still_stops_nobody():
     import pty
 
-    master, slave = pty.openpty()  # nobody reads
+    master, slave = pty.openpty()  # nothing reads it
     display = Display(HEADER, (0, 0), slave)
     filler = threading.Thread(target=os.write, args=(slave, b"x" * 1_000_000), daemon=True)
     filler.start()

@@ -1,4 +1,4 @@
-"""What may go wrong around a run, and what is then said, kept and returned."""
+"""Faults around a run: the messages, what is saved, and the exit status."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def words(**changed) -> list[str]:
 
 def test_a_validation_split_that_is_too_short_is_said_before_the_first_step(tmp_path):
     data = make_folder(tmp_path / "data", n_train=100, n_val=1)
-    with pytest.raises(BadInput, match=r"val\.bin: evaluation needs two tokens, this has 1"):
+    with pytest.raises(BadInput, match=r"val\.bin: 1 tokens "):
         runs.start(recipe(data__path=str(data)), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -161,7 +161,7 @@ def test_a_second_signal_does_not_wait(monkeypatch, number):
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # at once: a terminal and a wrapper both pass it on
         assert stop.received == number
-        now[0] += 2 * signals.PATIENCE_SECONDS
+        now[0] += 2 * signals.REPEAT_SECONDS
         with pytest.raises((KeyboardInterrupt, Terminated)) as ended:
             os.kill(os.getpid(), number)
         assert (ended.type is KeyboardInterrupt) == (number == signal.SIGINT)
@@ -170,7 +170,7 @@ def test_a_second_signal_does_not_wait(monkeypatch, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_run_with_its_own_code(tmp_path, monkeypatch, number):
     """The run would save after the first; the second comes inside the same micro-step."""
-    monkeypatch.setattr(signals, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", -1.0)
     micro_step = Trainer._micro_step
 
     def signalled(self):
@@ -267,17 +267,19 @@ def test_a_recipe_named_again_is_the_same_from_its_own_directory(tmp_path, monke
     r = recipe(data__path="data")
     runs.start(r, tmp_path / "run", quiet=True)
     runs.resume(tmp_path / "run", {}, r)
-    assert "the run's own recipe is used" not in capfd.readouterr().err
+    assert "recipe of the run" not in capfd.readouterr().err
+    runs.resume(tmp_path / "run", {}, recipe(data__path="data", train__seed=5))
+    assert "recipe of the run" in capfd.readouterr().err
 
 
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def test_a_metrics_file_that_is_removed_is_written_anew_and_said(tmp_path):
-    path, said = tmp_path / "metrics.jsonl", []
+def test_a_metrics_file_that_is_removed_is_written_again_with_a_notice(tmp_path):
+    path, notices = tmp_path / "metrics.jsonl", []
     head = {"kind": "run", "schema": 1}
     writer = MetricsWriter(path)
-    writer.say = said.append
+    writer.log = notices.append
     writer.push(head)
     writer.push({"kind": "update", "update": 1})
     assert writer.flush()
@@ -285,14 +287,14 @@ def test_a_metrics_file_that_is_removed_is_written_anew_and_said(tmp_path):
     writer.push({"kind": "update", "update": 2})
     assert writer.flush()
     assert read_metrics(path) == [head, {"kind": "update", "update": 2}]
-    assert len(said) == 1
-    assert str(path) in said[0]
+    assert len(notices) == 1
+    assert str(path) in notices[0]
     path.rename(tmp_path / "old.jsonl")
     path.write_text('{"kind": "note"}\n')
     writer.push({"kind": "update", "update": 3})
     writer.close()
     assert read_metrics(path) == [{"kind": "note"}, {"kind": "update", "update": 3}]
-    assert (len(said), writer.error) == (2, None)
+    assert (len(notices), writer.error) == (2, None)
 
 
 def test_a_metrics_file_whose_folder_is_gone_is_an_error_in_one_line(tmp_path):
@@ -322,7 +324,7 @@ def test_a_run_says_that_its_metrics_were_removed(tmp_path, monkeypatch, capfd):
     monkeypatch.undo()
     (run / "metrics.jsonl").unlink()
     runs.resume(run, {"train.updates": 5})
-    assert "metrics.jsonl was removed: its records begin anew" in capfd.readouterr().err
+    assert "metrics.jsonl is missing" in capfd.readouterr().err
 
 
 # --- which model, which seed ----------------------------------------------------------------------
@@ -330,9 +332,9 @@ def test_a_run_says_that_its_metrics_were_removed(tmp_path, monkeypatch, capfd):
 
 def test_a_run_of_another_model_names_the_field(tmp_path):
     runs.start(recipe(), tmp_path / "run", quiet=True)
-    with pytest.raises(BadInput, match=r"another model \(n_layers is 2, here 1\)"):
+    with pytest.raises(BadInput, match=r"run: .*n_layers 2, not 1"):
         runs.resume(tmp_path / "run", {}, recipe(model__n_layers=1), quiet=True)
-    with pytest.raises(BadInput, match=r"dim is 32, here 64; head_dim is 8, here 16"):
+    with pytest.raises(BadInput, match=r"run: .*dim 32, not 64; head_dim 8, not 16"):
         runs.resume(tmp_path / "run", {"model.dim": 64}, quiet=True)
 
 

@@ -53,24 +53,24 @@ def test_only_a_gpu_has_a_kernel(device):
 def test_a_gpu_has_one_where_the_operator_says_so(kernel, monkeypatch):
     from onelaunch.operators.rms_norm import launch
 
-    asked = []
-    monkeypatch.setattr(launch, "available", lambda device: asked.append(device) or kernel)
+    devices = []
+    monkeypatch.setattr(launch, "available", lambda device: devices.append(device) or kernel)
     assert has_norm_kernel(torch.device("cuda", 1)) is kernel
-    assert asked == [torch.device("cuda", 1)]
+    assert devices == [torch.device("cuda", 1)]
 
 
 def test_another_name_is_refused():
-    with pytest.raises(BadInput, match=r"train\.norm = 'apex' must be one of auto, torch, one"):
+    with pytest.raises(BadInput, match=r"train\.norm = 'apex': .*auto, torch, onelaunch"):
         recipe(train__norm="apex")
-    with pytest.raises(BadInput, match="norm='apex': must be one of auto"):
+    with pytest.raises(BadInput, match="norm='apex': .*auto"):
         ReferenceEngine(SMALL, weights_of(SMALL), device="cpu", norm="apex")
     for name in NORMS:
         assert recipe(train__norm=name).train.norm == name
 
 
 def test_an_engine_says_which_norm_it_has():
-    for asked, used in (("torch", "torch"), ("onelaunch", "onelaunch"), ("auto", "torch")):
-        engine = ReferenceEngine(SMALL, weights_of(SMALL), device="cpu", norm=asked)
+    for norm, used in (("torch", "torch"), ("onelaunch", "onelaunch"), ("auto", "torch")):
+        engine = ReferenceEngine(SMALL, weights_of(SMALL), device="cpu", norm=norm)
         assert engine.norm == engine.describe()["norm"] == used
         assert engine.model.norm_function is norm_function(used)
     assert norm_function("torch") is rms_norm
@@ -101,9 +101,9 @@ def test_a_run_from_before_there_was_a_choice_resumes_exactly(tmp_path, capfd):
     path.write_text(json.dumps(state))
     capfd.readouterr()
     runs.resume(run, {})
-    said = capfd.readouterr().err
-    assert "resumed from update-00000002" in said
-    assert "the norm was" not in said
+    output = capfd.readouterr().err
+    assert "resumed from update-00000002" in output
+    assert "norm changed" not in output
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
@@ -111,12 +111,12 @@ def test_a_resume_with_another_norm_says_so(tmp_path, capfd):
     run = tmp_path / "run"
     runs.start(recipe(train__norm="torch"), run, quiet=True)
     runs.resume(run, {"train.updates": 6, "train.norm": "onelaunch"})
-    said = capfd.readouterr().err
-    assert "the norm was torch, now it is onelaunch" in said
-    assert "train.norm=torch keeps it" in said
+    output = capfd.readouterr().err
+    assert "norm changed from torch to onelaunch" in output
+    assert "train.norm=torch" in output
     assert norms(run) == ["torch", "onelaunch"]
     runs.resume(run, {"train.updates": 8})
-    assert "the norm was" not in capfd.readouterr().err
+    assert "norm changed" not in capfd.readouterr().err
 
 
 def test_resume_with_the_operator_is_exact(tmp_path):
@@ -131,14 +131,14 @@ def test_resume_with_the_operator_is_exact(tmp_path):
 
 
 def test_without_a_kernel_the_operator_says_so_before_anything_is_printed(tmp_path):
-    """In a process of its own, as it is said once."""
-    said = []
+    """In a new process, as the warning is printed once."""
+    output = []
     for norm in ("torch", "onelaunch"):
         command = [*train_command(tmp_path / norm, train__updates=2, train__norm=norm)]
         command.remove("--quiet")
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        said.append(done.stderr)
-    assert "no kernel" not in said[0]
-    assert said[1].count("no kernel for cpu") == 1
-    assert said[1].index("no kernel for cpu") < said[1].index("onelaunch train: ")
+        output.append(done.stderr)
+    assert "no kernel" not in output[0]
+    assert output[1].count("no kernel for cpu") == 1
+    assert output[1].index("no kernel for cpu") < output[1].index("onelaunch train: ")

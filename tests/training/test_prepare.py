@@ -230,7 +230,7 @@ def test_vocabularies_above_65535_take_four_bytes(tmp_path, monkeypatch):
     assert (out / "val.bin").stat().st_size == 2 * 4
 
     Wide.vocab_size = 69_800
-    with pytest.raises(BadInput, match="id 69860, beyond its own vocabulary of 69800"):
+    with pytest.raises(BadInput, match="tokenizer .*id 69860 .*69800"):
         prepare([tmp_path / "a.txt"], tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -303,7 +303,7 @@ def test_an_empty_folder_may_be_the_target(tmp_path):
 )
 def test_text_that_is_not_utf8_names_file_and_byte(tmp_path, data, at):
     (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(BadInput, match=rf"a\.txt: not UTF-8 at byte {at} "):
+    with pytest.raises(BadInput, match=rf"a\.txt: not UTF-8 .*byte {at} "):
         prepare([tmp_path / "a.txt"], tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -320,12 +320,12 @@ def test_inputs_that_cannot_be_read(tmp_path):
         prepare([tmp_path / "missing.txt"], tmp_path / "out")
     folder = tmp_path / "folder"
     write(folder / "a.csv", "1,2")
-    with pytest.raises(BadInput, match=r"folder: no \.txt or \.md files in there \(1 others\)"):
+    with pytest.raises(BadInput, match=r"folder: no \.txt or \.md files \(1 others"):
         prepare([folder], tmp_path / "out")
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(BadInput, match=r"pipe\.txt: is neither a file nor a folder"):
+    with pytest.raises(BadInput, match=r"pipe\.txt: neither a file"):
         prepare([tmp_path / "pipe.txt"], tmp_path / "out")
-    with pytest.raises(BadInput, match="single character"):
+    with pytest.raises(BadInput, match="one character"):
         prepare([write(tmp_path / "a.txt", "x")], tmp_path / "out")
     with pytest.raises(BadInput, match=r"nothing\.bin"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "nothing.bin")
@@ -334,9 +334,9 @@ def test_inputs_that_cannot_be_read(tmp_path):
 
 def test_targets_that_cannot_be_written(tmp_path):
     path = write(tmp_path / "a.txt", "some text")
-    with pytest.raises(BadInput, match=r"a\.txt: is a file; name a new folder"):
+    with pytest.raises(BadInput, match=r"a\.txt: is a file; .*new folder"):
         prepare([path], path)
-    with pytest.raises(BadInput, match=r": already holds files; name a new folder"):
+    with pytest.raises(BadInput, match=r": is not empty; .*new folder"):
         prepare([path], tmp_path)
     with pytest.raises(BadInput, match="cannot write"):
         prepare([path], path / "below")
@@ -353,7 +353,7 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path, monkeypatch
         return total
 
     monkeypatch.setattr(prepare_module, "_measure", change)
-    with pytest.raises(BadInput, match=r"a\.txt: changed while it was being read"):
+    with pytest.raises(BadInput, match=r"a\.txt: changed"):
         prepare([path], tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -404,10 +404,8 @@ def test_the_verb_says_what_it_wrote(tmp_path):
     done = verb(folder, "--out", tmp_path / "out")
     assert done.returncode == 0
     assert done.stdout == ""
-    assert (
-        "9 tokens to train on and 1 to validate on, from 1 file (bytes, vocabulary 259, uint16)"
-        in (done.stderr)
-    )
+    for fact in ("9 tokens", "1 file", "vocabulary 259", "uint16"):
+        assert fact in done.stderr
     assert "ignored 1 files" in done.stderr
     assert "onelaunch train --data" in done.stderr
     quiet = verb(folder, "--out", tmp_path / "out2", "--quiet")

@@ -1,6 +1,7 @@
 """Recipes: strict keys, types, ranges, the learning rate."""
 
 import math
+import re
 
 import pytest
 
@@ -42,11 +43,11 @@ def test_toml_keeps_every_kind_of_value():
         ("train.updates=1.5", "must be a whole number"),
         ("train.updates=true", "must be a whole number"),
         ("train.compile=1", "must be true or false"),
-        ("data.path=7", "must be a text"),
-        ("train.accum=0", "outside 1 to 1000"),
-        ("train.accum=1001", "outside 1 to 1000"),
-        ("train.dropout=0.96", "outside"),
-        ("optimizer.lr=nan", "outside"),
+        ("data.path=7", "must be a string"),
+        ("train.accum=0", "from 1 to 1000"),
+        ("train.accum=1001", "from 1 to 1000"),
+        ("train.dropout=0.96", "from 0.0 to 0.95"),
+        ("optimizer.lr=nan", "must be from"),
         ("optimizer.lr_rule=cubic", "must be one of"),
         ("train.dtype=float16", "must be one of"),
         ("model.preset=stories15", "unknown preset"),
@@ -56,6 +57,7 @@ def test_a_wrong_setting_is_one_line_that_helps(setting, words):
     with pytest.raises(BadInput, match=r"^--set") as caught:
         with_set(setting)
     assert words in str(caught.value)
+    assert re.split("[.=]", setting)[0] in str(caught.value) or words == "unknown preset"
 
 
 @pytest.mark.parametrize("text", ["", "a", "=3"])
@@ -144,7 +146,7 @@ def test_an_incomplete_model_names_the_file_and_what_is_missing(tmp_path):
     whole = Recipe.load(str(path)).with_settings(
         {"model.n_layers": 2, "model.max_seq_len": 32, "model.n_heads": 5}, "--set"
     )
-    with pytest.raises(BadInput, match=r"mine\.toml: \[model\]: dim 64 is not a multiple"):
+    with pytest.raises(BadInput, match=r"mine\.toml: \[model\]: dim 64 .*n_heads 5"):
         whole.model_config(512)
 
 
@@ -161,5 +163,5 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf[train]\nupdates = 7\n")
     assert Recipe.load(str(path)).train.updates == 7
     path.write_bytes("[train]\nupdates = 7\n".encode("utf-16"))
-    with pytest.raises(BadInput, match=r"mine\.toml: is UTF-16; save it as UTF-8"):
+    with pytest.raises(BadInput, match=r"mine\.toml: .*UTF-16.*UTF-8"):
         Recipe.load(str(path))

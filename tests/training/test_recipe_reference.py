@@ -82,7 +82,7 @@ def test_a_key_without_a_meaning_is_found():
         one: int = key(1, "A meaning.")
         other: int = 2
 
-    with pytest.raises(TypeError, match="other has no description: write other = key"):
+    with pytest.raises(TypeError, match="other has no description"):
         described_keys(Section)
 
 
@@ -105,7 +105,7 @@ def test_a_range_that_is_shown_is_the_one_that_is_checked():
             section, field = name.split(".")
             assert getattr(getattr(recipe(name, value), section), field) == value
         for value in beyond(KEYS[name]):
-            with pytest.raises(BadInput, match=f"{re.escape(name)} = .* is outside"):
+            with pytest.raises(BadInput, match=f"{re.escape(name)} = .*: must be from"):
                 recipe(name, value)
 
 
@@ -113,7 +113,7 @@ def test_a_range_that_is_shown_is_the_one_that_is_checked():
 def test_choices_that_are_shown_are_the_ones_that_are_checked(name):
     for value in KEYS[name].choices:
         recipe(name, value)
-    with pytest.raises(BadInput, match=f"{re.escape(name)} = 'none of them' must be one of"):
+    with pytest.raises(BadInput, match=f"{re.escape(name)} = 'none of them': .*one of"):
         recipe(name, "none of them")
 
 
@@ -123,7 +123,7 @@ def test_no_shape_outside_a_range_that_is_shown_is_a_model(name):
     shape = PRESETS["stories260k"].to_dict()
     low, high = KEYS[name].within
     for value in (low - 1, high + 1):
-        with pytest.raises(BadInput, match=rf"{field} must be a whole number .* to {high},"):
+        with pytest.raises(BadInput, match=rf"{field} .* to {high},"):
             ModelConfig.from_dict(shape | {field: value})
 
 
@@ -151,15 +151,15 @@ def test_with_coreml_only_what_is_shown_is_taken(name):
     other["norm"] = "onelaunch"
     for value in TRAIN_WITH_COREML[name]:
         recipe("train.engine", "coreml").with_settings({f"train.{name}": value}, "--set")
-    with pytest.raises(BadInput, match=f"train.{name} = .* does not go with"):
+    with pytest.raises(BadInput, match=f"train.{name} = .*: .*coreml"):
         recipe("train.engine", "coreml").with_settings({f"train.{name}": other[name]}, "--set")
 
 
 def test_an_option_sets_the_key_that_is_shown(monkeypatch, tmp_path):
     started = []
 
-    def start(given, *rest, **named):
-        started.append(given)
+    def start(recipe, *rest, **options):
+        started.append(recipe)
         raise BadInput("started")
 
     monkeypatch.setattr("onelaunch.training.train.start", start)

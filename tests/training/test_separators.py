@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,17 +75,17 @@ def test_documents_begin_with_bos_where_there_is_one(tmp_path):
     ("special", "line"),
     [
         ({"bos_token": EOS}, None),
-        ({"eos_token": EOS}, "names no BOS: documents end with its EOS, id 256"),
-        ({}, "neither a BOS nor an EOS: documents follow one another without a separator"),
+        ({"eos_token": EOS}, "no BOS: .*EOS, id 256"),
+        ({}, "neither .*BOS .*EOS.*without a separator"),
     ],
 )
 def test_the_verb_says_what_separates(tmp_path, capsys, special, line):
     tokenizer = json_tokenizer(tmp_path / "t", **special)
     words = ["prepare", str(documents(tmp_path, "some\n", "text")), "--out", str(tmp_path / "out")]
     assert cli.run([*words, "--tokenizer", str(tokenizer)]) == 0
-    said = [text for text in capsys.readouterr().err.splitlines() if "the tokenizer names" in text]
-    assert len(said) == (line is not None)
-    assert line is None or line in said[0]
+    lines = [text for text in capsys.readouterr().err.splitlines() if "BOS" in text]
+    assert len(lines) == (line is not None)
+    assert line is None or re.search(line, lines[0])
 
 
 def test_the_first_of_several_ends_stays_the_separator_when_a_tokenizer_is_saved(tmp_path):

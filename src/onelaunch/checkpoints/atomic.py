@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+"""Write files and folders atomically: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run again",
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.EACCES: "no permission to write here; choose another place",
-    errno.EPERM: "no permission to write here; choose another place",
+    errno.EROFS: "the file system is read-only; choose another path",
+    errno.EACCES: "no permission to write here; choose another path",
+    errno.EPERM: "no permission to write here; choose another path",
     errno.EFBIG: "the file would be larger than this system allows",
 }
 
 
 def write_error(path: Path | str, error: OSError) -> OnelaunchError:
-    """The one line for a write that the system refused: RunFailed where the disk is full, BadInput
-    where the place is at fault."""
+    """Make the one-line error of a failed write: RunFailed if the disk is full, else BadInput."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return (RunFailed if full else BadInput)(f"{path}: cannot write: {reason}")
@@ -36,10 +35,10 @@ def write_error(path: Path | str, error: OSError) -> OnelaunchError:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` when the block ends without an error.
+    """Open a temporary binary file that replaces `path` when the block ends without an error.
 
-    Raises RunFailed where the disk is full, BadInput where the place cannot be written; `path` is
-    then as it was.
+    Raises RunFailed if the disk is full, BadInput if `path` cannot be written; `path` is then
+    unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -59,10 +58,11 @@ def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """A temporary folder that becomes `path` (which must not exist) when the block ends well.
+    """Make a temporary folder that is renamed to `path`, which must not exist, when the block ends
+    without an error.
 
-    The files in it must have been written and synced; `atomic_file` does both. Temporary folders
-    of the same `path` that killed processes left behind are removed first.
+    Its files must be written and synced; `atomic_file` does both. Temporary folders of the same
+    `path` that killed processes left behind are removed first.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,8 +85,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds a folder's lock as long as it is open, and so at most as long as this
-    process lives; None where it is held already, or where the system has no such locks."""
+    """Lock a folder; returns the descriptor that holds the lock until it is closed or the process
+    ends. None if another process holds it, or the system has no such locks."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -103,7 +103,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of `path` that no living process holds."""
+    """Remove the temporary folders of `path` that no running process has locked."""
     own = re.compile(re.escape(f".{path.name}.") + r"\d+\.tmp")
     with suppress(OSError):
         for folder in path.parent.iterdir():
@@ -115,7 +115,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable, where the system can open a folder."""
+    """Make a rename inside `path` durable, if the system can open folders."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -139,22 +139,22 @@ def write_json(path: Path | str, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def read_bytes(path: Path | str, limit: int, what: str) -> bytes:
-    """All of a file of at most `limit` bytes. Raises BadInput naming the file where it cannot be
-    read, is larger and so is not `what`, or is a pointer of Git LFS."""
+def read_bytes(path: Path | str, limit: int, kind: str) -> bytes:
+    """Read a file of at most `limit` bytes. Raises BadInput naming the file if it cannot be read,
+    is larger and so is not of this `kind`, or is a Git LFS pointer."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
     if len(data) > limit:
-        raise BadInput(f"{path}: larger than {limit} bytes; this is not {what}")
+        raise BadInput(f"{path}: larger than {limit} bytes; this is not {kind}")
     refuse_pointer(path, data)
     return data
 
 
 def read_json(path: Path | str, limit: int = 64 << 20) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes, a byte order mark dropped.
+    """Read a JSON object from a file of at most `limit` bytes; a byte order mark is skipped.
 
     Raises BadInput naming the file.
     """
@@ -171,6 +171,6 @@ def read_json(path: Path | str, limit: int = 64 << 20) -> dict[str, Any]:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the SHA-256 of a file in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""Calls into Rust and C++ libraries whose errors must not reach the terminal on their own.
+"""Keep the error output of Rust and C++ libraries off the terminal.
 
-A Rust panic prints "thread '<unnamed>' panicked at ..." and sentencepiece its log to file
-descriptor 2, past sys.stderr, before Python gets an exception.
+A Rust panic prints "thread '<unnamed>' panicked at ...", and sentencepiece its log, to file
+descriptor 2, which bypasses sys.stderr, before Python gets an exception.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _lock = threading.RLock()
 
 
 def without_stderr(call: Callable[[], _T]) -> _T:
-    """Run `call` with file descriptor 2 turned aside.
+    """Run `call` with file descriptor 2 redirected to a temporary file.
 
-    What was written meanwhile, perhaps by another thread, is passed on when the call returns, and
+    Output written meanwhile, perhaps by another thread, is printed when the call returns, and
     dropped when it raises.
     """
     with _lock:
         with suppress(AttributeError, OSError, ValueError):
             sys.stderr.flush()
         try:
-            kept = os.dup(_STDERR)
-        except OSError:  # it is closed
+            saved = os.dup(_STDERR)
+        except OSError:  # stderr is closed
             return call()
-        aside = _aside()
+        capture = _capture_file()
         returned = False
         try:
-            os.dup2(aside.fileno(), _STDERR)
+            os.dup2(capture.fileno(), _STDERR)
             result = call()
             returned = True
         finally:
-            os.dup2(kept, _STDERR)
-            os.close(kept)
-            written = _taken_from(aside)
+            os.dup2(saved, _STDERR)
+            os.close(saved)
+            written = _drain(capture)
         if returned and written:
             with suppress(OSError):
                 os.write(_STDERR, written)
@@ -51,19 +51,19 @@ def without_stderr(call: Callable[[], _T]) -> _T:
 
 
 @cache
-def _aside() -> BinaryIO:
+def _capture_file() -> BinaryIO:
     try:
         return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
-    except OSError:  # no place for one: nothing is passed on then
+    except OSError:  # no temporary folder: the output is lost
         return open(os.devnull, "r+b", buffering=0)
 
 
-def _taken_from(aside: BinaryIO) -> bytes:
+def _drain(capture: BinaryIO) -> bytes:
     with suppress(OSError):
-        if os.lseek(aside.fileno(), 0, os.SEEK_CUR):
-            aside.seek(0)
-            written = aside.read()
-            aside.seek(0)
-            aside.truncate()
+        if os.lseek(capture.fileno(), 0, os.SEEK_CUR):
+            capture.seek(0)
+            written = capture.read()
+            capture.seek(0)
+            capture.truncate()
             return written
     return b""

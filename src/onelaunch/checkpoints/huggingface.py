@@ -1,8 +1,7 @@
-"""Hugging Face model folders: config.json and one or several safetensors files.
+"""Read and write Hugging Face model folders: config.json and safetensors files.
 
-Architectures LlamaForCausalLM (SmolLM2 is one) and Qwen3ForCausalLM. Configurations are read as
-transformers 4 and 5 write them, and written so that both read them. Canonical weight names are
-Hugging Face's without `model.`.
+Supports the architectures LlamaForCausalLM (SmolLM2 too) and Qwen3ForCausalLM, and the
+configurations of transformers 4 and 5. Canonical weight names are Hugging Face's without `model.`.
 """
 
 from __future__ import annotations
@@ -34,41 +33,41 @@ _FIELDS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "max_position_embeddings",
 }
-"""Fields that a config.json must have, by the names that they have here."""
-_OTHER_FIELDS = {
+"""Required fields of config.json, by their names in ModelConfig."""
+_OPTIONAL_FIELDS = {
     "n_kv_heads": "num_key_value_heads",
     "norm_eps": "rms_norm_eps",
     "original_max_seq_len": "original_max_position_embeddings",
     "tied_embeddings": "tie_word_embeddings",
 }
-_OUR_NAME = re.compile(rf"\b({'|'.join(_FIELDS | _OTHER_FIELDS)})\b")
+_FIELD_NAME = re.compile(rf"\b({'|'.join(_FIELDS | _OPTIONAL_FIELDS)})\b")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-# Parsed JSON takes many times its size in memory; real configurations are a few kilobytes, and the
-# index of the largest model in reach stays below a megabyte.
+# Parsed JSON takes many times its size in memory. Real configurations have a few kilobytes, the
+# index of a large model less than a megabyte.
 _CONFIG_BYTES = 1 << 20
 _INDEX_BYTES = 4 << 20
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a folder with a Hugging Face model's files."""
+    """Return whether `path` is a folder with files of a Hugging Face model."""
     names = ("config.json", _WEIGHTS, _INDEX, "pytorch_model.bin")
     return path.is_dir() and any((path / name).is_file() for name in names)
 
 
 def read(path: Path) -> LoadedModel:
-    """The model in a folder; raises BadInput for what it lacks or the model cannot express."""
+    """Read the model in a folder; raises BadInput for missing files or unsupported features."""
     path = Path(path)
     config_path = path / "config.json"
     if not config_path.is_file():
-        raise BadInput(f"{path}: config.json is missing; is this a whole Hugging Face folder?")
+        raise BadInput(f"{path}: config.json is missing; is the download complete?")
     data = read_json(config_path, _CONFIG_BYTES)
     try:
         config = parse_config(data)
     except BadInput as error:
-        raise BadInput(f"{config_path}: {_in_their_words(str(error))}") from error
+        raise BadInput(f"{config_path}: {_with_hf_names(str(error))}") from error
     bos_id, stop_ids = _special_ids(path, data, config)
     return LoadedModel(
         config=config,
@@ -81,19 +80,19 @@ def read(path: Path) -> LoadedModel:
 
 
 def parse_config(data: dict[str, Any]) -> ModelConfig:
-    """The shape that a config.json describes; raises BadInput for what the model cannot express."""
+    """Convert a config.json to a ModelConfig; raises BadInput for unsupported features."""
     architecture = _architecture(data)
     _refuse_variants(data)
     heads = data.get("num_attention_heads")
-    # Qwen3's own default; Llama's is hidden_size / num_attention_heads, ours too.
+    # Qwen3's default; Llama's is hidden_size / num_attention_heads, as in ModelConfig.
     head_dim = data.get("head_dim", 128 if architecture == "Qwen3ForCausalLM" else None)
     rope_theta, rope_scaling = _rope(data)
-    for theirs in _FIELDS.values():
-        if theirs not in data:
-            raise BadInput(f"{theirs} is missing; is this a language model's configuration?")
+    for key in _FIELDS.values():
+        if key not in data:
+            raise BadInput(f"{key} is missing; is this the configuration of a language model?")
     kv_heads = data.get("num_key_value_heads")
     return ModelConfig(
-        **{ours: data[theirs] for ours, theirs in _FIELDS.items()},
+        **{field: data[key] for field, key in _FIELDS.items()},
         n_kv_heads=heads if kv_heads is None else kv_heads,  # type: ignore[arg-type]
         head_dim=0 if head_dim is None else head_dim,
         norm_eps=data.get("rms_norm_eps", 1e-6),
@@ -105,31 +104,31 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _in_their_words(message: str) -> str:
-    """An error about a ModelConfig, with the names that the fields have in a config.json."""
-    return _OUR_NAME.sub(lambda found: (_FIELDS | _OTHER_FIELDS)[found[1]], message)
+def _with_hf_names(message: str) -> str:
+    """Replace ModelConfig field names in a message by those of config.json."""
+    return _FIELD_NAME.sub(lambda match: (_FIELDS | _OPTIONAL_FIELDS)[match[1]], message)
 
 
 def _architecture(data: dict[str, Any]) -> str:
-    named = data.get("architectures")
-    if named is None:
+    names = data.get("architectures")
+    if names is None:
         model_type = data.get("model_type")
-        named = [name for name, kind in _MODEL_TYPES.items() if kind == model_type] or [model_type]
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in list(_MODEL_TYPES):
-        shown = named[0] if isinstance(named, list) and len(named) == 1 else named
+        names = [name for name, kind in _MODEL_TYPES.items() if kind == model_type] or [model_type]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_MODEL_TYPES):
+        shown = names[0] if isinstance(names, list) and len(names) == 1 else names
         raise BadInput(f"architecture {shown!r}: must be one of {', '.join(_MODEL_TYPES)}")
-    return str(named[0])
+    return str(names[0])
 
 
 def _refuse_variants(data: dict[str, Any]) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if data.get(key):
-            raise BadInput(f"{key} is set, but projections with a bias are not supported")
+            raise BadInput(f"{key}: projections with a bias are not supported")
     activation = data.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise BadInput(f"hidden_act {activation!r} is not supported; only silu is")
     if data.get("quantization_config"):
-        raise BadInput("quantized weights are not supported; take the float32 or bfloat16 model")
+        raise BadInput("quantized weights are not supported; use the float32 or bfloat16 model")
     layer_types = data.get("layer_types") or []
     full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
     if data.get("use_sliding_window") or not full:
@@ -137,7 +136,7 @@ def _refuse_variants(data: dict[str, Any]) -> None:
 
 
 def _rope(data: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """Base and scaling: transformers 4 has rope_theta beside rope_scaling, 5 all in one table."""
+    """Return base and scaling, in two keys in transformers 4, in one table in 5."""
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise BadInput("rope_parameters must be one table for all layers")
@@ -163,26 +162,26 @@ def _rope(data: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
 def _special_ids(
     path: Path, data: dict[str, Any], config: ModelConfig
 ) -> tuple[int | None, tuple[int, ...]]:
-    """The id that begins a text and those that end one: eos and bos, generation's settings first.
+    """Return the BOS id and the stop ids (EOS and BOS); generation_config.json takes precedence.
 
-    Ids beyond the vocabulary, as shrunken test models have them, can never occur and are dropped.
+    Ids outside the vocabulary, as in shrunken test models, are dropped.
     """
     generation: dict[str, Any] = {}
     generation_path = path / "generation_config.json"
     if generation_path.is_file():
         generation = read_json(generation_path, _CONFIG_BYTES)
-    # LlamaConfig's defaults, which transformers supplies where a file leaves them out.
+    # LlamaConfig's defaults, for keys that the file leaves out.
     defaults = {} if config.qk_norm else {"bos_token_id": 1, "eos_token_id": 2}
 
     def ids(key: str) -> list[int]:
         value = generation.get(key)
         if value is None:
             value = data.get(key, defaults.get(key))
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        for i in found:
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        for i in values:
             if isinstance(i, bool) or not isinstance(i, int):
                 raise BadInput(f"{path / 'config.json'}: {key} {value!r} is not a token id")
-        return [i for i in found if 0 <= i < config.vocab_size]
+        return [i for i in values if 0 <= i < config.vocab_size]
 
     bos = ids("bos_token_id")[:1]
     return (bos[0] if bos else None), tuple(sorted({*bos, *ids("eos_token_id")}))
@@ -195,19 +194,19 @@ def _read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
             present = set(tensors.keys())
             for name in sorted(present) if names is None else names:
                 if name not in present:
-                    raise BadInput(f"{file}: the tensor {name}, which {_INDEX} names, is missing")
-                # Old exports stored the rotary frequencies, which follow from the configuration.
+                    raise BadInput(f"{file}: the tensor {name} of {_INDEX} is missing")
+                # Old exports stored the rotary frequencies, which the configuration implies.
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
                 dtype = tensors.get_slice(name).get_dtype()
                 if dtype not in _DTYPES:
                     raise BadInput(
                         f"{file}: the tensor {name} is {dtype}; "
-                        f"only {', '.join(_DTYPES.values())} are read"
+                        f"supported are {', '.join(_DTYPES.values())}"
                     )
                 canonical = name.removeprefix("model.")
                 if canonical in weights:
-                    raise BadInput(f"{file}: the tensor {name} is there twice")
+                    raise BadInput(f"{file}: the tensor {name} occurs twice")
                 weights[canonical] = tensors.get_tensor(name)
     head = weights.pop("lm_head.weight", None) if config.tied_embeddings else None
     check_weights(config, weights, path)
@@ -220,14 +219,14 @@ def _read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """The weight files, each with the tensors to take from it (None: all of them)."""
+    """List the weight files, each with the names of its tensors (None: all of them)."""
     if (path / _WEIGHTS).is_file():
         return [(path / _WEIGHTS, None)]
     if not (path / _INDEX).is_file():
         if any(path.glob("pytorch_model*.bin")):
             raise BadInput(
-                f"{path}: pickled weights (pytorch_model.bin) are not read, because loading them "
-                "can run code; convert them to safetensors"
+                f"{path}: pickled weights (pytorch_model.bin) are not loaded, as a pickle can run "
+                "code; convert them to safetensors"
             )
         raise BadInput(f"{path}: {_WEIGHTS} is missing; is the download complete?")
     index = path / _INDEX
@@ -237,7 +236,7 @@ def _files(path: Path) -> list[tuple[Path, list[str] | None]]:
     shards: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
-            raise BadInput(f"{index}: {shard!r} is not the name of a safetensors file beside it")
+            raise BadInput(f"{index}: {shard!r} is not a safetensors file name in this folder")
         shards.setdefault(shard, []).append(tensor)
     for shard in shards:
         if not (path / shard).is_file():
@@ -251,7 +250,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.safetensors", re.ASCII)
 
 @contextmanager
 def _open(file: Path) -> Iterator[Any]:
-    """A mapped safetensors file; whatever is wrong with it is BadInput."""
+    """Map a safetensors file; any error in it raises BadInput."""
     refuse_pointer_at(file)
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -265,10 +264,10 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def write(model: LoadedModel, out: Path) -> None:
-    """Write a folder that transformers reads; `out` must not exist.
+    """Write a folder that transformers can load; `out` must not exist.
 
-    Raises BadInput where it does, where the place cannot be written, and for weights that are
-    not float32, float16 or bfloat16. The caller saves the tokenizer.
+    Raises BadInput if it exists or cannot be written, and for weights other than float32, float16
+    or bfloat16. The caller saves the tokenizer.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
@@ -281,7 +280,7 @@ def write(model: LoadedModel, out: Path) -> None:
         name if name.startswith("lm_head.") else f"model.{name}": tensor.detach().contiguous()
         for name, tensor in weights.items()
     }
-    bos_id, stop_ids = _ids_it_has(model)
+    bos_id, stop_ids = _ids_in_vocabulary(model)
     with atomic_directory(out) as folder:
         write_json(folder / "config.json", config_json(config, bos_id, stop_ids, dtype))
         write_json(
@@ -291,8 +290,8 @@ def write(model: LoadedModel, out: Path) -> None:
         write_tensors(folder / _WEIGHTS, tensors)
 
 
-def _ids_it_has(model: LoadedModel) -> tuple[int | None, tuple[int, ...]]:
-    """BOS and the ids that end a text, without those that the vocabulary has no row for."""
+def _ids_in_vocabulary(model: LoadedModel) -> tuple[int | None, tuple[int, ...]]:
+    """Return BOS and the stop ids, without those outside the vocabulary."""
     size, bos_id = model.config.vocab_size, model.bos_id
     return (
         bos_id if bos_id is not None and 0 <= bos_id < size else None,
@@ -303,7 +302,7 @@ def _ids_it_has(model: LoadedModel) -> tuple[int | None, tuple[int, ...]]:
 def config_json(
     config: ModelConfig, bos_id: int | None, stop_ids: tuple[int, ...], dtype: str
 ) -> dict[str, Any]:
-    """config.json's content, in the spelling that transformers 4 and 5 both read."""
+    """Return the content of config.json, in keys that transformers 4 and 5 both read."""
     architecture = "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
     eos_ids = [i for i in stop_ids if i != bos_id] or list(stop_ids)
     data: dict[str, Any] = {

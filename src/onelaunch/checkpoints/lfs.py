@@ -1,4 +1,4 @@
-"""Git LFS pointers: what lies in a clone's place of a large file until Git LFS has fetched it."""
+"""Detect Git LFS pointers: small text files in place of large ones that are not fetched yet."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from pathlib import Path
 
 from onelaunch.errors import BadInput
 
-# Shorter than the smallest header that is read here.
+# Shorter than the smallest header of any format.
 _POINTER = b"version https://git-lfs."
 
 
 def refuse_pointer(path: Path | str, data: bytes) -> None:
-    """Raise BadInput where `data`, a file's beginning, is that of a Git LFS pointer."""
+    """Raise BadInput if `data`, the beginning of a file, is that of a Git LFS pointer."""
     if data.startswith(_POINTER):
         raise BadInput(
-            f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its "
-            "folder, or download the file again"
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
+            "or download the file again"
         )
 
 
 def refuse_pointer_at(path: Path | str) -> None:
-    """The same for a file that another library is to open; what cannot be read is left to it."""
+    """As `refuse_pointer`, for a file on disk; ignores files that cannot be read."""
     try:
         with open(path, "rb") as file:
             beginning = file.read(len(_POINTER))

@@ -1,9 +1,9 @@
-"""llama2.c's model file, version 0: what its train.py writes and its run.c reads.
+"""Read and write llama2.c model files, version 0: the format of its train.py and run.c.
 
 A header of seven little-endian int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size,
-max_seq_len), then float32 tensors, row-major (out, in), each kind for all layers in turn. A
-negative vocab_size says that a classifier of its own ends the file. There is no magic number: the
-size of the file is what tells whether the header can be true.
+max_seq_len), then float32 tensors, row-major (out, in), each kind for all layers. A negative
+vocab_size means that an untied classifier ends the file. There is no magic number: the header is
+checked against the size of the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _VERSIONED_MAGIC = b"24ka"
 _ZIP_MAGIC = b"PK\x03\x04"
 _COS, _SIN = "llama2c.freqs_cos", "llama2c.freqs_sin"
 
-# What run.c has built in and the file has no place for.
+# Constants of run.c, which the file does not store.
 _THETA = 10000.0
 _EPS = 1e-5
 
@@ -58,16 +58,16 @@ _LAYER_KINDS = (
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a file that calls itself a `.bin`."""
+    """Return whether `path` is a file named `*.bin`."""
     return path.suffix == ".bin" and path.is_file()
 
 
 def read(path: Path) -> LoadedModel:
-    """Map a v0 file into memory; nothing but the header is read until a tensor is used.
+    """Memory-map a v0 file; only the header is read until a tensor is used.
 
-    The tensors are private to this process: writing to one leaves the file as it is. The file's
-    rotary tables are kept in `extras`, so that writing the model again gives the same bytes.
-    Raises BadInput for a file that is not v0, damaged, or of impossible size.
+    The mapping is private: writing to a tensor does not change the file. `extras` keeps the rotary
+    tables of the file, so that writing the model again gives the same bytes. Raises BadInput for a
+    file that is not v0, is damaged, or has the wrong size.
     """
     try:
         with open(path, "rb") as file:
@@ -89,15 +89,15 @@ def read(path: Path) -> LoadedModel:
 
 
 def write(model: LoadedModel, out: Path) -> None:
-    """Write a v0 file in float32, all of it or nothing.
+    """Write a v0 file in float32, atomically.
 
-    Raises BadInput where v0 cannot express the model, or `out` cannot be written.
+    Raises BadInput if v0 cannot express the model, or `out` cannot be written.
     """
     _check_expressible(model.config)
     if out.is_dir():
-        raise BadInput(f"{out}: is a folder; give the name of the file to write, such as model.bin")
+        raise BadInput(f"{out}: is a folder; pass a file name, such as {out / 'model.bin'}")
     if not out.parent.is_dir():
-        raise BadInput(f"{out}: the folder {out.parent} does not exist; make it first")
+        raise BadInput(f"{out}: the folder {out.parent} does not exist; create it first")
     config, weights = to_layout(model.config, model.weights, "interleaved")
     tensors = weights | _tables(config, model.extras)
     with atomic_file(out) as file:
@@ -114,15 +114,15 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
     raw = file.read(_HEADER.size)
     if len(raw) < _HEADER.size:
         raise BadInput(
-            f"{path}: {size} bytes are too few for a llama2.c model, whose header alone has "
-            f"{_HEADER.size}; fetch or export the file again"
+            f"{path}: {size} bytes are too few for a llama2.c model, whose header has "
+            f"{_HEADER.size}; download or export the file again"
         )
     _refuse_other_formats(path, raw)
     numbers = dict(zip(_FIELDS, _HEADER.unpack(raw), strict=True))
     tied = numbers["vocab_size"] > 0
     numbers["vocab_size"] = abs(numbers["vocab_size"])
     if numbers["n_kv_heads"] < 1:
-        # ModelConfig would take 0 for "as many as n_heads"; the file format does not.
+        # In ModelConfig 0 means "as many as n_heads"; in the file it is invalid.
         raise BadInput(
             f"{path}: not a llama2.c model, or damaged: "
             f"n_kv_heads must be at least 1, not {numbers['n_kv_heads']}"
@@ -139,10 +139,10 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
         raise BadInput(f"{path}: not a llama2.c model, or damaged: {error}") from error
     expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in _tensors(config))
     if size != expected:
-        what = "truncated" if size < expected else "followed by other bytes"
+        fault = "truncated" if size < expected else "followed by other bytes"
         raise BadInput(
-            f"{path}: the header asks for {expected} bytes, the file has {size}: {what}, or not a "
-            f"llama2.c model; fetch or export the file again"
+            f"{path}: the file has {size} bytes, its header needs {expected}: {fault}, or not a "
+            f"llama2.c model; download or export the file again"
         )
     return config
 
@@ -152,18 +152,18 @@ def _refuse_other_formats(path: Path, raw: bytes) -> None:
     if raw.startswith(_VERSIONED_MAGIC):
         version = int.from_bytes(raw[4:8], "little", signed=True)
         raise BadInput(
-            f"{path}: a llama2.c file of version {version}; this version of onelaunch reads "
-            f"version 0: export the model again with llama2.c's export.py --version 0"
+            f"{path}: llama2.c version {version} is not supported, only version 0; export the "
+            f"model again with llama2.c's export.py --version 0"
         )
     if raw.startswith(_ZIP_MAGIC):
         raise BadInput(
-            f"{path}: a pickled PyTorch file, which onelaunch does not open (a pickle can run "
-            f"code); save the model as safetensors and give its folder"
+            f"{path}: a pickled PyTorch file is not loaded, as a pickle can run code; save the "
+            f"model as safetensors and pass its folder"
         )
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's canonical name and shape, in the order of the file."""
+    """Yield canonical name and shape of every tensor, in file order."""
     shapes = config.weight_shapes()
     names = ["embed_tokens.weight"]
     names += [f"layers.{i}.{kind}.weight" for kind in _LAYER_KINDS for i in range(config.n_layers)]
@@ -178,7 +178,7 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _tables(config: ModelConfig, extras: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The rotary tables: the file's own where the model brought them, or computed."""
+    """Return the rotary tables: those of the file it was read from, or computed ones."""
     shape = (config.max_seq_len, config.head_dim // 2)
     if all(name in extras and tuple(extras[name].shape) == shape for name in (_COS, _SIN)):
         return {name: extras[name] for name in (_COS, _SIN)}
@@ -200,4 +200,4 @@ def _check_expressible(config: ModelConfig) -> None:
     elif config.q_dim != config.dim:
         reason = f"head_dim {config.head_dim} other than dim / n_heads"
     if reason:
-        raise BadInput(f"format='llama2c': the file has no place for {reason}; use format='hf'")
+        raise BadInput(f"format='llama2c': the file cannot store {reason}; use format='hf'")

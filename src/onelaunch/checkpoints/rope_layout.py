@@ -1,9 +1,8 @@
-"""Reordering q and k between the two rotary layouts.
+"""Convert q and k between the two rotary layouts.
 
-Rotary embedding turns pairs of a head's elements. "interleaved" (llama2.c) pairs neighbours,
-(2i, 2i+1); "half" (Hugging Face) pairs (i, i + E/2). A model moves from one to the other by
-reordering the rows that produce a head's elements; the attention scores stay the same, because q
-and k are reordered alike.
+Rotary embedding rotates pairs of elements of a head. "interleaved" (llama2.c) pairs (2i, 2i+1);
+"half" (Hugging Face) pairs (i, i + E/2). Conversion reorders the weight rows that produce the
+elements of a head; attention scores stay the same, as q and k are reordered alike.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from onelaunch.config import ModelConfig, RopeLayout
 def to_layout(
     config: ModelConfig, weights: dict[str, Tensor], layout: RopeLayout
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same model with its heads in the given rotary layout.
+    """Convert a model to a rotary layout.
 
-    `weights` has canonical names; the tensors that do not change are passed on without a copy.
-    With QK-norm its weights, one per element of a head, are reordered too.
+    `weights` has canonical names; unchanged tensors are not copied. The weights of QK-norm, one per
+    element of a head, are reordered too.
     """
     if layout == config.rope_layout:
         return config, weights
-    moved = dict(weights)
+    reordered = dict(weights)
     for i in range(config.n_layers):
         for short in ("q", "k"):
             kinds = ("proj", "norm") if config.qk_norm else ("proj",)
             for kind in kinds:
                 name = f"layers.{i}.self_attn.{short}_{kind}.weight"
-                moved[name] = _reorder(weights[name], config.head_dim, layout)
-    return config.with_(rope_layout=layout), moved
+                reordered[name] = _reorder(weights[name], config.head_dim, layout)
+    return config.with_(rope_layout=layout), reordered
 
 
 def _reorder(tensor: Tensor, head_dim: int, layout: RopeLayout) -> Tensor:

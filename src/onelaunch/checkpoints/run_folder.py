@@ -1,14 +1,14 @@
-"""Run folders: what `onelaunch train` leaves behind, readable as a model.
+"""Run folders of `onelaunch train`: their checkpoints, and reading them as models.
 
-    RUN/run.json                      what is trained: configuration, data, versions
+    RUN/run.json                      configuration, data, versions
     RUN/recipe.toml                   the resolved recipe
     RUN/metrics.jsonl                 telemetry
-    RUN/tokenizer.*                   the data's tokenizer
-    RUN/best.json                     which checkpoint has the lowest validation loss
-    RUN/checkpoints/update-00000100/  model, optimizer, perhaps gradients (.safetensors); state.json
+    RUN/tokenizer.*                   the tokenizer of the data
+    RUN/best.json                     the checkpoint with the lowest validation loss
+    RUN/checkpoints/update-00000100/  model, optimizer, gradients (.safetensors); state.json
 
-A checkpoint appears by one rename, after every file in it was synced; state.json holds the sha256
-of the others and of its own content. A damaged one is recognised and never trusted.
+A checkpoint appears by one rename, after its files are synced. state.json has the SHA-256 of the
+other files and of its own content, so that a damaged checkpoint is detected.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
 
 SCHEMA = 1
-# Of state.json. 2 added the checksum of its own content; 1 is still read.
+# Schema of state.json. 2 added the checksum of its own content; 1 is still read.
 STATE_SCHEMA = 2
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
@@ -49,19 +49,19 @@ _NAME = re.compile(r"update-(\d{8,})(?:-micro-(\d{4,}))?")
 
 
 def checkpoint_name(update: int, micro: int) -> str:
-    """The folder's name: updates done, and micro-steps of the next where it stopped mid-way."""
+    """Name a checkpoint by its updates, and the micro-steps of an unfinished update."""
     return f"update-{update:08d}" + (f"-micro-{micro:04d}" if micro else "")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first. Unfinished ones have another name."""
-    found = []
+    """List the complete checkpoints of a run, oldest first. Unfinished ones have another name."""
+    checkpoints = []
     with suppress(OSError):
         for path in (run / "checkpoints").iterdir():
             match = _NAME.fullmatch(path.name)
             if match:
-                found.append((int(match[1]), int(match[2] or 0), path))
-    return [path for _, _, path in sorted(found)]
+                checkpoints.append((int(match[1]), int(match[2] or 0), path))
+    return [path for _, _, path in sorted(checkpoints)]
 
 
 def write_checkpoint(
@@ -69,63 +69,63 @@ def write_checkpoint(
 ) -> Path:
     """Write one checkpoint atomically.
 
-    `files` maps file names to their tensors; `state` must hold `update` and `micro` and be plain
-    JSON data. Raises BadInput where the place cannot be written; nothing that was there is touched.
+    `files` maps file names to their tensors; `state` is JSON data with `update` and `micro`. Raises
+    BadInput if the folder cannot be written; existing files are then unchanged.
     """
     target = run / "checkpoints" / checkpoint_name(state["update"], state["micro"])
     if target.exists():
-        # A damaged one of the same progress: it could not be resumed from.
+        # a damaged checkpoint of the same progress, which could not be resumed
         shutil.rmtree(target, ignore_errors=True)
     with atomic_directory(target) as folder:
-        sums = {}
+        checksums = {}
         for name, tensors in files.items():
             write_tensors(folder / name, tensors)
-            sums[name] = sha256_file(folder / name)
-        _write_state(folder, state, sums)
+            checksums[name] = sha256_file(folder / name)
+        _write_state(folder, state, checksums)
     return target
 
 
 def change_state(checkpoint: Path, changes: Mapping[str, Any]) -> None:
-    """Replace fields of a checkpoint's state.json, atomically; its tensors stay as they are."""
+    """Replace fields of a checkpoint's state.json, atomically; its tensors are unchanged."""
     state = read_state(checkpoint)
     _write_state(checkpoint, {**state, **changes}, state["sha256"])
 
 
-def _write_state(folder: Path, state: Mapping[str, Any], sums: Mapping[str, str]) -> None:
-    state = {**state, "schema": STATE_SCHEMA, "sha256": dict(sums)}
-    sums = {**sums, STATE_FILE: _state_digest(state)}
-    write_json(folder / STATE_FILE, {**state, "sha256": sums})
+def _write_state(folder: Path, state: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
+    state = {**state, "schema": STATE_SCHEMA, "sha256": dict(checksums)}
+    checksums = {**checksums, STATE_FILE: _state_digest(state)}
+    write_json(folder / STATE_FILE, {**state, "sha256": checksums})
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:
-    """The sha256 of a state's content, whatever its white space; `state` is without the digest."""
+    """Hash the content of a state, without its own digest; white space does not count."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json; raises BadInput where it is missing, damaged or of another schema.
+    """Read the state.json of a checkpoint; raises BadInput if missing, damaged or unsupported.
 
-    Its `sha256` holds the checksums of the other files.
+    Its `sha256` has the checksums of the other files.
     """
     path = checkpoint / STATE_FILE
     state = read_json(path)
     if (schema := state.get("schema")) not in (1, STATE_SCHEMA):
-        raise BadInput(f"{path}: schema {schema!r} is not {STATE_SCHEMA}, the one read here")
+        raise BadInput(f"{path}: schema {schema!r} is not supported; expected {STATE_SCHEMA}")
     for name in ("update", "micro"):
         if type(state.get(name)) is not int or not 0 <= state[name] < 1 << 53:
-            raise BadInput(f"{path}: {name} is not a count")
-    sums = state.get("sha256")
-    if not isinstance(sums, dict) or not all(
-        isinstance(k, str) and isinstance(v, str) for k, v in sums.items()
+            raise BadInput(f"{path}: {name} must be a count")
+    checksums = state.get("sha256")
+    if not isinstance(checksums, dict) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in checksums.items()
     ):
         raise BadInput(f"{path}: the checksums are missing")
-    if schema != 1 and sums.pop(STATE_FILE, None) != _state_digest(state):
-        raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
+    if schema != 1 and checksums.pop(STATE_FILE, None) != _state_digest(state):
+        raise BadInput(f"{path}: damaged: the checksum differs")
     return state
 
 
 def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """One file's tensors, its checksum verified first; raises BadInput where it is damaged."""
+    """Read a file of tensors, after its checksum is verified; raises BadInput if it is damaged."""
     path = checkpoint / name
     refuse_pointer_at(path)
     _check_file(path, state["sha256"].get(name))
@@ -139,16 +139,19 @@ def read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str
 
 def _check_file(path: Path, expected: str | None) -> None:
     try:
-        found = sha256_file(path)
+        actual = sha256_file(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
-    if found != expected:
-        raise BadInput(f"{path}: damaged: its checksum is not the recorded one")
+    if actual != expected:
+        raise BadInput(f"{path}: damaged: the checksum differs")
 
 
-def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
-    """The newest checkpoint whose files all match their checksums, its state, and each damaged one
-    that was passed over with what is wrong with it. Raises BadInput where there is none."""
+def newest_valid_checkpoint(run: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
+    """Find the newest checkpoint whose files all match their checksums.
+
+    Returns it, its state, and the damaged newer ones with the fault of each. Raises BadInput if
+    none is valid.
+    """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
         try:
@@ -159,29 +162,30 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any], dict[Path,
             damaged[checkpoint] = str(error)
             continue
         return checkpoint, state, damaged
-    hint = next(iter(damaged.values()), "it has none")
-    raise BadInput(f"{run}: no whole checkpoint to read ({hint}); train anew in another folder")
+    reason = next(iter(damaged.values()), "it has none")
+    raise BadInput(f"{run}: no valid checkpoint ({reason}); train again in another folder")
 
 
-def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints, so that they no longer count as checkpoints."""
+def mark_damaged(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints to NAME.damaged, so that they no longer count as checkpoints."""
     for checkpoint in damaged:
         with suppress(OSError):
             checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest, the newest `keep` of whole updates, and the best; leftovers of
-    killed writes too."""
-    found = list_checkpoints(run)
-    kept = {*found[-1:], *[path for path in found if "-micro-" not in path.name][-keep:]}
-    kept.add(best_checkpoint(run) or run)
-    for checkpoint in found:
-        if checkpoint not in kept:
-            # Renamed first, so that a kill in the middle leaves no half checkpoint behind.
-            doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    """Delete all checkpoints but the newest, the newest `keep` of complete updates, and the best;
+    leftovers of killed writes too."""
+    checkpoints = list_checkpoints(run)
+    keep_set = {*checkpoints[-1:]}
+    keep_set.update([path for path in checkpoints if "-micro-" not in path.name][-keep:])
+    keep_set.add(best_checkpoint(run) or run)
+    for checkpoint in checkpoints:
+        if checkpoint not in keep_set:
+            # Renamed first, so that a kill in the middle leaves no partial checkpoint.
+            temporary = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
             with suppress(OSError):
-                checkpoint.rename(doomed)
+                checkpoint.rename(temporary)
     with suppress(OSError):
         for leftover in (run / "checkpoints").glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -189,25 +193,25 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 
 def set_best(run: Path, checkpoint: Path, update: int, val_loss: float) -> None:
-    """Point best.json at a checkpoint."""
+    """Write best.json, which names the best checkpoint."""
     best = {"schema": SCHEMA, "checkpoint": checkpoint.name, "update": update, "val_loss": val_loss}
     write_json(run / "best.json", best)
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that best.json points at, if it is there."""
+    """Return the checkpoint that best.json names, if both exist."""
     try:
-        return _named_best(run)
+        return _read_best(run)
     except BadInput:
         return None
 
 
-def _named_best(run: Path) -> Path:
-    """The checkpoint that best.json points at; raises BadInput where there is none."""
+def _read_best(run: Path) -> Path:
+    """Return the checkpoint that best.json names; raises BadInput if there is none."""
     best = run / "best.json"
     name = read_json(best).get("checkpoint")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise BadInput(f"{best}: damaged: it names no checkpoint")
+        raise BadInput(f"{best}: damaged: no checkpoint name")
     path = run / "checkpoints" / name
     if not path.is_dir():
         raise BadInput(f"{best}: its checkpoint {name} is missing")
@@ -215,41 +219,42 @@ def _named_best(run: Path) -> Path:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """run.json, its schema checked."""
+    """Read run.json and check its schema."""
     data = read_json(run / "run.json")
     if data.get("schema") != SCHEMA:
-        raise BadInput(f"{run / 'run.json'}: schema {data.get('schema')!r} is not {SCHEMA}")
+        raise BadInput(
+            f"{run / 'run.json'}: schema {data.get('schema')!r} is not supported; expected {SCHEMA}"
+        )
     return data
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a run folder, or one checkpoint of it."""
+    """Return whether `path` is a run folder, or a checkpoint of one."""
     return path.is_dir() and ((path / "run.json").is_file() or (path / "state.json").is_file())
 
 
 def read(path: Path) -> LoadedModel:
-    """The best checkpoint of a run folder (the newest whole one if no evaluation has chosen yet or
-    the best is damaged), or the given checkpoint.
+    """Read a checkpoint, or the best one of a run folder (without a best one, or if it is damaged,
+    the newest valid one).
 
-    The model's `notices` name what is damaged and what was read instead.
+    The `notices` of the model name damaged checkpoints and the one that is used.
     """
     if (path / STATE_FILE).is_file():
         return _read_checkpoint(path)
-    run = read_run(path)
-    passed: list[str] = []
+    read_run(path)
+    reasons: list[str] = []
     if (path / "best.json").exists():
         try:
-            return _read_checkpoint(_named_best(path), path)
+            return _read_checkpoint(_read_best(path), path)
         except BadInput as error:
-            passed.append(str(error))
+            reasons.append(str(error))
     if not list_checkpoints(path):
-        raise BadInput(f"{path}: this run has no checkpoint yet (it was to be {run.get('name')})")
-    checkpoint, _, damaged = newest_whole_checkpoint(path)
-    passed += [reason for reason in damaged.values() if reason not in passed]
+        raise BadInput(f"{path}: the run has no checkpoint yet; resume it first")
+    checkpoint, _, damaged = newest_valid_checkpoint(path)
+    reasons += [reason for reason in damaged.values() if reason not in reasons]
     model = _read_checkpoint(checkpoint, path)
     model.notices = tuple(
-        f"passed over a damaged checkpoint: {reason}; {checkpoint.name} is used instead"
-        for reason in passed
+        f"skipped a damaged checkpoint: {reason}; using {checkpoint.name}" for reason in reasons
     )
     return model
 
@@ -264,7 +269,7 @@ def _read_checkpoint(checkpoint: Path, source: Path | None = None) -> LoadedMode
     if not (bos is None or type(bos) is int) or not (
         isinstance(stops, list) and all(type(stop) is int for stop in stops)
     ):
-        raise BadInput(f"{checkpoint / 'state.json'}: bos_id or stop_ids are not token ids")
+        raise BadInput(f"{checkpoint / 'state.json'}: bos_id and stop_ids must be token ids")
     return LoadedModel(
         config=config,
         weights={name: weights[name].to(torch.float32) for name in config.weight_shapes()},

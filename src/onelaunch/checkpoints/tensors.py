@@ -1,4 +1,4 @@
-"""Writing safetensors files whole: synced, readable by others, refusals told in one line."""
+"""Write safetensors files: synced, with the usual permissions, and one-line errors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from onelaunch.checkpoints.atomic import write_error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors and sync them; `path` belongs into a folder of `atomic_directory`.
+    """Write tensors and sync the file; `path` must be in a folder of `atomic_directory`.
 
-    Raises RunFailed where the disk is full, BadInput where the system refuses otherwise.
+    Raises RunFailed if the disk is full, BadInput for other errors of the system.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(ready, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # The library tells the system's refusal in words only: "... (os error 28)".
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
+        # The library names the system's error in its text only: "... (os error 28)".
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else errno.EIO
         raise write_error(path, OSError(number, os.strerror(number))) from error
     with open(path, "rb+") as written:
         os.fsync(written.fileno())
-    # The library leaves 0600; other files here have what the user's mask allows.
+    # The library sets mode 0600; other files have the mode of the user's umask.
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)

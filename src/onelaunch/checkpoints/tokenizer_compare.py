@@ -1,4 +1,4 @@
-"""Whether two tokenizers do the same, whatever the kind and layout of their files."""
+"""Compare two tokenizers by their ids, for any kind and layout of their files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from onelaunch.checkpoints.tokenizers import Tokenizer
 from onelaunch.errors import BadInput
 
-# Pieces of a vocabulary that are tried, evenly spread, and how many make a text together.
+# Pieces of a vocabulary that are tried, evenly spread, and how many are joined to a text.
 _PIECES = 4096
-_TOGETHER = 32
-# A tokenizer.json makes control tokens of these, a tokenizer.bin the characters that they have.
+_PIECES_PER_TEXT = 32
+# A tokenizer.json encodes these as control tokens, a tokenizer.bin as plain characters.
 _CONTROL = ("<unk>", "<s>", "</s>")
 
 _TEXTS = (
@@ -26,30 +26,30 @@ _TEXTS = (
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers give the same ids.
+    """Return whether two tokenizers give the same ids.
 
-    They do where their files say the same. Else, as a tokenizer.bin and the tokenizer.json made of
-    it have nothing in common but what they do, each encodes texts of many scripts and those that
-    the pieces of both make, alone and together. Pieces that no text makes do not count.
+    They do if they have the same kind and fingerprint. Otherwise (a tokenizer.bin and the
+    tokenizer.json exported from it share no bytes) both encode texts in many scripts and texts
+    joined from the pieces of both vocabularies. Pieces that no text produces do not count.
     """
     if a.kind == b.kind and a.fingerprint == b.fingerprint:
         return True
     try:
         return all(
             a.encode(text, bos=False) == b.encode(text, bos=False)
-            for texts in (_TEXTS, _texts_of(a), _texts_of(b))
+            for texts in (_TEXTS, _vocabulary_texts(a), _vocabulary_texts(b))
             for text in texts
         )
     except BadInput:
         return False
 
 
-def _texts_of(tokenizer: Tokenizer) -> Iterator[str]:
-    """What the pieces of a vocabulary spell, some at a time, with spaces between and without."""
+def _vocabulary_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield texts joined from the pieces of a vocabulary, with and without spaces between them."""
     step = -(-tokenizer.vocab_size // _PIECES)
-    spelled = [tokenizer.decode([i]) for i in range(0, tokenizer.vocab_size, step)]
-    pieces = [text for text in spelled if text and "\ufffd" not in text and text not in _CONTROL]
-    for first in range(0, len(pieces), _TOGETHER):
-        some = pieces[first : first + _TOGETHER]
-        yield "".join(some)
-        yield " ".join(some)
+    texts = [tokenizer.decode([i]) for i in range(0, tokenizer.vocab_size, step)]
+    pieces = [text for text in texts if text and "\ufffd" not in text and text not in _CONTROL]
+    for first in range(0, len(pieces), _PIECES_PER_TEXT):
+        chunk = pieces[first : first + _PIECES_PER_TEXT]
+        yield "".join(chunk)
+        yield " ".join(chunk)

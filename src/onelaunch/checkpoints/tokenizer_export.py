@@ -1,9 +1,9 @@
-"""llama2.c and byte tokenizers as Hugging Face's tokenizer.json, so that transformers reads them.
+"""Export llama2.c and byte tokenizers to a tokenizer.json for transformers.
 
-The same ids come out: BPE over the whole text with a byte for every character it lacks, each piece
-joined from every two pieces that make it, the best-scoring piece first. Where two pieces have the
-same score, or one piece could be joined in two overlapping ways, Hugging Face's BPE may choose
-otherwise than "leftmost"; scores of trained tokenizers differ.
+The ids are the same: BPE over the whole text with byte fallback, each piece merged from every two
+pieces that form it, the best score first. If two pieces have the same score, or a piece has two
+overlapping merges, Hugging Face's BPE may not choose the leftmost; in trained tokenizers all scores
+differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CONTROL = ["<unk>", "<s>", "</s>"]
 def save_for_transformers(tokenizer: Llama2cTokenizer | BytesTokenizer, folder: Path) -> Path:
     """Write tokenizer.json and tokenizer_config.json into a folder, atomically.
 
-    transformers' AutoTokenizer reads them; returns the path of tokenizer.json.
+    transformers.AutoTokenizer can load them; returns the path of tokenizer.json.
     """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -49,7 +49,7 @@ def _tokenizer_json(tokenizer: Llama2cTokenizer | BytesTokenizer) -> dict[str, A
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "version": "1.0",
         "truncation": None,
@@ -85,12 +85,12 @@ def _tokenizer_json(tokenizer: Llama2cTokenizer | BytesTokenizer) -> dict[str, A
 def _pieces_and_merges(
     tokenizer: Llama2cTokenizer, specials: list[str]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Names of all pieces, and the joins in the order in which they are to be tried."""
+    """Return the names of all pieces, and the merges in order of priority."""
     ids = {piece: i for i, piece in enumerate(specials)}
     names = list(specials)
     for i in range(FIRST_PIECE, tokenizer.vocab_size):
         name = tokenizer.pieces[i].decode("utf-8", "replace")
-        # No text gives a piece that is not UTF-8, is there twice, or looks like a byte.
+        # Text never produces a piece that is not UTF-8, occurs twice, or looks like a byte.
         if "\ufffd" in name or name in ids or not name:
             name = f"<piece {i}>"
         ids[name] = i

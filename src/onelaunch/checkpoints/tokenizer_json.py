@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json, through the `tokenizers` library."""
+"""Tokenizers of Hugging Face's tokenizer.json, by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from typing import Any, TypeVar
 
 from onelaunch.checkpoints.atomic import atomic_file, read_bytes, read_json, write_json
 from onelaunch.checkpoints.foreign_stderr import without_stderr
-from onelaunch.checkpoints.tokenizer_growth import refuse_growth
+from onelaunch.checkpoints.tokenizer_growth import check_growth
 from onelaunch.errors import BadInput, MissingExtra
 
 FILE_NAME = "tokenizer.json"
 
-# The largest on the Hub take about 33 MB; larger files are refused unread. The lists and tables
-# that a file consists of cost memory in Python: real ones have one per merge, half a million.
+# The largest on the Hub have about 33 MB; larger files are refused unread. Lists and tables cost
+# memory in Python: real files have one per merge, half a million.
 MAX_FILE_BYTES = 64 << 20
 _MAX_BRACKETS = 4 << 20
 _SETTINGS_BYTES = 4 << 20
-# Settings beside the file may name tokens that it lacks; no special token is long.
+# tokenizer_config.json may name tokens that the file lacks; special tokens are short.
 _LONGEST_TOKEN = 1024
 
-# A character is at most four bytes, a token at least one: more ids than this without a whole
-# character are not text, and waiting longer would make each further id dearer.
-_LONGEST_WAIT = 16
+# A character has at most four bytes, a token at least one: more ids than this without a complete
+# character are not text, and a longer window would make every further id slower.
+_MAX_WINDOW = 16
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 _T = TypeVar("_T")
 
 
 class JsonTokenizer:
-    """A tokenizer.json and the special tokens that the settings beside it name.
+    """A tokenizer.json with the special tokens of the configuration files in its folder.
 
-    Special tokens that only tokenizer_config.json names (its added_tokens_decoder, bos_token,
-    eos_token and the like) count as if the file had them. `bos_id` begins a text, by the
-    tokenizer's own template, or else by tokenizer_config.json, or config.json. `stop_ids` end one:
-    the eos ids of generation_config.json or config.json, the eos_token of tokenizer_config.json,
-    and `bos_id`. `eos_id` is that eos_token, or else the first of the eos ids. A file that stands
-    alone may have none. The settings of NAME.tokenizer.json are NAME.tokenizer_config.json,
-    NAME.generation_config.json and NAME.config.json.
+    Special tokens that only tokenizer_config.json names (added_tokens_decoder, bos_token, eos_token
+    and so on) count as if the file had them. `bos_id` is that of the tokenizer's template, or else
+    of tokenizer_config.json or config.json. `stop_ids` are the eos ids of generation_config.json or
+    config.json, the eos_token of tokenizer_config.json, and `bos_id`. `eos_id` is that eos_token,
+    or else the first of the eos ids. Without configuration files there may be none. Those of
+    NAME.tokenizer.json are NAME.tokenizer_config.json, NAME.generation_config.json and
+    NAME.config.json.
     """
 
     kind = "json"
@@ -59,9 +59,9 @@ class JsonTokenizer:
         data = _parse(self._bytes, path)
         model = data.get("model")
         if isinstance(model, dict) and model.get("continuing_subword_prefix"):
-            # No model of the Llama family has one; where it does not fit the merges, Rust panics.
-            raise BadInput(f"{path}: a model with a continuing_subword_prefix is not read here")
-        refuse_growth(data, path)
+            # No Llama-family model has one; the library panics if the merges do not match it.
+            raise BadInput(f"{path}: continuing_subword_prefix is not supported")
+        check_growth(data, path)
         own = path.name.endswith(f".{FILE_NAME}")
         prefix = path.name.removesuffix(FILE_NAME) if own else ""
         settings = path.with_name(f"{prefix}tokenizer_config.json")
@@ -78,99 +78,102 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = tables["tokenizer_config.json"]
-        self._more_tokens = self._add_named(settings)
-        """What tokenizer_config.json adds to the file: (id, content) of each."""
+        self._config_tokens = self._add_config_tokens(settings)
+        """(id, content) of the special tokens that tokenizer_config.json adds to the file."""
         added = self._tokenizer.get_added_tokens_decoder().items()
-        self._silent = {i for i, token in added if token.special} | dict(self._more_tokens).keys()
-        ids = [*(i for i, _ in added), *dict(self._more_tokens)]
+        self._skipped = {i for i, token in added if token.special} | dict(
+            self._config_tokens
+        ).keys()
+        ids = [*(i for i, _ in added), *dict(self._config_tokens)]
         self.vocab_size = max(_largest_id(data["model"]), *ids, -1) + 1
-        """One more than the largest id: some vocabularies have holes."""
+        """The largest id plus one: some vocabularies have gaps."""
         sample = self._tokenizer.encode("a")
         template = sample.ids[:1] if sample.special_tokens_mask[:1] == [1] else []
         self._adds_bos = bool(template)
         self.bos_id, self.eos_id, self.stop_ids = self._special_ids(tables, template)
 
-    def _add_named(self, settings: dict[str, Any]) -> list[tuple[int, str]]:
-        """Add the tokens that tokenizer_config.json names and the file lacks, as transformers does;
-        returns id and content of those that are special.
+    def _add_config_tokens(self, settings: dict[str, Any]) -> list[tuple[int, str]]:
+        """Add tokens that only tokenizer_config.json names, as transformers does; returns (id,
+        content) of the special ones.
 
-        The library numbers new tokens itself. One that would get another number than the settings
-        say is not added: it is known by its number only, and no text makes it.
+        The library assigns the ids of new tokens. A token that would get another id than the
+        settings say is not added: its id is skipped in decoding, but no text encodes to it.
         """
         tokens = self._tokenizer
         added = tokens.get_added_tokens_decoder()
         special = {token.content: token.special for token in added.values()}
         next_id = max(tokens.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added), 0)
-        found: dict[str, int] = {}
-        ready: list[tuple[bool, str, dict[str, bool]]] = []
-        for number, content, is_special, flags in _named_tokens(settings):
-            known = tokens.token_to_id(content)
-            number = known if number is None else number
+        special_ids: dict[str, int] = {}
+        new_tokens: list[tuple[bool, str, dict[str, bool]]] = []
+        for number, content, is_special, flags in _config_tokens(settings):
+            existing = tokens.token_to_id(content)
+            number = existing if number is None else number
             if number is None or special.get(content) in (True, is_special):
                 continue
-            if known not in (None, number) or tokens.id_to_token(number) not in (None, content):
-                continue  # another one has the content, or the number
+            if existing not in (None, number) or tokens.id_to_token(number) not in (None, content):
+                continue  # the content or the id is taken
             special[content] = is_special
-            if known is not None or number == next_id:
-                ready.append((is_special, content, flags))
+            if existing is not None or number == next_id:
+                new_tokens.append((is_special, content, flags))
                 next_id = max(next_id, number + 1)
             if is_special:
-                found[content] = number
-        for is_special, entries in groupby(ready, key=lambda entry: entry[0]):
-            new = [_library().AddedToken(text, normalized=False, **f) for _, text, f in entries]
-            (tokens.add_special_tokens if is_special else tokens.add_tokens)(new)
-        return [(number, content) for content, number in found.items()]
+                special_ids[content] = number
+        for is_special, entries in groupby(new_tokens, key=lambda entry: entry[0]):
+            added = [_library().AddedToken(text, normalized=False, **f) for _, text, f in entries]
+            (tokens.add_special_tokens if is_special else tokens.add_tokens)(added)
+        return [(number, content) for content, number in special_ids.items()]
 
     def _special_ids(
         self, tables: dict[str, dict[str, Any]], template: list[int]
     ) -> tuple[int | None, int | None, tuple[int, ...]]:
-        more = {content: i for i, content in self._more_tokens}
+        extra = {content: i for i, content in self._config_tokens}
 
-        def named(key: str) -> list[int]:
+        def by_content(key: str) -> list[int]:
             token = _content(tables["tokenizer_config.json"].get(key))
-            found = None if token is None else self._tokenizer.token_to_id(token)
-            found = more.get(token or "") if found is None else found
-            return [] if found is None else [found]
+            token_id = None if token is None else self._tokenizer.token_to_id(token)
+            token_id = extra.get(token or "") if token_id is None else token_id
+            return [] if token_id is None else [token_id]
 
-        def numbered(key: str) -> list[int]:
+        def by_id(key: str) -> list[int]:
             for name in ("generation_config.json", "config.json"):
                 value = tables[name].get(key)
-                found = value if isinstance(value, list) else [value]
-                whole = [i for i in found if type(i) is int and 0 <= i < self.vocab_size]
-                if whole:
-                    return whole
+                values = value if isinstance(value, list) else [value]
+                ids = [i for i in values if type(i) is int and 0 <= i < self.vocab_size]
+                if ids:
+                    return ids
             return []
 
-        bos = (template or named("bos_token") or numbered("bos_token_id"))[:1]
-        eos = [*named("eos_token"), *numbered("eos_token_id")]
+        bos = (template or by_content("bos_token") or by_id("bos_token_id"))[:1]
+        eos = [*by_content("eos_token"), *by_id("eos_token_id")]
         stops = tuple(sorted({*bos, *eos}))
         return (bos[0] if bos else None), (eos[0] if eos else None), stops
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the file's content: white space and the order of keys do not count, nor do
-        truncation and padding, which are not used. Tokens of tokenizer_config.json do."""
+        """SHA-256 of the content of the file and of the tokens of tokenizer_config.json.
+
+        White space, the order of keys, truncation and padding do not count."""
         data = json.loads(self._bytes)
         for name in ("version", "truncation", "padding"):
             data.pop(name, None)
         merges = data["model"].get("merges")
-        if isinstance(merges, list):  # "a b" in older files
+        if isinstance(merges, list):  # strings "a b" in older files
             data["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        if self._more_tokens:
-            data["more_tokens"] = sorted(self._more_tokens)
+        if self._config_tokens:
+            data["more_tokens"] = sorted(self._config_tokens)
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def file_fingerprint(self) -> str:
-        """SHA-256 of the file's bytes, by which older manifests know a tokenizer."""
+        """SHA-256 of the bytes of the file, which older manifests have."""
         return hashlib.sha256(self._bytes).hexdigest()
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of a text. As in transformers, `bos` adds the begin-of-text id only where the
-        tokenizer's own template has one, or where there is no text; `bos_id` tells it always.
+        """Encode a text. As in transformers, `bos` adds the BOS id only if the template has one, or
+        if the text is empty; `bos_id` has it in any case.
 
-        Raises BadInput for text that is not Unicode, or that the tokenizer cannot take.
+        Raises BadInput for text that is not Unicode, or that the tokenizer cannot encode.
         """
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         try:
@@ -183,31 +186,31 @@ class JsonTokenizer:
         return [*begin, *ids] if self._adds_bos or not ids else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids. Special tokens are silent; so are ids beyond the vocabulary, which a
-        model may have for padding. Bytes that are not UTF-8 become U+FFFD."""
-        spoken = [i for i in ids if self._speaks(i)]
-        return _guarded(lambda: self._decode(spoken), "the ids")
+        """Decode ids. Special tokens are skipped, and ids outside the vocabulary, the padding of
+        some models. Bytes that are not UTF-8 become U+FFFD."""
+        visible = [i for i in ids if self._is_visible(i)]
+        return _guarded(lambda: self._decode(visible), "the ids")
 
-    def _decode(self, spoken: list[int]) -> str:
-        return str(self._tokenizer.decode(spoken))
+    def _decode(self, visible: list[int]) -> str:
+        return str(self._tokenizer.decode(visible))
 
     def decoder(self) -> _JsonStream:
-        """Decodes id by id."""
-        return _JsonStream(self._decode, self._speaks)
+        """Make a decoder for a stream of ids."""
+        return _JsonStream(self._decode, self._is_visible)
 
     def piece(self, token: int) -> str:
-        """An id's name in the vocabulary; "" where it has none."""
-        return str(self._tokenizer.id_to_token(token) or dict(self._more_tokens).get(token, ""))
+        """Return the vocabulary entry of an id; "" if it has none."""
+        return str(self._tokenizer.id_to_token(token) or dict(self._config_tokens).get(token, ""))
 
-    def _speaks(self, token: int) -> bool:
-        return 0 <= token < self.vocab_size and token not in self._silent
+    def _is_visible(self, token: int) -> bool:
+        return 0 <= token < self.vocab_size and token not in self._skipped
 
     def save(self, folder: Path | str, prefix: str = "") -> Path:
         """Write `tokenizer.json` into a folder, atomically; returns its path.
 
-        The tokenizer_config.json found beside it comes along, and a generation_config.json with
-        the special ids, unless the folder has one: read from there, the ids are the same.
-        All their names begin with `prefix`.
+        Also writes the tokenizer_config.json that was read with it, and a generation_config.json
+        with the special ids unless the folder has one, so that loading gives the same ids. All
+        file names begin with `prefix`.
         """
         path = Path(folder) / (prefix + FILE_NAME)
         if self._settings is not None:
@@ -215,7 +218,7 @@ class JsonTokenizer:
                 file.write(self._settings)
         generation = path.with_name(prefix + "generation_config.json")
         if self.stop_ids and not generation.exists():
-            # the first of them is `eos_id` again
+            # loading takes the first as `eos_id`
             stops = sorted(self.stop_ids, key=lambda stop: stop != self.eos_id)
             ids = {"bos_token_id": self.bos_id, "eos_token_id": stops}
             write_json(generation, ids)
@@ -225,34 +228,36 @@ class JsonTokenizer:
 
 
 class _JsonStream:
-    """Decodes a short window again at each id: what an id adds to a text depends on those before
-    it (a leading space, half a character)."""
+    """A streaming decoder. It decodes a short window again at each id, as the text of an id depends
+    on those before it (a leading space, half a character)."""
 
-    def __init__(self, decode: Callable[[list[int]], str], speaks: Callable[[int], bool]) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], is_visible: Callable[[int], bool]
+    ) -> None:
         self._decode = decode
-        self._speaks = speaks
-        self._window: list[int] = []  # the ids of the last text given out, then those withheld
-        self._given = 0  # how many of them have been given out
+        self._is_visible = is_visible
+        self._window: list[int] = []  # the ids of the last emitted text, then pending ids
+        self._emitted = 0  # how many of them are emitted
 
     def push(self, token: int) -> str:
-        """The text that this id completes, which may be empty."""
-        if not self._speaks(token):
+        """Add an id; returns the text that it completes, which may be empty."""
+        if not self._is_visible(token):
             return ""
         self._window.append(token)
         text = _guarded(self._new_text, "the ids")
-        incomplete = text.endswith("\ufffd") and len(self._window) - self._given < _LONGEST_WAIT
+        incomplete = text.endswith("\ufffd") and len(self._window) - self._emitted < _MAX_WINDOW
         if not text or incomplete:
             return ""
-        del self._window[: self._given]
-        self._given = len(self._window)
+        del self._window[: self._emitted]
+        self._emitted = len(self._window)
         return text
 
     def finish(self) -> str:
-        """The rest, once no id follows."""
+        """Return the remaining text, after the last id."""
         return _guarded(self._new_text, "the ids")
 
     def _new_text(self) -> str:
-        return self._decode(self._window)[len(self._decode(self._window[: self._given])) :]
+        return self._decode(self._window)[len(self._decode(self._window[: self._emitted])) :]
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -267,29 +272,29 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise BadInput(f"{path}: not a usable tokenizer.json: nested too deep") from error
     except ValueError as error:
-        raise BadInput(f"{path}: damaged or cut off: not valid JSON ({error})") from error
+        raise BadInput(f"{path}: truncated or damaged: not valid JSON ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise BadInput(f"{path}: not a tokenizer.json: it has no model")
+        raise BadInput(f"{path}: not a tokenizer.json: no model in it")
     return data
 
 
 def _largest_id(model: dict[str, Any]) -> int:
-    """Of a model that the library has read: a table of ids, or a list in the ids' order."""
+    """Return the largest id of a model that the library has loaded."""
     vocab = model.get("vocab")
     return max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab or ()) - 1
 
 
 def _content(token: Any) -> str | None:
-    """A token's text, which settings give plainly or in a table."""
+    """Return the text of a token of tokenizer_config.json, a string or a table."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and 0 < len(text) <= _LONGEST_TOKEN else None
 
 
-def _named_tokens(
+def _config_tokens(
     settings: dict[str, Any],
 ) -> Iterator[tuple[int | None, str, bool, dict[str, bool]]]:
-    """Number, content, whether it is special, and flags of each token that a tokenizer_config.json
-    names, by number where it gives one."""
+    """Yield (id, content, whether it is special, flags) of each token that tokenizer_config.json
+    names; the id is None for those it names without one."""
     table = settings.get("added_tokens_decoder")
     entries = table.items() if isinstance(table, dict) else ()
     for key, token in sorted(entries, key=lambda entry: (len(entry[0]), entry[0])):
@@ -298,23 +303,24 @@ def _named_tokens(
             token = token if isinstance(token, dict) else {}
             flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word")}
             yield int(key), content, bool(token.get("special")), flags
-    for name in _NAMED:
+    for name in _SPECIAL_KEYS:
         content = _content(settings.get(name))
         if content is not None:
             yield None, content, True, {}
 
 
 def _guarded(call: Callable[[], _T], subject: Path | str) -> _T:
-    """Run library calls; their errors, a Rust panic among them, become BadInput, and what they
-    print goes nowhere."""
+    """Run a library call; its errors, Rust panics included, become BadInput.
+
+    What it prints to stderr before an error is dropped."""
     try:
         return without_stderr(call)
     except BaseException as error:
-        # pyo3's PanicException is no Exception; an interrupt or a signal passes through
+        # pyo3's PanicException is not an Exception; interrupts and signals pass through
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
         raise BadInput(
-            f"{subject}: not a usable tokenizer.json or input for one ({error})"
+            f"{subject}: not a usable tokenizer.json, or not valid input ({error})"
         ) from error
 
 

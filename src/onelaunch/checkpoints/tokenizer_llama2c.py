@@ -1,8 +1,8 @@
-"""llama2.c's tokenizer.bin: sentencepiece BPE with a byte for every character it lacks.
+"""llama2.c's tokenizer.bin: sentencepiece BPE with byte fallback.
 
 The file is `<I` max_token_length, then per piece `<fI` score, length and the raw bytes. Piece 0 is
-unknown, 1 begins a text, 2 ends it, 3..258 are the 256 bytes; a space stands for itself. How many
-pieces there are is not stored: the model's header says it.
+unknown, 1 is BOS, 2 is EOS, 3..258 are the 256 bytes; a space is stored as itself. The number of
+pieces is not stored: it is in the header of the model.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ FIRST_BYTE = 3
 FIRST_PIECE = FIRST_BYTE + 256
 _SPECIALS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
 
-# Far beyond any real file (32,000 pieces take 434 kB); larger ones are refused unread.
+# Far beyond real files (32,000 pieces take 434 kB); larger ones are refused unread.
 MAX_FILE_BYTES = 16 << 20
 MAX_PIECES = 1 << 18
 
-# Longer chunks are rare and not worth remembering; the memory is emptied when it is full.
+# Longer chunks are rare and not cached; the cache is cleared when it is full.
 _CACHED_CHUNK = 64
 _CACHE_ENTRIES = 1 << 16
 
-# sentencepiece reads sentences; a longer line is cut so that it cannot skip or choke on it.
-_SENTENCE = 4000
+# sentencepiece trains on sentences; longer lines are split, or it would skip them.
+_MAX_SENTENCE = 4000
 
 
 class Utf8Stream:
-    """Turns ids into text as soon as their bytes are whole characters.
+    """A streaming decoder that emits text as soon as its bytes are complete characters.
 
-    `piece(id, first)` gives an id's bytes; `first` is true at the beginning of a text. Bytes that
-    are not UTF-8 become U+FFFD.
+    `piece(id, first)` returns the bytes of an id; `first` is true at the beginning of a text. Bytes
+    that are not UTF-8 become U+FFFD.
     """
 
     def __init__(self, piece: Callable[[int, bool], bytes], bos_id: int) -> None:
@@ -53,18 +53,18 @@ class Utf8Stream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that this id completes, which may be empty."""
+        """Add an id; returns the text that it completes, which may be empty."""
         text = self._utf8.decode(self._piece(token, self._first))
         self._first = token == self._bos_id
         return text
 
     def finish(self) -> str:
-        """What is left: U+FFFD for a character that was cut off, or nothing."""
+        """Return the remaining text: U+FFFD for an incomplete character, or nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def utf8_bytes(text: str) -> bytes:
-    """A text's UTF-8; bytes that Python smuggled in from a terminal come back as they were."""
+    """Encode a text as UTF-8; surrogate escapes, from a terminal, become their bytes again."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -72,10 +72,11 @@ def utf8_bytes(text: str) -> bytes:
 
 
 class Llama2cTokenizer:
-    """Pieces and scores of a llama2.c tokenizer.
+    """A llama2.c tokenizer: pieces and their scores.
 
-    Equal to sentencepiece's BPE: the best-scoring neighbours are joined, the leftmost of equals
-    first, until no two neighbours make a piece. Control and byte pieces are never made from text.
+    It equals sentencepiece's BPE: the neighbours with the best score are merged, the leftmost first
+    among equals, until no two neighbours form a piece. Text never becomes control or byte pieces,
+    except by byte fallback.
     """
 
     kind = "llama2c"
@@ -104,26 +105,26 @@ class Llama2cTokenizer:
         self._ids: dict[bytes, int] = {}
         for i in range(FIRST_PIECE, len(pieces)):
             self._ids.setdefault(pieces[i], i)
-        # No piece has a space behind another character, as good as always: then nothing joins
-        # across such a place, the text falls apart there, and each part needs merging once.
+        # In nearly all vocabularies no piece has a space after another character. Then no merge
+        # crosses such a position: the text splits there into chunks, each cached once merged.
         crossing = re.compile(rb"[^ ] ")
-        falls_apart = not any(map(crossing.search, pieces[FIRST_PIECE:]))
-        self._chunks = re.compile(r" *[^ ]+| +" if falls_apart else r"(?s:.+)")
+        splits = not any(map(crossing.search, pieces[FIRST_PIECE:]))
+        self._chunks = re.compile(r" *[^ ]+| +" if splits else r"(?s:.+)")
         self._cache: dict[str, tuple[int, ...]] = {}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the file's bytes, which have one form only."""
+        """SHA-256 of the bytes of the file: a tokenizer has only one encoding."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def file_fingerprint(self) -> str:
-        """The same."""
+        """The same as `fingerprint`."""
         return self.fingerprint
 
     @classmethod
     def from_bytes(cls, data: bytes, source: Path | str = "tokenizer.bin") -> Llama2cTokenizer:
-        """Parse a tokenizer.bin; raises BadInput naming `source` where it is not one."""
+        """Parse a tokenizer.bin; raises BadInput naming `source` if it is invalid."""
         try:
             return cls(*_parse(data))
         except BadInput as error:
@@ -135,48 +136,48 @@ class Llama2cTokenizer:
         return cls.from_bytes(read_bytes(path, MAX_FILE_BYTES, "a llama2.c tokenizer"), path)
 
     def to_bytes(self) -> bytes:
-        """The file's bytes; the inverse of `from_bytes`."""
-        parts = [struct.pack("<I", self.max_token_length)]
+        """Serialize to the bytes of a file; the inverse of `from_bytes`."""
+        chunks = [struct.pack("<I", self.max_token_length)]
         for piece, score in zip(self.pieces, self.scores, strict=True):
-            parts += (struct.pack("<fI", score, len(piece)), piece)
-        return b"".join(parts)
+            chunks += (struct.pack("<fI", score, len(piece)), piece)
+        return b"".join(chunks)
 
     def save(self, folder: Path | str, prefix: str = "") -> Path:
-        """Write `tokenizer.bin`, `prefix` before its name, into a folder, atomically."""
+        """Write `tokenizer.bin`, its name after `prefix`, into a folder, atomically."""
         path = Path(folder) / (prefix + self.file_name)
         with atomic_file(path) as file:
             file.write(self.to_bytes())
         return path
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of a text; a space is put before it, as sentencepiece does."""
+        """Encode a text, with a space added in front, as sentencepiece does."""
         ids = [1] if bos else []
         if not text:
             return ids
         for chunk in self._chunks.findall(" " + text):
-            known = self._cache.get(chunk)
-            if known is None:
-                known = tuple(self._merge(chunk))
+            cached = self._cache.get(chunk)
+            if cached is None:
+                cached = tuple(self._merge(chunk))
                 if len(chunk) <= _CACHED_CHUNK:
                     if len(self._cache) >= _CACHE_ENTRIES:
                         self._cache.clear()
-                    self._cache[chunk] = known
-            ids += known
+                    self._cache[chunk] = cached
+            ids += cached
         return ids
 
     def _merge(self, chunk: str) -> list[int]:
-        """Join the best neighbours until there are none: a heap of candidates (best score, then
-        leftmost) over a linked list. Ids are those of characters, or -byte where there is none."""
+        """Merge neighbours by score: a heap of candidates (best score, then leftmost) over a linked
+        list. Characters without an id become -byte for each of their bytes."""
         ids: list[int] = []
         for character in chunk:
             raw = utf8_bytes(character)
-            known = self._ids.get(raw)
-            ids += (-byte for byte in raw) if known is None else (known,)
+            token = self._ids.get(raw)
+            ids += (-byte for byte in raw) if token is None else (token,)
         before = list(range(-1, len(ids) - 1))
         after = [*range(1, len(ids)), -1]
         heap: list[tuple[float, int, int, int, int]] = []
 
-        def consider(left: int, right: int) -> None:
+        def push_pair(left: int, right: int) -> None:
             if left < 0 or right < 0 or ids[left] <= 0 or ids[right] <= 0:
                 return
             merged = self._ids.get(self.pieces[ids[left]] + self.pieces[ids[right]])
@@ -185,37 +186,37 @@ class Llama2cTokenizer:
                 heapq.heappush(heap, (score, left, ids[left], ids[right], merged))
 
         for left in range(len(ids) - 1):
-            consider(left, left + 1)
-        gone = FIRST_BYTE - 1  # an id that no text has
+            push_pair(left, left + 1)
+        removed = FIRST_BYTE - 1  # an id that text never has
         while heap:
             _, left, left_id, right_id, merged = heapq.heappop(heap)
             right = after[left]
             if right < 0 or ids[left] != left_id or ids[right] != right_id:
                 continue
-            ids[left], ids[right] = merged, gone
+            ids[left], ids[right] = merged, removed
             after[left] = after[right]
             if after[left] >= 0:
                 before[after[left]] = left
-            consider(before[left], left)
-            consider(left, after[left])
-        return [i if i > 0 else FIRST_BYTE - i for i in ids if i != gone]
+            push_pair(before[left], left)
+            push_pair(left, after[left])
+        return [i if i > 0 else FIRST_BYTE - i for i in ids if i != removed]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, without the space that `encode` put before it; 1 and 2 are silent, and
-        so are ids beyond the vocabulary, which a model may have for padding.
+        """Decode ids, without the space that `encode` added. 1 and 2 are skipped, and ids outside
+        the vocabulary, the padding of some models.
 
-        To decode a continuation alone, push its prompt through `decoder()` first, or its leading
-        space is taken for the added one.
+        To decode a continuation, push its prompt through `decoder()` first: otherwise its leading
+        space is removed as the added one.
         """
         stream = self.decoder()
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
     def decoder(self) -> Utf8Stream:
-        """Decodes id by id."""
+        """Make a decoder for a stream of ids."""
         return Utf8Stream(self._piece_bytes, 1)
 
     def piece(self, token: int) -> str:
-        """An id's name in the vocabulary."""
+        """Return the piece of an id."""
         return self.pieces[token].decode("utf-8", "replace")
 
     def _piece_bytes(self, token: int, first: bool) -> bytes:
@@ -238,7 +239,7 @@ def _parse(data: bytes) -> tuple[list[bytes], list[float], int]:
     offset = 4
     while offset < len(data):
         if len(pieces) == MAX_PIECES:
-            raise BadInput(f"it has more than the {MAX_PIECES} pieces supported")
+            raise BadInput(f"more than the {MAX_PIECES} pieces supported")
         if offset + 8 > len(data):
             raise BadInput(f"the file ends within piece {len(pieces)}")
         score, length = struct.unpack_from("<fI", data, offset)
@@ -256,9 +257,9 @@ def from_sentencepiece(
 ) -> Llama2cTokenizer:
     """Convert a serialized sentencepiece BPE model with byte fallback, as llama2.c does.
 
-    Only pieces and scores are taken. Raises BadInput naming `source` for a model that does more
-    (normalizes text, collapses spaces, has pieces that users defined) or is of another kind,
-    MissingExtra without sentencepiece.
+    Only pieces and scores are used. Raises BadInput naming `source` for a model of another kind, or
+    with features that a tokenizer.bin lacks (normalization, removal of extra spaces, user-defined
+    pieces); MissingExtra without sentencepiece.
     """
     processor = _sentencepiece(f"reading {source}").SentencePieceProcessor()
     try:
@@ -271,22 +272,22 @@ def from_sentencepiece(
     pieces[: min(3, n)] = _SPECIALS[: min(3, n)]
     special = (processor.unk_id(), processor.bos_id(), processor.eos_id())
     if n < FIRST_PIECE or special != (0, 1, 2) or not processor.is_byte(FIRST_BYTE):
-        raise BadInput(f"{source}: needs ids 0 unknown, 1 begin, 2 end, 3 to 258 the bytes")
+        raise BadInput(f"{source}: must have ids 0 unknown, 1 BOS, 2 EOS, 3 to 258 the bytes")
     try:
-        made = Llama2cTokenizer(pieces, scores)
+        tokenizer = Llama2cTokenizer(pieces, scores)
     except BadInput as error:
         raise BadInput(f"{source}: {error}") from None
     unscored = [pieces[i].decode("utf-8") for i in range(FIRST_PIECE, n) if scores[i] >= 0]
-    for text in (*_PROBES, *unscored[:_MOST_UNSCORED]):
-        if made.encode(text, bos=False) != processor.encode(text):
+    for text in (*_PROBES, *unscored[:_MAX_UNSCORED]):
+        if tokenizer.encode(text, bos=False) != processor.encode(text):
             raise BadInput(
-                f"{source}: it rewrites a text before splitting it, or has pieces that users "
-                "defined, which is not read here; convert it to a tokenizer.json"
+                f"{source}: text normalization and user-defined pieces are not supported; convert "
+                "it to a tokenizer.json"
             )
-    return made
+    return tokenizer
 
 
-# What normalization, or a missing space before the text, would change.
+# Texts that normalization, or a missing leading space, would change.
 _PROBES = (
     "a",
     "  two  spaces and\ta tab ",
@@ -294,15 +295,15 @@ _PROBES = (
     "\uff21\u00bd\ufb01 e\u0301 \u00c5 \u2126 \u200b\u00a0x",
     "12 \U0001f600",
 )
-# Pieces that users define have a score of 0, beside the first that was learnt.
-_MOST_UNSCORED = 256
+# User-defined pieces have a score of 0, as has the first learned piece.
+_MAX_UNSCORED = 256
 
 
 def train_llama2c(texts: Iterable[str], vocab_size: int) -> Llama2cTokenizer:
-    """Train BPE on the texts' lines, with the settings of llama2.c's custom vocabularies.
+    """Train BPE on the lines of texts, with the settings of llama2.c's custom vocabularies.
 
-    The same texts in the same order give the same tokenizer. Raises BadInput where the texts are
-    too small for `vocab_size`, or have more distinct characters than fit; MissingExtra without
+    The same texts in the same order give the same tokenizer. Raises BadInput if the texts are too
+    small for `vocab_size`, or have too many distinct characters; MissingExtra without
     sentencepiece.
     """
     if not FIRST_PIECE < vocab_size <= MAX_PIECES:
@@ -321,11 +322,11 @@ def train_llama2c(texts: Iterable[str], vocab_size: int) -> Llama2cTokenizer:
             character_coverage=1.0,
             byte_fallback=True,
             normalization_rule_name="identity",
-            remove_extra_whitespaces=False,  # as in Llama 2's own: runs of spaces are text
+            remove_extra_whitespaces=False,  # as in Llama 2's tokenizer: runs of spaces are text
             split_digits=True,
             allow_whitespace_only_pieces=True,
             unk_surface=" \u2047 ",
-            max_sentence_length=4 * _SENTENCE,
+            max_sentence_length=4 * _MAX_SENTENCE,
             num_threads=1,
             minloglevel=2,
         )
@@ -335,27 +336,27 @@ def train_llama2c(texts: Iterable[str], vocab_size: int) -> Llama2cTokenizer:
 
 
 def _training_error(message: str, vocab_size: int) -> BadInput:
-    if found := re.search(r"value <= (\d+)", message):
+    if match := re.search(r"value <= (\d+)", message):
         return BadInput(
-            f"vocabulary size {vocab_size}: the text is too small for it; "
-            f"take at most {found[1]}, or more text"
+            f"vocabulary size {vocab_size}: too large for this text; "
+            f"use at most {match[1]}, or more text"
         )
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return BadInput(
-            f"vocabulary size {vocab_size}: the text has too many distinct characters for it; "
-            f"take at least {found[1]}"
+            f"vocabulary size {vocab_size}: the text has too many distinct characters; "
+            f"use at least {match[1]}"
         )
     if "sentences_.empty()" in message:
-        return BadInput(f"vocabulary size {vocab_size}: there is no text to train a tokenizer on")
-    return BadInput(f"vocabulary size {vocab_size}: sentencepiece cannot train it: {message}")
+        return BadInput(f"vocabulary size {vocab_size}: no text to train a tokenizer on")
+    return BadInput(f"vocabulary size {vocab_size}: sentencepiece failed: {message}")
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
-            while len(line) > _SENTENCE:
-                cut = line.rfind(" ", 1, _SENTENCE)
-                cut = cut if cut > 0 else _SENTENCE
+            while len(line) > _MAX_SENTENCE:
+                cut = line.rfind(" ", 1, _MAX_SENTENCE)
+                cut = cut if cut > 0 else _MAX_SENTENCE
                 yield line[:cut]
                 line = line[cut:]
             if line:

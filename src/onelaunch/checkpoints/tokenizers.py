@@ -1,7 +1,7 @@
-"""Tokenizers: which kinds there are, where one is found, whether a text fits the model.
+"""Find, load and check tokenizers.
 
-Three kinds: llama2.c's tokenizer.bin, which sentencepiece's tokenizer.model is read as, Hugging
-Face's tokenizer.json, and plain bytes.
+There are three kinds: llama2.c's tokenizer.bin (a sentencepiece tokenizer.model is converted to
+it), Hugging Face's tokenizer.json, and plain bytes.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ __all__ = [
 
 
 class StreamDecoder(Protocol):
-    """Text from ids that arrive one by one."""
+    """Decodes a stream of ids."""
 
     def push(self, token: int) -> str:
-        """The text that this id completes, which may be empty."""
+        """Add an id; returns the text that it completes, which may be empty."""
 
     def finish(self) -> str:
-        """The rest, once no id follows."""
+        """Return the remaining text, after the last id."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Encodes text to token ids and decodes them.
 
-    `bos_id` begins a text and `eos_id` ends one, each None where the tokenizer names none.
-    `fingerprint` is the SHA-256 of what the file says (of "bytes" for bytes), `file_fingerprint`
-    that of its bytes. `file_name` is what `save` calls the file, after a prefix.
+    `bos_id` and `eos_id` are None if the tokenizer has none. `fingerprint` is the SHA-256 of the
+    content of the file (of the word "bytes" for bytes), `file_fingerprint` that of its bytes.
+    `file_name` is the name that `save` writes, after a prefix.
     """
 
     kind: str
@@ -74,43 +74,43 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tokenizer, however its file is laid out."""
+        """SHA-256 of the content, independent of the layout of the file."""
 
     @property
     def file_fingerprint(self) -> str:
-        """Identifies the file."""
+        """SHA-256 of the bytes of the file."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of a text, after the begin-of-text id where there is one and `bos` holds."""
+        """Encode a text; with `bos`, after the BOS id if there is one."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, taken as a whole text; ids beyond the vocabulary are silent."""
+        """Decode the ids of a whole text; ids outside the vocabulary are skipped."""
 
     def decoder(self) -> StreamDecoder:
-        """Decodes id by id."""
+        """Make a decoder for a stream of ids."""
 
     def piece(self, token: int) -> str:
-        """The name of an id of the vocabulary."""
+        """Return the vocabulary entry of an id."""
 
     def save(self, folder: Path | str, prefix: str = "") -> Path:
-        """Write the tokenizer's files into a folder, atomically; returns the path of the main one.
+        """Write the files of the tokenizer into a folder, atomically; returns the main path.
 
-        Their names begin with `prefix`.
+        All file names begin with `prefix`.
         """
 
 
 FILE_NAMES = ("tokenizer.bin", "tokenizer.bytes", "tokenizer.json", "tokenizer.model")
-"""What each kind's file is called, in the order in which they are looked for."""
+"""File names of the kinds, in the order in which they are searched."""
 
-# Vocabularies that come without one of those; other tools make a tokenizer.json of them.
-_OTHER_KINDS = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model", "*.tiktoken")
+# Unsupported vocabulary files; other tools convert them to a tokenizer.json.
+_UNSUPPORTED = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model", "*.tiktoken")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
-# As llama2.c names its small ones: tok512.bin.
+# The names of llama2.c's small tokenizers: tok512.bin.
 _SIZED = re.compile(r"tok\d+\.bin")
 
 
 class BytesTokenizer:
-    """A token is a byte: id = byte + 3, as in llama2.c's vocabularies; 1 begins and 2 ends."""
+    """One token per byte: id = byte + 3, as in llama2.c's vocabularies; 1 is BOS and 2 is EOS."""
 
     kind = "bytes"
     file_name = "tokenizer.bytes"
@@ -121,25 +121,25 @@ class BytesTokenizer:
     fingerprint = file_fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """One id per UTF-8 byte."""
+        """Encode a text to one id per UTF-8 byte."""
         ids = [FIRST_BYTE + byte for byte in utf8_bytes(text)]
         return [1, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; 0, 1, 2 and those above 258 are silent."""
+        """Decode ids; 0, 1, 2 and those above 258 are skipped."""
         stream = self.decoder()
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
     def decoder(self) -> Utf8Stream:
-        """Decodes id by id."""
+        """Make a decoder for a stream of ids."""
         return Utf8Stream(_byte, 1)
 
     def piece(self, token: int) -> str:
-        """An id's byte, as "<0x41>"."""
+        """Return the byte of an id, as "<0x41>"."""
         return f"<0x{token - FIRST_BYTE:02X}>" if token >= FIRST_BYTE else f"<{token}>"
 
     def save(self, folder: Path | str, prefix: str = "") -> Path:
-        """Write `tokenizer.bytes`, `prefix` before its name, a file that holds the word."""
+        """Write `tokenizer.bytes`, its name after `prefix`, a file with the word "bytes"."""
         path = Path(folder) / (prefix + self.file_name)
         write_text(path, "bytes")
         return path
@@ -150,10 +150,10 @@ def _byte(token: int, first: bool) -> bytes:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer in a file, in a folder that holds one, or by the word "bytes".
+    """Load the tokenizer in a file or a folder, or the byte tokenizer for the word "bytes".
 
-    Raises BadInput naming `spec` where there is none, or each file that cannot be used and why;
-    MissingExtra where only its library is not installed.
+    Raises BadInput naming `spec` if there is none, or each unusable file with the reason;
+    MissingExtra if only a library is not installed.
     """
     if spec == "bytes":
         return BytesTokenizer()
@@ -161,14 +161,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if not path.is_dir():
         return _load_file(path)
     errors: list[BadInput | MissingExtra] = []
-    for file in _named_in(path):
+    for file in _tokenizer_files(path):
         try:
             return _load_file(file)
         except (BadInput, MissingExtra) as error:
             errors.append(error)
     if errors:
-        raise _one_of(errors)
-    raise BadInput(f"{path}: this folder holds no {', '.join(FILE_NAMES)}")
+        raise _combined(errors)
+    raise BadInput(f"{path}: no tokenizer in this folder; looked for {', '.join(FILE_NAMES)}")
 
 
 def _load_file(path: Path) -> Tokenizer:
@@ -176,9 +176,11 @@ def _load_file(path: Path) -> Tokenizer:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         if path.is_symlink():
-            raise BadInput(f"{path}: a link to a file that is not there") from error
+            raise BadInput(f"{path}: a broken link") from error
         if isinstance(error, FileNotFoundError):
-            raise BadInput(f"{path}: no such tokenizer file (or the word bytes)") from error
+            raise BadInput(
+                f"{path}: no such file; pass a tokenizer file, or the word bytes"
+            ) from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput(f"{path}: cannot read: {reason}") from error
     if not stat.S_ISREG(mode):
@@ -200,109 +202,109 @@ def _load_file(path: Path) -> Tokenizer:
 def _read_sentencepiece(path: Path) -> Llama2cTokenizer:
     data = read_bytes(path, MAX_FILE_BYTES, "a sentencepiece model")
     if _TIKTOKEN.match(data):
-        raise BadInput(f"{path}: a tiktoken vocabulary is not read; take its tokenizer.json")
+        raise BadInput(f"{path}: a tiktoken vocabulary is not supported; use its tokenizer.json")
     return from_sentencepiece(data, path)
 
 
 def find_tokenizer(model: LoadedModel) -> Tokenizer | None:
-    """The tokenizer beside a model's file, or in its folder; None where no tokenizer lies there.
+    """Find the tokenizer in the folder of a model; None if there is none.
 
-    First NAME.tokenizer.bin (or .bytes, .json, .model) beside NAME.bin, as `export` writes it; then
-    `FILE_NAMES` and tok*.bin, as llama2.c names its small ones. Of these the first of as many ids
-    as the model has rows is taken; else the first of `FILE_NAMES` of fewer ids, as a model's
-    vocabulary may be padded; else of more.
+    First NAME.tokenizer.bin (or .bytes, .json, .model) for NAME.bin, which `export` writes; then
+    `FILE_NAMES` and tok*.bin, the names of llama2.c's small ones. Of these the first with as many
+    ids as the model has rows is returned; else the first of `FILE_NAMES` with fewer ids, as the
+    vocabulary of a model may be padded; else with more.
 
-    Raises BadInput naming each file that lies there and why it cannot be used, where none can;
-    MissingExtra where only a library is not installed.
+    Raises BadInput naming each file with the reason, if there are files but none is usable;
+    MissingExtra if only a library is not installed.
     """
     source = model.source
     if source is None:
         return None
     folder = source if source.is_dir() else source.parent
     if source != folder:
-        own = _named_in(folder, f"{source.stem}.")
+        own = _tokenizer_files(folder, f"{source.stem}.")
         if own:
             return _load_file(own[0])
     rows = model.config.vocab_size
     others: list[Tokenizer] = []
     errors: list[BadInput | MissingExtra] = []
-    for path in _named_in(folder):
+    for path in _tokenizer_files(folder):
         try:
-            found = _load_file(path)
+            tokenizer = _load_file(path)
         except (BadInput, MissingExtra) as error:
             errors.append(error)
             continue
-        if found.vocab_size == rows:
-            return found
-        others.append(found)
-    sized = _sized_in(folder, source, rows, errors)
+        if tokenizer.vocab_size == rows:
+            return tokenizer
+        others.append(tokenizer)
+    sized = _sized_tokenizers(folder, source, rows, errors)
     if len(sized) == 1:
         return next(iter(sized.values()))
     if others:
-        return min(others, key=lambda found: found.vocab_size > rows)
+        return min(others, key=lambda tokenizer: tokenizer.vocab_size > rows)
     if sized:
         names = " and ".join(path.name for path in sized)
-        raise BadInput(f"{folder}: {names} have as many tokens as the model: name one of them")
+        raise BadInput(f"{folder}: {names} all match the model's vocabulary; pass one of them")
     if source == folder and not errors:
         errors += [
-            BadInput(f"{path}: a tokenizer of a kind that is not read; make a tokenizer.json of it")
-            for pattern in _OTHER_KINDS
+            BadInput(f"{path}: unsupported tokenizer format; convert it to a tokenizer.json")
+            for pattern in _UNSUPPORTED
             for path in sorted(folder.glob(pattern))
         ]
     if errors:
-        raise _one_of(errors)
+        raise _combined(errors)
     return None
 
 
-def _named_in(folder: Path, prefix: str = "") -> list[Path]:
-    """What lies in a folder under a tokenizer's name, readable or not."""
+def _tokenizer_files(folder: Path, prefix: str = "") -> list[Path]:
+    """List the files in a folder with the name of a tokenizer, readable or not."""
     paths = [folder / (prefix + name) for name in FILE_NAMES]
     return [path for path in paths if os.path.lexists(path)]
 
 
-def _sized_in(
+def _sized_tokenizers(
     folder: Path, source: Path, rows: int, errors: list[BadInput | MissingExtra]
 ) -> dict[Path, Tokenizer]:
-    """The tok*.bin in a folder that have as many tokens as the model has rows."""
-    fitting: dict[Path, Tokenizer] = {}
+    """Load the tok*.bin files in a folder that have as many ids as the model has rows."""
+    matching: dict[Path, Tokenizer] = {}
     for path in sorted(folder.glob("tok*.bin")):
         if path == source or path.name.endswith(FILE_NAMES):
             continue
         try:
-            found = _load_file(path)
-            if found.vocab_size != rows:
+            tokenizer = _load_file(path)
+            if tokenizer.vocab_size != rows:
                 raise BadInput(
-                    f"{path}: has {found.vocab_size} tokens and the model {rows}: name it if it "
-                    "is the model's own"
+                    f"{path}: has {tokenizer.vocab_size} tokens, the model {rows}; pass it "
+                    "explicitly if it belongs to the model"
                 )
-            fitting[path] = found
+            matching[path] = tokenizer
         except BadInput as error:
-            if _SIZED.fullmatch(path.name):  # others may be anything
+            if _SIZED.fullmatch(path.name):  # other names may be any file
                 errors.append(error)
-    return fitting
+    return matching
 
 
-def _one_of(errors: list[BadInput | MissingExtra]) -> BadInput | MissingExtra:
-    """One error for all files that cannot be used: a missing library's only where that is all."""
+def _combined(errors: list[BadInput | MissingExtra]) -> BadInput | MissingExtra:
+    """Combine the errors of all files; MissingExtra only if all are."""
     if len(errors) == 1 or all(isinstance(error, MissingExtra) for error in errors):
         return errors[0]
     return BadInput("; ".join(map(str, errors)))
 
 
 def size_note(tokenizer: Tokenizer, config: ModelConfig) -> str | None:
-    """A line for a tokenizer that is likely another model's: more than a quarter larger, or half
-    the size or less. None for all others."""
+    """Return a warning for a tokenizer that is likely that of another model: more than a quarter
+    larger than its vocabulary, or half the size or less. None for all others."""
     ids, rows = tokenizer.vocab_size, config.vocab_size
     if rows < 2 * ids and 4 * ids <= 5 * rows:
         return None
-    return f"note: the tokenizer has {ids:,} tokens, the model {rows:,}: is it the model's own?"
+    return f"note: the tokenizer has {ids:,} tokens, the model {rows:,}: is it the right tokenizer?"
 
 
 def check_ids(tokenizer: Tokenizer, ids: Iterable[int], config: ModelConfig, name: str) -> None:
-    """Raise BadInput, naming the piece and `name`, for an id that the model has no row for."""
-    beyond = next((i for i in ids if i >= config.vocab_size), None)
-    if beyond is not None:
+    """Raise BadInput, naming the piece and `name`, for an id outside the model's vocabulary."""
+    outside = next((i for i in ids if i >= config.vocab_size), None)
+    if outside is not None:
         raise BadInput(
-            f"{name}: {tokenizer.piece(beyond)!r} is id {beyond} of the tokenizer, beyond the "
-            f"model's vocabulary of {config.vocab_size}; is this the model's own tokenizer?"
+            f"{name}: {tokenizer.piece(outside)!r} is id {outside} of the tokenizer, outside the "
+            f"model's vocabulary of {config.vocab_size}; use the model's own tokenizer"
         )

@@ -1,4 +1,4 @@
-"""What lies between files and engines: a configuration and canonically named tensors."""
+"""The in-memory form of a model: a configuration and canonically named tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from onelaunch.errors import BadInput
 
 @dataclass
 class LoadedModel:
-    """A model as read from a file, or about to be written to one.
+    """A model that was read from a file, or is to be saved.
 
-    `weights` has exactly `config.weight_shapes()`'s names and shapes, in the file's dtype, mapped
-    from the file where the format allows. `extras` are tensors that a format stores beside the
-    weights and must give back unchanged. `notices` are lines that a user must see, such as what was
-    read in the place of a damaged file.
+    `weights` has exactly the names and shapes of `config.weight_shapes()`, in the dtype of the
+    file, memory-mapped if the format allows it. `extras` are other tensors of the file, which are
+    written back unchanged. `notices` are lines for the user, such as which checkpoint replaced a
+    damaged one.
     """
 
     config: ModelConfig
@@ -37,7 +37,7 @@ class LoadedModel:
 
 
 def check_weights(config: ModelConfig, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Raise BadInput unless `weights` has exactly the names and shapes of `config`."""
+    """Raise BadInput unless `weights` has exactly the names and shapes that `config` implies."""
     expected = config.weight_shapes()
     for name, shape in expected.items():
         if name not in weights:
@@ -45,7 +45,7 @@ def check_weights(config: ModelConfig, weights: dict[str, Tensor], source: Path 
         if tuple(weights[name].shape) != shape:
             raise BadInput(
                 f"{source}: the tensor {name} has shape {tuple(weights[name].shape)}, "
-                f"but the configuration says {shape}"
+                f"but the configuration implies {shape}"
             )
         if not weights[name].is_floating_point():
             raise BadInput(f"{source}: the tensor {name} is {weights[name].dtype}, not a float")

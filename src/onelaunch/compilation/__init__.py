@@ -1,1 +1,1 @@
-"""Compiled programs: kept on disk, and made in the background while an older form serves."""
+"""Compiled programs: cached on disk, and compiled in the background while another form runs."""

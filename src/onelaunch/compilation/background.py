@@ -1,8 +1,8 @@
-"""Compile a faster form beside the one that serves, then swap.
+"""Compile a faster form in the background while another one runs.
 
-The compiler runs in a child process, at low priority and in a session of its own: it takes neither
-the interpreter's lock nor an interrupt meant for its parent, and it ends its work in the store
-even where its parent ends first. A thread waits for it and makes the new form ready.
+The compiler runs in a child process, at low priority and in its own session: it does not hold the
+GIL, gets no interrupt meant for its parent, and stores its result even if the parent ends first. A
+thread waits for it and prepares the new form.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 from onelaunch.checkpoints.atomic import write_error
 from onelaunch.compilation import entry
 from onelaunch.compilation.cache import Store
-from onelaunch.compilation.child import NOT_KEPT, Destination
+from onelaunch.compilation.child import NOT_CACHED, Destination
 from onelaunch.compilation.entry import Damaged
 from onelaunch.compilation.environment import child_environment
 from onelaunch.compilation.lock import CompileLock
@@ -30,61 +30,61 @@ from onelaunch.errors import BadInput, OnelaunchError, RunFailed
 
 T = TypeVar("T")
 
-LOOK_SECONDS = 0.02
-"""Between two looks whether the child has ended."""
-REASON_LETTERS = 300
-PREPARING_SECONDS = 5.0
-"""How long a process that ends waits for a form that is being made ready."""
+POLL_SECONDS = 0.02
+"""Interval of checks whether the child has ended."""
+MAX_REASON_LENGTH = 300
+PREPARE_SECONDS = 5.0
+"""How long a process waits at its exit for `prepare` calls that are running."""
 
-_speaking = threading.RLock()
-_leaving = False
-_not_kept: weakref.WeakSet[Compilation[Any]] = weakref.WeakSet()
-"""Those whose program nobody will find: their children end with this process."""
+_log_lock = threading.RLock()
+_exiting = False
+_uncached: weakref.WeakSet[Compilation[Any]] = weakref.WeakSet()
+"""Compilations whose program will not be stored: their children end with this process."""
 _preparing: set[Compilation[Any]] = set()
-"""Those that make a program ready now."""
+"""Compilations that are in `prepare` now."""
 
 
-def _fall_silent() -> None:
-    """A thread that is stopped in the middle of a print can take the whole exit down with it."""
-    global _leaving
-    _leaving = True
-    for compilation in list(_not_kept):
+def _at_exit() -> None:
+    """Stop logging, end useless children and wait for `prepare` calls, so that no daemon thread is
+    stopped inside a print or C++ code, which can abort the exit."""
+    global _exiting
+    _exiting = True
+    for compilation in list(_uncached):
         compilation.cancel()
-    # the interpreter ends a thread where it comes back from C++ code, and with it the process
-    end = time.monotonic() + PREPARING_SECONDS
+    end = time.monotonic() + PREPARE_SECONDS
     for compilation in list(_preparing):
         compilation._ended.wait(max(0.0, end - time.monotonic()))
-    # bounded: a reader of ours that is stuck must not keep the interpreter
-    if _speaking.acquire(timeout=1.0):
-        _speaking.release()
+    # bounded: a blocked reader of our output must not block the exit
+    if _log_lock.acquire(timeout=1.0):
+        _log_lock.release()
 
 
-atexit.register(_fall_silent)
+atexit.register(_at_exit)
 
 
-def tell(say: Callable[[str], None], text: str) -> None:
-    """Say a line for people from a thread of the background; none when the process is leaving."""
-    with _speaking:
-        if not _leaving:
-            # a broken terminal is no failure of the work
+def log_line(log: Callable[[str], None], text: str) -> None:
+    """Log a line from a background thread; nothing while the process is exiting."""
+    with _log_lock:
+        if not _exiting:
+            # a broken terminal must not fail the compilation
             with suppress(Exception):
-                say(text)
+                log(text)
 
 
 class Compilation(Generic[T]):
-    """One program being compiled, or loaded where the store has it, and made ready.
+    """A program that is compiled in the background, or loaded from the store, and then prepared.
 
-    It begins at once. `command` is a child's command line without its last argument, which is
-    added here: its destination, for `onelaunch.compilation.child.deliver`. `prepare` turns the
-    program into the new form, in the thread. `say` is called from the thread with lines for
-    people that begin with or name `what`, as in "the fast form". A child that takes longer than
-    `timeout` seconds is killed and has failed.
+    It starts at once. `command` is the command line of the child without its last argument, the
+    destination for `onelaunch.compilation.child.deliver`, which is added here. `prepare` turns the
+    program into the new form, in the thread. `log` is called from the thread, with lines that
+    contain `name`, such as "the fast form". A child that takes longer than `timeout` seconds is
+    killed and the compilation fails.
 
-    Of several processes that want the same program of a store one compiles, and the others wait for
-    it. Where the store cannot be written, each compiles for itself, and the first line that is
-    said names the reason.
+    Of several processes that need the same program of a store one compiles, and the others wait. If
+    the store cannot be written, each compiles for itself, and the first line has the reason.
 
-    A program that `prepare` refuses is taken out of the store: the next run compiles it anew.
+    A program that `prepare` raises an error for is removed from the store: the next run compiles it
+    again.
     """
 
     def __init__(
@@ -93,79 +93,81 @@ class Compilation(Generic[T]):
         key: str,
         command: Sequence[str],
         prepare: Callable[[bytes], T],
-        say: Callable[[str], None],
-        what: str,
+        log: Callable[[str], None],
+        name: str,
         timeout: float = 300.0,
     ) -> None:
         self.failed: str | None = None
-        """Why there will be no new form, in a line."""
+        """Why there will be no new form, in one line."""
         self.seconds: float | None = None
-        """From the beginning until the new form was ready."""
+        """From the start until the new form was ready."""
         self.was_cached = False
         self._store = store
         self._key = key
         self._command = list(command)
         self._prepare = prepare
-        self._say = say
-        self._what = what
+        self._log_line = log
+        self._name = name
         self._timeout = timeout
         self._form: T | None = None
-        self._by_another = False  # whether another process compiles it
-        self._not_kept: str | None = None  # why it will not be, known from the beginning
-        self._lost: str | None = None  # why it was not, known at the end
+        self._other_process = False  # whether another process compiles it
+        self._not_cached: str | None = None  # why it will not be stored, known at the start
+        self._store_failed: str | None = None  # why it was not stored, known at the end
         self._cancelled = False
         self._child: subprocess.Popen[bytes] | None = None
-        # held wherever the child is looked at: its id is its own only until it has been reaped
+        # held whenever the child is used: its id may be reused once it has been reaped
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name=f"compiling {what}", daemon=True).start()
+        threading.Thread(target=self._run, name=f"compiling {name}", daemon=True).start()
 
     @property
     def ended(self) -> bool:
-        """Whether all is done: ready, failed or cancelled."""
+        """Whether it is ready, failed or cancelled."""
         return self._ended.is_set()
 
     def poll(self) -> T | None:
-        """The new form once it is ready, else None; never waits."""
+        """Return the new form if it is ready, else None, without waiting."""
         return self._form
 
     def wait(self, timeout: float | None = None) -> T | None:
-        """The new form, waiting for it up to `timeout` seconds; None where there is none then."""
+        """Wait up to `timeout` seconds for the new form; returns None if it is not ready then."""
         self._ended.wait(timeout)
         return self._form
 
     def cancel(self) -> None:
-        """Kill the child and forget the form; `failed` stays None."""
+        """Kill the child and drop the form; `failed` stays None."""
         with self._lock:
             self._cancelled = True
             self._form = None
             self._kill()
 
     def _run(self) -> None:
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             program = self._store.get(self._key)
             self.was_cached = program is not None
             if program is None:
                 program = self._compile()
-            if self._cancelled or _leaving:
+            if self._cancelled or _exiting:
                 return
-            form = self._make_ready(program)
-            self.seconds = time.monotonic() - began
+            form = self._prepared(program)
+            self.seconds = time.monotonic() - start
             with self._lock:
                 if self._cancelled:
                     return
                 self._form = form
-            self._tell_ready()
+            self._log_end()
         except BaseException as error:
-            # of any kind: a thread has nobody to raise to
+            # of any type: a thread cannot raise to a caller
             if not self._cancelled:
                 self.failed = in_a_line(error)
-                self._tell(f"{self._what}: compilation failed ({self.failed}); going on without it")
+                self._log(
+                    f"{self._name}: compilation failed ({self.failed}); continuing without it"
+                )
         finally:
             self._ended.set()
 
-    def _make_ready(self, program: bytes) -> T:
+    def _prepared(self, program: bytes) -> T:
         _preparing.add(self)
         try:
             return self._prepare(program)
@@ -178,67 +180,67 @@ class Compilation(Generic[T]):
             _preparing.discard(self)
 
     def _compile(self) -> bytes:
-        """The program, from a child of this process or of another. Raises RunFailed with the
+        """Return the program, from a child of this or another process. Raises RunFailed with the
         reason."""
         lock = CompileLock(self._store, self._key)
         try:
             try:
-                program = self._await_turn(lock)
+                program = self._acquire(lock)
             except (BadInput, OSError) as error:
-                self._not_kept = why_not_written(self._store, error)
+                self._not_cached = write_failure(self._store, error)
                 program = None
             return self._compile_here(lock.descriptor) if program is None else program
         finally:
             lock.release()
 
-    def _await_turn(self, lock: CompileLock) -> bytes | None:
-        """Wait until the lock is held, or for another process's program, which is returned."""
+    def _acquire(self, lock: CompileLock) -> bytes | None:
+        """Wait for the lock, or for the program of another process, which is returned."""
         deadline = time.monotonic() + self._timeout
         while not lock.acquire():
-            if not self._by_another:
-                self._by_another = True
-                self._tell(f"waiting for {self._what}, which another process compiles")
-            if self._cancelled or _leaving:
+            if not self._other_process:
+                self._other_process = True
+                self._log(f"waiting for {self._name}, which another process compiles")
+            if self._cancelled or _exiting:
                 raise RunFailed("cancelled")
             if time.monotonic() >= deadline:
                 break
-            time.sleep(LOOK_SECONDS)
-        program = self._store.peek(self._key) if self._by_another else None
-        self._by_another = program is not None
+            time.sleep(POLL_SECONDS)
+        program = self._store.peek(self._key) if self._other_process else None
+        self._other_process = program is not None
         return program
 
     def _compile_here(self, lock: int | None) -> bytes:
-        """The program, from a child of this process, which inherits the lock."""
-        if self._not_kept is not None:
-            _not_kept.add(self)
-        self._tell_beginning()
-        # files, not pipes: a child whose parent has ended can still write to them
+        """Return the program, from a child of this process, which inherits the lock."""
+        if self._not_cached is not None:
+            _uncached.add(self)
+        self._log_start()
+        # files, not pipes: a child can still write to them after its parent has ended
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
             status = self._run_child(out, errors, lock)
             if status != 0:
-                raise RunFailed(why_ended(status, errors))
+                raise RunFailed(exit_reason(status, errors))
             program = self._store.peek(self._key)
             if program is None:
                 out.seek(0)
                 try:
                     header, program = entry.read(out, self._key)
                 except Damaged as error:
-                    raise RunFailed("it ended without a program") from error
-                why = str(header.about.get(NOT_KEPT, "")) or None
-                if self._not_kept is None:
-                    self._lost = why
+                    raise RunFailed("the compiler returned no program") from error
+                reason = str(header.about.get(NOT_CACHED, "")) or None
+                if self._not_cached is None:
+                    self._store_failed = reason
             return program
 
     def _run_child(self, out: BinaryIO, errors: BinaryIO, lock: int | None) -> int:
-        """Start the child and wait for its exit status; negative: the signal that ended it."""
-        to = Destination(
-            str(self._store.folder), self._store.limit_bytes, self._key, self._what, time.time()
+        """Run the child; returns its exit status, or the negated signal that ended it."""
+        destination = Destination(
+            str(self._store.folder), self._store.limit_bytes, self._key, self._name, time.time()
         )
         with self._lock:
             if self._cancelled:
                 raise RunFailed("cancelled")
             self._child = child = subprocess.Popen(
-                [*self._command, str(to)],
+                [*self._command, str(destination)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=errors,
@@ -255,12 +257,12 @@ class Compilation(Generic[T]):
                 if time.monotonic() >= deadline:
                     self._kill()
                     break
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         child.wait()
-        raise RunFailed(f"it took longer than {self._timeout:g} s")
+        raise RunFailed(f"the compiler took longer than {self._timeout:g} s")
 
     def _kill(self) -> None:
-        """End the child with all that it started; the lock is held."""
+        """Kill the child and its own children; the caller holds the lock."""
         if self._child is None or self._child.poll() is not None:
             return
         if hasattr(os, "killpg"):
@@ -269,57 +271,57 @@ class Compilation(Generic[T]):
         else:
             self._child.kill()
 
-    def _tell_beginning(self) -> None:
-        """With the time that it last took a program of this name."""
-        last = ""
+    def _log_start(self) -> None:
+        """Log the start, with the time that the last compilation of this name took."""
+        duration = ""
         for each in self._store.entries():
             seconds = each.about.get("seconds")
-            if each.about.get("what") == self._what and isinstance(seconds, float | int):
-                last = f", about {max(1, round(seconds))} s"
+            if each.about.get("what") == self._name and isinstance(seconds, float | int):
+                duration = f", about {max(1, round(seconds))} s"
                 break
-        if self._not_kept is not None:
-            kept = f"; not kept for the next time ({self._not_kept})"
+        if self._not_cached is not None:
+            cached = f"; not cached ({self._not_cached})"
         else:
-            kept = ", once"
-        self._tell(f"compiling {self._what} in the background{kept}{last}")
+            cached = ", once"
+        self._log(f"compiling {self._name} in the background{cached}{duration}")
 
-    def _tell_ready(self) -> None:
+    def _log_end(self) -> None:
         if self.was_cached:
             return
-        but = f"; not kept for the next time ({self._lost})" if self._lost else ""
-        by = " by another process" if self._by_another else ""
-        self._tell(f"{self._what}: compiled{by} in {self.seconds:.1f} s{but}")
+        suffix = f"; not cached ({self._store_failed})" if self._store_failed else ""
+        by = " by another process" if self._other_process else ""
+        self._log(f"{self._name}: compiled{by} in {self.seconds:.1f} s{suffix}")
 
-    def _tell(self, text: str) -> None:
-        tell(self._say, text)
+    def _log(self, text: str) -> None:
+        log_line(self._log_line, text)
 
 
-def why_not_written(store: Store, error: BadInput | OSError) -> str:
-    """Why a store's folder cannot be written, in a line."""
+def write_failure(store: Store, error: BadInput | OSError) -> str:
+    """Return why the folder of a store cannot be written, in one line."""
     return str(error if isinstance(error, BadInput) else write_error(store.folder, error))
 
 
-def why_ended(status: int, errors: BinaryIO) -> str:
-    """Why a child failed: its signal, or the last line it wrote on standard error."""
+def exit_reason(status: int, errors: BinaryIO) -> str:
+    """Return why a child failed: its signal, or its last line on standard error."""
     if status < 0:
         with suppress(ValueError):
             return f"ended by {signal.Signals(-status).name}"
         return f"ended by signal {-status}"
-    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 16 * REASON_LETTERS))
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 16 * MAX_REASON_LENGTH))
     lines = errors.read().decode("utf-8", "replace").split("\n")
-    last = next((text for line in reversed(lines) if (text := plain(line))), "")
+    last = next((text for line in reversed(lines) if (text := printable(line))), "")
     return last or f"exit status {status}"
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error's first line, with its type where that says more."""
-    text = plain(str(error).strip().split("\n", 1)[0])
+    """Return the first line of an error, with its type unless it is one of ours."""
+    text = printable(str(error).strip().split("\n", 1)[0])
     if isinstance(error, OnelaunchError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def plain(line: str) -> str:
-    """One line that a terminal shows as it is."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in line)
-    return " ".join(shown.split())[:REASON_LETTERS]
+def printable(line: str) -> str:
+    """Return a line without control characters and repeated spaces, shortened."""
+    text = "".join(letter if letter.isprintable() else " " for letter in line)
+    return " ".join(text.split())[:MAX_REASON_LENGTH]

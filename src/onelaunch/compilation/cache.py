@@ -1,7 +1,7 @@
-"""The store of compiled programs on disk, addressed by what they were compiled from.
+"""A content-addressed cache of compiled programs on disk.
 
-Programs are machine code: a folder or a file that somebody else could have written is never read.
-A store that cannot be used answers as an empty one and says why; nothing depends on it but time.
+Programs are machine code: files and folders that another user could have written are never read. A
+cache that cannot be used acts as an empty one and gives the reason; only time depends on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onelaunch.errors import BadInput
 LIMIT_BYTES = 1 << 30
 SUFFIX = ".program"
 STALE_SECONDS = 3600.0
-"""Age at which a temporary file has lost its writer."""
+"""Age from which a temporary file counts as abandoned."""
 NOTHING: About = MappingProxyType({})
 
 
@@ -38,65 +38,65 @@ def program_key(
     options: Mapping[str, object],
     weights: bytes | Iterable[bytes | bytearray | memoryview] | None = None,
 ) -> str:
-    """sha256(program)_sha256(options), and _sha256(weights) where they are baked in; hex.
+    """Return the key sha256(program)_sha256(options), with _sha256(weights) if they are baked in.
 
-    `options` are whatever else decides the result (versions, target, flags), as plain JSON data in
-    any order; TypeError where they are not. `weights` are contiguous buffers, hashed as one text:
-    where one ends is for the program to say.
+    `options` are everything else that affects the result (versions, target, flags), as JSON data in
+    any order; raises TypeError for other data. `weights` are contiguous buffers, hashed as one
+    string of bytes: their boundaries must follow from the program.
     """
     text = program.encode("utf-8") if isinstance(program, str) else program
     canonical = json.dumps(options, sort_keys=True, separators=(",", ":")).encode("ascii")
-    parts = [hashlib.sha256(text).hexdigest(), hashlib.sha256(canonical).hexdigest()]
+    digests = [hashlib.sha256(text).hexdigest(), hashlib.sha256(canonical).hexdigest()]
     if weights is not None:
         digest = hashlib.sha256()
         for buffer in [weights] if isinstance(weights, bytes) else weights:
             digest.update(buffer)
-        parts.append(digest.hexdigest())
-    return "_".join(parts)
+        digests.append(digest.hexdigest())
+    return "_".join(digests)
 
 
 def default_folder() -> Path:
-    """ONELAUNCH_CACHE, or `onelaunch` in the folder that this system has for caches."""
-    if named := os.environ.get("ONELAUNCH_CACHE"):
-        return Path(os.path.abspath(os.path.expanduser(named)))
+    """Return ONELAUNCH_CACHE, or `onelaunch` in the cache folder of the system."""
+    if path := os.environ.get("ONELAUNCH_CACHE"):
+        return Path(os.path.abspath(os.path.expanduser(path)))
     return _system_cache() / "onelaunch"
 
 
 def _system_cache() -> Path:
     home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
-        named, usual = os.environ.get("LOCALAPPDATA", ""), home / "AppData" / "Local"
+        configured, default = os.environ.get("LOCALAPPDATA", ""), home / "AppData" / "Local"
     elif sys.platform == "darwin":
-        named, usual = "", home / "Library" / "Caches"
+        configured, default = "", home / "Library" / "Caches"
     else:
-        named, usual = os.environ.get("XDG_CACHE_HOME", ""), home / ".cache"
-    # the XDG specification: a relative path is to be ignored
-    if os.path.isabs(named):
-        return Path(named)
-    if usual.is_absolute():
-        return usual
-    # a user without a home, as in some containers
+        configured, default = os.environ.get("XDG_CACHE_HOME", ""), home / ".cache"
+    # the XDG specification ignores relative paths
+    if os.path.isabs(configured):
+        return Path(configured)
+    if default.is_absolute():
+        return default
+    # a user without a home folder, as in some containers
     return Path(tempfile.gettempdir()) / f"cache-{os.getuid() if hasattr(os, 'getuid') else 0}"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One program in the store."""
+    """A program in the cache."""
 
     key: str
     bytes: int
-    """Of its file."""
+    """Size of its file."""
     last_used: float
     """Seconds since the epoch."""
     about: dict[str, str | float]
 
 
 class Store:
-    """Compiled programs in a folder, the least recently used going first where they grow too many.
+    """A folder of compiled programs, with eviction of the least recently used above a size limit.
 
-    The folder is made at the first write, for its owner alone. Several processes may use it at
-    once. `hits`, `misses` and `damaged` count what `get` found; `last_error` says why the last
-    read or write that failed did so.
+    The folder is created at the first write, accessible to its owner only. Several processes may
+    use it at once. `hits`, `misses` and `damaged` count the results of `get`; `last_error` is the
+    reason of the last failed read or write.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -109,26 +109,26 @@ class Store:
 
     @property
     def unusable(self) -> str | None:
-        """Why nothing is read from this folder or written to it; None where all is well."""
+        """Why this folder is neither read nor written; None if it is usable."""
         try:
-            found = os.stat(self.folder)
+            status = os.stat(self.folder)
         except FileNotFoundError:
             return None
         except OSError as error:
-            return f"{self.folder}: {error.strerror or error}; {_ELSEWHERE}"
-        if not stat.S_ISDIR(found.st_mode):
-            return f"{self.folder}: not a folder; {_ELSEWHERE}"
-        if _foreign(found):
-            return f"{self.folder}: belongs to another user, so it is not trusted; {_ELSEWHERE}"
-        if _open_to_others(found):
+            return f"{self.folder}: {error.strerror or error}; {_USE_OTHER_FOLDER}"
+        if not stat.S_ISDIR(status.st_mode):
+            return f"{self.folder}: not a folder; {_USE_OTHER_FOLDER}"
+        if _has_other_owner(status):
+            return f"{self.folder}: belongs to another user, so it is not used; {_USE_OTHER_FOLDER}"
+        if _is_writable_by_others(status):
             return (
-                f"{self.folder}: others can write to it, so it is not trusted; "
-                f"run chmod go-w on it, or {_ELSEWHERE}"
+                f"{self.folder}: others can write to it, so it is not used; "
+                f"run chmod go-w on it, or {_USE_OTHER_FOLDER}"
             )
         return None
 
     def contains(self, key: str) -> bool:
-        """Whether there is a program of this key, judged by its header and length; not counted."""
+        """Return whether a program with this key exists, by header and length; not counted."""
         if self.unusable is not None:
             return False
         try:
@@ -138,9 +138,9 @@ class Store:
             return False
 
     def get(self, key: str) -> bytes | None:
-        """The program, every byte verified, or None; counts a hit or a miss.
+        """Return the program after verification, or None; counts a hit or a miss.
 
-        An entry that is not what was written is removed and counted in `damaged` as well.
+        A damaged entry is removed, and also counted in `damaged`.
         """
         program = self.peek(key)
         if program is None:
@@ -150,7 +150,7 @@ class Store:
         return program
 
     def peek(self, key: str) -> bytes | None:
-        """`get` that counts neither a hit nor a miss."""
+        """As `get`, without counting a hit or a miss."""
         if self.unusable is not None:
             return None
         path = self._path(key)
@@ -171,10 +171,10 @@ class Store:
         return program
 
     def put(self, key: str, program: bytes, about: About = NOTHING) -> bool:
-        """Keep a program; False where that cannot be, and `last_error` says why.
+        """Store a program; returns False, with the reason in `last_error`, if that fails.
 
-        Then the least recently used others go until all are within the limit. One in use by
-        another process may go too: it is in that process's memory.
+        Then the least recently used others are evicted until the size is within the limit, even if
+        another process has loaded them: it has its own copy in memory.
         """
         self.last_error = self.unusable
         if self.last_error is not None:
@@ -189,44 +189,43 @@ class Store:
         except OSError as error:
             self.last_error = str(write_error(self.folder, error))
             return False
-        self._make_room(path)
+        self._evict(path)
         return True
 
     def make_folder(self) -> None:
-        """Make the folder where it is missing. Raises OSError, and BadInput where it is there and
-        not to be trusted."""
+        """Create the folder if it is missing. Raises OSError, and BadInput if it is `unusable`."""
         if self.unusable is None:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # somebody else may have been faster
+        # another user may have created it meanwhile
         if (reason := self.unusable) is not None:
             raise BadInput(reason)
 
     def remove(self, key: str) -> bool:
-        """Forget a program; whether it was there."""
+        """Remove a program; returns whether there was one."""
         return self.unusable is None and _remove(self._path(key)) is not None
 
     def entries(self) -> list[Entry]:
-        """What is in the store, the last used first."""
-        found = []
+        """List the entries, most recently used first."""
+        entries = []
         for path, _ in self._files():
             try:
                 with _open_own(path) as file:
                     header = entry.read_header(file)
-                    facts = os.fstat(file.fileno())
+                    status = os.fstat(file.fileno())
             except (OSError, Damaged):
                 continue
-            found.append(Entry(header.key, facts.st_size, facts.st_mtime, header.about))
-        return sorted(found, key=lambda each: each.last_used, reverse=True)
+            entries.append(Entry(header.key, status.st_size, status.st_mtime, header.about))
+        return sorted(entries, key=lambda each: each.last_used, reverse=True)
 
     def clear(self) -> tuple[int, int]:
-        """Remove every program, damaged ones too; returns how many went, and their bytes."""
+        """Remove every program, damaged ones too; returns their number and bytes."""
         sizes = [_remove(path) for path, _ in self._files()]
         self._remove_stale()
-        gone = [size for size in sizes if size is not None]
-        return len(gone), sum(gone)
+        removed = [size for size in sizes if size is not None]
+        return len(removed), sum(removed)
 
     def _path(self, key: str) -> Path:
-        # not the key itself: three digests are longer than some file systems' names may be
+        # not the key itself: three digests are too long for the names of some file systems
         return self.folder / (hashlib.sha256(key.encode("utf-8")).hexdigest() + SUFFIX)
 
     def _write(self, path: Path, key: str, program: bytes, about: About) -> None:
@@ -245,27 +244,27 @@ class Store:
                 os.unlink(temporary)
             raise
 
-    def _make_room(self, newest: Path) -> None:
+    def _evict(self, newest: Path) -> None:
         self._remove_stale()
         files = sorted(self._files(), key=lambda each: each[1].st_mtime_ns)
-        total = sum(found.st_size for _, found in files)
-        for path, found in files:
+        total = sum(status.st_size for _, status in files)
+        for path, status in files:
             if total <= self.limit_bytes:
                 break
             if path != newest and (_remove(path) is not None or not path.exists()):
-                total -= found.st_size
+                total -= status.st_size
 
     def _remove_stale(self) -> None:
         oldest = time.time() - STALE_SECONDS
-        for path, found in self._listing(".tmp"):
-            if found.st_mtime < oldest and path.name.startswith("."):
+        for path, status in self._listing(".tmp"):
+            if status.st_mtime < oldest and path.name.startswith("."):
                 _remove(path)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         return self._listing(SUFFIX)
 
     def _listing(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
-        """The files of ours by the end of their name; whatever else lies here is left alone."""
+        """Yield our files with this suffix; other files in the folder are ignored."""
         if self.unusable is not None:
             return
         try:
@@ -274,51 +273,51 @@ class Store:
             return
         for name in names:
             if name.endswith(suffix):
-                # another process may have removed it since
+                # another process may have removed it meanwhile
                 with suppress(OSError):
                     path = self.folder / name
                     yield path, os.lstat(path)
 
 
-_ELSEWHERE = "set ONELAUNCH_CACHE to a folder of your own"
+_USE_OTHER_FOLDER = "set ONELAUNCH_CACHE to a folder of your own"
 
 
-def _foreign(found: os.stat_result) -> bool:
-    return hasattr(os, "geteuid") and found.st_uid != os.geteuid()
+def _has_other_owner(status: os.stat_result) -> bool:
+    return hasattr(os, "geteuid") and status.st_uid != os.geteuid()
 
 
-def _open_to_others(found: os.stat_result) -> bool:
-    # Windows makes up these bits; there the user's own folder is protected by its own list
-    return os.name == "posix" and bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+def _is_writable_by_others(status: os.stat_result) -> bool:
+    # on Windows these bits have no meaning; access lists protect the folder of a user
+    return os.name == "posix" and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _open_own(path: Path) -> BinaryIO:
-    """Open a plain file that nobody else could have written; raises Damaged, and OSError."""
-    # asked first: opening a pipe would wait for its writer
+    """Open a regular file that no other user could have written; raises Damaged, and OSError."""
+    # checked first: opening a pipe would wait for its writer
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise Damaged("not a file")
     file = open(path, "rb")  # noqa: SIM115
-    found = os.fstat(file.fileno())
-    if _foreign(found) or _open_to_others(found):
+    status = os.fstat(file.fileno())
+    if _has_other_owner(status) or _is_writable_by_others(status):
         file.close()
-        raise Damaged("open to others")
+        raise Damaged("writable by others")
     return file
 
 
 def _mark_used(path: Path | str) -> None:
-    # the system's own "now" is coarser: two uses could look like one
+    # the clock of the file system is coarser: two uses could get the same time
     now = time.time_ns()
     os.utime(path, ns=(now, now))
 
 
 def _remove(path: Path) -> int | None:
-    """Remove a file, or a folder in its place; its bytes, or None where this call removed none."""
+    """Remove a file, or a folder of that name; returns its bytes, or None if that failed."""
     try:
-        found = os.lstat(path)
-        if stat.S_ISDIR(found.st_mode):
+        status = os.lstat(path)
+        if stat.S_ISDIR(status.st_mode):
             shutil.rmtree(path)
         else:
             os.unlink(path)
     except OSError:
         return None
-    return found.st_size
+    return status.st_size

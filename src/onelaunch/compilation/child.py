@@ -1,12 +1,12 @@
-"""What a compiling child process does besides compiling: step back, and bring its program home.
+"""The child process side of a compilation: lower its priority, and deliver the program.
 
-The whole main of such a module:
+The main of such a module:
 
     lower_priority()
     program = compile(sys.argv[1:-1])
     deliver(sys.argv[-1], program)
 
-and for a failure, a reason as the last line on standard error and an exit status other than 0.
+A failure is a nonzero exit status, with the reason as the last line on standard error.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from onelaunch.compilation.entry import About
 from onelaunch.errors import BadInput, RunFailed
 
 NICENESS = 5
-NOT_KEPT = "not kept"
-"""In `about` of a program that came past the store: why."""
+NOT_CACHED = "not kept"
+"""Key in `about` of a program that could not be stored: the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a child brings its program: the last argument of its command line, as text."""
+    """Where a child delivers its program; as text, the last argument of its command line."""
 
     folder: str
     limit_bytes: int
     key: str
-    what: str
+    name: str
     started: float
     """Seconds since the epoch."""
 
@@ -45,52 +45,51 @@ class Destination:
 
     @classmethod
     def parse(cls, text: str) -> Destination:
-        """Raises BadInput where `text` is not a destination."""
+        """Parse a destination; raises BadInput if `text` is not one."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
-            raise BadInput(f"{text[:80]!r}: not a place for a compiled program") from error
+            raise BadInput(f"{text[:80]!r}: not a destination of a compiled program") from error
 
 
 def deliver(destination: str, program: bytes, about: About = NOTHING) -> None:
-    """Bring a program to where the last argument says: the store, or else the waiting parent.
+    """Store a program as the last argument says, or else pass it to the waiting parent.
 
-    The store comes first: what a child has made is kept even where its parent has ended since.
-    Where nothing can be kept, the program goes to standard output, which is then a file that the
-    parent reads. `about` gains "what" and "seconds" where it lacks them. Raises RunFailed where
-    neither way is open.
+    The store comes first, so that the program is kept even if the parent has ended. If it cannot be
+    stored, it is written to standard output, which is a file that the parent reads. `about` gets
+    "what" and "seconds" unless it has them. Raises RunFailed if both fail.
     """
-    to = Destination.parse(destination)
-    seconds = max(0.0, round(time.time() - to.started, 3))
-    facts: dict[str, str | float] = {"what": to.what, "seconds": seconds, **about}
-    store = Store(Path(to.folder), to.limit_bytes)
-    if store.put(to.key, program, facts):
+    target = Destination.parse(destination)
+    seconds = max(0.0, round(time.time() - target.started, 3))
+    metadata: dict[str, str | float] = {"what": target.name, "seconds": seconds, **about}
+    store = Store(Path(target.folder), target.limit_bytes)
+    if store.put(target.key, program, metadata):
         return
-    why = store.last_error or "unknown"
+    reason = store.last_error or "unknown"
     try:
         sys.stdout.flush()
-        # what a compiler may have printed goes; a terminal or a pipe cannot do this
+        # drops output of the compiler; fails on a terminal or a pipe
         os.ftruncate(sys.stdout.fileno(), 0)
         os.lseek(sys.stdout.fileno(), 0, os.SEEK_SET)
-        entry.write(sys.stdout.buffer, to.key, program, {**facts, NOT_KEPT: why})
+        entry.write(sys.stdout.buffer, target.key, program, {**metadata, NOT_CACHED: reason})
         sys.stdout.flush()
     except (OSError, AttributeError) as error:
-        raise RunFailed(f"the program could not be handed over: {why}") from error
+        raise RunFailed(f"the program could not be delivered: {reason}") from error
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which a container can narrow."""
+    """Return the number of cores that this process may use, which a container can limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def lower_priority() -> None:
-    """Let everything else that runs here go first, where the system knows how."""
+    """Lower the priority of this process, if the system supports it."""
     with suppress(OSError, AttributeError):
         os.nice(NICENESS)
-    # Linux with autogroups weighs whole sessions against each other, and a process only within
-    # its own: without this the line above does nothing for a child in a session of its own.
+    # Linux with autogroups schedules whole sessions against each other: without this `nice` has no
+    # effect for a child in its own session.
     if hasattr(os, "getsid") and os.getsid(0) == os.getpid():
         with suppress(OSError):
             Path("/proc/self/autogroup").write_text(str(NICENESS), encoding="ascii")

@@ -1,4 +1,4 @@
-"""Processes that are told lines and answer with lines, and end with their parent."""
+"""Child processes with a line-based protocol, which end with their parent."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from onelaunch.compilation.background import plain, why_ended
+from onelaunch.compilation.background import exit_reason, printable
 from onelaunch.compilation.environment import child_environment
 
 ENDING_SECONDS = 5.0
-LAST_WORDS_SECONDS = 60.0
-"""From the end of a child's output to its exit: seconds on a busy machine where it has torch."""
-SAID_BYTES = READ_BYTES = 1 << 16
+EXIT_SECONDS = 60.0
+"""From the end of a child's output to its exit: seconds with torch on a busy machine."""
+STDERR_BYTES = READ_BYTES = 1 << 16
 
 
 class Child:
-    """One of them, leading a group of its own, so that what it has called ends with it. A child
-    that is killed leaves its temporary files: they lie in `scratch`, if that is given."""
+    """A child process that leads its own process group, so that its children are killed with it.
+
+    A killed child leaves its temporary files; they are in `scratch`, if that is set."""
 
     def __init__(self, command: Sequence[str], scratch: Path | None = None) -> None:
-        self.ended_by_us = False
-        self._heard = bytearray()
-        # a file: a pipe that nobody reads holds the child up when it is full
+        self._received = bytearray()
+        # a file, as a full pipe that is not read would block the child
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
@@ -46,8 +46,8 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def tell(self, line: str) -> bool:
-        """Whether it could be told."""
+    def send(self, line: str) -> bool:
+        """Write a line to the child; returns False if it has ended."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line.encode("ascii") + b"\n")
@@ -56,67 +56,68 @@ class Child:
             return False
         return True
 
-    def hear(self) -> str:
-        """Its next line; empty where it has ended."""
+    def receive(self) -> str:
+        """Read the next line of the child; empty if it has ended."""
         assert self._process.stdout is not None
         try:
             return self._process.stdout.readline().decode("ascii", "replace").strip()
         except (OSError, ValueError):
             return ""
 
-    def hear_within(self, seconds: float) -> str:
-        """As `hear`, which must not have been called. Raises TimeoutError."""
+    def receive_within(self, seconds: float) -> str:
+        """As `receive`, which must not be mixed with it. Raises TimeoutError."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._heard:
+            while b"\n" not in self._received:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise TimeoutError
-                # past the buffer, where a line that is cut off would be waited for without end
+                # unbuffered: a buffered read would block on an incomplete line
                 if not (more := os.read(self._process.stdout.fileno(), READ_BYTES)):
                     return ""
-                self._heard += more
-        line, _, rest = self._heard.partition(b"\n")
-        self._heard = bytearray(rest)
+                self._received += more
+        line, _, rest = self._received.partition(b"\n")
+        self._received = bytearray(rest)
         return line.decode("ascii", "replace").strip()
 
     def reason(self) -> str:
-        """Why it has ended: its signal, or the last line of what it wrote on standard error."""
+        """Return why it has ended: its signal, or its last line on standard error."""
         try:
-            return why_ended(self._process.wait(LAST_WORDS_SECONDS), self._errors)
+            return exit_reason(self._process.wait(EXIT_SECONDS), self._errors)
         except (subprocess.TimeoutExpired, ValueError):
-            return "it says nothing more"
+            return "it does not exit"
 
-    def said(self) -> list[str]:
-        """The last lines that it has written on standard error, living or not."""
+    def stderr_lines(self) -> list[str]:
+        """Return the last lines on its standard error, running or not."""
         try:
             n_bytes = os.fstat(self._errors.fileno()).st_size
-            # pread: the place in the file is the child's too, and a seek would move it
-            tail = os.pread(self._errors.fileno(), SAID_BYTES, max(0, n_bytes - SAID_BYTES))
+            # pread, as the child shares the file position and a seek would move it
+            tail = os.pread(self._errors.fileno(), STDERR_BYTES, max(0, n_bytes - STDERR_BYTES))
         except (OSError, ValueError):  # ValueError: `end` has closed the file
             return []
         return [
-            text for line in tail.decode("utf-8", "replace").split("\n") if (text := plain(line))
+            text
+            for line in tail.decode("utf-8", "replace").split("\n")
+            if (text := printable(line))
         ]
 
     def end(self) -> None:
-        """Kill it, with all that it has called."""
-        self.ended_by_us = True
+        """Kill it, with its own children."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         try:
             self._process.wait(ENDING_SECONDS)
         except subprocess.TimeoutExpired:
-            return  # a driver holds it; to close a pipe that is being read would wait for it too
+            return  # blocked in a driver; closing a pipe that is being read would block too
         for file in (self._process.stdin, self._process.stdout, self._errors):
             with suppress(OSError):
                 file.close()  # type: ignore[union-attr]
 
 
-def lines_of_parent() -> queue.SimpleQueue[str]:
-    """In a child: the lines that it is told. Where they end, nobody wants its answer: it is killed
-    then, whatever it is at, with all that it has called."""
+def parent_lines() -> queue.SimpleQueue[str]:
+    """In a child: a queue of the lines that the parent sends. At their end the parent is gone, and
+    the child kills itself and its own children."""
     lines = queue.SimpleQueue[str]()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     return lines
@@ -125,6 +126,6 @@ def lines_of_parent() -> queue.SimpleQueue[str]:
 def _listen(lines: queue.SimpleQueue[str]) -> None:
     for line in iter(sys.stdin.readline, ""):
         lines.put(line)
-    with suppress(ProcessLookupError, PermissionError):  # where it leads no group
+    with suppress(ProcessLookupError, PermissionError):  # if it leads no process group
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)

@@ -1,10 +1,10 @@
-"""One compiled program as a file: a digest, a line of JSON that says what it is, the program.
+"""The file format of a cached program: a digest, a line of JSON metadata, the program.
 
     onelaunch program 1 <sha256 of all that follows, hex>
     {"key": ..., "bytes": <of the program>, "about": {...}}
     <the program>
 
-The digest covers the JSON too: no byte can change unseen. Nothing here is ever unpickled.
+The digest covers the JSON too, so every changed byte is detected. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 About = Mapping[str, str | float]
-"""What a program is and what it cost, for people: {"what": "the fast form", "seconds": 5.2}."""
+"""Metadata of a program for people: {"what": "the fast form", "seconds": 5.2}."""
 
 _MAGIC = b"onelaunch program 1 "
 _FIRST_LINE = len(_MAGIC) + 2 * hashlib.sha256().digest_size + 1
 
 
 class Damaged(Exception):
-    """The file is not the entry that it should be."""
+    """The file is not a valid entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an entry says of itself."""
+    """The header of an entry."""
 
     key: str
     size: int
@@ -38,7 +38,7 @@ class Header:
 
 
 def write(file: BinaryIO, key: str, program: bytes, about: About) -> None:
-    """Write an entry. Raises OSError, and TypeError where `about` is not plain data."""
+    """Write an entry. Raises OSError, and TypeError if `about` is not JSON data."""
     header = {"key": key, "bytes": len(program), "about": dict(about)}
     line = json.dumps(header).encode("ascii") + b"\n"
     digest = hashlib.sha256(line)
@@ -49,37 +49,37 @@ def write(file: BinaryIO, key: str, program: bytes, about: About) -> None:
 
 
 def read(file: BinaryIO, key: str) -> tuple[Header, bytes]:
-    """The header and the program of an entry whose every byte is as it was written under `key`.
+    """Read an entry, from the start of `file`, and verify its digest and key.
 
-    `file` stands at its start. Raises Damaged, and OSError.
+    Raises Damaged, and OSError.
     """
     first, line, header = _head(file)
     if header.key != key:
-        raise Damaged("the entry of another program")
+        raise Damaged("the key of another program")
     program = file.read()
     digest = hashlib.sha256(line)
     digest.update(program)
     if first != _MAGIC + digest.hexdigest().encode("ascii") + b"\n":
-        raise Damaged("not what was written")
+        raise Damaged("the digest differs")
     return header, program
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header alone, its size held against the file's. Raises Damaged, and OSError."""
+    """Read the header alone, and check the size of the file. Raises Damaged, and OSError."""
     return _head(file)[2]
 
 
 def _head(file: BinaryIO) -> tuple[bytes, bytes, Header]:
-    """The first line, the JSON line, and what that says."""
+    """Return the first line, the JSON line, and the parsed header."""
     first = file.read(_FIRST_LINE)
     line = file.readline()
     if len(first) < _FIRST_LINE or not first.startswith(_MAGIC):
-        raise Damaged("no entry")
+        raise Damaged("not an entry")
     try:
-        found = json.loads(line)
-        header = Header(str(found["key"]), int(found["bytes"]), dict(found["about"]))
+        data = json.loads(line)
+        header = Header(str(data["key"]), int(data["bytes"]), dict(data["about"]))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise Damaged("no header") from error
     if len(first) + len(line) + header.size != os.fstat(file.fileno()).st_size:
-        raise Damaged("not as long as it was")
+        raise Damaged("the length differs")
     return first, line, header

@@ -1,4 +1,4 @@
-"""One compilation of a program at a time, among all processes that share a store."""
+"""A lock per program, so that one of the processes that share a store compiles it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from onelaunch.compilation.cache import Store
 
 try:
     import fcntl
-except ImportError:  # Windows: there several may compile at once, and the last one's is kept
+except ImportError:  # on Windows several may compile at once; the last one is stored
     fcntl = None  # type: ignore[assignment]
 
 
 class CompileLock:
-    """A lock of one key of a store. It is held as long as any process has `descriptor` open: a
-    child that inherits it keeps it where its parent ends first."""
+    """The lock of one key of a store. It is held as long as any process has `descriptor` open: a
+    child that inherits it holds it after its parent has ended."""
 
     def __init__(self, store: Store, key: str) -> None:
         self._store = store
@@ -25,7 +25,7 @@ class CompileLock:
         self.descriptor: int | None = None
 
     def acquire(self) -> bool:
-        """Whether it is held now; never waits. Raises OSError where the store cannot be written."""
+        """Try to take the lock, without waiting. Raises OSError if the store cannot be written."""
         self._store.make_folder()
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(self._path, flags, 0o600)
@@ -44,14 +44,14 @@ class CompileLock:
             return False
         except OSError:  # a file system without locks
             return True
-        # who held it before may have removed the file since it was opened here
+        # the previous holder may have removed the file after it was opened here
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        """Let it go, if it is held."""
+        """Release the lock, if it is held."""
         if self.descriptor is None:
             return
         with suppress(OSError):

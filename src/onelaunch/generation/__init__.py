@@ -1,1 +1,1 @@
-"""Text in, text out, on top of any engine."""
+"""Text generation on any engine: prompts, decoding, stop strings."""

@@ -1,4 +1,4 @@
-"""From prompts to events, on any engine: requests, text, stop strings, tokens and seconds."""
+"""Decode prompts on any engine: requests, detokenized text, stop strings, timing."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from onelaunch.errors import BadInput
 from onelaunch.generation.prompts import Prompt
 from onelaunch.generation.stops import StopStrings
 
-MAX_BATCH = 16  # sequences that grow at once
-UNWATCHED_SECONDS = 0.2  # of a step whose text nobody waits for
+MAX_BATCH = 16  # sequences generated at once
+UNSTREAMED_STEP_SECONDS = 0.2  # of a step whose text is not streamed
 
 
 class TextEvent(NamedTuple):
-    """A new token of a text, its end, or both.
+    """A new token of a completion, its end, or both.
 
-    prompt_index: the prompt's.
-    token: the new token; None where the text ends without one.
-    text: what the token adds to the text: "" amid a character of several tokens, or while it may
-        be the beginning of a stop string.
-    finish: why the text ended, see `Finish`; None where it goes on.
+    prompt_index: the index of its prompt.
+    token: the new token; None if the completion ends without one.
+    text: the text that the token adds: "" inside a character of several tokens, or while it may be
+        the beginning of a stop string.
+    finish: why the completion ended, see `Finish`; None while it goes on.
     """
 
     prompt_index: int
@@ -46,12 +46,12 @@ class TextEvent(NamedTuple):
 
 @dataclass(slots=True)
 class Completion:
-    """A prompt and its continuation.
+    """A prompt and its completion.
 
-    text: None until it has ended, and without a tokenizer. It ends before a stop string; `ids` are
-        the tokens up to the one that completed it.
+    ids: the new tokens, up to the one that completed a stop string.
+    text: the new text, without the stop string; None until it has ended, and without a tokenizer.
     finish: why it ended; None until then.
-    Seconds run from the beginning of all texts: to the first new token, and to the last.
+    first_token_seconds, seconds: from the start of the `Decoding` to its first and last token.
     """
 
     prompt: Prompt
@@ -64,8 +64,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How a text goes on and where it ends: after `max_new_tokens`, at one of `stop_ids`, before
-    one of the strings `stop`, or where the model's context is full."""
+    """Sampling and the ends of a completion: after `max_new_tokens`, at one of `stop_ids`, before
+    one of the strings `stop`, or when the model's context is full."""
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
@@ -74,12 +74,12 @@ class Limits:
 
 
 class Decoding:
-    """The continuations of some prompts, as they come: an iterator of `TextEvent`.
+    """An iterator of the `TextEvent`s of several prompts, as they are generated.
 
-    `completions` has a `Completion` for each prompt, which grows with the events. Up to MAX_BATCH
-    prompts grow at once. Ending the iteration early, with `close`, ends the generation. Raises
-    BadInput at once for an empty prompt, one beyond the model's context, or ids beyond its
-    vocabulary; `next` raises RunFailed where logits are not finite.
+    `completions` has a `Completion` per prompt, which grows with the events. Up to MAX_BATCH
+    prompts are generated at once. `close` ends the generation early. The constructor raises
+    BadInput for an empty prompt, one longer than the model's context, or ids outside its
+    vocabulary; `next` raises RunFailed if logits are not finite.
     """
 
     def __init__(
@@ -91,13 +91,17 @@ class Decoding:
     ) -> None:
         check_max_new_tokens(limits.max_new_tokens)
         if limits.stop and tokenizer is None:
-            raise BadInput(f"stop={list(limits.stop)!r}: strings need a tokenizer; leave it out")
+            raise BadInput(
+                f"stop={list(limits.stop)!r}: stop strings need a tokenizer; leave it out"
+            )
         if "" in limits.stop:
             raise BadInput("stop='': must not be empty; leave it out")
         check_prompts(engine.config, [prompt.ids for prompt in prompts])
         self._engine, self.limits = engine, limits
         self.completions = [Completion(prompt) for prompt in prompts]
-        self._texts = [_Text(completion, tokenizer, limits.stop) for completion in self.completions]
+        self._detokenizers = [
+            _Detokenizer(completion, tokenizer, limits.stop) for completion in self.completions
+        ]
         self._cancelled: set[int] = set()
         self._step_seconds = STEP_SECONDS
         self._events = self._run()
@@ -109,45 +113,45 @@ class Decoding:
         return next(self._events)
 
     def finish(self) -> list[Completion]:
-        """Go on to the end of all texts."""
-        if not self.limits.stop:  # else tokens behind a stop string would be computed for nothing
-            self._step_seconds = UNWATCHED_SECONDS
+        """Generate until every completion has ended; returns them."""
+        if not self.limits.stop:  # with stop strings, tokens after one would be wasted
+            self._step_seconds = UNSTREAMED_STEP_SECONDS
         for _ in self._events:
             pass
         return self.completions
 
     def cancel(self, index: int) -> None:
-        """End one text; its end comes among the next events."""
+        """End one completion; the next events include its end."""
         self._cancelled.add(index)
 
     def close(self) -> None:
-        """End all texts, without further events."""
+        """End all completions, without further events."""
         self._events.close()
 
     def _run(self) -> Generator[TextEvent, None, None]:
         start = time.perf_counter()
-        going = len(self._texts)
-        if not going:
+        running = len(self._detokenizers)
+        if not running:
             return
         with closing(self._session()) as session:
-            while going:
+            while running:
                 for index in self._cancelled:
                     session.cancel(index)
                 self._cancelled.clear()
                 events = session.step(self._step_seconds)
                 seconds = time.perf_counter() - start
                 for event in events:
-                    text = self._texts[event.id]
-                    if text.completion.finish is not None:
-                        continue  # tokens behind a stop string
+                    detokenizer = self._detokenizers[event.id]
+                    if detokenizer.completion.finish is not None:
+                        continue  # tokens after a stop string
                     if event.error is not None:
                         raise event.error
-                    yielded = text.take(event, seconds)
-                    if yielded.finish is not None:
-                        going -= 1
+                    text_event = detokenizer.apply(event, seconds)
+                    if text_event.finish is not None:
+                        running -= 1
                         if event.finish is None:
                             session.cancel(event.id)
-                    yield yielded
+                    yield text_event
 
     def _session(self) -> Session:
         limits, prompts = self.limits, [each.prompt.ids for each in self.completions]
@@ -167,27 +171,28 @@ def generate_ids(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The new token ids of each prompt, which is given as token ids. Raises as `Decoding`."""
+    """Generate the new token ids of prompts that are token ids. Raises as `Decoding`."""
     limits = Limits(max_new_tokens, sampling or Sampling(), stop_ids)
     decoding = Decoding(engine, [Prompt("", ids) for ids in prompts], limits)
     return [completion.ids for completion in decoding.finish()]
 
 
 def tokens_per_second(completions: Sequence[Completion]) -> float | None:
-    """New tokens of all texts per second, from the first of them to the last.
+    """Return the generation speed, from the first new token of all completions to the last.
 
-    The first, which reads a prompt, is left out. None where there are not two.
+    The first token is not counted, as its time is that of reading the prompt. None if there are
+    fewer than two.
     """
-    begun = [c for c in completions if c.first_token_seconds is not None]
-    if not begun:
+    started = [c for c in completions if c.first_token_seconds is not None]
+    if not started:
         return None
-    tokens = sum(len(completion.ids) for completion in begun) - 1
-    seconds = max(c.seconds for c in begun) - min(c.first_token_seconds or 0.0 for c in begun)
+    tokens = sum(len(completion.ids) for completion in started) - 1
+    seconds = max(c.seconds for c in started) - min(c.first_token_seconds or 0.0 for c in started)
     return tokens / seconds if tokens and seconds > 0 else None
 
 
-class _Text:
-    """Detokenizes one continuation, up to its stop string, into its completion."""
+class _Detokenizer:
+    """Turns the tokens of one completion into text, up to a stop string."""
 
     def __init__(
         self, completion: Completion, tokenizer: Tokenizer | None, stop: Sequence[str]
@@ -197,12 +202,12 @@ class _Text:
         self._stops = StopStrings(stop)
         self._pieces: list[str] = []
         if self._stream is not None:
-            for token in completion.prompt.ids:  # it is no longer at a text's beginning
+            for token in completion.prompt.ids:  # the new text continues the prompt
                 self._stream.push(token)
 
-    def take(self, event: TokenEvent, seconds: float) -> TextEvent:
-        """What a session's event adds."""
-        completion, finish, piece, found = self.completion, event.finish, "", False
+    def apply(self, event: TokenEvent, seconds: float) -> TextEvent:
+        """Add a token event of the session to the completion; returns its text event."""
+        completion, finish, piece, stopped = self.completion, event.finish, "", False
         if event.token is not None:
             completion.ids.append(event.token)
             completion.seconds = seconds
@@ -210,11 +215,11 @@ class _Text:
                 completion.first_token_seconds = seconds
         if self._stream is not None:
             if event.token is not None:
-                piece, found = self._stops.push(self._stream.push(event.token))
-            if finish is not None and not found:
-                rest, found = self._stops.push(self._stream.finish())
-                piece += rest if found else rest + self._stops.finish()
-            if found:
+                piece, stopped = self._stops.push(self._stream.push(event.token))
+            if finish is not None and not stopped:
+                rest, stopped = self._stops.push(self._stream.finish())
+                piece += rest if stopped else rest + self._stops.finish()
+            if stopped:
                 finish = "stop"
             self._pieces.append(piece)
             if finish is not None:

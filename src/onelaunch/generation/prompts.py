@@ -1,4 +1,4 @@
-"""Prompts: text to token ids."""
+"""Encode prompts: text to token ids."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from onelaunch.errors import BadInput
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a sequence begins with. `ids` holds BOS where the model wants one: the first `special`
-    of them are not of the text."""
+    """The beginning of a sequence. `ids` includes BOS if the model needs one: the first `special`
+    ids are not part of `text`."""
 
     text: str
     ids: Sequence[int]
@@ -24,9 +24,9 @@ class Prompt:
 def encode_prompts(
     tokenizer: Tokenizer, texts: Sequence[str], config: ModelConfig | None = None
 ) -> list[Prompt]:
-    """The texts with their token ids, BOS included.
+    """Encode texts to prompts, BOS included.
 
-    Raises BadInput, naming the piece, where a text needs an id that the model of `config` lacks.
+    Raises BadInput, naming the piece, if a text has an id outside the vocabulary of `config`.
     """
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     prompts = [Prompt(text, ids, int(ids[:1] == [tokenizer.bos_id])) for text, ids in encoded]
@@ -37,18 +37,18 @@ def encode_prompts(
 
 
 def empty_prompt(model: LoadedModel, tokenizer: Tokenizer | None) -> Prompt:
-    """What a sequence without a prompt begins with. Raises BadInput where that is not known."""
+    """Return the prompt of a sequence without one: its first id. Raises BadInput if unknown."""
     first = first_id(model, tokenizer)
     if first is None:
         source = model.source or "the model"
-        raise BadInput(f"{source}: the model names no BOS to begin with; give prompt='TEXT'")
+        raise BadInput(f"{source}: the model has no BOS to start from; pass prompt='TEXT'")
     return Prompt("", [first], 1)
 
 
 def first_id(model: LoadedModel, tokenizer: Tokenizer | None) -> int | None:
-    """The id that a sequence without a prompt begins with: BOS, or the EOS of the text before it;
-    None where neither is named."""
-    named = [model.bos_id]
+    """Return the first id of a sequence without a prompt: BOS, or else EOS, as after a previous
+    document; None if the model and the tokenizer name neither."""
+    candidates = [model.bos_id]
     if tokenizer is not None:
-        named += [tokenizer.bos_id, tokenizer.eos_id]
-    return next((token for token in named if token is not None), None)
+        candidates += [tokenizer.bos_id, tokenizer.eos_id]
+    return next((token for token in candidates if token is not None), None)

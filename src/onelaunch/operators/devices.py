@@ -1,4 +1,4 @@
-"""What a kernel's plan must know of a device, looked up once."""
+"""Device properties that kernel plans need, cached."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """The number of compute units that run programs side by side: multiprocessors of cuda and hip,
-    execution units of xpu, vector cores of npu, 1 for a cpu.
+    """Return the number of parallel compute units: multiprocessors of cuda and hip, execution units
+    of xpu, vector cores of npu, 1 for a cpu.
 
-    `device` must carry an index where a machine can hold several.
+    `device` must have an index unless it is the cpu.
     """
     if device.type == "cuda":  # hip as well
         return torch.cuda.get_device_properties(device).multi_processor_count

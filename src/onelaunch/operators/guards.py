@@ -1,8 +1,8 @@
-"""Whether tensors are as others were, said by one call.
+"""Compare the metadata of tensors with that of earlier ones, by the guards of torch.compile.
 
-Reading shapes, strides, dtypes, devices and modes one after another costs a host-bound operator
-1.5 us a call; torch.compile's own guard compares them all in 0.15. It is not a public interface:
-where it is not as it was, there is no guard, and the slow way is taken.
+Reading shapes, strides, dtypes, devices and modes one by one costs a host-bound operator 1.5 us per
+call; `TensorGuards` compares them all in 0.15 us. It is not a public interface: if it is missing or
+has changed, there is no guard and callers take the slow path.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ try:
 except ImportError:
     TensorGuards: Any = None  # type: ignore[no-redef]
 
-Same = Callable[..., bool]
+Guard = Callable[..., bool]
 Kind = TypeVar("Kind")
 Value = TypeVar("Value")
-# What was found for the tensors that a guard knows, the latest first.
-Recent: TypeAlias = tuple[tuple[Same, Kind, Value], ...]
+# Cached values with the guards of their tensors, the newest first.
+Recent: TypeAlias = tuple[tuple[Guard, Kind, Value], ...]
 
-MOST_RECENT = 4  # a model's norms have a few shapes; a guard that does not fit costs 0.15 us
+MAX_RECENT = 4  # a model's norms have a few shapes; a guard that fails costs 0.15 us
 
 
-def same_as(*tensors: Tensor) -> Same | None:
-    """A function of as many tensors: whether each has the type, dtype, device, sizes, strides,
-    dispatch keys and requires_grad that its predecessor here has, and autocast, inference mode and
-    functorch's transforms are as they are now. It does not see every dispatch mode, keeps none of
-    the tensors, and says nothing of addresses. None where this PyTorch cannot say."""
+def make_guard(*tensors: Tensor) -> Guard | None:
+    """Make a function of as many tensors that returns whether each has the same type, dtype,
+    device, sizes, strides, dispatch keys and requires_grad as these, with the same autocast,
+    inference mode and functorch transforms as now.
+
+    It does not see every dispatch mode, keeps no reference to the tensors, and does not compare
+    addresses. Returns None if this PyTorch has no such guards.
+    """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
     try:
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        same: Same = guards.check
-        return same if same(*tensors) else None
+        guard: Guard = guards.check
+        return guard if guard(*tensors) else None
     except Exception:
         return None
 
 
-def with_recent(
+def add_recent(
     recent: Recent[Kind, Value], tensors: tuple[Tensor, ...], kind: Kind, value: Value
 ) -> Recent[Kind, Value]:
-    """`recent` with the value of these tensors before it, as far as there is a guard for them."""
-    same = same_as(*tensors)
-    return recent if same is None else ((same, kind, value), *recent[: MOST_RECENT - 1])
+    """Return `recent` with the value of these tensors in front, if a guard can be made for them."""
+    guard = make_guard(*tensors)
+    return recent if guard is None else ((guard, kind, value), *recent[: MAX_RECENT - 1])

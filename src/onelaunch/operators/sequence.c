@@ -1,5 +1,5 @@
-/* Empty tensors made and kernels launched, in one call from Python: operators/sequence.py says what
-   a Sequence is, and has its twin in Python. And what autograd calls for a gradient, Backward. */
+/* Sequence: allocates tensors and launches kernels in one call from Python; operators/sequence.py
+   documents it and has its twin in Python. Backward: the callable that autograd calls. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -7,47 +7,47 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MOST_TENSORS = 16, MOST_LAUNCHES = 4, MOST_PARAMETERS = 48 };
+enum { MAX_TENSORS = 16, MAX_LAUNCHES = 4, MAX_PARAMETERS = 48 };
 
 typedef CUresult (*LaunchKernelEx)(const CUlaunchConfig *, CUfunction, void **, void **);
 
 typedef struct {
     CUfunction function;
-    unsigned int programs, threads, shared_bytes;
+    unsigned int grid, threads, shared_bytes;
     int dependent, parameters;
-    int tensor[MOST_PARAMETERS];        /* which tensor's address it is, or -1: */
-    uint64_t constant[MOST_PARAMETERS]; /* its value */
+    int tensor[MAX_PARAMETERS];        /* the tensor whose address it is, or -1: */
+    uint64_t constant[MAX_PARAMETERS]; /* then its value */
 } Launch;
 
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
-    int given, made, launches, results;
-    PyObject *make_empty;             /* called with each of these tuples */
-    PyObject *empty[MOST_TENSORS];
-    Launch launch[MOST_LAUNCHES];
-    int result[MOST_TENSORS];
+    int n_inputs, n_empty, launches, results;
+    PyObject *make_empty;             /* called with each tuple of `empty` */
+    PyObject *empty[MAX_TENSORS];
+    Launch launch[MAX_LAUNCHES];
+    int result[MAX_TENSORS];
     PyObject *address;                /* torch.Tensor.data_ptr */
     PyObject *current_device, *current_stream, *device;
     long device_index;
-    PyObject *twin;                   /* what serves the calls that this cannot */
+    PyObject *twin;                   /* the fallback */
     LaunchKernelEx launch_kernel_ex;
 } Sequence;
 
-/* The non-negative integer that a callable returns; -1 and an error set where it fails. */
+/* Store the non-negative integer that a callable returns; -1, with an error set, if it fails. */
 static long long integer_of(PyObject *callable, PyObject *argument, uint64_t *value) {
-    PyObject *found =
+    PyObject *result =
         argument ? PyObject_CallOneArg(callable, argument) : PyObject_CallNoArgs(callable);
-    if (!found) return -1;
-    *value = PyLong_AsUnsignedLongLongMask(found);
-    Py_DECREF(found);
+    if (!result) return -1;
+    *value = PyLong_AsUnsignedLongLongMask(result);
+    Py_DECREF(result);
     return *value == (uint64_t)-1 && PyErr_Occurred() ? -1 : 0;
 }
 
 static CUresult launch_all(Sequence *self, CUstream stream, uint64_t *addresses, int *done) {
     for (*done = 0; *done < self->launches; ++*done) {
         Launch *launch = &self->launch[*done];
-        void *parameters[MOST_PARAMETERS];
+        void *parameters[MAX_PARAMETERS];
         for (int i = 0; i < launch->parameters; ++i) {
             int tensor = launch->tensor[i];
             parameters[i] = tensor < 0 ? (void *)&launch->constant[i] : (void *)&addresses[tensor];
@@ -55,7 +55,7 @@ static CUresult launch_all(Sequence *self, CUstream stream, uint64_t *addresses,
         CUlaunchAttribute attribute = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION};
         attribute.value.programmaticStreamSerializationAllowed = 1;
         CUlaunchConfig config = {0};
-        config.gridDimX = launch->programs;
+        config.gridDimX = launch->grid;
         config.gridDimY = config.gridDimZ = 1;
         config.blockDimX = launch->threads;
         config.blockDimY = config.blockDimZ = 1;
@@ -70,23 +70,23 @@ static CUresult launch_all(Sequence *self, CUstream stream, uint64_t *addresses,
 }
 
 static PyObject *sequence_call(
-    PyObject *object, PyObject *const *given, size_t flags, PyObject *names
+    PyObject *object, PyObject *const *inputs, size_t flags, PyObject *names
 ) {
     Sequence *self = (Sequence *)object;
-    if (PyVectorcall_NARGS(flags) != self->given || (names && PyTuple_GET_SIZE(names))) {
-        PyErr_Format(PyExc_TypeError, "a sequence of %d tensors, by position", self->given);
+    if (PyVectorcall_NARGS(flags) != self->n_inputs || (names && PyTuple_GET_SIZE(names))) {
+        PyErr_Format(PyExc_TypeError, "a sequence takes %d tensors, by position", self->n_inputs);
         return NULL;
     }
     uint64_t current;
     if (integer_of(self->current_device, NULL, &current)) return NULL;
     if ((long)current != self->device_index)
-        return PyObject_Vectorcall(self->twin, given, self->given, NULL);
+        return PyObject_Vectorcall(self->twin, inputs, self->n_inputs, NULL);
 
-    PyObject *tensors[MOST_TENSORS], *found = NULL;
-    uint64_t addresses[MOST_TENSORS], stream;
+    PyObject *tensors[MAX_TENSORS], *result = NULL;
+    uint64_t addresses[MAX_TENSORS], stream;
     int held = 0;
-    for (; held < self->given; ++held) tensors[held] = Py_NewRef(given[held]);
-    for (int i = 0; i < self->made; ++i, ++held) {
+    for (; held < self->n_inputs; ++held) tensors[held] = Py_NewRef(inputs[held]);
+    for (int i = 0; i < self->n_empty; ++i, ++held) {
         tensors[held] = PyObject_Call(self->make_empty, self->empty[i], NULL);
         if (!tensors[held]) goto end;
     }
@@ -101,7 +101,7 @@ static PyObject *sequence_call(
     Py_END_ALLOW_THREADS
     if (status == CUDA_ERROR_INVALID_CONTEXT && done == 0) {
         /* A new thread: Triton's own launcher makes the context current. */
-        found = PyObject_Vectorcall(self->twin, given, self->given, NULL);
+        result = PyObject_Vectorcall(self->twin, inputs, self->n_inputs, NULL);
         goto end;
     }
     if (status != CUDA_SUCCESS) {
@@ -114,28 +114,28 @@ static PyObject *sequence_call(
         goto end;
     }
     if (self->results == 1) {
-        found = Py_NewRef(tensors[self->result[0]]);
+        result = Py_NewRef(tensors[self->result[0]]);
         goto end;
     }
-    found = PyTuple_New(self->results);
-    for (int i = 0; found && i < self->results; ++i)
-        PyTuple_SET_ITEM(found, i, Py_NewRef(tensors[self->result[i]]));
+    result = PyTuple_New(self->results);
+    for (int i = 0; result && i < self->results; ++i)
+        PyTuple_SET_ITEM(result, i, Py_NewRef(tensors[self->result[i]]));
 end:
     for (int i = 0; i < held; ++i) Py_DECREF(tensors[i]);
-    return found;
+    return result;
 }
 
-static int read_launch(Launch *launch, PyObject *described, int tensors) {
+static int read_launch(Launch *launch, PyObject *spec, int tensors) {
     unsigned long long function;
     PyObject *parameters;
     if (!PyArg_ParseTuple(
-            described, "KIIIpO!", &function, &launch->programs, &launch->threads,
+            spec, "KIIIpO!", &function, &launch->grid, &launch->threads,
             &launch->shared_bytes, &launch->dependent, &PyTuple_Type, &parameters
         ))
         return -1;
     launch->function = (CUfunction)(uintptr_t)function;
     launch->parameters = (int)PyTuple_GET_SIZE(parameters);
-    if (launch->parameters > MOST_PARAMETERS) {
+    if (launch->parameters > MAX_PARAMETERS) {
         PyErr_SetString(PyExc_ValueError, "too many parameters");
         return -1;
     }
@@ -145,7 +145,7 @@ static int read_launch(Launch *launch, PyObject *described, int tensors) {
         if (!PyArg_ParseTuple(one, "iK", &launch->tensor[i], &constant)) return -1;
         launch->constant[i] = constant;
         if (launch->tensor[i] >= tensors) {
-            PyErr_SetString(PyExc_ValueError, "there is no such tensor");
+            PyErr_SetString(PyExc_ValueError, "tensor number out of range");
             return -1;
         }
     }
@@ -154,7 +154,7 @@ static int read_launch(Launch *launch, PyObject *described, int tensors) {
 
 static void sequence_free(PyObject *object) {
     Sequence *self = (Sequence *)object;
-    for (int i = 0; i < self->made; ++i) Py_XDECREF(self->empty[i]);
+    for (int i = 0; i < self->n_empty; ++i) Py_XDECREF(self->empty[i]);
     Py_XDECREF(self->make_empty);
     Py_XDECREF(self->address);
     Py_XDECREF(self->current_device);
@@ -165,26 +165,26 @@ static void sequence_free(PyObject *object) {
 }
 
 static PyObject *sequence_new(PyTypeObject *type, PyObject *args, PyObject *names) {
-    int given;
+    int n_inputs;
     unsigned long long launch_kernel_ex;
     PyObject *make_empty, *empty, *launches, *results, *address, *current_device, *current_stream;
     PyObject *device, *twin;
     if (!PyArg_ParseTuple(
-            args, "iOO!O!O!OOOOOK", &given, &make_empty, &PyTuple_Type, &empty, &PyTuple_Type,
+            args, "iOO!O!O!OOOOOK", &n_inputs, &make_empty, &PyTuple_Type, &empty, &PyTuple_Type,
             &launches, &PyTuple_Type, &results, &address, &current_device, &current_stream, &device,
             &twin, &launch_kernel_ex
         ))
         return NULL;
-    Py_ssize_t tensors = given + PyTuple_GET_SIZE(empty);
-    if (given < 1 || tensors > MOST_TENSORS || PyTuple_GET_SIZE(launches) > MOST_LAUNCHES ||
-        PyTuple_GET_SIZE(results) < 1 || PyTuple_GET_SIZE(results) > MOST_TENSORS) {
+    Py_ssize_t tensors = n_inputs + PyTuple_GET_SIZE(empty);
+    if (n_inputs < 1 || tensors > MAX_TENSORS || PyTuple_GET_SIZE(launches) > MAX_LAUNCHES ||
+        PyTuple_GET_SIZE(results) < 1 || PyTuple_GET_SIZE(results) > MAX_TENSORS) {
         PyErr_SetString(PyExc_ValueError, "too many tensors, launches or results, or none");
         return NULL;
     }
     Sequence *self = (Sequence *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->call = sequence_call;
-    self->given = given;
+    self->n_inputs = n_inputs;
     self->make_empty = Py_NewRef(make_empty);
     self->address = Py_NewRef(address);
     self->current_device = Py_NewRef(current_device);
@@ -194,17 +194,17 @@ static PyObject *sequence_new(PyTypeObject *type, PyObject *args, PyObject *name
     self->launch_kernel_ex = (LaunchKernelEx)(uintptr_t)launch_kernel_ex;
     self->device_index = PyLong_AsLong(device);
     if (PyErr_Occurred()) goto failed;
-    for (; self->made < PyTuple_GET_SIZE(empty); ++self->made)
-        self->empty[self->made] = Py_NewRef(PyTuple_GET_ITEM(empty, self->made));
+    for (; self->n_empty < PyTuple_GET_SIZE(empty); ++self->n_empty)
+        self->empty[self->n_empty] = Py_NewRef(PyTuple_GET_ITEM(empty, self->n_empty));
     for (; self->launches < PyTuple_GET_SIZE(launches); ++self->launches) {
-        PyObject *described = PyTuple_GET_ITEM(launches, self->launches);
-        if (read_launch(&self->launch[self->launches], described, (int)tensors)) goto failed;
+        PyObject *spec = PyTuple_GET_ITEM(launches, self->launches);
+        if (read_launch(&self->launch[self->launches], spec, (int)tensors)) goto failed;
     }
     for (; self->results < PyTuple_GET_SIZE(results); ++self->results) {
         long at = PyLong_AsLong(PyTuple_GET_ITEM(results, self->results));
         if (PyErr_Occurred()) goto failed;
         if (at < 0 || at >= tensors) {
-            PyErr_SetString(PyExc_ValueError, "there is no such tensor");
+            PyErr_SetString(PyExc_ValueError, "tensor number out of range");
             goto failed;
         }
         self->result[self->results] = (int)at;
@@ -226,56 +226,56 @@ static PyTypeObject SequenceType = {
     .tp_dealloc = sequence_free,
 };
 
-/* The `apply` of an autograd.Function's node whose context has a tensor and a weight saved and
-   `prepared`, with `recent_backward`: (guard, whether the weight's gradient is needed, function)
-   each. Called with the context and dY, it returns the two gradients of the function whose guard
-   fits, and None; where none fits, gradients are recorded or a dispatch mode is on, what `otherwise`
-   returns for the context, dY and the two saved tensors, which may be unpacked only once. */
+/* The `apply` of an autograd.Function's node. Its context has saved x and a weight, and has
+   `prepared`, whose `recent_backward` has entries (guard, whether dW is needed, function). Called
+   with the context and dY, it returns the two gradients of the first function whose guard matches,
+   and None. If none matches, gradients are recorded, or a dispatch mode is on, it returns
+   `fallback(context, dY, x, weight)`: the saved tensors may be unpacked only once. */
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
-    PyObject *grad_enabled, *dispatch_modes, *address, *otherwise;
+    PyObject *grad_enabled, *dispatch_modes, *address, *fallback;
 } Backward;
 
 static PyObject *name_prepared, *name_recent, *name_saved, *name_needed;
 
-/* 1 where an entry of `recent` fits, its function's result in *found; 0 where not; -1: an error. */
+/* 1 if an entry of `recent` matches, with its function's result in *result; 0 if not; -1: error. */
 static int try_recent(
-    Backward *self, PyObject *recent, PyObject *needed, PyObject *const *tensors, PyObject **found
+    Backward *self, PyObject *recent, PyObject *needed, PyObject *const *tensors, PyObject **result
 ) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(recent); ++i) {
         PyObject *one = PyTuple_GET_ITEM(recent, i);
         if (!PyTuple_Check(one) || PyTuple_GET_SIZE(one) != 3) return 0;
         if (PyTuple_GET_ITEM(one, 1) != needed) continue;
-        PyObject *same = PyObject_Vectorcall(PyTuple_GET_ITEM(one, 0), tensors, 3, NULL);
-        if (!same) return -1;
-        int fits = same == Py_True;
-        Py_DECREF(same);
+        PyObject *match = PyObject_Vectorcall(PyTuple_GET_ITEM(one, 0), tensors, 3, NULL);
+        if (!match) return -1;
+        int fits = match == Py_True;
+        Py_DECREF(match);
         if (!fits) continue;
         uint64_t bits = 0, address;
         for (int t = 0; t < 3; ++t, bits |= address)
             if (integer_of(self->address, tensors[t], &address)) return -1;
-        if (bits & 15) continue; /* the guards say nothing of addresses */
-        *found = PyObject_Vectorcall(PyTuple_GET_ITEM(one, 2), tensors, 3, NULL);
-        return *found ? 1 : -1;
+        if (bits & 15) continue; /* the guards do not compare addresses */
+        *result = PyObject_Vectorcall(PyTuple_GET_ITEM(one, 2), tensors, 3, NULL);
+        return *result ? 1 : -1;
     }
     return 0;
 }
 
 static PyObject *backward_call(
-    PyObject *object, PyObject *const *given, size_t flags, PyObject *names
+    PyObject *object, PyObject *const *args, size_t flags, PyObject *names
 ) {
     Backward *self = (Backward *)object;
     PyObject *prepared = NULL, *recent = NULL, *needed = NULL, *both = NULL, *result = NULL;
     int fits = 0;
     if (PyVectorcall_NARGS(flags) != 2 || names) {
-        PyErr_SetString(PyExc_TypeError, "a context and a gradient, by position");
+        PyErr_SetString(PyExc_TypeError, "takes a context and a gradient, by position");
         return NULL;
     }
-    PyObject *saved = PyObject_GetAttr(given[0], name_saved);
+    PyObject *saved = PyObject_GetAttr(args[0], name_saved);
     if (!saved) return NULL;
     if (!PyTuple_Check(saved) || PyTuple_GET_SIZE(saved) != 2) {
-        PyErr_SetString(PyExc_TypeError, "a tensor and a weight are to be saved");
+        PyErr_SetString(PyExc_TypeError, "the context must save a tensor and a weight");
         goto end;
     }
     PyObject *x = PyTuple_GET_ITEM(saved, 0), *weight = PyTuple_GET_ITEM(saved, 1);
@@ -284,22 +284,22 @@ static PyObject *backward_call(
     Py_DECREF(recorded);
     uint64_t modes;
     if (integer_of(self->dispatch_modes, NULL, &modes)) goto end;
-    if (recorded != Py_False || modes || weight == Py_None) goto otherwise;
-    if (!(prepared = PyObject_GetAttr(given[0], name_prepared))) goto end;
+    if (recorded != Py_False || modes || weight == Py_None) goto fallback;
+    if (!(prepared = PyObject_GetAttr(args[0], name_prepared))) goto end;
     if (!(recent = PyObject_GetAttr(prepared, name_recent))) goto end;
-    if (!(needed = PyObject_GetAttr(given[0], name_needed))) goto end;
+    if (!(needed = PyObject_GetAttr(args[0], name_needed))) goto end;
     if (!PyTuple_Check(recent) || !PyTuple_Check(needed) || PyTuple_GET_SIZE(needed) < 2)
-        goto otherwise;
-    PyObject *tensors[] = {given[1], x, weight};
+        goto fallback;
+    PyObject *tensors[] = {args[1], x, weight};
     fits = try_recent(self, recent, PyTuple_GET_ITEM(needed, 1), tensors, &both);
     if (fits < 0) goto end;
     if (fits && PyTuple_Check(both) && PyTuple_GET_SIZE(both) == 2) {
         result = PyTuple_Pack(3, PyTuple_GET_ITEM(both, 0), PyTuple_GET_ITEM(both, 1), Py_None);
         goto end;
     }
-otherwise:;
-    PyObject *all[] = {given[0], given[1], x, weight};
-    result = PyObject_Vectorcall(self->otherwise, all, 4, NULL);
+fallback:;
+    PyObject *all[] = {args[0], args[1], x, weight};
+    result = PyObject_Vectorcall(self->fallback, all, 4, NULL);
 end:
     Py_XDECREF(prepared);
     Py_XDECREF(recent);
@@ -318,13 +318,13 @@ static void backward_free(PyObject *object) {
     Py_XDECREF(self->grad_enabled);
     Py_XDECREF(self->dispatch_modes);
     Py_XDECREF(self->address);
-    Py_XDECREF(self->otherwise);
+    Py_XDECREF(self->fallback);
     Py_TYPE(object)->tp_free(object);
 }
 
 static PyObject *backward_new(PyTypeObject *type, PyObject *args, PyObject *names) {
-    PyObject *grad_enabled, *dispatch_modes, *address, *otherwise;
-    if (!PyArg_ParseTuple(args, "OOOO", &grad_enabled, &dispatch_modes, &address, &otherwise))
+    PyObject *grad_enabled, *dispatch_modes, *address, *fallback;
+    if (!PyArg_ParseTuple(args, "OOOO", &grad_enabled, &dispatch_modes, &address, &fallback))
         return NULL;
     Backward *self = (Backward *)type->tp_alloc(type, 0);
     if (!self) return NULL;
@@ -332,7 +332,7 @@ static PyObject *backward_new(PyTypeObject *type, PyObject *args, PyObject *name
     self->grad_enabled = Py_NewRef(grad_enabled);
     self->dispatch_modes = Py_NewRef(dispatch_modes);
     self->address = Py_NewRef(address);
-    self->otherwise = Py_NewRef(otherwise);
+    self->fallback = Py_NewRef(fallback);
     return (PyObject *)self;
 }
 
@@ -357,11 +357,12 @@ PyMODINIT_FUNC PyInit_onelaunch_sequence(void) {
     name_saved = PyUnicode_InternFromString("saved_tensors");
     name_needed = PyUnicode_InternFromString("needs_input_grad");
     if (!name_prepared || !name_recent || !name_saved || !name_needed) return NULL;
-    PyObject *made = PyModule_Create(&module);
-    if (made && (PyModule_AddObjectRef(made, "Sequence", (PyObject *)&SequenceType) < 0 ||
-                 PyModule_AddObjectRef(made, "Backward", (PyObject *)&BackwardType) < 0)) {
-        Py_DECREF(made);
+    PyObject *extension = PyModule_Create(&module);
+    if (extension &&
+        (PyModule_AddObjectRef(extension, "Sequence", (PyObject *)&SequenceType) < 0 ||
+         PyModule_AddObjectRef(extension, "Backward", (PyObject *)&BackwardType) < 0)) {
+        Py_DECREF(extension);
         return NULL;
     }
-    return made;
+    return extension;
 }

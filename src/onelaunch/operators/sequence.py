@@ -1,11 +1,11 @@
-"""Empty tensors made and kernels launched, in one call.
+"""Allocate the results of an operator and launch its kernels, in one call of a C extension.
 
-An operator that takes 2 us on a GPU waits for the host; in a thread that has just been woken, as
-autograd's is, every line of Python costs twice what it costs elsewhere. So what a call does, once
-its shapes are known, is written down, and a small extension in C does it: it asks Python for the
-empty tensors and the addresses, and the driver for the launches. It is compiled as Triton compiles
-its launchers, by the same C compiler, and kept in the same store; where that fails, and on other
-devices, the twin in Python does the same.
+An operator that takes 2 us on a GPU is bound by the host, and in a thread that has just woken up,
+such as autograd's, a line of Python takes twice as long as elsewhere. So once its shapes are known,
+the work of a call is recorded as data for a small extension in C, which calls Python for the empty
+tensors and their addresses, and the driver for the launches. It is compiled like Triton's
+launchers, by the same C compiler, and cached with them; if that fails, and on other devices, a
+Python twin does the same.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch import Tensor
 
 from onelaunch.operators.empty import Empty, make_on_current_gpu
 from onelaunch.operators.handles import Bound, current_device, current_stream, data_ptr
-from onelaunch.operators.kept import verified
+from onelaunch.operators.triton_cache import verified
 
 Step = tuple[Callable[..., None], tuple[int, ...]]
-"""A launch, and which of the tensors it is called with."""
+"""A launch, and the indices of the tensors that it takes."""
 
 
 def sequence(
-    given: int, empty: Sequence[Empty], steps: Sequence[Step], results: tuple[int, ...]
+    n_inputs: int, empty: Sequence[Empty], steps: Sequence[Step], results: tuple[int, ...]
 ) -> Callable[..., Any]:
-    """A function of `given` tensors: makes those of `empty`, which are numbered after the given
-    ones, launches the steps and returns the results, a tuple where there are several."""
-    twin = in_python(given, empty, steps, results)
+    """Make a function of `n_inputs` tensors that allocates those of `empty`, numbered after the
+    inputs, launches the steps, and returns the results: a tensor, or a tuple of several."""
+    twin = python_twin(n_inputs, empty, steps, results)
     handles = [launch.handle for launch, _ in steps if isinstance(launch, Bound) and launch.handle]
     extension = _extension() if len(handles) == len(steps) and make_on_current_gpu else None
     if extension is None:
         return twin
     launches = tuple(
-        handle.described(tensors) for handle, (_, tensors) in zip(handles, steps, strict=True)
+        handle.as_tuple(tensors) for handle, (_, tensors) in zip(handles, steps, strict=True)
     )
-    made: Callable[..., Any] = extension.Sequence(
-        given,
+    run: Callable[..., Any] = extension.Sequence(
+        n_inputs,
         make_on_current_gpu,
-        tuple(one.described for one in empty),
+        tuple(one.spec for one in empty),
         launches,
         results,
         data_ptr,
@@ -53,57 +53,59 @@ def sequence(
         twin,
         _launch_kernel_ex(),
     )
-    return made
+    return run
 
 
-def in_python(
-    given: int, empty: Sequence[Empty], steps: Sequence[Step], results: tuple[int, ...]
+def python_twin(
+    n_inputs: int, empty: Sequence[Empty], steps: Sequence[Step], results: tuple[int, ...]
 ) -> Callable[..., Any]:
-    """The plain form of `sequence`."""
+    """The plain form of `sequence`, in Python."""
 
     def run(*tensors: Tensor) -> Any:
-        every = (*tensors, *(make() for make in empty))
-        for launch, which in steps:
-            launch(*(every[i] for i in which))
+        numbered = (*tensors, *(make() for make in empty))
+        for launch, indices in steps:
+            launch(*(numbered[i] for i in indices))
         if len(results) == 1:
-            return every[results[0]]
-        return tuple(every[i] for i in results)
+            return numbered[results[0]]
+        return tuple(numbered[i] for i in results)
 
     return run
 
 
-def backward_in_c(otherwise: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The `apply` of an autograd.Function's node that looks through `recent_backward` as
-    `otherwise` does, which serves all that it cannot: called with the context, dY and the two
-    saved tensors. None without the extension."""
+def backward_in_c(fallback: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Make the `apply` of an autograd.Function's node that looks up `recent_backward` in C.
+
+    `fallback(ctx, dy, x, weight)` serves the calls without a matching entry. Returns None without
+    the extension.
+    """
     extension = _extension()
     if extension is None:
         return None
-    made: Callable[..., Any] = extension.Backward(
-        torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, data_ptr, otherwise
+    apply: Callable[..., Any] = extension.Backward(
+        torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, data_ptr, fallback
     )
-    return made
+    return apply
 
 
 @cache
 def _launch_kernel_ex() -> int:
-    found = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    return ctypes.cast(found, ctypes.c_void_p).value or 0
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @cache
 def _extension() -> Any:
-    """The module in C, or None: without it calls are slower, and the same."""
+    """The C extension, or None if it cannot be compiled: calls are then slower."""
     if torch.version.hip is not None:
         return None
     try:
         return compile_extension()
-    except Exception:  # no C compiler, no headers: whatever Triton raises
+    except Exception:  # no C compiler, no headers: Triton raises errors of any type
         return None
 
 
 def compile_extension() -> Any:
-    """Compile the module in C, or take it from Triton's store."""
+    """Compile the C extension, or load it from Triton's cache."""
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_src
 

@@ -1,8 +1,8 @@
-"""How a whole model runs, as pure data shared by every engine: no tensors, no device.
+"""The execution plan of a model: pure data shared by every engine, without tensors or a device.
 
-`make_plan` gives the stages of one forward with what each reads, writes and costs; `launches`
-groups them by fusion depth; `make_tiles` cuts them into tiles that wait for one another; `check`
-and its siblings say where a plan is wrong.
+`make_plan` lists the stages of one forward with their reads, writes and cost; `launches` groups
+them by fusion depth; `make_tiles` cuts them into tiles with dependencies; `check`,
+`check_launches` and `check_tiles` validate the results.
 """
 
 from onelaunch.plan.build import make_plan

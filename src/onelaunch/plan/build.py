@@ -1,13 +1,13 @@
-"""The plan of a model's forward, every byte and operation counted.
+"""Build the plan of a forward, with its bytes and operations counted.
 
 Shapes: B batch, S sequence, T cached positions, D model width, H heads, K kv heads, E head width,
-F hidden width, V vocabulary, P positions that get logits (1 or S).
+F hidden width, V vocabulary, P positions with logits (1 or S).
 
-Operations are additions, multiplications, divisions and functions of one number (exp, 1/sqrt),
-one each; a sum of n terms is n additions, so that a product of (M, K) and (K, N) is 2 M N K.
-Comparisons are none: a maximum is free, and so is `sample`, whose work depends on the sampling.
-Not counted either are the rotary tables, which an engine may read or compute (2 S E numbers), and
-the normalized rows, which need never leave the stage that uses them.
+Additions, multiplications, divisions and functions of one number (exp, 1/sqrt) count one operation
+each; a sum of n terms counts n additions, so a product of (M, K) and (K, N) is 2 M N K.
+Comparisons count nothing: a maximum is free, and so is `sample`, whose work depends on the
+sampling. The rotary tables, which an engine may read or compute (2 S E numbers), and the
+normalized rows, which need not leave their stage, are not counted either.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from onelaunch.plan.stages import Access, Buffer, Plan, Role, Stage
 ID_ITEMSIZE = 4
 LOGIT_ITEMSIZE = 4
 
-# Each element: x cos + (the pair's other element) sin.
+# Per element: x cos + (the pair's other element) sin.
 ROPE_FLOPS = 3
-# Each element: silu is g / (1 + exp(-g)), then the product with up.
+# Per element: silu is g / (1 + exp(-g)), then the product with up.
 SWIGLU_FLOPS = 5
-# Each visible key: scaled, the maximum subtracted, exp, added to the sum, divided by the sum.
+# Per visible key: scale, subtract the maximum, exp, add to the sum, divide by the sum.
 SOFTMAX_FLOPS = 5
 
 
 def norm_flops(width: int) -> int:
-    """One row of x / sqrt(mean(x^2) + eps) * weight: squares and their sum, two products for each
-    element, and the mean, eps and 1/sqrt."""
+    """Operations of one row of x / sqrt(mean(x^2) + eps) * weight: squares and their sum, two
+    products per element, and the mean, eps and 1/sqrt."""
     return 4 * width + 3
 
 
 def product_flops(rows: int, inner: int, columns: int) -> int:
-    """A matrix product, (rows, inner) times (inner, columns)."""
+    """Operations of a matrix product, (rows, inner) times (inner, columns)."""
     return 2 * rows * inner * columns
 
 
 def visible_pairs(sequence: int, past: int) -> int:
-    """Pairs of a new position and a key that it sees: all cached ones, and the new up to itself."""
+    """Count (query, key) pairs under the causal mask: cached keys, and new ones up to the query."""
     return sequence * past + sequence * (sequence + 1) // 2
 
 
@@ -67,11 +67,12 @@ def make_plan(
     weight_itemsize: int = 4,
     activation_itemsize: int = 4,
 ) -> Plan:
-    """The stages that take `batch` sequences by `sequence` tokens each after `past` cached ones.
+    """Plan a forward of `batch` sequences, `sequence` new tokens each after `past` cached ones.
 
-    Logits are of each sequence's last position, or of `all_positions`; `sample` adds the choice of
-    its next token. Item sizes are in bytes; the caches hold activations. Raises BadInput where a
-    number is out of range or the positions exceed the model's context.
+    Logits are of the last position of each sequence, or of `all_positions`; `sample` adds the stage
+    that picks the next token. Item sizes are in bytes; the caches have the item size of
+    activations. Raises BadInput if a number is out of range or the positions exceed the model's
+    context.
     """
     _at_least("batch", batch, 1)
     _at_least("sequence", sequence, 1)
@@ -80,8 +81,8 @@ def make_plan(
     _at_least("activation_itemsize", activation_itemsize, 1)
     if past + sequence > config.max_seq_len:
         raise BadInput(
-            f"{sequence} tokens after {past} do not fit the model's context of "
-            f"{config.max_seq_len}; plan fewer"
+            f"{sequence} tokens after {past} exceed the model's context of "
+            f"{config.max_seq_len}; use fewer"
         )
     logit_positions = sequence if all_positions else 1
     buffers = [Buffer("tokens", (batch, sequence), ID_ITEMSIZE, "input")]
@@ -93,14 +94,14 @@ def make_plan(
     buffers.append(Buffer("logits", logits_shape, LOGIT_ITEMSIZE, role))
     if sample:
         buffers.append(Buffer("next", (batch,), ID_ITEMSIZE, "output"))
-    maker = _Maker(config, batch, sequence, past, weight_itemsize, buffers)
-    maker.embed()
+    builder = _PlanBuilder(config, batch, sequence, past, weight_itemsize, buffers)
+    builder.embed()
     for layer in range(config.n_layers):
-        maker.attention_block(layer)
-        maker.ffn_block(layer)
-    maker.head(logit_positions)
+        builder.attention_block(layer)
+        builder.ffn_block(layer)
+    builder.head(logit_positions)
     if sample:
-        maker.sample()
+        builder.sample()
     return Plan(
         config,
         batch,
@@ -108,7 +109,7 @@ def make_plan(
         past,
         weight_itemsize,
         activation_itemsize,
-        tuple(maker.stages),
+        tuple(builder.stages),
         tuple(buffers),
     )
 
@@ -116,8 +117,8 @@ def make_plan(
 def activation_shapes(
     config: ModelConfig, batch: int, sequence: int, past: int
 ) -> dict[str, tuple[int, ...]]:
-    """The buffers between stages, and each layer's keys and values: as many positions as are in
-    them after this forward, however many more an engine makes room for."""
+    """Shapes of the buffers between stages and of each layer's keys and values. The caches have the
+    positions that are filled after this forward; an engine may allocate more."""
     cache = (2, batch, config.n_kv_heads, past + sequence, config.head_dim)
     return {
         "x": (batch, sequence, config.dim),
@@ -128,8 +129,8 @@ def activation_shapes(
     }
 
 
-class _Maker:
-    """Adds stages in order and keeps count of the buffers' versions."""
+class _PlanBuilder:
+    """Adds stages in order and counts the versions of the buffers."""
 
     def __init__(
         self,
@@ -191,8 +192,8 @@ class _Maker:
         writes: Mapping[str, int] = MappingProxyType({}),
         weight_elements: int | None = None,
     ) -> None:
-        """`reads` and `writes` give the elements of buffers that are not touched whole;
-        `weight_elements` those of the weights where not all are read."""
+        """Add a stage. `reads` and `writes` give the elements of buffers that are used in part;
+        `weight_elements` the elements of the weights, if not all are read."""
         weights = weights_of(self.config, kind, layer)
         if weight_elements is None:
             weight_elements = sum(self.weight_elements[name] for name in weights)
@@ -211,6 +212,6 @@ class _Maker:
         return Access(name, self.versions[name], nbytes)
 
 
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise BadInput(f"{name} {value!r}: must be a whole number from {least} on")
+def _at_least(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise BadInput(f"{name} {value!r}: must be a whole number of at least {minimum}")

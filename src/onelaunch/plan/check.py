@@ -1,7 +1,7 @@
-"""Where a plan is wrong: values read too early or too late, sizes, weights, order, launches.
+"""Checks of a plan: order of reads and writes, buffer sizes, weights, stage order, launches.
 
-The stages of a right plan are a chain, each reading what the one before it wrote. So no two of
-them can change places, none can be missing and none can come twice: the values alone show it.
+The stages of a valid plan form a chain: each reads what the previous one wrote. So two swapped
+stages, a missing one and a repeated one all show as a wrong version of a buffer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from onelaunch.plan.stages import Buffer, Plan, Stage
 
 
 class PlanError(AssertionError):
-    """A plan that cannot run: a defect of this package, which no user can mend."""
+    """A plan that cannot run: a bug in this package, not an error of the user."""
 
 
 def check(plan: Plan) -> None:
-    """Raise PlanError, naming stage and buffer or weight, unless the plan can run as it is."""
+    """Raise PlanError, naming the stage and the buffer or weight, unless the plan can run."""
     buffers = _check_buffers(plan)
     _check_values(plan, buffers)
     _check_order(plan)
@@ -31,22 +31,22 @@ def check(plan: Plan) -> None:
 
 def check_launches(plan: Plan, launches: Sequence[Launch]) -> None:
     """Raise PlanError unless the launches hold every stage exactly once, in order."""
-    at = 0
+    next_stage = 0
     for launch in launches:
-        if launch.first != at or launch.last <= launch.first:
+        if launch.first != next_stage or launch.last <= launch.first:
             raise PlanError(
-                f"launch {launch.name!r} holds stages {launch.first} to {launch.last}, "
-                f"where the next to be launched is {at}"
+                f"launch {launch.name!r} holds stages {launch.first} to {launch.last}; "
+                f"it must begin at stage {next_stage}"
             )
-        at = launch.last
-    if at != len(plan.stages):
-        raise PlanError(f"the launches hold {at} stages of {len(plan.stages)}")
+        next_stage = launch.last
+    if next_stage != len(plan.stages):
+        raise PlanError(f"the launches hold {next_stage} of {len(plan.stages)} stages")
     if len({launch.name for launch in launches}) != len(launches):
         raise PlanError("two launches have the same name")
 
 
 def _check_buffers(plan: Plan) -> dict[str, Buffer]:
-    """Buffers have one name each and the shapes that the model gives them."""
+    """Check that buffer names are unique and that shapes follow from the model."""
     buffers = {buffer.name: buffer for buffer in plan.buffers}
     if len(buffers) != len(plan.buffers):
         raise PlanError("two buffers have the same name")
@@ -57,8 +57,8 @@ def _check_buffers(plan: Plan) -> dict[str, Buffer]:
     shapes["next"] = {(batch,)}
     for name, buffer in buffers.items():
         if name in shapes and buffer.shape not in shapes[name]:
-            right = " or ".join(map(str, sorted(shapes[name])))
-            raise PlanError(f"buffer {name} has the shape {buffer.shape}, not {right}")
+            expected = " or ".join(map(str, sorted(shapes[name])))
+            raise PlanError(f"buffer {name} has shape {buffer.shape}, not {expected}")
     return buffers
 
 
@@ -67,16 +67,16 @@ def _activation_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _check_values(plan: Plan, buffers: dict[str, Buffer]) -> None:
-    """Every version is written once, then read while it is there, then perhaps replaced."""
+    """Check that every version is written once and read before the next one replaces it."""
     current = dict.fromkeys(buffers, 0)
-    there = {name: buffer.given for name, buffer in buffers.items()}
+    written = {name: buffer.live_in for name, buffer in buffers.items()}
     read = dict.fromkeys(buffers, False)
     for index, stage in enumerate(plan.stages):
         where = _where(index, stage)
         for name, version, _ in stage.reads:
             if name not in buffers:
-                raise PlanError(f"{where} reads {name}, which is no buffer of the plan")
-            if version > current[name] or (version == 0 and not buffers[name].given):
+                raise PlanError(f"{where} reads {name}, which is not a buffer of the plan")
+            if version > current[name] or (version == 0 and not buffers[name].live_in):
                 raise PlanError(f"{where} reads {name} version {version}, which is not written yet")
             if version < current[name]:
                 raise PlanError(
@@ -86,7 +86,7 @@ def _check_values(plan: Plan, buffers: dict[str, Buffer]) -> None:
             read[name] = True
         for name, version, _ in stage.writes:
             if name not in buffers:
-                raise PlanError(f"{where} writes {name}, which is no buffer of the plan")
+                raise PlanError(f"{where} writes {name}, which is not a buffer of the plan")
             if buffers[name].role == "input":
                 raise PlanError(f"{where} writes {name}, which is an input")
             if version != current[name] + 1:
@@ -94,33 +94,33 @@ def _check_values(plan: Plan, buffers: dict[str, Buffer]) -> None:
                     f"{where} writes {name} version {version} after version {current[name]}"
                 )
             if current[name] and not read[name]:
-                raise PlanError(f"{where} writes {name} again, before anything has read it")
-            current[name], read[name], there[name] = version, False, True
+                raise PlanError(f"{where} overwrites {name}, which nothing has read")
+            current[name], read[name], written[name] = version, False, True
     for name, buffer in buffers.items():
-        if not there[name]:
+        if not written[name]:
             raise PlanError(f"buffer {name} is never written")
         if not read[name] and buffer.role != "output":
-            raise PlanError(f"buffer {name}: nothing reads its version {current[name]}")
+            raise PlanError(f"buffer {name}: version {current[name]} is never read")
 
 
 def _check_access(plan: Plan) -> None:
-    """Each kind of stage touches the model's own buffers that its formula names, each once."""
-    known = set(_activation_shapes(plan)) | {"tokens", "logits", "next"}
+    """Check that each stage reads and writes the buffers that its kind names, each once."""
+    model_buffers = set(_activation_shapes(plan)) | {"tokens", "logits", "next"}
     for index, stage in enumerate(plan.stages):
         kind = STAGE_KINDS[stage.kind]
         sides = (("reads", stage.reads, kind.reads), ("writes", stage.writes, kind.writes))
         for verb, accesses, values in sides:
-            found = [access.buffer for access in accesses if access.buffer in known]
-            right = sorted(buffers_of(values, stage.layer))
-            if sorted(found) != right:
+            actual = [access.buffer for access in accesses if access.buffer in model_buffers]
+            expected = sorted(buffers_of(values, stage.layer))
+            if sorted(actual) != expected:
                 raise PlanError(
-                    f"{_where(index, stage)} {verb} {' and '.join(found) or 'nothing'}, "
-                    f"not {' and '.join(right)}"
+                    f"{_where(index, stage)} {verb} {' and '.join(actual) or 'nothing'}, "
+                    f"not {' and '.join(expected)}"
                 )
 
 
 def _check_sizes(plan: Plan, buffers: dict[str, Buffer]) -> None:
-    """A write fills its buffer, or in a cache the new positions; a read stays within it."""
+    """Check that a write fills its buffer (in a cache: the new positions) and a read fits in it."""
     for index, stage in enumerate(plan.stages):
         for name, _, nbytes in stage.reads:
             if not 1 <= nbytes <= buffers[name].nbytes:
@@ -129,24 +129,24 @@ def _check_sizes(plan: Plan, buffers: dict[str, Buffer]) -> None:
                     f"which has {buffers[name].nbytes}"
                 )
         for name, _, nbytes in stage.writes:
-            right = buffers[name].nbytes
+            expected = buffers[name].nbytes
             if buffers[name].role == "state":
-                right = right // (plan.past + plan.sequence) * plan.sequence
-            if nbytes != right:
+                expected = expected // (plan.past + plan.sequence) * plan.sequence
+            if nbytes != expected:
                 raise PlanError(
-                    f"{_where(index, stage)} writes {nbytes} bytes of {name}, not {right}"
+                    f"{_where(index, stage)} writes {nbytes} bytes of {name}, not {expected}"
                 )
 
 
 def _check_weights(plan: Plan) -> None:
-    """Every weight is read by one stage, of its own layer; tied embeddings by embed and head."""
+    """Check that one stage of its layer reads each weight; embed and head read a tied embedding."""
     shapes = plan.config.weight_shapes()
     readers: dict[str, list[str]] = {name: [] for name in shapes}
     for index, stage in enumerate(plan.stages):
         where = _where(index, stage)
         for name in stage.weights:
             if name not in shapes:
-                raise PlanError(f"{where} reads {name}, which is no weight of the model")
+                raise PlanError(f"{where} reads {name}, which is not a weight of the model")
             layer = int(name.split(".")[1]) if name.startswith("layers.") else NO_LAYER
             if layer != stage.layer:
                 raise PlanError(f"{where} reads {name}, which is of another layer")
@@ -166,18 +166,18 @@ def _check_weights(plan: Plan) -> None:
 
 
 def _check_order(plan: Plan) -> None:
-    """embed, each layer's kinds in turn, head, and sample where there is one."""
-    right = [("embed", NO_LAYER)]
-    right += [(kind, layer) for layer in range(plan.config.n_layers) for kind in LAYER_KINDS]
-    right += [("head", NO_LAYER)]
+    """Check the order: embed, the kinds of each layer, head, and sample if the plan has it."""
+    expected = [("embed", NO_LAYER)]
+    expected += [(kind, layer) for layer in range(plan.config.n_layers) for kind in LAYER_KINDS]
+    expected += [("head", NO_LAYER)]
     if any(buffer.name == "next" for buffer in plan.buffers):
-        right += [("sample", NO_LAYER)]
-    for index, (stage, (kind, layer)) in enumerate(zip(plan.stages, right, strict=False)):
+        expected += [("sample", NO_LAYER)]
+    for index, (stage, (kind, layer)) in enumerate(zip(plan.stages, expected, strict=False)):
         if (stage.kind, stage.layer) != (kind, layer):
-            place = kind if layer == NO_LAYER else f"layer {layer} {kind}"
-            raise PlanError(f"{_where(index, stage)} stands where {place} belongs")
-    if len(plan.stages) != len(right):
-        raise PlanError(f"the plan has {len(plan.stages)} stages, not {len(right)}")
+            label = kind if layer == NO_LAYER else f"layer {layer} {kind}"
+            raise PlanError(f"{_where(index, stage)} is out of order: expected {label}")
+    if len(plan.stages) != len(expected):
+        raise PlanError(f"the plan has {len(plan.stages)} stages, not {len(expected)}")
 
 
 def _where(index: int, stage: Stage) -> str:

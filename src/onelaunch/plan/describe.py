@@ -1,4 +1,4 @@
-"""A plan as plain data, for a page or a JSON file."""
+"""A plan as plain data, for `onelaunch inspect` and JSON files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onelaunch.plan.stages import Plan, Stage, add_totals
 
 
 def describe(plan: Plan, depth: str | int | None = None) -> dict[str, Any]:
-    """Sizes, totals, and a line for each kind of stage; with a fusion depth its launches too.
+    """Return sizes, totals and a line per stage kind; with a fusion depth, its launches too.
 
     Layers whose stages cost the same share their lines: `layers` is then (first, last) and the
-    figures are one layer's. Bytes and operations are whole numbers. Raises BadInput for a depth
-    that the model does not have.
+    figures are of one layer. Bytes and operations are integers. Raises BadInput for an invalid
+    depth.
     """
     data: dict[str, Any] = {
         "batch": plan.batch,

@@ -1,12 +1,13 @@
-"""What each kind of stage reads, writes and weighs: the one table that plans, their checks and the
-engines take it from.
+"""The table of stage kinds: what each reads and writes, and its weights. Plans, their checks and
+the engines all use it.
 
 What a kind does, and in which order, is said elsewhere, by its name: build.py (order, buffers),
 check.py (which order is right), tiles.py and launches.py (rows, joins), and in the engines
 cpu/native/stages.py, cuda/stages/ and coreml/emit.py. The CUDA engine and Core ML have no `sample`.
 
 Values: tokens; x, the residual stream; q, k, v, queries, keys and values of the heads, k and v in
-the layer's cache; attn_out, what attention gives; hidden, silu(gate) up; logits; next.
+the layer's cache; attn_out, the output of attention; hidden, silu(gate) * up; logits; next, the
+sampled token.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ Extent = Callable[[ModelConfig], int]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of stage. A layer's weights are named as a checkpoint does it, without the layer and
-    `.weight`; those of norms of heads count where a model has them. `columns` is how many columns
-    it writes for each row, heads in attention; `inner` what its product sums over, None without
-    one.
+    """One kind of stage.
 
-    Of its backward: `saved` are the values of the forward that the gradient of its input needs,
-    `operands` those that its weights' gradients are products with. Beside the values above these
+    `weights` are names as in a checkpoint, without the layer and `.weight`; those of QK-norm count
+    if the model has it. `columns` is the number of columns written per row (heads in attention);
+    `inner` the inner dimension of its matrix product, None without a product.
+
+    For the backward: `saved` are the forward values that the gradient of the input needs,
+    `operands` those that the weight gradients are products with. Besides the values above these
     are `input` and `middle`, x before the layer and between its blocks; `normed` and `normed_2`,
-    after their norms; `q_raw`, `k_raw`, before the norms of heads; `gate`, `up`."""
+    x after their norms; `q_raw` and `k_raw`, q and k before QK-norm; `gate` and `up`."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -103,8 +105,8 @@ STAGE_KINDS: dict[str, Kind] = {
     "sample": Kind(("logits",), ("next",), lambda c: 1),
 }  # fmt: skip
 
-# The CPU engine's program is handed a kind as its index here (cpu/native/stages.py numbers them in
-# this order): new kinds go to the end.
+# Compiled programs take a kind as its index in this tuple (cpu/native/stages.py numbers them in
+# this order): add new kinds at the end.
 KINDS = tuple(STAGE_KINDS)
 ATTENTION_BLOCK = tuple(name for name, kind in STAGE_KINDS.items() if kind.block == "attention")
 FFN_BLOCK = tuple(name for name, kind in STAGE_KINDS.items() if kind.block == "ffn")
@@ -112,23 +114,23 @@ LAYER_KINDS = ATTENTION_BLOCK + FFN_BLOCK
 
 
 def cache_name(layer: int) -> str:
-    """The buffer of one layer's keys and values."""
+    """Name the buffer of the keys and values of one layer."""
     return f"{_CACHE}{layer}"
 
 
 def is_cache(buffer: str) -> bool:
-    """Whether a buffer holds keys and values."""
+    """Return whether a buffer holds keys and values."""
     return buffer.startswith(_CACHE)
 
 
 def buffers_of(values: Sequence[str], layer: int) -> tuple[str, ...]:
-    """The buffers that hold some values of a layer, each once."""
+    """Name the buffers that hold these values of a layer, without duplicates."""
     names = (cache_name(layer) if value in _CACHED else value for value in values)
     return tuple(dict.fromkeys(names))
 
 
 def weights_of(config: ModelConfig, kind: str, layer: int = NO_LAYER) -> tuple[str, ...]:
-    """The canonical names of a stage's weights."""
+    """List the canonical names of the weights of a stage."""
     prefix = "" if layer == NO_LAYER else f"layers.{layer}."
     return tuple(
         f"{prefix}{'embed_tokens' if name == 'lm_head' and config.tied_embeddings else name}.weight"

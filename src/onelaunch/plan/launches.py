@@ -1,13 +1,13 @@
-"""Which stages one launch holds: the fusion depth.
+"""Group the stages of a plan into launches, by fusion depth.
 
 | depth | launches |
 |---|---|
 | stage | every stage alone |
 | half | each layer's attention block and its FFN block; embed; head with sample |
-| k | k layers, the last launch what is left of them; embed; head with sample |
-| all | everything in one, sample included where the plan has it |
+| k | k layers each (fewer in the last launch); embed; head with sample |
+| all | everything in one launch, with sample if the plan has it |
 
-`half` is two launches a layer; embed and head count beside them.
+`half` is two launches per layer, besides embed and head.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from onelaunch.plan.kinds import ATTENTION_BLOCK, NO_LAYER
 from onelaunch.plan.stages import Plan, Stage
 
 Depth = Literal["stage", "half", "all"] | int
-"""A whole number is layers for each launch."""
+"""An int is the number of layers per launch."""
 
 
 class Launch(NamedTuple):
-    """The stages from `first` up to, not including, `last`."""
+    """The stages `first` to `last`, `last` excluded."""
 
     name: str
     first: int
@@ -34,24 +34,24 @@ class Launch(NamedTuple):
 
 
 def launches(plan: Plan, depth: str | int) -> tuple[Launch, ...]:
-    """The launches of a plan at a fusion depth, in order. Raises BadInput as `parse_depth` does."""
+    """Return the launches of a plan at a fusion depth, in order. Raises as `parse_depth`."""
     parsed = parse_depth(depth, plan.config.n_layers)
     if parsed == "all":
         return (Launch("all", 0, len(plan.stages)),)
-    found: list[Launch] = []
+    result: list[Launch] = []
     first = 0
-    for _, group in groupby(plan.stages, key=lambda stage: _together(stage, parsed)):
+    for _, group in groupby(plan.stages, key=lambda stage: _launch_key(stage, parsed)):
         stages = tuple(group)
-        found.append(Launch(_name(stages, parsed), first, first + len(stages)))
+        result.append(Launch(_name(stages, parsed), first, first + len(stages)))
         first += len(stages)
-    return tuple(found)
+    return tuple(result)
 
 
 def parse_depth(text: str | int, n_layers: int) -> Depth:
-    """The fusion depth of a name or number, for a model of so many layers.
+    """Parse a fusion depth, a name or a number, for a model of `n_layers` layers.
 
-    Raises BadInput for what is none, and for more layers than there are: a depth of 8 that ran as 6
-    would be reported as what it was not. "auto" is for an engine to replace before it comes here.
+    Raises BadInput for anything else, and for more layers than the model has: a depth of 8 that ran
+    as 6 would be recorded as 8. An engine replaces "auto" before the call.
     """
     if text in ("stage", "half", "all"):
         return text  # type: ignore[return-value]
@@ -67,14 +67,14 @@ def parse_depth(text: str | int, n_layers: int) -> Depth:
 
 
 def every_depth(n_layers: int) -> tuple[Depth, ...]:
-    """The depths worth comparing, from most launches to one: layers in powers of two, and all
-    layers without and with embed and head."""
+    """Return the depths worth comparing, from most launches to one: powers of two, then all layers
+    without and with embed and head."""
     powers = [1 << i for i in range(n_layers.bit_length()) if 1 << i < n_layers]
     return ("stage", "half", *powers, n_layers, "all")
 
 
-def _together(stage: Stage, depth: Depth) -> Hashable:
-    """Neighbours with the same answer share a launch."""
+def _launch_key(stage: Stage, depth: Depth) -> Hashable:
+    """Consecutive stages with the same key share a launch."""
     if depth == "stage":
         return stage.code
     if stage.layer == NO_LAYER:

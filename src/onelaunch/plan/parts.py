@@ -1,4 +1,4 @@
-"""Layers of which one block alone is run, to be looked at by itself."""
+"""Plans of one block per layer (attention or FFN alone), to measure that block by itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BLOCKS = {"attention": ATTENTION_BLOCK, "ffn": FFN_BLOCK}
 
 
 def part_of(plan: Plan, part: Part) -> Plan:
-    """A model's plan as it is, or embed and one block of every layer, with its norm and residual:
-    what comes out is x. A stage reads there what the stages before it have left.
+    """Return the whole plan, or embed and one block of every layer, with its norm and residual; the
+    result is then x. A stage reads what the remaining stages before it have written.
 
-    A part is no whole model's plan: `check` refuses it. Its buffers are still the model's.
+    `check` refuses such a part: it is not the plan of a whole model. Its buffers are the model's.
     """
     if part == "whole":
         return plan
@@ -25,13 +25,13 @@ def part_of(plan: Plan, part: Part) -> Plan:
     for stage in plan.stages:
         if stage.kind != "embed" and stage.kind not in _BLOCKS[part]:
             continue
-        reads = tuple(_of_version(access, versions) for access in stage.reads)
+        reads = tuple(_at_version(access, versions) for access in stage.reads)
         for access in stage.writes:
             versions[access.buffer] += 1
-        writes = tuple(_of_version(access, versions) for access in stage.writes)
+        writes = tuple(_at_version(access, versions) for access in stage.writes)
         stages.append(replace(stage, reads=reads, writes=writes))
     return replace(plan, stages=tuple(stages))
 
 
-def _of_version(access: Access, versions: dict[str, int]) -> Access:
+def _at_version(access: Access, versions: dict[str, int]) -> Access:
     return access._replace(version=versions[access.buffer])

@@ -1,7 +1,7 @@
-"""What a plan consists of: buffers, stages that read and write them, the plan itself.
+"""The data types of a plan: buffers, stages that read and write them, and the plan itself.
 
-A buffer's content has versions. Every write makes the next one and every read names the one that
-it wants, so that a read that comes too early or too late can be seen without running anything.
+The content of a buffer has versions: each write makes the next one, each read names the version
+that it needs. A read that comes too early or too late is found without running anything.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from onelaunch.config import ModelConfig
 from onelaunch.plan.kinds import KINDS, NO_LAYER, is_cache
 
 Role = Literal["input", "state", "scratch", "output"]
-"""Who needs a buffer: `input` is there before the first stage, `state` (the caches) before and
-after, `scratch` between stages only, `output` after the last."""
+"""When the content of a buffer is live: `input` before the first stage, `state` (the caches) before
+and after, `scratch` between stages only, `output` after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Buffer:
         return self.elements * self.itemsize
 
     @property
-    def given(self) -> bool:
-        """Whether version 0 exists: what is there before the first stage."""
+    def live_in(self) -> bool:
+        """Whether the buffer has content (version 0) before the first stage."""
         return self.role in ("input", "state")
 
     @property
-    def kept(self) -> bool:
-        """Whether the last version is wanted after the last stage."""
+    def live_out(self) -> bool:
+        """Whether the last version is needed after the last stage."""
         return self.role in ("state", "output")
 
 
@@ -58,9 +58,10 @@ class Access(NamedTuple):
 class Stage:
     """Work between two dependencies of the model.
 
-    `weights` are canonical names, `weight_bytes` what is read of them: all, save in `embed`, which
-    reads the rows that it looks up. `flops` are additions, multiplications, divisions and functions
-    of one number. `layer` is NO_LAYER outside the layers. A stage reads before it writes.
+    `weights` are canonical names. `weight_bytes` are the bytes read of them: all of them, except in
+    `embed`, which reads the rows that it looks up. `flops` are additions, multiplications,
+    divisions and functions of one number. `layer` is NO_LAYER outside the layers. A stage reads
+    before it writes.
     """
 
     kind: str
@@ -77,7 +78,7 @@ class Stage:
 
     @property
     def code(self) -> tuple[int, int]:
-        """(index in KINDS, layer): how a compiled program is told what to do."""
+        """(index in KINDS, layer): the operation code that a compiled program takes."""
         return KINDS.index(self.kind), self.layer
 
     @property
@@ -93,8 +94,8 @@ class Stage:
 
 
 class Totals(NamedTuple):
-    """Bytes moved and operations done. Bytes are counted once for each stage that needs them: what
-    memory must give where a stage keeps nothing of the one before."""
+    """Bytes moved and operations done. Bytes count once for each stage that needs them: the memory
+    traffic where no stage keeps anything of the previous one in cache or registers."""
 
     weight_bytes: int
     activation_bytes_read: int
@@ -118,7 +119,7 @@ class Plan:
     buffers: tuple[Buffer, ...]
 
     def buffer(self, name: str) -> Buffer:
-        """The buffer of a name; KeyError where there is none."""
+        """Return the buffer of this name; raises KeyError for an unknown name."""
         for buffer in self.buffers:
             if buffer.name == name:
                 return buffer
@@ -130,7 +131,7 @@ class Plan:
 
 
 def add_totals(stages: tuple[Stage, ...]) -> Totals:
-    """The sum of some stages' totals."""
+    """Sum the totals of several stages."""
     columns = zip(*(stage.totals for stage in stages), strict=True)
     return Totals(*map(sum, columns)) if stages else Totals(0, 0, 0, 0, 0, 0)
 

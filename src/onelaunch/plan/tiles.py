@@ -1,13 +1,13 @@
-"""The stages cut into tiles, and what each tile waits for.
+"""Cut the stages of a plan into tiles, and find the dependencies between tiles.
 
-A phase is a stage cut into tiles: row tiles, which hold some positions each, times column tiles.
-The tiles of a launch stand in one order, phase after phase and in a phase row tile after row tile,
-or, in head, column tile after column tile; of P programs, program p takes tiles p, p + P, p + 2 P,
-... of it. A tile begins when the row tiles that it waits for have ended, all columns of them: one
-counter for each row tile of a phase. As every tile waits for earlier phases only, the first tile
-that has not ended can always go on, and no number of programs deadlocks, one included.
+A phase is a stage cut into tiles: row tiles, of some positions each, times column tiles. The tiles
+of a launch are numbered phase by phase, within a phase row tile by row tile (in head column tile by
+column tile). With P CTAs, CTA p runs tiles p, p + P, p + 2 P, ... A tile starts when the row tiles
+that it waits for are complete in all columns; each row tile of a phase has one counter. As a tile
+waits for earlier phases only, the first incomplete tile can always run, so no number of CTAs
+deadlocks, not even one.
 
-Positions are counted through the batch: sequence b, position s is row b * sequence + s.
+Rows count positions through the batch: sequence b, position s is row b * sequence + s.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from onelaunch.plan.stages import Plan, Stage
 
 
 class Tiling(NamedTuple):
-    """A tile's size: rows (positions), and columns of what the stage writes, heads in attention."""
+    """The size of a tile: rows (positions) and output columns (heads in attention)."""
 
     rows: int
     columns: int
 
 
 class Span(NamedTuple):
-    """Rows from `first` up to, not including, `last`."""
+    """The rows `first` to `last`, `last` excluded."""
 
     first: int
     last: int
 
 
 class Wait(NamedTuple):
-    """For all columns of the row tiles of a phase from `first` to `last`, both included."""
+    """A dependency on all columns of row tiles `first` to `last` of a phase, both included."""
 
     phase: int
     first: int
@@ -49,7 +49,7 @@ class Wait(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Which tile: of which phase, row tile and column tile."""
+    """The position of a tile: phase, row tile, column tile."""
 
     phase: int
     row_tile: int
@@ -58,8 +58,8 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stage cut into tiles. `first` is the number of its first tile, `spans` are the rows of each
-    row tile, `waits` what each of them waits for, launches aside."""
+    """A stage cut into tiles. `first` is the number of its first tile; for each row tile, `spans`
+    has its rows and `waits` its dependencies, as if all stages were one launch."""
 
     stage: int
     first: int
@@ -74,7 +74,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """A plan's stages as phases, one each, in the plan's order."""
+    """The phases of a plan: one per stage, in the order of the plan."""
 
     plan: Plan
     tilings: Mapping[str, Tiling]
@@ -85,7 +85,7 @@ class TilePlan:
         return self.phases[-1].first + self.phases[-1].tiles
 
     def tile(self, number: int) -> Tile:
-        """The tile of a number, counted through all phases."""
+        """Return the tile of a number; numbers run through all phases."""
         phase = bisect_right(self._firsts, number) - 1
         within = number - self.phases[phase].first
         if self.plan.stages[phase].kind == "head":
@@ -93,16 +93,16 @@ class TilePlan:
         return Tile(phase, *divmod(within, self.phases[phase].column_tiles))
 
     def waits(self, tile: Tile, launch: Launch | None = None) -> tuple[Wait, ...]:
-        """What a tile waits for; of the launch that it is in alone, where that is given: earlier
-        launches have ended."""
+        """Return the dependencies of a tile; with `launch`, the one that holds the tile, only those
+        within it, as earlier launches have ended."""
         first = 0 if launch is None else launch.first
         return tuple(w for w in self.phases[tile.phase].waits[tile.row_tile] if w.phase >= first)
 
-    def walk(self, launch: Launch, program: int, programs: int) -> Iterator[Tile]:
-        """The tiles of one of a launch's programs, in its order."""
+    def walk(self, launch: Launch, cta: int, n_ctas: int) -> Iterator[Tile]:
+        """Yield the tiles that one CTA of a launch runs, in its order."""
         last = self.phases[launch.last - 1]
         first = self.phases[launch.first].first
-        for number in range(first + program, last.first + last.tiles, programs):
+        for number in range(first + cta, last.first + last.tiles, n_ctas):
             yield self.tile(number)
 
     @cached_property
@@ -111,49 +111,54 @@ class TilePlan:
 
 
 def columns_of(config: ModelConfig, kind: str) -> int:
-    """How many columns, as Tiling counts them, a kind of stage writes for each row."""
+    """Return the columns, as `Tiling` counts them, that a kind of stage writes per row."""
     return STAGE_KINDS[kind].columns(config)
 
 
 def make_tiles(plan: Plan, tilings: Mapping[str, Tiling]) -> TilePlan:
-    """Cut every stage as the tiling of its kind says, and find what each tile waits for.
+    """Cut every stage into the tiles of its kind, and find the dependencies of each tile.
 
-    A wait is left out where another one implies it. Raises BadInput where a kind has no tiling or
-    one of no size, or where there are cached positions: what is tiled has none.
+    A wait that another one implies is left out. Raises BadInput if a kind has no tiling or an empty
+    one, or if the plan has cached positions.
     """
     if plan.past:
-        raise BadInput(f"{plan.past} positions are cached; tiles are of a forward without any")
+        raise BadInput(f"past {plan.past}: tiles need a forward without cached positions")
     for kind in dict.fromkeys(stage.kind for stage in plan.stages):
         if kind not in tilings or min(tilings[kind]) < 1:
-            raise BadInput(f"tiles of {kind}: {tilings.get(kind)} is no number of rows and columns")
+            raise BadInput(
+                f"tiling of {kind}: {tilings.get(kind)} must be rows and columns of at least 1"
+            )
     phases: list[Phase] = []
-    before: list[list[int]] = []  # of each row tile, a bit for each row tile that has ended
-    offsets: list[int] = []  # of a phase's bits
+    # per row tile, a bit mask of the row tiles that are complete when it starts
+    complete_before: list[list[int]] = []
+    offsets: list[int] = []  # the first bit of each phase
     writers: dict[tuple[str, int], int] = {}
     first = bits = 0
     for number, stage in enumerate(plan.stages):
         spans = row_spans(plan, stage, tilings[stage.kind].rows)
         waits: list[tuple[Wait, ...]] = []
-        ended: list[int] = []
+        masks: list[int] = []
         for span in spans:
-            wanted: set[tuple[int, int]] = set()
+            needed: set[tuple[int, int]] = set()
             for access in stage.reads:
                 writer = writers.get((access.buffer, access.version))
                 if writer is not None:
                     rows = rows_read(plan, stage, access.buffer, span)
-                    wanted |= {(writer, i) for r in rows for i in _meeting(phases[writer].spans, r)}
-            found, known = [], 0
-            for phase, row_tile in sorted(wanted, reverse=True):
+                    needed |= {
+                        (writer, i) for r in rows for i in _overlapping(phases[writer].spans, r)
+                    }
+            direct, mask = [], 0
+            for phase, row_tile in sorted(needed, reverse=True):
                 bit = 1 << (offsets[phase] + row_tile)
-                if not known & bit:
-                    found.append((phase, row_tile))
-                    known |= bit | before[phase][row_tile]
-            waits.append(_as_ranges(found))
-            ended.append(known)
+                if not mask & bit:
+                    direct.append((phase, row_tile))
+                    mask |= bit | complete_before[phase][row_tile]
+            waits.append(_as_ranges(direct))
+            masks.append(mask)
         _, column_tiles = counts(plan, stage, tilings[stage.kind])
         phases.append(Phase(number, first, spans, column_tiles, tuple(waits)))
         first += phases[-1].tiles
-        before.append(ended)
+        complete_before.append(masks)
         offsets.append(bits)
         bits += len(spans)
         writers |= {(access.buffer, access.version): number for access in stage.writes}
@@ -161,7 +166,7 @@ def make_tiles(plan: Plan, tilings: Mapping[str, Tiling]) -> TilePlan:
 
 
 def counts(plan: Plan, stage: Stage, tiling: Tiling) -> tuple[int, int]:
-    """How many row tiles and column tiles a stage is cut into."""
+    """Return the numbers of row tiles and column tiles of a stage."""
     columns = -(-columns_of(plan.config, stage.kind) // tiling.columns)
     if stage.kind == "attention":
         return plan.batch * -(-plan.sequence // tiling.rows), columns
@@ -169,8 +174,8 @@ def counts(plan: Plan, stage: Stage, tiling: Tiling) -> tuple[int, int]:
 
 
 def row_spans(plan: Plan, stage: Stage, rows: int) -> tuple[Span, ...]:
-    """The row tiles of a stage. Attention's lie within one sequence; head has a row for each
-    position that gets logits, sample one for each sequence."""
+    """Return the row tiles of a stage. Those of attention stay within one sequence; head has a row
+    per position with logits, sample one per sequence."""
     if stage.kind == "attention":
         return tuple(
             Span(start + span.first, start + span.last)
@@ -181,10 +186,10 @@ def row_spans(plan: Plan, stage: Stage, rows: int) -> tuple[Span, ...]:
 
 
 def rows_read(plan: Plan, stage: Stage, buffer: str, span: Span) -> tuple[Span, ...]:
-    """The rows of a buffer that a row tile reads."""
+    """Return the rows of a buffer that a row tile reads."""
     if stage.kind == "attention" and is_cache(buffer):
         start = span.first // plan.sequence * plan.sequence
-        return (Span(start, span.last),)  # of its sequence, all up to its own
+        return (Span(start, span.last),)  # its sequence, up to its last row
     if stage.kind == "head" and plan.buffer("logits").shape[1] == 1:
         ends = range(span.first + 1, span.last + 1)
         return tuple(Span(end * plan.sequence - 1, end * plan.sequence) for end in ends)
@@ -196,52 +201,53 @@ def rows_read(plan: Plan, stage: Stage, buffer: str, span: Span) -> tuple[Span, 
 
 
 def check_tiles(tiles: TilePlan) -> None:
-    """Raise PlanError unless any number of programs can run the tiles, and then compute the plan.
+    """Raise PlanError unless any number of CTAs can run the tiles without deadlock or data race.
 
-    Every tile waits for earlier phases only, so that nothing deadlocks; a phase's row tiles hold
-    its rows once, in order; what a tile reads has been written when it begins; and what it writes
-    over has been read by all who wanted it, its own row tile aside.
+    Every tile waits for earlier phases only; the row tiles of a phase hold its rows once, in order;
+    what a tile reads is written when it starts; what it overwrites has been read by every reader,
+    except those of its own row tile.
     """
     plan, phases = tiles.plan, tiles.phases
     for phase, stage in zip(phases, plan.stages, strict=True):
         rows = [row for row, _ in row_spans(plan, stage, 1)]
         if [row for span in phase.spans for row in range(*span)] != rows:
-            raise PlanError(f"{stage.label}: its row tiles do not hold every row once, in order")
-    ended, offsets = _ended(tiles), _offsets(tiles)
-    pieces = _Pieces(tiles)
-    writers: dict[tuple[str, int], tuple[int, int]] = {}  # of a piece of a buffer, the latest
-    readers: dict[tuple[str, int], list[tuple[int, int]]] = {}  # since then
+            raise PlanError(f"{stage.label}: the row tiles do not hold every row once, in order")
+    complete, offsets = _complete_before(tiles), _offsets(tiles)
+    segments = _Segments(tiles)
+    # per (buffer, segment): the row tile that wrote it last, and those that have read it since
+    writers: dict[tuple[str, int], tuple[int, int]] = {}
+    readers: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for number, (phase, stage) in enumerate(zip(phases, plan.stages, strict=True)):
         for row_tile, span in enumerate(phase.spans):
             for access in stage.reads:
                 for needed in rows_read(plan, stage, access.buffer, span):
-                    for piece in pieces.of(needed):
-                        place = access.buffer, piece
-                        readers.setdefault(place, []).append((number, row_tile))
-                        if place in writers and not _among(
-                            ended[number][row_tile], offsets, writers[place]
+                    for segment in segments.of(needed):
+                        region = access.buffer, segment
+                        readers.setdefault(region, []).append((number, row_tile))
+                        if region in writers and not _is_complete(
+                            complete[number][row_tile], offsets, writers[region]
                         ):
                             raise PlanError(
                                 f"{_rows(stage, span)} reads {access.buffer} without waiting for "
-                                f"{plan.stages[writers[place][0]].label}"
+                                f"{plan.stages[writers[region][0]].label}"
                             )
         for row_tile, span in enumerate(phase.spans):
             for access in stage.writes:
-                for piece in pieces.of(span):
-                    place = access.buffer, piece
-                    for reader in readers.pop(place, ()):
-                        if reader != (number, row_tile) and not _among(
-                            ended[number][row_tile], offsets, reader
+                for segment in segments.of(span):
+                    region = access.buffer, segment
+                    for reader in readers.pop(region, ()):
+                        if reader != (number, row_tile) and not _is_complete(
+                            complete[number][row_tile], offsets, reader
                         ):
                             raise PlanError(
-                                f"{_rows(stage, span)} writes over {access.buffer} without waiting "
+                                f"{_rows(stage, span)} overwrites {access.buffer} without waiting "
                                 f"for {plan.stages[reader[0]].label}, which reads it"
                             )
-                    writers[place] = number, row_tile
+                    writers[region] = number, row_tile
 
 
-class _Pieces:
-    """Rows that every span of a plan holds or leaves together, numbered."""
+class _Segments:
+    """Numbered runs of rows that no span of a plan divides."""
 
     def __init__(self, tiles: TilePlan) -> None:
         spans = {span for phase in tiles.phases for span in phase.spans}
@@ -255,29 +261,29 @@ class _Pieces:
         return range(bisect_left(self.cuts, span.first), bisect_left(self.cuts, span.last))
 
 
-def _among(ended: int, offsets: Sequence[int], row_tile: tuple[int, int]) -> bool:
-    """Whether the row tile of a phase is among those that have ended."""
+def _is_complete(mask: int, offsets: Sequence[int], row_tile: tuple[int, int]) -> bool:
+    """Return whether the bit of a (phase, row tile) is set."""
     phase, number = row_tile
-    return bool(ended >> (offsets[phase] + number) & 1)
+    return bool(mask >> (offsets[phase] + number) & 1)
 
 
 def _rows(stage: Stage, span: Span) -> str:
     return f"{stage.label}, rows {span.first} to {span.last - 1},"
 
 
-def _ended(tiles: TilePlan) -> list[list[int]]:
-    """Of each row tile, a bit for each row tile that has surely ended when it begins."""
+def _complete_before(tiles: TilePlan) -> list[list[int]]:
+    """Return, per row tile, a bit mask of the row tiles that are complete when it starts."""
     offsets = _offsets(tiles)
-    ended: list[list[int]] = []
+    complete: list[list[int]] = []
     for number, phase in enumerate(tiles.phases):
-        of_phase: list[int] = []
+        masks: list[int] = []
         for row_tile, waits in enumerate(phase.waits):
-            known = 0
+            mask = 0
             for wait in waits:
                 if not 0 <= wait.phase < number:
                     raise PlanError(
                         f"{tiles.plan.stages[number].label}, row tile {row_tile} waits for phase "
-                        f"{wait.phase}, which is not before its own, {number}"
+                        f"{wait.phase}, which is not before its own phase, {number}"
                     )
                 if not 0 <= wait.first <= wait.last < len(tiles.phases[wait.phase].spans):
                     raise PlanError(
@@ -286,10 +292,10 @@ def _ended(tiles: TilePlan) -> list[list[int]]:
                         f"{len(tiles.phases[wait.phase].spans)}"
                     )
                 for other in range(wait.first, wait.last + 1):
-                    known |= 1 << (offsets[wait.phase] + other) | ended[wait.phase][other]
-            of_phase.append(known)
-        ended.append(of_phase)
-    return ended
+                    mask |= 1 << (offsets[wait.phase] + other) | complete[wait.phase][other]
+            masks.append(mask)
+        complete.append(masks)
+    return complete
 
 
 def _offsets(tiles: TilePlan) -> list[int]:
@@ -310,19 +316,19 @@ def _cut(total: int, rows: int) -> tuple[Span, ...]:
     return tuple(Span(first, min(first + rows, total)) for first in range(0, total, rows))
 
 
-def _meeting(spans: Sequence[Span], rows: Span) -> range:
-    """The indices of the spans, which lie in order, that share a row with `rows`."""
+def _overlapping(spans: Sequence[Span], rows: Span) -> range:
+    """Return the indices of the spans, which are sorted, that share a row with `rows`."""
     first = bisect_right(spans, rows.first, key=lambda span: span.last)
     last = bisect_left(spans, rows.last, key=lambda span: span.first)
     return range(first, last)
 
 
-def _as_ranges(wanted: Sequence[tuple[int, int]]) -> tuple[Wait, ...]:
-    """Waits for (phase, row tile) pairs, neighbours in one."""
-    found: list[Wait] = []
-    for phase, row_tile in sorted(wanted):
-        if found and found[-1].phase == phase and found[-1].last == row_tile - 1:
-            found[-1] = found[-1]._replace(last=row_tile)
+def _as_ranges(row_tiles: Sequence[tuple[int, int]]) -> tuple[Wait, ...]:
+    """Merge (phase, row tile) pairs into waits for ranges of row tiles."""
+    waits: list[Wait] = []
+    for phase, row_tile in sorted(row_tiles):
+        if waits and waits[-1].phase == phase and waits[-1].last == row_tile - 1:
+            waits[-1] = waits[-1]._replace(last=row_tile)
         else:
-            found.append(Wait(phase, row_tile, row_tile))
-    return tuple(found)
+            waits.append(Wait(phase, row_tile, row_tile))
+    return tuple(waits)

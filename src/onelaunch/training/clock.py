@@ -1,4 +1,4 @@
-"""Where a step's wall time goes, measured part by part."""
+"""Measure the parts of the wall time of training steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ PARTS = ("data", "forward", "backward", "optimizer", "display", "checkpoint", "e
 
 
 class StepClock:
-    """Splits the time between `begin` and `end` among named parts.
+    """Splits the time between `begin` and `end` into named parts.
 
-    On a CPU each `mark` reads the host's clock. On CUDA it records an event, so that a part is
-    the device's own time from one mark to the next, gaps in which the device waits for the host
-    included; the events are read once, at `end`, the only place that waits for the device. On mps,
-    which has no such events here, each `mark` waits for the device.
+    On a CPU each `mark` reads the host clock. On CUDA it records an event: a part is the device
+    time between two marks, including gaps in which the device waits for the host; `end` reads the
+    events and is the only call that synchronizes. On mps each `mark` synchronizes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +27,7 @@ class StepClock:
         self.begin()
 
     def begin(self) -> None:
-        """Start a new span here."""
+        """Start a new measurement."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._begin = self._last = time.perf_counter()
         if self._cuda:
@@ -37,7 +36,7 @@ class StepClock:
             self._record(None)
 
     def mark(self, part: str) -> None:
-        """What happened since the last mark (or `skip`, or `begin`) was `part`."""
+        """Count the time since the last `mark`, `skip` or `begin` as `part`."""
         if self._cuda:
             self._record(part)
             return
@@ -48,13 +47,13 @@ class StepClock:
         self._last = now
 
     def skip(self) -> None:
-        """What happened since the last mark belongs to no part."""
+        """Count the time since the last `mark` as no part."""
         if self._cuda:
             self._record(None)
         self._last = time.perf_counter()
 
     def end(self) -> dict[str, float]:
-        """Seconds of each part, of the whole (`wall`), and what none explains (`unexplained`)."""
+        """Return the seconds of each part, of all (`wall`), and of no part (`unexplained`)."""
         if self._cuda:
             self._events[-1][1].synchronize()
             for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):

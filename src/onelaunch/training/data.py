@@ -1,4 +1,4 @@
-"""Token data for training and evaluation: the built-in stories, or a prepared folder."""
+"""Open token data for training and evaluation: the built-in stories, or a prepared folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ STORIES = "stories"
 
 
 def open_data(spec: str, seed: int = 0) -> TokenData:
-    """Open "stories", or a folder that `onelaunch prepare` made, whose files are read once and
-    checked.
+    """Open "stories", or a folder made by `onelaunch prepare`, after a check of all its files.
 
-    `seed` is that of the endless stories' train split, where it is evaluated. Raises BadInput
-    where there is no such folder, or anything in it is not as its manifest says.
+    `seed` selects the train split of the stories in evaluations. Raises BadInput if the folder does
+    not exist or does not match its manifest.
     """
     if spec == STORIES:
         return StoryData(seed)
@@ -28,7 +27,7 @@ def open_data(spec: str, seed: int = 0) -> TokenData:
     if not folder.is_dir():
         raise BadInput(
             f"{spec}: no such data folder; make one with `onelaunch prepare TEXT --out DIR`, "
-            f'or take "{STORIES}"'
+            f'or use "{STORIES}"'
         )
     if not (folder / MANIFEST_FILE).is_file():
         raise BadInput(

@@ -1,7 +1,7 @@
-"""What a person sees while training: drawn by its own thread, at most four times a second.
+"""The progress display of training, drawn by its own thread at most four times per second.
 
-The training thread only leaves values behind. A terminal that takes its time, or stands still,
-delays this thread and nothing else: frames are skipped, never queued.
+The training thread only sets values. A slow or blocked terminal delays this thread only: frames are
+skipped, not queued.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ASCII_BLOCKS = "_.-=+*#@"
 
 @dataclass(frozen=True)
 class Header:
-    """What does not change during a run."""
+    """The constant part of the display of a run."""
 
     title: str
     lines: tuple[str, ...]
@@ -40,7 +40,7 @@ class Header:
 
 class Display:
     """Shows progress on standard error (or another open `descriptor`): a live panel on a terminal,
-    plain lines elsewhere. `done` is (updates, micro-steps) of earlier processes."""
+    else plain lines. `done` is (updates, micro-steps) of earlier processes of the run."""
 
     def __init__(
         self, header: Header, done: tuple[int, int] = (0, 0), descriptor: int | None = None
@@ -52,14 +52,14 @@ class Display:
         self._record: dict[str, Any] | None = None
         self._val_loss: float | None = None
         self._seconds = dict.fromkeys((*PARTS, "wall"), 0.0)
-        # appended by the training thread, taken by this one; old ones fall out, nobody waits
+        # appended by the training thread, removed by this one; the oldest are dropped
         self._notices: deque[str] = deque(maxlen=NOTICES)
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._speed: deque[tuple[float, int]] = deque(maxlen=20 * DRAWS_PER_SECOND)
         self._header: list[Line] = []
         self._header_width = 0
         self._closing = threading.Event()
-        # A raw descriptor of our own: a thread stuck in it holds no lock that Python's exit needs.
+        # A raw descriptor: a thread blocked in it holds no lock that Python's exit needs.
         self._terminal = Terminal(
             sys.stderr.fileno() if descriptor is None else descriptor,
             (sys.stderr.encoding if descriptor is None else None) or "utf-8",
@@ -68,7 +68,7 @@ class Display:
         self._thread.start()
 
     def progress(self, update: int, micro: int) -> None:
-        """Tell how far the run is."""
+        """Set the progress."""
         self._progress = (update, micro)
 
     def push(self, record: dict[str, Any]) -> None:
@@ -82,17 +82,17 @@ class Display:
             self._val_loss = record["loss"]
 
     def notice(self, text: str) -> None:
-        """A line that stays on the screen."""
+        """Show a line that stays on the screen."""
         if len(self._notices) == NOTICES:
             self.dropped += 1
         self._notices.append(text)
 
     def close(self, seconds: float = 2.0) -> None:
-        """Draw the last state and end; gives up on a terminal that does not take it."""
+        """Draw the last state and end; gives up on a blocked terminal after `seconds`."""
         self._closing.set()
         self._thread.join(seconds)
 
-    # ---- this thread's side
+    # ---- the display thread
 
     def _run(self) -> None:
         try:
@@ -109,7 +109,7 @@ class Display:
         next_line = time.monotonic() + PLAIN_SECONDS
         while True:
             closing = self._closing.wait(1.0 / DRAWS_PER_SECOND)
-            self._note_speed()
+            self._sample_speed()
             due = time.monotonic() >= next_line and self._progress != shown
             while self._notices:
                 self._terminal.write(self._notices.popleft() + "\n")
@@ -126,7 +126,7 @@ class Display:
             closing, drawn = False, None
             while not closing:
                 closing = self._closing.wait(1.0 / DRAWS_PER_SECOND)
-                self._note_speed()
+                self._sample_speed()
                 notices = []
                 while self._notices:
                     notices.append(self._notices.popleft())
@@ -139,12 +139,12 @@ class Display:
         finally:
             block.close()
 
-    def _note_speed(self) -> None:
+    def _sample_speed(self) -> None:
         update, micro = self._progress
         self._speed.append((time.perf_counter(), update * self.header.accum + micro))
 
     def micro_steps_per_second(self) -> float:
-        """Over the last seconds; 0 before anything was measured."""
+        """Return the rate over the last seconds; 0 before any measurement."""
         if len(self._speed) < 2:
             return 0.0
         (t0, n0), (t1, n1) = self._speed[0], self._speed[-1]
@@ -153,7 +153,7 @@ class Display:
         return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
 
     def status(self) -> list[tuple[str, str]]:
-        """Names and values, the same in both forms."""
+        """Return names and values, the same for panel and lines."""
         header, record = self.header, self._record
         update, micro = self._progress
         rate = self.micro_steps_per_second()
@@ -177,11 +177,11 @@ class Display:
         return rows
 
     def status_line(self) -> str:
-        """The state as one line."""
+        """Return the status as one line."""
         return " | ".join(f"{name} {value}" for name, value in self.status())
 
     def parts(self) -> list[str]:
-        """Where the time has gone so far, in per cent of the wall time."""
+        """Return the parts of the wall time so far, in percent."""
         wall = self._seconds["wall"]
         if not wall:
             return []
@@ -189,9 +189,9 @@ class Display:
         return [f"{part} {share:.1%}" for part, share in shares if share >= 0.002]
 
     def panel(self, columns: int, rows: int) -> list[Line]:
-        """What is shown in a window of so many columns and rows: nothing is cut off where the rows
-        suffice, and what a run begins with goes first where they do not."""
-        # a line that reaches the last column would wrap in some terminals
+        """Lay out the panel for a window of this size. If it has too few rows, the header is cut
+        first."""
+        # some terminals wrap a line that reaches the last column
         width = max(1, min(columns - 1, MAX_WIDTH))
         if width != self._header_width:
             self._header_width = width
@@ -199,7 +199,7 @@ class Display:
             for text in self.header.lines:
                 self._header += Line(((text, "dim"),)).broken(width)
         fields = [Line(((f"{name} ", "dim"), (value, ""))) for name, value in self.status()]
-        lines = [self._bar(width), *_packed(fields, width, "   ", FIELDS_PER_LINE)]
+        lines = [self._bar(width), *_flow(fields, width, "   ", FIELDS_PER_LINE)]
         if self._losses:
             blocks = BLOCKS if _encodes(BLOCKS, self._terminal.encoding) else ASCII_BLOCKS
             curve = sparkline(list(self._losses), max(1, width - 5), blocks)
@@ -207,7 +207,7 @@ class Display:
         if parts := self.parts():
             first = Line((("time ", "dim"), (parts[0], "")))
             others = [Line(((part, ""),)) for part in parts[1:]]
-            lines += _packed([first, *others], width, "  ")
+            lines += _flow([first, *others], width, "  ")
         room = max(1, rows - 1)
         return [*self._header[: max(0, room - len(lines))], *lines[:room]]
 
@@ -222,18 +222,18 @@ class Display:
         return Line((("#" * filled, "green"), (rest, "dim"), (f" {share:6.1%}", "")))
 
 
-def _packed(fields: list[Line], width: int, space: str, per_line: int | None = None) -> list[Line]:
-    """Fields in as few lines as hold them, none of them broken that fits into a line."""
+def _flow(fields: list[Line], width: int, space: str, per_line: int | None = None) -> list[Line]:
+    """Arrange fields in as few lines as possible; a field is broken only if it exceeds a line."""
     lines: list[Line] = []
-    held = 0
+    n_fields = 0
     for field in fields:
         fits = bool(lines) and lines[-1].columns + len(space) + field.columns <= width
-        if fits and held != per_line:
+        if fits and n_fields != per_line:
             lines[-1] = lines[-1].joined(space, field)
-            held += 1
+            n_fields += 1
         else:
             lines += field.broken(width)
-            held = 1
+            n_fields = 1
     return lines
 
 
@@ -246,7 +246,7 @@ def _encodes(characters: str, encoding: str) -> bool:
 
 
 def sparkline(values: list[float], width: int, blocks: str = BLOCKS) -> str:
-    """A row of at most `width` of eight characters from low to high, each the mean of its share."""
+    """Plot values as a row of at most `width` block characters, each the mean of its share."""
     n = max(1, min(width, len(values)))
     edges = [i * len(values) // n for i in range(n + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -1,5 +1,4 @@
-"""Validation loss: mean cross-entropy over given batches, every target counted once, and over the
-validation split of some data."""
+"""Validation loss: mean cross-entropy over batches, or over the whole validation split."""
 
 from __future__ import annotations
 
@@ -18,16 +17,16 @@ from onelaunch.engines.engine import LogitsEngine
 from onelaunch.errors import BadInput, MissingExtra
 from onelaunch.training.data import TokenData
 
-# Longer contexts are read in windows of this.
+# Longer contexts are evaluated in windows of this.
 MAX_WINDOW = 2048
 BATCH_TOKENS = 8192
-# logits of a batch, 0.5 GB in float32; one window may need more
+# numbers in the logits of a batch, 0.5 GB in float32; a single window may have more
 BATCH_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` in nats per token over `tokens` predicted tokens; `whole` unless it was cut short."""
+    """`loss` in nats per token over `tokens` predicted tokens; `whole` unless it was stopped."""
 
     loss: float
     tokens: int
@@ -40,7 +39,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
-    """Mean loss over batches of (tokens_BS, targets_BS). `stop` is asked before each batch."""
+    """Return the mean loss over (tokens_BS, targets_BS) batches. `stop` is polled before each."""
     total, count = 0.0, 0
     for tokens_BS, targets_BS in batches:
         if stop():
@@ -58,9 +57,9 @@ def evaluate(
 class SplitLoss:
     """The loss over a whole validation split.
 
-    loss: nats per token, over `tokens` predicted tokens in windows of `window` that do not overlap.
-    nats_per_byte: where the text's bytes are known.
-    data: the data's name; `synthetic` where the package made it.
+    loss: nats per token, over `tokens` predicted tokens in windows of `window` without overlap.
+    nats_per_byte: nats per UTF-8 byte of text; None if the bytes are unknown.
+    data: the label of the data; `synthetic` for the built-in stories.
     """
 
     loss: float
@@ -78,8 +77,9 @@ class SplitLoss:
 def evaluate_split(
     engine: LogitsEngine, tokens: TokenData, progress: Callable[[str], None] = lambda text: None
 ) -> SplitLoss:
-    """The loss over the validation split, in windows of the model's context, MAX_WINDOW at most.
-    `progress` gets how many tokens were read."""
+    """Evaluate the validation split, in windows of the model's context, at most MAX_WINDOW.
+
+    `progress` is called with the number of tokens so far, as text."""
     config = engine.config
     window = min(config.max_seq_len, MAX_WINDOW)
     batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size)
@@ -95,22 +95,22 @@ def evaluate_split(
 def check_tokenizer(
     model: LoadedModel, name: str, data: str, tokens: TokenData, log: Callable[[str], None]
 ) -> None:
-    """Raise BadInput where the tokenizer of `data` is not that of the model `name`, or its ids are
-    beyond it; a line to `log` where that cannot be told."""
-    config, made_with = model.config, tokens.tokenizer
-    note = size_note(made_with, config)
+    """Raise BadInput if the tokenizer of `data` is not that of the model `name`, or has ids outside
+    its vocabulary; `log` gets a line if the tokenizers cannot be compared."""
+    config, data_tokenizer = model.config, tokens.tokenizer
+    note = size_note(data_tokenizer, config)
     try:
         own = find_tokenizer(model)
     except (BadInput, MissingExtra) as error:
         log(f"note: the model's tokenizer cannot be compared with the data's: {error}")
         own = None
-    # one of another size than the model's, lying beside it by chance, says nothing of the data
+    # a tokenizer of another size, in the same folder by chance, does not belong to the model
     if own is not None and (note or not size_note(own, config)):
-        if not same_tokenizer(own, made_with):
+        if not same_tokenizer(own, data_tokenizer):
             raise BadInput(
-                f"data={data!r}: was made with another tokenizer than {name}'s; "
-                "prepare the text with the model's own (`onelaunch prepare --tokenizer FILE`)"
+                f"data={data!r}: its tokenizer is not that of {name}; prepare the text with the "
+                "model's tokenizer (`onelaunch prepare --tokenizer FILE`)"
             )
     elif note:
         log(note.replace("the tokenizer", "the data's tokenizer"))
-    check_ids(made_with, [tokens.largest_id("val")], config, f"data={data!r}")
+    check_ids(data_tokenizer, [tokens.largest_id("val")], config, f"data={data!r}")

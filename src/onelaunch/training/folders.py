@@ -1,4 +1,4 @@
-"""Where a run's folder is made, which run is the newest, and where a run's data lies."""
+"""Folders of runs: names of new ones, the newest run, and the path of its data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RUNS = Path("runs")
 
 
 def default_run_folder(name: str) -> Path:
-    """runs/NAME-DATE-TIME; it need not be free, see `claim`."""
+    """Return runs/NAME-DATE-TIME, which may exist already: see `make_unique_folder`."""
     return RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def claim(run: Path) -> Path:
-    """Make a new folder: `run`, or where that is taken run-2, run-3, ...; returns its path."""
+def make_unique_folder(run: Path) -> Path:
+    """Make a new folder, `run` or, if it exists, run-2, run-3, ...; returns its path."""
     for number in itertools.count(1):
         folder = run if number == 1 else run.with_name(f"{run.name}-{number}")
         try:
@@ -39,21 +39,21 @@ def claim(run: Path) -> Path:
 
 
 def newest_run(folder: Path = RUNS) -> Path:
-    """The run in a folder that was begun last; raises BadInput where there is none."""
-    found = []
+    """Return the run in a folder that was created last; raises BadInput if there is none."""
+    runs = []
     with suppress(OSError):
         for run in folder.iterdir():
             with suppress(BadInput, OSError, ValueError, TypeError):
                 created = datetime.fromisoformat(read_run(run)["created"]).timestamp()
                 # "created" is in whole seconds
-                found.append((created, (run / "run.json").stat().st_mtime_ns, run))
-    if not found:
-        raise BadInput(f"there is no run to resume in {folder}/; name the one to continue: run=DIR")
-    return max(found)[2]
+                runs.append((created, (run / "run.json").stat().st_mtime_ns, run))
+    if not runs:
+        raise BadInput(f"{folder}/: no run to resume; pass its folder: run=DIR")
+    return max(runs)[2]
 
 
 def with_absolute_data(recipe: Recipe) -> Recipe:
-    """A recipe whose data is found from every working directory."""
+    """Make the data path of a recipe absolute."""
     path = recipe.data.path
     if path == STORIES:
         return recipe
@@ -61,7 +61,7 @@ def with_absolute_data(recipe: Recipe) -> Recipe:
 
 
 def path_from_run(data: str, run: Path) -> str | None:
-    """A data folder's path as seen from a run folder, for a run that is moved with its data."""
+    """Return the path of data relative to a run folder, for a run that is moved with its data."""
     if data == STORIES:
         return None
     with suppress(ValueError):  # on another drive of Windows
@@ -69,22 +69,22 @@ def path_from_run(data: str, run: Path) -> str | None:
     return None
 
 
-def with_found_data(recipe: Recipe, run: Path, described: dict[str, Any]) -> Recipe:
-    """A run's recipe with the data where it is now, for a run that was moved.
+def with_relocated_data(recipe: Recipe, run: Path, run_json: dict[str, Any]) -> Recipe:
+    """Return the recipe of a run with the current path of its data, for a run that was moved.
 
-    Looked for at its path; then at the same place relative to the run, as `described` (run.json)
-    has it; then, where the path is relative, below each folder around the run.
+    Tried are its path; then the same path relative to the run, which `run_json` has; then, if the
+    path is relative, that path from each parent folder of the run.
     """
     path = recipe.data.path
     if path == STORIES or Path(path).is_dir():
         return with_absolute_data(recipe)
-    data = described.get("data")
+    data = run_json.get("data")
     relative = data.get("path_from_run") if isinstance(data, dict) else None
-    places = [run / relative] if isinstance(relative, str) else []
+    candidates = [run / relative] if isinstance(relative, str) else []
     if not os.path.isabs(path):
-        places += [folder / path for folder in run.resolve().parents]
-    for place in places:
+        candidates += [folder / path for folder in run.resolve().parents]
+    for candidate in candidates:
         with suppress(OSError, ValueError):
-            if place.is_dir():
-                return recipe.with_settings({"data.path": os.path.realpath(place)}, "data.path")
+            if candidate.is_dir():
+                return recipe.with_settings({"data.path": os.path.realpath(candidate)}, "data.path")
     return recipe

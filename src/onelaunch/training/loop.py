@@ -1,13 +1,13 @@
 """The training loop: gradient accumulation, exact resume, measured telemetry.
 
 One update is `accum` micro-steps, each the forward and backward of one batch, and one optimizer
-step on their averaged gradient. Between updates come checkpoints and evaluation, which follows a
-checkpoint: whatever ends it, what was trained is saved. Between micro-steps, and only there, the
-run can be told to stop: it then saves the gradients so far.
+step on their averaged gradient. Between updates come checkpoints and evaluations; an evaluation
+follows a checkpoint, so that no training is lost if it fails. A run stops between micro-steps only:
+it then saves the gradients so far.
 
-The order of all batches is fixed by the recipe, and a micro-step's gradient is scaled by 1/accum
-wherever it is computed; several processes can therefore share one update's micro-steps by taking
-every n-th of them and summing gradients before the optimizer step.
+The order of all batches is fixed by the recipe, and the gradient of each micro-step is scaled by
+1/accum. So several processes can share the micro-steps of an update: each takes every n-th of them,
+and gradients are summed before the optimizer step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from onelaunch.training.state import Progress
 
 @dataclass
 class Outcome:
-    """How `train` ended: finished, or stopped with everything saved, by a signal or because a fresh
-    process should go on (`restart_requested`)."""
+    """How `train` ended: finished, or stopped and saved, by a signal or to continue in a new
+    process (`restart_requested`)."""
 
     recipe: Recipe
     run: Path
@@ -52,9 +52,9 @@ class Outcome:
 
 @dataclass
 class Trainer:
-    """One run in one process. `train()` is the loop; the rest are its steps.
+    """One run in one process. `train()` is the loop, the other methods are its steps.
 
-    `checkpoint` is the newest one, on the way in where the run is a resumed one.
+    `checkpoint` is the newest one; None at the start of a new run.
     """
 
     recipe: Recipe
@@ -155,7 +155,7 @@ class Trainer:
             **self.engine.telemetry(),
         }
         if started_at:
-            # what came before was timed by the process that was stopped
+            # the earlier micro-steps were timed by the process that was stopped
             record["resumed_at_micro"] = started_at
         self._record(record)
 
@@ -176,7 +176,7 @@ class Trainer:
             self.display.progress(progress.update, progress.micro)
 
     def _optimizer_step(self, lr: float) -> Tensor:
-        """Clip, step, clear; returns the norm of the averaged gradient, on the device."""
+        """Clip, step, zero; returns the norm of the averaged gradient, on the device."""
         clip = self.recipe.optimizer.grad_clip
         parameters = self.parameters.values()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
@@ -187,7 +187,7 @@ class Trainer:
         return norm
 
     def _evaluate(self, before: Path | None) -> None:
-        """Evaluate on the fixed batches, and note the loss in the checkpoint of this moment.
+        """Evaluate on the fixed batches, and write the loss into the current checkpoint.
 
         A checkpoint whose loss is not finite is deleted, unless it is the one from `before`.
         """
@@ -226,7 +226,7 @@ class Trainer:
                 set_best(self.run, self.checkpoint, progress.update, result.loss)
 
     def _save(self, prune: bool = True) -> None:
-        """Write a checkpoint of this moment, once; records of what led here go to disk first."""
+        """Write a checkpoint of the current state, once; earlier records are flushed first."""
         progress = self.progress
         at = (progress.update, progress.micro)
         with self._timed("checkpoint"):
@@ -252,7 +252,7 @@ class Trainer:
             prune_checkpoints(self.run, self.recipe.checkpoint.keep)
 
     def _check_partial(self) -> None:
-        """Gradients of an unfinished update are saved only where they are worth it."""
+        """Raise RunFailed rather than save gradients that are not finite."""
         if not self.progress.micro:
             return
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -262,23 +262,26 @@ class Trainer:
             raise self._diverged(self.progress.loss_sum, norm, self.progress.update + 1)
 
     def _save_if_overdue(self) -> None:
-        """Updates of many micro-steps are saved inside, too."""
-        inside = 0 < self.progress.micro < self.recipe.train.accum
-        if inside and time.monotonic() - self._saved_time >= self.recipe.checkpoint.minutes * 60:
+        """Save within an update of many micro-steps, after `checkpoint.minutes`."""
+        unfinished = 0 < self.progress.micro < self.recipe.train.accum
+        if (
+            unfinished
+            and time.monotonic() - self._saved_time >= self.recipe.checkpoint.minutes * 60
+        ):
             self._save()
 
     def _diverged(self, loss: float, grad_norm: float | None, update: int) -> RunFailed:
         norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
-        kept = f"the last good checkpoint is {self.checkpoint}"
+        saved_state = f"the last good checkpoint is {self.checkpoint}"
         if self.checkpoint is None:
-            kept = "there was no checkpoint yet"
+            saved_state = "there is no checkpoint yet"
         return RunFailed(
             f"{self.run}: the loss is {loss}{norm} at update {update}; stopped; "
-            f"{kept}; try a lower optimizer.lr or a longer optimizer.warmup"
+            f"{saved_state}; try a lower optimizer.lr or a longer optimizer.warmup"
         )
 
     def _record(self, record: dict[str, Any]) -> None:
-        """Hand a record to the writer and the display; neither waits."""
+        """Pass a record to the writer and the display, without waiting."""
         with self._timed("display"):
             self.metrics.push(record)
             if self.display is not None:
@@ -293,7 +296,7 @@ class Trainer:
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Count the block as one part; blocks do not nest."""
+        """Count the time of the block as one part; blocks do not nest."""
         self._clock.skip()
         yield
         self._clock.mark(part)

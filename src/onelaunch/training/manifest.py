@@ -1,4 +1,4 @@
-"""manifest.json: what a folder of prepared tokens holds. Pure data, checked field by field."""
+"""manifest.json of a folder of prepared tokens. Pure data, validated field by field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 SPLITS = ("train", "val")
 
-# Vocabularies above this many ids are stored in four bytes a token.
+# Larger vocabularies are stored in four bytes per token.
 MAX_UINT16_VOCAB = 65_535
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
 
@@ -25,13 +25,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The name of the token type: uint16, or uint32 for vocabularies above 65,535."""
+    """Return the dtype of tokens: uint16, or uint32 for vocabularies above 65,535."""
     return "uint16" if vocab_size <= MAX_UINT16_VOCAB else "uint32"
 
 
 @dataclass(frozen=True, slots=True)
 class SplitFacts:
-    """One token file: its tokens, the UTF-8 bytes and documents of text that they came from."""
+    """A token file: the number of tokens, and of the UTF-8 bytes and documents they encode."""
 
     file: str
     tokens: int
@@ -42,8 +42,7 @@ class SplitFacts:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """The tokenizer that made the tokens; `fingerprint` is its own, in older manifests that of its
-    file's bytes."""
+    """The tokenizer of the tokens; in older manifests `fingerprint` is its `file_fingerprint`."""
 
     kind: str
     file: str
@@ -52,7 +51,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """One text file that was read."""
+    """A text file that was tokenized."""
 
     file: str
     bytes: int
@@ -61,8 +60,8 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that manifest.json says. Documents begin with `bos_id`, or where that is None end
-    with `eos_id`; where that is None too, they have no separator."""
+    """The content of manifest.json. Documents begin with `bos_id`, or if that is None end with
+    `eos_id`; if both are None, they have no separator."""
 
     dtype: str
     vocab_size: int
@@ -74,29 +73,29 @@ class Manifest:
     sources: tuple[SourceFacts, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `read` is the inverse."""
+        """Convert to JSON data; `read` is the inverse."""
         return {"schema": SCHEMA, **asdict(self)}
 
     @classmethod
     def read(cls, folder: Path | str) -> Manifest:
         """Read a folder's manifest; raises BadInput naming the file and the field.
 
-        File names must be plain names: a manifest cannot point outside its folder. Whether the
-        files are as it says is for the reader of the files.
+        File names must have no folder: a manifest cannot name files outside its folder. The files
+        themselves are not checked.
         """
         path = Path(folder) / MANIFEST_FILE
         table = _Table(read_json(path), str(path))
         if (schema := table.count("schema", 1 << 30)) != SCHEMA:
             raise BadInput(
-                f"{path}: schema {schema} is not the {SCHEMA} that this version reads; "
+                f"{path}: schema {schema} is not supported, only {SCHEMA}; "
                 "run `onelaunch prepare` again"
             )
-        vocab_size = table.count("vocab_size", MAX_EXTENT, least=1)
+        vocab_size = table.count("vocab_size", MAX_EXTENT, minimum=1)
         dtype = table.text("dtype")
         if dtype != dtype_for(vocab_size):
             raise BadInput(
-                f"{path}: dtype {dtype[:20]!r}: a vocabulary of {vocab_size} takes "
-                f"{dtype_for(vocab_size)}"
+                f"{path}: dtype {dtype[:20]!r}: must be {dtype_for(vocab_size)} for vocabulary "
+                f"size {vocab_size}"
             )
         tokenizer = table.table("tokenizer")
         splits = table.table("splits")
@@ -104,7 +103,7 @@ class Manifest:
             dtype=dtype,
             vocab_size=vocab_size,
             bos_id=table.id("bos_id", vocab_size),
-            # folders that were made before documents could end with one do not name it
+            # older manifests, without documents that end with EOS, lack it
             eos_id=table.id("eos_id", vocab_size) if "eos_id" in table else None,
             tokenizer=TokenizerFacts(
                 kind=tokenizer.text("kind"),
@@ -131,11 +130,11 @@ def _split(table: _Table) -> SplitFacts:
 
 
 class _Table:
-    """A JSON object whose fields are checked as they are taken."""
+    """A JSON object whose fields are validated when read."""
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
-            raise BadInput(f"{where}: must be a table of fields")
+            raise BadInput(f"{where}: must be a JSON object")
         self._data = data
         self._where = where
 
@@ -164,10 +163,10 @@ class _Table:
     def sha256(self) -> str:
         return self.text("sha256", _SHA256, "a SHA-256")
 
-    def count(self, key: str, most: int = _MAX_COUNT, least: int = 0) -> int:
+    def count(self, key: str, maximum: int = _MAX_COUNT, minimum: int = 0) -> int:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self._bad(key, f"a whole number from {least} to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self._bad(key, f"a whole number from {minimum} to {maximum}")
         return value
 
     def id(self, key: str, vocab_size: int) -> int | None:

@@ -1,7 +1,7 @@
-"""Whether a run fits in memory: an estimate that is never above what it takes, and what is free.
+"""Check that a run fits in memory: a lower bound of its use, and the available bytes.
 
-What is refused here cannot fit; what is not may still run out of memory, and is then told of
-`train.batch_size` by `names_batch_size`.
+A run that is refused cannot fit. Others may still run out of memory; `explain_out_of_memory` then
+names `train.batch_size`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from onelaunch.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that a training step holds at once, at the least.
+class MemoryEstimate:
+    """A lower bound of the bytes that a training step uses at once.
 
-    `fixed` is there whatever the batch: float32 weights, AdamW's two moments and, with `gradients`,
-    at the optimizer's step. `sequence` is what one sequence adds during the backward pass.
+    `fixed` is for any batch: float32 weights and AdamW's two moments. `gradients` add to it at the
+    optimizer step, and in the backward pass if they stay between micro-steps (`gradients_stay`).
+    `sequence` are the bytes per sequence in the backward pass.
     """
 
     fixed: int
@@ -36,29 +37,29 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The larger of the two moments: the optimizer's step, and the backward pass's start."""
+        """The larger of two peaks: at the optimizer step, and at the start of the backward pass."""
         backward = self.fixed + self.batch_size * self.sequence
         backward += self.gradients if self.gradients_stay else 0
         return max(self.fixed + self.gradients, backward)
 
     def largest_batch(self, available: int) -> int:
-        """The largest batch that this estimate lets into `available` bytes; 0 where none fits."""
+        """Return the largest batch that may fit in `available` bytes; 0 if none does."""
         left = available - self.fixed - (self.gradients if self.gradients_stay else 0)
         return max(0, left) // max(1, self.sequence)
 
 
-def need(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) -> Need:
-    """The estimate: see `Need`. `autocast` says whether the step computes in bfloat16.
+def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) -> MemoryEstimate:
+    """Estimate the memory of a step. `autocast` is whether it computes in bfloat16.
 
-    A layer keeps for its backward pass, of each position: both norms' inputs (float32, the residual
-    stream) and outputs, q, k, v and the attention's output, gate, up, silu(gate) and their product.
-    Of the logits three float32 copies exist when their gradient is made: log-probabilities, and
-    the gradients of the log-probabilities and of the logits. torch.compile computes what is
-    elementwise again and puts the logits' gradient in their place.
+    For its backward a layer saves, per position: the inputs (float32, the residual stream) and
+    outputs of both norms, q, k, v and the output of attention, gate, up, silu(gate) and their
+    product. The logits have three float32 copies at the start of the backward: log-probabilities,
+    and the gradients of the log-probabilities and of the logits. torch.compile recomputes
+    elementwise values and writes the gradient of the logits in place.
 
-    Against the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four layers of
-    llama-3.2-1b, 64 to 32,768 tokens) it is 0.87 to 0.995 of them, less only where attention
-    keeps its scores (0.19); of five compiled ones 0.57 to 0.83; of three on a CPU 0.62 to 0.77.
+    It is 0.87 to 0.995 of the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four
+    layers of llama-3.2-1b, 64 to 32,768 tokens), except where attention saves its scores (0.19);
+    0.57 to 0.83 of five compiled ones; 0.62 to 0.77 of three on a CPU.
     """
     c, parameters = config, config.n_params
     item = 2 if autocast else 4
@@ -71,8 +72,8 @@ def need(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) -> N
         logits = 3 * 4 * c.vocab_size
     position = c.n_layers * layer + logits
     if recipe.train.engine == "coreml":
-        position = 0  # its layers run elsewhere, in a precision of their own
-    return Need(
+        position = 0  # its layers run in another process, in another precision
+    return MemoryEstimate(
         fixed=3 * 4 * parameters,
         gradients=4 * parameters,
         sequence=seq_len * position,
@@ -82,13 +83,13 @@ def need(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) -> N
 
 
 def check_fits(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.device) -> None:
-    """Raise BadInput, naming the field to change, where a run cannot fit in the device's memory."""
+    """Raise BadInput, naming the field to change, if a run cannot fit in the memory of a device."""
     available = available_bytes(device)
     if available is None:
         return
     autocast = device.type == "cuda" if recipe.train.dtype == "auto" else False
     autocast = autocast or recipe.train.dtype == "bfloat16"
-    needed = need(recipe, config, seq_len, autocast)
+    needed = estimate(recipe, config, seq_len, autocast)
     if needed.total <= available:
         return
     batch, fits = needed.batch_size, needed.largest_batch(available)
@@ -99,7 +100,7 @@ def check_fits(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.
     else:
         change = "set train.batch_size to 1 and lower train.seq_len"
     raise BadInput(
-        f"this run takes at least {_gigabytes(needed.total)} of memory "
+        f"the run needs at least {_gigabytes(needed.total)} of memory "
         f"({_gigabytes(needed.fixed + needed.gradients)} for the weights, their gradients and "
         f"AdamW's state, {_gigabytes(batch * needed.sequence)} for a batch of {batch} x {seq_len}) "
         f"and {device} has {_gigabytes(available)} free: {change}"
@@ -111,10 +112,10 @@ def _gigabytes(n_bytes: int) -> str:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can still take on a device; None where nobody says.
+    """Return the bytes that this process can still allocate on a device; None if unknown.
 
-    For a processor that is what the system calls available and its swap, or what the process's
-    control group still allows where that is less.
+    On a CPU: available memory and swap, or the rest of the limit of the control group if that is
+    less.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -137,8 +138,8 @@ def _system_bytes() -> int | None:
 def _group_bytes(
     membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> list[int]:
-    """What each control group that this process is in, and each around it, still allows."""
-    found = []
+    """Return the remaining bytes of each control group of this process, and of their parents."""
+    remaining = []
     with suppress(OSError, ValueError):
         for line in membership.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -151,26 +152,26 @@ def _group_bytes(
                 continue
             inner = top / path.lstrip("/")
             for folder in (inner, *inner.parents):
-                if (left := _left_in(folder, *names)) is not None:
-                    found.append(left)
+                if (left := _remaining(folder, *names)) is not None:
+                    remaining.append(left)
                 if folder == top:
                     break
-    return found
+    return remaining
 
 
-def _left_in(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+def _remaining(folder: Path, limit: str, usage: str, cached: str) -> int | None:
     with suppress(OSError, ValueError, KeyError):
-        most = int((folder / limit).read_text())  # "max" is no number: no limit
+        maximum = int((folder / limit).read_text())  # "max" is no number: no limit
         lines = (folder / "memory.stat").read_text().splitlines()
         statistics = dict(line.split() for line in lines)
-        return max(0, most - int((folder / usage).read_text()) + int(statistics[cached]))
+        return max(0, maximum - int((folder / usage).read_text()) + int(statistics[cached]))
     return None
 
 
 @contextmanager
-def names_batch_size(recipe: Recipe, run: Path | None = None) -> Iterator[None]:
-    """Turn running out of memory into one line that names the field to change, and where there is
-    a `run` already, how it goes on from its newest checkpoint."""
+def explain_out_of_memory(recipe: Recipe, run: Path | None = None) -> Iterator[None]:
+    """Turn an out-of-memory error into RunFailed with the field to change and, for an existing
+    `run`, how to resume it from its newest checkpoint."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, written by a thread that training never waits for.
+"""Write metrics.jsonl, one JSON object per line, from a thread that never blocks training.
 
 docs/metrics.md describes the records.
 """
@@ -26,19 +26,19 @@ QUEUE_RECORDS = 10_000
 class MetricsWriter:
     """Appends records to a file from its own thread.
 
-    The queue is bounded: where the disk stalls so long that it is full, records are dropped,
-    counted in `dropped`, and the count is written once the disk answers again. Where the file is
-    removed meanwhile, or another put in its place, records go on in the file of that name, a new
-    one begun by the last "run" record; `say` is told so, from the thread.
+    The queue is bounded: if the disk stalls until it is full, records are dropped and counted in
+    `dropped`, and the count is written once the disk responds. If the file is removed or replaced,
+    records continue in a file of the same name, a new one starting with the last "run" record;
+    `log` is then called, from the thread.
     """
 
     def __init__(self, path: Path, queue_records: int = QUEUE_RECORDS) -> None:
         self.path = path
         self.dropped = 0
         self.error: OnelaunchError | None = None
-        self.say: Callable[[str], None] = lambda line: None
-        self._head: dict[str, Any] | None = None
-        self._said_dropped = 0
+        self.log: Callable[[str], None] = lambda line: None
+        self._run_record: dict[str, Any] | None = None
+        self._reported_drops = 0
         self._queue: queue.Queue[dict[str, Any] | threading.Event | None] = queue.Queue(
             queue_records
         )
@@ -57,7 +57,7 @@ class MetricsWriter:
             self.dropped += 1
 
     def flush(self, seconds: float = 5.0) -> bool:
-        """Wait until everything queued so far is on the disk, at most `seconds`."""
+        """Wait until all queued records are on the disk, at most `seconds`."""
         done = threading.Event()
         deadline = time.monotonic() + seconds
         try:
@@ -87,15 +87,17 @@ class MetricsWriter:
 
     def _write(self, items: list[dict[str, Any] | threading.Event | None]) -> None:
         records = [item for item in items if isinstance(item, dict)]
-        if self.dropped > self._said_dropped:
-            self._said_dropped = self.dropped
-            records.append({"kind": "dropped", "count": self._said_dropped})
+        if self.dropped > self._reported_drops:
+            self._reported_drops = self.dropped
+            records.append({"kind": "dropped", "count": self._reported_drops})
         waiting = [item for item in items if isinstance(item, threading.Event)]
         if self.error is None:
             try:
-                if self._reopened() and self._head is not None:
-                    records.insert(0, self._head)
-                self._head = next((r for r in records if r.get("kind") == "run"), self._head)
+                if self._reopened() and self._run_record is not None:
+                    records.insert(0, self._run_record)
+                self._run_record = next(
+                    (r for r in records if r.get("kind") == "run"), self._run_record
+                )
                 data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
                 while data:
                     data = data[os.write(self._descriptor, data) :]
@@ -107,25 +109,25 @@ class MetricsWriter:
             done.set()
 
     def _reopened(self) -> bool:
-        """Follow the path where it is no longer the open file; whether that made a new file."""
+        """Reopen the path if it is no longer the open file; returns whether it is a new file."""
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
                 return False
         descriptor = _open(self.path)
         os.close(self._descriptor)
         self._descriptor = descriptor
-        self.say(f"{self.path} was removed or replaced: records go on in a file of that name")
+        self.log(f"{self.path} was removed or replaced; writing to a file of that name")
         return os.fstat(descriptor).st_size == 0
 
 
 def _open(path: Path) -> int:
-    # Raw: a line is one write, and no lock of Python's is held while the disk stalls.
+    # Raw: a line is one write, and no Python lock is held while the disk stalls.
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def drop_after(path: Path, update: int, eval_done: int) -> None:
-    """Forget records of work that a resume will do again: updates after `update`, evaluations
-    after `eval_done`, and a torn last line."""
+    """Remove records of work that a resume repeats: updates after `update`, evaluations after
+    `eval_done`, and an incomplete last line."""
     if not path.exists():
         return
     limits = {"update": update, "eval": eval_done}
@@ -133,8 +135,8 @@ def drop_after(path: Path, update: int, eval_done: int) -> None:
         for line in file:
             try:
                 record = json.loads(line)
-                again = record.get("update", 0) > limits.get(record.get("kind"), math.inf)
+                repeated = record.get("update", 0) > limits.get(record.get("kind"), math.inf)
             except (ValueError, AttributeError, TypeError, RecursionError):
                 continue  # not a record of ours
-            if line.endswith(b"\n") and not again:
+            if line.endswith(b"\n") and not repeated:
                 out.write(line)

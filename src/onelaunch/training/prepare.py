@@ -1,8 +1,8 @@
-"""Text to token files: train.bin, val.bin, the tokenizer, and a manifest that is written last.
+"""Tokenize text files: train.bin, val.bin, the tokenizer, and a manifest, written last.
 
-The text is read twice, a document at a time: once to measure and check it, once to write tokens.
-A line that holds only <|endoftext|> ends a document; so does the end of a file. Its tokens begin
-with BOS, or end with EOS where the tokenizer names no BOS.
+The text is read twice, document by document: to measure and check it, and to write tokens. A line
+with only <|endoftext|> ends a document; so does the end of a file. Its tokens begin with BOS, or
+end with EOS if the tokenizer has no BOS.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from onelaunch.checkpoints.atomic import atomic_directory, atomic_file, write_js
 from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.checkpoints.tokenizers import Tokenizer, load_tokenizer, train_llama2c
 from onelaunch.errors import BadInput
+from onelaunch.training.binary_files import refuse_binary
 from onelaunch.training.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -32,15 +33,14 @@ from onelaunch.training.manifest import (
     TokenizerFacts,
     dtype_for,
 )
-from onelaunch.training.packed import check_is_not_packed
 
 SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md")
 
 _BOM = b"\xef\xbb\xbf"
-# A byte needs a list entry while it is encoded: long documents of bytes go piece by piece.
+# Encoding takes a list entry per byte: long documents are encoded in pieces.
 _BYTES_PIECE = 1 << 18
-# sentencepiece holds its training text in memory, several times over.
+# sentencepiece keeps several copies of its training text in memory.
 _TOKENIZER_TEXT = 64 << 20
 _PROGRESS_AFTER_S = 2.0
 _PROGRESS_EVERY_S = 1.0
@@ -48,7 +48,7 @@ _PROGRESS_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written, and how many files of the named folders were not text."""
+    """The result of `prepare`: folder, manifest, and the number of files that were not text."""
 
     folder: Path
     manifest: Manifest
@@ -64,7 +64,7 @@ class _Source:
 
 
 class _Piece(NamedTuple):
-    """Text for one split; `begins` and `ends` say whether a document does so here."""
+    """Text for one split; `begins` and `ends` are whether a document starts or ends here."""
 
     split: str
     text: str
@@ -79,43 +79,42 @@ def prepare(
     vocab_size: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
-    """Tokenize text files and folders into the new folder `out`, which appears whole or not at all.
+    """Tokenize text files and folders into the new folder `out`, atomically.
 
     `vocab_size` trains a tokenizer of that many pieces on the training text; otherwise `tokenizer`
-    is a file, or "bytes". Documents begin with BOS, or end with EOS where the tokenizer names no
-    BOS; where it names neither they have no separator. The last tenth of the text is for
-    validation: from the first document boundary at or after 90% of the characters if that leaves at
-    least 5%, otherwise from 90% within a document (and then without a separator).
-    `progress` is given a line about once a second, only where it takes long.
-    Raises BadInput naming the file, flag or folder.
+    is a file, or "bytes". Documents begin with BOS, or end with EOS if the tokenizer has no BOS; if
+    it has neither, they have no separator. The last tenth of the text is for validation: from the
+    first document boundary at or after 90% of the characters if that leaves at least 5%, otherwise
+    from 90% within a document (and then without a separator). `progress` is called with a line
+    about once per second if it takes long. Raises BadInput naming the file, argument or folder.
     """
     out = Path(out).resolve()
     _check_out(out)
-    made = None if vocab_size is not None else load_tokenizer(tokenizer)
+    chosen = None if vocab_size is not None else load_tokenizer(tokenizer)
     sources, ignored = _find_sources(texts)
     for source in sources:
-        check_is_not_packed(source.path)
+        refuse_binary(source.path)
     with atomic_directory(out) as folder:
-        ticker = _Ticker(progress, 2 if vocab_size is None else 3)
-        total = _measure(sources, ticker)
-        if made is None:
-            made = train_llama2c(_training_text(sources, total, ticker), vocab_size or 0)
-        manifest = _write(folder, sources, total, made, ticker)
+        reporter = _ProgressReporter(progress, 2 if vocab_size is None else 3)
+        total = _measure(sources, reporter)
+        if chosen is None:
+            chosen = train_llama2c(_training_text(sources, total, reporter), vocab_size or 0)
+        manifest = _write(folder, sources, total, chosen, reporter)
         if out.exists():
-            out.rmdir()  # an empty folder, which not every system lets a rename replace
+            out.rmdir()  # an empty folder, which a rename cannot replace on every system
     return Prepared(out, manifest, ignored)
 
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file; name a new folder")
+        raise BadInput(f"{out}: is a file; pass a new folder")
     if out.is_dir() and any(out.iterdir()):
-        raise BadInput(f"{out}: already holds files; name a new folder")
+        raise BadInput(f"{out}: is not empty; pass a new folder")
 
 
 def _find_sources(texts: Sequence[str | Path]) -> tuple[list[_Source], int]:
-    """The files to read, in order, each once; and the number of others in the named folders."""
-    found: dict[Path, _Source] = {}
+    """List the files to read, in order, each once; also returns the number of ignored files."""
+    sources: dict[Path, _Source] = {}
     ignored = 0
     for text in texts:
         path = Path(text)
@@ -124,27 +123,27 @@ def _find_sources(texts: Sequence[str | Path]) -> tuple[list[_Source], int]:
             ignored += others
             top = path.resolve().name
             for name in names:
-                found.setdefault((path / name).resolve(), _Source(path / name, f"{top}/{name}"))
+                sources.setdefault((path / name).resolve(), _Source(path / name, f"{top}/{name}"))
         elif path.is_file():
-            found.setdefault(path.resolve(), _Source(path, path.name))
+            sources.setdefault(path.resolve(), _Source(path, path.name))
         elif path.exists():
-            raise BadInput(f"{path}: is neither a file nor a folder; save the text in a file")
+            raise BadInput(f"{path}: neither a file nor a folder; save the text to a file")
         else:
             raise BadInput(f"{path}: no such file or folder")
-    if not found:
+    if not sources:
         raise BadInput(
-            f"{', '.join(map(str, texts))}: no {' or '.join(TEXT_SUFFIXES)} files in there "
-            f"({ignored} others); name other files one by one to have them read"
+            f"{', '.join(map(str, texts))}: no {' or '.join(TEXT_SUFFIXES)} files "
+            f"({ignored} others ignored); pass other files one by one"
         )
-    return list(found.values()), ignored
+    return list(sources.values()), ignored
 
 
 def _text_files(folder: Path) -> tuple[list[str], int]:
-    """Relative names of the text files below a folder, sorted; hidden files and folders are not
-    looked at. And the number of other files.
+    """List the text files below a folder by relative name, sorted; also returns the number of other
+    files. Hidden files and folders are skipped.
 
-    Linked folders are read too, after those that lie there; each folder is read once, however many
-    links lead to it, and a link to a folder around it is not followed.
+    Linked folders are read too, after the others; each folder is read once, for any number of
+    links, and a link to a parent folder is not followed.
     """
 
     def refuse(error: OSError) -> None:
@@ -153,17 +152,19 @@ def _text_files(folder: Path) -> tuple[list[str], int]:
     names: list[str] = []
     others = 0
     seen: set[str] = set()
-    waiting = deque([folder])
-    while waiting:
-        top = waiting.popleft()
+    pending = deque([folder])
+    while pending:
+        top = pending.popleft()
         if os.path.realpath(top) in seen:
             continue
         for parent, folders, entries in os.walk(top, onerror=refuse):
-            here = os.path.realpath(parent)
-            seen.add(here)
+            resolved = os.path.realpath(parent)
+            seen.add(resolved)
             inner = [Path(parent, name) for name in sorted(folders) if not name.startswith(".")]
-            waiting += [
-                path for path in inner if path.is_symlink() and not _holds(path.resolve(), here)
+            pending += [
+                path
+                for path in inner
+                if path.is_symlink() and not _contains(path.resolve(), resolved)
             ]
             folders[:] = [
                 path.name
@@ -181,13 +182,13 @@ def _text_files(folder: Path) -> tuple[list[str], int]:
     return sorted(names), others
 
 
-def _holds(folder: Path, inner: str) -> bool:
-    """Whether a resolved folder is another one, or is around it."""
+def _contains(folder: Path, inner: str) -> bool:
+    """Return whether a resolved folder is `inner` or one of its parents."""
     return Path(inner).is_relative_to(folder)
 
 
-class _Ticker:
-    """Says how far the reading is, seldom."""
+class _ProgressReporter:
+    """Reports the progress of reading, about once per second."""
 
     def __init__(self, progress: Callable[[str], None], passes: int) -> None:
         self._progress = progress
@@ -196,7 +197,7 @@ class _Ticker:
         self._next = time.monotonic() + _PROGRESS_AFTER_S
         self.total_bytes = 0
 
-    def tick(self, n_bytes: int) -> None:
+    def add(self, n_bytes: int) -> None:
         self._read += n_bytes
         now = time.monotonic()
         if now >= self._next:
@@ -206,10 +207,10 @@ class _Ticker:
             self._progress(f"preparing {size}: {min(share, 1.0):.0%}")
 
 
-def _documents(source: _Source, ticker: _Ticker) -> Iterator[str]:
-    """The documents of a file that hold more than white space, each with its lines as they are.
+def _documents(source: _Source, reporter: _ProgressReporter) -> Iterator[str]:
+    """Yield the documents of a file, except those of white space only.
 
-    At the end `source` knows the file's size and digest; raises BadInput where it had others.
+    Sets the size and digest of `source` at the end; raises BadInput if they have changed.
     """
     digest = hashlib.sha256()
     size = 0
@@ -223,7 +224,7 @@ def _documents(source: _Source, ticker: _Ticker) -> Iterator[str]:
                 digest.update(line)
                 if line.strip() == SEPARATOR.encode():
                     yield from _decoded(document, start, source.path)
-                    ticker.tick(size + len(line) - start)
+                    reporter.add(size + len(line) - start)
                     document = bytearray()
                     start = size + len(line)
                 elif size == 0 and line.startswith(_BOM):
@@ -233,11 +234,11 @@ def _documents(source: _Source, ticker: _Ticker) -> Iterator[str]:
                     document += line
                 size += len(line)
             yield from _decoded(document, start, source.path)
-            ticker.tick(size - start)
+            reporter.add(size - start)
     except OSError as error:
         raise BadInput(f"{source.path}: cannot read: {error.strerror or error}") from error
     if source.sha256 not in ("", digest.hexdigest()):
-        raise BadInput(f"{source.path}: changed while it was being read; run again")
+        raise BadInput(f"{source.path}: changed during reading; run again")
     source.bytes, source.sha256 = size, digest.hexdigest()
 
 
@@ -253,29 +254,29 @@ def _decoded(document: bytearray, start: int, path: Path) -> Iterator[str]:
         yield text
 
 
-def _measure(sources: list[_Source], ticker: _Ticker) -> int:
-    """Characters of all documents; every byte is checked to be UTF-8."""
+def _measure(sources: list[_Source], reporter: _ProgressReporter) -> int:
+    """Count the characters of all documents; raises BadInput for bytes that are not UTF-8."""
     try:
-        ticker.total_bytes = sum(source.path.stat().st_size for source in sources)
+        reporter.total_bytes = sum(source.path.stat().st_size for source in sources)
     except OSError as error:
         raise BadInput(f"{error.filename}: cannot read: {error.strerror or error}") from error
-    total = sum(len(text) for source in sources for text in _documents(source, ticker))
+    total = sum(len(text) for source in sources for text in _documents(source, reporter))
     names = ", ".join(str(source.path) for source in sources[:3])
     names += f" and {len(sources) - 3} more" if len(sources) > 3 else ""
     if total == 0:
-        raise BadInput(f"{names}: no text, only white space")
+        raise BadInput(f"{names}: no text except white space")
     if total == 1:
-        raise BadInput(f"{names}: a single character cannot be split for training and validation")
+        raise BadInput(f"{names}: one character cannot be split into training and validation")
     return total
 
 
-def _pieces(sources: list[_Source], total: int, ticker: _Ticker) -> Iterator[_Piece]:
-    """All documents, split; `total` is the number of their characters, at least 2."""
+def _pieces(sources: list[_Source], total: int, reporter: _ProgressReporter) -> Iterator[_Piece]:
+    """Yield all documents by split; `total` is the number of their characters, at least 2."""
     cut = total * 9 // 10
     seen = 0
     split = "train"
     for source in sources:
-        for text in _documents(source, ticker):
+        for text in _documents(source, reporter):
             end = seen + len(text)
             if split == "train" and end >= cut:
                 if (total - end) * 20 >= total:
@@ -289,22 +290,23 @@ def _pieces(sources: list[_Source], total: int, ticker: _Ticker) -> Iterator[_Pi
             seen = end
 
 
-def _training_text(sources: list[_Source], total: int, ticker: _Ticker) -> Iterator[str]:
-    """What a tokenizer learns from: the training documents, of each its beginning where all would
-    be too much."""
-    for piece in _pieces(sources, total, ticker):
+def _training_text(
+    sources: list[_Source], total: int, reporter: _ProgressReporter
+) -> Iterator[str]:
+    """Yield the training documents for a tokenizer; only their beginnings if the text is large."""
+    for piece in _pieces(sources, total, reporter):
         if piece.split == "train":
-            kept = len(piece.text) * _TOKENIZER_TEXT // total
-            yield piece.text[: max(1, kept)] if total > _TOKENIZER_TEXT else piece.text
+            length = len(piece.text) * _TOKENIZER_TEXT // total
+            yield piece.text[: max(1, length)] if total > _TOKENIZER_TEXT else piece.text
 
 
 def separating_eos(tokenizer: Tokenizer) -> int | None:
-    """The id that ends each document: EOS, where there is no BOS that begins the next."""
+    """Return the id that ends each document: EOS if there is no BOS, else None."""
     return tokenizer.eos_id if tokenizer.bos_id is None else None
 
 
 class _TokenWriter:
-    """One split's file while it is written."""
+    """Writes the token file of one split."""
 
     def __init__(self, file: IO[bytes], name: str, tokenizer: Tokenizer) -> None:
         self._file = file
@@ -319,10 +321,10 @@ class _TokenWriter:
         if piece.begins and self._tokenizer.bos_id is not None:
             self._write([self._tokenizer.bos_id])
         step = _BYTES_PIECE if self._tokenizer.kind == "bytes" else len(piece.text)
-        for at in range(0, len(piece.text), step):
-            part = piece.text[at : at + step]
-            self._bytes += len(part.encode("utf-8"))
-            self._write(self._tokenizer.encode(part, bos=False))
+        for start in range(0, len(piece.text), step):
+            text = piece.text[start : start + step]
+            self._bytes += len(text.encode("utf-8"))
+            self._write(self._tokenizer.encode(text, bos=False))
         if piece.ends and (eos_id := separating_eos(self._tokenizer)) is not None:
             self._write([eos_id])
         self._documents += 1
@@ -331,8 +333,8 @@ class _TokenWriter:
         tokens_N = np.array(ids, dtype=np.int64)
         if tokens_N.size and int(tokens_N.max()) >= self._tokenizer.vocab_size:
             raise BadInput(
-                f"the tokenizer makes id {tokens_N.max()}, beyond its own vocabulary of "
-                f"{self._tokenizer.vocab_size}; it is damaged"
+                f"the tokenizer is damaged: id {tokens_N.max()} is outside its vocabulary of "
+                f"{self._tokenizer.vocab_size}"
             )
         data = tokens_N.astype(self._dtype).tobytes()
         self._file.write(data)
@@ -340,14 +342,18 @@ class _TokenWriter:
         self._tokens += tokens_N.size
 
     def facts(self) -> SplitFacts:
-        """What the manifest says of the file."""
+        """Return the manifest entry of the file."""
         return SplitFacts(
             self._name, self._tokens, self._bytes, self._documents, self._digest.hexdigest()
         )
 
 
 def _write(
-    folder: Path, sources: list[_Source], total: int, tokenizer: Tokenizer, ticker: _Ticker
+    folder: Path,
+    sources: list[_Source],
+    total: int,
+    tokenizer: Tokenizer,
+    reporter: _ProgressReporter,
 ) -> Manifest:
     with ExitStack() as stack:
         writers = {}
@@ -355,7 +361,7 @@ def _write(
             name = f"{split}.bin"
             file = stack.enter_context(atomic_file(folder / name))
             writers[split] = _TokenWriter(file, name, tokenizer)
-        for piece in _pieces(sources, total, ticker):
+        for piece in _pieces(sources, total, reporter):
             writers[piece.split].add(piece)
     manifest = Manifest(
         dtype=dtype_for(tokenizer.vocab_size),

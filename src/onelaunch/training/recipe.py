@@ -1,7 +1,6 @@
-"""A recipe: everything that fixes a training run, as strict TOML.
+"""Recipes: the complete configuration of a training run, as strict TOML.
 
-Pure data: no torch. An unknown key is refused with the nearest known one. The keys are in
-sections.py.
+Pure data, without torch. Unknown keys are refused with a suggestion. The keys are in sections.py.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Recipe:
-    """All sections. `from_dict`, `load` and `with_settings` check; so does the constructor.
+    """All sections of a recipe, validated by the constructor.
 
-    `source` is where the recipe was read from, for messages; it makes no difference.
+    `source` is the origin of the recipe, for messages; comparison ignores it.
     """
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -66,44 +65,44 @@ class Recipe:
             value = getattr(self.train, name)
             if value not in allowed:
                 raise BadInput(
-                    f"train.{name} = {value!r} does not go with train.engine coreml; leave it out"
+                    f"train.{name} = {value!r}: not supported by train.engine coreml; leave it out"
                 )
 
     def model_config(self, data_vocab_size: int) -> ModelConfig:
-        """The shape to train, its vocabulary taken from the data where the recipe names none.
+        """Return the shape to train, with the vocabulary of the data unless the recipe sets one.
 
-        A larger vocabulary than the data's is padded. Raises BadInput where the shape is incomplete
-        or its vocabulary smaller than the data's.
+        A larger vocabulary than that of the data is padded. Raises BadInput if the shape is
+        incomplete or its vocabulary too small for the data.
         """
         chosen = {k: v for k, v in asdict(self.model).items() if v is not None and k != "preset"}
         chosen.setdefault("vocab_size", data_vocab_size)
         if chosen["vocab_size"] < data_vocab_size:
             raise BadInput(
-                f"{self.source}: model.vocab_size is {chosen['vocab_size']}, but the data's "
-                f"tokenizer has {data_vocab_size} ids; leave it out to take the data's"
+                f"{self.source}: model.vocab_size {chosen['vocab_size']} is smaller than the "
+                f"{data_vocab_size} ids of the data's tokenizer; leave it out to use that number"
             )
         if self.model.preset:
             base = preset(self.model.preset).to_dict()
             if {"dim", "n_heads"} & set(chosen):
-                # a changed width takes a new head width unless the recipe fixes one
+                # a changed width gets a new head width unless the recipe sets one
                 base.update(head_dim=0, n_kv_heads=0)
             return ModelConfig.from_dict(base | chosen, f"{self.source}: [model]")
         missing = [name for name in ModelConfig.required_fields() if name not in chosen]
         if missing:
             raise BadInput(
-                f"{self.source}: [model] has no {', '.join(missing)}; add what is missing, or name "
-                f'a preset, such as preset = "{next(iter(PRESETS))}"'
+                f"{self.source}: [model] has no {', '.join(missing)}; add them, or a preset, as in "
+                f'preset = "{next(iter(PRESETS))}"'
             )
         return ModelConfig.from_dict(chosen, f"{self.source}: [model]")
 
     @property
     def lr_scale(self) -> float:
-        """What `lr_rule` multiplies the learning rate by."""
+        """The factor of the learning rate by `lr_rule`."""
         ratio = self.train.accum / self.optimizer.lr_base_accum
         return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[self.optimizer.lr_rule]
 
     def learning_rate(self, update: int) -> float:
-        """The rate of update 0, 1, ...: linear warm-up, then cosine (1608.03983)."""
+        """Return the rate of update 0, 1, ...: linear warm-up, then cosine (1608.03983)."""
         o = self.optimizer
         peak = o.lr * self.lr_scale
         if update < o.warmup:
@@ -113,17 +112,17 @@ class Recipe:
         return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def with_settings(self, settings: dict[str, Any], source: str) -> Recipe:
-        """A copy with `{"section.key": value}` changed; raises BadInput naming `source`."""
+        """Return a copy with settings `{"section.key": value}`; raises BadInput naming `source`."""
         data: dict[str, dict[str, Any]] = {}
         for path, value in settings.items():
             section, dot, key = path.partition(".")
             if not dot:
-                _known(section, [f"{s}.{k}" for s in SECTIONS for k in _types(s)], source)
+                _check_key(section, [f"{s}.{k}" for s in SECTIONS for k in _types(s)], source)
             data.setdefault(section, {})[key] = value
         return _merged(self, data, source)
 
     def to_toml(self) -> str:
-        """The resolved recipe as TOML; `load` reads it back equal."""
+        """Return the resolved recipe as TOML; `load` is the inverse."""
         lines: list[str] = []
         for section in SECTIONS:
             lines.append(f"[{section}]")
@@ -151,7 +150,7 @@ class Recipe:
         except OSError as error:
             known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.toml")))
             raise BadInput(
-                f"{name}: cannot read the recipe ({error.strerror}); built-in ones: {known}"
+                f"{name}: cannot read the recipe ({error.strerror}); built-in recipes: {known}"
             ) from error
         if len(raw) > MAX_BYTES:
             raise BadInput(f"{name}: larger than {MAX_BYTES} bytes; this is not a recipe")
@@ -159,8 +158,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, raw: bytes, source: str) -> Recipe:
-        """Build from TOML bytes; a byte order mark before them, which some editors write, is no
-        part of it."""
+        """Build from TOML bytes; a byte order mark is skipped."""
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise BadInput(f"{source}: is UTF-16; save it as UTF-8")
         try:
@@ -174,10 +172,10 @@ SECTIONS = tuple(section.name for section in fields(Recipe) if section.name != "
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Key and value of `a.b=c`: c as a TOML value, or as plain text where it is none."""
+    """Split `a.b=c` into key and value; c is a TOML value, or else plain text."""
     path, equals, raw = text.partition("=")
     if not equals or not path.strip():
-        raise BadInput(f"{text}: must look like section.key=value")
+        raise BadInput(f"{text}: must have the form section.key=value")
     try:
         value = tomllib.loads(f"value = {raw.strip()}")["value"]
     except (ValueError, RecursionError):
@@ -188,14 +186,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def _merged(recipe: Recipe, data: dict[str, Any], source: str) -> Recipe:
     changed: dict[str, Any] = {}
     for section, values in data.items():
-        _known(section, list(SECTIONS), source)
+        _check_key(section, list(SECTIONS), source)
         if not isinstance(values, dict):
             raise BadInput(f"{source}: [{section}] must be a section of key = value lines")
         types = _types(section)
         checked = {}
         for key, value in values.items():
-            _known(key, list(types), source, f"{section}.")
-            checked[key] = _typed(f"{section}.{key}", value, types[key], source)
+            _check_key(key, list(types), source, f"{section}.")
+            checked[key] = _check_type(f"{section}.{key}", value, types[key], source)
         changed[section] = replace(getattr(recipe, section), **checked)
     try:
         return replace(recipe, **changed)
@@ -207,10 +205,10 @@ def _types(section: str) -> dict[str, Any]:
     return get_type_hints(get_type_hints(Recipe)[section])
 
 
-def _known(name: str, known: list[str], source: str, prefix: str = "") -> None:
+def _check_key(name: str, known: list[str], source: str, prefix: str = "") -> None:
     if name in known:
         return
-    # Keys are often known by their last word: accum, lr, updates.
+    # People often give only the last word of a key: accum, lr, updates.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
         k for k in known if k.split(".")[-1] == name
     ]
@@ -218,18 +216,18 @@ def _known(name: str, known: list[str], source: str, prefix: str = "") -> None:
     raise BadInput(f"{source}: unknown key {prefix}{name}; {hint}")
 
 
-def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
-    wanted = next(t for t in (get_args(kind) or (kind,)) if t is not type(None))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+def _check_type(name: str, value: Any, kind: Any, source: str) -> Any:
+    expected = next(t for t in (get_args(kind) or (kind,)) if t is not type(None))
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**53 else value
-    if type(value) is not wanted:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise BadInput(f"{source}: {name} must be {words[wanted]}, not {value!r}")
+    if type(value) is not expected:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise BadInput(f"{source}: {name} must be {words[expected]}, not {value!r}")
     return value
 
 
 def toml_value(value: Any) -> str:
-    """A boolean, number or string as TOML."""
+    """Format a boolean, number or string as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -20,8 +20,8 @@ T = TypeVar("T")
 class Key:
     """The description of one key.
 
-    `within` (both ends included) and `choices` are checked when a recipe is made. `allowed` says in
-    words what is checked where the value is used: it depends on the model, the data or the device.
+    `within` (both ends included) and `choices` are checked when a recipe is made. `allowed`
+    describes checks that depend on the model, the data or the device and are made at first use.
     """
 
     meaning: str
@@ -31,15 +31,15 @@ class Key:
     allowed: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raise BadInput where a value is not allowed; None, an unset key, is."""
+        """Raise BadInput if a value is not allowed; None, for an unset key, is."""
         if value is None:
             return
         if self.within is not None:
             low, high = self.within
-            if not low <= value <= high:  # nan is outside, too
-                raise BadInput(f"{name} = {value} is outside {low} to {high}")
+            if not low <= value <= high:  # nan is outside too
+                raise BadInput(f"{name} = {value}: must be from {low} to {high}")
         if self.choices and value not in self.choices:
-            raise BadInput(f"{name} = {value!r} must be one of {', '.join(self.choices)}")
+            raise BadInput(f"{name} = {value!r}: must be one of {', '.join(self.choices)}")
 
 
 def key(
@@ -51,22 +51,22 @@ def key(
     choices: tuple[str, ...] = (),
     allowed: str = "",
 ) -> T:
-    """A dataclass field with its description; see `Key`."""
-    described = Key(meaning, unit, within, choices, allowed)
-    return field(default=default, metadata={"key": described})
+    """Make a dataclass field with its description; see `Key`."""
+    description = Key(meaning, unit, within, choices, allowed)
+    return field(default=default, metadata={"key": description})
 
 
 def described_keys(section: Any) -> list[tuple[Field[Any], Key]]:
-    """The fields of a section (class or instance), each with its description.
+    """List the fields of a section (class or instance) with their descriptions.
 
     Raises TypeError for a field that was not made by `key`.
     """
-    found = []
+    result = []
     for each in fields(section):
         if "key" not in each.metadata:
             raise TypeError(f"{each.name} has no description: write {each.name} = key(...)")
-        found.append((each, each.metadata["key"]))
-    return found
+        result.append((each, each.metadata["key"]))
+    return result
 
 
 @dataclass(frozen=True)

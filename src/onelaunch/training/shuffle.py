@@ -1,7 +1,7 @@
-"""Stateless randomness in plain integer arithmetic: the same on every machine and library version.
+"""Stateless random numbers in integer arithmetic, the same on every machine and version.
 
-`mix64` turns numbers into random-looking ones; `shuffled` is a keyed permutation of any range that
-is computed element by element, so that shuffling a billion windows needs no memory.
+`mix64` is a hash of a number; `shuffled` is a keyed permutation of any range, computed element by
+element, so that shuffling a billion windows needs no memory.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _mix64(values_N: np.ndarray) -> np.ndarray:
 
 
 def shuffled(positions_N: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a permutation of range(n), chosen by `key`, puts each position; int64.
+    """Apply the permutation of range(n) with this `key` to positions; int64.
 
-    A Feistel network on the next power of two; a value that lands at n or above is sent through
-    again until it lands below (cycle walking; Black and Rogaway 2002), twice on average at most.
+    A Feistel network on the next power of two; values of n or above are permuted again until they
+    are below (cycle walking; Black and Rogaway 2002), at most twice on average.
     """
     result_N = _feistel(positions_N.astype(np.uint64), n, key)
     while (outside_N := result_N >= n).any():
@@ -46,7 +46,7 @@ def _feistel(values_N: np.ndarray, n: int, key: int) -> np.ndarray:
     low_N = values_N & np.uint64((1 << low_bits) - 1)
     high_N = values_N >> np.uint64(low_bits)
     for step in range(_ROUNDS):
-        # the halves, and their widths, change places in each round
+        # the halves, and their widths, swap in each round
         mask = np.uint64((1 << high_bits) - 1)
         round_key = np.uint64(mix64(key + step))
         low_N, high_N = high_N ^ (_mix64(low_N ^ round_key) & mask), low_N

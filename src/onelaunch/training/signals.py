@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP ask a run to save and leave; a second one does not wait."""
+"""Stop a run by SIGINT, SIGTERM or SIGHUP: the first one saves it, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from onelaunch.errors import Terminated
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
-# A terminal and a wrapper may both pass on one Ctrl-C; a second one from a person comes later.
-PATIENCE_SECONDS = 1.0
+# A terminal and a wrapper may both send a signal for one Ctrl-C; a second Ctrl-C comes later.
+REPEAT_SECONDS = 1.0
 
 
 class StopSignals:
     """While entered, the first signal sets `received` instead of ending the process; one that comes
-    more than PATIENCE_SECONDS later ends it at once, by KeyboardInterrupt or Terminated."""
+    more than REPEAT_SECONDS later ends it at once, by KeyboardInterrupt or Terminated."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -29,7 +29,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
-                # an ignored one stays ignored: nohup asks for that
+                # an ignored signal stays ignored, as nohup needs
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
         return self
@@ -48,7 +48,7 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = number, now
-        elif now - self._since > PATIENCE_SECONDS:
+        elif now - self._since > REPEAT_SECONDS:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise Terminated(number)

@@ -1,4 +1,4 @@
-"""A run's whole state, to a checkpoint and back: what makes a resume exact."""
+"""Save and restore the complete state of a run, so that a resume is exact."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """Where a run is; all of it is saved. Losses are in nats per token."""
+    """The progress of a run, saved in checkpoints. Losses are in nats per token."""
 
     update: int = 0
     micro: int = 0
@@ -48,8 +48,8 @@ def save(
     sampler: Sampler,
     accum: int,
 ) -> Path:
-    """Write a checkpoint: weights, AdamW's moments, gradients of an unfinished update, what the
-    engine needs beside these, random states, the sampler's position, and the progress."""
+    """Write a checkpoint: weights, AdamW's moments, gradients of an unfinished update, the state of
+    the engine, random states, the position of the sampler, and the progress."""
     parameters = engine.parameters()
     device = next(iter(parameters.values())).device
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: dict(parameters)}
@@ -64,8 +64,8 @@ def save(
     files[OPTIMIZER_FILE] = slots
     if progress.micro:
         files[GRADIENTS_FILE] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    if more := engine.state_dict():
-        files[ENGINE_FILE] = more
+    if engine_state := engine.state_dict():
+        files[ENGINE_FILE] = engine_state
     state: dict[str, Any] = {
         **asdict(progress),
         "accum": accum,
@@ -82,25 +82,23 @@ def save(
 
 
 def save_progress(checkpoint: Path, progress: Progress) -> None:
-    """Write what an evaluation found into the checkpoint that was saved before it."""
+    """Write the result of an evaluation into the checkpoint that was saved before it."""
     change_state(checkpoint, asdict(progress))
 
 
 def read_progress(state: dict[str, Any], source: Path) -> Progress:
-    """The progress part of a checkpoint's state; raises BadInput where a field is missing or is
-    no number of its kind."""
+    """Read the progress in the state of a checkpoint; raises BadInput for a missing or invalid
+    field."""
     values: dict[str, Any] = {}
     for field in fields(Progress):
         value = state.get(field.name)
         if isinstance(field.default, int):
-            good = type(value) is int and 0 <= value < 1 << 53
+            valid = type(value) is int and 0 <= value < 1 << 53
         else:
             absent = value is None and field.default is None
-            good = absent or (isinstance(value, int | float) and abs(value) < 1e300)
-        if not good:
-            raise BadInput(
-                f"{source / 'state.json'}: {field.name} is {value!r}, not what it counts"
-            )
+            valid = absent or (isinstance(value, int | float) and abs(value) < 1e300)
+        if not valid:
+            raise BadInput(f"{source / 'state.json'}: {field.name} is {value!r}, which is invalid")
         values[field.name] = value
     return Progress(**values)
 
@@ -112,46 +110,46 @@ def restore(
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
 ) -> None:
-    """Put moments, gradients, random states, the sampler and what else the engine needs back.
-    Weights and progress are given to the engine and the trainer when they are made."""
+    """Restore moments, gradients, random states, the sampler and the state of the engine. Weights
+    and progress are arguments of the engine and the trainer."""
     parameters = engine.parameters()
     device = next(iter(parameters.values())).device
     tensors = read_tensors(checkpoint, OPTIMIZER_FILE, state)
     source = checkpoint / OPTIMIZER_FILE
-    torch.set_rng_state(_taken(tensors, "rng.cpu", source))
+    torch.set_rng_state(_tensor(tensors, "rng.cpu", source))
     if device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
     if state["update"]:
         for name, parameter in parameters.items():
             slots: dict[str, Tensor] = {}
             for key in _MOMENTS:
-                moment = _taken(tensors, f"{key}.{name}", source).to(parameter.device)
+                moment = _tensor(tensors, f"{key}.{name}", source).to(parameter.device)
                 if moment.shape != parameter.shape:
                     raise BadInput(f"{source}: {key}.{name} has the wrong shape")
                 slots[key] = moment
-            step = _taken(tensors, f"step.{name}", source)
+            step = _tensor(tensors, f"step.{name}", source)
             fused = optimizer.defaults.get("fused")
             slots["step"] = step.to(parameter.device) if fused else step
             optimizer.state[parameter] = slots
     if state["micro"]:
         gradients = read_tensors(checkpoint, GRADIENTS_FILE, state)
         for name, parameter in parameters.items():
-            gradient = _taken(gradients, name, checkpoint / GRADIENTS_FILE)
+            gradient = _tensor(gradients, name, checkpoint / GRADIENTS_FILE)
             if gradient.shape != parameter.shape:
                 raise BadInput(f"{checkpoint / GRADIENTS_FILE}: {name} has the wrong shape")
             parameter.grad = gradient.to(parameter.device)
-    more = {}
+    engine_state = {}
     if ENGINE_FILE in state["sha256"]:
-        more = read_tensors(checkpoint, ENGINE_FILE, state)
-        for name, tensor in more.items():
-            of = parameters.get(name.partition(".")[2])
-            if of is None or tensor.shape != of.shape:
-                raise BadInput(f"{checkpoint / ENGINE_FILE}: {name} is not of this model")
-    engine.load_state_dict(more, state["update"])
+        engine_state = read_tensors(checkpoint, ENGINE_FILE, state)
+        for name, tensor in engine_state.items():
+            match = parameters.get(name.partition(".")[2])
+            if match is None or tensor.shape != match.shape:
+                raise BadInput(f"{checkpoint / ENGINE_FILE}: {name} does not match the model")
+    engine.load_state_dict(engine_state, state["update"])
     sampler.load_state_dict(state.get("sampler", {}))
 
 
-def _taken(tensors: dict[str, Tensor], name: str, source: Path) -> Tensor:
+def _tensor(tensors: dict[str, Tensor], name: str, source: Path) -> Tensor:
     if name not in tensors:
         raise BadInput(f"{source}: the tensor {name} is missing")
     return tensors[name]

@@ -1,9 +1,9 @@
-"""Built-in synthetic stories: an endless, seeded grammar of small children's stories.
+"""Built-in synthetic stories: a seeded grammar that generates endless children's stories.
 
-A story follows one child, one thing with one colour, and one animal through a setting, a problem,
-help and a moral. Each is chosen once and then repeated, so that a model that writes well must keep
-track of the name, the pronoun, the thing, its colour and the animal. All the text is our own.
-`story(seed, index)` is pure integer arithmetic: the same on every Python and every machine.
+A story has one child, one thing with one colour, and one animal, in a setting, a problem, help and
+a moral. Each is chosen once and then repeated, so that a good model must keep track of the name,
+the pronoun, the thing, its colour and the animal. All the text is our own. `story(seed, index)` is
+pure integer arithmetic: the same on every Python version and machine.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from onelaunch.training.shuffle import mix64
 
 STORIES_LABEL = "built-in synthetic stories"
 
-# Part of a sampler's saved state: raise it whenever the text of any story changes.
+# Part of the saved state of a sampler: raise it when the text of any story changes.
 GRAMMAR_VERSION = 1
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
-# What goes with a name or a colour tells it apart from its like: a child meets some of the animals,
-# a thing comes in some of the colours. So a small model soon learns that they are to be repeated.
+# A child meets only some of the animals, a thing has only some of the colours: these correlations
+# help a small model to learn early that names and colours are repeated.
 
 # kind, He, he, his, him
 _GIRL = ("girl", "She", "she", "her", "her")
@@ -53,9 +53,9 @@ _TRAITS = ("big", "little", "kind", "small")
 
 
 class _Plot(NamedTuple):
-    """What a plot may be about, and its sentences: one alternative is drawn for each step.
+    """The things, animals and sentences of a plot; one alternative is drawn per step.
 
-    `pairs` ties an animal to the spot where it belongs: a duck swims, a bird flies.
+    `pairs` are (animal, spot): a duck swims, a bird flies.
     """
 
     things: tuple[str, ...]
@@ -211,9 +211,9 @@ _PLOTS = (_LOST, _STUCK, _SHARE, _BROKEN, _HOME)
 
 
 def story(seed: int, index: int) -> str:
-    """The story with this number in the endless series that belongs to `seed`: one line of text.
+    """Generate story number `index` of the endless series of `seed`: one line of text.
 
-    Series with different seeds are independent draws from the same grammar.
+    Series with different seeds are independent samples of the same grammar.
     """
     state = mix64(mix64(seed) + index)
 

@@ -1,4 +1,4 @@
-"""Token data from the built-in synthetic stories: made as it is read, never the end of it."""
+"""Endless token data from the built-in synthetic stories, generated when read."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from onelaunch.training.stories import GRAMMAR_VERSION, STORIES_LABEL, story
 
 STORIES_TOKENIZER_SHA256 = "539902b2cf1f0947a7e4ac4ca8cf8d2620375976eb5679785c3751ea9110dc59"
 
-# Evaluation uses this many rows, always the same ones.
+# The number of rows in an evaluation, always the same ones.
 STORIES_EVAL_ROWS = 256
 _TAGS = {"train": 0x747261696E, "val": 0x76616C}
 
 
 @cache
 def stories_tokenizer() -> Llama2cTokenizer:
-    """The 512-piece tokenizer that the package ships for its stories."""
+    """Load the 512-piece tokenizer of the stories, which is part of the package."""
     data = files("onelaunch.training").joinpath("stories_tokenizer.bin").read_bytes()
     tokenizer = Llama2cTokenizer.from_bytes(data, "stories_tokenizer.bin")
     if tokenizer.fingerprint != STORIES_TOKENIZER_SHA256:
-        raise BadInput("stories_tokenizer.bin: is not the one of this version; install again")
+        raise BadInput("stories_tokenizer.bin: is not that of this version; reinstall onelaunch")
     return tokenizer
 
 
 class StorySampler:
-    """Rows of stories in order. A row begins with a story's BOS, as a text to be generated does,
-    and is filled with the stories that follow; what is left of the last one is skipped."""
+    """Samples rows of stories in order. A row starts with the BOS of a story, as generated text
+    does, and is filled with the next stories; the rest of the last one is dropped."""
 
     def __init__(self, seq_len: int, seed: int, split: str, fingerprint: str) -> None:
-        self._same = {"kind": "stories", "data": fingerprint, "seq_len": seq_len, "seed": seed}
+        self._identity = {"kind": "stories", "data": fingerprint, "seq_len": seq_len, "seed": seed}
         self._series = mix64(mix64(seed) ^ _TAGS[split])
         self._seq_len = seq_len
         self._story = 0
         self._tokenizer = stories_tokenizer()
 
     def next(self, batch_size: int) -> Batch:
-        """(tokens_BS, targets_BS) of the next rows."""
+        """Return (tokens_BS, targets_BS) of the next rows."""
         rows_BR = np.empty((batch_size, self._seq_len + 1), np.int64)
         for row_R in rows_BR:
             row_R[:] = self._row()
@@ -59,21 +59,21 @@ class StorySampler:
         return ids[: self._seq_len + 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Data, seed, sequence length and the next story's number."""
-        return {**self._same, "story": self._story}
+        """Return data, seed, sequence length and the number of the next story."""
+        return {**self._identity, "story": self._story}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state of the same grammar, seed and sequence length."""
-        check_state(state, self._same, ("story",))
+        """Continue from a saved state of the same grammar, seed and sequence length."""
+        check_state(state, self._identity, ("story",))
         self._story = state["story"]
 
 
 class StoryData:
-    """The endless stories. Train and val are different series drawn from the same grammar: a val
-    story may happen to occur in train too, though tens of millions of stories make that rare."""
+    """The endless stories. Train and val are different series of the same grammar: a val story may
+    also occur in train, which tens of millions of possible stories make rare."""
 
     def __init__(self, seed: int) -> None:
-        """`seed` is that of the train series where it is evaluated; val is the same for all."""
+        """`seed` selects the train series for evaluations; val is always the same."""
         self.tokenizer: Tokenizer = stories_tokenizer()
         self.label = STORIES_LABEL
         self.synthetic = True
@@ -84,14 +84,14 @@ class StoryData:
         self._seeds = {"train": seed, "val": 0}
 
     def train(self, seq_len: int, seed: int) -> StorySampler:
-        """Rows of the train series."""
+        """Make a sampler of the train series."""
         check_request("train", seq_len, 1)
         return StorySampler(seq_len, seed, "train", self.fingerprint)
 
     def eval_batches(
         self, split: str, seq_len: int, batch_size: int, max_batches: int | None = None
     ) -> Iterator[Batch]:
-        """The first STORIES_EVAL_ROWS rows of the split, or `max_batches` of their batches."""
+        """Yield the first STORIES_EVAL_ROWS rows of the split, or `max_batches` of the batches."""
         check_request(split, seq_len, batch_size)
         return self._eval_batches(split, seq_len, batch_size, max_batches)
 
@@ -105,11 +105,11 @@ class StoryData:
             yield tokens_NS[rows], targets_NS[rows]
 
     def largest_id(self, split: str) -> int:
-        """The tokenizer's: the stories do not end."""
+        """Return that of the tokenizer, as the stories are endless."""
         return self.vocab_size - 1
 
     def n_tokens(self, split: str) -> None:
-        """None: the stories do not end."""
+        """Return None: the stories are endless."""
 
     def bytes_of(self, split: str) -> None:
-        """None: the stories do not end."""
+        """Return None: the stories are endless."""

@@ -1,4 +1,4 @@
-"""A terminal written without buffering, and a block of lines that is redrawn in place."""
+"""An unbuffered terminal, and a block of lines that is redrawn in place."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"  # from the cursor on
-CLIP, WRAP = "\x1b[?7l", "\x1b[?7h"  # what becomes of a line that is wider than the window
+CLIP, WRAP = "\x1b[?7l", "\x1b[?7h"  # for lines wider than the window
 STYLES = {"bold": "\x1b[1m", "dim": "\x1b[2m", "green": "\x1b[32m"}
 NO_STYLE = "\x1b[0m"
-USUAL_SIZE = os.terminal_size((80, 24))
+DEFAULT_SIZE = os.terminal_size((80, 24))
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its pieces, each a text with the name of a style or an empty one."""
+    """A line of pieces: (text, style name or "")."""
 
     pieces: tuple[tuple[str, str], ...]
 
@@ -27,7 +27,7 @@ class Line:
 
     @property
     def columns(self) -> int:
-        """How many it takes: characters of Chinese, Japanese and Korean take two."""
+        """Width in columns: characters of Chinese, Japanese and Korean take two."""
         if self.plain.isascii():
             return len(self.plain)
         from rich.cells import cell_len
@@ -35,7 +35,7 @@ class Line:
         return cell_len(self.plain)
 
     def styled(self) -> str:
-        """With the codes of its styles; without colours where NO_COLOR is set."""
+        """Return the text with style codes; without colours if NO_COLOR is set."""
         return "".join(
             f"{STYLES[style]}{text}{NO_STYLE}"
             if style and not (style == "green" and os.environ.get("NO_COLOR"))
@@ -47,26 +47,26 @@ class Line:
         return Line((*self.pieces, (space, ""), *other.pieces))
 
     def broken(self, width: int) -> list[Line]:
-        """In as many lines as it takes, broken between words where that is possible; of one style,
-        the first, where that is more than one."""
+        """Break the line to this width, between words if possible. Broken lines have the style of
+        the first piece."""
         if self.columns <= width:
             return [self]
         from rich.console import Console
         from rich.text import Text
 
-        parts = Text(self.plain).wrap(Console(width=width), width)
-        return [Line(((part.plain, self.pieces[0][1]),)) for part in parts]
+        lines = Text(self.plain).wrap(Console(width=width), width)
+        return [Line(((line.plain, self.pieces[0][1]),)) for line in lines]
 
 
 class Terminal:
-    """A duplicate of an open descriptor, for text in the terminal's own encoding."""
+    """Writes text to a duplicate of an open descriptor, in the encoding of the terminal."""
 
     def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
         self.encoding = encoding
         self._descriptor = os.dup(descriptor)
 
     def write(self, text: str) -> None:
-        """Write all of it. A terminal that went away is no error: training goes on."""
+        """Write text. A closed terminal is not an error, so that training goes on."""
         data = text.encode(self.encoding, "replace")
         try:
             while data:
@@ -75,17 +75,17 @@ class Terminal:
             pass
 
     def redraws(self) -> bool:
-        """Whether it is a terminal on which the cursor can be moved."""
+        """Return whether it is a terminal that can move its cursor."""
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         return os.isatty(self._descriptor) and not dumb
 
     def size(self) -> os.terminal_size:
-        """Columns and lines as the window is now; a terminal that does not know them has 80x24."""
+        """Return the current columns and lines; 80x24 if unknown."""
         try:
             size = os.get_terminal_size(self._descriptor)
         except OSError:
-            return USUAL_SIZE
-        return size if size.columns and size.lines else USUAL_SIZE
+            return DEFAULT_SIZE
+        return size if size.columns and size.lines else DEFAULT_SIZE
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -94,10 +94,10 @@ class Terminal:
 class Block:
     """Lines at the bottom of a terminal, redrawn in place.
 
-    The cursor rests at the beginning of the last line. A terminal whose window becomes narrower
-    breaks what it shows into more rows: how many there are to go up is counted in the columns of
-    now. Where the window is narrower than the system knows yet, lines are clipped, not broken: else
-    each frame would leave rows behind.
+    The cursor stays at the beginning of the last line. When a window gets narrower, the terminal
+    wraps the lines into more rows, so the way up is computed with the current columns. Lines are
+    clipped, not wrapped, if the window is narrower than the system reports: otherwise each frame
+    would leave rows behind.
     """
 
     def __init__(self, terminal: Terminal) -> None:
@@ -105,11 +105,11 @@ class Block:
         self._widths: list[int] = []
 
     def draw(self, lines: Sequence[Line], above: Iterable[str] = ()) -> None:
-        """Show these lines in the place of those before; `above` stays on the screen over them."""
+        """Replace the lines by these; `above` stays on the screen over them."""
         ends = [f"{CLEAR_LINE}\n"] * (len(lines) - 1) + [f"{CLEAR_BELOW}\r"]
         body = "".join(line.styled() + end for line, end in zip(lines, ends, strict=True))
         notices = "".join(f"{line}{CLEAR_LINE}\n" for line in above)
-        # cleared line by line: tmux keeps a copy of a screen that is cleared from its first row on
+        # cleared line by line: tmux saves a copy of a screen that is cleared from its first row
         self._terminal.write(f"{self._to_the_first()}{notices}{CLIP}{body}{WRAP}")
         self._widths = [line.columns for line in lines]
 
@@ -119,7 +119,7 @@ class Block:
             self._terminal.write(f"\n{SHOW_CURSOR}")
 
     def _to_the_first(self) -> str:
-        """Moves the cursor to the beginning of what was drawn last."""
+        """Return the codes that move the cursor to the beginning of the block."""
         if not self._widths:
             return HIDE_CURSOR
         columns = self._terminal.size().columns

@@ -43,8 +43,8 @@ class EdgeSuite:
             x = x.detach().requires_grad_()
             y = rms_norm(x, w, 1.5e-6)
             torch.testing.assert_close(y, reference.rms_norm(x, w, 1.5e-6))
-            wanted = reference.rms_norm_backward(dy, x, w, 1.5e-6)[0]
-            torch.testing.assert_close(gradients(y, x, dy)[0], wanted)
+            expected = reference.rms_norm_backward(dy, x, w, 1.5e-6)[0]
+            torch.testing.assert_close(gradients(y, x, dy)[0], expected)
         assert len(bound) == 8  # forward and backward of each of the four
 
     def test_offsets_within_are_64_bit(self, tmp_path):
@@ -70,12 +70,12 @@ class EdgeSuite:
 
     def test_hooks_that_change_what_was_saved_spoil_no_later_call(self):
         x, w, dy = self.randn(32, 8, requires_grad=True), self.randn(8), self.randn(32, 8)
-        wanted = reference.rms_norm_backward(dy, x, w, 1.25e-5)[0]
+        expected = reference.rms_norm_backward(dy, x, w, 1.25e-5)[0]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t):
             y = rms_norm(x, w, 1.25e-5)
         with pytest.raises(ValueError, match="must agree"):
             gradients(y, x, dy)
-        torch.testing.assert_close(gradients(rms_norm(x, w, 1.25e-5), x, dy)[0], wanted)
+        torch.testing.assert_close(gradients(rms_norm(x, w, 1.25e-5), x, dy)[0], expected)
 
     def test_compiled_functorch_gradients(self):
         norm, x = RMSNorm(8, device=self.device), self.randn(4, 8)
@@ -92,17 +92,17 @@ class EdgeSuite:
         x, w = self.randn(8, 16, requires_grad=True), self.randn(16, requires_grad=True)
         dy = self.randn(8, 16)
         for _ in range(2):
-            wanted = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
+            expected = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
         torch._dynamo.reset()
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
             got = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
-        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, expected)
 
     def test_in_place_leaves_rows_that_overlap_alone(self):
         x = self.randn(4, 8, requires_grad=True)
         dy = self.randn(20).as_strided((4, 8), (4, 1))
-        wanted = reference.rms_norm_backward(dy, x)[0]
-        torch.testing.assert_close(gradients(rms_norm(x, in_place=True), x, dy)[0], wanted)
+        expected = reference.rms_norm_backward(dy, x)[0]
+        torch.testing.assert_close(gradients(rms_norm(x, in_place=True), x, dy)[0], expected)
 
     def test_in_place_tells_autograd(self):
         """What else has saved the gradient then knows that it has changed."""
@@ -150,10 +150,10 @@ class EdgeSuite:
             near = {"rtol": 5e-3, "atol": 1e-3} if x.dtype is torch.half else {}
             torch.testing.assert_close(y, reference.rms_norm(x, w, eps), **near)
             if any(needs):
-                asked = [leaf for leaf in leaves if leaf.requires_grad]
-                wanted = reference.rms_norm_backward(dy, x, w, eps)
-                both = [w for w, need in zip(wanted, needs, strict=True) if need]
-                torch.testing.assert_close(torch.autograd.grad(y, asked, dy), tuple(both), **near)
+                inputs = [leaf for leaf in leaves if leaf.requires_grad]
+                expected = reference.rms_norm_backward(dy, x, w, eps)
+                both = [w for w, need in zip(expected, needs, strict=True) if need]
+                torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), tuple(both), **near)
 
         def laid(t, like):
             return torch.empty_strided(t.shape, like.stride(), device=t.device).copy_(t)
@@ -195,32 +195,34 @@ class EdgeSuite:
         torch.func.grad(lambda x: kept.append(x) or x.sum())(x)
         torch.testing.assert_close(rms_norm(kept[0]), rms_norm(x))
 
-    def test_a_sign_that_is_only_noted(self):
+    def test_a_lazy_negation(self):
         x, dy = self.randn(4, 8), self.randn(4, 8)
         rms_norm(x)
         torch.testing.assert_close(rms_norm(torch._neg_view(x)), rms_norm(-x))
         leaf = x.clone().requires_grad_()
-        for given in (dy, torch._neg_view(dy)):
-            wanted = reference.rms_norm_backward(given.clone(), x)[0]
-            torch.testing.assert_close(gradients(rms_norm(leaf), leaf, given)[0], wanted)
+        for gradient in (dy, torch._neg_view(dy)):
+            expected = reference.rms_norm_backward(gradient.clone(), x)[0]
+            torch.testing.assert_close(gradients(rms_norm(leaf), leaf, gradient)[0], expected)
 
-    def test_only_what_is_at_fault_is_copied(self, monkeypatch):
-        """A gradient that no kernel walks is copied, x is not."""
-        given = []
+    def test_only_the_unsupported_tensor_is_copied(self, monkeypatch):
+        """A gradient of an unsupported layout is copied, x is not."""
+        launches = []
         bind = launch.bind
 
         def recorded(*arguments, **options):
             run = bind(*arguments, **options)
-            return lambda *tensors: given.append(tensors) or run(*tensors)
+            return lambda *tensors: launches.append(tensors) or run(*tensors)
 
         monkeypatch.setattr(launch, "bind", recorded)
         x, w = self.randn(6, 8, requires_grad=True), self.randn(16)[::2]
         rms_norm(x, w, 1.75e-6).sum().backward()
-        forward, backward = given[0], given[1]
+        forward, backward = launches[0], launches[1]
         assert forward[0].data_ptr() == x.data_ptr()
         assert backward[1].data_ptr() == x.data_ptr()
 
-    def test_where_a_kernel_does_not_compile_the_plain_form_runs_and_says_so(self, monkeypatch):
+    def test_a_kernel_that_does_not_compile_falls_back_to_the_plain_form_with_a_warning(
+        self, monkeypatch
+    ):
         def broken(*arguments):
             raise RuntimeError("Failed to find C compiler.")
 

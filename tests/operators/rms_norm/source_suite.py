@@ -4,7 +4,7 @@ Weights are all ones there, so that a kernel without any would pass; here they a
 
 Its tolerance of 0.2 is wide for y and dX and narrow for dW: the sum of thousands of rows is within
 it only where each term is rounded as autograd of Hugging Face's module rounds it. So this stands
-beside the measure of `suite`, 1.5 times the eager error.
+besides the measure of `suite`, 1.5 times the eager error.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class SourceSuite:
                             getattr(want, name),
                             atol=atol,
                             rtol=rtol,
-                            msg=lambda told, name=name, this=this: f"{this}, {name}: {told}",
+                            msg=lambda message, name=name, this=this: f"{this}, {name}: {message}",
                         )
 
     def test_none_is_nearer_to_float64_than_a_module_that_rounds_its_squares(self):

@@ -264,7 +264,7 @@ def check(case: Case, got: Results, x: Tensor, weight: Tensor | None, dy: Tensor
     for name in ("y", "dx", "dw"):
         result, oracle, size = getattr(got, name), getattr(want, name), sizes.get(name)
         if oracle is None:
-            assert result is None, f"{case}: {name} came back though nothing asked for it"
+            assert result is None, f"{case}: {name} was returned without a request"
             continue
         like = weight if name == "dw" else x
         assert result.shape == oracle.shape, f"{case}: {name} has shape {tuple(result.shape)}"
@@ -314,11 +314,11 @@ def check_promises(case: Case, device: torch.device) -> None:
     x, weight, dy = inputs(case, device)
     numbers, modes = (case.eps, case.casting, case.offset), (case.row_mode, case.rule)
     operators = torch.ops.onelaunch
-    for operator, given in (
+    for operator, arguments in (
         (operators.rms_norm, (x, weight, *numbers, *modes)),
         (operators.rms_norm_backward, (dy, x, weight, *numbers, weight is not None, *modes)),
     ):
-        torch.library.opcheck(operator.default, given, test_utils="test_faketensor")
+        torch.library.opcheck(operator.default, arguments, test_utils="test_faketensor")
 
 
 # ------------------------------------------------------------------------------------------ matrix

@@ -108,8 +108,8 @@ def check_forms(compile_for, target: str, columns: int, dtypes) -> None:
             assert ("chunked" in names[0]) == (columns > one_tile)
             for kernel in kernels:
                 most = limit(target, columns, rule)
-                told = f"{kernel.name}, {columns} columns, {dtype}, {row_mode}, {rule}, {target}"
-                assert kernel.spilled <= most, f"{told}: a thread spills {kernel.spilled} bytes"
+                label = f"{kernel.name}, {columns} columns, {dtype}, {row_mode}, {rule}, {target}"
+                assert kernel.spilled <= most, f"{label}: a thread spills {kernel.spilled} bytes"
 
 
 @pytest.mark.extended

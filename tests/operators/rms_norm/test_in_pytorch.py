@@ -37,8 +37,8 @@ def arguments(dtype, weight_dtype, casting, offset=0.0, rows=5, requires_grad=Tr
 @pytest.mark.parametrize("casting", CASTINGS)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(F32, F32), (BF16, F32), (F16, None)])
 def test_the_forward_operator_passes_opcheck(dtype, weight_dtype, casting, rows):
-    given = arguments(dtype, weight_dtype, casting, rows=rows)
-    torch.library.opcheck(torch.ops.onelaunch.rms_norm.default, given)
+    inputs = arguments(dtype, weight_dtype, casting, rows=rows)
+    torch.library.opcheck(torch.ops.onelaunch.rms_norm.default, inputs)
 
 
 @pytest.mark.parametrize("need_dw", [True, False])
@@ -46,9 +46,9 @@ def test_the_forward_operator_passes_opcheck(dtype, weight_dtype, casting, rows)
 def test_the_backward_operator_passes_opcheck(dtype, weight_dtype, need_dw):
     x, weight, *rest = arguments(dtype, weight_dtype, "llama", requires_grad=False)
     eps, casting, offset, row_mode, rule = rest
-    given = (torch.randn_like(x), x, weight, eps, casting, offset)
-    given += (need_dw and weight is not None, row_mode, rule)
-    torch.library.opcheck(torch.ops.onelaunch.rms_norm_backward.default, given)
+    inputs = (torch.randn_like(x), x, weight, eps, casting, offset)
+    inputs += (need_dw and weight is not None, row_mode, rule)
+    torch.library.opcheck(torch.ops.onelaunch.rms_norm_backward.default, inputs)
 
 
 @pytest.mark.parametrize(("x_layout", "dy_layout", "shape"), STRIDED)

@@ -239,7 +239,7 @@ def test_wide_rows_are_cut_in_chunks(make, element_bytes, rule, row_mode):
         assert plan.block_columns < columns
         if ours:
             chunks = -(-columns // plan.block_columns)
-            assert chunks == plans.FORWARD_LEAST_CHUNKS or plan.block_columns == plans.CHUNK_COLUMNS
+            assert chunks == plans.FORWARD_MIN_CHUNKS or plan.block_columns == plans.CHUNK_COLUMNS
 
 
 @every_size
@@ -249,16 +249,16 @@ def test_wide_rows_are_cut_in_chunks(make, element_bytes, rule, row_mode):
 def test_three_parts_make_a_row_of_exactly_that_width(
     rows, row_mode, multiprocessors, element_bytes
 ):
-    for width, (rows_per_tile, warps, weight_first) in plans.FORWARD_THREE_PARTS.items():
+    for width, (rows_per_tile, warps, weight_first) in plans.FORWARD_THREE_SEGMENTS.items():
         plan = forward_plan(rows, width, element_bytes, multiprocessors, row_mode)
-        assert (plan.parts, plan.parts * plan.block_columns) == (3, width)
+        assert (plan.segments, plan.segments * plan.block_columns) == (3, width)
         assert power_of_two(plan.block_columns)
         assert (plan.rows_per_tile, plan.warps) == (rows_per_tile, warps)
         assert plan.weight_first is weight_first
         for other in (width - 1, width + 1):
-            assert forward_plan(rows, other, element_bytes, multiprocessors, row_mode).parts == 1
+            assert forward_plan(rows, other, element_bytes, multiprocessors, row_mode).segments == 1
         source = forward_plan(rows, width, element_bytes, multiprocessors, row_mode, "source")
-        assert source.parts == 1
+        assert source.segments == 1
 
 
 @both_ways
@@ -277,9 +277,9 @@ def test_no_rows_are_nothing_to_plan(make, rows):
 
 @both_ways
 def test_unknown_words_are_refused(make):
-    with pytest.raises(ValueError, match="row_mode must be one of auto, row, block, not 'rows'"):
+    with pytest.raises(ValueError, match="row_mode .*auto, row, block.*'rows'"):
         make(4096, 64, 2, 132, "rows")
-    with pytest.raises(ValueError, match="rule must be one of tuned, source, not 'liger'"):
+    with pytest.raises(ValueError, match="rule .*tuned, source.*'liger'"):
         make(4096, 64, 2, 132, rule="liger")
 
 
@@ -305,8 +305,8 @@ def check_tile(plan: Plan, columns: int) -> None:
         assert plan.block_columns < columns
     else:
         assert plan.kernel == ("block" if plan.rows_per_tile > 1 else "row")
-        assert columns <= plan.parts * plan.block_columns < 2 * columns
-        assert plan.parts == 1 or plan.parts * plan.block_columns == columns
+        assert columns <= plan.segments * plan.block_columns < 2 * columns
+        assert plan.segments == 1 or plan.segments * plan.block_columns == columns
 
 
 @shapes
@@ -336,7 +336,7 @@ def test_no_program_backward_is_idle_and_partials_are_bounded(
 def test_a_tile_of_one_kernel_depends_on_the_width_alone(
     rows, columns, element_bytes, multiprocessors, row_mode, rule
 ):
-    """So a row's sum is added in one order, however many rows stand beside it. Where a width has
+    """So a row's sum is added in one order, for any number of rows. Where a width has
     several tiles, a warp of each holds whole rows, and the GPU tests compare the bits."""
     width = max(plans.padded(columns), BACKWARD_BLOCK[0][0])
     by_rows = dict(BACKWARD_BLOCK).get(width, ())

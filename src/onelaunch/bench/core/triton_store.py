@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.compilation.environment import child_environment
-from onelaunch.operators.kept import DIGEST
+from onelaunch.operators.triton_cache import DIGEST
 
 BINARIES = (".cubin", ".hsaco")
 GROUP = "__grp__"

@@ -63,7 +63,7 @@ class LlamaCpp:
     ) -> tuple[float, list[int]]:
         """Tokens a second of every token but the first, and the new ids, greedy. Raises RunFailed
         where it failed, took longer than `seconds` or wrote fewer than `n`."""
-        self._child.tell(json.dumps({"prompt": list(prompt), "n": n}))
+        self._child.send(json.dumps({"prompt": list(prompt), "n": n}))
         answer = json.loads(_hear(self._child, seconds))
         if "error" in answer:
             raise RunFailed(f"{NAME}: {answer['error']}")
@@ -72,7 +72,7 @@ class LlamaCpp:
 
 def _hear(child: Child, seconds: float) -> str:
     try:
-        line = child.hear_within(seconds)
+        line = child.receive_within(seconds)
     except TimeoutError as error:
         raise RunFailed(f"{NAME}: it took longer than {seconds:g} s") from error
     if not line:

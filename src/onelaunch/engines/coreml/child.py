@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from onelaunch.compilation.background import REASON_LETTERS, plain
-from onelaunch.compilation.children import lines_of_parent
+from onelaunch.compilation.background import MAX_REASON_LENGTH, printable
+from onelaunch.compilation.children import parent_lines
 from onelaunch.engines.coreml.backend import HANDED, Arrays, Backend, Interface
 from onelaunch.engines.coreml.package import Type
 from onelaunch.engines.coreml.shared import Shared
@@ -41,13 +41,13 @@ class _Worker:
             found: Message = getattr(self, message["do"])(message)
             return found
         except RunFailed as error:
-            return {"failed": plain(str(error))}
+            return {"failed": printable(str(error))}
         except (OnelaunchError, ImportError) as error:
-            return {"refused": plain(str(error))}
+            return {"refused": printable(str(error))}
         except Exception as error:  # whatever coremltools and Core ML raise
             # all of its lines: the first one of Core ML's is a brace
-            text = f"{type(error).__name__}: {error}"[: 4 * REASON_LETTERS]
-            return {"failed": plain(text)}
+            text = f"{type(error).__name__}: {error}"[: 4 * MAX_REASON_LENGTH]
+            return {"failed": printable(text)}
 
     def load(self, message: Message) -> Message:
         module, _, attribute = self._name.partition(":")
@@ -107,7 +107,7 @@ def _checked(name: str, expected: Type, outputs: Arrays) -> np.ndarray:
 def main() -> None:
     """In the child process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    lines = lines_of_parent()
+    lines = parent_lines()
     worker = _Worker(sys.argv[1])
     # what Core ML may print is no answer
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:

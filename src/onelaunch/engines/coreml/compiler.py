@@ -23,7 +23,7 @@ import torch
 
 from onelaunch.compilation.cache import Store
 from onelaunch.compilation.child import lower_priority
-from onelaunch.compilation.children import Child, lines_of_parent
+from onelaunch.compilation.children import Child, parent_lines
 from onelaunch.config import ModelConfig
 from onelaunch.engines.coreml.emit import Taps
 from onelaunch.engines.coreml.programs import DIRECTIONS, Programs, Wanted
@@ -109,11 +109,11 @@ class Compiler:
             if self._child is None or not self._child.alive:
                 self._end()
                 self._child = Child(self._command, Path(self._scratch.name))
-                self._child.tell(json.dumps(_as_data(self._shape, self._store)))
+                self._child.send(json.dumps(_as_data(self._shape, self._store)))
             child = self._child
         line = ""
-        if child.tell(json.dumps({"weights": str(weights), "folder": str(folder)})):
-            line = child.hear()
+        if child.send(json.dumps({"weights": str(weights), "folder": str(folder)})):
+            line = child.receive()
         try:
             answer = json.loads(line)
         except ValueError:
@@ -155,7 +155,7 @@ def main() -> None:
     """In the child process."""
     lower_priority()
     torch.set_num_threads(1)  # the trainer has the cores
-    lines = lines_of_parent()
+    lines = parent_lines()
     # what a compiler may print is no answer
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
         os.dup2(2, 1)

@@ -259,7 +259,11 @@ class Runner:
 
     def _note_compiler(self) -> None:
         if self._worker is not None and self.units in ("ne", "all"):
-            said = (line for line in self._worker.said() if any(w in line for w in COMPILER_WORDS))
+            said = (
+                line
+                for line in self._worker.stderr_lines()
+                if any(w in line for w in COMPILER_WORDS)
+            )
             if (line := next(said, None)) is not None:
                 self.notes.append(
                     f"{NAMES[self.units]}: predicts, but the Neural Engine's compiler failed "
@@ -307,8 +311,8 @@ class _Worker(Child):
         whatever else stops the waiting: its next answer would be taken for another's."""
         answer = None
         try:
-            self.tell(json.dumps({**message, "seconds": seconds + GRACE_SECONDS}))
-            if not (line := self.hear_within(seconds)):
+            self.send(json.dumps({**message, "seconds": seconds + GRACE_SECONDS}))
+            if not (line := self.receive_within(seconds)):
                 raise _NoAnswer(self._last_words())
             answer = _read(line)
         except TimeoutError:
@@ -320,7 +324,7 @@ class _Worker(Child):
 
     def _last_words(self) -> str:
         reason = self.reason()
-        said = self.said()
+        said = self.stderr_lines()
         return reason if not said or said[-1] in reason else f"{reason} after: {said[-1]}"
 
 

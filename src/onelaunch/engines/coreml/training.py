@@ -32,7 +32,7 @@ from torch import Tensor
 
 from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.cache import Store
-from onelaunch.compilation.schedule import Measured
+from onelaunch.compilation.schedule import MicroStepEstimator
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.coreml import DTYPES, coremltools, gradients
@@ -150,7 +150,7 @@ class CoreMLTrainer(ReferenceEngine):
         self.clock: Clock = no_clock
         """For measurements."""
         self.staleness = staleness
-        self.schedule = Measured(1)
+        self.schedule = MicroStepEstimator(1)
         self._depth, self._taps = parsed, taps
         self._open = Opener(dtype, lambda line: self._log(line))  # type: ignore[arg-type]
         self._budget, self._compilations = compile_budget, 0
@@ -207,7 +207,7 @@ class CoreMLTrainer(ReferenceEngine):
             self._add_embedding(tokens_BS, d_embedding, scale / factor)
         mark("backward")
         if compiling == self._is_compiling:
-            self.schedule.stepped(time.perf_counter() - start, compiling)
+            self.schedule.add_micro_step(time.perf_counter() - start, compiling)
         return loss
 
     def log_to(self, log: Callable[[str], None]) -> None:
@@ -340,7 +340,7 @@ class CoreMLTrainer(ReferenceEngine):
         self._compilations += int(told["compilations"])
         self._counted["compile_seconds"] += seconds
         if self.serving is not None:  # else nothing ran beside it
-            self.schedule.compiled(seconds)
+            self.schedule.add_compilation(seconds)
         return Loaded(version, weights, forward, backward)
 
     def _opened(self, folder: Path, count: int) -> tuple[list[ReadyProgram], list[ReadyProgram]]:

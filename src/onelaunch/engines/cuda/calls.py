@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onelaunch.compilation.child import usable_cores
 from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_device, current_stream
-from onelaunch.operators.kept import verified
+from onelaunch.operators.triton_cache import verified
 
 Launch = Callable[[Any, Any], None]
 """Called with ids, (N,), int64, and logits, (rows, V); or with None for the call's own."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelaunch.compilation.background import in_a_line, tell
+from onelaunch.compilation.background import in_a_line, log_line
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import (
@@ -332,7 +332,7 @@ class CudaEngine:
         if self._choices.pop(name, None) is None:
             return False
         self._given_up[name] = why = in_a_line(error)
-        tell(self._log, f"{name} tokens: the tuned form fails ({why}); the rule's answers")
+        log_line(self._log, f"{name} tokens: the tuned form fails ({why}); the rule's answers")
         if self._used is not None:
             self._used.record()  # what was launched of it is its last use
         self._drop_forms_of({name})
@@ -458,7 +458,7 @@ class _BoundForm:
         try:
             self._replay = Replay(self._bound)
         except Exception as error:  # slower without, not wrong
-            tell(
+            log_line(
                 self._log,
                 f"there is no CUDA graph, and each kernel is launched: {in_a_line(error)}",
             )

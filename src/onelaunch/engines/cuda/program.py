@@ -26,7 +26,7 @@ from onelaunch.engines.cuda.calls import Call, CallAndProduct, captured, on, pre
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.operators.handles import dependent_launch
-from onelaunch.operators.kept import verified
+from onelaunch.operators.triton_cache import verified
 from onelaunch.plan import (
     LAYER_KINDS,
     Launch,

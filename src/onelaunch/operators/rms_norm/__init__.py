@@ -1,11 +1,11 @@
-"""RMSNorm as one operator: many rows in a program where rows are short, one launch forward, two
+"""RMSNorm as one differentiable operator: short rows share a CTA; one launch forward, two
 backward.
 
     from onelaunch import RMSNorm, rms_norm
     y = rms_norm(x, weight, eps=1e-6)
 
-`plan` chooses the kernel and its shape, `kernels` holds the Triton kernels, `launch` runs them,
-`autograd` ties them to PyTorch, `reference` is the plain form.
+`plan` chooses kernel and tile, `kernels` has the Triton kernels, `launch` runs them, `autograd`
+registers them with PyTorch, `reference` is the plain PyTorch form.
 """
 
 from __future__ import annotations
@@ -35,27 +35,24 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis (1910.07467).
 
-    x: (..., C) in float32, bfloat16 or float16, its rows at any strides; weight: (C,), of any of
-    these dtypes, or None. Returns a tensor of x's shape and dtype, under autocast too.
+    x: (..., C) in float32, bfloat16 or float16, rows at any strides; weight: (C,), in any of these
+    dtypes, or None. Returns a tensor of x's shape and dtype, under autocast too.
 
-    `casting` says where results are rounded: `llama` and `gemma` as the Hugging Face models of
-    these names do, `none` in x's dtype throughout but for the float32 sum of squares and its root;
-    `reference` has the table. Gradients are computed in float32 and rounded once, but for dW in
-    `llama`, whose terms are rounded as autograd of Hugging Face's module rounds them. dW is the
-    same from run to run, and a row's result does not depend on the other rows as long as `row_mode`
-    or the rule gives them the same path.
+    casting: where results are rounded. `llama` and `gemma` round as the Hugging Face models of
+        these names, `none` in x's dtype throughout, except the float32 sum of squares and its root;
+        `reference` has the table. Gradients are computed in float32 and rounded once, except dW in
+        `llama`, whose terms are rounded as autograd of Hugging Face's module rounds them. dW is the
+        same in every run; the result of a row does not depend on other rows if `row_mode` or the
+        rule selects the same kernel for both.
+    in_place: the backward writes dX over the incoming gradient, to save memory. Only valid if
+        nothing else reads that gradient: not in x + rms_norm(x), where both branches of the sum
+        share one gradient. Has an effect in eager calls with a kernel only.
+    row_mode: `row` forces one row per CTA, `block` several.
+    rule: how the kernel is chosen: `tuned` (ours) or `source` (the published rule).
 
-    `in_place` lets the backward write dX over the gradient that came in: less memory, for graphs in
-    which nobody else reads that gradient. Not where y is added to something, as in x + rms_norm(x):
-    both branches of a sum are given one and the same gradient. Only eager calls on a device with a
-    kernel heed it.
-    `row_mode` forces one row a program (`row`) or several (`block`); `rule` is ours (`tuned`) or
-    the published one (`source`).
-
-    Where there is no kernel (CPU, float64, rows beyond 262,144 columns, forward-mode
-    differentiation) the plain PyTorch form runs. Raises TypeError and ValueError where the
-    arguments do not fit together, RuntimeError where a kernel's gradient is to be differentiated
-    again.
+    Without a kernel (CPU, float64, rows of more than 262,144 columns, forward-mode differentiation)
+    the plain PyTorch form runs. Raises TypeError and ValueError for invalid arguments, RuntimeError
+    for a second derivative through a kernel.
     """
     if torch.compiler.is_compiling():
         Settings(eps, casting, offset, in_place, row_mode, rule)  # checks
@@ -64,10 +61,10 @@ def rms_norm(
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its weight, in the place of `torch.nn.RMSNorm` over the last axis; of its
-    roundings too with casting="gemma". `eps` is a number, never None.
+    """A drop-in for `torch.nn.RMSNorm` over the last axis, with `rms_norm` as its forward; with
+    casting="gemma" it also rounds like it. `eps` is a number, never None.
 
-    The weight starts at 1 - offset, so that the norm begins as x / rms(x). Other arguments are
+    The weight starts at 1 - offset, so that the norm starts as x / rms(x). The other arguments are
     those of `rms_norm`.
     """
 
@@ -91,7 +88,9 @@ class RMSNorm(nn.Module):
         if len(self.normalized_shape) != 1:
             raise ValueError(f"RMSNorm normalizes the last axis, not {self.normalized_shape}")
         if offset and not elementwise_affine:
-            raise ValueError("RMSNorm: an offset is added to a weight, and there is none")
+            raise ValueError(
+                "RMSNorm: offset needs a weight; set elementwise_affine=True or offset=0"
+            )
         self.elementwise_affine = elementwise_affine
         self.settings = settings(eps, casting, offset, in_place, row_mode, rule)
         if elementwise_affine:
@@ -104,16 +103,16 @@ class RMSNorm(nn.Module):
 
     @property
     def eps(self) -> float:
-        """What is added to the mean of squares."""
+        """The number added to the mean of squares."""
         return self.settings.eps
 
     def reset_parameters(self) -> None:
-        """Weight 1 - offset."""
+        """Set the weight to 1 - offset."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 1.0 - self.settings.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
+        """Normalize x (..., C) over its last axis."""
         if torch.compiler.is_compiling():
             s = self.settings
             return traced(x, self.weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
@@ -121,6 +120,6 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.settings
-        said = f"{self.normalized_shape[0]}, eps={s.eps}, casting={s.casting!r}"
-        said += f", offset={s.offset}" if s.offset else ""
-        return said + ("" if self.elementwise_affine else ", elementwise_affine=False")
+        text = f"{self.normalized_shape[0]}, eps={s.eps}, casting={s.casting!r}"
+        text += f", offset={s.offset}" if s.offset else ""
+        return text + ("" if self.elementwise_affine else ", elementwise_affine=False")

@@ -1,9 +1,9 @@
-"""RMSNorm as PyTorch knows it: a function for eager calls, an operator for everything else.
+"""RMSNorm in autograd: an autograd.Function for eager calls, a custom operator for the rest.
 
-Eager calls on plain tensors go through an autograd.Function that launches the kernels: the shortest
-way. torch.compile, tensor subclasses, functorch's transforms and dispatch modes go through
-`torch.ops.onelaunch.rms_norm`, which has a fake form, a derivative and a rule for vmap. Both
-compute the same.
+Eager calls on plain tensors use an autograd.Function that launches the kernels, with the least host
+work. torch.compile, tensor subclasses, functorch transforms and dispatch modes use
+`torch.ops.onelaunch.rms_norm`, which has a fake kernel, a derivative and a vmap rule. Both compute
+the same result.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from onelaunch.operators.guards import with_recent
+from onelaunch.operators.guards import add_recent
 from onelaunch.operators.rms_norm import launch, reference
 from onelaunch.operators.rms_norm.launch import Prepared, Settings
 from onelaunch.operators.sequence import backward_in_c
 
-TWICE = (
-    "rms_norm: its gradient cannot be differentiated again (create_graph=True); "
-    "use onelaunch.operators.rms_norm.reference.rms_norm where second derivatives are needed"
+DOUBLE_BACKWARD_ERROR = (
+    "rms_norm: second derivatives (create_graph=True) are not supported; "
+    "use onelaunch.operators.rms_norm.reference.rms_norm for them"
 )
 _PLAIN = (Tensor, Parameter)
 _address = Tensor.data_ptr
-# Subclasses that take operators by their own tables, which do not hold ours.
-_WITHOUT_RULE = ("torch.distributed", "torch.nested")
-_said: set[str] = {"meta"}  # device types of which it was said that there is no kernel
+# Tensor subclasses whose operator tables do not include ours.
+_UNSUPPORTED_SUBCLASSES = ("torch.distributed", "torch.nested")
+_warned: set[str] = {"meta"}  # device types without a kernel that a warning has named
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,10 +44,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        return _RMSNorm._of_saved(ctx, dy, *ctx.saved_tensors)
+        return _RMSNorm._backward_of_saved(ctx, dy, *ctx.saved_tensors)
 
     @staticmethod
-    def _of_saved(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None) -> Any:
+    def _backward_of_saved(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None) -> Any:
         need_dw = ctx.needs_input_grad[1]
         prepared = ctx.prepared
         plain = not (
@@ -57,10 +57,10 @@ class _RMSNorm(torch.autograd.Function):
             or forward_ad._current_level >= 0
         )
         if plain and weight is not None:
-            for same, needed_dw, run in prepared.recent_backward:
+            for guard, needed_dw, run in prepared.recent_backward:
                 if (
                     needed_dw is need_dw
-                    and same(dy, x, weight)
+                    and guard(dy, x, weight)
                     and not (_address(dy) | _address(x) | _address(weight)) & 15
                 ):
                     return *run(dy, x, weight), None
@@ -71,27 +71,27 @@ class _RMSNorm(torch.autograd.Function):
         run = launch.backward_launch(prepared, dy, x, weight, need_dw)
         if weight is not None and not (_address(dy) | _address(x) | _address(weight)) & 15:
             recent = prepared.recent_backward
-            prepared.recent_backward = with_recent(recent, (dy, x, weight), need_dw, run)
+            prepared.recent_backward = add_recent(recent, (dy, x, weight), need_dw, run)
             if x.is_cuda:
                 _apply_in_c()
         return *run(dy, x, weight), None
 
 
-# The engine calls `apply` of a Function's node, and that of every Function looks up its backward.
+# Autograd calls `apply` of the node; the default one looks up `backward` at each call.
 _RMSNorm._backward_cls.apply = _RMSNorm.backward  # type: ignore[attr-defined]
 
 
 @cache
 def _apply_in_c() -> None:
-    """From the first backward on a GPU on, the part of `backward` that serves known tensors is one
-    in C. (Compiled autograd traces `backward` itself.)"""
-    in_c = backward_in_c(_RMSNorm._of_saved)
+    """Let the C extension look up `recent_backward`, from the first backward on a GPU on. (Compiled
+    autograd still traces `backward`.)"""
+    in_c = backward_in_c(_RMSNorm._backward_of_saved)
     if in_c is not None:
         _RMSNorm._backward_cls.apply = in_c  # type: ignore[attr-defined]
 
 
-# Function.apply itself first looks for functorch's transforms and for dead wrappers; apply() below
-# looks for the first before, and for the others where they are in the way.
+# Function.apply first checks for functorch transforms and unwraps dead wrappers; `apply` below has
+# checked for transforms already, and unwraps only if a launch fails.
 _apply = super(torch.autograd.Function, _RMSNorm).apply  # type: ignore[misc]
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -101,15 +101,15 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
-    """rms_norm by whichever way serves these tensors, when nothing is being compiled."""
+    """Compute rms_norm outside of torch.compile, by the fastest path for these tensors."""
     if forward_ad._current_level >= 0:
         return traced(x, weight, s.eps, s.casting, s.offset, s.row_mode, s.rule)
-    if weight is not None and not _dispatch_modes():  # of which the guards do not see all
-        for same, differentiable, known in s.recent:
-            if same(x, weight) and not (_address(x) | _address(weight)) & 15:
+    if weight is not None and not _dispatch_modes():  # the guards do not see all modes
+        for guard, differentiable, cached in s.recent:
+            if guard(x, weight) and not (_address(x) | _address(weight)) & 15:
                 if differentiable and _grad_enabled():
-                    return _apply(x, weight, known)
-                return known.forward(x, weight)
+                    return _apply(x, weight, cached)
+                return cached.forward(x, weight)
     if (
         type(x) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
@@ -119,7 +119,7 @@ def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
         try:
             prepared = launch.prepare(x, weight, s)
         except RuntimeError:
-            # functorch's transforms leave wrappers behind, which have no address any more.
+            # functorch transforms leave dead wrappers behind, without storage.
             alive_x, alive_weight = unwrap_dead_wrappers((x, weight))
             if alive_x is x and alive_weight is weight:
                 raise
@@ -128,12 +128,12 @@ def apply(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
             return _plain(x, weight, s)
         differentiable = x.requires_grad or (weight is not None and weight.requires_grad)
         if weight is not None and not (_address(x) | _address(weight)) & 15:
-            s.recent = with_recent(s.recent, (x, weight), differentiable, prepared)
+            s.recent = add_recent(s.recent, (x, weight), differentiable, prepared)
         if differentiable and _grad_enabled():
             return _apply(x, weight, prepared)
         return prepared.forward(x, weight)
     launch.check(x, weight, s.offset)
-    if type(x).__module__.startswith(_WITHOUT_RULE):
+    if type(x).__module__.startswith(_UNSUPPORTED_SUBCLASSES):
         return reference.rms_norm(x, weight, s.eps, s.casting, s.offset)
     return _through_transforms(x, weight, s)
 
@@ -147,10 +147,10 @@ def traced(
     row_mode: str,
     rule: str,
 ) -> Tensor:
-    """The form that torch.compile sees: the operator where there is a kernel, else the plain form.
+    """Compute rms_norm under torch.compile: by the operator if there is a kernel, else plain.
 
-    The plain form too under functorch's transforms, which torch.compile traces through, and under
-    forward-mode differentiation, for which the kernels have no rule.
+    The plain form also serves functorch transforms, which torch.compile traces through, and
+    forward-mode differentiation, which the kernels do not support.
     """
     launch.check(x, weight, offset)
     plain = forward_ad._current_level >= 0 or _functorch_active()
@@ -172,14 +172,14 @@ def _backward_through_operator(
 
 
 def _through_transforms(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
-    """The operator under functorch, whose grad does not go through an operator's derivative."""
+    """Call the operator under functorch, whose grad ignores the derivative of an operator."""
     if _functorch_active() and peek_interpreter_stack().key() == TransformType.Grad:
         return _Transformed.apply(x, weight, s)
     return _through_operator(x, weight, s)
 
 
 class _Transformed(torch.autograd.Function):
-    """The operator for functorch: torch.func.grad, vjp, jacrev, and vmap of these."""
+    """The operator with a derivative for torch.func.grad, vjp, jacrev, and vmap of these."""
 
     generate_vmap_rule = True
 
@@ -217,14 +217,14 @@ class _TransformedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
-        raise RuntimeError(TWICE)
+        raise RuntimeError(DOUBLE_BACKWARD_ERROR)
 
 
 def _plain(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
-    if x.device.type not in _said and not launch.available(x.device):
-        _said.add(x.device.type)
+    if x.device.type not in _warned and not launch.available(x.device):
+        _warned.add(x.device.type)
         warnings.warn(
-            f"rms_norm: there is no kernel for {x.device.type}; the plain PyTorch form runs",
+            f"rms_norm: no kernel for {x.device.type}; the plain PyTorch form runs",
             stacklevel=4,
         )
     return reference.rms_norm(x, weight, s.eps, s.casting, s.offset)
@@ -257,13 +257,13 @@ def _forward_op(
     if launch.supported(x, weight):
         return launch.forward(x, weight, s)
     launch.check(x, weight, offset)
-    return _as_promised(reference.rms_norm(x, weight, eps, casting, offset), x)
+    return _with_fake_strides(reference.rms_norm(x, weight, eps, casting, offset), x)
 
 
-def _as_promised(result: Tensor, x: Tensor) -> Tensor:
-    """A result with the strides that the fake form says."""
-    promised = torch.empty_like(x)
-    return result if result.stride() == promised.stride() else promised.copy_(result)
+def _with_fake_strides(result: Tensor, x: Tensor) -> Tensor:
+    """Return the result with the strides of the fake kernel's result."""
+    expected = torch.empty_like(x)
+    return result if result.stride() == expected.stride() else expected.copy_(result)
 
 
 def _backward_op(
@@ -284,7 +284,7 @@ def _backward_op(
     else:
         launch.check(x, weight, offset)
         dx, dw = reference.rms_norm_backward(dy, x, weight, eps, casting, offset)
-        dx = _as_promised(dx, x)
+        dx = _with_fake_strides(dx, x)
     return dx, dw if need_dw and dw is not None else x.new_empty(0)
 
 
@@ -325,8 +325,8 @@ def _derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, dw if need_dw else None, None, None, None, None, None
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    raise RuntimeError(TWICE)
+def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError(DOUBLE_BACKWARD_ERROR)
 
 
 _library.impl("rms_norm", _forward_op, "CompositeExplicitAutograd")
@@ -336,11 +336,13 @@ torch.library.register_fake("onelaunch::rms_norm_backward", _fake_backward, lib=
 torch.library.register_autograd(
     "onelaunch::rms_norm", _derivative, setup_context=_setup, lib=_library
 )
-torch.library.register_autograd("onelaunch::rms_norm_backward", _refuse, lib=_library)
+torch.library.register_autograd(
+    "onelaunch::rms_norm_backward", _refuse_double_backward, lib=_library
+)
 
 
 def _vmap_forward(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-    """A batch of x is more rows; a batch of weights is one call each."""
+    """A batch of x is more rows; a batch of weights is one call per weight."""
     x_dim, w_dim = in_dims[0], in_dims[1]
     if w_dim is None:
         return torch.ops.onelaunch.rms_norm(x.movedim(x_dim, 0), weight, *rest), 0
@@ -353,17 +355,17 @@ def _vmap_forward(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, *re
 def _vmap_backward(
     info: Any, in_dims: Any, dy: Tensor, x: Tensor, weight: Tensor | None, *rest: Any
 ) -> Any:
-    """One call for each of the batch: every one has its own dW."""
+    """One call per element of the batch, as each has its own dW."""
 
     def unbind(tensor: Tensor | None, dim: int | None) -> Any:
         if tensor is None or dim is None:
             return [tensor] * info.batch_size
         return tensor.unbind(dim)
 
-    parts = zip(
+    arguments = zip(
         *(unbind(t, d) for t, d in zip((dy, x, weight), in_dims[:3], strict=True)), strict=True
     )
-    results = [torch.ops.onelaunch.rms_norm_backward(*part, *rest) for part in parts]
+    results = [torch.ops.onelaunch.rms_norm_backward(*each, *rest) for each in arguments]
     dxs, dws = zip(*results, strict=True)
     return (torch.stack(dxs), torch.stack(dws)), (0, 0)
 

@@ -1,4 +1,4 @@
-"""Triton kernels of RMSNorm. N rows, C columns, R rows a tile.
+"""Triton kernels of RMSNorm. N rows, C columns, R rows per tile.
 
 Forward, of one row:   y = x * rstd * scale,   rstd = 1 / sqrt(mean(x^2) + eps)
 Backward:              m = dy * scale,   n = x * rstd
@@ -7,16 +7,16 @@ Backward:              m = dy * scale,   n = x * rstd
 (Zhang and Sennrich, 1910.07467). The scale is weight + offset, or 1. In the llama casting n and
 dy * n are rounded in dscale, as autograd of Hugging Face's module rounds them.
 
-The forward stores no rstd: the backward must read x anyway and adds its squares beside m * x, in
-one reduction. That saves the writes, the reads and the tensor (docs/log.md has figures).
+The forward does not store rstd: the backward reads x anyway, and sums its squares together with
+m * x in one reduction. That saves the writes, the reads and the tensor (docs/log.md has figures).
 
-Rows lie at any stride: LAYOUT 0 is contiguous, 1 one stride between rows, 2 two strides, row i at
-(i // inner) * outer_stride + (i % inner) * inner_stride, as the heads of packed projections do.
-Offsets of rows are 64-bit. CASTING is the place of a casting in `reference.CASTINGS`: 0 llama,
+Rows may have any stride. LAYOUT 0 is contiguous; 1 has one stride between rows; 2 has two, row i at
+(i // inner) * outer_stride + (i % inner) * inner_stride, as the heads of packed projections.
+Offsets of rows are 64-bit. CASTING is the index of a casting in `reference.CASTINGS`: 0 llama,
 1 gemma, 2 none.
 """
 
-# Tuples that grow in a kernel's unrolled loop have no type that mypy knows.
+# mypy cannot type tuples that grow in an unrolled loop of a kernel.
 # mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _row_offsets(row, inner, outer_stride, inner_stride, C: tl.constexpr, LAYOUT: tl.constexpr):
-    """Offsets of the rows' first elements. `row` is int64, of any shape."""
+    """Offsets of the first elements of rows. `row` is int64, of any shape."""
     if LAYOUT == 0:
         offsets = row * C
     elif LAYOUT == 1:
         offsets = row * outer_stride
     else:
-        # A 64-bit division is slow; where rows are nested there are fewer than 2^31 of them.
+        # A 64-bit division is slow; nested rows are fewer than 2^31.
         row32 = row.to(tl.int32)
         outer = row32 // inner
         within = row32 - outer * inner
@@ -44,7 +44,7 @@ def _row_offsets(row, inner, outer_stride, inner_stride, C: tl.constexpr, LAYOUT
 
 @triton.jit
 def _scale(w, offset, x_dtype: tl.constexpr, CASTING: tl.constexpr):
-    """weight + offset in float32, rounded as the casting says."""
+    """weight + offset in float32, rounded according to the casting."""
     if CASTING == 2:
         w = w.to(x_dtype)
     scale = w.to(tl.float32) + offset
@@ -55,9 +55,8 @@ def _scale(w, offset, x_dtype: tl.constexpr, CASTING: tl.constexpr):
 
 @triton.jit
 def _dscale_terms(dy, n, x_dtype: tl.constexpr, w_dtype: tl.constexpr, CASTING: tl.constexpr):
-    """What a row adds to dscale, in float32. Llama's module multiplies the weight with n in x's
-    dtype; its autograd rounds dy * n to the dtype in which x and the weight meet, and only then
-    adds up."""
+    """The terms that a row adds to dscale, in float32. Llama's module multiplies the weight by n in
+    x's dtype; its autograd rounds dy * n to the promoted dtype of x and weight before the sum."""
     if CASTING == 0:
         n = n.to(x_dtype).to(tl.float32)
     terms = dy * n
@@ -91,10 +90,11 @@ def forward_kernel(
     HAS_WEIGHT: tl.constexpr,
     CASTING: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
-    """One tile of R rows of PARTS times BLOCK columns a program: row and block forward. The weight
-    is asked for before the reduction or after it."""
+    """Forward by rows or blocks: a CTA computes a tile of R rows of SEGMENTS times BLOCK columns.
+
+    The weight is loaded before the reduction or after it."""
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < C
     first = tl.program_id(0).to(tl.int64) * R
@@ -103,7 +103,7 @@ def forward_kernel(
     if R > 1:
         mask = in_row & (first + local < rows)
     if LAYOUT == 0:
-        # One 64-bit address a program, 32-bit offsets within its tile.
+        # One 64-bit address per CTA, 32-bit offsets within its tile.
         x_ptr += first * C
         y_ptr += first * C
         x_offsets = local * C + columns
@@ -114,33 +114,33 @@ def forward_kernel(
         y_offsets = _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT) + columns
     w_columns = columns
     if BLOCK <= 256 and WEIGHT_FIRST:
-        # Rows share a warp. Of a row's shape the weight would lie in another layout than x, and
-        # Triton would exchange it through shared memory, behind barriers.
+        # Rows share a warp. A weight of one row would have another register layout than x, and
+        # Triton would convert it through shared memory, with barriers.
         w_columns = columns + 0 * local
     xs = ()
     ws = ()
-    for part in tl.static_range(PARTS):
-        xs += (tl.load(x_ptr + (x_offsets + part * BLOCK), mask=mask, other=0.0),)
+    for segment in tl.static_range(SEGMENTS):
+        xs += (tl.load(x_ptr + (x_offsets + segment * BLOCK), mask=mask, other=0.0),)
     if HAS_WEIGHT and WEIGHT_FIRST:
-        for part in tl.static_range(PARTS):
-            ws += (tl.load(w_ptr + (w_columns + part * BLOCK), mask=in_row, other=0.0),)
+        for segment in tl.static_range(SEGMENTS):
+            ws += (tl.load(w_ptr + (w_columns + segment * BLOCK), mask=in_row, other=0.0),)
     squares = xs[0].to(tl.float32) * xs[0].to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        squares += xs[part].to(tl.float32) * xs[part].to(tl.float32)
+    for segment in tl.static_range(1, SEGMENTS):
+        squares += xs[segment].to(tl.float32) * xs[segment].to(tl.float32)
     rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / C + eps)
-    for part in tl.static_range(PARTS):
-        x = xs[part]
+    for segment in tl.static_range(SEGMENTS):
+        x = xs[segment]
         y = x.to(tl.float32) * rstd
         if CASTING != 1:
             y = y.to(x.dtype).to(tl.float32)
         if HAS_WEIGHT:
             if WEIGHT_FIRST:
-                w = ws[part]
+                w = ws[segment]
             else:
-                w = tl.load(w_ptr + (w_columns + part * BLOCK), mask=in_row, other=0.0)
+                w = tl.load(w_ptr + (w_columns + segment * BLOCK), mask=in_row, other=0.0)
             y *= _scale(w, offset, x.dtype, CASTING)
         y = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + (y_offsets + part * BLOCK), y, mask=mask)
+        tl.store(y_ptr + (y_offsets + segment * BLOCK), y, mask=mask)
 
 
 @triton.jit
@@ -163,9 +163,11 @@ def forward_chunked_kernel(
     HAS_WEIGHT: tl.constexpr,
     CASTING: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
-    """One row a program, read twice, BLOCK columns at a time; the second time from a cache."""
+    """Forward of wide rows: a CTA reads one row twice, BLOCK columns at a time.
+
+    The second read comes from a cache."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT)
     y_ptr += _row_offsets(row, inner, y_outer, y_inner, C, LAYOUT)
@@ -217,16 +219,17 @@ def backward_kernel(
     CASTING: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """Every grid-th tile of R rows: dX, and this program's row of dW partials, kept as R x BLOCK
-    float32 numbers in registers and added once at the end. dX may lie over dY."""
+    """Backward: a CTA computes dX of every grid-th tile of R rows, and one row of dW partials,
+    accumulated as R x BLOCK float32 numbers in registers and summed at the end. dX may overwrite
+    dY."""
     program = tl.program_id(0)
     if DEPENDENT_LAUNCH:
-        # The kernel that adds the partials may be scheduled now; it waits for this one's end.
+        # The kernel that sums the partials may start now; it waits for the end of this one.
         gdc_launch_dependents()
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < C
     if HAS_WEIGHT:
-        # Of a row's shape: of the tile's shape, as in the forward, it is slower (docs/log.md).
+        # Loaded as one row: in the shape of the tile, as forward, it is slower (docs/log.md).
         w = tl.load(w_ptr + columns, mask=in_row, other=0.0)
         scale = _scale(w, offset, x_ptr.dtype.element_ty, CASTING)
     if WEIGHT_GRADIENT:
@@ -238,7 +241,7 @@ def backward_kernel(
         mask = in_row & in_rows
         x_offsets = _row_offsets(row, inner, x_outer, x_inner, C, LAYOUT)
         dy_offsets = _row_offsets(row, inner, dy_outer, dy_inner, C, LAYOUT)
-        # Both are read for the last time.
+        # This is the last read of both.
         x = tl.load(
             x_ptr + x_offsets + columns, mask=mask, other=0.0, eviction_policy="evict_first"
         ).to(tl.float32)
@@ -249,7 +252,7 @@ def backward_kernel(
         if HAS_WEIGHT:
             m = dy * scale
         squares, dot = tl.reduce((x * x, x * m), 1, _add_pairs, keep_dims=True)
-        # Where eps is 0 the rows beyond the last would give 0 * inf.
+        # With eps = 0 the rows past the end would give 0 * inf.
         rstd = tl.where(in_rows, tl.rsqrt(squares / C + eps), 0.0)
         n = x * rstd
         dx = rstd * (m - n * (rstd * dot / C))
@@ -290,8 +293,8 @@ def backward_chunked_kernel(
     CASTING: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """As `backward_kernel` for rows that do not fit: each tile is walked twice, BLOCK columns at a
-    time, and the partials are added up in memory, each by the program that owns them."""
+    """Backward of wide rows: as `backward_kernel`, but each tile is read twice, BLOCK columns at a
+    time, and each CTA accumulates its row of partials in memory."""
     program = tl.program_id(0)
     if DEPENDENT_LAUNCH:
         gdc_launch_dependents()
@@ -333,12 +336,12 @@ def backward_chunked_kernel(
             if WEIGHT_GRADIENT:
                 column = start + tl.arange(0, BLOCK)
                 partial = partials_ptr + program.to(tl.int64) * C + column
-                # The first tile begins the sum, so nothing has to be cleared before.
-                so_far = tl.load(partial, mask=(column < C) & (tile != program), other=0.0)
+                # The first tile starts the sum, so the partials need no clearing.
+                previous = tl.load(partial, mask=(column < C) & (tile != program), other=0.0)
                 terms = _dscale_terms(
                     dy, n, x_ptr.dtype.element_ty, w_ptr.dtype.element_ty, CASTING
                 )
-                total = so_far.to(tl.float32) + tl.sum(terms, 0)
+                total = previous.to(tl.float32) + tl.sum(terms, 0)
                 tl.store(partial, total.to(partials_ptr.dtype.element_ty), mask=column < C)
 
 
@@ -352,7 +355,7 @@ def reduce_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """dW of BLOCK_COLUMNS columns: the (partials, C) float32 partials added in a fixed order."""
+    """dW of BLOCK_COLUMNS columns: sums the (partials, C) float32 partials in a fixed order."""
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     if DEPENDENT_LAUNCH:
         gdc_wait()

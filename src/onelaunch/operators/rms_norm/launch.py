@@ -1,7 +1,7 @@
-"""Runs the kernels on tensors.
+"""Launch the RMSNorm kernels on tensors.
 
-What a shape needs is worked out once: the plan, the layout of its rows, the compiled kernels. Every
-later call looks it up by shape, dtype, strides and alignment and launches.
+Plan, row layout and compiled kernels of a shape are prepared once; later calls look them up by
+shape, dtype, strides and alignment.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from onelaunch.operators.sequence import Step, sequence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = find_spec("triton") is not None
-# Triton decides while it is imported; kernels then run on a CPU's tensors too, slowly.
+# Triton reads this when it is imported; its interpreter runs kernels on CPU tensors, slowly.
 _TRUE = ("1", "true", "yes", "on", "y")
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE
-_failed: set[torch.device] = set()  # where a kernel did not compile
-# So many shapes are remembered; sequences of every length would otherwise fill the memory.
-MAX_REMEMBERED = 4096
+_failed: set[torch.device] = set()  # devices for which a kernel did not compile
+# Most shapes cached at once: sequences of every length would fill the memory.
+MAX_CACHED_SHAPES = 4096
 
 
 @dataclass(eq=False)
 class Settings:
-    """What a call fixes besides its tensors, checked, and what was worked out for it by shape."""
+    """The validated options of a call, with a cache of prepared launches by shape."""
 
     eps: float
     casting: str
@@ -54,17 +54,17 @@ class Settings:
     row_mode: str
     rule: str
     prepared: dict[Any, Prepared] = field(default_factory=dict, repr=False)
-    # Of x and a weight, the latest first, and whether a gradient can be asked of them.
+    # By guards of x and a weight, the newest first, and whether either requires a gradient.
     recent: Recent[bool, Prepared] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        for name, value, choices in (
             ("casting", self.casting, CASTINGS),
             ("row_mode", self.row_mode, ROW_MODES),
             ("rule", self.rule, RULES),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         for name, number in (("eps", self.eps), ("offset", self.offset)):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise TypeError(f"{name} must be a number, not {number!r}")
@@ -73,26 +73,26 @@ class Settings:
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = (self.eps, self.casting, self.offset, self.in_place, self.row_mode, self.rule)
-        return settings, values  # copies and pickles leave the remembered kernels behind
+        return settings, values  # copies and pickles drop the cached kernels
 
 
 def settings(
     eps: float, casting: str, offset: float, in_place: bool, row_mode: str, rule: str
 ) -> Settings:
-    """The settings of these values; raises ValueError or TypeError naming the wrong one."""
+    """Return the cached settings of these values; raises ValueError or TypeError for a bad one."""
     key = (eps, casting, offset, in_place, row_mode, rule)
-    found = _settings.get(key)
-    if found is None:
-        found = Settings(*key)
-        _remember(_settings, key, found)
-    return found
+    cached = _settings.get(key)
+    if cached is None:
+        cached = Settings(*key)
+        _store(_settings, key, cached)
+    return cached
 
 
 _settings: dict[tuple[object, ...], Settings] = {}
 
 
 def check(x: Tensor, weight: Tensor | None, offset: float) -> None:
-    """Raise TypeError or ValueError, in words, where the operator is not defined."""
+    """Raise TypeError or ValueError for tensors on which rms_norm is not defined."""
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor is None and name == "weight":
             continue
@@ -106,26 +106,26 @@ def check(x: Tensor, weight: Tensor | None, offset: float) -> None:
         raise ValueError(f"rms_norm: x of shape {tuple(x.shape)} has empty rows")
     if weight is None:
         if offset:
-            raise ValueError("rms_norm: an offset is added to a weight, and there is none")
+            raise ValueError("rms_norm: offset needs a weight; pass a weight or offset=0")
         return
     if weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}, x rows of {x.shape[-1]} elements"
+            f"rms_norm: weight has shape {tuple(weight.shape)}; x needs ({x.shape[-1]},)"
         )
     if weight.device != x.device:
         raise ValueError(f"rms_norm: x is on {x.device}, weight on {weight.device}")
 
 
 def available(device: torch.device) -> bool:
-    """Whether there is a kernel for a device: Triton is installed, and the device is a GPU of
-    NVIDIA, AMD or Intel, or Triton interprets."""
+    """Return whether a device has kernels: Triton is installed, and it is a GPU of NVIDIA, AMD or
+    Intel, or Triton's interpreter is on."""
     if device.type == "cpu":
         return INTERPRETED
     return device.type in ("cuda", "xpu") and HAS_TRITON
 
 
 def supported(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernels compute these tensors; the plain form computes all others."""
+    """Return whether the kernels support these tensors; the plain form serves all others."""
     if not available(x.device) or x.device in _failed:
         return False
     if x.dtype not in DTYPES or x.shape[-1] > MAX_COLUMNS:
@@ -137,14 +137,17 @@ def check_gradient(dy: Tensor, x: Tensor) -> None:
     """Raise ValueError unless dy can be the gradient of y."""
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
         raise ValueError(
-            f"rms_norm: the gradient is {_said_of(dy)}, x is {_said_of(x)}: they must agree"
+            f"rms_norm: the gradient is {_describe(dy)}, x is {_describe(x)}: they must agree"
         )
 
 
 class Prepared:
-    """What one shape, dtype and layout of x and weight need: `forward(x, weight)` launches, and
-    `backward` remembers what the gradients' layouts need. `recent_backward` is of dY, x and a
-    weight, the latest first, and whether dW is needed."""
+    """The prepared launches of one shape, dtype and layout of x and weight.
+
+    `forward(x, weight)` launches; `backward` caches launches by the layout of the gradient.
+    `recent_backward` caches them by guards of dY, x and a weight, the newest first, and whether dW
+    is needed; sequence.c reads it.
+    """
 
     __slots__ = ("backward", "forward", "recent_backward", "s")
 
@@ -156,8 +159,8 @@ class Prepared:
 
 
 def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
-    """What x and weight need, or None where there is no kernel for them; raises TypeError and
-    ValueError where they do not fit together."""
+    """Return the prepared launches for x and weight, or None if no kernel supports them. Raises
+    TypeError and ValueError as `check`."""
     if weight is None:
         key: Any = (
             x.shape,
@@ -180,10 +183,10 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
             weight.is_contiguous(),
             weight.get_device(),
         )
-    tracing = torch._C._get_tracing_state() is not None  # a trace would not see the launch
-    found: Prepared | None = s.prepared.get(key)
-    if found is not None and not tracing:
-        return found
+    tracing = torch._C._get_tracing_state() is not None  # torch.jit.trace does not see the launch
+    cached: Prepared | None = s.prepared.get(key)
+    if cached is not None and not tracing:
+        return cached
     check(x, weight, s.offset)
     if tracing or not supported(x, weight):
         return None
@@ -191,21 +194,21 @@ def prepare(x: Tensor, weight: Tensor | None, s: Settings) -> Prepared | None:
         prepared = Prepared(s, _forward_launch(x, weight, s))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no C compiler, an old device: whatever Triton raises
+    except Exception as error:  # no C compiler, an old device: Triton raises errors of any type
         _failed.add(x.device)
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
-            f"rms_norm: its kernel does not compile for {x.device} ({why}); the plain PyTorch form "
-            "runs",
+            f"rms_norm: the kernel does not compile for {x.device} ({reason}); the plain PyTorch "
+            "form runs",
             stacklevel=4,
         )
         return None
-    _remember(s.prepared, key, prepared)
+    _store(s.prepared, key, prepared)
     return prepared
 
 
 def forward(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
-    """y of tensors that `supported` lets pass. One launch, none for no rows."""
+    """Compute y of supported tensors, in one launch (none for empty tensors)."""
     prepared = prepare(x, weight, s)
     assert prepared is not None
     return prepared.forward(x, weight)
@@ -214,7 +217,7 @@ def forward(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dX, dW) of tensors that `supported` lets pass; dW is None where it is not needed."""
+    """Compute (dX, dW) of supported tensors; dW is None if it is not needed."""
     prepared = prepare(x, weight, s)
     assert prepared is not None
     return backward_launch(prepared, dy, x, weight, need_dw)(dy, x, weight)
@@ -223,11 +226,11 @@ def backward(
 def backward_launch(
     prepared: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, need_dw: bool
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`backward` of these tensors where the forward's preparation is at hand, to be called with
-    them. Two launches, one where no dW is needed or one program holds it all.
+    """Return a function of (dy, x, weight) that computes (dX, dW) of these tensors. It has two
+    launches, or one if dW is not needed or one CTA computes all of it.
 
-    x and weight may be other tensors than the forward's: hooks on saved tensors and checkpointing
-    bring their own. Raises ValueError where the three do not fit together.
+    x and weight may be other tensors than those of the forward: saved-tensor hooks and activation
+    checkpointing pass new ones. Raises ValueError if the three do not match.
     """
     if weight is None:
         key: Any = (
@@ -255,14 +258,14 @@ def backward_launch(
     launch: Callable[..., tuple[Tensor, Tensor | None]] | None = prepared.backward.get(key)
     if launch is None:
         launch = _backward_launch(dy, x, weight, prepared.s, need_dw)
-        _remember(prepared.backward, key, launch)
+        _store(prepared.backward, key, launch)
     return launch
 
 
-def _remember(store: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(store) >= MAX_REMEMBERED:
-        store.clear()
-    store[key] = value
+def _store(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= MAX_CACHED_SHAPES:
+        cache.clear()
+    cache[key] = value
 
 
 def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[..., Tensor]:
@@ -272,7 +275,7 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
     y = new_y()
     layout = row_layout(x.shape, (x.stride(), y.stride()))
     if weight is not None and not weight.is_contiguous():
-        return lambda x, weight: forward(x, _compact(weight), s)
+        return lambda x, weight: forward(x, _contiguous(weight), s)
     if layout is None or x.is_neg():
         return lambda x, weight: _forward_on_copies(x, weight, s)
     from onelaunch.operators.rms_norm import kernels
@@ -284,7 +287,7 @@ def _forward_launch(x: Tensor, weight: Tensor | None, s: Settings) -> Callable[.
         (x, y, weight),
         (_rows(x), *_strides(layout), s.eps, s.offset),
         _constants(x, weight, plan, layout, s)
-        | {"WEIGHT_FIRST": plan.weight_first, "PARTS": plan.parts},
+        | {"WEIGHT_FIRST": plan.weight_first, "SEGMENTS": plan.segments},
         plan.warps,
     )
 
@@ -304,12 +307,12 @@ def _backward_launch(
             torch.empty_like(x),
             torch.zeros_like(weight) if weight is not None and need_dw else None,
         )
-    in_place = s.in_place and _can_be_written_over(dy)
+    in_place = s.in_place and _is_overwritable(dy)
     new_dx = Empty.like(x)
     dx = dy if in_place else new_dx()
     layout = row_layout(x.shape, (x.stride(), dy.stride(), dx.stride()))
     if weight is not None and not weight.is_contiguous():
-        return lambda dy, x, weight: backward(dy, x, _compact(weight), s, need_dw)
+        return lambda dy, x, weight: backward(dy, x, _contiguous(weight), s, need_dw)
     if layout is None or dy.is_neg():
         return lambda dy, x, weight: _backward_on_copies(dy, x, weight, s, need_dw)
     from onelaunch.operators.rms_norm import kernels
@@ -317,70 +320,70 @@ def _backward_launch(
     need_dw = need_dw and weight is not None
     plan = _plan(backward_plan, x, s)
     columns = x.shape[-1]
-    # One program holds all of dW; the chunked kernel adds it up in memory, so in float32.
+    # One CTA computes all of dW; the chunked kernel accumulates it in memory, so in float32.
     direct = need_dw and plan.grid == 1 and plan.kernel != "chunked"
-    partials_of = weight if direct else x.new_empty(0, dtype=torch.float32)
-    adding = reduce_plan(plan.partials, columns) if need_dw and not direct else None
-    dependent = adding is not None and adding.dependent and dependent_launch(x.device)
+    partials_like = weight if direct else x.new_empty(0, dtype=torch.float32)
+    reduction = reduce_plan(plan.partials, columns) if need_dw and not direct else None
+    dependent = reduction is not None and reduction.dependent and dependent_launch(x.device)
     (dy_steps, x_steps, dx_steps) = (layout.strides[1], layout.strides[0], layout.strides[2])
     run = bind(
         kernels.backward_chunked_kernel if plan.kernel == "chunked" else kernels.backward_kernel,
         plan.grid,
-        (dy, x, dx, weight, partials_of if need_dw else None),
+        (dy, x, dx, weight, partials_like if need_dw else None),
         (_rows(x), layout.inner, *dy_steps, *x_steps, *dx_steps, s.eps, s.offset),
         _constants(x, weight, plan, layout, s)
         | {"STAGES": plan.stages, "WEIGHT_GRADIENT": need_dw, "DEPENDENT_LAUNCH": dependent},
         plan.warps,
     )
-    if adding is not None:
+    if reduction is not None:
         add = bind(
             kernels.reduce_kernel,
-            adding.grid,
-            (partials_of, weight),
+            reduction.grid,
+            (partials_like, weight),
             (plan.partials,),
             {
                 "C": columns,
-                "BLOCK_PARTIALS": adding.block_partials,
-                "BLOCK_COLUMNS": adding.block_columns,
+                "BLOCK_PARTIALS": reduction.block_partials,
+                "BLOCK_COLUMNS": reduction.block_columns,
                 "DEPENDENT_LAUNCH": dependent,
             },
-            adding.warps,
+            reduction.warps,
             dependent=dependent,
         )
 
-    # dY, x and a weight are given; dX where it does not lie over dY, dW and its partials are made.
-    given = 2 if weight is None else 3
-    made = [] if in_place else [new_dx]
-    dx_at = 0 if in_place else given
+    # Inputs: dY, x and a weight. Allocated: dX unless it overwrites dY, dW, and its partials.
+    n_inputs = 2 if weight is None else 3
+    empty = [] if in_place else [new_dx]
+    dx_index = 0 if in_place else n_inputs
     if not need_dw:
-        tensors = (0, 1, dx_at) if weight is None else (0, 1, dx_at, 2)
-        for_dx = sequence(given, made, [(run, tensors)], (dx_at,))
+        tensors = (0, 1, dx_index) if weight is None else (0, 1, dx_index, 2)
+        for_dx = sequence(n_inputs, empty, [(run, tensors)], (dx_index,))
 
         def launch_for_dx(
             dy: Tensor, x: Tensor, weight: Tensor | None
         ) -> tuple[Tensor, Tensor | None]:
             if in_place:
-                _written_over(dy)
+                _mark_overwritten(dy)
             return (for_dx(dy, x) if weight is None else for_dx(dy, x, weight)), None
 
         return launch_for_dx
     assert weight is not None
-    dw_at = given + len(made)
-    made.append(Empty.like(weight))
+    dw_index = n_inputs + len(empty)
+    empty.append(Empty.like(weight))
     if direct:
-        steps: list[Step] = [(run, (0, 1, dx_at, 2, dw_at))]
+        steps: list[Step] = [(run, (0, 1, dx_index, 2, dw_index))]
     else:
-        partials_at = given + len(made)
-        made.append(Empty((plan.partials, columns), (columns, 1), torch.float32, x.device))
-        steps = [(run, (0, 1, dx_at, 2, partials_at)), (add, (partials_at, dw_at))]
-    both = sequence(given, made, steps, (dx_at, dw_at))
+        partials_index = n_inputs + len(empty)
+        empty.append(Empty((plan.partials, columns), (columns, 1), torch.float32, x.device))
+        steps = [(run, (0, 1, dx_index, 2, partials_index)), (add, (partials_index, dw_index))]
+    both = sequence(n_inputs, empty, steps, (dx_index, dw_index))
     if not in_place:
         return both
-    return lambda dy, x, weight: both(_written_over(dy), x, weight)
+    return lambda dy, x, weight: both(_mark_overwritten(dy), x, weight)
 
 
 def _forward_on_copies(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
-    """y of a layout that the kernels do not walk, with the strides that it always has."""
+    """Compute y for a layout that the kernels do not support, with the usual strides."""
     dense = torch.empty_like(x)
     if dense.stride(-1) == 1:
         return forward(dense.copy_(x), weight, s)
@@ -390,7 +393,7 @@ def _forward_on_copies(x: Tensor, weight: Tensor | None, s: Settings) -> Tensor:
 def _backward_on_copies(
     dy: Tensor, x: Tensor, weight: Tensor | None, s: Settings, need_dw: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of the backward. Where x can be walked only dY is copied, to lie as x does."""
+    """Compute the backward on copies. If the layout of x is supported, only dY is copied."""
     like_x = torch.empty_like(x)
     if like_x.stride(-1) == 1:
         if row_layout(x.shape, (x.stride(), like_x.stride())) is None:
@@ -400,22 +403,22 @@ def _backward_on_copies(
     return like_x.copy_(dx), dw
 
 
-def _compact(tensor: Tensor | None) -> Tensor | None:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _can_be_written_over(dy: Tensor) -> bool:
-    """Whether no two of its elements share an address, for certain."""
+def _is_overwritable(dy: Tensor) -> bool:
+    """Return whether no two elements of dy share an address, for certain."""
     return torch._debug_has_internal_overlap(dy) == 0
 
 
-def _written_over(dy: Tensor) -> Tensor:
-    """dy, and autograd told that it changes: where something else has saved it, it will say so."""
+def _mark_overwritten(dy: Tensor) -> Tensor:
+    """Mark dy as modified in place, so that autograd raises if something else has saved it."""
     torch.autograd.graph.increment_version(dy)
     return dy
 
 
-def _said_of(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 

@@ -1,8 +1,8 @@
-"""RMSNorm in plain PyTorch: what the kernels must equal, and what runs where there is no kernel.
+"""RMSNorm in plain PyTorch: the reference for the kernels, and the fallback without a kernel.
 
     y = x / sqrt(mean(x^2) + eps) * (weight + offset)        (Zhang and Sennrich, 1910.07467)
 
-The three castings differ in where they round to the input's dtype:
+The castings differ in where they round to the input's dtype:
 
 | casting | statistics | x / rms | times weight |
 |---|---|---|---|
@@ -10,14 +10,14 @@ The three castings differ in where they round to the input's dtype:
 | gemma | float32 | float32 | float32, rounded once |
 | none | float32 | rounded | weight + offset rounded to the input's dtype, product rounded |
 
-`llama` and `gemma` are what the Hugging Face models of these names compute, and their gradient of
-the weight is what autograd makes of those models: in `llama` dW is the sum of dY times the rounded
-x / rms, each product rounded to the dtype in which x and weight meet, summed in float32; in `gemma`
-nothing is rounded before the sum. `none` works in the input's dtype, except that the sum of squares
-and the reciprocal root stay in float32: summing squares in bfloat16 loses most of its bits, in
-float16 it overflows. So in half precision `none` differs from a module that works in the input's
-dtype throughout (Liger-Kernel's tests compare with one, and expect failures), and its dW, which
-rounds nothing before the sum, is the more exact one.
+`llama` and `gemma` compute what the Hugging Face models of these names compute, and dW is what
+autograd computes for those models: in `llama` dW is the float32 sum of dY times the rounded
+x / rms, each product rounded to the promoted dtype of x and weight; in `gemma` nothing is rounded
+before the sum. `none` works in the input's dtype, except for the sum of squares and the reciprocal
+root, which stay in float32: a sum of squares in bfloat16 loses most of its bits, in float16 it
+overflows. So in half precision `none` differs from a module that works in the input's dtype
+throughout (Liger-Kernel's tests compare with one, and expect failures); its dW, which rounds
+nothing before the sum, is more exact.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def rms_norm(
     casting: str = "llama",
     offset: float = 0.0,
 ) -> Tensor:
-    """RMSNorm over the last axis; x (..., C), weight (C,) or None. The result has x's dtype;
-    without a weight `offset` has no meaning.
+    """RMSNorm over the last axis; x (..., C), weight (C,) or None. The result has x's dtype.
 
-    Float64 inputs are computed in float64 throughout.
+    Without a weight `offset` is ignored. Float64 inputs are computed in float64 throughout.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_wide = x.to(wide)
@@ -63,7 +62,7 @@ def rms_norm_backward(
 
     m = dy * scale,  n = x * rstd,  dx = rstd * (m - n * mean(m * n)),  dw = sum of dy * n
 
-    Only in dw of `llama` n and dy * n are rounded before.
+    In `llama` n and dy * n are rounded before the sum in dw.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_wide, dy_wide = x.to(wide), dy.to(wide)
@@ -77,15 +76,15 @@ def rms_norm_backward(
         return dx.to(x.dtype), None
     terms = dy_wide * n
     if casting == "llama":
-        meeting = torch.promote_types(x.dtype, weight.dtype)
-        terms = (dy.to(meeting) * n.to(x.dtype)).to(wide)
+        promoted = torch.promote_types(x.dtype, weight.dtype)
+        terms = (dy.to(promoted) * n.to(x.dtype)).to(wide)
     return dx.to(x.dtype), terms.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
 def _scale(
     weight: Tensor, dtype: torch.dtype, casting: str, offset: float, wide: torch.dtype
 ) -> Tensor:
-    """weight + offset, rounded as the casting says."""
+    """weight + offset, rounded according to the casting."""
     if casting == "gemma":
         return weight.to(wide) + offset
     if casting == "none":

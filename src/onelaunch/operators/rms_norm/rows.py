@@ -1,4 +1,4 @@
-"""How the rows of several tensors lie in memory, as a kernel can walk them: pure."""
+"""The memory layout of the rows of several tensors, as the kernels address them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ CONTIGUOUS, STRIDED, NESTED = 0, 1, 2
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Row i of tensor t begins at (i // inner) * strides[t][0] + (i % inner) * strides[t][1];
-    where `kind` is STRIDED at i * strides[t][0], where CONTIGUOUS at i * columns."""
+    """Offsets of rows. Row i of tensor t starts at element i * columns if `kind` is CONTIGUOUS, at
+    i * strides[t][0] if STRIDED, else at
+    (i // inner) * strides[t][0] + (i % inner) * strides[t][1]."""
 
     kind: int
     inner: int
@@ -19,11 +20,11 @@ class RowLayout:
 
 
 def row_layout(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> RowLayout | None:
-    """The common layout of tensors of one shape (..., C), their strides in elements, or None where
-    two strides do not say it. All must have unit stride along C.
+    """Return the common layout of tensors of one shape (..., C), from their strides in elements;
+    None if two strides cannot express it. All must have unit stride along C.
 
-    The order of the rows is free, so the leading axes are taken by the first tensor's strides,
-    longest first: transposed heads are then as good as contiguous ones.
+    The order of rows is free, so the leading axes are sorted by the strides of the first tensor,
+    longest first: transposed heads then have the same layout as contiguous ones.
     """
     columns = shape[-1]
     if columns > 1 and any(s[-1] != 1 for s in strides):
@@ -31,7 +32,7 @@ def row_layout(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> RowLay
     axes = [i for i, size in enumerate(shape[:-1]) if size > 1]
     axes.sort(key=lambda i: -strides[0][i])
     sizes: list[int] = []
-    steps: list[list[int]] = []  # per kept axis, one stride for each tensor
+    steps: list[list[int]] = []  # per merged axis, one stride per tensor
     for axis in axes:
         size, step = shape[axis], [s[axis] for s in strides]
         if sizes and all(outer == size * s for outer, s in zip(steps[-1], step, strict=True)):

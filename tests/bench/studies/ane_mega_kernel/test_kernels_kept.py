@@ -22,8 +22,8 @@ from onelaunch.bench.studies.ane_mega_kernel.compile_budget import cuda as compi
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import RunFailed
-from onelaunch.operators.kept import verified
 from onelaunch.operators.rms_norm import launch
+from onelaunch.operators.triton_cache import verified
 from tests.compiling import absent
 from tests.interpreting import run_interpreted
 

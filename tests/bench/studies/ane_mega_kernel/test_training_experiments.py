@@ -363,10 +363,10 @@ def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
             assert command[1:3] == ["-m", overlap_background.CHILD]
             assert os.environ["TRITON_CACHE_DIR"] != "before"
 
-        def tell(self, line):
+        def send(self, line):
             told.append(line)
 
-        def hear_within(self, seconds):
+        def receive_within(self, seconds):
             return "null" if len(told) % 2 else '"it does not fit"'
 
         def end(self):

@@ -21,7 +21,7 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document, markdown, spread
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver
-from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
+from onelaunch.compilation.schedule import MicroStepEstimator, micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
 
@@ -67,10 +67,10 @@ def _published(what: str, compiling: float, step: float, given: int | None) -> R
     return Row(f"published: {what}", compiling, notes=notes)
 
 
-def _to_hide(schedule: Measured) -> int:
+def _to_hide(schedule: MicroStepEstimator) -> int:
     """By a compilation beside the work, and the shorter one of a micro-step alone and beside it:
     those alone may be the first ones, which are slow."""
-    steps = [s for s in (schedule.step_seconds, schedule.step_seconds_beside) if s is not None]
+    steps = [s for s in (schedule.step_seconds, schedule.step_seconds_compiling) if s is not None]
     if schedule.compile_seconds is None or not steps:
         return schedule.k
     return micro_steps_to_hide(schedule.compile_seconds, min(steps))
@@ -123,7 +123,7 @@ def _case(
             training.update(each)  # whose programs an update of another length has asked for
             for _ in range(QUICK_UPDATES if quick else UPDATES):
                 timed[each].append(training.update(each))
-    compiling, step = schedule.compile_seconds, schedule.step_seconds_beside
+    compiling, step = schedule.compile_seconds, schedule.step_seconds_compiling
     assert compiling is not None
     for each, updates in timed.items():
         waits = [update.stall_seconds for update in updates]

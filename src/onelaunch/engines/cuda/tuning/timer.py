@@ -29,7 +29,7 @@ from onelaunch.engines.cuda.tuning.search import (
 )
 from onelaunch.engines.cuda.tuning.store import Choice, Facts, bucket, facts_of
 from onelaunch.errors import RunFailed
-from onelaunch.operators.kept import verified
+from onelaunch.operators.triton_cache import verified
 
 SLICE_US = 5000.0
 """What one sample takes, one forward at least."""

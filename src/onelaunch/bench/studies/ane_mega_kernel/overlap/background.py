@@ -69,8 +69,8 @@ class KernelCompilations:
         """The next one, waited for; one that does not fit this GPU is counted in `refused`."""
         if not self._tiles:
             raise RunFailed("every tiling was compiled: another would be found, not compiled")
-        self._child.tell(json.dumps(self._tiles.pop()))
-        answer = self._child.hear_within(TIMEOUT_SECONDS)
+        self._child.send(json.dumps(self._tiles.pop()))
+        answer = self._child.receive_within(TIMEOUT_SECONDS)
         if not answer:
             raise RunFailed(f"the compiler ended ({self._child.reason()})")
         self.refused += json.loads(answer) is not None

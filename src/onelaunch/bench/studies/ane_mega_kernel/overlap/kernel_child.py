@@ -18,7 +18,7 @@ import torch
 from onelaunch.bench.core.gpu_forwards import random_weights
 from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.child import lower_priority
-from onelaunch.compilation.children import lines_of_parent
+from onelaunch.compilation.children import parent_lines
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import default
 from onelaunch.engines.cuda.pack import pack
@@ -28,7 +28,7 @@ from onelaunch.engines.cuda.program import BoundForward, Shape, limits_of
 def main() -> None:
     lower_priority()
     fields, sequence, number = json.loads(sys.argv[1])
-    lines = lines_of_parent()
+    lines = parent_lines()
     # what a compiler may print is no answer
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers, suppress(BrokenPipeError):
         os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Triton's store with digests: damage of every kind, stores without digests, other managers."""
+"""Triton's cache with digests: damaged files, caches without digests, other cache managers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onelaunch.operators.kept import DIGEST, verified
+from onelaunch.operators.triton_cache import DIGEST, verified
 from tests.compiling import absent
 
 pytest.importorskip("triton")
@@ -44,7 +44,7 @@ def seven_kernel(target):
 
 
 def compiled():
-    """Anew or read, and whether it was read; as a process does that never did before."""
+    """Compile or load the kernel as a new process does; returns it and whether it was loaded."""
     seven_kernel.device_caches.clear()
     target = torch.zeros(1, dtype=torch.int32)
     with counting() as counts:
@@ -85,33 +85,33 @@ DAMAGES = {
 }
 
 
-def test_what_is_whole_is_read(store):
+def test_intact_files_are_loaded(store):
     with verified:
         code, _ = compiled()
         assert compiled() == (code, True)
     assert compiled() == (code, True)  # by Triton alone, too
-    whole = files(store)
-    digests = [path for path in whole if path.suffix == DIGEST]
-    assert {Path(str(path) + DIGEST) for path in whole if path.suffix != DIGEST} == set(digests)
+    written = files(store)
+    digests = [path for path in written if path.suffix == DIGEST]
+    assert {Path(str(path) + DIGEST) for path in written if path.suffix != DIGEST} == set(digests)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_of_any_file_is_found_out_and_mended(store, damage):
+def test_any_damaged_file_is_compiled_again(store, damage):
     with verified:
         code, _ = compiled()
-        whole = {path: path.read_bytes() for path in files(store)}
-        for path in whole:
+        written = {path: path.read_bytes() for path in files(store)}
+        for path in written:
             DAMAGES[damage](path)
             assert compiled() == (code, False), path.name
             assert compiled() == (code, True), path.name
-        assert files(store) == list(whole)
-        for path, content in whole.items():
+        assert files(store) == list(written)
+        for path, content in written.items():
             if path.suffix == ".cubin":
                 assert path.read_bytes() == content
 
 
 def test_without_it_triton_reads_what_is_damaged(store):
-    """Why all this is."""
+    """The reason for the digests."""
     code, _ = compiled()
     (path,) = (path for path in files(store) if path.suffix == ".cubin")
     half(path)
@@ -126,7 +126,7 @@ def test_a_store_without_digests_is_compiled_anew_once(store):
         assert compiled() == (code, True)
 
 
-def test_kernels_that_people_put_there_need_no_digest(store, tmp_path, monkeypatch):
+def test_overriding_kernels_need_no_digest(store, tmp_path, monkeypatch):
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dump_dir, knobs.cache.override_dir = (str(tmp_path / n) for n in "do")
         knobs.compilation.dump_ir = True
@@ -140,12 +140,12 @@ def test_kernels_that_people_put_there_need_no_digest(store, tmp_path, monkeypat
         assert "7" in ptx.read_text()
         put = tmp_path / "o" / ptx.parent.name / ptx.name
         put.parent.mkdir(parents=True)
-        put.write_text(ptx.read_text() + "\n// of a person\n")
+        put.write_text(ptx.read_text() + "\n// by a user\n")
         knobs.compilation.override = knobs.compilation.always_compile = True
         seven_kernel.device_caches.clear()
         with verified:
             kernel = seven_kernel.warmup(torch.zeros(1, dtype=torch.int32), grid=(1,))
-    assert "of a person" in kernel.asm["ptx"]
+    assert "by a user" in kernel.asm["ptx"]
 
 
 @pytest.mark.skipif(not C_COMPILER, reason="needs a C compiler")
@@ -162,7 +162,7 @@ def test_libraries_too(store, damage):
         assert path.read_bytes() == content
 
 
-def test_threads_share_it_and_it_ends_with_the_last():
+def test_threads_share_the_context_and_the_last_one_ends_it():
     assert knobs.cache.manager_class is None
     inside, leave = threading.Barrier(2), threading.Event()
 
@@ -181,16 +181,16 @@ def test_threads_share_it_and_it_ends_with_the_last():
     leave.set()
     thread.join()
     assert knobs.cache.manager_class is None
-    assert "manager_class" not in vars(knobs.cache)  # so the environment is asked again
+    assert "manager_class" not in vars(knobs.cache)  # so the environment variable counts again
 
 
-def test_it_ends_with_what_is_raised():
-    with pytest.raises(ValueError, match="of its own"), verified:
-        raise ValueError("of its own")
+def test_an_exception_leaves_the_context():
+    with pytest.raises(ValueError, match="of the block"), verified:
+        raise ValueError("of the block")
     assert knobs.cache.manager_class is None
 
 
-def test_a_manager_that_was_asked_for_stays(monkeypatch):
+def test_a_chosen_cache_manager_stays(monkeypatch):
     class Other(FileCacheManager):
         pass
 

@@ -1,4 +1,4 @@
-"""Files that are no text though they hold some: compressed files, archives and tables."""
+"""Recognize binary files that contain text: compressed files, archives and tables."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from onelaunch.errors import BadInput
 
 _TABLE = "write its text to a .txt file first, for example with pandas"
 
-# From which byte on, what a file holds there, long enough that no text does; what it is; what to do
-# with it.
+# (offset, magic number long enough that no text has it, description, remedy).
 _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x1f\x8b", "compressed by gzip", "unpack it first: gunzip -k {path}"),
     (4, b"1AY&SY", "compressed by bzip2", "unpack it first: bunzip2 -k {path}"),
@@ -31,15 +30,15 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
 _LONGEST = max(start + len(magic) for start, magic, *_ in _KINDS)
 
 
-def check_is_not_packed(path: Path) -> None:
-    """Raise BadInput, saying what it is and what to do, for a file that begins as one of these do;
+def refuse_binary(path: Path) -> None:
+    """Raise BadInput, naming the format and the remedy, for a file with one of these magic numbers;
     its name does not matter."""
     try:
         with open(path, "rb") as file:
             head = file.read(_LONGEST)
     except OSError as error:
         raise BadInput(f"{path}: cannot read: {error.strerror or error}") from error
-    named = shlex.quote(str(path))
-    for start, magic, what, mend in _KINDS:
+    quoted = shlex.quote(str(path))
+    for start, magic, kind, remedy in _KINDS:
         if head[start : start + len(magic)] == magic:
-            raise BadInput(f"{path}: is {what}, not text; {mend.format(path=named)}")
+            raise BadInput(f"{path}: is {kind}, not text; {remedy.format(path=quoted)}")

@@ -1,8 +1,8 @@
-"""Triton's store of compiled kernels, with digests.
+"""Triton's cache of compiled kernels, with checksums.
 
-Triton loads whatever lies in its store. A file that a full disk or a power failure cut off is then
-a kernel that hangs, or a library that ends the process. Here every file has its SHA-256 beside it:
-one that has another, or none, is as good as not there, and is compiled again.
+Triton loads any file in its cache. One that a full disk or a power failure truncated is then a
+kernel that hangs, or a library that crashes the process. This cache manager writes a SHA-256 file
+with every file: one whose digest differs or is missing counts as absent and is compiled again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 DIGEST = ".sha256"
-"""How the file that has a file's digest ends."""
+"""Suffix of the file with the digest of another."""
 
 
 class _Verified:
-    """While any thread is inside, Triton reads and writes its store with digests; not where a store
-    of another kind was asked for (TRITON_CACHE_MANAGER)."""
+    """A context in which Triton checks digests, as long as any thread is inside; a cache manager
+    that was chosen by TRITON_CACHE_MANAGER stays in use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -47,8 +47,8 @@ class _Verified:
 
 
 verified = _Verified()
-"""A context, for any number of threads, in which kernels are compiled or read: 2 us to be in it, so
-it is for first launches."""
+"""A context, for any number of threads, in which kernels are compiled or loaded with digests. It
+costs 2 us, so it is for first launches only."""
 
 
 @cache
@@ -56,36 +56,36 @@ def _manager() -> type[Any]:
     from triton.runtime.cache import FileCacheManager
 
     class DigestCacheManager(FileCacheManager):
-        """Files of one kernel, or one library, each beside its digest; not those that people put
-        in the place of what is compiled, or look at (TRITON_KERNEL_OVERRIDE, _DUMP)."""
+        """Files of one kernel or library, each with its digest. Files that the user overrides or
+        dumps (TRITON_KERNEL_OVERRIDE, TRITON_KERNEL_DUMP) have none."""
 
         def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
             super().__init__(key, override=override, dump=dump)
-            self._of_people = override or dump
+            self._of_user = override or dump
 
         def put(self, data: Any, filename: str, binary: bool = True) -> str:
             content = data if isinstance(data, bytes) else str(data).encode()
             path: str = super().put(content, filename)
-            if not self._of_people:
+            if not self._of_user:
                 super().put(hashlib.sha256(content).hexdigest(), filename + DIGEST)
             return path
 
         def get_file(self, filename: str) -> str | None:
             path: str | None = super().get_file(filename)
-            return path if path is None or self._of_people or _is_whole(path) else None
+            return path if path is None or self._of_user or _is_intact(path) else None
 
         def get_group(self, filename: str) -> dict[str, str] | None:
             path = self.get_file(f"__grp__{filename}")
             if path is None:
                 return None
             group: dict[str, str] = json.loads(Path(path).read_text())["child_paths"]
-            return group if all(map(_is_whole, group.values())) else None
+            return group if all(map(_is_intact, group.values())) else None
 
     return DigestCacheManager
 
 
-def _is_whole(path: str) -> bool:
-    """Whether a file is what was written, by the digest beside it."""
+def _is_intact(path: str) -> bool:
+    """Return whether the digest of a file matches its content."""
     try:
         digest = Path(path + DIGEST).read_text(encoding="ascii")
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
