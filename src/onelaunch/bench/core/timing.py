@@ -11,7 +11,6 @@ clocks nor what a neighbour leaves behind favours one. All times are microsecond
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import statistics
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from onelaunch.bench.core.rounds import collector_off
 
 Call = Callable[[int], Any]
 """One call's work on the i-th set of buffers; returns what it made."""
@@ -123,17 +124,12 @@ def _back_to_back(call: Call, sets: int, repeats: int, synchronize: Callable[[],
     for i in range(WARM_CALLS):
         call(i % sets)
     synchronize()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_off():
         start = time.perf_counter()
         for i in range(repeats):
             call(i % sets)
         synchronize()
         return (time.perf_counter() - start) * 1e6 / repeats
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def copy_bandwidth(device: torch.device, samples: int = 15) -> float:
