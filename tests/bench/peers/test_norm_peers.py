@@ -31,7 +31,7 @@ def a_module(tmp_path, monkeypatch, places):
 
 def test_the_copy_takes_the_published_rule_and_the_original_keeps_its_own(tmp_path, monkeypatch):
     released = a_module(tmp_path, monkeypatch, 2)
-    patched = peers.with_source_rule(released)
+    patched = peers.with_condition(released, peers.SOURCE_CONDITION)
     assert patched is not released
     for path in ("path0", "path1"):
         before, after = getattr(released, path), getattr(patched, path)
@@ -43,7 +43,7 @@ def test_the_copy_takes_the_published_rule_and_the_original_keeps_its_own(tmp_pa
 
 def test_ligers_block_path_is_taken_at_every_number_of_rows(tmp_path, monkeypatch):
     released = a_module(tmp_path, monkeypatch, 2)
-    patched = peers.with_source_rule(released, peers.BLOCK_CONDITION)
+    patched = peers.with_condition(released, peers.BLOCK_CONDITION)
     assert [patched.path0(512, n) for n in (1, 512, 65536)] == ["block"] * 3
     assert patched.path1(1024, 65536) == patched.path1(64, 1, True) == "row"
 
@@ -51,7 +51,7 @@ def test_ligers_block_path_is_taken_at_every_number_of_rows(tmp_path, monkeypatc
 @pytest.mark.parametrize("places", [0, 1, 3])
 def test_a_liger_that_looks_otherwise_is_not_patched(tmp_path, monkeypatch, places):
     with pytest.raises(ValueError, match=f"stands in {places} places"):
-        peers.with_source_rule(a_module(tmp_path, monkeypatch, places))
+        peers.with_condition(a_module(tmp_path, monkeypatch, places), peers.SOURCE_CONDITION)
 
 
 def test_missing_peers_are_said(monkeypatch):
@@ -122,11 +122,11 @@ def test_the_compiled_norm_for_backward_passes_is_compiled_without_donated_buffe
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled)
     there = {c.name: c for c in peers.peers(torch.device("cpu"), print)}
     before = config.donated_buffer
-    norm = there["torch.compile"].fresh_backward()
+    norm = there["torch.compile"].repeatable()
     norm(torch.ones(2, 3), torch.ones(3))
     assert seen == [False]
     assert config.donated_buffer == before
-    assert there["torch"].fresh_backward() is None
+    assert there["torch"].repeatable is None
 
 
 def test_interpreted_kernels_and_devices_without_triton_are_refused(monkeypatch):

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from onelaunch import cli
+from onelaunch.bench.core.children import Ended
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.timing import Replay
 from onelaunch.bench.peers.rms_norm import Contender
 from onelaunch.bench.studies.block_row import (
+    compile_ahead,
     norm_cell,
+    paths,
     rms_norm,
     rms_norm_threshold,
     rms_norm_training,
 )
-from onelaunch.bench.studies.block_row import paths as rms_norm_paths
 from onelaunch.bench.studies.block_row.rms_norm import views as rms_norm_views
 from onelaunch.bench.studies.block_row.rms_norm_threshold import lowest_winning
 from onelaunch.errors import RunFailed
@@ -143,7 +145,7 @@ def contenders(ours=right):
 
 def test_rms_norm_as_on_a_gpu(gpu):
     lines = []
-    rows = {row.case: row for row in rms_norm._on_gpu(CPU, contenders(), True, lines.append)}
+    rows = {row.case: row for row in rms_norm.on_a_gpu(CPU, contenders(), True, lines.append)}
     assert set(rows) == {
         *(f"{s} {p} gpu" for s in ("64x16", "4096x64") for p in ("forward", "full", "backward")),
         *(f"64x16 {p} host" for p in norm_cell.PASSES),
@@ -181,7 +183,7 @@ def test_rms_norm_as_on_a_gpu(gpu):
 
 
 def test_a_wrong_result_of_ours_fails_the_run_at_its_end(gpu):
-    rows = rms_norm._on_gpu(CPU, contenders(last_row_missing), True, print)
+    rows = rms_norm.on_a_gpu(CPU, contenders(last_row_missing), True, print)
     assert next(rows).case == "64x16 memory"
     with pytest.raises(RunFailed, match="64x16 forward gpu.*4096x64 full gpu"):
         next(rows)
@@ -198,24 +200,35 @@ def test_compiling_ahead_runs_every_contender_and_minds_no_failure(monkeypatch):
         raise RuntimeError("no")
 
     there = [Contender("torch", lambda: broken), Contender("liger", lambda: counted)]
-    monkeypatch.setattr(rms_norm, "ours", list)
-    monkeypatch.setattr(rms_norm, "_set_inductor", lambda: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(rms_norm, "peers", lambda device, say: there)
-    rms_norm._warm("cpu", 4, 8)
+    monkeypatch.setattr(compile_ahead, "ours", list)
+    monkeypatch.setattr(compile_ahead, "peers", lambda device, say: there)
+    compile_ahead.warm(CPU, 4, 8)
     assert ran == [False, True]
 
 
-def test_compiling_ahead_may_fail_as_a_whole(monkeypatch):
-    def no_pool(*args, **kwargs):
-        raise OSError("no semaphores here")
+@pytest.mark.parametrize("ended", ["not done", OSError("no processes here")])
+def test_compiling_ahead_may_fail_and_says_so(monkeypatch, ended):
+    def together(commands, patience):
+        assert len(commands) == 1
+        assert json.loads(commands[0][-1]) == ["cpu", [[4, 8]]]
+        if isinstance(ended, OSError):
+            raise ended
+        return [Ended(True, "", 1.0), Ended(None, ended, patience)]
 
-    monkeypatch.setattr(rms_norm, "ProcessPoolExecutor", no_pool)
-    monkeypatch.setattr(rms_norm, "_set_inductor", lambda: None)
+    monkeypatch.setattr(compile_ahead, "together", together)
+    monkeypatch.setattr(compile_ahead, "_set_inductor", lambda: None)
     lines = []
-    rms_norm.precompile(CPU, [(4, 8)], lines.append)
+    compile_ahead.precompile(CPU, [(4, 8)], lines.append)
+    assert str(ended) in lines[-1]
     assert "shape by shape" in lines[-1]
-    assert "no semaphores here" in lines[-1]
+
+
+@pytest.mark.extended
+def test_a_process_compiles_ahead(monkeypatch):
+    monkeypatch.setattr(compile_ahead, "_set_inductor", lambda: None)
+    lines = []
+    compile_ahead.precompile(CPU, [(4, 8), (2, 8)], lines.append)
+    assert len(lines) == 1, "no failure"
 
 
 def test_the_grids_are_those_of_the_source_and_the_larger_shapes():
@@ -339,7 +352,7 @@ def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
     assert all(row.peers.keys() == {"row"} and row.notes["best_peer"] == "row" for row in rows)
     record = a_record(rows)
     for key, ratio in (("source", 0.5), ("liger", 0.25), ("tuned", 0.5)):
-        ratios = rms_norm_paths.ratios_of(record, rms_norm_paths.PAIRS[key])
+        ratios = paths.ratios_of(record, paths.PAIRS[key])
         assert ratios == {
             pass_: {(4096, 64): pytest.approx(ratio, rel=1e-3)} for pass_ in norm_cell.PASSES
         }
@@ -351,13 +364,11 @@ def test_rms_norm_threshold_as_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(rms_norm_threshold, "ours", lambda: list(forms.values()))
     there = rms_norm_threshold._contenders(torch.device("cuda"))
     assert [c.name for c in there] == ["ours", "row"]
-    norms = {c.name: c.fresh() for c in there}
     monkeypatch.setattr(norm_cell, "synchronizer", lambda device: lambda: None)
     gpu["ours"] = 3.0
     monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
-    rows = list(
-        rms_norm_threshold._shape(8, 16, torch.device("cuda"), there, norms, lambda line: None)
-    )
+    made = norm_cell.make(there, print)
+    rows = list(rms_norm_threshold._shape(8, 16, torch.device("cuda"), made, lambda line: None))
     assert [row.case for row in rows] == [f"8x16 {p} gpu" for p in norm_cell.PASSES]
     assert [row.notes["ratio"] for row in rows] == [0.75] * 3
     assert rows[1].peers == {"row": 4.0}
@@ -436,41 +447,6 @@ def test_training_rows_without_spread_have_a_table():
     axes = rms_norm_training.draw(a_record([row])).axes[0]
     low, high = axes.get_xlim()
     assert low + high == pytest.approx(2.0)
-
-
-def test_compiling_ahead_stops_at_its_time_and_on_an_interrupt(monkeypatch):
-    stopped = []
-
-    class Pool:
-        def __init__(self, workers, context, initializer):
-            process = type("Process", (), {"terminate": lambda self: stopped.append("process")})
-            self._processes = {1: process()}
-
-        def submit(self, *work):
-            return None
-
-        def shutdown(self, wait=True, cancel_futures=False):
-            stopped.append((wait, cancel_futures))
-            self._processes = None
-
-    def ends_with(error):
-        def wait(work, seconds):
-            raise error
-
-        monkeypatch.setattr(rms_norm, "as_completed", wait)
-
-    monkeypatch.setattr(rms_norm, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(rms_norm, "_set_inductor", lambda: None)
-    lines = []
-    ends_with(TimeoutError())
-    rms_norm.precompile(CPU, [(4, 8)], lines.append)
-    assert "not done after 240 s" in lines[-1]
-    assert stopped == [(False, True), "process"]
-    stopped.clear()
-    ends_with(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        rms_norm.precompile(CPU, [(4, 8)], lines.append)
-    assert stopped == [(False, True), "process"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What rms-norm's record is summed up to: each figure that was asked for, and who fails it."""
+"""What rms-norm's record is summed up to: each figure that is wanted, and what misses it."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_the_host_is_held_against_torch_and_liger():
         a_row("4096x64 full host", 60.0, torch=50.0, liger=100.0),
         a_row("4096x128 full host", 45.0, torch=50.0, liger=100.0),
     ]
-    assert "yes, in all 2; found 0.90 to 1.20" in line({"full host": rows}, "1.25 of torch")
+    assert "yes, in all 2; measured 0.90 to 1.20" in line({"full host": rows}, "1.25 of torch")
     assert "not in 1 of 2: 4096x64 0.60" in line({"full host": rows}, "0.5 of liger")
     # the plain form is asked for nothing
     plain = [row | {"kernel": "none: the plain form"} for row in rows]

@@ -11,10 +11,10 @@ Record = dict[str, Any]
 
 PEERS = ("run.c", "llama.cpp", "bare loop", "reference")
 EXPLANATION = (
-    "Greedy, one sequence. `of reading`: weight bytes read a second, divided by what as many "
-    "threads reach that read the packed weights and do nothing else (the best of 15 passes, in each "
-    "round). A model that fits into a cache is read from there. In brackets the median of the "
-    "rounds' ratios, ours over the peer. Peers of automatic threads use every core. run.c computes "
+    "Greedy, one sequence. `of reading`: weight bytes read a second, over what as many threads "
+    "reach that do nothing but read the packed weights (the best of 15 passes, in each round). A "
+    "model that fits into a cache is read from there. In brackets the median of the rounds' "
+    "ratios, ours over the peer. Peers of automatic threads use every core. run.c computes "
     "in float32."
 )
 

@@ -1,10 +1,10 @@
 """rms-norm-threshold: from how many rows on a program should hold several of them.
 
-The way the published rule set its constant: the lowest row count from which the block path beats
-the row path, for every width and for all of the rule's widths together. Ratios within a hundredth
-of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows: `paths`
-holds it against our kernels in that form and against Liger's, on its own widths and row counts. On
-a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm in their place.
+The published rule set its constant in this way: the lowest row count from which the block path
+beats the row path, for every width and for all of the rule's widths together. Ratios within a
+hundredth of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows:
+`paths` tests it on our kernels in that form and on Liger's, at its own widths and row counts. On a
+CPU, which has neither path, the plain form is compared with PyTorch's RMSNorm instead.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
-    Norm,
     has_kernel,
     liger_paths,
     ours,
     peers,
     source_paths,
 )
-from onelaunch.bench.studies.block_row import paths as rms_norm_paths
+from onelaunch.bench.studies.block_row import paths
 from onelaunch.bench.studies.block_row.findings import sentence_findings as findings
 from onelaunch.bench.studies.block_row.norm_cell import (
     PASSES,
     Cell,
+    Made,
     each_reason_once,
     host_times,
     kernel_times,
+    make,
+    shape_of,
 )
 from onelaunch.bench.studies.block_row.paths import TIE, Ratios, verdict
 from onelaunch.bench.studies.block_row.rms_norm import row_of
-from onelaunch.bench.studies.block_row.rms_norm.summary import shape_of
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
     BLOCK_ROW_MAX_BLOCK_SIZE,
@@ -71,19 +72,18 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     else:
         rows = CPU_QUICK_ROWS if quick else CPU_ROWS
         columns = CPU_QUICK_COLUMNS if quick else CPU_COLUMNS
-    contenders = _contenders(place)
-    of_the_sentence = [*source_paths(), *liger_paths(say)] if on_gpu else []
-    norms = {c.name: c.fresh() for c in (*contenders, *of_the_sentence)}
+    contenders = make(_contenders(place), say)
+    of_the_sentence = make([*source_paths(), *liger_paths(say)] if on_gpu else [], say)
     stream = torch.cuda.Stream(place) if on_gpu else None
     for width in columns:
         for count in rows:
             there = list(contenders)
-            if count in rms_norm_paths.ROWS and width in rms_norm_paths.WIDTHS:
+            if count in paths.ROWS and width in paths.WIDTHS:
                 there += of_the_sentence
             with torch.cuda.stream(stream):
-                found = list(_shape(count, width, place, there, norms, say))
+                timed = list(_shape(count, width, place, there, say))
             torch.cuda.empty_cache()  # a graph's memory is its own until this
-            yield from found
+            yield from timed
 
 
 def lowest_winning(ratios: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> int | None:
@@ -100,7 +100,7 @@ def lowest_winning(ratios: Mapping[int, Mapping[str, float]], names: Sequence[st
 
 
 def _contenders(device: torch.device) -> list[Contender]:
-    """`ours`, the block path (on a CPU the plain form), and what it is held against."""
+    """`ours`, the block path (on a CPU the plain form), and what it is compared with."""
     forms = {c.name: c for c in ours()}
     if device.type != "cuda":
         plain_torch = next(c for c in peers(device, lambda line: None) if c.name == "torch")
@@ -112,34 +112,26 @@ def _contenders(device: torch.device) -> list[Contender]:
 
 
 def _shape(
-    rows: int,
-    columns: int,
-    device: torch.device,
-    contenders: list[Contender],
-    norms: Mapping[str, Norm],
-    say: Say,
+    rows: int, columns: int, device: torch.device, made: Sequence[Made], say: Say
 ) -> Iterator[Row]:
-    """The rows of one shape: the first contender against the second, the others as forms."""
+    """The rows of one shape: the first contender compared with the second, the others as forms."""
     on_gpu = device.type == "cuda"
-    norms = {c.name: norms[c.name] for c in contenders}
-    first, second, *others = norms
+    first, second, *others = (each.contender.name for each in made)
     cell = Cell(rows, columns, torch.bfloat16 if on_gpu else torch.float32, device)
     notes = _notes(cell) if on_gpu else {"dtype": "float32"}
     words = []
     for pass_ in PASSES:
         if on_gpu:
-            times = kernel_times(cell, pass_, contenders, norms, SAMPLES, say)
+            times = kernel_times(cell, pass_, made, SAMPLES, say)
         else:
-            times = host_times(cell, pass_, contenders, norms, CPU_CALLS, CPU_SAMPLES, say)
-        if not {first, second} <= times.keys():
-            continue
-        case = f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}"
-        row = row_of(case, times, {"ours", *others})
-        row.notes |= notes
-        words.append(f"{pass_} {row.notes['ratio']:.2f}")
-        yield row
-    told = ", ".join(words) or "nothing timed"
-    say(f"{cell.shape}, of the time of {contenders[1].name}: {told}")
+            times = host_times(cell, pass_, made, CPU_CALLS, CPU_SAMPLES, say)
+        if {first, second} <= times.keys():
+            case = f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}"
+            row = row_of(case, times, {"ours", *others})
+            row.notes |= notes
+            words.append(f"{pass_} {row.notes['ratio']:.2f}")
+            yield row
+    say(f"{cell.shape}, of the time of {second}: {', '.join(words) or 'nothing timed'}")
 
 
 def _notes(cell: Cell) -> dict[str, object]:
@@ -163,15 +155,15 @@ def table(record: dict[str, Any]) -> str:
     ]
     for pass_, by_shape in ratios.items():
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
-        parts.append(rms_norm_paths.ratio_table(by_shape, counts, widths))
-    parts += rms_norm_paths.tables(record)
+        parts.append(paths.ratio_table(by_shape, counts, widths))
+    parts += paths.tables(record)
     return document(record, "RMSNorm, when several rows in a program pay, on", *parts)
 
 
 def _threshold_table(record: dict[str, Any], ratios: Ratios) -> str:
     thresholds = _thresholds(ratios)
-    found = {row["multiprocessors"] for row in record["rows"] if "multiprocessors" in row}
-    per = found.pop() if len(found) == 1 else None
+    counts = {row["multiprocessors"] for row in record["rows"] if "multiprocessors" in row}
+    per = counts.pop() if len(counts) == 1 else None
     header = ["columns", "from rows", "rows a multiprocessor", "auto: forward", "auto: backward"]
     lines = []
     for width, count in thresholds.items():
@@ -241,13 +233,13 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
 
 
 def _ratios(record: dict[str, Any]) -> Ratios:
-    found: Ratios = {}
+    ratios: Ratios = {}
     for pass_ in PASSES:
         for row in record["rows"]:
             words = row["case"].split()
             if len(words) == 3 and words[1] == pass_:
-                found.setdefault(pass_, {})[shape_of(row)] = row["ratio"]
-    return found
+                ratios.setdefault(pass_, {})[shape_of(row)] = row["ratio"]
+    return ratios
 
 
 def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
@@ -272,6 +264,6 @@ def _threshold_of(ratios: Ratios, widths: Sequence[int]) -> int | None:
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str]:
-    """What stands against what."""
-    names = {name for row in record["rows"] for name in row["peers"]}
-    return ("the block path", "the row path") if "row" in names else ("ours", "PyTorch's")
+    """What is compared with what."""
+    by_paths = any("row" in row["peers"] for row in record["rows"])
+    return ("the block path", "the row path") if by_paths else ("ours", "PyTorch's")
