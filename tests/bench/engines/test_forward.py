@@ -124,8 +124,8 @@ def test_logits_that_are_wrong_end_the_run():
             forward._check("a form", wrong, expected)
 
 
-@pytest.mark.parametrize(("form", "found"), [({"us": {}}, True), ({"form": "staged"}, False)])
-def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, form, found):
+@pytest.mark.parametrize(("form", "kept"), [({"us": {}}, True), ({"form": "staged"}, False)])
+def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, form, kept):
     expected = torch.randn(1, 8, 5)
 
     class Engine:
@@ -139,10 +139,11 @@ def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, f
             return {"forms": {"1x8": form}}
 
     monkeypatch.setattr("onelaunch.engines.cuda.engine.CudaEngine", Engine)
-    args = preset("stories260k"), {}, torch.zeros(1, 8, dtype=torch.int64), expected
-    assert isinstance(forward._engine(*args, None), Engine)
-    if found:
-        assert isinstance(forward._engine(*args, tmp_path), Engine)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    subject = forward.Subject(preset("stories260k"), {}, tokens, expected, None)
+    assert isinstance(forward._engine(subject), Engine)
+    if kept:
+        assert isinstance(forward._engine(subject._replace(store=tmp_path)), Engine)
     else:
-        with pytest.raises(RunFailed, match="did not find what was chosen"):
-            forward._engine(*args, tmp_path)
+        with pytest.raises(RunFailed, match="what was chosen"):
+            forward._engine(subject._replace(store=tmp_path))

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from onelaunch.bench.core.record import percentiles, rounded
 
@@ -64,7 +64,7 @@ def fit(calls: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
     return intercept, slope
 
 
-def digest(values: Sequence[float]) -> dict[str, object]:
+def digest(values: Sequence[float]) -> dict[str, Any]:
     """Median, spread and number, as a note of a row."""
     return {
         "median": rounded(statistics.median(values)),
