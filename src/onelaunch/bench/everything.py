@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onelaunch.bench.core.record import Say
-from onelaunch.bench.core.runner import conduct, in_a_line
+from onelaunch.bench.core.runner import conduct
 from onelaunch.bench.core.tables import Cell, by_columns
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import BadInput, MissingExtra
 
 

@@ -19,7 +19,8 @@ from onelaunch.bench.core import plots
 from onelaunch.bench.core.record import Row, Say, device_name, record_path, rows_there, write_record
 from onelaunch.bench.experiments import NOT_ON_A_GPU, OF_THE_CUDA_ENGINE, devices, module_name
 from onelaunch.checkpoints.atomic import read_json, write_text
-from onelaunch.errors import BadInput, OnelaunchError, RunFailed
+from onelaunch.compilation.background import in_a_line
+from onelaunch.errors import BadInput, RunFailed
 
 SAVE_SECONDS = 5.0
 
@@ -147,10 +148,3 @@ def _write_views(module: ModuleType, path: Path, say: Say) -> None:
             except Exception as error:
                 path.with_suffix(suffix).unlink(missing_ok=True)
                 say(f"without {what}: {in_a_line(error)}")
-
-
-def in_a_line(error: Exception) -> str:
-    """What went wrong, in one line; our own errors say it themselves."""
-    lines = str(error).strip().splitlines()
-    what = lines[0][:200] if lines else "no message"
-    return what if isinstance(error, OnelaunchError) else f"{type(error).__name__}: {what}"

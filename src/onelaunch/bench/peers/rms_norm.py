@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import BadInput
 from onelaunch.operators.rms_norm import launch, rms_norm
 
@@ -199,7 +200,7 @@ def _liger(say: Say, *forms: Liger) -> list[Contender]:
     try:
         released = importlib.import_module("liger_kernel.ops.rms_norm")
     except Exception as error:
-        say(f"without Liger: {_reason(error)}")
+        say(f"without Liger: {in_a_line(error)}")
         return []
     contenders = []
     for form in forms:
@@ -240,12 +241,6 @@ def _quack(say: Say) -> list[Contender]:
     try:
         rmsnorm = importlib.import_module("quack").rmsnorm
     except Exception as error:
-        say(f"without QuACK: {_reason(error)}")
+        say(f"without QuACK: {in_a_line(error)}")
         return []
     return [Contender("quack", lambda: lambda x, weight: rmsnorm(x, weight, eps=EPS))]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

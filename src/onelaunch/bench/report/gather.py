@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from onelaunch.bench.core.findings import Finding, Verdict
 from onelaunch.bench.core.published import PUBLISHED, Published
 from onelaunch.bench.core.record import rows_there
-from onelaunch.bench.core.runner import in_a_line
 from onelaunch.bench.core.tables import provenance
 from onelaunch.bench.experiments import EXPERIMENTS, module_name
 from onelaunch.checkpoints.atomic import read_json
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import BadInput
 
 Record = dict[str, Any]

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onelaunch.bench.core.runner import in_a_line
 from onelaunch.bench.report import story
 from onelaunch.bench.report.gather import Part, Report, module_of
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:

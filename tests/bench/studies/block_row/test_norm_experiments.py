@@ -21,7 +21,6 @@ from onelaunch.bench.studies.block_row import (
     rms_norm_training,
 )
 from onelaunch.bench.studies.block_row.rms_norm import views as rms_norm_views
-from onelaunch.bench.studies.block_row.rms_norm_threshold import lowest_winning
 from onelaunch.errors import RunFailed
 from tests.bench.studies.block_row.norms import FakeGraph, InPlace, last_row_missing, right
 
@@ -295,11 +294,15 @@ def ratios(full, forward=0.9, backward=0.9):
         ({256: ratios(0.9), 512: ratios(0.9, backward=1.2)}, None),
         # a pass that was not timed has not won
         ({256: ratios(0.9), 512: {"full": 0.5}}, None),
-        ({512: ratios(0.9), 256: ratios(0.9), 1024: {}}, None),
+        ({512: ratios(0.9), 256: ratios(0.9), 1024: {"forward": 0.5}}, None),
     ],
 )
 def test_the_threshold_is_where_every_pass_wins_from_there_on(by_rows, lowest):
-    assert lowest_winning(by_rows, norm_cell.PASSES) == lowest
+    by_pass = {
+        pass_: {(rows, 64): each[pass_] for rows, each in by_rows.items() if pass_ in each}
+        for pass_ in norm_cell.PASSES
+    }
+    assert paths.wins_from(by_pass, norm_cell.PASSES, [64], ties=True) == lowest
 
 
 def test_rms_norm_threshold_on_a_cpu(tmp_path, capsys, monkeypatch):

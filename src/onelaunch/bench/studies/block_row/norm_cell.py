@@ -25,6 +25,7 @@ from onelaunch.bench.core.timing import (
     synchronizer,
 )
 from onelaunch.bench.peers.rms_norm import EPS, Contender, Norm
+from onelaunch.compilation.background import in_a_line
 
 T = TypeVar("T")
 PASSES = ("forward", "full", "backward")
@@ -198,7 +199,7 @@ def make(contenders: Sequence[Contender], say: Say) -> list[Made]:
         try:
             backward = each.repeatable() if each.repeatable else norm
         except Exception as error:
-            say(f"  backward passes without {each.name}: {_first_line(error)}")
+            say(f"  backward passes without {each.name}: {in_a_line(error)}")
             backward = None
         made.append(Made(each, norm, backward))
     return made
@@ -250,7 +251,7 @@ def _right(
         try:
             right[contender.name] = checked(cell.call(pass_, which))
         except Exception as error:
-            say(f"  {cell.shape} {pass_} without {contender.name}: {_first_line(error)}")
+            say(f"  {cell.shape} {pass_} without {contender.name}: {in_a_line(error)}")
     return right
 
 
@@ -311,8 +312,3 @@ def each_reason_once(say: Say) -> Say:
         say(line)
 
     return say_new
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"

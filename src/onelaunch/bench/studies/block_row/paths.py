@@ -64,19 +64,24 @@ def ratios_of(record: Mapping[str, Any], pair: Pair) -> Ratios:
     return ratios
 
 
-def wins_from(ratios: Ratios, passes: Sequence[str], widths: Sequence[int]) -> int | None:
+def wins_from(
+    ratios: Ratios, passes: Sequence[str], widths: Sequence[int], ties: bool = False
+) -> int | None:
     """The lowest row count from which on, there and at every larger count, all of these passes win
-    at all of these widths; None where there is none."""
+    at all of these widths; None where there is none. With `ties` a tie ends it no more than a win
+    does, and at the lowest count one of them must win."""
     lowest = None
-    counts = {rows for by_shape in ratios.values() for rows, _ in by_shape}
-    for count in sorted(counts, reverse=True):
-        if any(
-            verdict(ratios.get(pass_, {}).get((count, width))) != "wins"
+    shapes = {shape for by_shape in ratios.values() for shape in by_shape}
+    for count in sorted({rows for rows, width in shapes if width in widths}, reverse=True):
+        verdicts = {
+            verdict(ratios.get(pass_, {}).get((count, width)))
             for pass_ in passes
             for width in widths
-        ):
+        }
+        if "loses" in verdicts or ("tie" in verdicts and not ties):
             break
-        lowest = count
+        if "wins" in verdicts:
+            lowest = count
     return lowest
 
 

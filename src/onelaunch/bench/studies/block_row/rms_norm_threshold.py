@@ -9,7 +9,7 @@ CPU, which has neither path, the plain form is compared with PyTorch's RMSNorm i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from onelaunch.bench.studies.block_row.norm_cell import (
     make,
     shape_of,
 )
-from onelaunch.bench.studies.block_row.paths import TIE, Ratios, verdict
+from onelaunch.bench.studies.block_row.paths import TIE, Ratios
 from onelaunch.bench.studies.block_row.rms_norm import row_of
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
@@ -84,19 +84,6 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
                 timed = list(_shape(count, width, place, there, say))
             torch.cuda.empty_cache()  # a graph's memory is its own until this
             yield from timed
-
-
-def lowest_winning(ratios: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> int | None:
-    """The lowest row count at which one of `names` wins, and from which on, at every larger count
-    too, none of them loses; None where there is none. `ratios` by row count, then by name."""
-    lowest = None
-    for count in sorted(ratios, reverse=True):
-        verdicts = {verdict(ratios[count].get(name)) for name in names}
-        if "loses" in verdicts:
-            break
-        if "wins" in verdicts:
-            lowest = count
-    return lowest
 
 
 def _contenders(device: torch.device) -> list[Contender]:
@@ -161,20 +148,19 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _threshold_table(record: dict[str, Any], ratios: Ratios) -> str:
-    thresholds = _thresholds(ratios)
+    widths = _axes(ratios)[0]
     counts = {row["multiprocessors"] for row in record["rows"] if "multiprocessors" in row}
     per = counts.pop() if len(counts) == 1 else None
     header = ["columns", "from rows", "rows a multiprocessor", "auto: forward", "auto: backward"]
-    lines = []
-    for width, count in thresholds.items():
-        lines.append(
-            [str(width), *_counted(count, per)]
-            + [_auto_from(record, width, pass_) for pass_ in ("forward", "backward")]
-        )
-    narrow = [width for width in thresholds if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
+    lines = [
+        [str(width), *_counted(_threshold(ratios, width), per)]
+        + [_auto_from(record, width, pass_) for pass_ in ("forward", "backward")]
+        for width in widths
+    ]
+    narrow = [width for width in widths if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
     if narrow:
         name = f"all to {BLOCK_ROW_MAX_BLOCK_SIZE}"
-        lines.append([name, *_counted(_threshold_of(ratios, narrow), per), "-", "-"])
+        lines.append([name, *_counted(_threshold(ratios, *narrow), per), "-", "-"])
         published = f"{BLOCK_ROW_MIN_ROWS:,}"
         lines.append([f"published, to {BLOCK_ROW_MAX_BLOCK_SIZE}", published, "-", "-", "-"])
     return markdown(header, lines)
@@ -202,7 +188,6 @@ def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """A heat map a pass, rows by columns; the thresholds as lines."""
     ratios = _ratios(record)
-    thresholds = _thresholds(ratios)
     ours_, other = _sides(record)
     if not ratios:
         return None
@@ -219,7 +204,7 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
         )
         axes.set_xlabel("columns", fontsize=8)
         for at, width in enumerate(widths):
-            if (threshold := thresholds[width]) is not None:
+            if (threshold := _threshold(ratios, width)) is not None:
                 edge = counts.index(threshold) - 0.5
                 axes.plot([at - 0.5, at + 0.5], [edge, edge], color="black", linewidth=2)
     all_axes[0].set_ylabel("rows", fontsize=8)
@@ -248,19 +233,9 @@ def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
     return sorted({columns for _, columns in shapes}), sorted({rows for rows, _ in shapes})
 
 
-def _thresholds(ratios: Ratios) -> dict[int, int | None]:
-    """By width."""
-    return {width: _threshold_of(ratios, [width]) for width in _axes(ratios)[0]}
-
-
-def _threshold_of(ratios: Ratios, widths: Sequence[int]) -> int | None:
+def _threshold(ratios: Ratios, *widths: int) -> int | None:
     """Of several widths together: no pass of any of them may lose."""
-    by_count: dict[int, dict[str, float]] = {}
-    for pass_, by_shape in ratios.items():
-        for (count, width), ratio in by_shape.items():
-            if width in widths:
-                by_count.setdefault(count, {})[f"{width} {pass_}"] = ratio
-    return lowest_winning(by_count, [f"{width} {pass_}" for width in widths for pass_ in PASSES])
+    return paths.wins_from(ratios, PASSES, widths, ties=True)
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str]:

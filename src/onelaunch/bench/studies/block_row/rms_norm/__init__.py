@@ -40,6 +40,7 @@ from onelaunch.bench.studies.block_row.norm_cell import (
     peak_bytes,
 )
 from onelaunch.bench.studies.block_row.rms_norm.views import PUBLISHED, draw, table
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import RunFailed
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import backward_plan, forward_plan
@@ -219,8 +220,7 @@ class Shaper:
             try:
                 peaks[contender.name] = peak_bytes(cell, norm)
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                self.say(f"  {cell.shape} memory without {contender.name}: {reason}")
+                self.say(f"  {cell.shape} memory without {contender.name}: {in_a_line(error)}")
         case = f"{cell.shape} memory"
         if "ours" not in peaks:
             self.failed.append(case)
