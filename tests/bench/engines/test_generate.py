@@ -216,7 +216,7 @@ def test_children_measure_and_say_what_is_wrong(tmp_path, compiled_program):
 
 def test_memory_of_this_process(tmp_path, compiled_program):
     if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not count it")
     before = generation_child.private_bytes()
     # pages of its own: a large object could lie where an earlier one was
     with mmap.mmap(-1, 20 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:

@@ -50,7 +50,7 @@ def test_ligers_block_path_is_taken_at_every_number_of_rows(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("places", [0, 1, 3])
 def test_a_liger_that_looks_otherwise_is_not_patched(tmp_path, monkeypatch, places):
-    with pytest.raises(ValueError, match=f"stands in {places} places"):
+    with pytest.raises(ValueError, match=f"in {places} places"):
         peers.with_condition(a_module(tmp_path, monkeypatch, places), peers.SOURCE_CONDITION)
 
 

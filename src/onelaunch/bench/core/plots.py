@@ -55,7 +55,7 @@ def label(
 def panels(
     count: int, width: float = 5.0, height: float = 4.0, title: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many axes beside each other, each `width` inches wide."""
+    """A figure with so many axes next to each other, each `width` inches wide."""
     figure = new_figure(width * count, height)
     figure.suptitle(title, fontsize=10)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
@@ -113,7 +113,7 @@ def heat_map(
     title: str,
 ) -> Any:
     """Speeds relative to something as colours, green above 1 and red below, to SHADES_TO either
-    way; None is blank. `texts` stand in the cells. Returns the image, for a colour bar."""
+    way; None is blank. `texts` are written in the cells. Returns the image, for a colour bar."""
     ends = math.log2(SHADES_TO)
     shades = [
         [math.nan if s is None else max(-ends, min(ends, math.log2(s))) for s in row]

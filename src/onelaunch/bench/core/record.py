@@ -94,7 +94,7 @@ def write_record(
 
 
 def record_path(experiment: str, folder: Path, device: str) -> Path:
-    """Where the record of an experiment on a device lies."""
+    """Where the record of an experiment on a device is."""
     return folder / slug(device) / f"{experiment}.json"
 
 

@@ -1,4 +1,4 @@
-"""Two contestants timed in turn, and a trainer to be timed update by update."""
+"""Two contestants timed alternately, and a trainer to be timed update by update."""
 
 from __future__ import annotations
 

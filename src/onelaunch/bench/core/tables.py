@@ -52,7 +52,7 @@ def figure(*keys: str, form: Callable[[Any], str] | str | None = None) -> Cell:
 
 
 def digits(value: float | None) -> str:
-    """Three digits, more where they stand before the point; a dash for nothing."""
+    """Three digits, more where they are before the point; a dash for nothing."""
     if value is None:
         return "-"
     if abs(value) >= 100:

@@ -1,12 +1,12 @@
-"""Times of several contenders, in turn: kernels only, and the host's part with them.
+"""Times of several contenders, interleaved: kernels only, and the host's part with them.
 
 Kernels only: a CUDA graph of many calls over rotating buffers, replayed between two events. The
 buffers hold more than the L2 does wherever the cap on their number allows it, so that a call finds
 its input in memory, as a training step does. Host-inclusive: calls back to back and one wait for
 the device at the end; a wait or a cleared cache before each call would hide the host's time.
 
-Contenders take turns in one process, each time in another order, so that neither a drift of the
-clocks nor what a neighbour leaves behind favours one. All times are microseconds a call.
+Contenders are interleaved in one process, in another order each time, so that neither a drift of
+the clocks nor what a neighbour leaves behind favours one. All times are microseconds a call.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def capture(call: Call, sets: int, calls: int) -> Replay:
 def replays_in_turn(
     replays: Mapping[str, Replay], samples: int, before: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Samples of every graph, in turn. Each is `before(name)`, one replay untimed, so that the
+    """Samples of every graph, interleaved. Each is `before(name)`, one replay untimed, so that the
     caches are as the graph itself leaves them, and one between events."""
     names = list(replays)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -110,7 +110,7 @@ def calls_in_turn(
     synchronize: Callable[[], None],
     before: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """Samples of `repeats` calls back to back and one wait for the device, in turn."""
+    """Samples of `repeats` calls back to back and one wait for the device, interleaved."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for order in _orders(names, samples):

@@ -2,7 +2,7 @@
 
 The bare loop is written for speed and nothing else: plain functions, weights in tuples, a
 preallocated cache, greedy, batch one. Both generate the same tokens, or where two tokens are nearly
-as likely and sums of another order decide, either of them; both are timed in turn.
+as likely and sums of another order decide, either of them. They are interleaved.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """training-speed: the trainer, with telemetry, compared with a bare PyTorch loop of the same model.
 
 The bare loop has what a careful user writes by hand: fused AdamW with decay groups, clipping, no
-telemetry, no display, batches that lie ready in memory. Blocks of updates are timed in turn.
+telemetry, no display, batches ready in memory. Blocks of updates are interleaved.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _torch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _torch_again(x: Tensor, weight: Tensor) -> Tensor:
-    # torch.compile remembers by code: a second function, lest `_torch`'s compiled form be found
+    # torch.compile caches by code: a second function does not get `_torch`'s compiled form
     return F.rms_norm(x, (x.shape[-1],), weight, EPS)
 
 
@@ -224,7 +224,7 @@ def with_condition(released: ModuleType, condition: str) -> ModuleType:
     is. Raises ValueError unless exactly two places change."""
     text = inspect.getsource(released)
     if (places := text.count(LIGER_CONDITION)) != 2:
-        raise ValueError(f"its condition stands in {places} places of {released.__name__}, not 2")
+        raise ValueError(f"its condition is in {places} places of {released.__name__}, not 2")
     # A file, as Triton reads the source of what it compiles from one; only while it imports.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "liger_rms_norm_by_source_rule.py"

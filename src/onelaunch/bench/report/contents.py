@@ -1,4 +1,4 @@
-"""What the report tells after its story, in sentences and tables, however it is written."""
+"""What the report has after its story, in sentences and tables, however it is written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`left`: how many columns stand to the left; the others, numbers, to the right."""
+    """`left`: how many columns are aligned to the left; the others, numbers, to the right."""
 
     header: Sequence[str]
     lines: Sequence[Line]

@@ -26,7 +26,7 @@ _PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 def escape(text: str) -> str:
-    """Text that can stand in HTML, in an attribute too."""
+    """Text as HTML, for an attribute too."""
     return html.escape(text, quote=True)
 
 
@@ -72,8 +72,8 @@ def line(cells: Iterable[str], attributes: str = "") -> str:
 
 
 def table(header: Sequence[str], lines: Iterable[str], kind: str = "") -> str:
-    """A table that scrolls in a box of its own where the page is too narrow. Numbers stand to the
-    right, but in the first column; `kind` "words": all to the left."""
+    """A table that scrolls in a box of its own where the page is too narrow. Numbers are on the
+    right, except in the first column; `kind` "words": all to the left."""
     names = "".join(f'<th scope="col">{inline(name)}</th>' for name in header)
     body = "\n".join(lines)
     attributes = f' class="{kind}"' if kind else ""

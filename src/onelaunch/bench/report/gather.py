@@ -1,7 +1,7 @@
 """Many records as one report: what each says of the published studies, its table, its rows.
 
-`gather` reads records and calls their experiments' modules; contents.py and story.py say what the
-report tells of them, html.py and markdown.py write it. Nothing is measured: the same records make
+`gather` reads records and calls their experiments' modules; contents.py and story.py say what
+they mean, html.py and markdown.py write it. Nothing is measured: the same records make
 the same report, byte for byte.
 """
 

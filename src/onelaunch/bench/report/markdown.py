@@ -63,7 +63,7 @@ def _experiment(name: str, parts: Sequence[Part], folder: Path) -> Iterator[str]
 
 
 def _links(part: Part, folder: Path) -> str:
-    """The record, and its table and plot where they lie next to it."""
+    """The record, and its table and plot where they are next to it."""
     paths = {"record": part.path}
     for name, suffix in (("table", ".md"), ("plot", ".png")):
         if (path := part.path.with_suffix(suffix)).is_file():

@@ -1,7 +1,7 @@
 """The report's beginning: what the two studies claimed, what holds on which device, and the three
 plots that show it. Made of the records' findings, so that it is of whatever records there are.
 
-A claim stands with the published rows that it is about. Of each device the story says which of its
+A claim has the published rows that it is about. Of each device the story says which of its
 statements hold, with the figures of the first of them.
 """
 

@@ -1,4 +1,4 @@
-"""Plots of a report as SVG that can stand in one page, the same for the same record."""
+"""Plots of a report as SVG that can be in one page, the same for the same record."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def svg(figure: Figure, name: str) -> str:
     one that is hidden would be missing in those that share them."""
     import matplotlib
 
-    # every text would name all fonts that may stand for the first; the page's style does it once
+    # otherwise every text names all fonts that may replace the first
     fonts = ["DejaVu Sans", "sans-serif"]
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": fonts}

@@ -61,7 +61,7 @@ def table(record: dict[str, Any]) -> str:
     seconds |= {name: figure("seconds_to_first", name, form=".2f") for name in (*forms, *more)}
     parts = [
         "Medians in us of a forward in bfloat16, logits of every position. `logits`: wall time of "
-        "`engine.logits`, which is what `over` is said of, and with float32 logits. The forms are "
+        "`engine.logits`, which `over` is of, and with float32 logits. The forms are "
         "CUDA graphs alone, of `chosen` what the engine measured and runs; `fused`: how much one "
         "launch holds (all, half a layer, so many layers), `staged`: one kernel per stage, both "
         "with the rule's tiles. Peers as CUDA graphs, and as they are: these two are timed alone, "

@@ -40,7 +40,7 @@ BYTES_PER_US = 4e6
 
 # No contender is timed on a result further from float64 than this. y and dX: the worst row's
 # distance, relative to that row; two or three roundings to bfloat16 make 0.003 to 0.01 of it, one
-# wrong row among any number about 1. dW, where no row stands alone: that of the whole.
+# wrong row among any number about 1. dW, which no row has for itself: that of the whole.
 ROW_BOUNDS = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 3e-5}
 WHOLE_BOUNDS = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5}
 
@@ -281,7 +281,7 @@ def _check_replayed(cell: Cell, pass_: str, call: Call) -> None:
 
 
 def peak_bytes(cell: Cell, norm: Norm) -> int:
-    """What a forward and backward pass adds to the memory at its height, as asked for: without
+    """What a forward and backward pass adds to the peak memory, as requested: without
     what the allocator adds to each piece, where it counts that apart (CUDA)."""
     call = cell.call("full", norm)
     call(0)
