@@ -1,4 +1,4 @@
-"""RMSNorm's peers: what is missing is said, and Liger's copy differs in its two conditions."""
+"""RMSNorm's peers: a line names what is missing, and Liger's copy differs in its two conditions."""
 
 import importlib
 import sys
@@ -54,12 +54,12 @@ def test_a_liger_that_looks_otherwise_is_not_patched(tmp_path, monkeypatch, plac
         peers.with_condition(a_module(tmp_path, monkeypatch, places), peers.SOURCE_CONDITION)
 
 
-def test_missing_peers_are_said(monkeypatch):
+def test_missing_peers_are_named(monkeypatch):
     for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.rms_norm", "quack"):
         monkeypatch.setitem(sys.modules, name, None)
     lines = []
-    found = peers.peers(torch.device("cuda"), lines.append)
-    assert [contender.name for contender in found] == ["torch", "torch.compile"]
+    contenders = peers.peers(torch.device("cuda"), lines.append)
+    assert [contender.name for contender in contenders] == ["torch", "torch.compile"]
     assert [line.split(":")[0] for line in lines] == ["without Liger", "without QuACK"]
     assert peers.liger_paths(lines.append) == []
     assert lines[-1].startswith("without Liger")
@@ -67,8 +67,8 @@ def test_missing_peers_are_said(monkeypatch):
 
 def test_a_cpu_has_no_more_than_pytorch():
     lines = []
-    found = peers.peers(torch.device("cpu"), lines.append)
-    assert [contender.name for contender in found] == ["torch", "torch.compile"]
+    contenders = peers.peers(torch.device("cpu"), lines.append)
+    assert [contender.name for contender in contenders] == ["torch", "torch.compile"]
     assert lines == []
 
 
@@ -84,10 +84,10 @@ def test_pytorchs_norm_and_ours_do_the_same_work():
 
 @pytest.fixture
 def with_quack(monkeypatch):
-    """A PyTorch that runs QuACK's kernels; called, changes one thing about it and asks."""
+    """A PyTorch that runs QuACK's kernels; called, changes one thing about it and checks."""
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
 
-    def asked(torch_version="2.12.0+cu130", cutlass="4.5.2", **switches):
+    def check(torch_version="2.12.0+cu130", cutlass="4.5.2", **switches):
         monkeypatch.setattr(peers.torch, "__version__", torch_version)
         monkeypatch.setattr(peers.metadata, "version", lambda name: cutlass)
         for name in ("TORCH_DISABLE_NATIVE_JIT", "TORCH_NATIVE_SKIP_VERSION_CHECK"):
@@ -96,7 +96,7 @@ def with_quack(monkeypatch):
             monkeypatch.setenv(name, value)
         return peers.torch_may_run_quack()
 
-    return asked
+    return check
 
 
 def test_whether_pytorch_may_run_quack(with_quack, monkeypatch):

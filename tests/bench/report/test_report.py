@@ -319,16 +319,16 @@ def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path):
     assert "<svg" not in html
 
 
-def test_a_second_run_is_held_against_the_first(monkeypatch, tmp_path):
+def test_a_second_run_is_compared_with_the_first(monkeypatch, tmp_path):
     """Statement by statement; what only one run or one device has is counted, and no verdict."""
 
     def findings(record):
         second = record["commit"] == "second"
-        found = [
+        statements = [
             finding("refuted" if second else "confirmed", ours="2 us" if second else "1 us"),
             finding(claim="the same"),
         ]
-        return found if second else [*found, finding(claim="the first run's alone")]
+        return statements if second else [*statements, finding(claim="the first run's alone")]
 
     invent(monkeypatch, findings=findings)
     write(tmp_path / "first", record(), record(device=GPU))
@@ -339,7 +339,7 @@ def test_a_second_run_is_held_against_the_first(monkeypatch, tmp_path):
     for made in (section(html, "again"), text):
         assert "1 record was made a second time" in made
         assert (
-            "of 2 statements 1 have the same verdict again, 1 another, 1 of these the opposite one"
+            "of 2 statements 1 have the same verdict again, 1 another, 1 of these the opposite"
             in made
         )
     line = next(line for line in text.splitlines() if line.startswith("| made-up"))

@@ -1,4 +1,4 @@
-"""Cells: nobody is timed on a wrong result, and repeats stay valid."""
+"""Cells: no contender is timed on a wrong result, and repeats stay valid."""
 
 import pytest
 import torch

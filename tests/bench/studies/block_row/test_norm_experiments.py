@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def bench(experiment, folder, capsys):
-    """Runs the verb; returns the record and what was said."""
+    """Runs the verb; returns the record and what was shown."""
     code = cli.run(["bench", experiment, "--quick", "--device", "cpu", "--out", str(folder)])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -43,7 +43,7 @@ def test_rms_norm_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm, "CPU_SAMPLE_US", 100.0)
     only_torch = rms_norm.peers(CPU, print)[:1]
     monkeypatch.setattr(rms_norm, "peers", lambda device, say: only_torch)
-    record, said = bench("rms-norm", tmp_path, capsys)
+    record, log = bench("rms-norm", tmp_path, capsys)
     rows = {row["case"]: row for row in record["rows"]}
     assert set(rows) == {f"{s} {p} host" for s in ("16x8", "4x24") for p in norm_cell.PASSES}
     row = rows["16x8 full host"]
@@ -51,17 +51,17 @@ def test_rms_norm_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert row["ratio"] == pytest.approx(row["ours"] / row["peers"]["torch"], rel=1e-3)
     assert row["best_peer"] == "torch"
     assert row["n"] == rms_norm.HOST_SAMPLES
-    assert "no kernel on this device" in said
+    assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
     table = (folder / "rms-norm.md").read_text()
     assert table.isascii()
-    assert table.strip() in said
+    assert table.strip() in log
     assert "| 16x8 " in table
     assert (folder / "rms-norm.png").stat().st_size > 5000
 
 
 @pytest.mark.extended
-def test_what_torch_compile_cannot_do_is_said_and_left_out(monkeypatch):
+def test_what_torch_compile_cannot_do_is_left_out_and_logged(monkeypatch):
     def broken(x, weight):
         raise RuntimeError("no C++ compiler found\nmore")
 
@@ -310,11 +310,11 @@ def test_rms_norm_threshold_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm_threshold, "CPU_QUICK_ROWS", (4, 8))
     monkeypatch.setattr(rms_norm_threshold, "CPU_QUICK_COLUMNS", (16,))
     monkeypatch.setattr(rms_norm_threshold, "CPU_CALLS", 2)
-    record, said = bench("rms-norm-threshold", tmp_path, capsys)
+    record, log = bench("rms-norm-threshold", tmp_path, capsys)
     assert {row["case"] for row in record["rows"]} == {
         f"{n}x16 {p} host" for n in (4, 8) for p in norm_cell.PASSES
     }
-    assert "no kernel on this device" in said
+    assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
     assert "time of ours / time of PyTorch's" in (folder / "rms-norm-threshold.md").read_text()
     assert (folder / "rms-norm-threshold.png").stat().st_size > 5000
@@ -325,7 +325,7 @@ def on_a_cpu(rows, columns, dtype, device):
 
 
 def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
-    """Beside the tuned pair: our kernels by the published tile, and Liger's two paths, at the
+    """With the tuned pair our kernels by the published tile, and Liger's two paths, at the
     sentence's widths and row counts only."""
     monkeypatch.setattr(rms_norm_threshold, "has_kernel", lambda place, say: True)
     monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
@@ -407,14 +407,14 @@ def test_rms_norm_training_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm_training, "CPU_QUICK", (("stories260k", 2, 16, False),))
     monkeypatch.setattr(rms_norm_training, "BLOCK_SECONDS", 0.01)
     monkeypatch.setattr(rms_norm_training, "QUICK_BLOCKS", 3)
-    record, said = bench("rms-norm-training", tmp_path, capsys)
+    record, log = bench("rms-norm-training", tmp_path, capsys)
     (row,) = record["rows"]
     assert row["case"] == "stories260k 2x16 eager"
     assert record["unit"] == "ms/step"
     assert 0.1 < row["ours"] < 1000
     assert row["ratio"] == pytest.approx(row["ours"] / row["peers"]["torch"], rel=0.5)
     assert row["vocab_size"] == 512
-    assert "no kernel on this device" in said
+    assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
     assert "stories260k 2x16 eager" in (folder / "rms-norm-training.md").read_text()
     assert (folder / "rms-norm-training.png").stat().st_size > 5000
@@ -453,7 +453,7 @@ def test_training_rows_without_spread_have_a_table():
 
 
 @pytest.mark.parametrize(
-    ("experiment", "given", "device"),
+    ("experiment", "options", "device"),
     [
         ("rms-norm", [], "auto"),
         ("rms-norm-training", ["--device", "cpu"], "cpu"),
@@ -461,12 +461,12 @@ def test_training_rows_without_spread_have_a_table():
         ("training-speed", ["--device", "auto"], "auto"),
     ],
 )
-def test_norms_are_timed_on_the_gpu_where_there_is_one(monkeypatch, experiment, given, device):
+def test_norms_are_timed_on_the_gpu_where_there_is_one(monkeypatch, experiment, options, device):
     from onelaunch.bench.core import runner
     from onelaunch.engines import reference
 
-    asked = []
-    monkeypatch.setattr(reference, "resolve_device", lambda name: asked.append(name) or CPU)
+    names = []
+    monkeypatch.setattr(reference, "resolve_device", lambda name: names.append(name) or CPU)
     monkeypatch.setattr(runner, "conduct", lambda *args: Path("a-record.json"))
-    assert cli.run(["bench", experiment, *given]) == 0
-    assert asked == [device]
+    assert cli.run(["bench", experiment, *options]) == 0
+    assert names == [device]

@@ -198,9 +198,8 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     for axes, (pass_, by_shape) in zip(all_axes, ratios.items(), strict=True):
         grid = [[by_shape.get((count, width)) for width in widths] for count in counts]
         speeds = [[None if ratio is None else 1 / ratio for ratio in line] for line in grid]
-        texts = [["" if s is None else f"{s:.2f}" for s in line] for line in speeds]
         image = plots.heat_map(
-            axes, speeds, texts, [f"{c:,}" for c in counts], list(map(str, widths)), pass_
+            axes, speeds, [f"{c:,}" for c in counts], list(map(str, widths)), pass_
         )
         axes.set_xlabel("columns", fontsize=8)
         for at, width in enumerate(widths):

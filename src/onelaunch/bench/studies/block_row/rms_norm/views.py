@@ -90,10 +90,9 @@ def _draw_speeds(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> Any
         best = best_time(row)
         times = [_time(row, name) for name in names]
         speeds.append([None if t is None or best is None else best / t for t in times])
-    texts = [["" if s is None else f"{s:.2f}" for s in line] for line in speeds]
     shapes = [_shape(row) + _in_cache(row) for row in rows]
     title = KINDS[kind].removesuffix(", us")
-    return plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
+    return plots.heat_map(axes, speeds, shapes, list(map(_title, names)), title)
 
 
 def _by_kind(record: Record) -> dict[str, list[dict[str, Any]]]:
