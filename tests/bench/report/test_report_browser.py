@@ -151,6 +151,9 @@ def test_the_page_of_the_kept_records(seen):
         const folded = document.querySelectorAll("main .plot, main table");
         const hidden = Array.from(folded).every((each) => !each.checkVisibility());
         for (const fold of document.querySelectorAll("details")) fold.open = true;
+        // laid out though it is not near
+        for (const each of document.querySelectorAll("main > section"))
+          each.style.contentVisibility = "visible";
         const unit = new RegExp({json.dumps(UNITS)});
         const plots = Array.from(document.querySelectorAll(".plot"));
         const labels = (plot) => Array.from(plot.querySelectorAll("text"), (t) => t.textContent);
