@@ -76,7 +76,7 @@ def error_of_ratio(ratio: float, *measured: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Finding:
-    """One published statement held against one record.
+    """One published statement and what one record answers.
 
     `answers` are the keys of published.py that it answers; `claim` the statement in a few words;
     `published` and `ours` the figures with their units, as they are to be read, `ours` empty where

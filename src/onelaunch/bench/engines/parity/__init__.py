@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
         p = problem(name, sequence)
         exact = exact_logits(p.config, p.weights, p.tokens)
         for engine, dtype, make in _engines(place, programs, say):
-            logits = make(p.config, p.weights).logits(p.tokens.to(place)).cpu().double()
+            logits = make(p.config, dict(p.weights)).logits(p.tokens.to(place)).cpu().double()
             yield _logits_row(p, engine, dtype, logits, _pytorch(p, dtype, place, engine), exact)
         yield from _trained(p, place)
         if programs:
@@ -87,26 +88,22 @@ def _engines(place: torch.device, programs: bool, say: Say) -> Iterator[tuple[st
         from onelaunch.engines.cuda.engine import CudaEngine
 
         for dtype in ("bfloat16", "float16", "float32"):
-            yield "cuda", dtype, _maker(CudaEngine, device=str(place), dtype=dtype)
+            yield "cuda", dtype, partial(CudaEngine, device=str(place), dtype=dtype)
         return
     for dtype in ("float32", "bfloat16"):
-        yield "reference", dtype, _maker(ReferenceEngine, device="cpu", dtype=dtype)
+        yield "reference", dtype, partial(ReferenceEngine, device="cpu", dtype=dtype)
     from onelaunch.engines import cpu
 
     if reason := cpu.why_not():
         say(f"without the CPU engine: {reason}")
     else:
         for dtype in cpu.DTYPES:
-            yield "cpu", dtype, _maker(_compiled, dtype=dtype)
+            yield "cpu", dtype, partial(_compiled, dtype=dtype)
     if programs:
         from onelaunch.engines.coreml.engine import CoreMLEngine
 
         for dtype in ("float32", "float16"):
-            yield "coreml", dtype, _maker(CoreMLEngine, dtype=dtype)
-
-
-def _maker(engine: Callable[..., Engine], **options: Any) -> Make:
-    return lambda config, weights: engine(config, dict(weights), **options)
+            yield "coreml", dtype, partial(CoreMLEngine, dtype=dtype)
 
 
 def _compiled(config: ModelConfig, weights: Weights, dtype: str) -> Engine:
