@@ -72,7 +72,7 @@ def bars(
     colors: Sequence[str] = COLORS,
     at: float | None = None,
 ) -> Figure | None:
-    """A bar for each value of each series, side by side by group; `across`: lying, one group under
+    """A bar for each value of each series, in groups; `across`: horizontal, the groups one under
     the other. `names` of the groups where they are not their keys; a line at `at`. None without a
     value."""
     groups = list(dict.fromkeys(group for values in series.values() for group in values))
