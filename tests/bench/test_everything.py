@@ -63,21 +63,21 @@ def test_each_ends_as_it_does(experiments, tmp_path):
         foreign=refusing(ZeroDivisionError("by zero")),
         last=rows,
     )
-    said = []
-    found = everything.conduct_all(lambda gpu: "cpu", True, tmp_path, said.append)
-    ends = {d.experiment: (d.record is not None, d.skipped, d.failed) for d in found}
+    log = []
+    done = everything.conduct_all(lambda gpu: "cpu", True, tmp_path, log.append)
+    ends = {d.experiment: (d.record is not None, d.skipped, d.failed) for d in done}
     assert ends["fine"] == ends["last"] == (True, "", "")
     assert "coreml" in ends["missing"][1]
     assert ends["gpu"] == (False, "it is for a GPU", "")
     assert ends["failing"] == (False, "", "no luck")
     assert ends["foreign"] == (False, "", "ZeroDivisionError: by zero")
-    assert said[0] == "[1/6] fine: about fine"
-    assert "on cpu, quick" in said
-    assert "gpu: skipped: it is for a GPU" in said
+    assert log[0] == "[1/6] fine: about fine"
+    assert "on cpu, quick" in log
+    assert "gpu: skipped: it is for a GPU" in log
     # what it had measured before it failed
     (path,) = tmp_path.glob("*/failing.json")
     assert [row["case"] for row in rows_there(path)] == ["before"]
-    table = everything.summary(found)
+    table = everything.summary(done)
     assert "failed: no luck" in table
     assert "skipped: it is for a GPU" in table
 

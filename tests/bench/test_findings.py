@@ -1,4 +1,4 @@
-"""What committed records say about the published studies, and that every published row is asked."""
+"""What committed records say about the published studies; every published row has an answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def findings_of(path):
     return module.findings(read_json(path)) if hasattr(module, "findings") else []
 
 
-def found(device, experiment):
+def verdicts_of(device, experiment):
     """Verdicts by key; of a key with several findings, all of them."""
     verdicts = {}
     for finding in findings_of(RECORDS / device / f"{experiment}.json"):
@@ -46,14 +46,14 @@ def test_every_published_row_has_an_experiment_or_says_why_not():
 
 
 def test_fused_layers_pay_where_a_call_is_launched_one_by_one():
-    verdicts = found("nvidia-h200", "fusion-depth")
+    verdicts = verdicts_of("nvidia-h200", "fusion-depth")
     for key in ("ffn-64", "ffn-288-128", "whole-15m", "whole-110m"):
         # direction and size, over one kernel per stage: from Python, and as a graph
         assert verdicts[key] == ["confirmed"] * 2 + ["refuted"] * 2, key
     assert verdicts["sweet-spot"] == ["confirmed", "refuted"]
     assert verdicts["part-110m-4"] == ["inconclusive"] * 2  # no kernel per stage was timed of them
     assert verdicts["call-price"] == ["confirmed", "not applicable"] * 2
-    on_a_cpu = found("amd-epyc-2-cores", "fusion-depth")
+    on_a_cpu = verdicts_of("amd-epyc-2-cores", "fusion-depth")
     assert on_a_cpu["call-price"] == ["confirmed", "not applicable"]
     assert on_a_cpu["ffn-64"] == ["confirmed", "refuted"]
     assert on_a_cpu["whole-110m"][1] == "refuted"
@@ -95,19 +95,25 @@ def slower(row):
 
 def test_a_public_converter_refutes_no_private_parser():
     for experiment in ("weight-mutability", "baked-or-argument"):
-        for key, verdicts in found("amd-epyc-2-cores", experiment).items():
+        for key, verdicts in verdicts_of("amd-epyc-2-cores", experiment).items():
             assert set(verdicts) == {"not applicable"}, key
 
 
-def test_the_block_path_is_held_against_the_row_path_where_there_are_kernels():
-    verdicts = found("nvidia-h200", "rms-norm")
+def test_the_block_path_is_compared_with_the_row_path_where_there_are_kernels():
+    verdicts = verdicts_of("nvidia-h200", "rms-norm")
     assert len(verdicts) == 42
     assert [key for key, each in verdicts.items() if each == ["refuted"]] == [
         "norm-forward-4096-512"
     ]
-    assert set(map(tuple, found("amd-epyc-2-cores", "rms-norm").values())) == {("not applicable",)}
-    assert found("nvidia-h200", "rms-norm-threshold") == {"norm-rows": ["confirmed", "confirmed"]}
-    assert found("amd-epyc-2-cores", "rms-norm-threshold") == {"norm-rows": ["not applicable"]}
+    assert set(map(tuple, verdicts_of("amd-epyc-2-cores", "rms-norm").values())) == {
+        ("not applicable",)
+    }
+    assert verdicts_of("nvidia-h200", "rms-norm-threshold") == {
+        "norm-rows": ["confirmed", "confirmed"]
+    }
+    assert verdicts_of("amd-epyc-2-cores", "rms-norm-threshold") == {
+        "norm-rows": ["not applicable"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_markdown_alone_is_markdown_alone(report, folder):
     assert not (folder / "report.html").exists()
 
 
-def test_both_are_written_where_they_are_asked_for(report, folder):
+def test_both_are_written_to_their_paths(report, folder):
     (path,) = write(folder / "elsewhere", record("soak-fuzz"))
     code, out, _ = report(path, "--out", "a.html", "--markdown", "b.md")
     assert (code, out) == (0, "b.md\na.html\n")
@@ -43,7 +43,7 @@ def test_both_are_written_where_they_are_asked_for(report, folder):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "log"),
     [
         (["none.json"], "none.json: no such record"),
         (["empty"], "empty: holds no records"),
@@ -51,18 +51,18 @@ def test_both_are_written_where_they_are_asked_for(report, folder):
         (["--out", "none/a.html"], "none/a.html: cannot write"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(argv, said, report, folder):
+def test_bad_input_is_one_line(argv, log, report, folder):
     (folder / "empty").mkdir()
     (folder / "bad.json").write_text("{")
     code, out, err = report(*argv)
     assert (code, out) == (2, "")
-    assert err.startswith(f"onelaunch: {said}")
+    assert err.startswith(f"onelaunch: {log}")
     assert err.count("\n") == 1
 
 
-def test_what_could_not_be_made_is_said(report, folder, monkeypatch):
+def test_what_could_not_be_made_is_logged(report, folder, monkeypatch):
     invent(monkeypatch, table=lambda record: record["share"])
     write(folder / "old", record())
-    said = "amd/made-up.json: without a table: KeyError: 'share'\n"
-    assert report("old") == (0, "report.html\n", said)
+    log = "amd/made-up.json: without a table: KeyError: 'share'\n"
+    assert report("old") == (0, "report.html\n", log)
     assert report("old", "--quiet") == (0, "report.html\n", "")

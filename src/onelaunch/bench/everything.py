@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from onelaunch.bench.core.record import Say
-from onelaunch.bench.core.runner import conduct, in_a_line
-from onelaunch.bench.core.tables import markdown
+from onelaunch.bench.core.runner import conduct
+from onelaunch.bench.core.tables import Cell, by_columns
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
-from onelaunch.errors import BadInput, MissingExtra, OnelaunchError
+from onelaunch.compilation.background import in_a_line
+from onelaunch.errors import BadInput, MissingExtra
 
 
 @dataclass(frozen=True)
@@ -28,39 +29,33 @@ class Done:
 def conduct_all(
     device_of: Callable[[bool], str], quick: bool, folder: Path, say: Say
 ) -> list[Done]:
-    """Run them all. `device_of` gives the device of an experiment, told whether it is one that runs
-    on a GPU where there is one. One that cannot run here, or fails, keeps none of the others; what
-    was measured before an interrupt is on disk."""
-    found: list[Done] = []
-    for number, (name, what) in enumerate(EXPERIMENTS.items(), 1):
-        say(f"[{number}/{len(EXPERIMENTS)}] {name}: {what}")
-        start = time.monotonic()
-        done = _one(name, device_of(name in ON_THE_GPU), quick, folder, say)
-        found.append(Done(name, time.monotonic() - start, *done))
-        if done[1] or done[2]:
-            say(f"{name}: {'skipped' if done[1] else 'failed'}: {done[1] or done[2]}")
-    return found
+    """Run them all. `device_of` returns an experiment's device; its argument is whether the
+    experiment runs on a GPU where there is one. One that cannot run here, or fails, stops none of
+    the others; what was measured before an interrupt is on disk."""
+    done: list[Done] = []
+    for number, (name, about) in enumerate(EXPERIMENTS.items(), 1):
+        say(f"[{number}/{len(EXPERIMENTS)}] {name}: {about}")
+        start, record, skipped, failed = time.monotonic(), None, "", ""
+        try:
+            record = conduct(name, device_of(name in ON_THE_GPU), quick, folder, say)
+        except (BadInput, MissingExtra) as error:
+            skipped = in_a_line(error)
+            say(f"{name}: skipped: {skipped}")
+        except Exception as error:  # whatever a peer or a library raises ends this experiment alone
+            failed = in_a_line(error)
+            say(f"{name}: failed: {failed}")
+        done.append(Done(name, time.monotonic() - start, record, skipped, failed))
+    return done
 
 
-def _one(
-    name: str, device: str, quick: bool, folder: Path, say: Say
-) -> tuple[Path | None, str, str]:
-    try:
-        return conduct(name, device, quick, folder, say), "", ""
-    except (BadInput, MissingExtra) as error:
-        return None, in_a_line(error), ""
-    except OnelaunchError as error:
-        return None, "", in_a_line(error)
-    except Exception as error:  # whatever a peer or a library raises ends this experiment alone
-        return None, "", in_a_line(error)
-
-
-def summary(found: list[Done]) -> str:
+def summary(done: Iterable[Done]) -> str:
     """A table of how each ended."""
-    rows = []
-    for done in found:
-        ended = str(done.record) if done.record else ""
-        if not ended:
-            ended = f"skipped: {done.skipped}" if done.skipped else f"failed: {done.failed}"
-        rows.append([done.experiment, f"{done.seconds:.0f}", ended])
-    return markdown(["experiment", "seconds", "ended"], rows)
+    columns: dict[str, Cell] = {
+        "experiment": lambda each: each.experiment,
+        "seconds": lambda each: f"{each.seconds:.0f}",
+        "ended": lambda each: str(
+            each.record
+            or (f"skipped: {each.skipped}" if each.skipped else f"failed: {each.failed}")
+        ),
+    }
+    return by_columns(done, columns)

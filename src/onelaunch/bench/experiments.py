@@ -1,26 +1,26 @@
 """The experiments by name. Pure data, so that listing them imports none."""
 
 EXPERIMENTS = {
-    "training-speed": "the trainer against a bare PyTorch loop",
-    "generation-speed": "the reference engine against a bare PyTorch loop with a KV cache",
-    "generate": "the CPU engine against PyTorch, llama2.c and what reading the weights takes",
+    "training-speed": "the trainer compared with a bare PyTorch loop",
+    "generation-speed": "the reference engine compared with a bare PyTorch loop with a KV cache",
+    "generate": "the CPU engine compared with PyTorch, llama2.c and reading the weights alone",
     "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
-    "forward": "a whole text's logits on a GPU, by launches, beside PyTorch",
+    "forward": "the logits of a whole sequence on a GPU, by launches, compared with PyTorch",
     "coreml": "what making ML Programs of a model takes, and how exact they are",
     "accumulation": "what more micro-steps an update save, and what they cost in learning",
     "warm-up": "what the first micro-steps take, and from which on they take no less",
-    "overlap": "what a forward takes while something is compiled beside it",
+    "overlap": "what a forward takes while something is compiled at the same time",
     "step-breakdown": "where a micro-step's time goes, forward and backward, part by part",
     "stack": "accumulation, background compilation and no overhead at all, one after the other",
     "recompile": "how many micro-steps hide the compilation of an update, and what fewer wait",
     "compile-budget": "whether a process can only compile so many times, or so many layers",
     "cache": "what keeping compiled programs saves, and that no wrong one is served",
-    "weight-mutability": "which ways of giving a program its weights take new ones",
-    "cpu-overhead": "what the host takes beside arithmetic in a step, and what a call costs",
+    "weight-mutability": "in which forms a program's weights can be replaced",
+    "cpu-overhead": "what the host takes besides arithmetic in a step, and what a call costs",
     "parity": "how far engines, and the gradients of training, are from float64",
     "baked-or-argument": "from how many micro-steps an update weights as constants would pay",
     "terminal-io": "what a slow terminal costs a training step, with our display and without",
-    "rms-norm": "RMSNorm against PyTorch, torch.compile, Liger and QuACK",
+    "rms-norm": "RMSNorm compared with PyTorch, torch.compile, Liger and QuACK",
     "rms-norm-threshold": "from how many rows on several rows in a program pay, by width",
     "rms-norm-training": "a training step with our RMSNorm and with PyTorch's",
 }
@@ -52,7 +52,7 @@ MODULES = {
 """Where the module of an experiment is, from this package on."""
 
 NOT_ON_A_GPU = {
-    "generate": "texts are written by PyTorch there, which generation-speed times",
+    "generate": "PyTorch generates there, which generation-speed times",
     "coreml": "ML Programs are made and evaluated on the CPU",
     "recompile": "weights are arguments of a GPU's kernels, so an update has nothing compiled; "
     "what it packs anew is in accumulation, and the micro-steps that hide it are one",
@@ -61,12 +61,10 @@ NOT_ON_A_GPU = {
 }
 """Why an experiment has no form for a GPU."""
 
-# Those that run on the GPU where there is one, unless told otherwise; the others run on the CPU.
+# Unless --device names another, these run on the GPU where there is one, the others on the CPU.
 ON_THE_GPU = frozenset(
     name for name in EXPERIMENTS if name == "forward" or name.startswith("rms-norm")
 )
-
-
 ON_ANY_DEVICE = frozenset(("training-speed", "generation-speed", "terminal-io")) | frozenset(
     name for name in EXPERIMENTS if name.startswith("rms-norm")
 )

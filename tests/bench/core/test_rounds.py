@@ -7,15 +7,15 @@ import pytest
 from onelaunch.bench.core.rounds import digest, fit, in_rounds, ratio
 
 
-def test_everybody_is_sampled_in_every_round_in_an_order_that_alternates():
+def test_each_is_sampled_in_every_round_in_an_order_that_alternates():
     order = []
 
     def contestant(name):
         return lambda: order.append(name) or float(len(order))
 
-    found = in_rounds({name: contestant(name) for name in "abc"}, 3)
+    samples = in_rounds({name: contestant(name) for name in "abc"}, 3)
     assert "".join(order) == "abccbaabc"
-    assert found == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+    assert samples == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
 
 
 def test_a_ratio_is_of_rounds_not_of_medians():

@@ -1,4 +1,4 @@
-"""The runner: what an experiment found is kept, however the run ends."""
+"""The runner: the rows of an experiment are kept, however the run ends."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from onelaunch.errors import BadInput, RunFailed
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a made-up experiment; returns the lines said, and its folder."""
+    """Runs a made-up experiment; returns the lines shown, and its folder."""
     lines = []
 
     def conducted(rows, **views):

@@ -37,11 +37,11 @@ def test_the_figure_is_that_of_the_quiet_moments_wherever_they_come():
     quiet, busy = 2200.0, 3800.0
     for places in itertools.combinations(range(6), 2):
         host = Host(*(quiet if i in places else busy for i in range(6)))
-        found = settle(host.sample, least=6, sleep=host.sleep)
-        assert found.agree
-        assert found.samples == pytest.approx([quiet] * 2 * WINDOW, rel=1e-3)
-        assert len(found.medians) == 6
-        note = found.note()
+        result = settle(host.sample, least=6, sleep=host.sleep)
+        assert result.agree
+        assert result.samples == pytest.approx([quiet] * 2 * WINDOW, rel=1e-3)
+        assert len(result.medians) == 6
+        note = result.note()
         assert note["fastest"] == pytest.approx([quiet, quiet], rel=1e-3)
         assert note["of_all_windows"]["slowest"] == pytest.approx(busy, rel=1e-3)
         assert note["of_all_windows"]["median"] == pytest.approx(busy, rel=1e-3)
@@ -49,26 +49,26 @@ def test_the_figure_is_that_of_the_quiet_moments_wherever_they_come():
 
 def test_cold_samples_do_not_count():
     host = Host(100.0)
-    found = settle(host.sample, least=3, sleep=host.sleep)
+    result = settle(host.sample, least=3, sleep=host.sleep)
     assert host.taken == 3 * (WARM_UPS + WINDOW)
-    assert max(found.samples) < 101.0
+    assert max(result.samples) < 101.0
     assert host.slept == [PAUSE_SECONDS] * 2
 
 
 def test_it_goes_on_until_the_fastest_window_is_found_again():
     host = Host(4000.0, 2000.0, 4000.0, 4000.0, 4000.0, 2050.0, 4000.0)
-    found = settle(host.sample, least=3, sleep=host.sleep)
-    assert found.agree
-    assert len(found.medians) == 6
-    assert found.note()["fastest"] == pytest.approx([2000.0, 2050.0], rel=1e-3)
+    result = settle(host.sample, least=3, sleep=host.sleep)
+    assert result.agree
+    assert len(result.medians) == 6
+    assert result.note()["fastest"] == pytest.approx([2000.0, 2050.0], rel=1e-3)
 
 
 def test_it_ends_where_the_host_never_settles_and_says_so():
     host = Host(*(1.05**i for i in range(MOST_WINDOWS)))
-    found = settle(host.sample, least=3, sleep=host.sleep)
-    assert not found.agree
-    assert found.note()["agree"] is False
-    assert len(found.medians) == MOST_WINDOWS
+    result = settle(host.sample, least=3, sleep=host.sleep)
+    assert not result.agree
+    assert result.note()["agree"] is False
+    assert len(result.medians) == MOST_WINDOWS
     assert gc.isenabled()
 
 

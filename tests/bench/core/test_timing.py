@@ -1,4 +1,4 @@
-"""Timing in turn: how much is timed, in which order, and on which buffers."""
+"""Interleaved timing: how much is timed, in which order, and on which buffers."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_graph_walks_every_set_equally_often(estimate, sets, calls):
     assert calls % sets == 0
 
 
-def test_contenders_take_turns_in_orders_that_differ_and_come_again():
+def test_contenders_are_interleaved_in_orders_that_differ_and_repeat():
     log = []
     calls = {name: lambda i, name=name: log.append((name, i)) for name in "abc"}
     waits = []

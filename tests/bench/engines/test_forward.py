@@ -30,9 +30,9 @@ OURS = ["logits", "logits float32"]
 
 def alone():
     """What was timed by itself: other numbers of samples."""
-    found = {"eager": [100.0, 110.0, 120.0, 90.0], "torch.compile": [60.0, 61.0]}
+    times = {"eager": [100.0, 110.0, 120.0, 90.0], "torch.compile": [60.0, 61.0]}
     return {
-        name: Settled(taken, [*taken, 300.0], True, (0.5, 0.75)) for name, taken in found.items()
+        name: Settled(taken, [*taken, 300.0], True, (0.5, 0.75)) for name, taken in times.items()
     }
 
 
@@ -96,20 +96,20 @@ def test_the_views():
         "experiment": "forward", "device": "a GPU", "date": "2026-01-01", "commit": "0",
         "versions": {}, "unit": "us", "rows": [row().to_dict()],
     }  # fmt: skip
-    told = table(record)
-    assert "| m forward 1x8 |" in told
-    assert "| **12.0** | 13.0 | 11.0 | 10.0 |" in " ".join(told.split())
-    assert "1.67x" in told
-    assert "8.8x" in told, "over eager: 105 / 12"
+    text = table(record)
+    assert "| m forward 1x8 |" in text
+    assert "| **12.0** | 13.0 | 11.0 | 10.0 |" in " ".join(text.split())
+    assert "1.67x" in text
+    assert "8.8x" in text, "over eager: 105 / 12"
     chosen = row().to_dict()
     chosen["choice"] = {"form": "staged", "us": {"staged": 9.0}, "tried": 7, "tiles": {"qkv": [64]}}
     chosen["seconds_to_first"]["kept"] = 0.25
-    told = table(record | {"rows": [chosen]})
-    assert "| m forward 1x8 | staged | staged 9.00 |" in told
-    assert "0.25" in told
+    text = table(record | {"rows": [chosen]})
+    assert "| m forward 1x8 | staged | staged 9.00 |" in text
+    assert "0.25" in text
     old = {k: v for k, v in chosen.items() if k not in ("graph", "over_graph", "logits float32")}
-    told = table(record | {"rows": [chosen, old | {"case": "m forward 1x9"}]})
-    assert "| m forward 1x9 | - | - | 11.0 | 10.0 |" in " ".join(told.split())
+    text = table(record | {"rows": [chosen, old | {"case": "m forward 1x9"}]})
+    assert "| m forward 1x9 | - | - | 11.0 | 10.0 |" in " ".join(text.split())
     pytest.importorskip("matplotlib")
     figure = draw(record)
     assert figure.axes[0].get_ylabel()
@@ -124,8 +124,8 @@ def test_logits_that_are_wrong_end_the_run():
             forward._check("a form", wrong, expected)
 
 
-@pytest.mark.parametrize(("form", "found"), [({"us": {}}, True), ({"form": "staged"}, False)])
-def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, form, found):
+@pytest.mark.parametrize(("form", "kept"), [({"us": {}}, True), ({"form": "staged"}, False)])
+def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, form, kept):
     expected = torch.randn(1, 8, 5)
 
     class Engine:
@@ -139,10 +139,11 @@ def test_the_engine_that_is_timed_is_of_what_was_chosen(monkeypatch, tmp_path, f
             return {"forms": {"1x8": form}}
 
     monkeypatch.setattr("onelaunch.engines.cuda.engine.CudaEngine", Engine)
-    args = preset("stories260k"), {}, torch.zeros(1, 8, dtype=torch.int64), expected
-    assert isinstance(forward._engine(*args, None), Engine)
-    if found:
-        assert isinstance(forward._engine(*args, tmp_path), Engine)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    subject = forward.Subject(preset("stories260k"), {}, tokens, expected, None)
+    assert isinstance(forward._engine(subject), Engine)
+    if kept:
+        assert isinstance(forward._engine(subject._replace(store=tmp_path)), Engine)
     else:
-        with pytest.raises(RunFailed, match="did not find what was chosen"):
-            forward._engine(*args, tmp_path)
+        with pytest.raises(RunFailed, match="what was chosen"):
+            forward._engine(subject._replace(store=tmp_path))

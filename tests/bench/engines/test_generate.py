@@ -29,10 +29,10 @@ class FakeRunC:
     """Writes what the reference engine would, at a rate of its own."""
 
     def __init__(self, ids, rate=500.0):
-        self.ids, self.rate, self.asked = ids, rate, []
+        self.ids, self.rate, self.calls = ids, rate, []
 
     def generate(self, prompt, n, threads):
-        self.asked.append((len(prompt), n, threads))
+        self.calls.append((len(prompt), n, threads))
         if len(self.ids) < n:
             raise RunFailed(f"run.c: it stopped after {len(self.ids)} of {n} tokens")
         return self.rate, self.ids[:n]
@@ -85,7 +85,7 @@ def small(monkeypatch):
     monkeypatch.setattr(generate_life, "PROMPT", 20)
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1 << 20)
-    found = {
+    measured = {
         "start": {"seconds": 1.0, "import_seconds": 0.8, "ready_seconds": 0.2},
         "memory": {"bytes": 70e6, "weight_bytes": 1e6, "cache_bytes": 1e6},
         "cold": {
@@ -97,8 +97,8 @@ def small(monkeypatch):
             "median_gap_after_ms": 1.0,
         },
     }
-    monkeypatch.setattr(generate_life, "in_child", lambda what, model, **rest: found[what])
-    return found
+    monkeypatch.setattr(generate_life, "in_child", lambda what, model, **rest: measured[what])
+    return measured
 
 
 def test_the_experiment(small, tmp_path, capsys, compiled_program):
@@ -129,15 +129,15 @@ def test_memory_s_bound_holds_on_its_edge(small):
     assert next(generate_life.memory(print)).notes["within"] is False
 
 
-def test_rows_that_cannot_be_had_are_left_out_and_said(small, monkeypatch):
+def test_rows_that_cannot_be_had_are_left_out_and_logged(small, monkeypatch):
     def broken(what, model, **rest):
         raise RunFailed("a child fell")
 
     monkeypatch.setattr(generate_life, "in_child", broken)
-    said = []
-    assert list(generate_life.memory(said.append)) == []
-    assert list(generate_life.cold_start(2, said.append)) == []
-    assert len([line for line in said if "a child fell" in line]) == 3
+    log = []
+    assert list(generate_life.memory(log.append)) == []
+    assert list(generate_life.cold_start(2, log.append)) == []
+    assert len([line for line in log if "a child fell" in line]) == 3
 
 
 def test_a_first_start_as_rows_and_table(small):
@@ -150,12 +150,12 @@ def test_a_first_start_as_rows_and_table(small):
     assert generate.draw(record) is None
 
 
-def cell(tmp_path, monkeypatch, peer, said):
+def cell(tmp_path, monkeypatch, peer, log):
     monkeypatch.setattr(generate_cell, "run_c", lambda *rest: peer)
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1)
     config = preset("stories260k")
-    return Cell(config, "float32", [1, AUTO], tmp_path, tmp_path, said.append)
+    return Cell(config, "float32", [1, AUTO], tmp_path, tmp_path, log.append)
 
 
 def test_run_c_takes_part_and_its_tokens_are_compared(tmp_path, monkeypatch, compiled_program):
@@ -175,12 +175,12 @@ def test_run_c_takes_part_and_its_tokens_are_compared(tmp_path, monkeypatch, com
     assert samples["run.c", 1] == [500.0, 500.0]
 
 
-def test_a_run_c_that_stops_early_is_left_out_and_said(tmp_path, monkeypatch, compiled_program):
-    said = []
-    made = cell(tmp_path, monkeypatch, FakeRunC([7, 8]), said)
+def test_a_run_c_that_stops_early_is_left_out_and_logged(tmp_path, monkeypatch, compiled_program):
+    log = []
+    made = cell(tmp_path, monkeypatch, FakeRunC([7, 8]), log)
     samples = made.rounds(prompt_of(3), 8, 1)
     assert not [key for key in samples if key[0] == "run.c"]
-    assert said[-1] == "without run.c: it stopped after 2 of 8 tokens"
+    assert log[-1] == "without run.c: it stopped after 2 of 8 tokens"
 
 
 def test_beside_a_busy_core(monkeypatch, small, compiled_program):
@@ -207,16 +207,16 @@ def test_children_measure_and_say_what_is_wrong(tmp_path, compiled_program):
     model = generate_cell.write_model(
         preset("stories260k"), random_weights(preset("stories260k")), tmp_path / "model.bin"
     )
-    found = generate_life.in_child("start", model)
-    assert found["compiled"] == 1.0
-    assert 0 < found["ready_seconds"] < found["seconds"]
+    measured = generate_life.in_child("start", model)
+    assert measured["compiled"] == 1.0
+    assert 0 < measured["ready_seconds"] < measured["seconds"]
     with pytest.raises(RunFailed, match=r"child start: .*absent\.bin: no such file"):
         generate_life.in_child("start", tmp_path / "absent.bin")
 
 
 def test_memory_of_this_process(tmp_path, compiled_program):
     if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not count it")
     before = generation_child.private_bytes()
     # pages of its own: a large object could lie where an earlier one was
     with mmap.mmap(-1, 20 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
@@ -225,9 +225,9 @@ def test_memory_of_this_process(tmp_path, compiled_program):
     model = generate_cell.write_model(
         preset("stories260k"), random_weights(preset("stories260k")), tmp_path / "model.bin"
     )
-    found = generation_child.memory(model)
-    assert found["bytes"] < 64 << 20
-    assert found["cache_bytes"] == 4 * 5 * 2 * 32 * 512
+    measured = generation_child.memory(model)
+    assert measured["bytes"] < 64 << 20
+    assert measured["cache_bytes"] == 4 * 5 * 2 * 32 * 512
 
 
 class FakeEngine:
@@ -259,28 +259,28 @@ class FakeEngine:
 def test_the_swap_is_found_amid_the_tokens(monkeypatch, swap_at):
     fake = FakeEngine(swap_at)
     monkeypatch.setattr(generation_child, "CpuEngine", lambda config, weights: fake)
-    found = generation_child.watch_swap(random_model("stories260k"), 60.0)
-    assert found["swap_after_tokens"] == swap_at
+    measured = generation_child.watch_swap(random_model("stories260k"), 60.0)
+    assert measured["swap_after_tokens"] == swap_at
     assert fake.written >= swap_at + generation_child.TOKENS_AFTER
-    assert found["longest_gap_at_swap_ms"] >= 30
-    assert found["median_gap_after_ms"] < 25
-    assert 0 < found["first_token_seconds"] < found["swap_seconds"]
+    assert measured["longest_gap_at_swap_ms"] >= 30
+    assert measured["median_gap_after_ms"] < 25
+    assert 0 < measured["first_token_seconds"] < measured["swap_seconds"]
 
 
 @pytest.mark.parametrize(
-    ("swap_at", "failed", "said"),
+    ("swap_at", "failed", "log"),
     [(10**9, None, "too slow"), (10**9, "no compiler", "no compiler"), (1, None, "second token")],
 )
-def test_without_a_swap_there_is_no_figure(monkeypatch, swap_at, failed, said):
+def test_without_a_swap_there_is_no_figure(monkeypatch, swap_at, failed, log):
     fake = FakeEngine(swap_at)
     fake.failed = failed
     monkeypatch.setattr(generation_child, "CpuEngine", lambda config, weights: fake)
-    with pytest.raises(RunFailed, match=said):
+    with pytest.raises(RunFailed, match=log):
         generation_child.watch_swap(random_model("stories260k"), 0.0)
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "log"),
     [
         (["generate", "--peer", "run.c"], "--peer run.c: must be NAME=PATH"),
         (["generate", "--peer", "=x"], "must be NAME=PATH"),
@@ -292,14 +292,14 @@ def test_without_a_swap_there_is_no_figure(monkeypatch, swap_at, failed, said):
         (["fusion-depth", "--peer", "run.c=a"], "--peer run.c: fusion-depth takes none"),
     ],
 )
-def test_peers_that_cannot_be_are_said_in_a_line(argv, said, tmp_path, capsys):
+def test_peers_that_cannot_be_are_refused_in_a_line(argv, log, tmp_path, capsys):
     assert cli.run(["bench", *argv, "--out", str(tmp_path)]) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert log in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_path_may_hold_the_sign(monkeypatch, tmp_path):
-    given = {}
-    monkeypatch.setattr(runner, "conduct", lambda *rest: given.update(rest[-1]) or tmp_path)
+    paths = {}
+    monkeypatch.setattr(runner, "conduct", lambda *rest: paths.update(rest[-1]) or tmp_path)
     assert cli.run(["bench", "generate", "--peer", "run.c=a=b"]) == 0
-    assert given == {"run.c": Path("a=b")}
+    assert paths == {"run.c": Path("a=b")}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onelaunch.bench.core.rig import trainer as bench_trainer
-from onelaunch.bench.engines.generation_speed import BareLoop, check_texts
+from onelaunch.bench.engines.generation_speed import BareLoop, common_tokens
 from onelaunch.bench.engines.training_speed import bare_updates
 from onelaunch.bench.peers.forward import BareForward
 from onelaunch.config import preset
@@ -48,7 +48,7 @@ class Likes:
     ],
 )
 def test_texts_that_part_at_a_near_tie_are_of_one_model(ours, theirs, less, alike):
-    assert check_texts("m", Likes(less), torch.float32, ours, theirs) == alike
+    assert common_tokens("m", Likes(less), torch.float32, ours, theirs) == alike
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_texts_that_part_at_a_near_tie_are_of_one_model(ours, theirs, less, alik
 )
 def test_a_token_that_the_engine_would_not_write_is_told(ours, theirs, less, message):
     with pytest.raises(RunFailed, match=message):
-        check_texts("m", Likes(less), torch.float32, ours, theirs)
+        common_tokens("m", Likes(less), torch.float32, ours, theirs)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)

@@ -1,4 +1,4 @@
-"""The reading of memory beside generation: its shares, its threads."""
+"""The reading of memory next to generation: its shares, its threads."""
 
 import threading
 

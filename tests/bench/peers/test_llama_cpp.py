@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a sh
 
 CONFIG = preset("stories260k")
 
-# Writes what it was given as JSON.
+# Writes its input as JSON.
 GGUF = """
 import enum, json
 class LlamaFileType(enum.IntEnum):
@@ -63,11 +63,11 @@ class Server:
         print("loading")
         START
         self.params = params
-    def handle_completions(self, asked):
+    def handle_completions(self, request):
         print("drawing")
-        assert asked["temperature"] == 0.0 and asked["ignore_eos"]
+        assert request["temperature"] == 0.0 and request["ignore_eos"]
         assert self.params.cpuparams.n_threads == self.params.cpuparams_batch.n_threads
-        n = asked["n_predict"]
+        n = request["n_predict"]
         ANSWER
         text = "".join(f"t{200 + i}" for i in range(n))
         timings = {"predicted_n": n, "predicted_ms": 10.0 * (n - 1)}
@@ -125,7 +125,7 @@ def test_the_file_has_every_weight_by_its_name_there(python, tmp_path, dtype, ki
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "log"),
     [
         ({"answer": "n -= 1"}, "not 5 tokens"),
         ({"answer": "return {'error': {'message': 'no slot'}}"}, "not 5 tokens.*no slot"),
@@ -133,8 +133,8 @@ def test_the_file_has_every_weight_by_its_name_there(python, tmp_path, dtype, ki
         ({"answer": "import os; print('no memory', flush=True); os._exit(3)"}, "no memory"),
     ],
 )
-def test_a_sample_of_other_work_is_refused(python, tmp_path, made, said):
-    with running(python(**made), tmp_path) as peer, pytest.raises(RunFailed, match=said):
+def test_a_sample_of_other_work_is_refused(python, tmp_path, made, log):
+    with running(python(**made), tmp_path) as peer, pytest.raises(RunFailed, match=log):
         peer.generate(prompt_of(3), 5)
 
 
@@ -163,18 +163,18 @@ def test_pythons_that_cannot_be(python, tmp_path):
 
 
 def test_it_is_found_where_it_is_installed(monkeypatch):
-    found = {"xllamacpp", "gguf"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in found or None)
+    present = {"xllamacpp", "gguf"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in present or None)
     assert str(installed_here()) == sys.executable
-    found.remove("gguf")
+    present.remove("gguf")
     assert installed_here() is None
 
 
 def test_it_takes_part_in_a_cell(python, tmp_path, monkeypatch, compiled_program):
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1)
-    said = []
-    cell = Cell(CONFIG, "bfloat16", [1, AUTO], None, tmp_path, said.append, python())
+    log = []
+    cell = Cell(CONFIG, "bfloat16", [1, AUTO], None, tmp_path, log.append, python())
     samples = cell.rounds(prompt_of(3), 6, 2)
     for number in {1, Cell.number(AUTO)}:
         assert samples[NAME, number] == pytest.approx([100.0, 100.0])
@@ -184,9 +184,9 @@ def test_it_takes_part_in_a_cell(python, tmp_path, monkeypatch, compiled_program
 def test_a_cell_goes_on_without_it(python, tmp_path, monkeypatch, compiled_program):
     monkeypatch.setattr(generate_cell, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr("onelaunch.bench.engines.generate.reading.PASS_BYTES", 1)
-    said = []
+    log = []
     broken = python(answer="raise ValueError('gone')")
-    cell = Cell(CONFIG, "float32", [1], None, tmp_path, said.append, broken)
+    cell = Cell(CONFIG, "float32", [1], None, tmp_path, log.append, broken)
     samples = cell.rounds(prompt_of(3), 6, 1)
     assert not [key for key in samples if key[0] == NAME]
-    assert said == ["without llama.cpp: ValueError: gone"]
+    assert log == ["without llama.cpp: ValueError: gone"]

@@ -1,4 +1,4 @@
-"""RMSNorm's peers: what is missing is said, and Liger's copy differs in its two conditions."""
+"""RMSNorm's peers: a line names what is missing, and Liger's copy differs in its two conditions."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ def a_module(tmp_path, monkeypatch, places):
 
 def test_the_copy_takes_the_published_rule_and_the_original_keeps_its_own(tmp_path, monkeypatch):
     released = a_module(tmp_path, monkeypatch, 2)
-    patched = peers.with_source_rule(released)
+    patched = peers.with_condition(released, peers.SOURCE_CONDITION)
     assert patched is not released
     for path in ("path0", "path1"):
         before, after = getattr(released, path), getattr(patched, path)
@@ -43,23 +43,23 @@ def test_the_copy_takes_the_published_rule_and_the_original_keeps_its_own(tmp_pa
 
 def test_ligers_block_path_is_taken_at_every_number_of_rows(tmp_path, monkeypatch):
     released = a_module(tmp_path, monkeypatch, 2)
-    patched = peers.with_source_rule(released, peers.BLOCK_CONDITION)
+    patched = peers.with_condition(released, peers.BLOCK_CONDITION)
     assert [patched.path0(512, n) for n in (1, 512, 65536)] == ["block"] * 3
     assert patched.path1(1024, 65536) == patched.path1(64, 1, True) == "row"
 
 
 @pytest.mark.parametrize("places", [0, 1, 3])
 def test_a_liger_that_looks_otherwise_is_not_patched(tmp_path, monkeypatch, places):
-    with pytest.raises(ValueError, match=f"stands in {places} places"):
-        peers.with_source_rule(a_module(tmp_path, monkeypatch, places))
+    with pytest.raises(ValueError, match=f"in {places} places"):
+        peers.with_condition(a_module(tmp_path, monkeypatch, places), peers.SOURCE_CONDITION)
 
 
-def test_missing_peers_are_said(monkeypatch):
+def test_missing_peers_are_named(monkeypatch):
     for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.rms_norm", "quack"):
         monkeypatch.setitem(sys.modules, name, None)
     lines = []
-    found = peers.peers(torch.device("cuda"), lines.append)
-    assert [contender.name for contender in found] == ["torch", "torch.compile"]
+    contenders = peers.peers(torch.device("cuda"), lines.append)
+    assert [contender.name for contender in contenders] == ["torch", "torch.compile"]
     assert [line.split(":")[0] for line in lines] == ["without Liger", "without QuACK"]
     assert peers.liger_paths(lines.append) == []
     assert lines[-1].startswith("without Liger")
@@ -67,8 +67,8 @@ def test_missing_peers_are_said(monkeypatch):
 
 def test_a_cpu_has_no_more_than_pytorch():
     lines = []
-    found = peers.peers(torch.device("cpu"), lines.append)
-    assert [contender.name for contender in found] == ["torch", "torch.compile"]
+    contenders = peers.peers(torch.device("cpu"), lines.append)
+    assert [contender.name for contender in contenders] == ["torch", "torch.compile"]
     assert lines == []
 
 
@@ -84,10 +84,10 @@ def test_pytorchs_norm_and_ours_do_the_same_work():
 
 @pytest.fixture
 def with_quack(monkeypatch):
-    """A PyTorch that runs QuACK's kernels; called, changes one thing about it and asks."""
+    """A PyTorch that runs QuACK's kernels; called, changes one thing about it and checks."""
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
 
-    def asked(torch_version="2.12.0+cu130", cutlass="4.5.2", **switches):
+    def check(torch_version="2.12.0+cu130", cutlass="4.5.2", **switches):
         monkeypatch.setattr(peers.torch, "__version__", torch_version)
         monkeypatch.setattr(peers.metadata, "version", lambda name: cutlass)
         for name in ("TORCH_DISABLE_NATIVE_JIT", "TORCH_NATIVE_SKIP_VERSION_CHECK"):
@@ -96,7 +96,7 @@ def with_quack(monkeypatch):
             monkeypatch.setenv(name, value)
         return peers.torch_may_run_quack()
 
-    return asked
+    return check
 
 
 def test_whether_pytorch_may_run_quack(with_quack, monkeypatch):
@@ -122,11 +122,11 @@ def test_the_compiled_norm_for_backward_passes_is_compiled_without_donated_buffe
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compiled)
     there = {c.name: c for c in peers.peers(torch.device("cpu"), print)}
     before = config.donated_buffer
-    norm = there["torch.compile"].fresh_backward()
+    norm = there["torch.compile"].repeatable()
     norm(torch.ones(2, 3), torch.ones(3))
     assert seen == [False]
     assert config.donated_buffer == before
-    assert there["torch"].fresh_backward() is None
+    assert there["torch"].repeatable is None
 
 
 def test_interpreted_kernels_and_devices_without_triton_are_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""run.c as a peer, played by a stand-in that reads the files and options that it is given."""
+"""run.c as a peer, played by a stand-in that reads the files and options of its command line."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ PROMPT = [BOS, SPACE, LETTERS[0], LETTERS[30]]
 VOCAB = 300
 
 # Encodes and writes as run.c does, then "draws" 200, 201 ...; what it was called with goes to a
-# file beside it.
+# file next to it.
 STAND_IN = f"""#!{sys.executable}
 import os, struct, sys
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
@@ -31,8 +31,8 @@ steps = int(options["-n"])
 drawn = DRAWN
 while len(ids) <= steps and drawn:
     ids.append(drawn.pop(0))
-told = ids[1 : steps + 1]
-sys.stdout.buffer.write(b"".join(pieces[i] for i in told[1:]) + b"\\n")
+drawn_ids = ids[1 : steps + 1]
+sys.stdout.buffer.write(b"".join(pieces[i] for i in drawn_ids[1:]) + b"\\n")
 with open(sys.argv[0] + ".said", "w") as file:
     print(options["-t"], os.environ["OMP_NUM_THREADS"], ids[:4], sys.argv[1], file=file)
 SAY
@@ -72,7 +72,7 @@ def test_the_context_can_be_full_but_no_fuller(program):
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "log"),
     [
         ({"drawn": "[200, 201]"}, "stopped after 2 of 5"),
         ({"drawn": "[]"}, "stopped after 0 of 5"),
@@ -82,8 +82,8 @@ def test_the_context_can_be_full_but_no_fuller(program):
         ({"say": "sys.exit('malloc failed!')"}, "exit status 1.*malloc failed!"),
     ],
 )
-def test_a_sample_of_other_work_is_refused(program, made, said):
-    with pytest.raises(RunFailed, match=said):
+def test_a_sample_of_other_work_is_refused(program, made, log):
+    with pytest.raises(RunFailed, match=log):
         program(**made).generate(PROMPT, 5, 1)
 
 

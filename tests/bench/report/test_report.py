@@ -8,7 +8,8 @@ import pytest
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.report import story
-from onelaunch.bench.report.gather import FINDING_HEADER, gather, times
+from onelaunch.bench.report.contents import FINDING_HEADER, times
+from onelaunch.bench.report.gather import gather
 from onelaunch.bench.report.html import page
 from onelaunch.bench.report.markdown import document
 from onelaunch.bench.report.svg import plots_of, story_plots
@@ -72,12 +73,13 @@ def test_a_card_on_a_phone_names_what_a_column_does(held):
 
 def test_the_summary_counts_statements_and_rows_by_device(held, tmp_path):
     html, text = both(held, tmp_path)
-    assert "3 records of 2 devices" in text
-    assert "the 4 rows that two studies published: 2 have a verdict, 1 cannot have one, 1" in text
+    for words in ("3 records of 2 devices", "the 4 rows", "2 have a verdict, 1 cannot have one, 1"):
+        assert words in text
     header, _, cpu, gpu = [
         [each.strip() for each in line.strip("|").split("|")]
-        for line in text.split("its finding.\n\n")[1].splitlines()[:4]
-    ]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ][:4]
     assert header[1:7] == [
         "confirmed", "refuted", "inconclusive", "quick run", "arithmetic", "not applicable"
     ]  # fmt: skip
@@ -143,19 +145,19 @@ def test_the_story_tells_what_holds_where(monkeypatch, tmp_path):
     write(tmp_path, record(), record(device=GPU))
     report = gather([tmp_path])
     html, text = both(report, tmp_path)
-    told = section(html, "story")
-    assert "3.00 to 4.17 times" in told
-    assert "4.74 times" not in told, "a claim that no record answers"
-    for words in ("of 2 statements 1 hold, 1 do not, 0 cannot be told", "1 of these as they need"):
-        assert words in told
+    shown = section(html, "story")
+    assert "3.00 to 4.17 times" in shown
+    assert "4.74 times" not in shown, "a claim that no record answers"
+    for words in ("of 2 statements 1 hold, 1 do not, 0 are", "1 of these as they need a Mac"):
+        assert words in shown
         assert words in text
     assert f"- {GPU}: **holds** (1 of 2 statements): faster: 2.09x (7 us in 14, 3 so)" in text
     assert f"- {GPU}: **does not hold** (1 of 2 statements): as much faster: 2.09x" in text
     assert f"- {CPU}: **needs a Mac**: a call costs: 1.50 us" in text
     assert "a statement of ours" not in text.partition("## Everything")[0]
     names = (f"{GPU}, faster", f"{GPU}, as much faster")
-    shown = [story.speedups(report, plot) for plot in story.PLOTS]
-    assert shown == [{name: {"whole-15m": pytest.approx(2.085)} for name in names}, {}, {}]
+    drawn = [story.speedups(report, plot) for plot in story.PLOTS]
+    assert drawn == [{name: {"whole-15m": pytest.approx(2.085)} for name in names}, {}, {}]
 
 
 def test_every_table_but_the_summary_is_folded():
@@ -176,7 +178,7 @@ def test_without_findings_there_is_no_story(tmp_path):
     assert story.STORY_TITLE not in text
 
 
-def test_every_claim_of_the_story_is_of_published_rows():
+def test_every_claim_of_the_story_has_published_rows():
     for each in (*story.CLAIMS, *story.PLOTS):
         assert each.keys
         assert set(each.keys) <= story.PUBLISHED.keys()
@@ -317,16 +319,16 @@ def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path):
     assert "<svg" not in html
 
 
-def test_a_second_run_is_held_against_the_first(monkeypatch, tmp_path):
+def test_a_second_run_is_compared_with_the_first(monkeypatch, tmp_path):
     """Statement by statement; what only one run or one device has is counted, and no verdict."""
 
     def findings(record):
         second = record["commit"] == "second"
-        found = [
+        statements = [
             finding("refuted" if second else "confirmed", ours="2 us" if second else "1 us"),
             finding(claim="the same"),
         ]
-        return found if second else [*found, finding(claim="the first run's alone")]
+        return statements if second else [*statements, finding(claim="the first run's alone")]
 
     invent(monkeypatch, findings=findings)
     write(tmp_path / "first", record(), record(device=GPU))
@@ -337,7 +339,7 @@ def test_a_second_run_is_held_against_the_first(monkeypatch, tmp_path):
     for made in (section(html, "again"), text):
         assert "1 record was made a second time" in made
         assert (
-            "of 2 statements 1 have the same verdict again, 1 another, 1 of these the opposite one"
+            "of 2 statements 1 have the same verdict again, 1 another, 1 of these the opposite"
             in made
         )
     line = next(line for line in text.splitlines() if line.startswith("| made-up"))

@@ -17,7 +17,7 @@ RECORDS = Path(__file__).parents[3] / "benchmarks/records"
 pytestmark = pytest.mark.extended
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MOST_BYTES = 2_000_000
-# One of them stands in the text of every plot.
+# One of them is in the text of every plot.
 UNITS = (
     r"\b(us|ms|s|seconds|MB|GB|megabytes|bytes|kB|nats|tokens|steps|x)\b|%|/s|relative|over|times"
 )
@@ -31,24 +31,24 @@ addEventListener("securitypolicyviolation", (event) => failures.push(event.viola
 _CHECK = """<script>
 addEventListener("load", () => {
   const loaded = performance.now();
-  let found;
+  let result;
   try {
-    found = (() => { %s })();
+    result = (() => { %s })();
   } catch (error) {
     failures.push(String(error));
   }
-  const told = document.createElement("script");
-  told.type = "application/json";
-  told.id = "told";
-  told.textContent = JSON.stringify({ loaded, failures, found }).replaceAll("<", "\\\\u003c");
-  document.body.append(told);
+  const answer = document.createElement("script");
+  answer.type = "application/json";
+  answer.id = "answer";
+  answer.textContent = JSON.stringify({ loaded, failures, result }).replaceAll("<", "\\\\u003c");
+  document.body.append(answer);
 });
 </script>"""
 
 
 @pytest.fixture
 def seen(tmp_path):
-    """Opens a page, runs a check in it; returns what it found."""
+    """Opens a page, runs a check in it; returns its result."""
     browser = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is here, and CHROME names none")
@@ -65,12 +65,12 @@ def seen(tmp_path):
             ],
             capture_output=True, text=True, timeout=300, check=True,
         )  # fmt: skip
-        _, told, rest = done.stdout.partition('id="told">')
-        assert told, "the check did not run"
+        _, separator, rest = done.stdout.partition('id="answer">')
+        assert separator, "the check did not run"
         answer = json.loads(rest.partition("</script>")[0])
         print(f"loaded after {answer['loaded']:.0f} ms")
         assert answer["failures"] == []
-        return answer["found"]
+        return answer["result"]
 
     return opened
 
@@ -86,7 +86,7 @@ def made_up(monkeypatch, tmp_path):
 
 
 def test_a_click_sorts_numbers_as_numbers(seen, made_up):
-    found = seen(
+    result = seen(
         made_up,
         """
         const table = document.querySelector("#made-up h3 ~ .wide table");
@@ -98,19 +98,19 @@ def test_a_click_sorts_numbers_as_numbers(seen, made_up):
         }
         const headers = table.tHead.rows[0].cells;
         headers[1].dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
-        const said = Array.from(headers, (header) => header.getAttribute("aria-sort"));
-        return { orders: orders.map((order) => order.join("")), said };
+        const sorted = Array.from(headers, (header) => header.getAttribute("aria-sort"));
+        return { orders: orders.map((order) => order.join("")), sorted };
         """,
     )
     by_us = ["dabc", "badc"]  # 0.001, 99, 1,234; a dash is last either way
     by_share = ["abdc", "dbac"]  # 2.5%, 12.3%, 100%
     by_speed = ["badc"]  # 0.50x, 3.4x, 10.0x
-    assert found["orders"] == ["bcad", *by_us, *by_share, *by_speed, "abcd", "dcba"]
-    assert found["said"] == [None, "ascending", None, None]
+    assert result["orders"] == ["bcad", *by_us, *by_share, *by_speed, "abcd", "dcba"]
+    assert result["sorted"] == [None, "ascending", None, None]
 
 
 def test_a_device_is_left_out_and_comes_back(seen, made_up):
-    found = seen(
+    result = seen(
         made_up,
         """
         const shown = () => Array.from(document.querySelectorAll("main [data-device]"))
@@ -127,12 +127,12 @@ def test_a_device_is_left_out_and_comes_back(seen, made_up):
         return { visible: filter.checkVisibility(), before, without, quickstart, after: shown() };
         """,
     )
-    assert found["visible"]
-    assert found["before"] == found["after"]
-    assert "nvidia-h200" in found["before"]
-    assert "nvidia-h200" not in found["without"]
-    assert found["without"].count("amd-epyc-2-cores") == found["before"].count("amd-epyc-2-cores")
-    assert not found["quickstart"]
+    assert result["visible"]
+    assert result["before"] == result["after"]
+    assert "nvidia-h200" in result["before"]
+    assert "nvidia-h200" not in result["without"]
+    assert result["without"].count("amd-epyc-2-cores") == result["before"].count("amd-epyc-2-cores")
+    assert not result["quickstart"]
 
 
 def test_the_page_of_the_kept_records(seen):
@@ -141,36 +141,39 @@ def test_the_page_of_the_kept_records(seen):
     report = gather([RECORDS])
     plots, failed, without = plots_of(report.parts)
     assert (failed, without) == ({}, "")
-    told = story_plots(report)
-    assert len(told) == 3
-    html = page(report, plots, failed, without, told)
+    of_the_story = story_plots(report)
+    assert len(of_the_story) == 3
+    html = page(report, plots, failed, without, of_the_story)
     assert len(html.encode()) < MOST_BYTES
-    found = seen(
+    result = seen(
         html,
         f"""
         const folded = document.querySelectorAll("main .plot, main table");
         const hidden = Array.from(folded).every((each) => !each.checkVisibility());
         for (const fold of document.querySelectorAll("details")) fold.open = true;
+        // laid out though it is not near
+        for (const each of document.querySelectorAll("main > section"))
+          each.style.contentVisibility = "visible";
         const unit = new RegExp({json.dumps(UNITS)});
         const plots = Array.from(document.querySelectorAll(".plot"));
-        const told = (plot) => Array.from(plot.querySelectorAll("text"), (t) => t.textContent);
+        const labels = (plot) => Array.from(plot.querySelectorAll("text"), (t) => t.textContent);
         return {{
           hidden,
           plots: plots.map((plot) => plot.getAttribute("aria-label")),
-          unnamed: plots.filter((plot) => !told(plot).some((text) => unit.test(text)))
+          unnamed: plots.filter((plot) => !labels(plot).some((text) => unit.test(text)))
             .map((plot) => plot.getAttribute("aria-label")),
           empty: plots.filter((plot) => plot.getBoundingClientRect().height < 100).length,
-          budget: plots.filter((plot) => plot.ariaLabel.includes("compile-budget")).flatMap(told),
+          budget: plots.filter((plot) => plot.ariaLabel.includes("compile-budget")).flatMap(labels),
           requests: performance.getEntriesByType("resource")
             .filter((entry) => !entry.name.startsWith("data:")).map((entry) => entry.name),
           wide: document.documentElement.scrollWidth > innerWidth,
         }};
         """,
     )
-    assert found["hidden"], "the tables are folded until they are asked for"
-    assert len(found["plots"]) == len(plots) + len(told)
-    assert found["unnamed"] == []
-    assert found["empty"] == 0
-    assert {"compilations", "memory of the process, MB"} <= set(found["budget"])
-    assert found["requests"] == []
-    assert not found["wide"]
+    assert result["hidden"], "the tables are folded until a reader opens them"
+    assert len(result["plots"]) == len(plots) + len(of_the_story)
+    assert result["unnamed"] == []
+    assert result["empty"] == 0
+    assert {"compilations", "memory of the process, MB"} <= set(result["budget"])
+    assert result["requests"] == []
+    assert not result["wide"]

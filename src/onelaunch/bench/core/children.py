@@ -1,4 +1,4 @@
-"""Child processes of experiments: one that is asked, several that begin together, and how each
+"""Child processes of experiments: one that is run, several that begin together, and how each
 ended."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ _REASON_LETTERS = 120
 @dataclass(frozen=True)
 class Ended:
     """A process that has ended: `told` what it printed last, as JSON, None where it is none;
-    `reason` why it failed, or nothing; `seconds` from the word to begin to its end."""
+    `reason` why it failed, or nothing; `seconds` from its start signal to its end."""
 
     told: Any
     reason: str
@@ -31,7 +32,7 @@ class Ended:
 def ask(
     command: Sequence[str], env: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> Any:
-    """What a process prints last, as JSON. Raises RunFailed where it fails, prints no such thing,
+    """Run a process: what it prints last, as JSON. Raises RunFailed where it fails, prints no JSON,
     or takes longer than `timeout` seconds."""
     name = " ".join(command[2:4])[:_REASON_LETTERS]
     environment = child_environment() if env is None else dict(env)
@@ -41,11 +42,9 @@ def ask(
         )
     except subprocess.TimeoutExpired as error:
         raise RunFailed(f"{name}: it took longer than {timeout:g} s") from error
-    try:
+    with suppress(ValueError, IndexError):
         if not done.returncode:
             return json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        pass
     raise RunFailed(f"{name}: the process {_reason(done.returncode, done.stderr)}")
 
 
@@ -68,10 +67,13 @@ def together(
         for child in children:
             assert child.stdout is not None
             while (line := child.stdout.readline()) and line.strip() != READY:
-                pass  # what a library may have to say
+                pass  # what a library prints
         start = time.monotonic()
         for child in children:
-            _begin(child)
+            assert child.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended: `_end` says why
+                child.stdin.write("go\n")
+                child.stdin.flush()
         return [_end(child, start, patience) for child in children]
     finally:
         for child in children:
@@ -79,31 +81,21 @@ def together(
             child.wait()
 
 
-def _begin(child: subprocess.Popen[str]) -> None:
-    assert child.stdin is not None
-    try:
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended: why is told when it is waited for
-
-
 def _end(child: subprocess.Popen[str], start: float, patience: float | None) -> Ended:
     left = None if patience is None else max(0.1, start + patience - time.monotonic())
-    killed, told = "", None
+    reason, told = "", None
     try:
         out, err = child.communicate(timeout=left)
     except subprocess.TimeoutExpired:
         child.kill()
         out, err = child.communicate()
-        killed = f"killed after {patience:g} s"
+        reason = f"killed after {patience:g} s"
     seconds = time.monotonic() - start
-    try:
+    with suppress(ValueError, IndexError):
         told = json.loads(out.splitlines()[-1])
-    except (ValueError, IndexError):
-        pass
-    failed = child.returncode or told is None
-    return Ended(told, killed or (_reason(child.returncode, err) if failed else ""), seconds)
+    if not reason and (child.returncode or told is None):
+        reason = _reason(child.returncode, err)
+    return Ended(told, reason, seconds)
 
 
 def _reason(code: int, err: str) -> str:
@@ -112,5 +104,5 @@ def _reason(code: int, err: str) -> str:
             return f"ended by {signal.Signals(-code).name}"
         except ValueError:  # none that Python has a name for
             return f"ended by signal {-code}"
-    last = (err.strip().splitlines() or ["it said nothing"])[-1]
+    last = (err.strip().splitlines() or ["it printed nothing"])[-1]
     return f"ended with {code}: {last[:_REASON_LETTERS]}"

@@ -32,7 +32,7 @@ device is another one; half says that the effect has its size here, not only its
 def standard_error(spread: Sequence[float] | None, n: int) -> float:
     """About that of a median of n samples, by the distance from their 20th to their 80th
     percentile: 1.683 standard deviations of a normal distribution, whose median scatters 1.253
-    times as much as its mean. Of one sample nothing is known: infinite."""
+    times as much as its mean. Of one sample: infinite."""
     if not spread or n < 2:
         return math.inf
     low, high = spread
@@ -48,12 +48,12 @@ def below(value: float, bar: float, error: float) -> Verdict:
 
 
 def unless(verdict: Verdict) -> str:
-    """What is to be said where `above` or `below` gave no verdict."""
+    """The end of a reason where `above` or `below` could not decide."""
     return "; too near for this machine's noise" if verdict == "inconclusive" else ""
 
 
 def above(value: float, bar: float, error: float) -> Verdict:
-    """The like, above it."""
+    """Whether a value with this standard error is above a bar, likewise."""
     return below(-value, -bar, error)
 
 
@@ -63,8 +63,8 @@ def of_a_gain(speedup: float, published: float, error: float = 0.0) -> tuple[Ver
     verdict = above(share, LEAST_GAIN_SHARE, error / (published - 1))
     if share == LEAST_GAIN_SHARE and not error:
         verdict = "confirmed"
-    told = f"{share:.0%} of the published gain" if share > 0 else "no gain"
-    return verdict, f"{told}; at least {LEAST_GAIN_SHARE:.0%} is confirmed{unless(verdict)}"
+    gain = f"{share:.0%} of the published gain" if share > 0 else "no gain"
+    return verdict, f"{gain}; at least {LEAST_GAIN_SHARE:.0%} is confirmed{unless(verdict)}"
 
 
 def error_of_ratio(ratio: float, *measured: Mapping[str, Any]) -> float:
@@ -76,7 +76,7 @@ def error_of_ratio(ratio: float, *measured: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Finding:
-    """One published statement held against one record.
+    """One published statement and what one record answers.
 
     `answers` are the keys of published.py that it answers; `claim` the statement in a few words;
     `published` and `ours` the figures with their units, as they are to be read, `ours` empty where
@@ -99,7 +99,7 @@ def needs_a_mac(why: str) -> tuple[Verdict, str]:
     return "not applicable", f"{NEEDS_A_MAC}: {why}"
 
 
-def without_evaluated_seconds(found: Iterable[Finding]) -> list[Finding]:
+def without_evaluated_seconds(findings: Iterable[Finding]) -> list[Finding]:
     """Findings without a verdict on ML Programs: their seconds here are those of an evaluator,
     PyTorch operation by operation in the place of a Neural Engine. The figures stay."""
     verdict, why = needs_a_mac("these seconds are of an evaluator, PyTorch operation by operation")
@@ -107,5 +107,5 @@ def without_evaluated_seconds(found: Iterable[Finding]) -> list[Finding]:
         replace(each, verdict=verdict, why=why, ratio=None)
         if each.claim.startswith(PROGRAMS)
         else each
-        for each in found
+        for each in findings
     ]

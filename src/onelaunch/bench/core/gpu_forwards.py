@@ -1,7 +1,7 @@
 """What the experiments with whole forwards on a GPU share: random weights, PyTorch's forms of a
 forward, and samples of what is replayed and of what is called.
 
-A sample of a CUDA graph is a replay's time over replays back to back, by two events. What is no
+A sample of a CUDA graph is a replay's time, of replays back to back, by two events. What is no
 graph is timed by the host's clock over calls back to back with one wait at the end; PyTorch's forms
 without a graph are timed alone, in the host's quiet moments (settled.py). All times are
 microseconds a forward.
@@ -83,21 +83,13 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def replays(graph: torch.cuda.CUDAGraph, owner: object) -> Sample:
     """Microseconds a replay. `owner` has the graph's buffers, and is kept."""
+    from onelaunch.engines.cuda.tuning.timer import replay_us
 
-    def timed(n: int) -> float:
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        for _ in range(n):
-            graph.replay()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) * 1e3 / n
-
-    timed(3)
-    n = max(5, int(SAMPLE_US / timed(5)))
+    replay_us(graph, 3)
+    n = max(5, int(SAMPLE_US / replay_us(graph, 5)))
 
     def sample(owner: object = owner) -> float:
-        return timed(n)
+        return replay_us(graph, n)
 
     return sample
 

@@ -55,7 +55,7 @@ def label(
 def panels(
     count: int, width: float = 5.0, height: float = 4.0, title: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many axes beside each other, each `width` inches wide."""
+    """A figure with so many axes next to each other, each `width` inches wide."""
     figure = new_figure(width * count, height)
     figure.suptitle(title, fontsize=10)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
@@ -72,7 +72,7 @@ def bars(
     colors: Sequence[str] = COLORS,
     at: float | None = None,
 ) -> Figure | None:
-    """A bar for each value of each series, side by side by group; `across`: lying, one group under
+    """A bar for each value of each series, in groups; `across`: horizontal, the groups one under
     the other. `names` of the groups where they are not their keys; a line at `at`. None without a
     value."""
     groups = list(dict.fromkeys(group for values in series.values() for group in values))
@@ -107,13 +107,12 @@ def save(figure: Figure, path: Path) -> None:
 def heat_map(
     axes: Axes,
     speeds: Sequence[Sequence[float | None]],
-    texts: Sequence[Sequence[str]],
     row_names: Sequence[str],
     column_names: Sequence[str],
     title: str,
 ) -> Any:
-    """Speeds relative to something as colours, green above 1 and red below, to SHADES_TO either
-    way; None is blank. `texts` stand in the cells. Returns the image, for a colour bar."""
+    """Speeds relative to something as figures and colours, green above 1 and red below, to
+    SHADES_TO either way; None is blank. Returns the image, for a colour bar."""
     ends = math.log2(SHADES_TO)
     shades = [
         [math.nan if s is None else max(-ends, min(ends, math.log2(s))) for s in row]
@@ -124,11 +123,11 @@ def heat_map(
     axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.tick_params(length=0)
-    for i, row in enumerate(texts):
-        for j, text in enumerate(row):
-            dark = abs(shades[i][j]) > 0.8 * ends
-            color = "white" if dark else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
+    for i, row in enumerate(speeds):
+        for j, speed in enumerate(row):
+            if speed is not None:
+                color = "white" if abs(shades[i][j]) > 0.8 * ends else "black"
+                axes.text(j, i, f"{speed:.2f}", ha="center", va="center", fontsize=7, color=color)
     return image
 
 

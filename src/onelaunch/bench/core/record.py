@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from onelaunch.checkpoints.atomic import read_json, write_json
 from onelaunch.errors import BadInput
 
 Say = Callable[[str], None]
-"""Tells the user a line."""
+"""Shows the user a line."""
 SCHEMA = 1
 # What else figures may depend on: peers, and what PyTorch's own RMSNorm may be replaced through.
 PACKAGES = ("onelaunch", "torch", "triton", "numpy", "numba", "llvmlite", "coremltools")
@@ -45,18 +46,17 @@ class Row:
         return cls(case, statistics.median(samples), percentiles(samples), len(samples), **rest)
 
     def line(self, unit: str) -> str:
-        """What a user is told of it, as soon as it is there."""
+        """The row in one line, for the user who waits."""
         figures = [f"{self.case}: {self.ours:,.4g} {self.notes.get('unit', unit)}"]
-        figures += [f"{name} {value:,.4g}" for name, value in self.peers.items()]
-        return ", ".join(figures)
+        return ", ".join(figures + [f"{name} {value:,.4g}" for name, value in self.peers.items()])
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "case": self.case,
-            "ours": _rounded(self.ours),
-            "spread": [_rounded(v) for v in self.spread] if self.spread else None,
+            "ours": rounded(self.ours),
+            "spread": [rounded(v) for v in self.spread] if self.spread else None,
             "n": self.n,
-            "peers": {name: _rounded(value) for name, value in self.peers.items()},
+            "peers": {name: rounded(value) for name, value in self.peers.items()},
             "floor": self.floor,
             **self.notes,
         }
@@ -94,7 +94,7 @@ def write_record(
 
 
 def record_path(experiment: str, folder: Path, device: str) -> Path:
-    """Where the record of an experiment on a device lies."""
+    """Where the record of an experiment on a device is."""
     return folder / slug(device) / f"{experiment}.json"
 
 
@@ -117,8 +117,8 @@ def cpu_name() -> str:
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
-        name = found[1].strip() if found else name
+            match = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+        name = match[1].strip() if match else name
     except OSError:
         pass
     return f"{name}, {os.cpu_count()} cores"
@@ -140,13 +140,11 @@ def slug(device: str) -> str:
 
 def versions() -> dict[str, str]:
     """What the figures depend on: packages that are there, switches that are set."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *PEERS):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {name: os.environ[name] for name in SWITCHES if name in os.environ}
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions | {name: os.environ[name] for name in SWITCHES if name in os.environ}
 
 
 def commit() -> str:
@@ -168,5 +166,6 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def rounded(value: float, digits: int = 6) -> float:
+    """To so many significant digits, as records keep figures."""
+    return float(f"{value:.{digits}g}")

@@ -1,4 +1,4 @@
-"""What experiments share: timing two ways in turn, and a trainer to be timed update by update."""
+"""Two contestants timed alternately, and a trainer to be timed update by update."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def in_turn(
     return rates["ours"], rates["peer"], ratios
 
 
-def row_beside(
+def compared_row(
     case: str,
     samples: tuple[Sequence[float], Sequence[float], Sequence[float]],
     peer_name: str,
     **notes: object,
 ) -> Row:
-    """The record's row of what `in_turn` gave."""
+    """The record's row of what `in_turn` returned."""
     ours, peer, ratio = (Row.of(case, values) for values in samples)
     ours.peers = {peer_name: peer.ours}
     ours.notes = {
@@ -70,14 +70,11 @@ def trainer(
     config = recipe.model_config(data.vocab_size)
     config = replace(config, vocab_size=vocab_size or config.vocab_size)
     weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
+    how = recipe.train
     engine = ReferenceEngine(
-        config,
-        weights,
-        device=device,
-        compile=recipe.train.compile,
-        train=True,
-        norm=recipe.train.norm,
+        config, weights, device=device, compile=how.compile, train=True, norm=how.norm
     )
+    seq_len = how.seq_len or config.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsWriter(Path(folder) / "metrics.jsonl")
         try:
@@ -86,11 +83,11 @@ def trainer(
                 run=Path(folder),
                 engine=engine,
                 data=data,
-                sampler=data.train(recipe.train.seq_len or config.max_seq_len, recipe.train.seed),
+                sampler=data.train(seq_len, how.seed),
                 optimizer=make_optimizer(engine.parameters(), recipe),
                 metrics=metrics,
                 stop=StopSignals(),
-                seq_len=recipe.train.seq_len or config.max_seq_len,
+                seq_len=seq_len,
             )
         finally:
             metrics.close()

@@ -9,33 +9,43 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from onelaunch.bench.core.record import percentiles
+from onelaunch.bench.core.record import percentiles, rounded
 
+K = TypeVar("K")
 Samples = dict[str, list[float]]
 """What each contestant took, or reached, round by round."""
 
 
-def in_rounds(
-    contestants: Mapping[str, Callable[[], float]], rounds: int, settle: float = 0.0
-) -> Samples:
-    """One sample of each contestant in every round. The order is reversed from round to round, so
-    that nobody always follows the same one. `settle`: seconds of quiet before each sample."""
-    names = list(contestants)
-    found: Samples = {name: [] for name in names}
-    collecting = gc.isenabled()
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Python's garbage collector is off inside the block."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def in_rounds(
+    contestants: Mapping[K, Callable[[], float]], rounds: int, settle: float = 0.0
+) -> dict[K, list[float]]:
+    """One sample of each contestant in every round. The order is reversed from round to round, so
+    that none always follows the same one. `settle`: seconds of quiet before each sample."""
+    names = list(contestants)
+    samples: dict[K, list[float]] = {name: [] for name in names}
+    with collector_off():
         for number in range(rounds):
             for name in reversed(names) if number % 2 else names:
                 if settle:
                     time.sleep(settle)
-                found[name].append(contestants[name]())
-    finally:
-        if collecting:
-            gc.enable()
-    return found
+                samples[name].append(contestants[name]())
+    return samples
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
@@ -54,10 +64,10 @@ def fit(calls: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
     return intercept, slope
 
 
-def digest(values: Sequence[float]) -> dict[str, object]:
+def digest(values: Sequence[float]) -> dict[str, Any]:
     """Median, spread and number, as a note of a row."""
     return {
-        "median": float(f"{statistics.median(values):.6g}"),
-        "spread": [float(f"{v:.6g}") for v in percentiles(values)],
+        "median": rounded(statistics.median(values)),
+        "spread": [rounded(value) for value in percentiles(values)],
         "n": len(values),
     }

@@ -1,9 +1,9 @@
-"""Runs one experiment and keeps what it finds: the record, and where the experiment has them, a
-table and a picture of the whole record beside it.
+"""Runs one experiment and keeps its rows: the record, and next to it, where the experiment has
+them, a table and a picture of the whole record.
 
-An experiment is a module with UNIT and `run(device, quick, say)`, which gives rows, as a list or
-one after the other. It may have `table(record) -> str` and `draw(record) -> Figure | None`. One
-that has PEERS, names of programs that its user may have built, takes `peers` too: their paths.
+An experiment is a module with UNIT and `run(device, quick, say)`, which returns or yields rows. It
+may have `table(record) -> str` and `draw(record) -> Figure | None`. One that has PEERS, names of
+programs that its user may have built, takes `peers` too: their paths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from onelaunch.bench.core import plots
 from onelaunch.bench.core.record import Row, Say, device_name, record_path, rows_there, write_record
 from onelaunch.bench.experiments import NOT_ON_A_GPU, OF_THE_CUDA_ENGINE, devices, module_name
 from onelaunch.checkpoints.atomic import read_json, write_text
-from onelaunch.errors import BadInput, OnelaunchError, RunFailed
+from onelaunch.compilation.background import in_a_line
+from onelaunch.errors import BadInput, RunFailed
 
 SAVE_SECONDS = 5.0
 
@@ -52,6 +53,11 @@ def conduct(
             path = write_record(experiment, module.UNIT, fresh, folder, name)
             fresh = []
 
+    def close() -> None:
+        if path is not None:
+            _write_views(module, path, say)
+            say(f"record: {path}")
+
     saved_at = time.monotonic()
     try:
         for row in module.run(device, quick, say, **options):
@@ -65,15 +71,12 @@ def conduct(
             keep()
         except Exception as error:
             say(f"the last rows are lost: {in_a_line(error)}")
-        if path is not None:
-            _leave_views(module, path, say)
-            say(f"record: {path}")
+        close()
         raise
     keep()
+    close()
     if path is None:
         raise RunFailed(f"{experiment}: no case could be timed")
-    _leave_views(module, path, say)
-    say(f"record: {path}")
     return path
 
 
@@ -98,7 +101,7 @@ def check_device(experiment: str, device: str) -> None:
 def _with_peers(
     experiment: str, module: ModuleType, peers: Mapping[str, Path]
 ) -> dict[str, Mapping[str, Path]]:
-    """What `run` is given beside the usual."""
+    """The options of `run` on peers. Raises BadInput for a peer that it does not know."""
     known = getattr(module, "PEERS", ())
     for name in peers:
         if name not in known:
@@ -119,33 +122,29 @@ def _make_place(path: Path) -> None:
         raise BadInput(f"{path.parent}: cannot be written to")
 
 
-def _leave_views(module: ModuleType, path: Path, say: Say) -> None:
-    """Table and picture of a record. They can be made again from it: what fails is said, and is no
-    failure of the run."""
-    if hasattr(module, "table"):
-        try:
-            text = module.table(read_json(path))
-            write_text(path.with_suffix(".md"), text)
-            say(text.rstrip())
-        except Exception as error:
-            path.with_suffix(".md").unlink(missing_ok=True)
-            say(f"without a table: {in_a_line(error)}")
-    if hasattr(module, "draw"):
-        picture = path.with_suffix(".png")
-        try:
-            figure = module.draw(read_json(path))
-            if figure is None:
-                picture.unlink(missing_ok=True)
-            else:
-                plots.save(figure, picture)
-        except Exception as error:
-            # an older picture would be taken for this record's
-            picture.unlink(missing_ok=True)
-            say(f"without a picture: {in_a_line(error)}")
+def _write_views(module: ModuleType, path: Path, say: Say) -> None:
+    """Table and picture of a record. They can be made again from it: where one fails, a line says
+    so, and an older one, which would be taken for this record's, goes."""
 
+    def write_table(target: Path) -> None:
+        text = module.table(read_json(path))
+        write_text(target, text)
+        say(text.rstrip())
 
-def in_a_line(error: Exception) -> str:
-    """What went wrong, in one line; our own errors say it themselves."""
-    lines = str(error).strip().splitlines()
-    what = lines[0][:200] if lines else "no message"
-    return what if isinstance(error, OnelaunchError) else f"{type(error).__name__}: {what}"
+    def write_picture(target: Path) -> None:
+        figure = module.draw(read_json(path))
+        if figure is None:
+            target.unlink(missing_ok=True)
+        else:
+            plots.save(figure, target)
+
+    for view, what, suffix, write in (
+        ("table", "a table", ".md", write_table),
+        ("draw", "a picture", ".png", write_picture),
+    ):
+        if hasattr(module, view):
+            try:
+                write(path.with_suffix(suffix))
+            except Exception as error:
+                path.with_suffix(suffix).unlink(missing_ok=True)
+                say(f"without {what}: {in_a_line(error)}")

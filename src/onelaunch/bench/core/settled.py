@@ -10,7 +10,6 @@ windows, with pauses, until the two fastest windows agree and the host had time 
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 import time
@@ -18,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from onelaunch.bench.core.record import percentiles
+from onelaunch.bench.core.record import percentiles, rounded
+from onelaunch.bench.core.rounds import collector_off
+from onelaunch.compilation.child import usable_cores
 
 WARM_UPS = 2  # samples at the beginning of a window that do not count
 WINDOW = 8
@@ -45,12 +46,12 @@ class Settled:
         low, high = percentiles(fastest)
         figures = {"slowest": fastest[-1], "median": middle, "p20": low, "p80": high}
         return {
-            "fastest": [_rounded(value) for value in fastest[:2]],
+            "fastest": [rounded(value) for value in fastest[:2]],
             "agree": self.agree,
             "windows": len(fastest),
-            "of_all_windows": {name: _rounded(value) for name, value in figures.items()},
+            "of_all_windows": {name: rounded(value) for name, value in figures.items()},
             "load": list(self.load),
-            "cpus": usable_cpus(),
+            "cpus": usable_cores(),
         }
 
 
@@ -74,15 +75,10 @@ def settle(
 
 
 def _window(sample: Callable[[], float]) -> list[float]:
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_off():
         for _ in range(WARM_UPS):
             sample()
         return [sample() for _ in range(WINDOW)]
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _agree(windows: list[list[float]]) -> bool:
@@ -96,15 +92,3 @@ def load_average() -> float | None:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
         return None
-
-
-def usable_cpus() -> int | None:
-    """Processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count()
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -13,7 +13,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
     right."""
     body = [list(row) for row in rows]
     # a rule to the right is a dash and a colon at least
-    widths = [max(2, *(len(row[i]) for row in (header, *body))) for i in range(len(header))]
+    widths = [max(2, *map(len, column)) for column in zip(header, *body, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -26,8 +26,33 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
     return "\n".join(line(cells) for cells in (header, rule, *body))
 
 
+Cell = Callable[[Any], str]
+"""The text of a row's cell."""
+
+
+def by_columns(rows: Iterable[Any], columns: Mapping[str, Cell], left: int = 1) -> str:
+    """A table of rows, of whatever kind: each column's name, and what makes its cell of a row."""
+    return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows], left)
+
+
+def figure(*keys: str, form: Callable[[Any], str] | str | None = None) -> Cell:
+    """A cell with the value that a row has under these keys, one inside the other; a dash where it
+    has none. `form` is a function or a format such as ".2f"; without one, `digits`."""
+
+    def cell(row: Any) -> str:
+        for key in keys:
+            row = row.get(key) if row is not None else None
+        if row is None:
+            return "-"
+        if isinstance(form, str):
+            return format(row, form)
+        return (form or digits)(row)
+
+    return cell
+
+
 def digits(value: float | None) -> str:
-    """Three digits, more where they stand before the point; a dash for nothing."""
+    """Three digits, more where they are before the point; a dash for nothing."""
     if value is None:
         return "-"
     if abs(value) >= 100:
@@ -52,29 +77,25 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
+_OF_A_RECORD = {"date": "{}", "commit": "commit {}"}
+_OF_ITS_ROWS = {"dtype": "{}", "copy_GBps": "copy {:,.0f} GB/s", "n": "n = {}"}
+
+
 def provenance(record: dict[str, Any]) -> str:
     """What the figures of a record come from, in a line; a second line warns where its rows are of
     several commits."""
     rows = record["rows"]
     words = [str(record["device"])]
-    words += [str(record[key]) for key in ("date",) if key in record]
-    words += [f"commit {record['commit']}"] if "commit" in record else []
+    words += [form.format(record[key]) for key, form in _OF_A_RECORD.items() if key in record]
     words += [f"{name} {version}" for name, version in record.get("versions", {}).items()]
-    words += _spread_of(rows, "dtype", "{}")
-    words += _spread_of(rows, "copy_GBps", "copy {:,.0f} GB/s")
-    words += _spread_of(rows, "n", "n = {}")
+    for key, form in _OF_ITS_ROWS.items():
+        values = {row[key] for row in rows if row.get(key) is not None and row.get("spread")}
+        if values:
+            ends = dict.fromkeys((min(values), max(values)))
+            words.append(" to ".join(map(form.format, ends)))
     lines = ["; ".join(words) + "."]
     commits = Counter(str(row["commit"]) for row in rows if "commit" in row)
     if len(commits) > 1:
-        told = ", ".join(f"{count} of {commit}" for commit, count in commits.items())
-        lines.append(f"Warning: the rows are not of one commit: {told}.")
+        counts = ", ".join(f"{count} of {commit}" for commit, count in commits.items())
+        lines.append(f"Warning: the rows are not of one commit: {counts}.")
     return "\n\n".join(lines)
-
-
-def _spread_of(rows: Sequence[dict[str, Any]], key: str, form: str) -> list[str]:
-    """What the rows of a case with a spread say under `key`: one value, or least and most."""
-    found = sorted({row[key] for row in rows if row.get(key) is not None and row.get("spread")})
-    if not found:
-        return []
-    ends = found if len(found) == 1 else [found[0], found[-1]]
-    return [" to ".join(form.format(end) for end in ends)]

@@ -1,17 +1,16 @@
-"""Times of several contenders, in turn: kernels only, and the host's part with them.
+"""Times of several contenders, interleaved: kernels only, and the host's part with them.
 
 Kernels only: a CUDA graph of many calls over rotating buffers, replayed between two events. The
 buffers hold more than the L2 does wherever the cap on their number allows it, so that a call finds
 its input in memory, as a training step does. Host-inclusive: calls back to back and one wait for
 the device at the end; a wait or a cleared cache before each call would hide the host's time.
 
-Contenders take turns in one process, each time in another order, so that neither a drift of the
-clocks nor what a neighbour leaves behind favours one. All times are microseconds a call.
+Contenders are interleaved in one process, in another order each time, so that neither a drift of
+the clocks nor what a neighbour leaves behind favours one. All times are microseconds a call.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import statistics
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from onelaunch.bench.core.rounds import collector_off
 
 Call = Callable[[int], Any]
 """One call's work on the i-th set of buffers; returns what it made."""
@@ -81,7 +82,7 @@ def capture(call: Call, sets: int, calls: int) -> Replay:
 def replays_in_turn(
     replays: Mapping[str, Replay], samples: int, before: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Samples of every graph, in turn. Each is `before(name)`, one replay untimed, so that the
+    """Samples of every graph, interleaved. Each is `before(name)`, one replay untimed, so that the
     caches are as the graph itself leaves them, and one between events."""
     names = list(replays)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -109,7 +110,7 @@ def calls_in_turn(
     synchronize: Callable[[], None],
     before: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """Samples of `repeats` calls back to back and one wait for the device, in turn."""
+    """Samples of `repeats` calls back to back and one wait for the device, interleaved."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for order in _orders(names, samples):
@@ -123,17 +124,12 @@ def _back_to_back(call: Call, sets: int, repeats: int, synchronize: Callable[[],
     for i in range(WARM_CALLS):
         call(i % sets)
     synchronize()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_off():
         start = time.perf_counter()
         for i in range(repeats):
             call(i % sets)
         synchronize()
         return (time.perf_counter() - start) * 1e6 / repeats
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def copy_bandwidth(device: torch.device, samples: int = 15) -> float:

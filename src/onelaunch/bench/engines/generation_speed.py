@@ -1,8 +1,8 @@
 """generation-speed: the reference engine against a bare PyTorch loop with a KV cache.
 
 The bare loop is written for speed and nothing else: plain functions, weights in tuples, a
-preallocated cache, greedy, batch one. Both write the same tokens, or where two tokens are nearly as
-likely and sums of another order decide, either of them; texts are timed in turn.
+preallocated cache, greedy, batch one. Both generate the same tokens, or where two tokens are nearly
+as likely and sums of another order decide, either of them. They are interleaved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.bench.core.record import Row, Say
-from onelaunch.bench.core.rig import in_turn, row_beside
+from onelaunch.bench.core.rig import compared_row, in_turn
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import LogitsEngine
 from onelaunch.engines.reference import ReferenceEngine
@@ -34,12 +34,10 @@ behind."""
 
 def run(device: str, quick: bool, say: Say) -> list[Row]:
     """Time every case; returns one row each, higher is better."""
-    rows = []
-    for name, n in CASES.items():
-        if quick and name not in QUICK:
-            continue
-        rows.append(_compare(name, n, device, blocks=9 if quick else 25, say=say))
-    return rows
+    return [
+        _compare(name, CASES[name], device, 9 if quick else 25, say)
+        for name in (QUICK if quick else CASES)
+    ]
 
 
 def _compare(name: str, n: int, device: str, blocks: int, say: Say) -> Row:
@@ -49,59 +47,52 @@ def _compare(name: str, n: int, device: str, blocks: int, say: Say) -> Row:
     placed = {k: v.to(engine.device, engine.dtype) for k, v in weights.items()}
     bare = BareLoop(config, placed)
     ours, theirs = generate_ids(engine, [[1]], n)[0], bare.generate([1], n)
-    alike = check_texts(name, engine, engine.dtype, ours, theirs)
+    alike = common_tokens(name, engine, engine.dtype, ours, theirs)
     if alike < n:
         say(f"{name}: the same {alike} tokens, then two that are nearly as likely")
     samples = in_turn(
         lambda: generate_ids(engine, [[1]], n), lambda: bare.generate([1], n), n, 1, blocks
     )
     dtype = str(engine.dtype).removeprefix("torch.")
-    return row_beside(f"{name} greedy {n}", samples, "bare loop", dtype=dtype, tokens_alike=alike)
+    return compared_row(f"{name} greedy {n}", samples, "bare loop", dtype=dtype, tokens_alike=alike)
 
 
-def check_texts(
+def common_tokens(
     name: str, engine: LogitsEngine, dtype: torch.dtype, ours: Sequence[int], theirs: Sequence[int]
 ) -> int:
-    """How many tokens two greedy texts, which follow token 1, begin with in common. Where they are
-    not the same text, every token of either must be the engine's own choice after the text before
-    it, or nearly: raises RunFailed where one is further behind the best than NEAR_TIE."""
+    """How many tokens two greedy sequences, which follow token 1, begin with in common. Where they
+    differ, every token of either must be the engine's own choice after the tokens before it, or
+    nearly: raises RunFailed where one is further behind the best than NEAR_TIE."""
     if len(ours) != len(theirs):
         raise RunFailed(f"{name}: the engine writes {len(ours)} tokens, the loop {len(theirs)}")
     if list(ours) == list(theirs):
         return len(ours)
-    for writer, text in (("the engine", ours), ("the bare loop", theirs)):
-        logits_NV = engine.logits(torch.tensor([[1, *text[:-1]]]))[0].double().cpu()
+    for writer, ids in (("the engine", ours), ("the bare loop", theirs)):
+        logits_NV = engine.logits(torch.tensor([[1, *ids[:-1]]]))[0].double().cpu()
         best_N, least_N = logits_NV.amax(-1), logits_NV.amin(-1)
-        chosen_N = logits_NV.gather(-1, torch.tensor(text)[:, None])[:, 0]
+        chosen_N = logits_NV.gather(-1, torch.tensor(ids)[:, None])[:, 0]
         behind_N = (best_N - chosen_N) / (best_N - least_N)
         within_N = behind_N <= NEAR_TIE[dtype]  # of what is no number: not
         if not within_N.all():
             at = int(within_N.int().argmin())
             raise RunFailed(
-                f"{name}: {writer} writes {text[at]} as token {at}, {behind_N[at]:.1e} of the "
+                f"{name}: {writer} writes {ids[at]} as token {at}, {behind_N[at]:.1e} of the "
                 "logits' spread behind the engine's best"
             )
     return next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
 
 
 class BareLoop:
-    """What a careful user writes by hand for one model and one text."""
+    """What a careful user writes by hand for one model and one sequence."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
         self.config = config
         self.embedding = weights["embed_tokens.weight"]
         self.norm = weights["norm.weight"]
         names = (
-            "input_layernorm",
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "post_attention_layernorm",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
-        )
+            "input_layernorm", *(f"self_attn.{name}_proj" for name in "qkvo"),
+            "post_attention_layernorm", *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        )  # fmt: skip
         self.layers = [
             tuple(weights[f"layers.{i}.{name}.weight"] for name in names)
             for i in range(config.n_layers)

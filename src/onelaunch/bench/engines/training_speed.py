@@ -1,7 +1,7 @@
-"""training-speed: the trainer, telemetry and all, against a bare PyTorch loop of the same model.
+"""training-speed: the trainer, with telemetry, compared with a bare PyTorch loop of the same model.
 
 The bare loop has what a careful user writes by hand: fused AdamW with decay groups, clipping, no
-telemetry, no display, batches that lie ready in memory. Blocks of updates are timed in turn.
+telemetry, no display, batches ready in memory. Blocks of updates are interleaved.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from onelaunch.bench.core.record import Row, Say
-from onelaunch.bench.core.rig import in_turn, row_beside
+from onelaunch.bench.core.rig import compared_row, in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.model import Model
 from onelaunch.training.loop import Trainer
@@ -23,28 +23,21 @@ UNIT = "tokens/s"
 CASES: dict[str, dict[str, object]] = {
     "stories260k 32x128": {"model.preset": "stories260k", "model.max_seq_len": 128},
     "shakespeare-char 12x64": {
-        "model.dim": 128,
-        "model.n_layers": 4,
-        "model.n_heads": 4,
-        "model.hidden_dim": 352,
-        "model.max_seq_len": 64,
-        "train.batch_size": 12,
+        "model.dim": 128, "model.n_layers": 4, "model.n_heads": 4, "model.hidden_dim": 352,
+        "model.max_seq_len": 64, "train.batch_size": 12,
     },
     "stories15m 4x256": {"model.preset": "stories15m", "train.batch_size": 4},
-}
+}  # fmt: skip
 QUICK = ("stories260k 32x128", "shakespeare-char 12x64")
 
 
 def run(device: str, quick: bool, say: Say) -> list[Row]:
     """Time every case; returns one row each, higher is better."""
     rows = []
-    for case, settings in CASES.items():
-        if quick and case not in QUICK:
-            continue
-        recipe = Recipe().with_settings({**settings, "train.updates": 10**6}, "bench")
+    for case in QUICK if quick else CASES:
+        recipe = Recipe().with_settings({**CASES[case], "train.updates": 10**6}, "bench")
         with timed_trainer(recipe, device) as trainer:
-            row = _compare(case, trainer, blocks=9 if quick else 25)
-        rows.append(row)
+            rows.append(_compare(case, trainer, blocks=9 if quick else 25))
     return rows
 
 
@@ -60,7 +53,7 @@ def _compare(case: str, trainer: Trainer, blocks: int) -> Row:
     # blocks long enough that the clock's start and end do not count
     repeats = max(1, round(0.5 / (time.perf_counter() - start)))
     samples = in_turn(ours_update, bare, tokens, repeats, blocks)
-    return row_beside(case, samples, "bare loop", updates_per_block=repeats)
+    return compared_row(case, samples, "bare loop", updates_per_block=repeats)
 
 
 def bare_updates(trainer: Trainer) -> Callable[[], float]:

@@ -45,7 +45,7 @@ def check_python(python: Path) -> None:
         [str(python.absolute()), "-c", code], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise BadInput(
             f"--peer {NAME}={python}: it cannot {code} ({last[:100]}); "
             f"run {python} -m pip install {' '.join(PACKAGES)}"
@@ -101,7 +101,7 @@ def llama_cpp(
     try:
         ready = _hear(child, START_SECONDS)
         if ready != "ready":
-            raise RunFailed(f"{NAME}: it said {ready[:80]!r}")
+            raise RunFailed(f"{NAME}: it printed {ready[:80]!r}")
         yield LlamaCpp(child)
     finally:
         child.end()

@@ -2,8 +2,8 @@
 imported here, so that it need not be installed there.
 
 Run as `PYTHON llama_cpp_child.py MODEL.npz GGUF DTYPE THREADS`. MODEL.npz has the weights in
-float32 by their canonical names, and the configuration as JSON. It says "ready", then answers each
-line {"prompt": ids, "n": tokens} with {"rate": tokens per second, "ids": new ids}, or with
+float32 by their canonical names, and the configuration as JSON. It prints "ready", then answers
+each line {"prompt": ids, "n": tokens} with {"rate": tokens per second, "ids": new ids}, or with
 {"error": why}.
 """
 
@@ -78,8 +78,8 @@ def write_gguf(model: str, path: str, dtype: str) -> dict[str, int]:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
-    """One whose pieces are the ids themselves: what llama.cpp writes says which tokens it drew.
-    Prompts are given as ids."""
+    """One whose pieces are the ids themselves: what llama.cpp writes shows which tokens it drew.
+    Prompts are ids."""
     types = gguf.TokenType
     tokens = [*SPECIAL, *(f"t{i}" for i in range(len(SPECIAL), vocab_size))]
     kinds = [types.UNKNOWN, types.CONTROL, types.CONTROL]
@@ -136,9 +136,9 @@ def main() -> None:
     server = serve(path, int(threads), config["max_seq_len"])
     print("ready", file=out)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
-            answer = generate(server, asked["prompt"], asked["n"])
+            answer = generate(server, request["prompt"], request["n"])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:200]}
         print(json.dumps(answer), file=out)

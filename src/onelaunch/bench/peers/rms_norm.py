@@ -20,18 +20,20 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import BadInput
 from onelaunch.operators.rms_norm import launch, rms_norm
 
 EPS = 1e-6
 
 Norm = Callable[[Tensor, Tensor], Tensor]
+Say = Callable[[str], None]
 
 # What Liger asks before it takes its row path, and what the published rule asks.
 LIGER_CONDITION = "BLOCK_SIZE > 256 or n_rows < 4096 * 8 or row_mode"
@@ -59,47 +61,37 @@ class Contender:
     sibling: bool = False
     repeatable: Callable[[], Norm] | None = None
 
-    def fresh_backward(self) -> Norm | None:
-        """The norm for the backward pass alone, where it is not that of `fresh`."""
-        return self.repeatable() if self.repeatable else None
-
 
 def ours() -> list[Contender]:
     """`ours`, by automatic choice; then with each path forced, and by the published rule."""
     return [
-        Contender("ours", lambda: _ours, form=True),
-        Contender("row", _ours_as(row_mode="row"), form=True, sibling=True),
-        Contender("block", _ours_as(row_mode="block"), form=True, sibling=True),
-        Contender("source", _ours_as(rule="source"), form=True, sibling=True),
+        Contender("ours", _ours(), form=True),
+        Contender("row", _ours(row_mode="row"), form=True, sibling=True),
+        Contender("block", _ours(row_mode="block"), form=True, sibling=True),
+        Contender("source", _ours(rule="source"), form=True, sibling=True),
     ]
 
 
 def source_paths() -> list[Contender]:
     """Ours as the published rule has it, 16 rows a tile and one row, at any number of rows."""
     return [
-        Contender(f"source {mode}", _ours_as(rule="source", row_mode=mode), form=True, sibling=True)
+        Contender(f"source {mode}", _ours(rule="source", row_mode=mode), form=True, sibling=True)
         for mode in ("block", "row")
     ]
 
 
-def _ours_as(**how: str) -> Callable[[], Norm]:
-    return lambda: lambda x, weight: rms_norm(x, weight, EPS, **how)  # type: ignore[arg-type]
-
-
 def ours_in_place() -> Contender:
     """Ours with dX written over the incoming gradient: what memory that saves."""
-    return Contender(
-        "in place",
-        lambda: lambda x, weight: rms_norm(x, weight, EPS, in_place=True),
-        form=True,
-        in_place=True,
-        sibling=True,
-    )
+    return Contender("in place", _ours(in_place=True), form=True, in_place=True, sibling=True)
 
 
-def has_kernel(device: torch.device, say: Callable[[str], None]) -> bool:
-    """Whether kernels are measured on a device; where none is, that is said. Raises BadInput where
-    there are kernels of which a time would tell nothing, or none though there should be."""
+def _ours(**options: Any) -> Callable[[], Norm]:
+    return lambda: lambda x, weight: rms_norm(x, weight, EPS, **options)
+
+
+def has_kernel(device: torch.device, say: Say) -> bool:
+    """Whether kernels are measured on a device; a line says so where none is. Raises BadInput where
+    a kernel's time would mean nothing, or there is no kernel though there should be one."""
     if launch.INTERPRETED:
         raise BadInput(
             "TRITON_INTERPRET is set: interpreted kernels are not worth timing; unset it"
@@ -110,25 +102,28 @@ def has_kernel(device: torch.device, say: Callable[[str], None]) -> bool:
         return True
     if launch.available(device):
         raise BadInput(f"device {device}: timing kernels needs CUDA's graphs and events; use cpu")
-    without_kernel(say)
-    return False
-
-
-def without_kernel(say: Callable[[str], None]) -> None:
-    """Say, instead of the operator's own warning, that the plain form runs here."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # instead of the operator's own warning, which comes once
         warnings.simplefilter("ignore")
         rms_norm(torch.ones(1, 1))
     say("there is no kernel on this device: ours is the plain PyTorch form")
+    return False
 
 
-def peers(device: torch.device, say: Callable[[str], None]) -> list[Contender]:
-    """Those that run on a device; what is missing is said."""
-    found = [Contender("torch", lambda: _torch)]
-    found.append(Contender("torch.compile", _compiled, repeatable=_compiled_repeatable))
-    if device.type == "cuda":
-        found += _liger(say) + _quack(say)
-    return found
+def peers(device: torch.device, say: Say) -> list[Contender]:
+    """Those that run on a device; a line names each that is missing."""
+    on_any = [
+        Contender("torch", lambda: _torch),
+        Contender("torch.compile", _compiled, repeatable=_compiled_repeatable),
+    ]
+    if device.type != "cuda":
+        return on_any
+    liger = _liger(
+        say,
+        Liger("liger", sibling=False),
+        Liger("liger row", row_mode=True),
+        Liger("liger source", SOURCE_CONDITION),
+    )
+    return [*on_any, *liger, *_quack(say)]
 
 
 def torch_may_run_quack() -> bool:
@@ -150,16 +145,12 @@ def _switched_on(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def _ours(x: Tensor, weight: Tensor) -> Tensor:
-    return rms_norm(x, weight, EPS)
-
-
 def _torch(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, EPS)
 
 
 def _torch_again(x: Tensor, weight: Tensor) -> Tensor:
-    # torch.compile remembers by code: a second function, lest `_torch`'s compiled form be found
+    # torch.compile caches by code: a second function does not get `_torch`'s compiled form
     return F.rms_norm(x, (x.shape[-1],), weight, EPS)
 
 
@@ -181,7 +172,7 @@ def _without_donations() -> AbstractContextManager[Any]:
 
         return config.patch(donated_buffer=False)
     except (ImportError, AttributeError):
-        return nullcontext()  # a PyTorch without the setting; if it refuses, that is said
+        return nullcontext()  # a PyTorch without the setting; if it refuses, a line says so
 
 
 def _compiled() -> Norm:
@@ -190,59 +181,50 @@ def _compiled() -> Norm:
     return torch.compile(_torch, fullgraph=True)
 
 
-def liger_paths(say: Callable[[str], None]) -> list[Contender]:
-    """Liger's two paths as it has them, at any number of rows; what is missing is said."""
-    released = _import_liger(say)
-    if released is None:
-        return []
-    try:
-        by_blocks = with_source_rule(released, BLOCK_CONDITION)
-    except ValueError as error:
-        say(f"without Liger's two paths: {error}")
-        return []
-    return [
-        Contender(name, partial(_liger_norm, module, row), in_place=True, sibling=True)
-        for name, module, row in (("liger block", by_blocks, None), ("liger row", released, True))
-    ]
+class Liger(NamedTuple):
+    """A form of Liger's norm: another condition of its row path in place of its own, and whether
+    that path is forced."""
+
+    name: str
+    condition: str = ""
+    row_mode: bool | None = None
+    sibling: bool = True
 
 
-def _import_liger(say: Callable[[str], None]) -> ModuleType | None:
+def liger_paths(say: Say) -> list[Contender]:
+    """Liger's two paths as it has them, at any number of rows; a line says what is missing."""
+    return _liger(say, Liger("liger block", BLOCK_CONDITION), Liger("liger row", row_mode=True))
+
+
+def _liger(say: Say, *forms: Liger) -> list[Contender]:
     try:
-        return importlib.import_module("liger_kernel.ops.rms_norm")
+        released = importlib.import_module("liger_kernel.ops.rms_norm")
     except Exception as error:
-        say(f"without Liger: {_reason(error)}")
-        return None
+        say(f"without Liger: {in_a_line(error)}")
+        return []
+    contenders = []
+    for form in forms:
+        try:
+            module = with_condition(released, form.condition) if form.condition else released
+        except ValueError as error:
+            say(f"without {form.name}: {error}")
+            continue
+        fresh = partial(_liger_norm, module, form.row_mode)
+        contenders.append(Contender(form.name, fresh, in_place=True, sibling=form.sibling))
+    return contenders
 
 
-def _liger_norm(module: ModuleType, row_mode: bool | None = None) -> Norm:
+def _liger_norm(module: ModuleType, row_mode: bool | None) -> Norm:
     apply = module.LigerRMSNormFunction.apply
     return lambda x, weight: apply(x, weight, EPS, 0.0, "llama", True, row_mode)
 
 
-def _liger(say: Callable[[str], None]) -> list[Contender]:
-    released = _import_liger(say)
-    if released is None:
-        return []
-    found = [
-        Contender("liger", partial(_liger_norm, released), in_place=True),
-        Contender("liger row", partial(_liger_norm, released, True), in_place=True, sibling=True),
-    ]
-    try:
-        patched = with_source_rule(released)
-    except ValueError as error:
-        say(f"without Liger by the published rule: {error}")
-        return found
-    source = Contender("liger source", partial(_liger_norm, patched), in_place=True, sibling=True)
-    return [*found, source]
-
-
-def with_source_rule(released: ModuleType, condition: str = SOURCE_CONDITION) -> ModuleType:
-    """A second copy of Liger's module, its two thresholds those of the published rule, or of
-    another `condition` of the row path; the first stays as it is. Raises ValueError unless exactly
-    two places change."""
+def with_condition(released: ModuleType, condition: str) -> ModuleType:
+    """A second copy of Liger's module with another condition of the row path; the first stays as it
+    is. Raises ValueError unless exactly two places change."""
     text = inspect.getsource(released)
     if (places := text.count(LIGER_CONDITION)) != 2:
-        raise ValueError(f"its condition stands in {places} places of {released.__name__}, not 2")
+        raise ValueError(f"its condition is in {places} places of {released.__name__}, not 2")
     # A file, as Triton reads the source of what it compiles from one; only while it imports.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "liger_rms_norm_by_source_rule.py"
@@ -255,16 +237,10 @@ def with_source_rule(released: ModuleType, condition: str = SOURCE_CONDITION) ->
     return module
 
 
-def _quack(say: Callable[[str], None]) -> list[Contender]:
+def _quack(say: Say) -> list[Contender]:
     try:
         rmsnorm = importlib.import_module("quack").rmsnorm
     except Exception as error:
-        say(f"without QuACK: {_reason(error)}")
+        say(f"without QuACK: {in_a_line(error)}")
         return []
     return [Contender("quack", lambda: lambda x, weight: rmsnorm(x, weight, eps=EPS))]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

@@ -1,4 +1,4 @@
-"""llama2.c's run.c, as its user builds it: a program that is given a model and writes a text.
+"""llama2.c's run.c, as its user builds it: a program that reads a model and writes text.
 
 It takes one token a time and computes in float32. Its rate is its own: of every token but the
 first, by a clock of milliseconds. It stops where it draws token 1.
@@ -28,7 +28,7 @@ _RATE = re.compile(r"achieved tok/s: ([0-9.]+)")
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
-    """A tokenizer.bin whose pieces are the ids themselves, in six digits: what run.c writes says
+    """A tokenizer.bin whose pieces are the ids themselves, in six digits: what run.c writes shows
     which tokens it drew. Only SPACE is a space, which run.c puts before every prompt."""
     with atomic_file(path) as file:
         file.write(struct.pack("<i", _DIGITS))
@@ -54,7 +54,7 @@ class RunC:
 
         Raises BadInput for another prompt or one that does not fit, and RunFailed where the
         program failed, took longer than `seconds` or wrote fewer than `n`: its rate is then not
-        of the work that was asked for.
+        of the whole work.
         """
         text = self._text(prompt, n)
         steps = len(prompt) - 1 + n
@@ -75,10 +75,10 @@ class RunC:
                 raise RunFailed(f"{NAME}: it took longer than {seconds:g} s") from error
             out.seek(0)
             written = out.read().decode("ascii", "replace")
-        said = done.stderr.decode("utf-8", "replace")
-        rate = _RATE.search(said)
+        log = done.stderr.decode("utf-8", "replace")
+        rate = _RATE.search(log)
         if done.returncode or rate is None or not float(rate[1]):
-            last = (said.strip().splitlines() or ["no word"])[-1]
+            last = (log.strip().splitlines() or ["it printed nothing"])[-1]
             raise RunFailed(f"{NAME}: exit status {done.returncode}, no rate ({last[:100]})")
         ids = [int(piece) if piece.strip() else SPACE for piece in _PIECES.findall(written)]
         new = ids[len(prompt) - 2 :]

@@ -1,14 +1,13 @@
 """The report's beginning: what the two studies claimed, what holds on which device, and the three
 plots that show it. Made of the records' findings, so that it is of whatever records there are.
 
-A claim is in the story with the published rows that it is about. Of each device the story tells
-which of its statements hold, with the first of them in its figures.
+A claim has the published rows that it is about. Of each device the story says which of its
+statements hold, with the figures of the first of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from onelaunch.bench.core import plots
@@ -24,16 +23,16 @@ INTRODUCTION = (
     "devices below, each claim by what can be measured there."
 )
 NOT_PUBLISHED = "not measured"
-"""What a finding says in the place of a published figure where it is a statement of ours."""
+"""What a finding has in the place of a published figure where it is a statement of ours."""
 HOLDS = {
     "confirmed": "holds",
     "refuted": "does not hold",
-    "inconclusive": "cannot be told",
-    "quick run": "not told by a quick run",
+    "inconclusive": "undecided",
+    "quick run": "undecided by a quick run",
     "arithmetic": "follows from other figures",
     "not applicable": "does not apply",
 }
-"""A verdict in the story's words, in the order of telling."""
+"""A verdict in the story's words, in the order of the story."""
 COLORS = ("#d08020", "#1f5a8f", "#1a7a36", "#b03060", "#6a51a3", "#1b8a8f", "#a0522d", "#777777")
 """The published figures' first."""
 
@@ -94,7 +93,7 @@ CLAIMS = (
 )
 
 
-class Told(NamedTuple):
+class Answer(NamedTuple):
     """Of a claim and a device: the first of the statements about it that have one verdict, how many
     have it, and of how many."""
 
@@ -106,9 +105,8 @@ class Told(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Whether it holds."""
-        only_a_mac = self.first.why.startswith(NEEDS_A_MAC)
-        return NEEDS_A_MAC if only_a_mac else HOLDS[self.verdict]
+        """Whether the claim holds."""
+        return NEEDS_A_MAC if _needs_a_mac(self.first) else HOLDS[self.verdict]
 
     @property
     def share(self) -> str:
@@ -116,26 +114,29 @@ class Told(NamedTuple):
 
     @property
     def figures(self) -> str:
-        found = self.first
-        if not found.ours:
-            return found.why
-        return f"{found.claim}: {found.ours}"
+        return f"{self.first.claim}: {self.first.ours}" if self.first.ours else self.first.why
 
 
-def told(report: Report, claim: Claim) -> Iterator[Told]:
-    """By device, what holds of a claim first."""
-    for device in report.devices:
-        found = [
-            finding
-            for part in report.parts
-            if part.device == device
-            for finding in part.findings
-            if set(finding.answers) & set(claim.keys) and finding.published != NOT_PUBLISHED
-        ]
-        for verdict in HOLDS:
-            alike = [finding for finding in found if finding.verdict == verdict]
-            if alike:
-                yield Told(device, verdict, len(alike), len(found), alike[0])
+def _needs_a_mac(finding: Finding) -> bool:
+    return finding.why.startswith(NEEDS_A_MAC)
+
+
+def answers(report: Report, study: Study) -> Iterator[tuple[str, list[Answer]]]:
+    """Of every claim of a study that has an answer: its text, and by device what holds of it first.
+    A statement that no study published is no answer."""
+    for claim in CLAIMS:
+        by_device: list[Answer] = []
+        for device in report.devices if claim.study == study else ():
+            findings = [
+                finding
+                for finding in report.findings(device)
+                if set(finding.answers) & set(claim.keys) and finding.published != NOT_PUBLISHED
+            ]
+            for verdict in HOLDS:
+                if alike := [finding for finding in findings if finding.verdict == verdict]:
+                    by_device.append(Answer(device, verdict, len(alike), len(findings), alike[0]))
+        if by_device:
+            yield claim.text, by_device
 
 
 def introduction(report: Report) -> list[str]:
@@ -143,23 +144,22 @@ def introduction(report: Report) -> list[str]:
     hold there. Nothing where no device has any."""
     sentences = []
     for device in report.devices:
-        findings = [f for part in report.parts if part.device == device for f in part.findings]
+        findings = list(report.findings(device))
         if not findings:
             continue
         counts = report.verdicts(device)
-        mac = sum(finding.why.startswith(NEEDS_A_MAC) for finding in findings)
-        open_ = counts["inconclusive"] + counts["quick run"] + counts["arithmetic"]
+        mac = sum(map(_needs_a_mac, findings))
+        undecided = counts["inconclusive"] + counts["quick run"] + counts["arithmetic"]
         sentences.append(
             f"On {device}, of {len(findings)} statements {counts['confirmed']} hold, "
-            f"{counts['refuted']} do not, {open_} cannot be told from its records, "
+            f"{counts['refuted']} do not, {undecided} are undecided by its records, "
             f"{counts['not applicable']} do not apply there"
             + (f", {mac} of these as they need a Mac." if mac else ".")
         )
     return [INTRODUCTION, *sentences] if sentences else []
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """Speedups of some published rows, theirs and ours; `across` says what the rows are, `series`
     names what a finding is of."""
 
@@ -198,21 +198,25 @@ PLOTS = (
 
 def speedups(report: Report, plot: Plot) -> dict[str, dict[str, float]]:
     """By device and series, ours of every published row that has one."""
-    found: dict[str, dict[str, float]] = {}
+    speedups: dict[str, dict[str, float]] = {}
     for part in report.parts:
         for finding in part.findings:
             for key in set(finding.answers) & set(plot.keys):
                 if finding.ratio is not None:
                     name = f"{part.device}, {plot.series(finding)}"
-                    published = float(PUBLISHED[key].values["speedup"])
-                    found.setdefault(name, {}).setdefault(key, finding.ratio * published)
-    return found
+                    speedups.setdefault(name, {}).setdefault(key, finding.ratio * published(key))
+    return speedups
+
+
+def published(key: str) -> float:
+    """The speedup of a published row."""
+    return float(PUBLISHED[key].values["speedup"])
 
 
 def draw(report: Report, plot: Plot) -> plots.Figure | None:
     """Bars for each published row; None where no device has one."""
     ours = speedups(report, plot)
-    theirs = {key: float(PUBLISHED[key].values["speedup"]) for key in plot.keys}
+    theirs = {key: published(key) for key in plot.keys}
     names = {key: PUBLISHED[key].row.replace(", ", ",\n") for key in plot.keys}
     if not ours:
         return None

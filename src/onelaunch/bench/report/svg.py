@@ -1,4 +1,4 @@
-"""Plots of a report as SVG that can stand in one page, the same for the same record."""
+"""Plots of a report as SVG that can be in one page, the same for the same record."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onelaunch.bench.core.runner import in_a_line
 from onelaunch.bench.report import story
 from onelaunch.bench.report.gather import Part, Report, module_of
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -21,14 +21,7 @@ _COMMENT = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _METADATA = re.compile(r"\s*<metadata>.*?</metadata>", re.DOTALL)
 _ID = re.compile(r' id="([^"]+)"')
 _REFERENCE = re.compile(r"#([A-Za-z_][\w.-]*)")
-_UNTURNED = re.compile(r' transform="rotate\(-?0 [^"]*"')
-_FONT = re.compile(r"font-family: 'DejaVu Sans', sans-serif(; )?")
-_SHORT_FONT = re.compile(r"font: ([\d.]+px) 'DejaVu Sans', sans-serif")
-_EMPTY = re.compile(r"\s*<g/>")
 _BETWEEN = re.compile(r">\s*\n\s*<")
-_BREAK = re.compile(r"\s*\n\s*")
-_TAG = re.compile(r"<[^>]+>")  # not the text between: a label keeps its digits
-_DECIMALS = re.compile(r"(\d+\.\d\d)\d+")
 
 
 def plots_of(parts: Sequence[Part]) -> tuple[Mapping[Path, str], Mapping[Path, str], str]:
@@ -66,21 +59,14 @@ def svg(figure: Figure, name: str) -> str:
     one that is hidden would be missing in those that share them."""
     import matplotlib
 
-    # every text would name all fonts that may stand for the first; the page's style does it once
+    # otherwise every text names all fonts that may replace the first
     fonts = ["DejaVu Sans", "sans-serif"]
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": fonts}
     ):
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    text = _PROLOG.sub("", file.getvalue())
-    text = _METADATA.sub("", _COMMENT.sub("", text))
+    text = _METADATA.sub("", _COMMENT.sub("", _PROLOG.sub("", file.getvalue())))
     used = set(_REFERENCE.findall(text))
-    text = _ID.sub(lambda found: found[0] if found[1] in used else "", text)
-    return _BETWEEN.sub("><", _EMPTY.sub("", _TAG.sub(_short, text))).strip()
-
-
-def _short(tag: re.Match[str]) -> str:
-    """A tag without what nobody sees: hundredths of a point are enough."""
-    text = _SHORT_FONT.sub(r"font-size: \1", _FONT.sub("", _UNTURNED.sub("", tag[0])))
-    return _BREAK.sub(" ", _DECIMALS.sub(r"\1", text))
+    text = _ID.sub(lambda match: match[0] if match[1] in used else "", text)
+    return _BETWEEN.sub("><", text).strip()

@@ -1,4 +1,4 @@
-"""Cells: nobody is timed on a wrong result, and repeats stay valid."""
+"""Cells: no contender is timed on a wrong result, and repeats stay valid."""
 
 import pytest
 import torch
@@ -110,14 +110,19 @@ def fake_device(monkeypatch):
 
 
 def contenders(**norms):
-    return [Contender(name, lambda: None, in_place=name == "liger") for name in norms], norms
+    """In their order, as `make` leaves them; "liger" writes over gradients."""
+    there = [
+        Contender(name, lambda norm=norm: norm, in_place=name == "liger")
+        for name, norm in norms.items()
+    ]
+    return norm_cell.make(there, print)
 
 
 @pytest.mark.parametrize("pass_", norm_cell.PASSES)
 def test_only_right_contenders_are_replayed(cell, fake_device, pass_):
-    there, norms = contenders(ours=right, peer=last_row_missing, liger=InPlace.apply)
+    there = contenders(ours=right, peer=last_row_missing, liger=InPlace.apply)
     lines = []
-    times = kernel_times(cell, pass_, there, norms, 3, lines.append)
+    times = kernel_times(cell, pass_, there, 3, lines.append)
     assert times == {"ours": [1.0] * 3, "liger": [1.0] * 3}
     assert [line.split(":")[0] for line in lines] == [f"  37x48 {pass_} without peer"]
     assert [name for name, _ in fake_device] == ["ours", "liger"]
@@ -126,20 +131,20 @@ def test_only_right_contenders_are_replayed(cell, fake_device, pass_):
 def test_a_graph_that_holds_nothing_is_refused(cell, fake_device, monkeypatch):
     """As if the kernels had gone to another stream than the captured one."""
     monkeypatch.setattr(FakeGraph, "replay", lambda self: None)
-    there, norms = contenders(ours=right)
+    there = contenders(ours=right)
     lines = []
-    assert kernel_times(cell, "full", there, norms, 3, lines.append) == {}
+    assert kernel_times(cell, "full", there, 3, lines.append) == {}
     assert "nan off float64" in lines[0]
 
 
 @pytest.mark.parametrize("pass_", ["full", "backward"])
 def test_after_an_in_place_contender_others_meet_the_gradients_as_made(cell, fake_device, pass_):
-    there, norms = contenders(liger=InPlace.apply, ours=right)
+    there = contenders(liger=InPlace.apply, ours=right)
     cell.call("full", InPlace.apply)(0)
     assert not torch.equal(cell.dy[0], cell._dy_as_made[0])
-    assert list(kernel_times(cell, pass_, there, norms, 3, print)) == ["liger", "ours"]
+    assert list(kernel_times(cell, pass_, there, 3, print)) == ["liger", "ours"]
     cell.call("full", InPlace.apply)(0)
-    assert list(host_times(cell, pass_, there, norms, 2, 2, print)) == ["liger", "ours"]
+    assert list(host_times(cell, pass_, there, 2, 2, print)) == ["liger", "ours"]
 
 
 def test_in_place_contenders_begin_every_sample_with_the_gradients_as_made(cell, monkeypatch):
@@ -154,17 +159,34 @@ def test_in_place_contenders_begin_every_sample_with_the_gradients_as_made(cell,
         return {name: [1.0] for name in calls}
 
     monkeypatch.setattr(norm_cell, "calls_in_turn", in_turn)
-    there, norms = contenders(ours=right, liger=InPlace.apply)
-    host_times(cell, "full", there, norms, 1, 1, print)
+    there = contenders(ours=right, liger=InPlace.apply)
+    host_times(cell, "full", there, 1, 1, print)
     assert states == [("ours", False), ("liger", True)]
 
 
 def test_host_times_leave_out_what_is_wrong(cell):
-    there, norms = contenders(ours=right, peer=without_weight)
+    there = contenders(ours=right, peer=without_weight)
     lines = []
-    times = host_times(cell, "full", there, norms, 2, 2, lines.append)
+    times = host_times(cell, "full", there, 2, 2, lines.append)
     assert list(times) == ["ours"]
     assert lines[0].startswith("  37x48 full without peer: WrongResult: y is")
+
+
+def test_a_backward_norm_that_cannot_be_made_is_left_out_of_backward_passes_alone(cell):
+    def no_compiler():
+        raise RuntimeError("no compiler")
+
+    lines = []
+    made = norm_cell.make(
+        [
+            Contender("broken", lambda: right, repeatable=no_compiler),
+            Contender("again", lambda: last_row_missing, repeatable=lambda: right),
+        ],
+        lines.append,
+    )
+    assert [line.split(":")[0] for line in lines] == ["  backward passes without broken"]
+    assert list(host_times(cell, "backward", made, 2, 2, print)) == ["again"]
+    assert list(host_times(cell, "full", made, 2, 2, print)) == ["broken"]
 
 
 def test_the_same_reason_is_said_once_and_another_again():

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from onelaunch import cli
+from onelaunch.bench.core.children import Ended
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.timing import Replay
 from onelaunch.bench.peers.rms_norm import Contender
 from onelaunch.bench.studies.block_row import (
+    compile_ahead,
     norm_cell,
+    paths,
     rms_norm,
     rms_norm_threshold,
     rms_norm_training,
 )
-from onelaunch.bench.studies.block_row import paths as rms_norm_paths
 from onelaunch.bench.studies.block_row.rms_norm import views as rms_norm_views
-from onelaunch.bench.studies.block_row.rms_norm_threshold import lowest_winning
 from onelaunch.errors import RunFailed
 from tests.bench.studies.block_row.norms import FakeGraph, InPlace, last_row_missing, right
 
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def bench(experiment, folder, capsys):
-    """Runs the verb; returns the record and what was said."""
+    """Runs the verb; returns the record and what was shown."""
     code = cli.run(["bench", experiment, "--quick", "--device", "cpu", "--out", str(folder)])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -42,7 +43,7 @@ def test_rms_norm_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm, "CPU_SAMPLE_US", 100.0)
     only_torch = rms_norm.peers(CPU, print)[:1]
     monkeypatch.setattr(rms_norm, "peers", lambda device, say: only_torch)
-    record, said = bench("rms-norm", tmp_path, capsys)
+    record, log = bench("rms-norm", tmp_path, capsys)
     rows = {row["case"]: row for row in record["rows"]}
     assert set(rows) == {f"{s} {p} host" for s in ("16x8", "4x24") for p in norm_cell.PASSES}
     row = rows["16x8 full host"]
@@ -50,17 +51,17 @@ def test_rms_norm_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert row["ratio"] == pytest.approx(row["ours"] / row["peers"]["torch"], rel=1e-3)
     assert row["best_peer"] == "torch"
     assert row["n"] == rms_norm.HOST_SAMPLES
-    assert "no kernel on this device" in said
+    assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
     table = (folder / "rms-norm.md").read_text()
     assert table.isascii()
-    assert table.strip() in said
+    assert table.strip() in log
     assert "| 16x8 " in table
     assert (folder / "rms-norm.png").stat().st_size > 5000
 
 
 @pytest.mark.extended
-def test_what_torch_compile_cannot_do_is_said_and_left_out(monkeypatch):
+def test_what_torch_compile_cannot_do_is_left_out_and_logged(monkeypatch):
     def broken(x, weight):
         raise RuntimeError("no C++ compiler found\nmore")
 
@@ -143,7 +144,7 @@ def contenders(ours=right):
 
 def test_rms_norm_as_on_a_gpu(gpu):
     lines = []
-    rows = {row.case: row for row in rms_norm._on_gpu(CPU, contenders(), True, lines.append)}
+    rows = {row.case: row for row in rms_norm.on_a_gpu(CPU, contenders(), True, lines.append)}
     assert set(rows) == {
         *(f"{s} {p} gpu" for s in ("64x16", "4096x64") for p in ("forward", "full", "backward")),
         *(f"64x16 {p} host" for p in norm_cell.PASSES),
@@ -181,7 +182,7 @@ def test_rms_norm_as_on_a_gpu(gpu):
 
 
 def test_a_wrong_result_of_ours_fails_the_run_at_its_end(gpu):
-    rows = rms_norm._on_gpu(CPU, contenders(last_row_missing), True, print)
+    rows = rms_norm.on_a_gpu(CPU, contenders(last_row_missing), True, print)
     assert next(rows).case == "64x16 memory"
     with pytest.raises(RunFailed, match="64x16 forward gpu.*4096x64 full gpu"):
         next(rows)
@@ -198,24 +199,35 @@ def test_compiling_ahead_runs_every_contender_and_minds_no_failure(monkeypatch):
         raise RuntimeError("no")
 
     there = [Contender("torch", lambda: broken), Contender("liger", lambda: counted)]
-    monkeypatch.setattr(rms_norm, "ours", list)
-    monkeypatch.setattr(rms_norm, "_set_inductor", lambda: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(rms_norm, "peers", lambda device, say: there)
-    rms_norm._warm("cpu", 4, 8)
+    monkeypatch.setattr(compile_ahead, "ours", list)
+    monkeypatch.setattr(compile_ahead, "peers", lambda device, say: there)
+    compile_ahead.warm(CPU, 4, 8)
     assert ran == [False, True]
 
 
-def test_compiling_ahead_may_fail_as_a_whole(monkeypatch):
-    def no_pool(*args, **kwargs):
-        raise OSError("no semaphores here")
+@pytest.mark.parametrize("ended", ["not done", OSError("no processes here")])
+def test_compiling_ahead_may_fail_and_says_so(monkeypatch, ended):
+    def together(commands, patience):
+        assert len(commands) == 1
+        assert json.loads(commands[0][-1]) == ["cpu", [[4, 8]]]
+        if isinstance(ended, OSError):
+            raise ended
+        return [Ended(True, "", 1.0), Ended(None, ended, patience)]
 
-    monkeypatch.setattr(rms_norm, "ProcessPoolExecutor", no_pool)
-    monkeypatch.setattr(rms_norm, "_set_inductor", lambda: None)
+    monkeypatch.setattr(compile_ahead, "together", together)
+    monkeypatch.setattr(compile_ahead, "_set_inductor", lambda: None)
     lines = []
-    rms_norm.precompile(CPU, [(4, 8)], lines.append)
+    compile_ahead.precompile(CPU, [(4, 8)], lines.append)
+    assert str(ended) in lines[-1]
     assert "shape by shape" in lines[-1]
-    assert "no semaphores here" in lines[-1]
+
+
+@pytest.mark.extended
+def test_a_process_compiles_ahead(monkeypatch):
+    monkeypatch.setattr(compile_ahead, "_set_inductor", lambda: None)
+    lines = []
+    compile_ahead.precompile(CPU, [(4, 8), (2, 8)], lines.append)
+    assert len(lines) == 1, "no failure"
 
 
 def test_the_grids_are_those_of_the_source_and_the_larger_shapes():
@@ -282,11 +294,15 @@ def ratios(full, forward=0.9, backward=0.9):
         ({256: ratios(0.9), 512: ratios(0.9, backward=1.2)}, None),
         # a pass that was not timed has not won
         ({256: ratios(0.9), 512: {"full": 0.5}}, None),
-        ({512: ratios(0.9), 256: ratios(0.9), 1024: {}}, None),
+        ({512: ratios(0.9), 256: ratios(0.9), 1024: {"forward": 0.5}}, None),
     ],
 )
 def test_the_threshold_is_where_every_pass_wins_from_there_on(by_rows, lowest):
-    assert lowest_winning(by_rows, norm_cell.PASSES) == lowest
+    by_pass = {
+        pass_: {(rows, 64): each[pass_] for rows, each in by_rows.items() if pass_ in each}
+        for pass_ in norm_cell.PASSES
+    }
+    assert paths.wins_from(by_pass, norm_cell.PASSES, [64], ties=True) == lowest
 
 
 def test_rms_norm_threshold_on_a_cpu(tmp_path, capsys, monkeypatch):
@@ -294,11 +310,11 @@ def test_rms_norm_threshold_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm_threshold, "CPU_QUICK_ROWS", (4, 8))
     monkeypatch.setattr(rms_norm_threshold, "CPU_QUICK_COLUMNS", (16,))
     monkeypatch.setattr(rms_norm_threshold, "CPU_CALLS", 2)
-    record, said = bench("rms-norm-threshold", tmp_path, capsys)
+    record, log = bench("rms-norm-threshold", tmp_path, capsys)
     assert {row["case"] for row in record["rows"]} == {
         f"{n}x16 {p} host" for n in (4, 8) for p in norm_cell.PASSES
     }
-    assert "no kernel on this device" in said
+    assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
     assert "time of ours / time of PyTorch's" in (folder / "rms-norm-threshold.md").read_text()
     assert (folder / "rms-norm-threshold.png").stat().st_size > 5000
@@ -309,7 +325,7 @@ def on_a_cpu(rows, columns, dtype, device):
 
 
 def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
-    """Beside the tuned pair: our kernels by the published tile, and Liger's two paths, at the
+    """With the tuned pair our kernels by the published tile, and Liger's two paths, at the
     sentence's widths and row counts only."""
     monkeypatch.setattr(rms_norm_threshold, "has_kernel", lambda place, say: True)
     monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
@@ -339,7 +355,7 @@ def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
     assert all(row.peers.keys() == {"row"} and row.notes["best_peer"] == "row" for row in rows)
     record = a_record(rows)
     for key, ratio in (("source", 0.5), ("liger", 0.25), ("tuned", 0.5)):
-        ratios = rms_norm_paths.ratios_of(record, rms_norm_paths.PAIRS[key])
+        ratios = paths.ratios_of(record, paths.PAIRS[key])
         assert ratios == {
             pass_: {(4096, 64): pytest.approx(ratio, rel=1e-3)} for pass_ in norm_cell.PASSES
         }
@@ -351,13 +367,11 @@ def test_rms_norm_threshold_as_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(rms_norm_threshold, "ours", lambda: list(forms.values()))
     there = rms_norm_threshold._contenders(torch.device("cuda"))
     assert [c.name for c in there] == ["ours", "row"]
-    norms = {c.name: c.fresh() for c in there}
     monkeypatch.setattr(norm_cell, "synchronizer", lambda device: lambda: None)
     gpu["ours"] = 3.0
     monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
-    rows = list(
-        rms_norm_threshold._shape(8, 16, torch.device("cuda"), there, norms, lambda line: None)
-    )
+    made = norm_cell.make(there, print)
+    rows = list(rms_norm_threshold._shape(8, 16, torch.device("cuda"), made, lambda line: None))
     assert [row.case for row in rows] == [f"8x16 {p} gpu" for p in norm_cell.PASSES]
     assert [row.notes["ratio"] for row in rows] == [0.75] * 3
     assert rows[1].peers == {"row": 4.0}
@@ -393,14 +407,14 @@ def test_rms_norm_training_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm_training, "CPU_QUICK", (("stories260k", 2, 16, False),))
     monkeypatch.setattr(rms_norm_training, "BLOCK_SECONDS", 0.01)
     monkeypatch.setattr(rms_norm_training, "QUICK_BLOCKS", 3)
-    record, said = bench("rms-norm-training", tmp_path, capsys)
+    record, log = bench("rms-norm-training", tmp_path, capsys)
     (row,) = record["rows"]
     assert row["case"] == "stories260k 2x16 eager"
     assert record["unit"] == "ms/step"
     assert 0.1 < row["ours"] < 1000
     assert row["ratio"] == pytest.approx(row["ours"] / row["peers"]["torch"], rel=0.5)
     assert row["vocab_size"] == 512
-    assert "no kernel on this device" in said
+    assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
     assert "stories260k 2x16 eager" in (folder / "rms-norm-training.md").read_text()
     assert (folder / "rms-norm-training.png").stat().st_size > 5000
@@ -438,43 +452,8 @@ def test_training_rows_without_spread_have_a_table():
     assert low + high == pytest.approx(2.0)
 
 
-def test_compiling_ahead_stops_at_its_time_and_on_an_interrupt(monkeypatch):
-    stopped = []
-
-    class Pool:
-        def __init__(self, workers, context, initializer):
-            process = type("Process", (), {"terminate": lambda self: stopped.append("process")})
-            self._processes = {1: process()}
-
-        def submit(self, *work):
-            return None
-
-        def shutdown(self, wait=True, cancel_futures=False):
-            stopped.append((wait, cancel_futures))
-            self._processes = None
-
-    def ends_with(error):
-        def wait(work, seconds):
-            raise error
-
-        monkeypatch.setattr(rms_norm, "as_completed", wait)
-
-    monkeypatch.setattr(rms_norm, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(rms_norm, "_set_inductor", lambda: None)
-    lines = []
-    ends_with(TimeoutError())
-    rms_norm.precompile(CPU, [(4, 8)], lines.append)
-    assert "not done after 240 s" in lines[-1]
-    assert stopped == [(False, True), "process"]
-    stopped.clear()
-    ends_with(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        rms_norm.precompile(CPU, [(4, 8)], lines.append)
-    assert stopped == [(False, True), "process"]
-
-
 @pytest.mark.parametrize(
-    ("experiment", "given", "device"),
+    ("experiment", "options", "device"),
     [
         ("rms-norm", [], "auto"),
         ("rms-norm-training", ["--device", "cpu"], "cpu"),
@@ -482,12 +461,12 @@ def test_compiling_ahead_stops_at_its_time_and_on_an_interrupt(monkeypatch):
         ("training-speed", ["--device", "auto"], "auto"),
     ],
 )
-def test_norms_are_timed_on_the_gpu_where_there_is_one(monkeypatch, experiment, given, device):
+def test_norms_are_timed_on_the_gpu_where_there_is_one(monkeypatch, experiment, options, device):
     from onelaunch.bench.core import runner
     from onelaunch.engines import reference
 
-    asked = []
-    monkeypatch.setattr(reference, "resolve_device", lambda name: asked.append(name) or CPU)
+    names = []
+    monkeypatch.setattr(reference, "resolve_device", lambda name: names.append(name) or CPU)
     monkeypatch.setattr(runner, "conduct", lambda *args: Path("a-record.json"))
-    assert cli.run(["bench", experiment, *given]) == 0
-    assert asked == [device]
+    assert cli.run(["bench", experiment, *options]) == 0
+    assert names == [device]

@@ -1,4 +1,4 @@
-"""What rms-norm's record is summed up to: each figure that was asked for, and who fails it."""
+"""What rms-norm's record is summed up to: each figure that is wanted, and what misses it."""
 
 import pytest
 
@@ -17,8 +17,8 @@ def a_row(case, ours, floor=None, **peers):
 
 
 def line(kinds, *words):
-    (found,) = [one for one in summary(kinds) if all(word in one for word in words)]
-    return found
+    (match,) = [one for one in summary(kinds) if all(word in one for word in words)]
+    return match
 
 
 def test_full_shapes_may_take_two_hundredths_more():
@@ -26,8 +26,8 @@ def test_full_shapes_may_take_two_hundredths_more():
     assert "yes, in all 2" in line({"full gpu": rows}, "at most 1.02")
     assert "yes, 1.400x" in line({"full gpu": rows}, "at least 1.25x")
     rows[0] = a_row("4096x64 full gpu", 10.3, torch=10.0)
-    found = line({"full gpu": rows}, "at most 1.02")
-    assert "no, not in 1 of 2: 4096x64 1.030" in found
+    text = line({"full gpu": rows}, "at most 1.02")
+    assert "no, not in 1 of 2: 4096x64 1.030" in text
     rows[1] = a_row("8192x64 full gpu", 9.0, torch=10.0)
     assert ": no, 1.039x" in line({"full gpu": rows}, "at least 1.25x")
 
@@ -41,29 +41,29 @@ def test_forward_shapes_may_take_a_tenth_of_a_microsecond_more(ours, best, reach
     assert (": yes, in all 1" in line(kinds, "0.1 us more")) == reached
 
 
-def test_shares_are_asked_of_large_shapes_alone():
+def test_shares_are_wanted_of_large_shapes_alone():
     # 251 and 134 MB forward; 157 and 671 MB both
     forward = [a_row("8192x7680 forward gpu", 10.0, 9.4), a_row("8192x4096 forward gpu", 9.0, 1.0)]
-    found = line({"forward gpu": forward}, "at least 95%")
-    assert "no, not in 1 of 1: 8192x7680 94.0%" in found
+    text = line({"forward gpu": forward}, "at least 95%")
+    assert "no, not in 1 of 1: 8192x7680 94.0%" in text
     full = [a_row("4096x3840 full gpu", 10.0, 8.3), a_row("8192x8192 full gpu", 10.0, 8.7)]
     assert "yes, in all 2" in line({"full gpu": full}, "at least 82%")
     assert "not in 1 of 1: 8192x8192 87.0%" in line({"full gpu": full}, "at least 88%")
 
 
-def test_the_host_is_held_against_torch_and_liger():
+def test_the_host_is_compared_with_torch_and_liger():
     rows = [
         a_row("4096x64 full host", 60.0, torch=50.0, liger=100.0),
         a_row("4096x128 full host", 45.0, torch=50.0, liger=100.0),
     ]
-    assert "yes, in all 2; found 0.90 to 1.20" in line({"full host": rows}, "1.25 of torch")
+    assert "yes, in all 2; measured 0.90 to 1.20" in line({"full host": rows}, "1.25 of torch")
     assert "not in 1 of 2: 4096x64 0.60" in line({"full host": rows}, "0.5 of liger")
-    # the plain form is asked for nothing
+    # nothing is wanted of the plain form
     plain = [row | {"kernel": "none: the plain form"} for row in rows]
     assert not [one for one in summary({"full host": plain}) if "at most" in one]
 
 
-def test_savings_are_held_against_the_sources_where_it_takes_blocks():
+def test_savings_are_compared_with_the_sources_where_it_takes_blocks():
     notes = {"percent_of_liger_row": -60.0, "published_percent": -67.9}
     rows = [a_row(f"4096x{columns} full gpu", 4.0, torch=5.0) | notes for columns in (64, 768)]
     assert "not in 1 of 1: 4096x64 -60.0%" in line({"full gpu": rows}, "the source did")
@@ -74,8 +74,8 @@ def test_memory_names_the_largest_excess():
         a_row("4096x64 memory", 1000.0) | {"planned": 1000, "unit": "bytes"},
         a_row("4096x768 memory", 5000.0) | {"planned": 4000, "unit": "bytes"},
     ]
-    found = line({"memory": rows}, "planned partials")
-    assert ": no, at most +1.0 kB (+25.0%) in 2 shapes, at 4096x768" in found
+    text = line({"memory": rows}, "planned partials")
+    assert ": no, at most +1.0 kB (+25.0%) in 2 shapes, at 4096x768" in text
     assert ": yes, at most +0.0 kB" in line({"memory": rows[:1]}, "planned partials")
     assert "| rows x columns | planned |" in table({"device": "a device", "rows": rows})
 

@@ -1,6 +1,6 @@
-"""A process that finds a choice and its kernels kept: prints as JSON the seconds to its first
-logits, and before that those in which Triton reads all of itself, once a process, to know what it
-has compiled.
+"""A process that reads a choice and its kernels from the stores: prints as JSON the seconds to its
+first logits, and before that those in which Triton reads all of itself, once a process, to know
+what it has compiled.
 
 Its argument is JSON: a configuration, batch, sequence, and the folder of the choices.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     about = engine.describe()["forms"][f"{batch}x{sequence}"]
     if "us" not in about:
-        raise RunFailed("the choice was not found")
+        raise RunFailed("the choice was not read")
     print(json.dumps({"kept": round(seconds, 3), "triton": round(of_triton, 3)}))
 
 

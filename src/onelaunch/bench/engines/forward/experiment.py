@@ -1,14 +1,14 @@
-"""forward: a whole text's logits on a GPU, by how many launches it takes, compared with PyTorch.
+"""forward: logits of whole sequences on a GPU, by the number of launches, compared with PyTorch.
 
 Random weights in bfloat16, logits of every position in bfloat16, as PyTorch gives them. `ours` is
 what a user gets: the wall time of `engine.logits`, WALL_CALLS calls back to back with one wait at
-the end, ids on the GPU; `logits float32` the same with float32 logits. Beside it the forms' graphs
+the end, ids on the GPU; `logits float32` the same with float32 logits. Then the forms' graphs
 alone: one kernel per stage, half a layer, one or more layers, or the whole, with the rule's tiles,
 and `chosen`, the form and the tiles that the engine's own measurement chooses. Peers: the
 forward that a careful user writes, run as it is, through torch.compile, and both as CUDA graphs.
 Triton's store and ours are empty at the beginning of a run: seconds to a first forward are those of
 compiling, `its kernel alone` those of compiling the one kernel of `fused all`; `kept` are those of
-another process, which finds in the stores what was chosen. Imports are made before.
+another process, which reads from the stores what was chosen. Imports are made before.
 A sample is a replay's time over replays back to back, by two events; what is no graph is timed by
 the host's clock over calls back to back with one wait at the end. Every contestant is sampled once
 in each round, but PyTorch's forms that are no graphs: these are timed alone, in the host's quiet
@@ -28,14 +28,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.gpu_forwards import pytorch_samples, random_weights, replays, walls
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Row, Say, rounded
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.core.timing import copy_bandwidth
@@ -47,7 +47,7 @@ from onelaunch.errors import EngineTimeout, RunFailed
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.engine import CudaEngine
     from onelaunch.engines.cuda.pack import PackedModel
-    from onelaunch.engines.cuda.program import BoundForward
+    from onelaunch.engines.cuda.program import BoundForward, Shape
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]
 
@@ -69,6 +69,20 @@ TRITON_STORE = "TRITON_CACHE_DIR"
 CHILD_SECONDS = 120.0
 
 
+class Subject(NamedTuple):
+    """A model on the device, tokens (B, S), and PyTorch's float32 logits of them. `store`: the
+    folder of what tuning chooses; None where nothing is tuned, as in a quick run."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokens: Tensor
+    expected: Tensor
+    store: Path | None
+
+
+Forms = dict[str, tuple["torch.cuda.CUDAGraph", "BoundForward"]]
+
+
 def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     """Time every case; yields rows."""
     import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
@@ -81,8 +95,10 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
         for name, batch, sequence in QUICK_CASES if quick else CASES:
             config = preset(name)
             config = config.with_(max_seq_len=max(sequence, config.max_seq_len))
-            store = None if quick else folder
-            row = _case(name, config, batch, sequence, torch.device(device), store, say)
+            row = _case(
+                config, batch, sequence, torch.device(device), None if quick else folder, say
+            )
+            row.case = f"{name} forward {batch}x{sequence}"
             row.floor = round(_floor_us(config, batch * sequence, bandwidth), 2)
             yield row
             gc.collect()
@@ -91,7 +107,7 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
 
 @contextmanager
 def _empty_stores() -> Iterator[Path]:
-    """A folder for choices; Triton's is beside it, for children too."""
+    """A folder for choices; Triton's store is another in the same place, for children too."""
     before = os.environ.get(TRITON_STORE)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRITON_STORE] = str(Path(folder) / "triton")
@@ -104,7 +120,6 @@ def _empty_stores() -> Iterator[Path]:
 
 
 def _case(
-    name: str,
     config: ModelConfig,
     batch: int,
     sequence: int,
@@ -112,7 +127,6 @@ def _case(
     store: Path | None,
     say: Say,
 ) -> Row:
-    """One row; nothing is chosen without a store."""
     gc.collect()
     gc.freeze()  # what torch.compile left of the cases before would slow down every collection
     generator = torch.Generator(device=device).manual_seed(0)
@@ -120,10 +134,9 @@ def _case(
     tokens = torch.randint(config.vocab_size, (batch, sequence), device=device, generator=generator)
     bare = BareForward(config, weights, torch.bfloat16, device)
     with torch.inference_mode():
-        expected = bare(tokens).float()
-        forms, notes = _ours(config, weights, batch, sequence, tokens, expected, store, say)
-        mine = [*forms, LOGITS, FLOAT32]
-        engine = _engine(config, weights, tokens, expected, store)
+        subject = Subject(config, weights, tokens, bare(tokens).float(), store)
+        forms, notes = _forms(subject, say)
+        engine = _engine(subject)
         contestants = {name: replays(*form) for name, form in forms.items()}
         for what, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
             contestants[what] = walls(partial(engine.logits, tokens, dtype))
@@ -135,36 +148,28 @@ def _case(
         alone = {name: settle(sample, least) for name, sample in of_pytorch.launched.items()}
         for _, bound in forms.values():
             bound.check()  # a forward that was given up is fast
-    row = _row(f"{name} forward {batch}x{sequence}", mine, samples, notes, alone)
-    return row
+    return _row("", [*forms, LOGITS, FLOAT32], samples, notes, alone)
 
 
-def _ours(
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    batch: int,
-    sequence: int,
-    tokens: Tensor,
-    expected: Tensor,
-    store: Path | None,
-    say: Say,
-) -> tuple[dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]], dict[str, Any]]:
-    """Graphs of our forms, and what is to be told of them."""
+def _forms(subject: Subject, say: Say) -> tuple[Forms, dict[str, Any]]:
+    """Our forms, each with its graph, and a row's notes on them."""
     from onelaunch.engines.cuda.pack import pack
     from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 
-    packed = pack(config, weights, torch.bfloat16, tokens.device)
+    config, tokens = subject.config, subject.tokens
+    packed = pack(config, subject.weights, torch.bfloat16, tokens.device)
+    batch, sequence = tokens.shape
     shape = Shape(batch, sequence, True, torch.bfloat16)
-    depths = [d for d in ("all", "half", 1, 2, 4) if not isinstance(d, int) or d < config.n_layers]
+    notes: dict[str, Any] = {"launches": {}, "seconds_to_first": {}, "apart_from_pytorch": {}}
     makers: dict[str, Callable[[], BoundForward]] = {
         f"fused {depth}": partial(FusedForward, config, packed, shape, {}, depth)
-        for depth in depths
+        for depth in ("all", "half", 1, 2, 4)
+        if not isinstance(depth, int) or depth < config.n_layers
     }
     makers["staged"] = partial(BoundForward, config, packed, shape, {})
-    found: dict[str, tuple[torch.cuda.CUDAGraph, BoundForward]] = {}
-    notes: dict[str, Any] = {"launches": {}, "seconds_to_first": {}}
-    if store is not None:
-        makers[CHOSEN] = partial(_chosen, config, packed, batch, sequence, store, notes, say)
+    if subject.store is not None:
+        makers[CHOSEN] = partial(_chosen, subject, subject.store, packed, shape, notes, say)
+    forms: Forms = {}
     for form, make in makers.items():
         start = time.perf_counter()
         try:
@@ -184,26 +189,21 @@ def _ours(
         if form == FUSED:
             notes["seconds_to_first"][ITS_KERNEL] = round(compiled - compiling, 2)
         notes["launches"][form] = sum(call.launches for call in bound.calls)
-        apart = _check(form, bound.buffers.logits.view(expected.shape), expected)
-        notes.setdefault("apart_from_pytorch", {})[form] = float(f"{apart:.2e}")
-        found[form] = graph, bound
-    if store is not None:
-        notes["seconds_to_first"] |= _kept_seconds(config, batch, sequence, store)
-    return found, notes
+        logits = bound.buffers.logits.view(subject.expected.shape)
+        notes["apart_from_pytorch"][form] = rounded(_check(form, logits, subject.expected), 3)
+        forms[form] = graph, bound
+    if subject.store is not None:
+        notes["seconds_to_first"] |= _kept_seconds(subject, subject.store)
+    return forms, notes
 
 
-def _engine(
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    tokens: Tensor,
-    expected: Tensor,
-    folder: Path | None,
-) -> CudaEngine:
-    """The engine that finds what was tuned; without a folder, of one kernel per stage. Raises
-    RunFailed where it does not, or its logits are wrong."""
+def _engine(subject: Subject) -> CudaEngine:
+    """The engine that reads what was tuned; without a store, of one kernel per stage. Raises
+    RunFailed where it does not read it, or its logits are wrong."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cuda.engine import CudaEngine
 
+    config, weights, tokens, expected, folder = subject
     if folder is None:
         engine = CudaEngine(config, weights, "cuda", "bfloat16", "stage")
     else:
@@ -211,7 +211,7 @@ def _engine(
     _check("the engine", engine.logits(tokens, torch.bfloat16), expected)
     form = engine.describe()["forms"]["{}x{}".format(*tokens.shape)]
     if folder is not None and "us" not in form:
-        raise RunFailed("the engine did not find what was chosen")
+        raise RunFailed("the engine did not read what was chosen")
     return engine
 
 
@@ -224,39 +224,39 @@ def _check(what: str, logits: Tensor, expected: Tensor) -> float:
 
 
 def _chosen(
-    config: ModelConfig,
+    subject: Subject,
+    store: Path,
     packed: PackedModel,
-    batch: int,
-    sequence: int,
-    folder: Path,
+    shape: Shape,
     notes: dict[str, Any],
     say: Say,
 ) -> BoundForward:
-    """What tuning finds, kept in the folder, and in the notes what it took."""
+    """The form that tuning chooses, kept in the store, and in the notes what tuning took."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cuda.forms import bind
-    from onelaunch.engines.cuda.program import Shape
     from onelaunch.engines.cuda.tuning.store import keep
     from onelaunch.engines.cuda.tuning.timer import facts, tune
 
-    choice = tune(config, packed, batch, sequence)
-    keep(Store(folder), facts(config, packed, batch, sequence), choice)
+    case = subject.config, packed, shape.batch, shape.sequence
+    choice = tune(*case)
+    keep(Store(store), facts(*case), choice)
     tiles = {kind: list(vars(b).values()) for kind, b in choice.blockings.items()}
     notes["choice"] = {
         "form": choice.form, "programs": choice.programs, "us": dict(choice.us),
         "seconds": choice.seconds, "tried": choice.tried, "tiles": tiles,
     }  # fmt: skip
-    say(f"{batch}x{sequence}: {choice.form} chosen in {choice.seconds:.0f} s, {choice.tried} tried")
-    return bind(config, packed, Shape(batch, sequence, True, torch.bfloat16), choice.as_form())
+    name = f"{shape.batch}x{shape.sequence}"
+    say(f"{name}: {choice.form} chosen in {choice.seconds:.0f} s, {choice.tried} tried")
+    return bind(subject.config, packed, shape, choice.as_form())
 
 
-def _kept_seconds(config: ModelConfig, batch: int, sequence: int, store: Path) -> dict[str, float]:
-    """Seconds from weights on the device to logits in a new process that finds the choice and its
-    kernels, imports and the device's context aside; and those that Triton reads itself."""
-    subject = json.dumps([config.to_dict(), batch, sequence, str(store)])
-    command = [sys.executable, "-m", "onelaunch.bench.engines.forward.child", subject]
-    found = ask(command, timeout=CHILD_SECONDS)
-    return {KEPT: float(found["kept"]), READS_ITSELF: float(found["triton"])}
+def _kept_seconds(subject: Subject, store: Path) -> dict[str, float]:
+    """Seconds from weights on the device to logits in a new process that reads the choice and its
+    kernels, without imports and the device's context; and those that Triton reads itself."""
+    arg = json.dumps([subject.config.to_dict(), *subject.tokens.shape, str(store)])
+    command = [sys.executable, "-m", "onelaunch.bench.engines.forward.child", arg]
+    seconds = ask(command, timeout=CHILD_SECONDS)
+    return {KEPT: float(seconds["kept"]), READS_ITSELF: float(seconds["triton"])}
 
 
 def _row(
@@ -268,11 +268,11 @@ def _row(
 ) -> Row:
     """`alone`: peers that were not sampled in the rounds."""
     forms = {name: digest(samples[name]) for name in mine if name not in (LOGITS, FLOAT32)}
-    fastest = min(forms, key=lambda name: forms[name]["median"])  # type: ignore[arg-type, return-value]
+    fastest = min(forms, key=lambda name: forms[name]["median"])
     best = CHOSEN if CHOSEN in mine else fastest
     ours = samples[LOGITS]
     peers = {name: values for name, values in samples.items() if name not in mine}
-    by_name = {name: found.samples for name, found in alone.items()}
+    by_name = {name: settled.samples for name, settled in alone.items()}
     speedup = {name: ratio(values, ours) for name, values in peers.items()}
     speedup |= {name: ratio_of_medians(each, ours) for name, each in by_name.items()}
     notes |= {
@@ -283,7 +283,7 @@ def _row(
         "over_graph": round(ratio(ours, samples[best]), 4),
         "over_fastest": round(ratio(samples[best], samples[fastest]), 4),
         "speedup": {name: round(value, 4) for name, value in speedup.items()},
-        "host": {name: found.note() for name, found in alone.items()},
+        "host": {name: settled.note() for name, settled in alone.items()},
     }
     medians = {name: digest(values)["median"] for name, values in (peers | by_name).items()}
     return Row.of(case, ours, peers=medians, notes=notes)

@@ -77,17 +77,16 @@ def memory(model: Path) -> dict[str, float]:
 
 
 def cold(model: Path) -> dict[str, float]:
-    """Texts one after another, from before the compiled form is there until well after."""
-    found = watch_swap(load(model), LONGEST_SECONDS)
-    # they and the compiler want the same cores
-    return found | {"torch_threads": torch.get_num_threads()}
+    """Sequences one after another, from before the compiled form is there until well after."""
+    # PyTorch's threads and the compiler want the same cores
+    return watch_swap(load(model), LONGEST_SECONDS) | {"torch_threads": torch.get_num_threads()}
 
 
 def watch_swap(loaded: LoadedModel, seconds: float) -> dict[str, float]:
-    """Times of tokens around the swap; RunFailed where it does not come in so many seconds. Texts
-    are as long as the model's context; a gap may lie between two of them. A step of the engine may
-    hand out many tokens: a longest gap is between two steps, a median one that time for each
-    token."""
+    """Times of tokens around the swap; RunFailed where it does not come in so many seconds. A
+    sequence is as long as the model's context; a gap may be between two of them. A step of the
+    engine may return many tokens: a longest gap is between two steps, a median one that time for
+    each token."""
     config = loaded.config
     times: list[float] = []  # of the step that handed out each token
     paces: list[float] = []  # a step's time for each of its tokens
@@ -123,11 +122,11 @@ def watch_swap(loaded: LoadedModel, seconds: float) -> dict[str, float]:
 
 
 def private_bytes() -> int:
-    """Memory that this process shares with none. RunFailed where the system does not tell."""
+    """Memory that this process shares with none. RunFailed where the system does not count it."""
     try:
         text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
     except OSError as error:
-        raise RunFailed("this system does not tell a process its own memory") from error
+        raise RunFailed("this system does not count a process's own memory") from error
     return sum(1024 * int(kilobytes) for kilobytes in _PRIVATE.findall(text))
 
 

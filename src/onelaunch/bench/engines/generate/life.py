@@ -1,4 +1,4 @@
-"""Rows of `generate` about more than a text's speed: a prompt read, a busy core, starts, memory."""
+"""Rows of `generate` on more than tokens a second: a prompt read, a busy core, starts, memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +24,10 @@ from onelaunch.bench.engines.generate.cell import (
     REFERENCE,
     RUN_C,
     SETTLE_SECONDS,
+    ids_of_run_c,
     prompt_of,
     run_c,
     write_model,
-    written,
 )
 from onelaunch.bench.peers.run_c import RunC
 from onelaunch.compilation.environment import child_environment
@@ -42,11 +43,11 @@ PROMPT = 256
 WRITING_SECONDS = 2.0
 BUSY_TOKENS = 200
 # run.c's threads wait for each other at every product: where one has no core it can take a hundred
-# times as long, and a shorter text says so as well
+# times as long, and a shorter sequence shows it as well
 BUSY_RUN_C_TOKENS = 64
 CHILD_SECONDS = 300.0
 ALLOWED_BYTES = 64 << 20
-"""Beside the packed weights and the cache: buffers, threads, code."""
+"""In addition to the packed weights and the cache: buffers, threads, code."""
 BUSY_LOOP = "import time\nend = time.time() + 120\nwhile time.time() < end: pass"
 
 
@@ -58,8 +59,7 @@ def _model(binary: Path | None) -> Iterator[tuple[CpuEngine, ReferenceEngine, Ru
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peer = run_c(binary, config, weights, folder / "model.bin") if binary else None
-        before = torch.get_num_threads()
-        stack.callback(torch.set_num_threads, before)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         reference = ReferenceEngine(config, weights, "cpu", threads=thread_counts()[-1])
         yield ready(CpuEngine(config, weights)), reference, peer
 
@@ -68,49 +68,57 @@ def prompt(binary: Path | None, rounds: int, say: Say) -> Row:
     """A prompt as long as the context, and one token more. run.c reads a prompt as it writes, one
     token at a time: its rate is that at these positions."""
     ids = prompt_of(PROMPT)
+
+    def rate(engine: Engine) -> float:
+        start = time.perf_counter()
+        generate_ids(engine, [ids], 1)
+        return len(ids) / (time.perf_counter() - start)
+
     with _model(binary) as (engine, reference, peer):
         contestants: dict[str, Callable[[], float]] = {
-            "ours": partial(_reading_rate, engine, ids),
-            REFERENCE: partial(_reading_rate, reference, ids),
+            "ours": partial(rate, engine),
+            REFERENCE: partial(rate, reference),
         }
-        if peer is not None and written(peer, ids, 1, say):
+        for warm_up in contestants.values():
+            warm_up()
+        if peer is not None and ids_of_run_c(peer, ids, 1, say):
             contestants[RUN_C] = lambda: peer.generate(ids, 1, thread_counts()[-1])[0]
-        for warm in (engine, reference):
-            _reading_rate(warm, ids)
         samples = in_rounds(contestants, rounds, SETTLE_SECONDS)
     ours = samples.pop("ours")
-    row = Row.of(f"{MODEL} float32 prompt of {PROMPT}, automatic threads", ours)
-    row.peers = {name: statistics.median(values) for name, values in samples.items()}
-    row.notes = {
-        "kind": "prompt",
-        "threads": "auto",
-        "peer_threads": thread_counts()[-1],
-        "ratios": {name: round(ratio(ours, values), 4) for name, values in samples.items()},
-    }
-    return row
-
-
-def _reading_rate(engine: Engine, ids: list[int]) -> float:
-    start = time.perf_counter()
-    generate_ids(engine, [ids], 1)
-    return len(ids) / (time.perf_counter() - start)
+    return Row.of(
+        f"{MODEL} float32 prompt of {PROMPT}, automatic threads",
+        ours,
+        peers={name: statistics.median(values) for name, values in samples.items()},
+        notes={
+            "kind": "prompt",
+            "threads": "auto",
+            "peer_threads": thread_counts()[-1],
+            "ratios": {name: round(ratio(ours, values), 4) for name, values in samples.items()},
+        },
+    )
 
 
 def busy_core(binary: Path | None, rounds: int, say: Say) -> Iterator[Row]:
-    """Texts while another process keeps a core busy, and while none does: ours with automatic
-    threads, run.c with a thread for each core. A row for each, as each stands against itself."""
+    """Tokens a second while another process keeps a core busy, and while none does: ours with
+    automatic threads, run.c with a thread for each core. A row for each, as each is compared with
+    itself."""
     ids = prompt_of(3)
+
+    def with_busy_loop(rate: Callable[[], float]) -> float:
+        with busy_loop():
+            return rate()
+
     with _model(binary) as (engine, _, peer):
-        writers: dict[str, Callable[[], float]] = {"ours": partial(_writing_rate, engine, ids)}
-        if peer is not None and written(peer, ids, BUSY_RUN_C_TOKENS, say):
-            writers[RUN_C] = partial(_run_c_rate, peer, ids)
-        contestants: dict[str, Callable[[], float]] = {}
-        for name, write in writers.items():
-            contestants[f"{name} idle"] = write
-            contestants[f"{name} busy"] = partial(_beside_a_busy_loop, write)
+        rates: dict[str, Callable[[], float]] = {"ours": partial(_rate, engine, ids)}
+        if peer is not None and ids_of_run_c(peer, ids, BUSY_RUN_C_TOKENS, say):
+            rates[RUN_C] = partial(_run_c_rate, peer, ids)
+        contestants: dict[tuple[str, str], Callable[[], float]] = {}
+        for name, rate in rates.items():
+            contestants[name, "idle"] = rate
+            contestants[name, "busy"] = partial(with_busy_loop, rate)
         samples = in_rounds(contestants, rounds, SETTLE_SECONDS)
-    for name in writers:
-        idle, busy = samples[f"{name} idle"], samples[f"{name} busy"]
+    for name in rates:
+        idle, busy = samples[name, "idle"], samples[name, "busy"]
         threads: int | str = "auto" if name == "ours" else thread_counts()[-1]
         row = Row.of(f"{MODEL} float32 {name} beside a busy loop, {threads} threads", busy)
         row.notes = {
@@ -120,31 +128,26 @@ def busy_core(binary: Path | None, rounds: int, say: Say) -> Iterator[Row]:
             "busy_over_idle": round(ratio(busy, idle), 4),
             "least": round(min(busy), 3),
         }
-        if name == "ours" and RUN_C in writers:
-            row.peers = {RUN_C: statistics.median(samples[f"{RUN_C} busy"])}
+        if name == "ours" and RUN_C in rates:
+            row.peers = {RUN_C: statistics.median(samples[RUN_C, "busy"])}
         yield row
 
 
-def _writing_rate(engine: Engine, ids: list[int]) -> float:
-    """Texts one after another for WRITING_SECONDS at least."""
-    start, written = time.perf_counter(), 0
+def _rate(engine: Engine, ids: list[int]) -> float:
+    """Of sequences one after another, for WRITING_SECONDS at least."""
+    start, tokens = time.perf_counter(), 0
     while (took := time.perf_counter() - start) < WRITING_SECONDS:
-        written += len(generate_ids(engine, [ids], BUSY_TOKENS)[0])
-    return written / took
+        tokens += len(generate_ids(engine, [ids], BUSY_TOKENS)[0])
+    return tokens / took
 
 
 def _run_c_rate(peer: RunC, ids: list[int]) -> float:
-    """The same of run.c, whose seconds are those that its own rates tell."""
-    seconds, written = 0.0, 0
+    """The same of run.c, whose seconds follow from its own rates."""
+    seconds, tokens = 0.0, 0
     while seconds < WRITING_SECONDS:
         seconds += BUSY_RUN_C_TOKENS / peer.generate(ids, BUSY_RUN_C_TOKENS, thread_counts()[-1])[0]
-        written += BUSY_RUN_C_TOKENS
-    return written / seconds
-
-
-def _beside_a_busy_loop(write: Callable[[], float]) -> float:
-    with busy_loop():
-        return write()
+        tokens += BUSY_RUN_C_TOKENS
+    return tokens / seconds
 
 
 @contextmanager
@@ -173,54 +176,53 @@ def _model_file() -> Iterator[Path]:
 
 
 def second_start(samples: int) -> Row:
-    """From a process's first import until the compiled form is there, found in the store."""
+    """From a process's first import until the compiled form is there, read from the store."""
     with _model_file() as model:
         in_child("start", model)  # the files are in the system's memory
-        found = [in_child("start", model) for _ in range(samples)]
-    row = Row.of(f"{MODEL} second start", [each["seconds"] for each in found])
-    row.notes = {"kind": "start", "unit": "s"} | {
-        key: digest([each[key] for each in found]) for key in ("import_seconds", "ready_seconds")
-    }
-    return row
-
-
-def memory(say: Say) -> Iterator[Row]:
-    """Growth of a process's own memory, beside what is allowed; no row where it cannot be told."""
-    try:
-        with _model_file() as model:
-            found = in_child("memory", model)
-    except RunFailed as error:
-        say(f"without a row on memory: {error}")
-        return
-    allowed = found["weight_bytes"] + found["cache_bytes"] + ALLOWED_BYTES
-    row = Row(f"{MODEL} memory", found["bytes"] / 1e6)
-    row.notes = {
-        "kind": "memory",
-        "unit": "MB",
-        "weights_mb": round(found["weight_bytes"] / 1e6, 2),
-        "cache_mb": round(found["cache_bytes"] / 1e6, 2),
-        "allowed_mb": round(allowed / 1e6, 2),
-        "within": found["bytes"] <= allowed,
-    }
-    yield row
+        starts = [in_child("start", model) for _ in range(samples)]
+    return _start_row("second start", "start", starts, "seconds", "import_seconds", "ready_seconds")
 
 
 def cold_start(samples: int, say: Say) -> Iterator[Row]:
-    """Processes that find no compiled program: the first token, and the swap amid texts. No row
-    where that failed, as it does on a machine that leaves a compiler no time."""
-    found: list[Mapping[str, float]] = []
+    """Processes without a compiled program: the first token, and the swap between two tokens. No
+    row where that failed, as it does on a machine that leaves a compiler no time."""
+    starts: list[dict[str, float]] = []
     with _model_file() as model:
         for _ in range(samples):
-            with tempfile.TemporaryDirectory() as store:
-                folder = str(Path(store) / "store")
+            with tempfile.TemporaryDirectory() as folder:
                 try:
-                    found.append(in_child("cold", model, ONELAUNCH_CACHE=folder))
+                    store = str(Path(folder) / "store")
+                    starts.append(in_child("cold", model, ONELAUNCH_CACHE=store))
                 except RunFailed as error:
                     say(f"without a sample of a first start: {error}")
-    if not found:
+    if starts:
+        yield _start_row("first start", "cold", starts, "first_token_seconds", *starts[0])
+
+
+def _start_row(what: str, kind: str, starts: list[dict[str, float]], key: str, *noted: str) -> Row:
+    notes: dict[str, Any] = {"kind": kind, "unit": "s"}
+    notes |= {name: digest([each[name] for each in starts]) for name in noted}
+    return Row.of(f"{MODEL} {what}", [each[key] for each in starts], notes=notes)
+
+
+def memory(say: Say) -> Iterator[Row]:
+    """Growth of a process's own memory, and what is allowed; no row where it cannot be measured."""
+    try:
+        with _model_file() as model:
+            growth = in_child("memory", model)
+    except RunFailed as error:
+        say(f"without a row on memory: {error}")
         return
-    row = Row.of(f"{MODEL} first start", [each["first_token_seconds"] for each in found])
-    row.notes = {"kind": "cold", "unit": "s"} | {
-        key: digest([each[key] for each in found]) for key in found[0]
-    }
-    yield row
+    allowed = growth["weight_bytes"] + growth["cache_bytes"] + ALLOWED_BYTES
+    yield Row(
+        f"{MODEL} memory",
+        growth["bytes"] / 1e6,
+        notes={
+            "kind": "memory",
+            "unit": "MB",
+            "weights_mb": round(growth["weight_bytes"] / 1e6, 2),
+            "cache_mb": round(growth["cache_bytes"] / 1e6, 2),
+            "allowed_mb": round(allowed / 1e6, 2),
+            "within": growth["bytes"] <= allowed,
+        },
+    )

@@ -2,136 +2,117 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import digits, document, markdown, spread
+from onelaunch.bench.core.tables import Cell, by_columns, digits, document, figure, spread
 
 Record = dict[str, Any]
-Rows = list[dict[str, Any]]
 
 PEERS = ("run.c", "llama.cpp", "bare loop", "reference")
 EXPLANATION = (
-    "Greedy, one text. `of reading`: weight bytes read a second, over what as many threads reach "
-    "reading the packed weights and doing nothing else (the best of 15 passes, in each round). A "
-    "model that a cache holds is read from there. In brackets the median of the rounds' ratios, "
-    "ours over the peer. Peers of automatic threads have every core. run.c computes in float32."
+    "Greedy, one sequence. `of reading`: weight bytes read a second, over what as many threads "
+    "reach that do nothing but read the packed weights (the best of 15 passes, in each round). A "
+    "model that fits into a cache is read from there. In brackets the median of the rounds' "
+    "ratios, ours over the peer. Peers of automatic threads use every core. run.c computes "
+    "in float32."
 )
+
+
+class Section(NamedTuple):
+    """A table of the rows of one kind."""
+
+    title: str
+    columns: dict[str, Cell]
+    note: str = ""
+
+
+def _of_peers(*names: str) -> dict[str, Cell]:
+    """Each peer's figure, and in brackets the ratio to it."""
+
+    def cell_of(name: str) -> Cell:
+        def cell(row: Any) -> str:
+            value = row["peers"].get(name)
+            return f"{digits(value)} ({row['ratios'][name]:.2f}x)" if value else "-"
+
+        return cell
+
+    return {name: cell_of(name) for name in names}
+
+
+CASE, OURS = figure("case", form=str), figure("ours")
+SECTIONS = {
+    "speed": Section(
+        "Tokens a second",
+        {
+            "tokens/s": CASE, "ours": OURS, "p20-p80": spread, "GB/s": figure("gb_s"),
+            "reading, GB/s": figure("read_gb_s"),
+            "of reading": figure("share_of_read", form=".0%"), **_of_peers(*PEERS),
+        },
+    ),
+    "prompt": Section(
+        "A prompt read",
+        {
+            "tokens/s read": CASE, "ours": OURS, "p20-p80": spread,
+            **_of_peers("run.c", "reference"),
+        },
+        "run.c takes a prompt one token at a time, as it writes.",
+    ),
+    "busy": Section(
+        "While another process keeps a core busy",
+        {
+            "tokens/s": figure("who", form=str), "alone": figure("idle", "median"),
+            "with it": OURS, "p20-p80": spread, "least": figure("least"),
+            "ratio": figure("busy_over_idle", form=lambda ratio: f"{ratio:.2f}x"),
+        },
+    ),
+    "start": Section(
+        "A second start: from the first import to the compiled form",
+        {
+            "s": CASE, "all": OURS, "p20-p80": spread,
+            "imports": figure("import_seconds", "median"),
+            "load and pack": figure("ready_seconds", "median"),
+        },
+    ),
+    "memory": Section(
+        "Memory of a process's own, from the imports to the end of a sequence",
+        {
+            "MB": CASE, "growth": OURS, "packed weights": figure("weights_mb"),
+            "cache": figure("cache_mb"), "with 64 MiB: allowed": figure("allowed_mb"),
+            "within": figure("within", form=lambda within: str(within).lower()),
+        },
+    ),
+    "cold": Section(
+        "A first start: the program is compiled while the sequence grows",
+        {
+            "": CASE, "first token, s": OURS, "swap after, s": figure("swap_seconds", "median"),
+            "between tokens before, ms": figure("median_gap_before_ms", "median"),
+            "longest near the swap, ms": figure("longest_gap_at_swap_ms", "median"),
+            "longest, ms": figure("longest_gap_ms", "median"),
+            "after, ms": figure("median_gap_after_ms", "median"),
+        },
+    ),
+}  # fmt: skip
+"""By the `kind` of the rows; rows of speed have none."""
 
 
 def table(record: Record) -> str:
-    """In Markdown: speeds beside the peers', then each of the other rows."""
-    rows = record["rows"]
+    """In Markdown: speeds compared with the peers', then each of the other kinds of rows."""
     parts = [EXPLANATION]
-    if speeds := _speeds(rows):
-        parts.append(f"## Tokens a second\n\n{_speed_table(speeds)}")
-    parts += [
-        f"## {title}\n\n{make(found)}"
-        for kind, title, make in _SECTIONS
-        if (found := [row for row in rows if row.get("kind") == kind])
-    ]
+    for kind, section in SECTIONS.items():
+        if rows := _of_kind(record, kind):
+            parts += [f"## {section.title}", by_columns(rows, section.columns)]
+            parts += [section.note] if section.note else []
     return document(record, "Generation on", *parts)
 
 
-def _speeds(rows: Rows) -> Rows:
-    return [row for row in rows if "gb_s" in row]
-
-
-def _beside(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Each peer's figure with the ratio to it."""
-    ratios = row["ratios"]
-    return [
-        f"{digits(value)} ({ratios[name]:.2f}x)" if (value := row["peers"].get(name)) else "-"
-        for name in names
-    ]
-
-
-def _speed_table(rows: Rows) -> str:
-    lines = [
-        [
-            row["case"],
-            digits(row["ours"]),
-            spread(row),
-            digits(row["gb_s"]),
-            digits(row["read_gb_s"]),
-            f"{row['share_of_read']:.0%}",
-            *_beside(row, PEERS),
-        ]
-        for row in rows
-    ]
-    header = ["tokens/s", "ours", "p20-p80", "GB/s", "reading, GB/s", "of reading", *PEERS]
-    return markdown(header, lines)
-
-
-def _prompt_table(rows: Rows) -> str:
-    names = ("run.c", "reference")
-    lines = [[r["case"], digits(r["ours"]), spread(r), *_beside(r, names)] for r in rows]
-    text = markdown(["tokens/s read", "ours", "p20-p80", *names], lines)
-    return f"{text}\n\nrun.c takes a prompt one token at a time, as it writes."
-
-
-def _busy_table(rows: Rows) -> str:
-    lines = [
-        [
-            row["who"],
-            digits(row["idle"]["median"]),
-            digits(row["ours"]),
-            spread(row),
-            digits(row["least"]),
-            f"{row['busy_over_idle']:.2f}x",
-        ]
-        for row in rows
-    ]
-    return markdown(["tokens/s", "alone", "beside it", "p20-p80", "least", "ratio"], lines)
-
-
-def _start_table(rows: Rows) -> str:
-    parts = ("import_seconds", "ready_seconds")
-    lines = [
-        [r["case"], digits(r["ours"]), spread(r), *(digits(r[part]["median"]) for part in parts)]
-        for r in rows
-    ]
-    return markdown(["s", "all", "p20-p80", "imports", "load and pack"], lines)
-
-
-def _memory_table(rows: Rows) -> str:
-    keys = ("weights_mb", "cache_mb", "allowed_mb")
-    lines = [
-        [r["case"], digits(r["ours"]), *(digits(r[k]) for k in keys), str(r["within"]).lower()]
-        for r in rows
-    ]
-    header = ["MB", "growth", "packed weights", "cache", "with 64 MiB: allowed", "within"]
-    return markdown(header, lines)
-
-
-_COLD = {
-    "swap_seconds": "swap after, s",
-    "median_gap_before_ms": "between tokens before, ms",
-    "longest_gap_at_swap_ms": "longest near the swap, ms",
-    "longest_gap_ms": "longest, ms",
-    "median_gap_after_ms": "after, ms",
-}
-
-
-def _cold_table(rows: Rows) -> str:
-    lines = [
-        [r["case"], digits(r["ours"]), *(digits(r[key]["median"]) for key in _COLD)] for r in rows
-    ]
-    return markdown(["", "first token, s", *_COLD.values()], lines)
-
-
-_SECTIONS = (
-    ("prompt", "A prompt read", _prompt_table),
-    ("busy", "While another process keeps a core busy", _busy_table),
-    ("start", "A second start: from the first import to the compiled form", _start_table),
-    ("memory", "Memory of a process's own, from the imports to the end of a text", _memory_table),
-    ("cold", "A first start: the program is compiled while the text grows", _cold_table),
-)
+def _of_kind(record: Record, kind: str) -> list[dict[str, Any]]:
+    return [row for row in record["rows"] if row.get("kind", "speed") == kind]
 
 
 def draw(record: Record) -> plots.Figure | None:
     """Bars: tokens a second of ours and the peers, relative to ours; None without speeds."""
-    rows = _speeds(record["rows"])
+    rows = _of_kind(record, "speed")
     series = {"ours": {row["case"]: 1.0 for row in rows}} | {
         peer: {row["case"]: 1 / row["ratios"][peer] for row in rows if peer in row["ratios"]}
         for peer in PEERS

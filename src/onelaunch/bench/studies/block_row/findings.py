@@ -1,7 +1,7 @@
 """What the records of rms-norm and rms-norm-threshold say about the published rule of RMSNorm.
 
-The published speedups are of Liger's block path over Liger's row path. Here the same two are held
-against each other, and beside them stands what onelaunch's own kernel takes of the row path.
+The published speedups are of Liger's block path over Liger's row path. Here the same two are
+compared, and the reason names what onelaunch's own kernel takes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onelaunch.bench.core.findings import LEAST_GAIN_SHARE, Finding, Verdict
+from onelaunch.bench.core.findings import LEAST_GAIN_SHARE, Finding
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import digits
-from onelaunch.bench.studies.block_row import paths as rms_norm_paths
+from onelaunch.bench.studies.block_row import paths
 from onelaunch.operators.rms_norm.plan import BLOCK_ROW_MAX_BLOCK_SIZE
 
 NO_CHANGE = 0.02
@@ -31,13 +31,12 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     rows = {row["case"]: row for row in record["rows"]}
     if not any(case.endswith(" gpu") for case in rows):
         return [_elsewhere(KEYS, "the block path is faster than the row path")] if rows else []
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for key in KEYS:
         pass_, count, width = key.removeprefix("norm-").split("-")
-        row = rows.get(f"{count}x{width} {_PASSES[pass_]} gpu")
-        if row is not None:
-            found += _of_shape(key, int(width), row)
-    return found
+        if row := rows.get(f"{count}x{width} {_PASSES[pass_]} gpu"):
+            findings += _of_shape(key, int(width), row)
+    return findings
 
 
 def _of_shape(key: str, width: int, row: dict[str, Any]) -> Iterator[Finding]:
@@ -45,26 +44,23 @@ def _of_shape(key: str, width: int, row: dict[str, Any]) -> Iterator[Finding]:
     if not {"liger row", "liger source"} <= peers.keys():
         return
     by_row, by_source = peers["liger row"], peers["liger source"]
-    verdict: Verdict
     if "saved, %" in published.values:
         theirs, ours = float(published.values["saved, %"]), 100 * (1 - by_source / by_row)
-        verdict = "confirmed" if ours >= LEAST_GAIN_SHARE * theirs else "refuted"
-        told = f"{theirs:g}% saved", f"{abs(ours):.1f}% {'saved' if ours >= 0 else 'more'}"
+        confirmed = ours >= LEAST_GAIN_SHARE * theirs
+        texts = f"{theirs:g}% saved", f"{abs(ours):.1f}% {'saved' if ours >= 0 else 'more'}"
     else:
         theirs, ours = float(published.values["speedup"]), by_row / by_source
+        confirmed = ours - 1 >= LEAST_GAIN_SHARE * (theirs - 1)
         if width > BLOCK_ROW_MAX_BLOCK_SIZE:
-            verdict = "confirmed" if abs(ours - 1) <= NO_CHANGE else "refuted"
-        else:
-            enough = ours - 1 >= LEAST_GAIN_SHARE * (theirs - 1)
-            verdict = "confirmed" if enough else "refuted"
-        told = f"{theirs:.2f}x", f"{ours:.2f}x"
+            confirmed = abs(ours - 1) <= NO_CHANGE
+        texts = f"{theirs:.2f}x", f"{ours:.2f}x"
     control = ", beyond the rule's widths: no change" if width > BLOCK_ROW_MAX_BLOCK_SIZE else ""
     yield Finding(
         (key,),
         f"{published.row}, {published.table.removeprefix('RMSNorm, ')}: Liger's block path against "
         f"its row path{control}",
-        *told,
-        verdict,
+        *texts,
+        "confirmed" if confirmed else "refuted",
         f"{digits(by_row)} us and {digits(by_source)} us, kernels only; ours {digits(row['ours'])} "
         f"us, {by_row / row['ours']:.2f}x Liger's row path",
         ours / theirs,
@@ -78,28 +74,28 @@ def sentence_findings(record: dict[str, Any]) -> list[Finding]:
         return []
     if not any(row["case"].endswith(" gpu") for row in record["rows"]):
         return [_elsewhere(("norm-rows",), SENTENCE)]
-    found = []
+    findings = []
     for key in ("source", "liger"):
-        pair = rms_norm_paths.PAIRS[key]
-        if ratios := rms_norm_paths.ratios_of(record, pair):
-            found.append(sentence_finding(ratios, pair.label))
-    if found:
-        return found
-    why = "the record has our tuned tiles alone, of which the sentence does not speak"
+        pair = paths.PAIRS[key]
+        if ratios := paths.ratios_of(record, pair):
+            findings.append(_of_sentence(ratios, pair.label))
+    if findings:
+        return findings
+    why = "the record has our tuned tiles alone, which are not the sentence's"
     return [Finding(("norm-rows",), SENTENCE, _PUBLISHED_ROWS, "", "not applicable", why)]
 
 
-def sentence_finding(ratios: rms_norm_paths.Ratios, label: str) -> Finding:
+def _of_sentence(ratios: paths.Ratios, label: str) -> Finding:
     """Of one pair of paths."""
     published = int(PUBLISHED["norm-rows"].values["rows"])
-    rows = rms_norm_paths.wins_from(ratios, rms_norm_paths.PASSES, rms_norm_paths.WIDTHS)
+    rows = paths.wins_from(ratios, paths.PASSES, paths.WIDTHS)
     near = rows is not None and 1 / ROWS_FACTOR <= rows / published <= ROWS_FACTOR
-    alone = [
-        (pass_, rms_norm_paths.wins_from(ratios, (pass_,), rms_norm_paths.WIDTHS))
-        for pass_ in rms_norm_paths.PASSES
-    ]
-    told = ", ".join(f"{pass_} from {_rows_said(count)}" for pass_, count in alone)
-    losers = rms_norm_paths.losers_at(ratios, published)
+    alone = {p: paths.wins_from(ratios, (p,), paths.WIDTHS) for p in paths.PASSES}
+    each = ", ".join(
+        f"{pass_} from {'no count on' if count is None else f'{count:,} rows on'}"
+        for pass_, count in alone.items()
+    )
+    losers = paths.losers_at(ratios, published)
     at = f"; at {published:,} rows do not win: {', '.join(losers)}" if losers else ""
     return Finding(
         ("norm-rows",),
@@ -107,21 +103,11 @@ def sentence_finding(ratios: rms_norm_paths.Ratios, label: str) -> Finding:
         _PUBLISHED_ROWS,
         f"{rows:,} rows" if rows is not None else "none",
         "confirmed" if near else "refuted",
-        f"widths 64 to {BLOCK_ROW_MAX_BLOCK_SIZE}: {told}{at}",
+        f"widths 64 to {BLOCK_ROW_MAX_BLOCK_SIZE}: {each}{at}",
         rows / published if rows is not None else None,
     )
 
 
-def _rows_said(count: int | None) -> str:
-    return "no count on" if count is None else f"{count:,} rows on"
-
-
 def _elsewhere(keys: tuple[str, ...], claim: str) -> Finding:
-    return Finding(
-        keys,
-        claim,
-        "measured on a GPU",
-        "",
-        "not applicable",
-        "on a CPU there is no kernel with a row path and a block path: the plain form was timed",
-    )
+    why = "on a CPU there is no kernel with a row path and a block path: the plain form was timed"
+    return Finding(keys, claim, "measured on a GPU", "", "not applicable", why)

@@ -8,7 +8,7 @@ through autograd), `backward` (the gradients alone, from a forward made beforeha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from onelaunch.bench.core.timing import (
     synchronizer,
 )
 from onelaunch.bench.peers.rms_norm import EPS, Contender, Norm
+from onelaunch.compilation.background import in_a_line
 
 T = TypeVar("T")
 PASSES = ("forward", "full", "backward")
@@ -39,7 +40,7 @@ BYTES_PER_US = 4e6
 
 # No contender is timed on a result further from float64 than this. y and dX: the worst row's
 # distance, relative to that row; two or three roundings to bfloat16 make 0.003 to 0.01 of it, one
-# wrong row among any number about 1. dW, where no row stands alone: that of the whole.
+# wrong row among any number about 1. dW, which no row has for itself: that of the whole.
 ROW_BOUNDS = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 3e-5}
 WHOLE_BOUNDS = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5}
 
@@ -54,6 +55,12 @@ class Oracle(NamedTuple):
     y: Tensor
     dx: Tensor
     dw: Tensor
+
+
+def shape_of(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a record's row, whose case begins with them."""
+    rows, columns = row["case"].split()[0].split("x")
+    return int(rows), int(columns)
 
 
 def bytes_moved(rows: int, columns: int, pass_: str, element_bytes: int) -> int:
@@ -174,43 +181,83 @@ def l2_bytes(device: torch.device) -> int:
     return 32 << 20
 
 
+class Made(NamedTuple):
+    """A contender's norms for one shape: that of most passes, and that of the backward pass alone,
+    which runs again and again on one graph; None where the contender has none."""
+
+    contender: Contender
+    norm: Norm
+    backward: Norm | None
+
+
+def make(contenders: Sequence[Contender], say: Say) -> list[Made]:
+    """Every contender's norms, made anew."""
+    made = []
+    for each in contenders:
+        norm = each.fresh()
+        backward: Norm | None = norm
+        try:
+            backward = each.repeatable() if each.repeatable else norm
+        except Exception as error:
+            say(f"  backward passes without {each.name}: {in_a_line(error)}")
+            backward = None
+        made.append(Made(each, norm, backward))
+    return made
+
+
 def kernel_times(
-    cell: Cell,
-    pass_: str,
-    contenders: Sequence[Contender],
-    norms: Mapping[str, Norm],
-    samples: int,
-    say: Say,
+    cell: Cell, pass_: str, made: Sequence[Made], samples: int, say: Say
 ) -> dict[str, list[float]]:
     """Microseconds a call by replay, of every contender that gives the right result. To be called
     on a stream that is not the default one. A contender that cannot be captured, or is wrong, is
-    said and left out."""
+    left out, and a line says so."""
 
     def captured(call: Call) -> Replay:
         _check_replayed(cell, pass_, call)
         return capture(call, cell.sets_for(pass_), cell.graph_calls(pass_))
 
-    replays = _right(cell, pass_, norms, captured, say)
-    restore = _restorer(cell, contenders if pass_ != "forward" else ())
+    replays = _right(cell, pass_, made, captured, say)
+    restore = _restorer(cell, made if pass_ != "forward" else ())
     return replays_in_turn(replays, samples, restore) if replays else {}
 
 
+def host_times(
+    cell: Cell, pass_: str, made: Sequence[Made], repeats: int, samples: int, say: Say
+) -> dict[str, list[float]]:
+    """Microseconds a call, the host's part included, of every contender that gives the right
+    result; `repeats` calls a sample."""
+
+    def checked(call: Call) -> Call:
+        cell.restore()
+        cell.check(pass_, call(0))
+        return call
+
+    calls = _right(cell, pass_, made, checked, say)
+    wait, restore = synchronizer(cell.device), _restorer(cell, made)
+    if not calls:
+        return {}
+    return calls_in_turn(calls, cell.sets_for(pass_), repeats, samples, wait, restore)
+
+
 def _right(
-    cell: Cell, pass_: str, norms: Mapping[str, Norm], checked: Callable[[Call], T], say: Say
+    cell: Cell, pass_: str, made: Sequence[Made], checked: Callable[[Call], T], say: Say
 ) -> dict[str, T]:
-    """By contender what `checked` makes of its pass; who fails is said and left out."""
-    found = {}
-    for name, norm in norms.items():
+    """By contender what `checked` makes of its pass; one that fails is left out, with a line."""
+    right = {}
+    for contender, norm, backward in made:
+        which = backward if pass_ == "backward" else norm
+        if which is None:
+            continue
         try:
-            found[name] = checked(cell.call(pass_, norm))
+            right[contender.name] = checked(cell.call(pass_, which))
         except Exception as error:
-            say(f"  {cell.shape} {pass_} without {name}: {_first_line(error)}")
-    return found
+            say(f"  {cell.shape} {pass_} without {contender.name}: {in_a_line(error)}")
+    return right
 
 
-def _restorer(cell: Cell, contenders: Sequence[Contender]) -> Say:
+def _restorer(cell: Cell, made: Sequence[Made]) -> Say:
     """What puts gradients back before one of these that writes over them."""
-    in_place = {c.name for c in contenders if c.in_place}
+    in_place = {each.contender.name for each in made if each.contender.in_place}
 
     def before(name: str) -> None:
         if name in in_place:
@@ -233,32 +280,8 @@ def _check_replayed(cell: Cell, pass_: str, call: Call) -> None:
     cell.restore()
 
 
-def host_times(
-    cell: Cell,
-    pass_: str,
-    contenders: Sequence[Contender],
-    norms: Mapping[str, Norm],
-    repeats: int,
-    samples: int,
-    say: Say,
-) -> dict[str, list[float]]:
-    """Microseconds a call, the host's part included, of every contender that gives the right
-    result; `repeats` calls a sample."""
-
-    def checked(call: Call) -> Call:
-        cell.restore()
-        cell.check(pass_, call(0))
-        return call
-
-    calls = _right(cell, pass_, norms, checked, say)
-    wait, restore = synchronizer(cell.device), _restorer(cell, contenders)
-    if not calls:
-        return {}
-    return calls_in_turn(calls, cell.sets_for(pass_), repeats, samples, wait, restore)
-
-
 def peak_bytes(cell: Cell, norm: Norm) -> int:
-    """What a forward and backward pass adds to the memory at its height, as asked for: without
+    """What a forward and backward pass adds to the peak memory, as requested: without
     what the allocator adds to each piece, where it counts that apart (CUDA)."""
     call = cell.call("full", norm)
     call(0)
@@ -277,20 +300,15 @@ def peak_bytes(cell: Cell, norm: Norm) -> int:
 
 
 def each_reason_once(say: Say) -> Say:
-    """Lets a line that says who is left out pass only when who and why are new: a missing compiler
-    is missing at every shape."""
+    """Passes a line that leaves out a contender on only where contender and reason are new: a
+    missing compiler is missing at every shape."""
     seen: set[str] = set()
 
     def say_new(line: str) -> None:
-        _, left_out, why = line.partition(" without ")
-        if left_out and why in seen:
+        _, left_out, reason = line.partition(" without ")
+        if left_out and reason in seen:
             return
-        seen.add(why)
+        seen.add(reason)
         say(line)
 
     return say_new
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"

@@ -1,7 +1,7 @@
-"""The published sentence "4096 is the lowest row count where every pass wins", tested on what it
-speaks of: tiles of 16 rows against one row a program, each pass, widths 64 to 512.
+"""The published sentence "4096 is the lowest row count where every pass wins", tested on its own
+subject: tiles of 16 rows against one row a program, each pass, widths 64 to 512.
 
-Three pairs of paths are held against it: our kernels by the published rule's tile, Liger's own two
+It is tested on three pairs of paths: our kernels by the published rule's tile, Liger's own two
 paths where Liger is installed, and our tuned kernels. Pure functions of the record's JSON.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onelaunch.bench.core.tables import markdown
-from onelaunch.bench.studies.block_row.norm_cell import PASSES
+from onelaunch.bench.studies.block_row.norm_cell import PASSES, shape_of
 
 TIE = 0.01  # ratios as near to 1 as this come out on either side from run to run
 
@@ -48,32 +48,40 @@ def verdict(ratio: float | None) -> str:
 
 def ratios_of(record: Mapping[str, Any], pair: Pair) -> Ratios:
     """Block time over row time, of the widths and row counts of the sentence."""
-    found: Ratios = {}
+    ratios: Ratios = {}
     for pass_ in PASSES:
         for row in record["rows"]:
-            shape, *words = row["case"].split()
-            rows, columns = map(int, shape.split("x"))
-            if words != [pass_, "gpu"] or rows not in ROWS or columns not in WIDTHS:
+            rows, columns = shape_of(row)
+            if (
+                row["case"].split()[1:] != [pass_, "gpu"]
+                or rows not in ROWS
+                or columns not in WIDTHS
+            ):
                 continue
-            times = [_time(row, name) for name in (pair.block, pair.row)]
-            if times[0] is not None and times[1]:
-                found.setdefault(pass_, {})[rows, columns] = times[0] / times[1]
-    return found
+            times = {"ours": row["ours"], **row.get("forms", {}), **row["peers"]}
+            if pair.block in times and times.get(pair.row):
+                ratios.setdefault(pass_, {})[rows, columns] = times[pair.block] / times[pair.row]
+    return ratios
 
 
-def wins_from(ratios: Ratios, passes: Sequence[str], widths: Sequence[int]) -> int | None:
+def wins_from(
+    ratios: Ratios, passes: Sequence[str], widths: Sequence[int], ties: bool = False
+) -> int | None:
     """The lowest row count from which on, there and at every larger count, all of these passes win
-    at all of these widths; None where there is none."""
+    at all of these widths; None where there is none. With `ties` a tie ends it no more than a win
+    does, and at the lowest count one of them must win."""
     lowest = None
-    counts = {rows for by_shape in ratios.values() for rows, _ in by_shape}
-    for count in sorted(counts, reverse=True):
-        if any(
-            verdict(ratios.get(pass_, {}).get((count, width))) != "wins"
+    shapes = {shape for by_shape in ratios.values() for shape in by_shape}
+    for count in sorted({rows for rows, width in shapes if width in widths}, reverse=True):
+        verdicts = {
+            verdict(ratios.get(pass_, {}).get((count, width)))
             for pass_ in passes
             for width in widths
-        ):
+        }
+        if "loses" in verdicts or ("tie" in verdicts and not ties):
             break
-        lowest = count
+        if "wins" in verdicts:
+            lowest = count
     return lowest
 
 
@@ -91,12 +99,13 @@ def tables(record: Mapping[str, Any]) -> list[str]:
     """In Markdown: for each pair that the record has, from how many rows on it wins, by pass and
     width, and the ratios behind that."""
     parts: list[str] = []
+    passes = [*((pass_,) for pass_ in PASSES), PASSES]
     for pair in PAIRS.values():
         ratios = ratios_of(record, pair)
         if not ratios or (pair is PAIRS["tuned"] and not parts):
-            continue  # of the tuned pair alone the first table tells
+            continue  # the tuned pair alone is the first table's
         lines = [
-            [name, *(_said(wins_from(ratios, each, widths)) for each in (*_ALONE, PASSES))]
+            [name, *(_count(wins_from(ratios, each, widths)) for each in passes)]
             for name, widths in (*((str(width), (width,)) for width in WIDTHS), ("all", WIDTHS))
         ]
         header = ["columns", *PASSES, "every pass"]
@@ -119,15 +128,7 @@ def ratio_table(
     return markdown(["rows", *map(str, widths)], lines)
 
 
-_ALONE = tuple((pass_,) for pass_ in PASSES)
-
-
-def _time(row: Mapping[str, Any], name: str) -> float | None:
-    time = row["ours"] if name == "ours" else {**row.get("forms", {}), **row["peers"]}.get(name)
-    return None if time is None else float(time)
-
-
-def _said(count: int | None) -> str:
+def _count(count: int | None) -> str:
     return "none" if count is None else f"{count:,}"
 
 

@@ -1,15 +1,15 @@
 """rms-norm-threshold: from how many rows on a program should hold several of them.
 
-The way the published rule set its constant: the lowest row count from which the block path beats
-the row path, for every width and for all of the rule's widths together. Ratios within a hundredth
-of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows: `paths`
-holds it against our kernels in that form and against Liger's, on its own widths and row counts. On
-a CPU, which has neither path, the plain form stands against PyTorch's RMSNorm in their place.
+The published rule set its constant in this way: the lowest row count from which the block path
+beats the row path, for every width and for all of the rule's widths together. Ratios within a
+hundredth of 1 are ties, and decide nothing. The published sentence itself is of tiles of 16 rows:
+`paths` tests it on our kernels in that form and on Liger's, at its own widths and row counts. On a
+CPU, which has neither path, the plain form is compared with PyTorch's RMSNorm instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +19,26 @@ from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
-    Norm,
     has_kernel,
     liger_paths,
     ours,
     peers,
     source_paths,
 )
-from onelaunch.bench.studies.block_row import paths as rms_norm_paths
+from onelaunch.bench.studies.block_row import paths
 from onelaunch.bench.studies.block_row.findings import sentence_findings as findings
 from onelaunch.bench.studies.block_row.norm_cell import (
     PASSES,
     Cell,
+    Made,
     each_reason_once,
     host_times,
     kernel_times,
+    make,
+    shape_of,
 )
-from onelaunch.bench.studies.block_row.paths import TIE, Ratios, verdict
+from onelaunch.bench.studies.block_row.paths import TIE, Ratios
 from onelaunch.bench.studies.block_row.rms_norm import row_of
-from onelaunch.bench.studies.block_row.rms_norm.summary import shape_of
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import (
     BLOCK_ROW_MAX_BLOCK_SIZE,
@@ -71,36 +72,22 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
     else:
         rows = CPU_QUICK_ROWS if quick else CPU_ROWS
         columns = CPU_QUICK_COLUMNS if quick else CPU_COLUMNS
-    contenders = _contenders(place)
-    of_the_sentence = [*source_paths(), *liger_paths(say)] if on_gpu else []
-    norms = {c.name: c.fresh() for c in (*contenders, *of_the_sentence)}
+    contenders = make(_contenders(place), say)
+    of_the_sentence = make([*source_paths(), *liger_paths(say)] if on_gpu else [], say)
     stream = torch.cuda.Stream(place) if on_gpu else None
     for width in columns:
         for count in rows:
             there = list(contenders)
-            if count in rms_norm_paths.ROWS and width in rms_norm_paths.WIDTHS:
+            if count in paths.ROWS and width in paths.WIDTHS:
                 there += of_the_sentence
             with torch.cuda.stream(stream):
-                found = list(_shape(count, width, place, there, norms, say))
+                timed = list(_shape(count, width, place, there, say))
             torch.cuda.empty_cache()  # a graph's memory is its own until this
-            yield from found
-
-
-def lowest_winning(ratios: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> int | None:
-    """The lowest row count at which one of `names` wins, and from which on, at every larger count
-    too, none of them loses; None where there is none. `ratios` by row count, then by name."""
-    lowest = None
-    for count in sorted(ratios, reverse=True):
-        verdicts = {verdict(ratios[count].get(name)) for name in names}
-        if "loses" in verdicts:
-            break
-        if "wins" in verdicts:
-            lowest = count
-    return lowest
+            yield from timed
 
 
 def _contenders(device: torch.device) -> list[Contender]:
-    """`ours`, the block path (on a CPU the plain form), and what it is held against."""
+    """`ours`, the block path (on a CPU the plain form), and what it is compared with."""
     forms = {c.name: c for c in ours()}
     if device.type != "cuda":
         plain_torch = next(c for c in peers(device, lambda line: None) if c.name == "torch")
@@ -112,34 +99,26 @@ def _contenders(device: torch.device) -> list[Contender]:
 
 
 def _shape(
-    rows: int,
-    columns: int,
-    device: torch.device,
-    contenders: list[Contender],
-    norms: Mapping[str, Norm],
-    say: Say,
+    rows: int, columns: int, device: torch.device, made: Sequence[Made], say: Say
 ) -> Iterator[Row]:
-    """The rows of one shape: the first contender against the second, the others as forms."""
+    """The rows of one shape: the first contender compared with the second, the others as forms."""
     on_gpu = device.type == "cuda"
-    norms = {c.name: norms[c.name] for c in contenders}
-    first, second, *others = norms
+    first, second, *others = (each.contender.name for each in made)
     cell = Cell(rows, columns, torch.bfloat16 if on_gpu else torch.float32, device)
     notes = _notes(cell) if on_gpu else {"dtype": "float32"}
     words = []
     for pass_ in PASSES:
         if on_gpu:
-            times = kernel_times(cell, pass_, contenders, norms, SAMPLES, say)
+            times = kernel_times(cell, pass_, made, SAMPLES, say)
         else:
-            times = host_times(cell, pass_, contenders, norms, CPU_CALLS, CPU_SAMPLES, say)
-        if not {first, second} <= times.keys():
-            continue
-        case = f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}"
-        row = row_of(case, times, {"ours", *others})
-        row.notes |= notes
-        words.append(f"{pass_} {row.notes['ratio']:.2f}")
-        yield row
-    told = ", ".join(words) or "nothing timed"
-    say(f"{cell.shape}, of the time of {contenders[1].name}: {told}")
+            times = host_times(cell, pass_, made, CPU_CALLS, CPU_SAMPLES, say)
+        if {first, second} <= times.keys():
+            case = f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}"
+            row = row_of(case, times, {"ours", *others})
+            row.notes |= notes
+            words.append(f"{pass_} {row.notes['ratio']:.2f}")
+            yield row
+    say(f"{cell.shape}, of the time of {second}: {', '.join(words) or 'nothing timed'}")
 
 
 def _notes(cell: Cell) -> dict[str, object]:
@@ -163,26 +142,25 @@ def table(record: dict[str, Any]) -> str:
     ]
     for pass_, by_shape in ratios.items():
         parts.append(f"## {pass_}: time of {ours_} / time of {other}, by columns")
-        parts.append(rms_norm_paths.ratio_table(by_shape, counts, widths))
-    parts += rms_norm_paths.tables(record)
+        parts.append(paths.ratio_table(by_shape, counts, widths))
+    parts += paths.tables(record)
     return document(record, "RMSNorm, when several rows in a program pay, on", *parts)
 
 
 def _threshold_table(record: dict[str, Any], ratios: Ratios) -> str:
-    thresholds = _thresholds(ratios)
-    found = {row["multiprocessors"] for row in record["rows"] if "multiprocessors" in row}
-    per = found.pop() if len(found) == 1 else None
+    widths = _axes(ratios)[0]
+    counts = {row["multiprocessors"] for row in record["rows"] if "multiprocessors" in row}
+    per = counts.pop() if len(counts) == 1 else None
     header = ["columns", "from rows", "rows a multiprocessor", "auto: forward", "auto: backward"]
-    lines = []
-    for width, count in thresholds.items():
-        lines.append(
-            [str(width), *_counted(count, per)]
-            + [_auto_from(record, width, pass_) for pass_ in ("forward", "backward")]
-        )
-    narrow = [width for width in thresholds if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
+    lines = [
+        [str(width), *_counted(_threshold(ratios, width), per)]
+        + [_auto_from(record, width, pass_) for pass_ in ("forward", "backward")]
+        for width in widths
+    ]
+    narrow = [width for width in widths if width <= BLOCK_ROW_MAX_BLOCK_SIZE]
     if narrow:
         name = f"all to {BLOCK_ROW_MAX_BLOCK_SIZE}"
-        lines.append([name, *_counted(_threshold_of(ratios, narrow), per), "-", "-"])
+        lines.append([name, *_counted(_threshold(ratios, *narrow), per), "-", "-"])
         published = f"{BLOCK_ROW_MIN_ROWS:,}"
         lines.append([f"published, to {BLOCK_ROW_MAX_BLOCK_SIZE}", published, "-", "-", "-"])
     return markdown(header, lines)
@@ -210,7 +188,6 @@ def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """A heat map a pass, rows by columns; the thresholds as lines."""
     ratios = _ratios(record)
-    thresholds = _thresholds(ratios)
     ours_, other = _sides(record)
     if not ratios:
         return None
@@ -221,13 +198,12 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     for axes, (pass_, by_shape) in zip(all_axes, ratios.items(), strict=True):
         grid = [[by_shape.get((count, width)) for width in widths] for count in counts]
         speeds = [[None if ratio is None else 1 / ratio for ratio in line] for line in grid]
-        texts = [["" if s is None else f"{s:.2f}" for s in line] for line in speeds]
         image = plots.heat_map(
-            axes, speeds, texts, [f"{c:,}" for c in counts], list(map(str, widths)), pass_
+            axes, speeds, [f"{c:,}" for c in counts], list(map(str, widths)), pass_
         )
         axes.set_xlabel("columns", fontsize=8)
         for at, width in enumerate(widths):
-            if (threshold := thresholds[width]) is not None:
+            if (threshold := _threshold(ratios, width)) is not None:
                 edge = counts.index(threshold) - 0.5
                 axes.plot([at - 0.5, at + 0.5], [edge, edge], color="black", linewidth=2)
     all_axes[0].set_ylabel("rows", fontsize=8)
@@ -241,13 +217,13 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
 
 
 def _ratios(record: dict[str, Any]) -> Ratios:
-    found: Ratios = {}
+    ratios: Ratios = {}
     for pass_ in PASSES:
         for row in record["rows"]:
             words = row["case"].split()
             if len(words) == 3 and words[1] == pass_:
-                found.setdefault(pass_, {})[shape_of(row)] = row["ratio"]
-    return found
+                ratios.setdefault(pass_, {})[shape_of(row)] = row["ratio"]
+    return ratios
 
 
 def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
@@ -256,22 +232,12 @@ def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
     return sorted({columns for _, columns in shapes}), sorted({rows for rows, _ in shapes})
 
 
-def _thresholds(ratios: Ratios) -> dict[int, int | None]:
-    """By width."""
-    return {width: _threshold_of(ratios, [width]) for width in _axes(ratios)[0]}
-
-
-def _threshold_of(ratios: Ratios, widths: Sequence[int]) -> int | None:
+def _threshold(ratios: Ratios, *widths: int) -> int | None:
     """Of several widths together: no pass of any of them may lose."""
-    by_count: dict[int, dict[str, float]] = {}
-    for pass_, by_shape in ratios.items():
-        for (count, width), ratio in by_shape.items():
-            if width in widths:
-                by_count.setdefault(count, {})[f"{width} {pass_}"] = ratio
-    return lowest_winning(by_count, [f"{width} {pass_}" for width in widths for pass_ in PASSES])
+    return paths.wins_from(ratios, PASSES, widths, ties=True)
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str]:
-    """What stands against what."""
-    names = {name for row in record["rows"] for name in row["peers"]}
-    return ("the block path", "the row path") if "row" in names else ("ours", "PyTorch's")
+    """What is compared with what."""
+    by_paths = any("row" in row["peers"] for row in record["rows"])
+    return ("the block path", "the row path") if by_paths else ("ours", "PyTorch's")

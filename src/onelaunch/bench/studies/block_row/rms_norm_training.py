@@ -6,8 +6,8 @@ through torch.compile. The models have their presets' vocabularies, whatever the
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,8 @@ from onelaunch.bench.core import plots
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rig import in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
-from onelaunch.bench.core.tables import digits, document, markdown, spread
+from onelaunch.bench.core.tables import Cell, by_columns, digits, document, figure, spread
+from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.peers.rms_norm import has_kernel
 from onelaunch.config import preset
 from onelaunch.training.loop import Trainer
@@ -60,79 +61,64 @@ def _compare(case: Case, device: str, blocks: int) -> Row:
     # a second shape of one function would be compiled for any shape
     torch.compiler.reset()
     with ExitStack() as stack:
-        trainers = {
-            norm: stack.enter_context(
-                timed_trainer(_recipe(case, norm), device, vocab_size=vocab_size)
-            )
+        ours, torch_ = (
+            stack.enter_context(timed_trainer(_recipe(case, norm), device, vocab_size=vocab_size))
             for norm in ("onelaunch", "torch")
-        }
-        for trainer in trainers.values():
-            _warm(trainer)
-        ours, torch_ = trainers["onelaunch"], trainers["torch"]
-        seconds = min(_seconds(ours), _seconds(torch_))
+        )
+        seconds = min(_warm_seconds(ours), _warm_seconds(torch_))
         repeats = max(1, round(BLOCK_SECONDS / seconds))
         rates = in_turn(ours._update, torch_._update, 1, repeats, blocks)
+        dtype = str(ours.engine.describe()["dtype"])
     ours_ms, torch_ms = ([1e3 / rate for rate in samples] for samples in rates[:2])
     ratio = Row.of("", [1 / r for r in rates[2]])
-    how = "compiled" if compiled else "eager"
-    row = Row.of(
-        f"{name} {batch}x{seq_len} {how}",
+    return Row.of(
+        f"{name} {batch}x{seq_len} {'compiled' if compiled else 'eager'}",
         ours_ms,
-        peers={"torch": Row.of("", torch_ms).ours},
+        peers={"torch": statistics.median(torch_ms)},
         notes={
             "ratio": round(ratio.ours, 4),
             "ratio_spread": [round(v, 4) for v in ratio.spread or ()],
             "steps_per_block": repeats,
             "vocab_size": vocab_size,
-            "dtype": str(ours.engine.describe()["dtype"]),
+            "dtype": dtype,
             # the residual stream, which autocast leaves as the embedding made it
             "norm_input": "float32",
         },
     )
-    return row
+
+
+def _warm_seconds(trainer: Trainer) -> float:
+    """Of an update after WARM_STEPS others."""
+    for _ in range(WARM_STEPS):
+        trainer._update()
+    return 1e-3 * milliseconds(trainer._update)
 
 
 def _recipe(case: Case, norm: str) -> Recipe:
     name, batch, seq_len, compiled = case
     settings: dict[str, object] = {
-        "model.preset": name,
-        "train.batch_size": batch,
-        "train.seq_len": seq_len,
-        "train.compile": compiled,
-        "train.norm": norm,
-        "train.updates": 10**6,
-    }
+        "model.preset": name, "train.batch_size": batch, "train.seq_len": seq_len,
+        "train.compile": compiled, "train.norm": norm, "train.updates": 10**6,
+    }  # fmt: skip
     return Recipe().with_settings(settings, "bench")
-
-
-def _warm(trainer: Trainer) -> None:
-    for _ in range(WARM_STEPS):
-        trainer._update()
-
-
-def _seconds(trainer: Trainer) -> float:
-    start = time.perf_counter()
-    trainer._update()
-    return time.perf_counter() - start
 
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown: milliseconds a step with either norm."""
-    lines = [
-        [
-            row["case"],
-            digits(row["ours"]),
-            spread(row),
-            digits(row["peers"]["torch"]),
-            f"{row['ratio']:.3f}",
-            "-".join(f"{v:.3f}" for v in row.get("ratio_spread") or ()) or "-",
-        ]
-        for row in record["rows"]
-    ]
-    header = ["model, batch x sequence", "ours, ms", "p20-p80", "torch, ms", "ours / torch"]
-    header.append("p20-p80 of pairs")
+    columns: dict[str, Cell] = {
+        "model, batch x sequence": figure("case", form=str),
+        "ours, ms": figure("ours"),
+        "p20-p80": spread,
+        "torch, ms": figure("peers", "torch"),
+        "ours / torch": figure("ratio", form=".3f"),
+        "p20-p80 of pairs": figure("ratio_spread", form=_ends),
+    }
     title = "A training step with our RMSNorm and with PyTorch's, on"
-    return document(record, title, markdown(header, lines))
+    return document(record, title, by_columns(record["rows"], columns))
+
+
+def _ends(spread: Sequence[float]) -> str:
+    return "-".join(f"{end:.3f}" for end in spread) or "-"
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
@@ -145,8 +131,8 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     places = range(len(rows))
     ratios = [row["ratio"] for row in rows]
     spreads = [row.get("ratio_spread") or (row["ratio"], row["ratio"]) for row in rows]
-    low = [max(0.0, ratio - spread[0]) for ratio, spread in zip(ratios, spreads, strict=True)]
-    high = [max(0.0, spread[1] - ratio) for ratio, spread in zip(ratios, spreads, strict=True)]
+    low = [max(0.0, ratio - ends[0]) for ratio, ends in zip(ratios, spreads, strict=True)]
+    high = [max(0.0, ends[1] - ratio) for ratio, ends in zip(ratios, spreads, strict=True)]
     axes.errorbar(ratios, places, xerr=[low, high], fmt="o", color="#1f5a8f", capsize=3)
     axes.axvline(1.0, color="black", linewidth=1)
     # 1 in the middle; at least 2% either way, lest noise look like a difference

@@ -4,51 +4,50 @@ On a GPU, in bfloat16: kernels only (`4096x64 full gpu`), host-inclusive (`4096x
 peak memory (`4096x64 memory`). On a CPU, in float32: host-inclusive times of the plain form against
 PyTorch's; there is no kernel there to be measured.
 
-Nobody is timed on a wrong result: each contender's is first held against float64.
+No contender is timed on a wrong result: each one's is first compared with float64.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say, percentiles
-from onelaunch.bench.core.timing import copy_bandwidth, synchronizer
+from onelaunch.bench.core.record import Row, Say, percentiles, rounded
+from onelaunch.bench.core.timing import copy_bandwidth
 from onelaunch.bench.peers.rms_norm import (
     Contender,
-    Norm,
     has_kernel,
     ours,
     ours_in_place,
     peers,
     torch_may_run_quack,
 )
-from onelaunch.bench.studies.block_row import findings as rms_norm_findings
+from onelaunch.bench.studies.block_row.compile_ahead import precompile
+from onelaunch.bench.studies.block_row.findings import findings
 from onelaunch.bench.studies.block_row.norm_cell import (
     PASSES,
     Cell,
+    Made,
     bytes_moved,
     each_reason_once,
     host_times,
     kernel_times,
+    make,
     peak_bytes,
 )
-from onelaunch.bench.studies.block_row.rms_norm import views as rms_norm_views
+from onelaunch.bench.studies.block_row.rms_norm.views import PUBLISHED, draw, table
+from onelaunch.compilation.background import in_a_line
 from onelaunch.errors import RunFailed
 from onelaunch.operators.devices import multiprocessors
 from onelaunch.operators.rms_norm.plan import backward_plan, forward_plan
 
+__all__ = ["UNIT", "draw", "findings", "run", "table"]
+
 UNIT = "us"
-table, draw = rms_norm_views.table, rms_norm_views.draw
-findings = rms_norm_findings.findings
 
 Shape = tuple[int, int]
 
@@ -74,64 +73,21 @@ CPU_QUICK: tuple[Shape, ...] = ((256, 64), (256, 256), (4096, 64), (4096, 256))
 SAMPLES = 15
 HOST_CALLS, HOST_SAMPLES = 1000, 7
 CPU_SAMPLE_US = 20_000.0
-PRECOMPILERS = 14
-PRECOMPILE_SECONDS = 240.0
 # Two of Liger within this are one: which of them is named would be chance.
 ALIKE = 1.01
 
 
-@dataclass
-class _Session:
-    """What all shapes of one run share; `failed` collects what of ours could not be timed."""
-
-    device: torch.device
-    dtype: torch.dtype
-    contenders: Sequence[Contender]
-    say: Say
-    notes: dict[str, object]
-    bandwidth: float | None = None
-    failed: list[str] = field(default_factory=list)
-
-    def rows_of(
-        self, cell: Cell, kind: str, times: dict[str, dict[str, list[float]]]
-    ) -> Iterator[Row]:
-        """The rows of one shape, one a pass; says the shape's line."""
-        words = []
-        for pass_, by_name in times.items():
-            case = f"{cell.shape} {pass_} {kind}"
-            if "ours" not in by_name:
-                self.failed.append(case)
-                continue
-            row = row_of(case, by_name, {c.name for c in self.contenders if c.form})
-            if kind == "gpu":
-                self._add_floor(row, cell, pass_)
-            row.notes |= self.notes
-            words.append(_in_words(row, pass_))
-            yield row
-        self.say(f"{cell.shape} {kind}: {'; '.join(words) or 'nothing timed'}")
-
-    def _add_floor(self, row: Row, cell: Cell, pass_: str) -> None:
-        if self.bandwidth is None:
-            return
-        moved = bytes_moved(cell.rows, cell.columns, pass_, cell.dtype.itemsize)
-        row.floor = float(f"{moved / self.bandwidth / 1e3:.4g}")
-        row.notes["copy_share"] = round(row.floor / row.ours, 4)
-        row.notes["in_cache"] = cell.in_cache(pass_)
-
-
 def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
-    """Time every shape; yields rows, microseconds a call unless a row names another unit."""
+    """Time every shape; yields rows, microseconds a call unless a row names another unit. Raises
+    RunFailed at the end where a time of ours is missing."""
     place = torch.device(device)
     on_gpu = has_kernel(place, say)
     say = each_reason_once(say)
     contenders = [*ours(), *peers(place, say)]
-    if on_gpu:
-        yield from _on_gpu(place, contenders, quick, say)
-    else:
-        yield from _on_cpu(place, contenders, quick, say)
+    yield from (on_a_gpu if on_gpu else on_a_cpu)(place, contenders, quick, say)
 
 
-def _on_gpu(
+def on_a_gpu(
     device: torch.device, contenders: Sequence[Contender], quick: bool, say: Say
 ) -> Iterator[Row]:
     shapes = GPU_QUICK if quick else GPU_SHAPES
@@ -146,29 +102,24 @@ def _on_gpu(
     }
     if notes["torch_may_run_quack"]:
         say("PyTorch may run QuACK's kernels as its own; TORCH_DISABLE_NATIVE_JIT=1 forbids it")
-    session = _Session(device, torch.bfloat16, contenders, say, notes, bandwidth)
+    shaper = Shaper(device, torch.bfloat16, contenders, say, notes, bandwidth)
     stream = torch.cuda.Stream(device)
     every = list(dict.fromkeys((*shapes, *host_shapes)))
-    for done, (rows, columns) in enumerate(every, start=1):
-        say(f"[{done}/{len(every)}] {rows}x{columns}")
-        norms = {c.name: c.fresh() for c in contenders}
-        found: list[Row] = []
+    for done, shape in enumerate(every, start=1):
+        say(f"[{done}/{len(every)}] {shape[0]}x{shape[1]}")
         with torch.cuda.stream(stream):
-            cell = Cell(rows, columns, session.dtype, device)
-            backward = backward_norms(contenders, norms, say)
-            if (rows, columns) in shapes:
-                found += _kernel_rows(session, cell, norms, backward)
-            if (rows, columns) in host_shapes:
-                found += _host_rows(session, cell, norms, backward, HOST_CALLS, HOST_SAMPLES)
-            if (rows, columns) in MEMORY_SHAPES:
-                found += _memory_rows(session, cell, norms)
-        del cell, norms, backward
+            rows = shaper.rows(
+                shape,
+                kernels=shape in shapes,
+                host_calls=HOST_CALLS if shape in host_shapes else 0,
+                memory=shape in MEMORY_SHAPES,
+            )
         torch.cuda.empty_cache()
-        yield from found
-    _raise_if_failed(session)
+        yield from rows
+    shaper.check()
 
 
-def _on_cpu(
+def on_a_cpu(
     device: torch.device, contenders: Sequence[Contender], quick: bool, say: Say
 ) -> Iterator[Row]:
     # The forms differ in their kernels alone.
@@ -178,105 +129,120 @@ def _on_cpu(
         "kernel": "none: the plain form",
         "threads": torch.get_num_threads(),
     }
-    session = _Session(device, torch.float32, contenders, say, notes)
-    for rows, columns in CPU_QUICK if quick else CPU_SHAPES:
-        cell = Cell(rows, columns, session.dtype, device)
-        norms = {c.name: c.fresh() for c in contenders}
-        backward = backward_norms(contenders, norms, say)
-        estimate = 5.0 + rows * columns / 200
-        repeats = max(3, round(CPU_SAMPLE_US / estimate))
-        yield from _host_rows(session, cell, norms, backward, repeats, HOST_SAMPLES)
-    _raise_if_failed(session)
+    shaper = Shaper(device, torch.float32, contenders, say, notes)
+    for shape in CPU_QUICK if quick else CPU_SHAPES:
+        estimate_us = 5.0 + math.prod(shape) / 200
+        yield from shaper.rows(shape, host_calls=max(3, round(CPU_SAMPLE_US / estimate_us)))
+    shaper.check()
 
 
-def backward_norms(
-    contenders: Sequence[Contender], norms: Mapping[str, Norm], say: Say
-) -> dict[str, Norm]:
-    """`norms` as the backward pass alone needs them, called again and again on one graph."""
-    found = dict(norms)
-    for contender in contenders:
-        try:
-            found[contender.name] = contender.fresh_backward() or norms[contender.name]
-        except Exception as error:
-            say(f"  backward passes without {contender.name}: {type(error).__name__}: {error}")
-            del found[contender.name]
-    return found
+@dataclass
+class Shaper:
+    """Makes the rows of a shape. `bandwidth`: GB/s of a copy, None where no floor is known.
+    `failed` collects the cases in which ours could not be timed."""
 
+    device: torch.device
+    dtype: torch.dtype
+    contenders: Sequence[Contender]
+    say: Say
+    notes: dict[str, object]
+    bandwidth: float | None = None
+    failed: list[str] = field(default_factory=list)
 
-def _kernel_rows(
-    session: _Session, cell: Cell, norms: Mapping[str, Norm], backward: Mapping[str, Norm]
-) -> list[Row]:
-    times = {}
-    for pass_ in PASSES:
-        there = backward if pass_ == "backward" else norms
-        times[pass_] = kernel_times(cell, pass_, session.contenders, there, SAMPLES, session.say)
-        # a graph's memory is its own until this
-        torch.cuda.empty_cache()
-    rows = list(session.rows_of(cell, "gpu", times))
-    for row in rows:
-        row.notes["plan"] = _plans(cell)
-        row.notes |= against_liger_row(row, cell.rows, cell.columns)
-    return rows
+    def rows(
+        self, shape: Shape, kernels: bool = False, host_calls: int = 0, memory: bool = False
+    ) -> list[Row]:
+        """Kernels only; host included, by so many calls a sample, 0 for none; peak memory."""
+        cell = Cell(*shape, self.dtype, self.device)
+        made = make(self.contenders, self.say)
+        rows: list[Row] = []
+        if kernels:
+            timed = self._timed(
+                cell, "gpu", lambda pass_: kernel_times(cell, pass_, made, SAMPLES, self.say)
+            )
+            for row in timed:
+                self._add_floor(row, cell)
+                row.notes |= {"plan": _plans(cell), **against_liger_row(row, *shape)}
+            rows += timed
+        if host_calls:
+            # a sibling's host path is another's
+            alone = [each for each in made if not each.contender.sibling]
+            timed = self._timed(
+                cell,
+                "host",
+                lambda pass_: host_times(cell, pass_, alone, host_calls, HOST_SAMPLES, self.say),
+            )
+            for row in timed:
+                row.notes["calls_per_sample"] = host_calls
+            rows += timed
+        if memory:
+            rows += self._memory(cell, made)
+        return rows
 
+    def check(self) -> None:
+        """Raise RunFailed where ours could not be timed."""
+        if self.failed:
+            raise RunFailed(f"ours could not be timed: {', '.join(self.failed)}")
 
-def _host_rows(
-    session: _Session,
-    cell: Cell,
-    norms: Mapping[str, Norm],
-    backward: Mapping[str, Norm],
-    repeats: int,
-    samples: int,
-) -> list[Row]:
-    siblings = {c.name for c in session.contenders if c.sibling}
-    times = {}
-    for pass_ in PASSES:
-        there = backward if pass_ == "backward" else norms
-        alone = {name: norm for name, norm in there.items() if name not in siblings}
-        times[pass_] = host_times(
-            cell, pass_, session.contenders, alone, repeats, samples, session.say
+    def _timed(
+        self, cell: Cell, kind: str, times: Callable[[str], dict[str, list[float]]]
+    ) -> list[Row]:
+        """A row for each pass, and one line of them all."""
+        rows, words = [], []
+        for pass_ in PASSES:
+            case, by_name = f"{cell.shape} {pass_} {kind}", times(pass_)
+            torch.cuda.empty_cache()  # a graph's memory is its own until this
+            if "ours" not in by_name:
+                self.failed.append(case)
+                continue
+            row = row_of(case, by_name, {c.name for c in self.contenders if c.form})
+            row.notes |= self.notes
+            words.append(f"{pass_} {row.ours:,.2f} us")
+            if "best_peer" in row.notes:
+                words[-1] += f" ({row.notes['ratio']:.2f} of {row.notes['best_peer']}'s time)"
+            rows.append(row)
+        self.say(f"{cell.shape} {kind}: {'; '.join(words) or 'nothing timed'}")
+        return rows
+
+    def _add_floor(self, row: Row, cell: Cell) -> None:
+        if self.bandwidth is not None:
+            pass_ = row.case.split()[1]
+            moved = bytes_moved(cell.rows, cell.columns, pass_, cell.dtype.itemsize)
+            row.floor = rounded(moved / self.bandwidth / 1e3, 4)
+            row.notes["copy_share"] = round(row.floor / row.ours, 4)
+            row.notes["in_cache"] = cell.in_cache(pass_)
+
+    def _memory(self, cell: Cell, made: Sequence[Made]) -> list[Row]:
+        """Peak extra bytes of one forward and backward pass. The floor is y, dX and dW; `planned`
+        is that and the plan's partials."""
+        peaks: dict[str, float] = {}
+        for contender, norm, _ in (*made, *make([ours_in_place()], self.say)):
+            try:
+                peaks[contender.name] = peak_bytes(cell, norm)
+            except Exception as error:
+                self.say(f"  {cell.shape} memory without {contender.name}: {in_a_line(error)}")
+        case = f"{cell.shape} memory"
+        if "ours" not in peaks:
+            self.failed.append(case)
+            return []
+        forms = {ours_in_place().name, *(c.name for c in self.contenders if c.form)}
+        size = self.dtype.itemsize
+        plan = backward_plan(cell.rows, cell.columns, size, multiprocessors(self.device))
+        outputs = (2 * cell.rows + 1) * cell.columns * size
+        planned = outputs + 4 * plan.partials * cell.columns
+        self.say(
+            f"{case}: {peaks['ours']:,.0f} bytes more at the height; outputs and gradients are "
+            f"{outputs:,.0f}, with partials {planned:,.0f}"
         )
-    rows = list(session.rows_of(cell, "host", times))
-    for row in rows:
-        row.notes["calls_per_sample"] = repeats
-    return rows
-
-
-def _memory_rows(session: _Session, cell: Cell, norms: Mapping[str, Norm]) -> list[Row]:
-    """Peak extra bytes of one forward and backward pass. The floor is y, dX and dW; `planned` is
-    that and the partials that the plan speaks of."""
-    peaks: dict[str, float] = {}
-    in_place = ours_in_place()
-    for name, norm in {**norms, in_place.name: in_place.fresh()}.items():
-        try:
-            peaks[name] = peak_bytes(cell, norm)
-        except Exception as error:
-            session.say(f"  {cell.shape} memory without {name}: {type(error).__name__}: {error}")
-    if "ours" not in peaks:
-        session.failed.append(f"{cell.shape} memory")
-        return []
-    forms = {in_place.name, *(c.name for c in session.contenders if c.form)}
-    size = session.dtype.itemsize
-    plan = backward_plan(cell.rows, cell.columns, size, multiprocessors(session.device))
-    outputs = (2 * cell.rows + 1) * cell.columns * size
-    planned = outputs + 4 * plan.partials * cell.columns
-    row = Row(
-        f"{cell.shape} memory",
-        peaks["ours"],
-        peers={name: peak for name, peak in peaks.items() if name not in forms},
-        floor=outputs,
-        notes={
-            **session.notes,
+        notes = {
+            **self.notes,
             "unit": "bytes",
             "planned": planned,
             "forms": {n: p for n, p in peaks.items() if n in forms and n != "ours"},
             "partials": plan.partials,
-        },
-    )
-    session.say(
-        f"{row.case}: {row.ours:,.0f} bytes more at the height; outputs and gradients are "
-        f"{outputs:,.0f}, with partials {planned:,.0f}"
-    )
-    return [row]
+        }
+        of_peers = {name: peak for name, peak in peaks.items() if name not in forms}
+        return [Row(case, peaks["ours"], peers=of_peers, floor=outputs, notes=notes)]
 
 
 def row_of(case: str, times: Mapping[str, Sequence[float]], forms: set[str]) -> Row:
@@ -296,87 +262,25 @@ def row_of(case: str, times: Mapping[str, Sequence[float]], forms: set[str]) -> 
             best = released
         row.notes["best_peer"] = best
         row.notes["peers_spread"] = {
-            name: [float(f"{v:.4g}") for v in percentiles(list(times[name]))] for name in row.peers
+            name: [rounded(v, 4) for v in percentiles(times[name])] for name in row.peers
         }
     return row
 
 
 def against_liger_row(row: Row, rows: int, columns: int) -> dict[str, float]:
     """The source's own measure: by how many percent ours, and Liger by the source's rule, takes
-    less time than Liger's row path; beside it what the source saw on its device."""
+    less time than Liger's row path; and what the source measured on its device."""
     base = row.peers.get("liger row")
     if not base:
         return {}
-    found = {"percent_of_liger_row": 100 * (row.ours / base - 1)}
+    percents = {"percent_of_liger_row": 100 * (row.ours / base - 1)}
     if "liger source" in row.peers:
-        found["liger_source_percent"] = 100 * (row.peers["liger source"] / base - 1)
+        percents["liger_source_percent"] = 100 * (row.peers["liger source"] / base - 1)
     pass_ = row.case.split()[1]
-    published = rms_norm_views.PUBLISHED.get(pass_, {}).get((rows, columns))
+    published = PUBLISHED.get(pass_, {}).get((rows, columns))
     if published is not None:
-        found["published_percent"] = published
-    return {name: round(value, 1) for name, value in found.items()}
-
-
-def precompile(device: torch.device, shapes: Sequence[Shape], say: Say) -> None:
-    """Fill the compilers' caches on disk, many processes at once; nothing is timed meanwhile."""
-    # What a kernel is tuned to while others use the GPU must not be kept: compiled code is.
-    _set_inductor()
-    workers = min(PRECOMPILERS, len(shapes), os.cpu_count() or 1)
-    say(f"compiling for {len(shapes)} shapes in {workers} processes")
-    context = multiprocessing.get_context("spawn")
-    pool = None
-    try:
-        pool = ProcessPoolExecutor(workers, context, _leave_interrupts_to_the_parent)
-        work = [pool.submit(_warm, str(device), rows, columns) for rows, columns in shapes]
-        for done in as_completed(work, PRECOMPILE_SECONDS):
-            done.result()
-        pool.shutdown()
-    except BaseException as error:
-        if pool is not None:
-            _stop(pool)
-        if not isinstance(error, Exception):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, TimeoutError):
-            reason = f"not done after {PRECOMPILE_SECONDS:.0f} s"
-        say(f"compiling ahead failed ({reason}); it is done shape by shape")
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End a pool's processes at once: a compiler does not look whether it is still wanted."""
-    processes = list((getattr(pool, "_processes", None) or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _warm(device: str, rows: int, columns: int) -> None:
-    """Run every contender once on one shape."""
-    torch.set_num_threads(1)
-    _set_inductor()
-    place = torch.device(device)
-    cell = Cell(rows, columns, torch.bfloat16, place, sets=1)
-    for contender in [*ours(), *peers(place, lambda line: None)]:
-        try:
-            norm = contender.fresh()
-            for pass_ in ("forward", "full"):
-                cell.call(pass_, norm)(0)
-            if (again := contender.fresh_backward()) is not None:
-                cell.call("backward", again)(0)
-        except Exception:
-            continue  # it fails again, and is said, where it is timed
-    synchronizer(place)()
-
-
-def _set_inductor() -> None:
-    from torch._inductor import config
-
-    config.autotune_local_cache = False
-    config.compile_threads = 1
+        percents["published_percent"] = published
+    return {name: round(value, 1) for name, value in percents.items()}
 
 
 def _plans(cell: Cell) -> dict[str, str]:
@@ -385,16 +289,3 @@ def _plans(cell: Cell) -> dict[str, str]:
         name: f"{p.kernel}, {p.rows_per_tile} rows a tile, {p.warps} warps, grid {p.grid}"
         for name, p in (("forward", forward_plan(*facts)), ("backward", backward_plan(*facts)))
     }
-
-
-def _in_words(row: Row, pass_: str) -> str:
-    words = f"{pass_} {row.ours:,.2f} us"
-    if "best_peer" in row.notes:
-        best = row.notes["best_peer"]
-        words += f" ({row.notes['ratio']:.2f} of {best}'s time)"
-    return words
-
-
-def _raise_if_failed(session: _Session) -> None:
-    if session.failed:
-        raise RunFailed(f"ours could not be timed: {', '.join(session.failed)}")

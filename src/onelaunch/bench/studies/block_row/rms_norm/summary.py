@@ -1,5 +1,5 @@
-"""What the record of rms-norm says in a few lines: means, the worst shapes, and what was asked of
-RMSNorm against what was found."""
+"""What the record of rms-norm says in a few lines: means, the worst shapes, and whether our RMSNorm
+is as fast as the project wants it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from onelaunch.bench.core.tables import geometric_mean
-from onelaunch.bench.studies.block_row.norm_cell import bytes_moved
+from onelaunch.bench.studies.block_row.norm_cell import bytes_moved, shape_of
 
 Rows = list[dict[str, Any]]
 
-# What the project asks of its RMSNorm on an H200. Kernels only, ours against the best peer of each
+# What the project wants of its RMSNorm on an H200. Kernels only, ours against the best peer of each
 # shape: time at most, and the geometric mean of speed at least.
 FULL_TIME, FULL_MEAN_SPEED = 1.02, 1.25
 # Forward: this much of the best peer's time or so many microseconds more, whichever is larger.
@@ -29,19 +29,8 @@ ELEMENT_BYTES = 2  # of bfloat16, in which a GPU is measured
 def summary(kinds: dict[str, Rows]) -> list[str]:
     """Lines of a Markdown list. `kinds`: the rows by kind of case, `full gpu` and so on."""
     lines = [line for kind, rows in kinds.items() for line in _means(kind, rows)]
-    asked = [*_against_peers(kinds), *_copy_shares(kinds), *_host(kinds), *_published(kinds)]
-    return [*lines, *asked, *_memory(kinds)]
-
-
-def shape_of(row: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a case."""
-    rows, _, columns = row["case"].split()[0].partition("x")
-    return int(rows), int(columns)
-
-
-def megabytes(row: dict[str, Any]) -> float:
-    """What a case's pass must move."""
-    return bytes_moved(*shape_of(row), row["case"].split()[1], ELEMENT_BYTES) / 1e6
+    wanted = [*_against_peers(kinds), *_copy_shares(kinds), *_host(kinds), *_published(kinds)]
+    return [*lines, *wanted, *_memory(kinds)]
 
 
 def best_time(row: dict[str, Any]) -> float | None:
@@ -55,12 +44,10 @@ def _means(kind: str, rows: Rows) -> Iterable[str]:
         return
     mean = geometric_mean([1 / row["ratio"] for row in rated])
     worst = sorted(rated, key=lambda row: row["ratio"], reverse=True)[:3]
-    told = ", ".join(
-        f"{row['case'].split()[0]} {row['ratio']:.3f} of {row['best_peer']}" for row in worst
-    )
+    slowest = ", ".join(f"{_name(row)} {row['ratio']:.3f} of {row['best_peer']}" for row in worst)
     yield (
         f"- {kind}: {mean:.3f}x the speed of the best peer (geometric mean of {len(rated)}); "
-        f"slowest against it: {told}"
+        f"slowest against it: {slowest}"
     )
 
 
@@ -68,8 +55,8 @@ def _against_peers(kinds: dict[str, Rows]) -> Iterable[str]:
     full = _rated(kinds.get("full gpu", []))
     if full:
         over = [f"{_name(r)} {r['ours'] / b:.3f}" for r, b in full if r["ours"] > FULL_TIME * b]
-        asked = f"full gpu, at most {FULL_TIME} of the best peer's time in each shape"
-        yield _verdict(asked, over, len(full))
+        wanted = f"full gpu, at most {FULL_TIME} of the best peer's time in each shape"
+        yield _verdict(wanted, over, len(full))
         yield _mean_verdict("full gpu", full, FULL_MEAN_SPEED)
     forward = _rated(kinds.get("forward gpu", []))
     if forward:
@@ -78,11 +65,11 @@ def _against_peers(kinds: dict[str, Rows]) -> Iterable[str]:
             for row, best in forward
             if row["ours"] > max(FORWARD_TIME * best, best + FORWARD_MORE_US)
         ]
-        asked = (
+        wanted = (
             f"forward gpu, at most {FORWARD_TIME} of the best peer's time or {FORWARD_MORE_US} us "
             "more in each shape"
         )
-        yield _verdict(asked, over, len(forward))
+        yield _verdict(wanted, over, len(forward))
         yield _mean_verdict("forward gpu", forward, FORWARD_MEAN_SPEED)
 
 
@@ -91,7 +78,8 @@ def _copy_shares(kinds: dict[str, Rows]) -> Iterable[str]:
         rows = [
             row
             for row in kinds.get(f"{pass_} gpu", [])
-            if row["floor"] is not None and megabytes(row) >= least_mb
+            if row["floor"] is not None
+            and bytes_moved(*shape_of(row), pass_, ELEMENT_BYTES) >= 1e6 * least_mb
         ]
         if rows:
             under = [
@@ -99,21 +87,21 @@ def _copy_shares(kinds: dict[str, Rows]) -> Iterable[str]:
                 for row in rows
                 if row["floor"] < share * row["ours"]
             ]
-            asked = f"{pass_} gpu, at least {100 * share:.0f}% of copy bandwidth"
-            yield _verdict(f"{asked} from {least_mb:.0f} MB moved", under, len(rows))
+            wanted = f"{pass_} gpu, at least {100 * share:.0f}% of copy bandwidth"
+            yield _verdict(f"{wanted} from {least_mb:.0f} MB moved", under, len(rows))
 
 
 def _host(kinds: dict[str, Rows]) -> Iterable[str]:
     for peer, most in HOST_TIMES:
         rows = [row for row in kinds.get("full host", []) if row["peers"].get(peer)]
-        # on a CPU there is nothing of ours to be asked for
+        # of the plain form, which runs on a CPU, nothing is wanted
         rows = [row for row in rows if row.get("kernel") is None]
         if rows:
             ratios = {_name(row): row["ours"] / row["peers"][peer] for row in rows}
             over = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio > most]
-            found = f"found {min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
-            asked = f"full host, at most {most} of {peer}'s time"
-            yield f"{_verdict(asked, over, len(rows))}; {found}"
+            measured = f"measured {min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
+            wanted = f"full host, at most {most} of {peer}'s time"
+            yield f"{_verdict(wanted, over, len(rows))}; {measured}"
 
 
 def _published(kinds: dict[str, Rows]) -> Iterable[str]:
@@ -129,11 +117,11 @@ def _published(kinds: dict[str, Rows]) -> Iterable[str]:
                 for row in rows
                 if row["percent_of_liger_row"] >= row["published_percent"]
             ]
-            asked = (
+            wanted = (
                 f"{pass_} gpu, saves more of Liger's row path than the source did, "
                 f"up to {PUBLISHED_COLUMNS} wide"
             )
-            yield _verdict(asked, less, len(rows))
+            yield _verdict(wanted, less, len(rows))
 
 
 def _memory(kinds: dict[str, Rows]) -> Iterable[str]:
@@ -158,10 +146,10 @@ def _mean_verdict(kind: str, rated: Sequence[tuple[dict[str, Any], float]], leas
     return f"- {kind}, at least {least}x the best peer's speed on average: {reached}, {mean:.3f}x"
 
 
-def _verdict(asked: str, failing: Sequence[str], count: int) -> str:
+def _verdict(wanted: str, failing: Sequence[str], count: int) -> str:
     if not failing:
-        return f"- {asked}: yes, in all {count}"
-    return f"- {asked}: no, not in {len(failing)} of {count}: {', '.join(failing)}"
+        return f"- {wanted}: yes, in all {count}"
+    return f"- {wanted}: no, not in {len(failing)} of {count}: {', '.join(failing)}"
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.tables import digits, document, markdown, spread
-from onelaunch.bench.studies.block_row.rms_norm.summary import best_time, shape_of, summary
+from onelaunch.bench.core.tables import Cell, by_columns, digits, document, figure, spread
+from onelaunch.bench.studies.block_row.norm_cell import shape_of
+from onelaunch.bench.studies.block_row.rms_norm.summary import best_time, summary
 
 Record = dict[str, Any]
 
@@ -89,10 +90,9 @@ def _draw_speeds(axes: plots.Axes, kind: str, rows: list[dict[str, Any]]) -> Any
         best = best_time(row)
         times = [_time(row, name) for name in names]
         speeds.append([None if t is None or best is None else best / t for t in times])
-    texts = [["" if s is None else f"{s:.2f}" for s in line] for line in speeds]
-    shapes = [row["case"].split()[0] + ("*" if row.get("in_cache") else "") for row in rows]
+    shapes = [_shape(row) + _in_cache(row) for row in rows]
     title = KINDS[kind].removesuffix(", us")
-    return plots.heat_map(axes, speeds, texts, shapes, list(map(_title, names)), title)
+    return plots.heat_map(axes, speeds, shapes, list(map(_title, names)), title)
 
 
 def _by_kind(record: Record) -> dict[str, list[dict[str, Any]]]:
@@ -121,69 +121,62 @@ def _time(row: dict[str, Any], name: str) -> float | None:
 
 
 def _table(kind: str, rows: list[dict[str, Any]]) -> str:
-    names = _names(rows)
-    scale = 1e-3 if kind == "memory" else 1.0
+    def time_of(name: str) -> Cell:
+        return lambda row: scaled(_time(row, name))
 
     def scaled(value: float | None) -> str:
-        return digits(None if value is None else value * scale)
+        return digits(value if value is None or kind != "memory" else 1e-3 * value)
 
-    has_floor = any(row["floor"] is not None for row in rows)
-    has_share = any("copy_share" in row for row in rows)
-    has_plan = any("planned" in row for row in rows)
-    header = ["rows x columns", *(["floor"] if has_floor else [])]
-    header += [*(["planned"] if has_plan else []), *map(_title, names)]
+    columns: dict[str, Cell] = {"rows x columns": _shape}
+    if any(row["floor"] is not None for row in rows):
+        columns["floor"] = figure("floor", form=scaled)
+    if any("planned" in row for row in rows):
+        columns["planned"] = figure("planned", form=scaled)
+    columns |= {_title(name): time_of(name) for name in _names(rows)}
     if kind != "memory":
-        header += ["p20-p80", "best peer", "ours / best"]
-    header += ["% of copy"] if has_share else []
-    lines = []
-    for row in rows:
-        line = [row["case"].split()[0]]
-        line += [scaled(row["floor"])] if has_floor else []
-        line += [scaled(row.get("planned"))] if has_plan else []
-        line += [scaled(_time(row, name)) for name in names]
-        if kind != "memory":
-            line += [spread(row), row.get("best_peer", "-")]
-            line += [f"{row['ratio']:.3f}" if "ratio" in row else "-"]
-        if has_share:
-            line.append(_share(row))
-        lines.append(line)
-    return markdown(header, lines)
+        columns |= {
+            "p20-p80": spread,
+            "best peer": figure("best_peer", form=str),
+            "ours / best": figure("ratio", form=".3f"),
+        }
+    if any("copy_share" in row for row in rows):
+        columns["% of copy"] = lambda row: (
+            f"{row['copy_share']:.0%}{_in_cache(row)}" if "copy_share" in row else "-"
+        )
+    return by_columns(rows, columns)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return str(row["case"].split()[0])
+
+
+def _in_cache(row: dict[str, Any]) -> str:
+    return "*" if row.get("in_cache") else ""
 
 
 def _title(name: str) -> str:
     return f"ours: {name}" if name in FORMS else name
 
 
-def _share(row: dict[str, Any]) -> str:
-    if "copy_share" not in row:
-        return "-"
-    return f"{100 * row['copy_share']:.0f}%{'*' if row.get('in_cache') else ''}"
-
-
 def _published_table(rows: list[dict[str, Any]]) -> str:
     """Percent of time that ours, and Liger by the source's rule, saves of Liger's row path."""
-    lines = []
-    for row in rows:
-        if "published_percent" in row:
-            here, there = row["percent_of_liger_row"], row["published_percent"]
-            lines.append(
-                [
-                    row["case"].split()[0],
-                    digits(row["peers"]["liger row"]),
-                    digits(row["ours"]),
-                    f"{here:+.1f}%",
-                    _signed(row.get("liger_source_percent")),
-                    f"{there:+.1f}%",
-                    "yes" if here < there else "no",
-                ]
-            )
-    header = ["rows x columns", "Liger row, us", "ours, us", "ours", "Liger by source's rule"]
-    header += ["source, its device", "ours saves more"]
-    return markdown(header, lines) if lines else ""
+    columns: dict[str, Cell] = {
+        "rows x columns": _shape,
+        "Liger row, us": figure("peers", "liger row"),
+        "ours, us": figure("ours"),
+        "ours": _percent("percent_of_liger_row"),
+        "Liger by source's rule": _percent("liger_source_percent"),
+        "source, its device": _percent("published_percent"),
+        "ours saves more": lambda row: (
+            "yes" if row["percent_of_liger_row"] < row["published_percent"] else "no"
+        ),
+    }
+    published = [row for row in rows if "published_percent" in row]
+    return by_columns(published, columns) if published else ""
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}%"
+def _percent(key: str) -> Cell:
+    return figure(key, form=lambda value: f"{value:+.1f}%")
 
 
 def _legend(kinds: dict[str, list[dict[str, Any]]]) -> str:
