@@ -15,9 +15,9 @@ from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import Ended, together
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import write_record
-from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
 from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
+from onelaunch.bench.studies.ane_mega_kernel.cache import views
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import cuda as compile_budget_cuda
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
 from onelaunch.checkpoints.atomic import read_json
@@ -100,23 +100,23 @@ def test_kernels_are_kept_and_damage_is_told(processes, tmp_path, found_out):
     record, text = record_of("cache", cache, rows, tmp_path)
     found = {row["what"]: row for row in record["rows"]}
     right = [
-        cases.EMPTY, cases.SAME, cases.UPDATED, cases.OTHER, cases.OTHER_UPDATED, cases.AT_ONCE,
+        views.EMPTY, views.SAME, views.UPDATED, views.OTHER, views.OTHER_UPDATED, views.AT_ONCE,
     ]  # fmt: skip
-    assert list(found) == [*right, cache_cuda.CUT]
-    as_expected = [*right, cache_cuda.CUT] if found_out else right
+    assert list(found) == [*right, views.CUT]
+    as_expected = [*right, views.CUT] if found_out else right
     assert [what for what, row in found.items() if row["as_expected"]] == as_expected
     counts = {what: (row["n"], row["found"].split(";")[0]) for what, row in found.items()}
-    assert counts[cases.EMPTY] == (2, "0 read, 4 compiled")
-    assert counts[cases.SAME] == counts[cases.UPDATED] == (1, "0 read, 0 compiled")
-    assert counts[cases.OTHER] == (2, "4 read, 0 compiled")
-    assert found[cases.AT_ONCE]["found"].endswith("2 kept; a third process: 2 read, 0 compiled")
+    assert counts[views.EMPTY] == (2, "0 read, 4 compiled")
+    assert counts[views.SAME] == counts[views.UPDATED] == (1, "0 read, 0 compiled")
+    assert counts[views.OTHER] == (2, "4 read, 0 compiled")
+    assert found[views.AT_ONCE]["found"].endswith("2 kept; a third process: 2 read, 0 compiled")
     if found_out:
-        assert counts[cache_cuda.CUT] == (1, "1 read, 1 compiled")
-        assert found[cache_cuda.CUT]["found"].endswith("whole again")
+        assert counts[views.CUT] == (1, "1 read, 1 compiled")
+        assert found[views.CUT]["found"].endswith("whole again")
         assert " bytes: the same logits" in text
     else:
-        assert counts[cache_cuda.CUT] == (1, "2 read, 0 compiled, 1 of 1 failed")
-        assert found[cache_cuda.CUT]["found"].endswith("damaged still")
+        assert counts[views.CUT] == (1, "2 read, 0 compiled, 1 of 1 failed")
+        assert found[views.CUT]["found"].endswith("damaged still")
         assert " bytes: RuntimeError: no kernel image" in text
     verdicts = {key: f.verdict for f in cache.findings(record) for key in f.answers or [""]}
     assert verdicts == {

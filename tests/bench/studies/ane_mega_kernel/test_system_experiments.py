@@ -19,9 +19,9 @@ from onelaunch.errors import MissingExtra, RunFailed
 pytest.importorskip("coremltools")
 
 from onelaunch.bench.studies.ane_mega_kernel import baked_or_argument, weight_mutability
-from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
 from onelaunch.bench.studies.ane_mega_kernel.cache import programs as cache_programs
+from onelaunch.bench.studies.ane_mega_kernel.cache import views as cache_views
 from tests.bench.records import record_of
 from tests.interpreting import run_interpreted
 
@@ -35,7 +35,7 @@ def verdicts(module, record):
 
 @pytest.mark.extended
 def test_programs_are_kept_and_damage_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(cases, "MODEL", "stories260k")
+    monkeypatch.setattr(cache, "MODEL", "stories260k")
     monkeypatch.setattr(cache, "QUICK_REPEATS", 1)
     monkeypatch.setattr(cpu, "why_not", lambda: "not in this test")
     lines = []
@@ -46,16 +46,22 @@ def test_programs_are_kept_and_damage_is_found(monkeypatch, tmp_path):
     assert len(found) == len(rows) == 11
     assert all(row["as_expected"] for row in found.values())
     layer = {what: row for (kind, what), row in found.items() if kind == cache.LAYER}
-    assert layer[cases.DAMAGED]["damaged"] == 1
-    assert layer[cases.AT_ONCE]["compilations"] in (1, 2)
-    assert layer[cases.SAME]["ours"] < layer[cases.EMPTY]["ours"]
+    assert layer[cache_views.DAMAGED]["damaged"] == 1
+    assert layer[cache_views.AT_ONCE]["compilations"] in (1, 2)
+    assert layer[cache_views.SAME]["ours"] < layer[cache_views.EMPTY]["ours"]
     assert set(verdicts(cache, record).values()) == {"confirmed"}
     assert len(verdicts(cache, record)) == 4
 
 
 def test_a_store_that_serves_the_wrong_program_refutes():
-    row = {"kind": cache.LAYER, "what": cases.EMPTY, "ours": 1.0, "as_expected": True, "found": ""}
-    wrong = row | {"what": cases.UPDATED, "as_expected": False}
+    row = {
+        "kind": cache.LAYER,
+        "what": cache_views.EMPTY,
+        "ours": 1.0,
+        "as_expected": True,
+        "found": "",
+    }
+    wrong = row | {"what": cache_views.UPDATED, "as_expected": False}
     assert verdicts(cache, {"rows": [row, wrong]}) == {"cache-weights": "refuted"}
 
 
@@ -68,7 +74,7 @@ def test_the_cpu_engines_program_is_asked_for_in_the_store(monkeypatch, tmp_path
 
     monkeypatch.setattr(cache_programs, "compiled_program", compiled)
     monkeypatch.setattr(
-        cache, "elsewhere", lambda folder, *rest: [cache.Case(*rest[:2], 0).get(folder)]
+        cache, "in_processes", lambda folder, *rest: [cache.Case(*rest[:2], 0).get(folder)]
     )
     rows = list(cache._cpu(2, quick=False))
     assert all(row.notes["as_expected"] for row in rows)
@@ -77,7 +83,7 @@ def test_the_cpu_engines_program_is_asked_for_in_the_store(monkeypatch, tmp_path
 
 def test_a_process_that_ends_says_why(tmp_path):
     with pytest.raises(RunFailed, match="ended with 1: .*none"):
-        cache_programs.elsewhere(tmp_path, "none", cache.LAYER, [0])
+        cache_programs.in_processes(tmp_path, "none", cache.LAYER, [0])
 
 
 def test_where_nothing_can_be_compiled_the_extra_is_named(monkeypatch):

@@ -37,9 +37,7 @@ from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     rows_of,
 )
 from onelaunch.compilation.cache import Store
-from onelaunch.config import ModelConfig, preset
-from onelaunch.engines.cpu.pack import PackedWeights
-from onelaunch.engines.cpu.program import Program
+from onelaunch.config import preset
 from onelaunch.engines.cpu.runtime import Runtime
 from onelaunch.errors import RunFailed
 from onelaunch.plan import every_depth, make_plan, part_of
@@ -54,21 +52,15 @@ SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.02
 MOST_FORWARDS = 1000
 
 
-def run_all(quick: bool, say: Say) -> Iterator[Row]:
+def run_all(quick: bool, log: Say) -> Iterator[Row]:
     """Time every case."""
     if not quick:
-        yield compilation(say)
-    program = compiled_program(say)
+        yield compilation(log)
+    program = compiled_program(log)
     for ffn in QUICK_FFNS if quick else FFNS:
         plan = part_of(make_plan(ffn.config), "ffn")
-        case = Case(
-            ffn.case,
-            ffn.name,
-            ffn.tokens,
-            block_ways(ffn.stages),
-            less=(ONE_LAYER,),
-            reset=[(0, 1)],  # embed: without it the residual stream would stay what it was, zeros
-        )
+        case = Case(ffn.case, ffn.name, ffn.tokens, block_ways(ffn.stages), less=(ONE_LAYER,))
+        case.reset = [(0, 1)]  # embed: without it the residual stream would stay all zeros
         weights = pack(ffn.config, program)
         for threads in thread_counts():
             runtime = Runtime(ffn.config, weights, program, plan, threads, False)
@@ -76,38 +68,26 @@ def run_all(quick: bool, say: Say) -> Iterator[Row]:
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
         weights = pack(config, program)
-        yield from _model(name, config, weights, program, quick)
+        ways = model_ways(config, every_depth(config.n_layers))
+        for threads in thread_counts():
+            runtime = Runtime(config, weights, program, make_plan(config), threads, False)
+            for tokens in TOKENS:
+                case = Case(f"{name} forward 1x{tokens}", name, tokens, ways)
+                yield from _rows(case, runtime, quick)
 
 
-def _model(
-    name: str, config: ModelConfig, weights: PackedWeights, program: Program, quick: bool
-) -> Iterator[Row]:
-    ways = model_ways(config, every_depth(config.n_layers))
-    for threads in thread_counts():
-        runtime = Runtime(config, weights, program, make_plan(config), threads, False)
-        for tokens in TOKENS:
-            case = Case(f"{name} forward 1x{tokens}", name, tokens, ways)
-            yield from _rows(case, runtime, quick)
-
-
-def compilation(say: Say) -> Row:
+def compilation(log: Say) -> Row:
     """What compiling the program takes, for any model and depth, the store being empty."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        compiled_program(say, Store(Path(folder) / "store"))
+        compiled_program(log, Store(Path(folder) / "store"))
         seconds = time.perf_counter() - began
     notes = {"unit": "s", "what": "from nothing to ready, in a process of low priority"}
     return Row(COMPILATION, seconds, notes=notes)
 
 
 def _rows(case: Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
-    samples = _measure(case, runtime, quick)
-    how = How(threads_named(runtime.threads), {"threads": runtime.threads})
-    yield from rows_of(case, samples, how)
-
-
-def _measure(case: Case, runtime: Runtime, quick: bool) -> Samples:
-    """Microseconds of one forward, by way and round."""
+    """All ways in rounds, while the forward of one sequence is laid out."""
     generator = torch.Generator().manual_seed(case.tokens)
     ids = torch.randint(runtime.config.vocab_size, (case.tokens,), generator=generator)
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS
@@ -127,7 +107,8 @@ def _measure(case: Case, runtime: Runtime, quick: bool) -> Samples:
     logits = while_laid_out(runtime, ids, measure)
     if not case.reset and not logits.isfinite().all():
         raise RunFailed(f"{case.name}: a forward by calls left logits unwritten")
-    return samples
+    how = How(threads_named(runtime.threads), {"threads": runtime.threads})
+    yield from rows_of(case, samples, how)
 
 
 def _forwards(runtime: Runtime, reset: Ranges, ranges: Ranges, count: int) -> float:

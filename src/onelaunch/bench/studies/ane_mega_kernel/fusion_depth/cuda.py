@@ -1,12 +1,12 @@
 """fusion-depth on a GPU: a call is a kernel launch.
 
 Random weights in bfloat16; a model gives the logits of every position in bfloat16, a block's layers
-give x. All ways of a case are one kernel, told which stages to run; embed is in the first launch of
-a block's ways. Each way is launched from Python, one launch after another, and replayed as a CUDA
-graph; beside them stand our staged form, which has a kernel for each stage, and for models PyTorch.
-Every contestant is sampled once in each round (gpu_forwards.py says what a sample is), but what
-PyTorch launches from Python, which is timed alone, in the host's quiet moments (settled.py). Before
-that, results are held against one another: all ways have the same tiles, and must have the same
+give x. All ways of a case launch one kernel, with the stages to run as an argument; embed is in the
+first launch of a block's ways. Each way is launched from Python, one launch after another, and
+replayed as a CUDA graph; peers are our staged form, which has a kernel for each stage, and for
+models PyTorch. Every contestant is sampled once in each round (gpu_forwards.py says what a sample
+is), but what PyTorch launches from Python, which is timed alone, in the host's quiet moments
+(settled.py). Results are compared before: all ways have the same tiles, and must have the same
 bits; the staged form has tiles of its own.
 """
 
@@ -40,9 +40,8 @@ from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     Block,
     Case,
     How,
+    Ranges,
     block_ways,
-    first_layers,
-    first_layers_by_halves,
     model_ways,
     rows_of,
 )
@@ -78,14 +77,14 @@ class Measured(NamedTuple):
     notes: dict[str, dict[str, float]]
 
 
-def run_all_on(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run_all_on(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Time every case."""
     place = torch.device(device)
     for block in QUICK_FFNS if quick else BLOCKS:
-        yield from _rows(block_case(block), block.config, block.part, place, quick, say)
+        yield from _rows(block_case(block), block.config, block.part, place, quick, log)
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
-        yield from _rows(model_case(name, config), config, "whole", place, quick, say)
+        yield from _rows(model_case(name, config), config, "whole", place, quick, log)
 
 
 def block_case(block: Block) -> Case:
@@ -95,25 +94,31 @@ def block_case(block: Block) -> Case:
 
 
 def model_case(name: str, config: ModelConfig) -> Case:
-    """A whole model, and its first layers alone: in one launch, some also by halves."""
+    """A whole model, and its first layers alone: in one launch, some also by halves; embed is in
+    the first launch."""
     fewer = [n for n in LAYERS_A_LAUNCH if n < config.n_layers]
-    counts = [*fewer, config.n_layers]
-    in_one = first_layers(counts)
-    halved = [n for n in BY_HALVES if n in fewer]
-    by_halves = first_layers_by_halves(config, halved)
+    first = {n: "first layer" if n == 1 else f"first {n} layers" for n in (*fewer, config.n_layers)}
+    in_one: dict[str, Ranges] = {way: [(0, 1 + 5 * n)] for n, way in first.items()}
+    whole = model_ways(config, ["stage", "half", *fewer, "all"])
+    halves = [each for each in whole["half"] if each[0] > 0]
+    by_halves: dict[str, Ranges] = {
+        f"{first[n]} by halves": [(0, halves[0][1]), *halves[1 : 2 * n]]
+        for n in BY_HALVES
+        if n in fewer
+    }
     return Case(
         f"{name} forward 1x{TOKENS}",
         name,
         TOKENS,
-        {**model_ways(config, ["stage", "half", *fewer, "all"]), **in_one, **by_halves},
+        {**whole, **in_one, **by_halves},
         less=(*in_one, *by_halves),
-        layers=dict(zip(in_one, counts, strict=True)),
-        halves=dict(zip(first_layers(halved), by_halves, strict=True)),
+        layers={way: n for n, way in first.items()},
+        halves={way.removesuffix(" by halves"): way for way in by_halves},
     )
 
 
 def _rows(
-    case: Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, say: Say
+    case: Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, log: Say
 ) -> Iterator[Row]:
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
@@ -123,7 +128,7 @@ def _rows(
     with torch.inference_mode():
         shape = Shape(1, case.tokens, True, DTYPE, part)
         staged = BoundForward(config, pack(config, weights, DTYPE, device), shape, {})
-        measured = _measure(case, staged, shape, bare, tokens_BS, quick, say)
+        measured = _measure(case, staged, shape, bare, tokens_BS, quick, log)
     case = replace(case, notes=measured.notes)
     for how, samples in measured.samples:
         yield from rows_of(case, samples, how, measured.peers, measured.alone)
@@ -139,13 +144,13 @@ def _measure(
     bare: BareForward | None,
     tokens_BS: Tensor,
     quick: bool,
-    say: Say,
+    log: Say,
 ) -> Measured:
     staged.buffers.tokens.copy_(tokens_BS.flatten())
     forms = _forms(case, staged, shape)
     notes = {way: {"apart_from_staged": 0.0} for way in case.ways}
     notes["all"]["compiling_s"] = round(_compiling(forms["all"].calls[0]), 2)
-    say(f"{case.name}: its kernel compiled in {notes['all']['compiling_s']} s")
+    log(f"{case.name}: its kernel compiled in {notes['all']['compiling_s']} s")
     peers: dict[str, Sample] = {
         "staged": calls(staged.run),
         "staged + graph": replays(staged.captured(), staged),
@@ -158,7 +163,7 @@ def _measure(
         peers |= of_pytorch.graphs
         launched = of_pytorch.launched
         notes["all"]["torch_compile_s"] = round(of_pytorch.seconds, 2)
-        say(f"{case.name}: torch.compile's first forward after {of_pytorch.seconds:.1f} s")
+        log(f"{case.name}: torch.compile's first forward after {of_pytorch.seconds:.1f} s")
     contestants = dict(peers)
     expected: dict[int, tuple[Tensor, float]] = {}
     for way, fused in forms.items():
@@ -174,7 +179,7 @@ def _measure(
     least = QUICK_WINDOWS if quick else LEAST_WINDOWS
     alone = {peer: settle(sample, least) for peer, sample in launched.items()}
     for fused in forms.values():
-        fused.check()  # a forward that was given up is fast
+        fused.check()  # a forward that gave up is fast
     of_ways = [
         (how, {way: samples[_named(way, how)] for way in case.ways}) for how in (ONE_BY_ONE, GRAPH)
     ]
