@@ -50,23 +50,23 @@ def test_what_is_raised_is_told(monkeypatch):
 
 def test_kernels_and_new_weights_are_counted(monkeypatch):
     for what in (budget.distinct, budget.again):
-        told = what(CPU, 2)
+        told = what(2, CPU)
         assert len(told["seconds"]) == len(told["bytes"]) == len(told["gpu_bytes"]) == 2
         assert (told["failures"], told["compilations"]) == (0, 0)  # nothing is compiled here
     monkeypatch.setattr(budget, "_logits", lambda device, seed: torch.ones(1))
-    assert budget.again(CPU, 2)["failures"] == 2  # as the weights before
+    assert budget.again(2, CPU)["failures"] == 2  # as the weights before
     monkeypatch.setattr(budget, "_launch", lambda target, number: 1 // (number - 1))
-    assert budget.distinct(CPU, 2)["failures"] == 1
+    assert budget.distinct(2, CPU)["failures"] == 1
 
 
 def test_layers_in_one_launch(monkeypatch):
-    told = budget.layers(CPU, 3)
+    told = budget.layers(3, CPU)
     assert (told["refused"], told["operations"]) == ("", 17)
     assert told["apart_from_pytorch"] < 1e-5
     monkeypatch.setattr(budget, "MOST_APART", 0.0)
-    assert "from PyTorch's" in budget.layers(CPU, 1)["refused"]
+    assert "from PyTorch's" in budget.layers(1, CPU)["refused"]
 
 
 def test_a_fresh_process_says_when_it_began():
-    told = budget.restart(CPU, 5)
+    told = budget.restart(5, CPU)
     assert told["until_first"] > told["second"] > 0

@@ -18,7 +18,6 @@ from onelaunch.bench.core.record import write_record
 from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
 from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
 from onelaunch.bench.studies.ane_mega_kernel.cache import views
-from onelaunch.bench.studies.ane_mega_kernel.compile_budget import cuda as compile_budget_cuda
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import RunFailed
@@ -176,7 +175,8 @@ def test_processes_end_in_every_way():
 def test_what_many_kernels_take(quick, monkeypatch, tmp_path):
     def child(command, env):
         assert env["TRITON_CACHE_DIR"] != env["ONELAUNCH_CACHE"]
-        what, device, number = command[len(compile_budget_cuda.COMMAND) :]
+        module, what, number, device = command[2:]
+        assert module == compile_budget.GPU_CHILD
         assert device == "cuda:0"
         if what == "restart":
             return {"until_first": 3.0, "second": 0.5}
@@ -192,7 +192,7 @@ def test_what_many_kernels_take(quick, monkeypatch, tmp_path):
             "gpu_bytes": [2000 * (n + 1) for n in range(count)], "gpu_bytes_before": 0,
         }  # fmt: skip
 
-    monkeypatch.setattr(compile_budget_cuda, "ask", child)
+    monkeypatch.setattr(compile_budget, "ask", child)
     rows = list(compile_budget.run("cuda:0", quick, lambda line: None))
     record, text = record_of("compile-budget", compile_budget, rows, tmp_path)
     found = {key: each for each in compile_budget.findings(record) for key in each.answers}

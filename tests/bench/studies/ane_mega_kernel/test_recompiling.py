@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 
 import pytest
@@ -100,10 +101,12 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
     monkeypatch.setattr(compile_budget, "QUICK_DISTINCT", 3)
     monkeypatch.setattr(compile_budget, "QUICK_LAYERS", (1,))
-    monkeypatch.setattr(compile_budget, "_restart", lambda count: _row("a fresh process"))
+    monkeypatch.setattr(compile_budget, "QUICK_RESTARTS", 1)
     lines = []
     rows = list(compile_budget.run("cpu", True, lines.append))
-    again, distinct, _, layers = rows
+    again, distinct, fresh, layers = rows
+    assert (fresh.case, fresh.n) == ("a fresh process", 1)
+    assert fresh.ours > 0
     assert (again.n, distinct.n) == (4, 3)
     for row in (again, distinct):
         assert row.notes["failures"] == 0
@@ -117,12 +120,6 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     assert compile_budget.draw({"device": "here", "rows": [row.to_dict() for row in rows]})
 
 
-def _row(case):
-    from onelaunch.bench.core.record import Row
-
-    return Row(case, 1.0)
-
-
 def test_a_process_that_ends_says_why():
     with pytest.raises(RunFailed, match="compile_budget.*the process ended with 1: KeyError"):
-        ask((*compile_budget.CHILD, "nothing"))
+        ask((sys.executable, "-m", compile_budget.CHILD, "nothing", "1"))

@@ -2,7 +2,7 @@
 
 A model's forward, one launch a stage, as a CUDA graph: new weights packed into the buffers that it
 was captured with, and into others; a small kernel whose scale is a constant of its compilation; and
-PyTorch called operator by operator. Every result is held against float64 with the weights it should
+PyTorch called operator by operator. Every result is compared with float64 and the weights it should
 have, two sets in turn.
 """
 
@@ -50,7 +50,7 @@ SIZE, BLOCK = 1 << 16, 1 << 10
 
 
 class Way(NamedTuple):
-    """What is to be said of one, and a sample of running it, in microseconds."""
+    """A row's notes of one, and a sample of running it, in microseconds."""
 
     notes: dict[str, Any]
     sample: Sample
@@ -178,7 +178,7 @@ def _followed(
     forward: _Forward, change: Callable[[int], None], run: Callable[[], Tensor], changes: int
 ) -> tuple[list[float], float]:
     """Milliseconds of changes, the weights of the second set first, without the first change, which
-    asks for memory; and the largest error of a result after a change, and before the first."""
+    allocates memory; and the largest error of a result after a change, and before the first."""
     took, errors = [], [forward.apart(run(), 0)]
     for number in range(changes + 1):
         which = 1 - number % 2
@@ -234,5 +234,5 @@ def _notes(by: str, error: float, most: float = MOST_APART_BFLOAT16) -> dict[str
 
 
 def _largest(errors: list[float]) -> float:
-    """No number where one of them is none."""
+    """nan where one of them is."""
     return float(torch.tensor(errors).max())
