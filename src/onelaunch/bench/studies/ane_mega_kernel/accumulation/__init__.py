@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,40 +52,58 @@ BASE = 10
 """Micro-steps an update that speedups are over, as in the study."""
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     if reason := why_no_programs(device):
-        say(f"without ML Programs: {reason}")
+        log(f"without ML Programs: {reason}")
     else:
         for model, sequence, counts in QUICK_PROGRAMS if quick else PROGRAMS:
             with driver(model, sequence, staleness=0) as programs:
-                case = f"ML Programs {model} 1x{sequence}"
-                yield from _rates(case, programs, counts, 1)
+                yield from _rates(f"ML Programs {model} 1x{sequence}", programs, counts, 1)
     for model, sequence, counts in QUICK_PYTORCH if quick else PYTORCH:
         training = pytorch_driver(model, sequence, device)
-        case = f"PyTorch {model} 1x{sequence}"
-        yield from _rates(case, training, counts, PYTORCH_SAMPLE)
-        yield from renewals(model, sequence, training, say)
-    yield from learning(device, quick, say)
+        yield from _rates(f"PyTorch {model} 1x{sequence}", training, counts, PYTORCH_SAMPLE)
+        yield from renewals(model, sequence, training, log)
+    yield from learning(device, quick, log)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some updates, one after another."""
+
+    updates: list[Update]
+
+    def total(self, of: str) -> float:
+        return float(sum(getattr(update, of) for update in self.updates))
+
+    @property
+    def rate(self) -> float:
+        """Micro-steps a second."""
+        return self.total("micro_steps") / self.total("seconds")
+
+    @property
+    def step(self) -> float:
+        """Seconds of a micro-step, without the wait for a compilation."""
+        return (self.total("seconds") - self.total("stall_seconds")) / self.total("micro_steps")
 
 
 def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Iterator[Row]:
     training.update(WARM_MICRO_STEPS)
-    timed: dict[int, list[list[Update]]] = {accum: [] for accum in counts}
+    timed: dict[int, list[_Sample]] = {accum: [] for accum in counts}
     for number in range(max(counts.values())):
         for accum, count in counts.items():  # in turn, as the machine has better and worse times
             if number < count:
                 updates = range(max(1, sample // accum))
-                timed[accum].append([training.update(accum) for _ in updates])
-    rates = {accum: [_rate(each) for each in samples] for accum, samples in timed.items()}
+                timed[accum].append(_Sample([training.update(accum) for _ in updates]))
+    base = [sample.rate for sample in timed[BASE]]
     for accum, samples in timed.items():
         if samples:
             row = _measured(f"{case}, accum {accum}", accum, samples)
-            pairs = zip(rates[accum], rates[BASE], strict=False)
-            speedup = statistics.median(ours / base for ours, base in pairs)
+            pairs = zip(samples, base, strict=False)
+            speedup = statistics.median(ours.rate / theirs for ours, theirs in pairs)
         else:
             row = _computed(f"{case}, accum {accum}", accum, timed)
-            speedup = row.notes["micro_steps_per_s"] / statistics.median(rates[BASE])
+            speedup = row.notes["micro_steps_per_s"] / statistics.median(base)
         row.notes |= {
             "sequence": training.sequence,
             "tokens_per_s": round(row.notes["micro_steps_per_s"] * training.sequence, 2),
@@ -94,64 +113,42 @@ def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Ite
         yield row
 
 
-def _rate(updates: list[Update]) -> float:
-    """Micro-steps a second."""
-    return sum(u.micro_steps for u in updates) / sum(u.seconds for u in updates)
+def _measured(case: str, accum: int, samples: list[_Sample]) -> Row:
+    rates = Row.of(case, [sample.rate for sample in samples])
+    stalls = [update.stall_seconds for sample in samples for update in sample.updates]
+    shares = {
+        part: statistics.median(sample.total(part) / sample.total("seconds") for sample in samples)
+        for part in ("stall_seconds", "optimizer_seconds")
+    }
+    notes = {
+        "accum": accum,
+        "updates_timed": len(stalls),
+        "micro_steps_per_s": round(rates.ours, 4),
+        "rate_spread": [round(v, 4) for v in rates.spread or ()],
+        "updates_per_s": round(rates.ours / accum, 5),
+        "compile_seconds": round(statistics.median(stalls), 5),
+        "compile_share": round(shares["stall_seconds"], 5),
+        "optimizer_share": round(shares["optimizer_seconds"], 5),
+        "computed": False,
+    }
+    return Row.of(case, [1e3 * sample.step for sample in samples], notes=notes)
 
 
-def _share(samples: list[list[Update]], part: str) -> float:
-    """Of the time, in the median sample."""
-    return statistics.median(
-        sum(getattr(u, part) for u in updates) / sum(u.seconds for u in updates)
-        for updates in samples
-    )
-
-
-def _step(updates: list[Update]) -> float:
-    """Seconds of a micro-step, without the wait for a compilation."""
-    working = sum(u.seconds - u.stall_seconds for u in updates)
-    return working / sum(u.micro_steps for u in updates)
-
-
-def _measured(case: str, accum: int, samples: list[list[Update]]) -> Row:
-    rates = Row.of(case, [_rate(updates) for updates in samples])
-    stalls = [u.stall_seconds for updates in samples for u in updates]
-    return Row.of(
-        case,
-        [1e3 * _step(updates) for updates in samples],
-        notes={
-            "accum": accum,
-            "updates_timed": len(stalls),
-            "micro_steps_per_s": round(rates.ours, 4),
-            "rate_spread": [round(v, 4) for v in rates.spread or ()],
-            "updates_per_s": round(rates.ours / accum, 5),
-            "compile_seconds": round(statistics.median(stalls), 5),
-            "compile_share": round(_share(samples, "stall_seconds"), 5),
-            "optimizer_share": round(_share(samples, "optimizer_seconds"), 5),
-            "computed": False,
-        },
-    )
-
-
-def _computed(case: str, accum: int, timed: Mapping[int, list[list[Update]]]) -> Row:
+def _computed(case: str, accum: int, timed: Mapping[int, list[_Sample]]) -> Row:
     """By K / (K step + compile), the micro-step of the longest update that was timed."""
     longest = max(k for k, samples in timed.items() if samples)
-    step = statistics.median(_step(updates) for updates in timed[longest])
-    every = [u for samples in timed.values() for updates in samples for u in updates]
-    compiling = statistics.median(u.stall_seconds for u in every)
+    step = statistics.median(sample.step for sample in timed[longest])
+    every = [update for samples in timed.values() for each in samples for update in each.updates]
+    compiling = statistics.median(update.stall_seconds for update in every)
     rate = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
-    return Row(
-        case,
-        1e3 * step,
-        n=0,
-        notes={
-            "accum": accum,
-            "updates_timed": 0,
-            "micro_steps_per_s": round(rate, 4),
-            "updates_per_s": round(rate / accum, 5),
-            "compile_seconds": round(compiling, 5),
-            "compile_share": round(compiling * rate / accum, 5),
-            "optimizer_share": None,
-            "computed": True,
-        },
-    )
+    notes = {
+        "accum": accum,
+        "updates_timed": 0,
+        "micro_steps_per_s": round(rate, 4),
+        "updates_per_s": round(rate / accum, 5),
+        "compile_seconds": round(compiling, 5),
+        "compile_share": round(compiling * rate / accum, 5),
+        "optimizer_share": None,
+        "computed": True,
+    }
+    return Row(case, 1e3 * step, n=0, notes=notes)

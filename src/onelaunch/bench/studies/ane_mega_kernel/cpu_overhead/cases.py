@@ -1,4 +1,4 @@
-"""What a step asks of the host beside arithmetic, as calls that can be timed."""
+"""What a step needs of the host beside arithmetic, as calls that can be timed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def sums() -> dict[str, Sample]:
 
 
 def locks() -> dict[str, Sample]:
-    """Taken and given back; nobody else wants them."""
+    """Acquired and released by one thread."""
     lock = threading.Lock()
 
     def pairs() -> None:
@@ -116,7 +116,7 @@ def dispatch(device: torch.device) -> Sample:
 
 
 class TrainingStep:
-    """Steps of a small model, which ask for the loss after each, or never."""
+    """Steps of a small model, which read the loss after each, or never."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,5 +1,5 @@
-"""What cpu-overhead asks of a GPU: allocation with and without the caching allocator, copies to it,
-events, and a launch of a kernel that does nothing."""
+"""What cpu-overhead times on a GPU: allocation with and without the caching allocator, copies to
+the GPU, events, and a launch of a kernel that does nothing."""
 
 from __future__ import annotations
 
