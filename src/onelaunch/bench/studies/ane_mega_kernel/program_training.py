@@ -38,7 +38,7 @@ class Update:
 
 
 class Driver(Generic[Engine]):
-    """Updates of a trainer on the built-in stories, one text of `sequence` tokens at a time."""
+    """Updates of a trainer on the built-in stories, one sequence of `sequence` tokens at a time."""
 
     def __init__(self, engine: Engine, sequence: int) -> None:
         self.engine = engine
@@ -52,12 +52,12 @@ class Driver(Generic[Engine]):
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
     def micro_step(self, scale: float) -> None:
-        """Forward and backward of the next text."""
+        """Forward and backward of the next sequence."""
         self.engine.train_step(*self.texts(), scale)
 
     def update(self, k: int, renew: bool = True) -> Update:
         """One of k micro-steps. Without `renew` the programs are kept, as if weights that change
-        asked for no new ones: what is computed is then of old weights, and takes as long."""
+        needed no new ones: what is computed is then of old weights, and takes as long."""
         self.engine.telemetry()
         start = time.perf_counter()
         for _ in range(k):
@@ -70,8 +70,8 @@ class Driver(Generic[Engine]):
             self.engine.after_update()
         self.wait()
         end = time.perf_counter()
-        told = self.engine.telemetry()
-        return Update(k, end - start, told.get("stall_seconds", 0.0), end - stepping)
+        stall = self.engine.telemetry().get("stall_seconds", 0.0)
+        return Update(k, end - start, stall, end - stepping)
 
     def wait(self) -> None:
         """For the device; nothing on a CPU."""

@@ -15,16 +15,16 @@ from typing import Any
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, driver, pytorch_driver
 
 
-def measured(training: Driver[Any], steps: int, updates: int, after: int) -> dict[str, Any]:
+def measure(training: Driver[Any], steps: int, updates: int, after: int) -> dict[str, Any]:
     """Milliseconds of every micro-step, without the wait for a compilation: of the first ones, and
     of those after each update."""
-    found: dict[str, Any] = {"first": _micro_steps(training, steps), "after": []}
+    times: dict[str, Any] = {"first": _micro_steps(training, steps), "after": []}
     for _ in range(updates):
         training.optimizer.step()
         training.optimizer.zero_grad()
         training.engine.after_update()
-        found["after"].append(_micro_steps(training, after))
-    return found
+        times["after"].append(_micro_steps(training, after))
+    return times
 
 
 def _micro_steps(training: Driver[Any], count: int) -> list[float]:
@@ -43,12 +43,12 @@ def _micro_steps(training: Driver[Any], count: int) -> list[float]:
 
 
 def main(what: str, device: str, model: str, *numbers: str) -> dict[str, Any]:
-    """The one asked for."""
+    """Of PyTorch, or through ML Programs."""
     tokens, *counts = (int(number) for number in numbers)
     if what == "PyTorch":
-        return measured(pytorch_driver(model, tokens, device), *counts)
+        return measure(pytorch_driver(model, tokens, device), *counts)
     with driver(model, tokens, staleness=0) as training:
-        return measured(training, *counts)
+        return measure(training, *counts)
 
 
 if __name__ == "__main__":
