@@ -92,7 +92,7 @@ def test_the_table():
     prices = told[told.index("## The price of a call") :]
     assert cells(prices, "stories15m 1x256, graph")[0] == "2.20"
     assert cells(prices[prices.index("of a layer") :], "stories15m 1x256, graph")[0] == "11.0"
-    beside = cells(told[told.index("## Beside") :], "stories15m 1x256")
+    beside = cells(told[told.index("## Compared with") :], "stories15m 1x256")
     assert beside == ["72.6 (all, graph)", "50.0", "100", "0.69x"]
     assert "one compiled program" not in told
 

@@ -139,11 +139,11 @@ def test_which_weights_are_followed(monkeypatch, tmp_path):
     record = record_of(weight_mutability, rows, tmp_path)
     found = {row["case"]: row for row in record["rows"]}
     refused = [case for case, row in found.items() if not row["converts"]]
-    assert refused == [weight_mutability.LINEAR]
-    assert "must be const" in found[weight_mutability.LINEAR]["refused"]
+    assert refused == [weight_mutability.views.LINEAR]
+    assert "must be const" in found[weight_mutability.views.LINEAR]["refused"]
     still = [case for case, row in found.items() if row["converts"] and not row["follows"]]
-    assert still == [weight_mutability.FILE]
-    assert found[weight_mutability.FILE]["follows_loaded_anew"]
+    assert still == [weight_mutability.views.FILE]
+    assert found[weight_mutability.views.FILE]["follows_loaded_anew"]
     # a public converter, and an evaluator: no word on a private parser
     keys = ("mutable-inputs", "mutable-packed", "mutable-matmul", "mutable-file")
     assert verdicts(weight_mutability, record) == dict.fromkeys(keys, "not applicable")

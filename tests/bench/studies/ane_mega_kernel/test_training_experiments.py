@@ -23,11 +23,10 @@ from onelaunch.bench.studies.ane_mega_kernel import (
     program_training,
     stack,
     step_breakdown,
+    warm_up,
 )
 from onelaunch.bench.studies.ane_mega_kernel.accumulation import validation as accumulation_learning
 from onelaunch.bench.studies.ane_mega_kernel.overlap import background as overlap_background
-from onelaunch.bench.studies.ane_mega_kernel.warm_up import child as warm_up_child
-from onelaunch.bench.studies.ane_mega_kernel.warm_up import experiment as warm_up
 from onelaunch.engines.coreml import training
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
@@ -294,12 +293,12 @@ def test_a_compiler_that_fails_beside_a_forward_is_told():
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        overlap._beside(lambda: None, Fails(), [])
+        overlap._during(lambda: None, Fails(), [])
 
 
 @pytest.fixture
 def warming(monkeypatch):
-    monkeypatch.setattr(warm_up, "_child", lambda *words: warm_up_child.main(*map(str, words)))
+    monkeypatch.setattr(warm_up, "_child", lambda *words: warm_up.main(*map(str, words)))
     monkeypatch.setattr(warm_up, "QUICK_PYTORCH", (("stories260k", 16, 140, 2),))
     monkeypatch.setattr(warm_up, "QUICK_PROGRAMS", (("stories260k", 16, 32, 1),))
     monkeypatch.setattr(warm_up, "QUICK_AFTER", 4)

@@ -288,7 +288,7 @@ def table(record: dict[str, Any]) -> str:
 def _in_words(record: dict[str, Any], model: str) -> str:
     n = overtakes(record, model)
     if n is None:
-        return f"{model}: constants never overtake: their step is not told to be shorter."
+        return f"{model}: constants never overtake: their step is not measurably shorter."
     return f"{model}: constants overtake from {n:,} micro-steps an update on."
 
 

@@ -3,8 +3,9 @@ it."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -35,6 +36,16 @@ class Update:
     seconds: float
     stall_seconds: float
     optimizer_seconds: float
+
+
+def rate(updates: Sequence[Update]) -> float:
+    """Micro-steps a second of some updates, one after another."""
+    return sum(u.micro_steps for u in updates) / sum(u.seconds for u in updates)
+
+
+def median_share(updates: Iterable[Update]) -> float:
+    """The share of an update that it waits for programs, in the median."""
+    return statistics.median(u.stall_seconds / u.seconds for u in updates)
 
 
 class Driver(Generic[Engine]):

@@ -21,7 +21,13 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import digits, document
 from onelaunch.bench.core.views import column, median_and_spread, published, table_of
-from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver, Update, driver
+from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    Driver,
+    Update,
+    driver,
+    median_share,
+    rate,
+)
 from onelaunch.compilation.schedule import Measured, micro_steps_to_hide, throughput
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.training import CoreMLTrainer
@@ -82,11 +88,6 @@ def _updates(training: Driver[CoreMLTrainer], k: int, count: int) -> list[Update
     return [training.update(k) for _ in range(count)]
 
 
-def _wait_share(updates: list[Update]) -> float:
-    """Of an update, the median."""
-    return statistics.median(each.stall_seconds / each.seconds for each in updates)
-
-
 def settled(k: int, waits: Callable[[int], float]) -> int:
     """K by times, which were not all taken at the same time, may be too large or too small: half
     of it, as long as half hides a compilation too; three quarters, where half nearly does; a
@@ -119,7 +120,7 @@ def _case(
     count = QUICK_UPDATES if quick else FINDING_UPDATES
 
     def waits(k: int) -> float:
-        share = _wait_share(_updates(training, k, count))
+        share = median_share(_updates(training, k, count))
         log(f"{case}: updates of {k} wait {share:.1%}")
         return share
 
@@ -132,14 +133,14 @@ def _case(
     compiling, step = schedule.compile_seconds, schedule.step_seconds_beside
     assert compiling is not None
     for each, updates in timed.items():
-        rates = [update.micro_steps / update.seconds for update in updates]
+        rates = [rate([update]) for update in updates]
         notes = {
             "k": each,
             "compile_seconds": round(compiling, 4),
             "step": round(step or schedule.step_seconds or math.nan, 5),
             "slowdown": schedule.slowdown and round(schedule.slowdown, 3),
             "micro_steps_per_s": round(statistics.median(rates), 3),
-            "wait_share": round(_wait_share(updates), 4),
+            "wait_share": round(median_share(updates), 4),
             "threads": torch.get_num_threads(),
         }
         name = "K" if each == k else "K/2" if each < k else "2K"
@@ -179,7 +180,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 f"K {whole['k']} waits {whole['wait_share']:.1%} of an update, "
                 f"K {half['k']} {half['wait_share']:.1%}",
                 *needs_a_mac(
-                    f"{whole['compile_seconds']:.2f} s of compiling beside micro-steps of "
+                    f"{whole['compile_seconds']:.2f} s of compiling during micro-steps of "
                     f"{1e3 * whole['step']:.0f} ms, which are of an evaluator"
                 ),
             )
@@ -211,17 +212,17 @@ def table(record: dict[str, Any]) -> str:
                 column("micro-steps an update", "k"),
                 *median_and_spread("waits, s (median)", "{:.3f}"),
                 column("of the update", "wait_share", "{:.1%}"),
-                column("compiling beside it, s", "compile_seconds", digits),
-                column("micro-step beside it, s", "step", "{:.4f}"),
+                column("compiling meanwhile, s", "compile_seconds", digits),
+                column("micro-step meanwhile, s", "step", "{:.4f}"),
                 column("micro-steps/s", "micro_steps_per_s", digits),
                 ("by the model", _by_the_model),
             ),
             "Compiling is emitting, converting, saving and reading back, in a process of low "
-            "priority; a micro-step is the evaluation of forward and backward programs. K is a "
-            "compilation's time beside the work over a micro-step's, in updates of K, the most of "
-            f"{FIRST_UPDATES} updates; half of that as long as half hides it too, three quarters "
-            "where it nearly does, a quarter more where K itself does not. The model: K / max(K "
-            "step, compile).",
+            "priority; a micro-step is the evaluation of forward and backward programs. K is the "
+            "time of a compilation during training over that of a micro-step, in updates of K, the "
+            f"largest of {FIRST_UPDATES} updates; half of that as long as half hides it too, three "
+            "quarters where it nearly does, a quarter more where K itself does not. The model: K / "
+            "max(K step, compile).",
         ]
     return document(record, "Micro-steps that hide a compilation, on", *parts)
 

@@ -36,7 +36,9 @@ from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Driver,
     Update,
     driver,
+    median_share,
     pytorch_driver,
+    rate,
     why_no_programs,
 )
 from onelaunch.compilation.schedule import throughput
@@ -84,7 +86,7 @@ def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row
             updates = [_with_wait(updates[0], training.engine)]
         training.engine.settle()
         timed[stage] += updates
-        return count * k / sum(update.seconds for update in updates)
+        return rate(updates)
 
     with (
         driver(model, sequence, staleness=0) as waiting,
@@ -110,13 +112,12 @@ def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row
     }
     seconds = {BASELINE: compiling, ACCUMULATION: compiling, BACKGROUND: beside, ASYMPTOTE: 0.0}
     for stage in STAGES:
-        waits = [u.stall_seconds / u.seconds for u in timed[stage]]
         notes = {
             "model": round(models[stage], 4),
             "compile_seconds": round(seconds[stage], 4),
             "step": round(step, 6),
             "slowdown": round(slowdown, 4) if stage == BACKGROUND else 1.0,
-            "wait_share": round(statistics.median(waits), 5),
+            "wait_share": round(median_share(timed[stage]), 5),
         }
         yield _row(f"ML Programs {model} 1x{sequence}", stage, samples, long, notes)
 
@@ -132,9 +133,8 @@ def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
 
 
 def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Iterator[Row]:
-    def rate(k: int) -> float:
-        updates = [training.update(k) for _ in range(long // k)]  # as many micro-steps
-        return len(updates) * k / sum(update.seconds for update in updates)
+    def with_updates_of(k: int) -> float:
+        return rate([training.update(k) for _ in range(long // k)])  # as many micro-steps
 
     def without_optimizer() -> float:
         training.wait()
@@ -148,7 +148,7 @@ def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Itera
 
     training.update(SHORT)
     contestants: dict[str, Callable[[], float]] = {
-        BASELINE: partial(rate, SHORT), ACCUMULATION: partial(rate, long),
+        BASELINE: partial(with_updates_of, SHORT), ACCUMULATION: partial(with_updates_of, long),
         ASYMPTOTE: without_optimizer,
     }  # fmt: skip
     samples = in_rounds(contestants, rounds)

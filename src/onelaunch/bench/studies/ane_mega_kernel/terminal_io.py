@@ -272,7 +272,7 @@ def _to_a_terminal(case: str, row: dict[str, Any]) -> Finding:
         f"{theirs:g}x slower ({published('terminal-slow', 'micro-steps/s'):g} micro-steps/s)",
         f"{times:.2f}x slower ({_rate(row, NAIVE)} updates/s)",
         verdict,
-        f"{why}; how fast the study's took them was not told",
+        f"{why}; the study does not say how fast its terminal was",
         times / theirs,
     )
 
@@ -317,16 +317,16 @@ def table(record: dict[str, Any]) -> str:
         f"Costs are medians of blocks timed in turn. The slow terminal takes "
         f"{BYTES_PER_SECOND:,} bytes a second; there a line each update is one long block, its "
         "buffers full from the start. The study: 4.68 micro-steps/s with lines to a file, 0.63 to "
-        "a terminal, 7.4 times slower; how fast that terminal was it does not tell.",
+        "a terminal, 7.4 times slower; it does not say how fast that terminal was.",
     ]
-    return document(record, "Training watched, on", *parts)
+    return document(record, "What a display costs training, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """How many times slower an update is, by what is written to, printed and displayed."""
     rows = {row["case"]: row for row in record["rows"]}
     return plots.bars(
-        f"Training watched, {record['device']}",
+        f"What a display costs training, {record['device']}",
         {
             NAIVE: {case: row["times_naive"] for case, row in rows.items()},
             "our display": {case: 1 + row["cost_of_display"] for case, row in rows.items()},

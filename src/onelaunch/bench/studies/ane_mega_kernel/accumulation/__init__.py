@@ -10,8 +10,7 @@ the kernels. Then validation losses after equally many tokens (validation.py).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Update,
     driver,
     pytorch_driver,
+    rate,
     why_no_programs,
 )
 from onelaunch.compilation.schedule import throughput
@@ -67,40 +67,20 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     yield from learning(device, quick, log)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Some updates, one after another."""
-
-    updates: list[Update]
-
-    def total(self, of: str) -> float:
-        return float(sum(getattr(update, of) for update in self.updates))
-
-    @property
-    def rate(self) -> float:
-        """Micro-steps a second."""
-        return self.total("micro_steps") / self.total("seconds")
-
-    @property
-    def step(self) -> float:
-        """Seconds of a micro-step, without the wait for a compilation."""
-        return (self.total("seconds") - self.total("stall_seconds")) / self.total("micro_steps")
-
-
 def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Iterator[Row]:
     training.update(WARM_MICRO_STEPS)
-    timed: dict[int, list[_Sample]] = {accum: [] for accum in counts}
+    timed: dict[int, list[list[Update]]] = {accum: [] for accum in counts}
     for number in range(max(counts.values())):
         for accum, count in counts.items():  # in turn, as the machine has better and worse times
             if number < count:
                 updates = range(max(1, sample // accum))
-                timed[accum].append(_Sample([training.update(accum) for _ in updates]))
-    base = [sample.rate for sample in timed[BASE]]
+                timed[accum].append([training.update(accum) for _ in updates])
+    base = [rate(updates) for updates in timed[BASE]]
     for accum, samples in timed.items():
         if samples:
             row = _measured(f"{case}, accum {accum}", accum, samples)
             pairs = zip(samples, base, strict=False)
-            speedup = statistics.median(ours.rate / theirs for ours, theirs in pairs)
+            speedup = statistics.median(rate(ours) / theirs for ours, theirs in pairs)
         else:
             row = _computed(f"{case}, accum {accum}", accum, timed)
             speedup = row.notes["micro_steps_per_s"] / statistics.median(base)
@@ -113,13 +93,23 @@ def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Ite
         yield row
 
 
-def _measured(case: str, accum: int, samples: list[_Sample]) -> Row:
-    rates = Row.of(case, [sample.rate for sample in samples])
-    stalls = [update.stall_seconds for sample in samples for update in sample.updates]
-    shares = {
-        part: statistics.median(sample.total(part) / sample.total("seconds") for sample in samples)
-        for part in ("stall_seconds", "optimizer_seconds")
-    }
+def _step(updates: Sequence[Update]) -> float:
+    """Seconds of a micro-step, without the wait for a compilation."""
+    working = sum(u.seconds - u.stall_seconds for u in updates)
+    return working / sum(u.micro_steps for u in updates)
+
+
+def _measured(case: str, accum: int, samples: Sequence[Sequence[Update]]) -> Row:
+    rates = Row.of(case, [rate(updates) for updates in samples])
+    stalls = [u.stall_seconds for updates in samples for u in updates]
+
+    def share(part: str) -> float:
+        """Of the time, in the median sample."""
+        return statistics.median(
+            sum(getattr(u, part) for u in updates) / sum(u.seconds for u in updates)
+            for updates in samples
+        )
+
     notes = {
         "accum": accum,
         "updates_timed": len(stalls),
@@ -127,27 +117,27 @@ def _measured(case: str, accum: int, samples: list[_Sample]) -> Row:
         "rate_spread": [round(v, 4) for v in rates.spread or ()],
         "updates_per_s": round(rates.ours / accum, 5),
         "compile_seconds": round(statistics.median(stalls), 5),
-        "compile_share": round(shares["stall_seconds"], 5),
-        "optimizer_share": round(shares["optimizer_seconds"], 5),
+        "compile_share": round(share("stall_seconds"), 5),
+        "optimizer_share": round(share("optimizer_seconds"), 5),
         "computed": False,
     }
-    return Row.of(case, [1e3 * sample.step for sample in samples], notes=notes)
+    return Row.of(case, [1e3 * _step(updates) for updates in samples], notes=notes)
 
 
-def _computed(case: str, accum: int, timed: Mapping[int, list[_Sample]]) -> Row:
+def _computed(case: str, accum: int, timed: Mapping[int, Sequence[Sequence[Update]]]) -> Row:
     """By K / (K step + compile), the micro-step of the longest update that was timed."""
     longest = max(k for k, samples in timed.items() if samples)
-    step = statistics.median(sample.step for sample in timed[longest])
-    every = [update for samples in timed.values() for each in samples for update in each.updates]
-    compiling = statistics.median(update.stall_seconds for update in every)
-    rate = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
+    step = statistics.median(_step(updates) for updates in timed[longest])
+    every = [u for samples in timed.values() for updates in samples for u in updates]
+    compiling = statistics.median(u.stall_seconds for u in every)
+    per_s = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
     notes = {
         "accum": accum,
         "updates_timed": 0,
-        "micro_steps_per_s": round(rate, 4),
-        "updates_per_s": round(rate / accum, 5),
+        "micro_steps_per_s": round(per_s, 4),
+        "updates_per_s": round(per_s / accum, 5),
         "compile_seconds": round(compiling, 5),
-        "compile_share": round(compiling * rate / accum, 5),
+        "compile_share": round(compiling * per_s / accum, 5),
         "optimizer_share": None,
         "computed": True,
     }

@@ -149,7 +149,7 @@ def table(record: dict[str, Any]) -> str:
                 _study("over 10", "speedup"),
             ),
             "Milliseconds are without the wait for a compilation, rates with it. The study: "
-            "stories110M on an M1 Pro; its milliseconds stand beside ours and are not compared. "
+            "stories110M on an M1 Pro; its milliseconds stand next to ours and are not compared. "
             "Through ML Programs every update waits for its compilation, and they are evaluated "
             "on this CPU; 0 updates timed: computed as K / (K step + compile). The study's row of "
             "500 is so, too.",

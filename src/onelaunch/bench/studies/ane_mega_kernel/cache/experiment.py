@@ -146,7 +146,7 @@ def _at_once(case: Case) -> Row:
 
 
 def _contained(results: list[Result]) -> Row:
-    row = _row(LAYER, views.ASKED, "yes", results)
+    row = _row(LAYER, views.LOOKED_UP, "yes", results)
     yes = all(each["there"] for each in results)
     row.notes |= {"found": "yes" if yes else "no", "as_expected": yes}
     return row

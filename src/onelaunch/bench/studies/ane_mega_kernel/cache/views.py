@@ -19,7 +19,7 @@ NAMES = {
     KERNELS: "the CUDA engine's kernels",
 }
 HIT, MISS = "hit", "miss"
-EMPTY, SAME, ASKED = "nothing kept", "kept, same process", "asked whether it is kept"
+EMPTY, SAME, LOOKED_UP = "nothing kept", "kept, same process", "asked whether it is kept"
 OTHER, UPDATED = "kept, another process", "after an update of the weights"
 OTHER_UPDATED = "after an update, another process"
 AT_ONCE, DAMAGED, REPAIRED = "two processes at once", "a damaged entry", "after the damaged entry"
@@ -32,7 +32,7 @@ CLAIMS = {
     "cache-weights": "one with weights is a miss after an update",
 }
 ANSWERS = {
-    "cache-key": (LAYER, OTHER), "cache-exists": (LAYER, ASKED),
+    "cache-key": (LAYER, OTHER), "cache-exists": (LAYER, LOOKED_UP),
     "cache-weight-free": (ATTENTION, OTHER_UPDATED), "cache-weights": (LAYER, UPDATED),
 }  # fmt: skip
 """By published row, the kind and the case that answer it on a CPU."""
@@ -49,8 +49,8 @@ GPU_ANSWERS = {
 }
 
 ABOUT = (
-    "Until the program is there: asked for, and compiled where it must be, or read, every byte "
-    "verified; asking hashes the weights. A process's start and imports are not counted."
+    "Until the program is there: compiled where it must be, or read, every byte verified; looking "
+    "it up hashes the weights. A process's start and imports are not counted."
 )
 STUDY = (
     "The study: kept by hashes of program, options and weights, across processes; one without "
@@ -61,7 +61,7 @@ GPU_ABOUT = (
     "Seconds until the first logits of a new engine (stories15m, one text of 64 tokens, bfloat16, "
     "one launch a stage): weights packed, kernels and what launches them, in C, compiled or read, "
     "everything launched once. A process's start, imports and opening the device are not counted. "
-    "Read is of Triton's store on disk, of kernels; in the same process it is not asked again. Of "
+    "Read is of Triton's store on disk, of kernels; the same process does not read it again. Of "
     "the kernels the largest is damaged, and of the libraries that launch them."
 )
 GPU_STUDY = (
@@ -99,7 +99,7 @@ def _of_kernels(rows: Rows) -> Iterator[Finding]:
             why += f"; compiling takes {digits(cold['ours'])} s"
             yield _finding(key, _figures(row), row["as_expected"], why)
     if row := rows.get((KERNELS, UPDATED)):
-        why = "Triton's store is not asked: a kernel is read or compiled"
+        why = "Triton's store has no such query: a kernel is read or compiled"
         yield _finding("cache-exists", "", None, why)
         why = "no kernel has weights in it: after an update there is nothing to be compiled"
         yield _finding("cache-weights", _figures(row), None, why)
@@ -107,7 +107,7 @@ def _of_kernels(rows: Rows) -> Iterator[Finding]:
         outcomes = [line for row in damaged for line in row["outcomes"]]
         yield Finding(
             (),
-            "a damaged entry is found out and compiled anew",
+            "a damaged entry is detected and compiled anew",
             "not measured",
             "; ".join(row["found"] for row in damaged),
             "confirmed" if all(row["as_expected"] for row in damaged) else "refuted",

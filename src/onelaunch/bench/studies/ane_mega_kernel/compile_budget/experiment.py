@@ -22,17 +22,8 @@ import torch
 from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import ask
 from onelaunch.bench.core.record import Row, Say
-from onelaunch.bench.studies.ane_mega_kernel.compile_budget.views import (
-    AGAIN,
-    DISTINCT,
-    FRESH,
-    KERNELS,
-    SHAPES,
-    WEIGHTS,
-    draw,
-    findings,
-    table,
-)
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget import views
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget.views import draw, findings, table
 from onelaunch.engines.coreml import coremltools
 
 __all__ = ["UNIT", "draw", "findings", "run", "table"]
@@ -59,15 +50,15 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
             module = GPU_CHILD if gpu else CHILD
             return dict(ask((sys.executable, "-m", module, what, str(number), device), env))
 
-        count = QUICK_AGAIN if quick else AGAIN
+        count = QUICK_AGAIN if quick else views.AGAIN
         what = "launches" if gpu else "compilations"
-        yield _many(f"{count} {what}, {WEIGHTS}", child("again", count))
-        count = QUICK_DISTINCT if quick else DISTINCT
-        kind = KERNELS if gpu else SHAPES
+        yield _many(f"{count} {what}, {views.WEIGHTS}", child("again", count))
+        count = QUICK_DISTINCT if quick else views.DISTINCT
+        kind = views.KERNELS if gpu else views.SHAPES
         yield _many(f"{count} compilations, {kind}", child("distinct", count))
         restarts = range(QUICK_RESTARTS if quick else RESTARTS)
         fresh = [child("restart", FIRST_RESTART + 2 * number) for number in restarts]
-        yield Row.of(FRESH, [each["until_first"] - each["second"] for each in fresh])
+        yield Row.of(views.FRESH, [each["until_first"] - each["second"] for each in fresh])
         for layers in QUICK_LAYERS if quick else GPU_LAYERS if gpu else LAYERS:
             result = child("layers", layers)
             names = ("refused", "weight_bytes", "operations", "apart_from_pytorch")

@@ -1,6 +1,6 @@
-"""cpu-overhead: what the host takes beside arithmetic in a step, and what a call costs it.
+"""cpu-overhead: what the host takes besides arithmetic in a step, and what a call costs it.
 
-The published study probed what its backward asks of the CPU: 133 buffers of 144 MB together
+The published study probed what its backward needs of the CPU: 133 buffers of 144 MB together
 allocated and freed, the same copied, 24 sums of 4.7 million elements, 228 pairs of locks, and found
 4 ms of a step of 169. The same amounts here; then what Python pays for an operation of PyTorch, for
 a call of this package's compiled program, on a GPU for a launch, and for reading the loss after
@@ -56,7 +56,7 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the study's loops have one
     try:
-        samples = {what: in_rounds(make(), rounds) for what, make in host.items()}
+        samples = {what: in_rounds(cases.timed(make()), rounds) for what, make in host.items()}
     finally:
         torch.set_num_threads(threads)
     for what, by_name in samples.items():
@@ -145,7 +145,7 @@ def _about(key: str, rows: Mapping[tuple[str, str], dict[str, Any]]) -> str:
         row = rows[COPIED, "numpy"]
         return f"{2 * MEGABYTES / row['ours']:.1f} GB/s read and written, one thread"
     if key == "host-locks":
-        return "Python's own lock, which nobody else wants; the study's are of shared surfaces"
+        return "Python's own lock, without contention; the study's are of shared surfaces"
     return "float32, one thread"
 
 
@@ -155,7 +155,7 @@ def table(record: dict[str, Any]) -> str:
     theirs = {where: f"{published(key, 'ms'):g}" for key, where in ANSWERS.items()}
     in_ms = [row for row in rows if row.get("unit", UNIT) == UNIT and row["what"] != STEP]
     parts = [
-        "## What a step asks for",
+        "## What a step needs",
         table_of(
             in_ms,
             CASE,
@@ -172,21 +172,20 @@ def table(record: dict[str, Any]) -> str:
             "## What a call costs Python",
             table_of(calls, CASE, *median_and_spread("us"), N),
             f"{cases.CALLS:,} calls back to back. An operation of torch adds one number to one "
-            "number; the CPU engine's program is asked for a number it knows. On a GPU nothing is "
-            "waited for.",
+            "number; the CPU engine's program returns a constant. On a GPU nothing is waited for.",
         ]
     if steps := [row for row in rows if row["what"] == STEP]:
         never = column("of never", "of_never", "{:.3f}x")
         parts += [
-            "## Asking for the loss after each step",
+            "## Reading the loss after each step",
             table_of(steps, CASE, *median_and_spread("ms a step"), N, never),
             "`loss.item()` waits for the device; on a CPU there is nothing to be waited for.",
         ]
-    return document(record, "What the host takes beside arithmetic, on", *parts)
+    return document(record, "What the host takes besides arithmetic, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
-    """Milliseconds of what a step asks for, ours and the study's."""
+    """Milliseconds of what a step needs, ours and the study's."""
     rows = {(row["what"], row["by"]): row["ours"] for row in record["rows"]}
     shown = {key: where for key, where in ANSWERS.items() if where in rows}
     return plots.bars(

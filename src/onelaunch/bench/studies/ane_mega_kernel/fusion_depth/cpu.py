@@ -25,17 +25,7 @@ from onelaunch.bench.core.compiled import (
 )
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
-    FFNS,
-    ONE_LAYER,
-    QUICK_FFNS,
-    Case,
-    How,
-    Ranges,
-    block_ways,
-    model_ways,
-    rows_of,
-)
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.cpu.runtime import Runtime
@@ -57,9 +47,11 @@ def run_all(quick: bool, log: Say) -> Iterator[Row]:
     if not quick:
         yield compilation(log)
     program = compiled_program(log)
-    for ffn in QUICK_FFNS if quick else FFNS:
+    for ffn in cases.QUICK_FFNS if quick else cases.FFNS:
         plan = part_of(make_plan(ffn.config), "ffn")
-        case = Case(ffn.case, ffn.name, ffn.tokens, block_ways(ffn.stages), less=(ONE_LAYER,))
+        case = cases.Case(
+            ffn.case, ffn.name, ffn.tokens, cases.block_ways(ffn.stages), less=(cases.ONE_LAYER,)
+        )
         case.reset = [(0, 1)]  # embed: without it the residual stream would stay all zeros
         weights = pack(ffn.config, program)
         for threads in thread_counts():
@@ -68,11 +60,11 @@ def run_all(quick: bool, log: Say) -> Iterator[Row]:
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
         weights = pack(config, program)
-        ways = model_ways(config, every_depth(config.n_layers))
+        ways = cases.model_ways(config, every_depth(config.n_layers))
         for threads in thread_counts():
             runtime = Runtime(config, weights, program, make_plan(config), threads, False)
             for tokens in TOKENS:
-                case = Case(f"{name} forward 1x{tokens}", name, tokens, ways)
+                case = cases.Case(f"{name} forward 1x{tokens}", name, tokens, ways)
                 yield from _rows(case, runtime, quick)
 
 
@@ -86,7 +78,7 @@ def compilation(log: Say) -> Row:
     return Row(COMPILATION, seconds, notes=notes)
 
 
-def _rows(case: Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
+def _rows(case: cases.Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
     """All ways in rounds, while the forward of one sequence is laid out."""
     generator = torch.Generator().manual_seed(case.tokens)
     ids = torch.randint(runtime.config.vocab_size, (case.tokens,), generator=generator)
@@ -107,11 +99,11 @@ def _rows(case: Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
     logits = while_laid_out(runtime, ids, measure)
     if not case.reset and not logits.isfinite().all():
         raise RunFailed(f"{case.name}: a forward by calls left logits unwritten")
-    how = How(threads_named(runtime.threads), {"threads": runtime.threads})
-    yield from rows_of(case, samples, how)
+    how = cases.How(threads_named(runtime.threads), {"threads": runtime.threads})
+    yield from cases.rows_of(case, samples, how)
 
 
-def _forwards(runtime: Runtime, reset: Ranges, ranges: Ranges, count: int) -> float:
+def _forwards(runtime: Runtime, reset: cases.Ranges, ranges: cases.Ranges, count: int) -> float:
     """The median of so many forwards' microseconds."""
     run_stages, clock = runtime.run, time.perf_counter
     times = []

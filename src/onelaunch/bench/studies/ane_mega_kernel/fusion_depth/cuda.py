@@ -33,18 +33,7 @@ from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
-    FFNS,
-    ONE_LAYER,
-    QUICK_FFNS,
-    Block,
-    Case,
-    How,
-    Ranges,
-    block_ways,
-    model_ways,
-    rows_of,
-)
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.calls import Call, CallAndProduct, prefer_shared_memory
 from onelaunch.engines.cuda.pack import pack
@@ -52,7 +41,11 @@ from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from onelaunch.errors import RunFailed
 from onelaunch.plan import Launch, Part
 
-BLOCKS = (*FFNS, Block("attention", 288, 6, 128), Block("attention", 768, 12, 128))
+BLOCKS = (
+    *cases.FFNS,
+    cases.Block("attention", 288, 6, 128),
+    cases.Block("attention", 768, 12, 128),
+)
 MODELS = ("stories15m", "stories110m")
 QUICK_MODELS = MODELS[:1]
 TOKENS = 256
@@ -64,14 +57,14 @@ DTYPE = torch.bfloat16
 MOST_APART = 0.05  # error of ours against PyTorch, and of one launch against the staged form
 
 ONE_BY_ONE, GRAPH = (
-    How(words, {"launched": words, "dtype": "bfloat16"}) for words in ("one by one", "graph")
+    cases.How(words, {"launched": words, "dtype": "bfloat16"}) for words in ("one by one", "graph")
 )
 
 
 class Measured(NamedTuple):
     """What each way took by how it was launched, what the peers took, and notes of the ways."""
 
-    samples: list[tuple[How, Samples]]
+    samples: list[tuple[cases.How, Samples]]
     peers: Samples
     alone: dict[str, Settled]
     notes: dict[str, dict[str, float]]
@@ -80,33 +73,33 @@ class Measured(NamedTuple):
 def run_all_on(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Time every case."""
     place = torch.device(device)
-    for block in QUICK_FFNS if quick else BLOCKS:
+    for block in cases.QUICK_FFNS if quick else BLOCKS:
         yield from _rows(block_case(block), block.config, block.part, place, quick, log)
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
         yield from _rows(model_case(name, config), config, "whole", place, quick, log)
 
 
-def block_case(block: Block) -> Case:
+def block_case(block: cases.Block) -> cases.Case:
     """One block of each layer."""
-    ways = block_ways(block.stages, with_embed=True)
-    return Case(block.case, block.name, block.tokens, ways, less=(ONE_LAYER,))
+    ways = cases.block_ways(block.stages, with_embed=True)
+    return cases.Case(block.case, block.name, block.tokens, ways, less=(cases.ONE_LAYER,))
 
 
-def model_case(name: str, config: ModelConfig) -> Case:
+def model_case(name: str, config: ModelConfig) -> cases.Case:
     """A whole model, and its first layers alone: in one launch, some also by halves; embed is in
     the first launch."""
     fewer = [n for n in LAYERS_A_LAUNCH if n < config.n_layers]
     first = {n: "first layer" if n == 1 else f"first {n} layers" for n in (*fewer, config.n_layers)}
-    in_one: dict[str, Ranges] = {way: [(0, 1 + 5 * n)] for n, way in first.items()}
-    whole = model_ways(config, ["stage", "half", *fewer, "all"])
+    in_one: dict[str, cases.Ranges] = {way: [(0, 1 + 5 * n)] for n, way in first.items()}
+    whole = cases.model_ways(config, ["stage", "half", *fewer, "all"])
     halves = [each for each in whole["half"] if each[0] > 0]
-    by_halves: dict[str, Ranges] = {
+    by_halves: dict[str, cases.Ranges] = {
         f"{first[n]} by halves": [(0, halves[0][1]), *halves[1 : 2 * n]]
         for n in BY_HALVES
         if n in fewer
     }
-    return Case(
+    return cases.Case(
         f"{name} forward 1x{TOKENS}",
         name,
         TOKENS,
@@ -118,7 +111,7 @@ def model_case(name: str, config: ModelConfig) -> Case:
 
 
 def _rows(
-    case: Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, log: Say
+    case: cases.Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, log: Say
 ) -> Iterator[Row]:
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
@@ -131,14 +124,14 @@ def _rows(
         measured = _measure(case, staged, shape, bare, tokens_BS, quick, log)
     case = replace(case, notes=measured.notes)
     for how, samples in measured.samples:
-        yield from rows_of(case, samples, how, measured.peers, measured.alone)
+        yield from cases.rows_of(case, samples, how, measured.peers, measured.alone)
     del weights, staged, bare
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def _measure(
-    case: Case,
+    case: cases.Case,
     staged: BoundForward,
     shape: Shape,
     bare: BareForward | None,
@@ -186,11 +179,11 @@ def _measure(
     return Measured(of_ways, {peer: samples[peer] for peer in peers}, alone, notes)
 
 
-def _named(way: str, how: How) -> str:
+def _named(way: str, how: cases.How) -> str:
     return f"{way}, {how.words}"
 
 
-def _forms(case: Case, staged: BoundForward, shape: Shape) -> dict[str, FusedForward]:
+def _forms(case: cases.Case, staged: BoundForward, shape: Shape) -> dict[str, FusedForward]:
     """Every way, with the staged form's weights and tokens."""
     found = {}
     for way, ranges in case.ways.items():

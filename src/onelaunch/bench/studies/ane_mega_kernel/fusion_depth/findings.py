@@ -113,8 +113,8 @@ def _ffn(key: str, each: Forward) -> list[Finding]:
     values = PUBLISHED[key].values
     what = f"12 feed-forward layers of {PUBLISHED[key].row}, {_tokens(each)},"
     times = f"{values['12 apart, us']:,} us in 12, {values['12 in one, us']:,} in one"
-    untold = "; of how many tokens the published figure is was not told"
-    return _both(key, what, each, times, "1", untold if key != "ffn-288-128" else "")
+    unknown = "; the study does not say how many tokens its figure is of"
+    return _both(key, what, each, times, "1", unknown if key != "ffn-288-128" else "")
 
 
 def _whole(key: str, each: Forward) -> list[Finding]:
@@ -203,7 +203,7 @@ def _prices(record: dict[str, Any], every: Sequence[Forward]) -> Iterator[Findin
             ours = f"{digits(low)} us"
             how = f"what launching {kernels} kernels from Python takes over replaying them"
         yield Finding(
-            ("call-price",), f"a call has a price beside the arithmetic, {each.variant}", theirs,
+            ("call-price",), f"a call has a price besides the arithmetic, {each.variant}", theirs,
             ours, "confirmed" if low > 0 else "inconclusive", how,
         )  # fmt: skip
         yield Finding(

@@ -92,8 +92,8 @@ def table(record: Mapping[str, Any]) -> str:
         parts.append(LAUNCHED)
     parts += [
         f"## FFN layers alone\n\n{_block_table('dim/hidden', ffns)}",
-        "One layer, timed again and again, finds its weights in a nearer cache than twelve do. How "
-        "many tokens the published figures beside 1 token are of was not told.",
+        "One layer, timed again and again, finds its weights in a nearer cache than twelve do. The "
+        "study does not say how many tokens the figures next to ours of 1 token are of.",
     ]
     if attentions:
         parts.append(f"## Attention layers alone\n\n{_block_table('dim/heads', attentions)}")
@@ -105,7 +105,7 @@ def table(record: Mapping[str, Any]) -> str:
         parts.append(f"## The first layers in one call\n\n{_layers_table(every)}")
     parts.append(f"## Every depth\n\n{_depth_table(every)}")
     if any("speed_against" in row for row in rows):
-        parts.append(f"## Beside the staged form and PyTorch\n\n{_peers_table(every)}")
+        parts.append(f"## Compared with the staged form and PyTorch\n\n{_peers_table(every)}")
     parts += [
         f"## The price of a call\n\n{_price_table(rows, 'call')}",
         "Least squares of time = rest + price x calls in every round; the median of the rounds. "

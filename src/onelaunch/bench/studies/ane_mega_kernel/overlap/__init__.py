@@ -127,18 +127,18 @@ def _cuda(config: ModelConfig, tokens_BS: torch.Tensor, device: torch.device) ->
 def _case(case: str, call: Call, background: Background, rounds: int) -> Iterator[Row]:
     for _ in range(5):
         call()
-    forwards: dict[str, list[list[float]]] = {"alone": [], "beside": []}
-    compiled: dict[str, list[float]] = {"alone": [], "beside": []}
+    forwards: dict[str, list[list[float]]] = {"alone": [], "during": []}
+    compiled: dict[str, list[float]] = {"alone": [], "during": []}
     for number in range(rounds):
-        for beside in (False, True) if number % 2 else (True, False):
-            if beside:
-                forwards["beside"].append(_beside(call, background, compiled["beside"]))
+        for during in (False, True) if number % 2 else (True, False):
+            if during:
+                forwards["during"].append(_during(call, background, compiled["during"]))
             else:
                 forwards["alone"].append(_alone(call))
         if number < ALONE_ROUNDS:
             compiled["alone"].append(_compiled(background))
     count = rounds * _calls(background) * background.each
-    for when, name in (("alone", "alone"), ("beside", f"beside {count} compilations")):
+    for when, name in (("alone", "alone"), ("during", f"beside {count} compilations")):
         times = [ms for block in forwards[when] for ms in block]
         row = Row(
             f"{case}, {name}", statistics.fmean(times), percentiles(times), len(times),
@@ -149,10 +149,10 @@ def _case(case: str, call: Call, background: Background, rounds: int) -> Iterato
                 "threads": torch.get_num_threads(),
             },
         )  # fmt: skip
-        if when == "beside":
+        if when == "during":
             slower = [
-                statistics.fmean(during) / statistics.fmean(alone)
-                for alone, during in zip(*forwards.values(), strict=True)
+                statistics.fmean(busy) / statistics.fmean(alone)
+                for alone, busy in zip(*forwards.values(), strict=True)
             ]
             row.notes |= {
                 "compilations": count,
@@ -161,7 +161,7 @@ def _case(case: str, call: Call, background: Background, rounds: int) -> Iterato
                 "slowdown": round(statistics.median(slower), 4),
                 "slowdown_spread": [round(v, 4) for v in percentiles(slower)],
                 "compile_alone": round(statistics.median(compiled["alone"]), 4),
-                "compile_beside": round(statistics.median(compiled["beside"]), 4),
+                "compile_beside": round(statistics.median(compiled["during"]), 4),
             }
         yield row
 
@@ -187,7 +187,7 @@ def _alone(call: Call) -> list[float]:
     return times
 
 
-def _beside(call: Call, background: Background, compiled: list[float]) -> list[float]:
+def _during(call: Call, background: Background, compiled: list[float]) -> list[float]:
     """Milliseconds of each of the calls during a round of compilations, whose own seconds are added
     to `compiled`."""
     errors: list[Exception] = []
@@ -228,12 +228,12 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     def figures(average: float, most: float) -> str:
         return f"average {average:.3g} ms, most {most:.3g}"
 
-    their_alone, their_beside = (
+    their_alone, their_during = (
         figures(published(key, "average, ms"), published(key, "most, ms"))
         for key in ("overlap-alone", "overlap-beside")
     )
     theirs = published("overlap-beside", "slowdown")
-    for alone, beside in pairs(record):
+    for alone, during in pairs(record):
         found.append(
             Finding(
                 ("overlap-alone",),
@@ -241,23 +241,23 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 their_alone,
                 figures(alone["ours"], alone["most"]),
                 "not applicable",
-                "another program on another device; what is asked is how much slower it becomes",
+                "another program on another device; the question is how much slower it becomes",
             )
         )
-        error = standard_error(beside["slowdown_spread"], beside["compilations"] // COMPILATIONS)
-        verdict = below(beside["slowdown"], LITTLE, error)
+        error = standard_error(during["slowdown_spread"], during["compilations"] // COMPILATIONS)
+        verdict = below(during["slowdown"], LITTLE, error)
         found.append(
             Finding(
                 ("overlap-beside",),
-                f"{beside['of']}: compiling in the background costs what runs little",
-                f"{theirs:g} times as slow beside 20 compilations; {their_beside}",
-                f"{beside['slowdown']:.2f} times as slow beside {beside['compilations']}; "
-                + figures(beside["ours"], beside["most"]),
+                f"{during['of']}: compiling in the background slows a forward little",
+                f"{theirs:g} times as slow during 20 compilations; {their_during}",
+                f"{during['slowdown']:.2f} times as slow during {during['compilations']}; "
+                + figures(during["ours"], during["most"]),
                 verdict,
                 f"up to {LITTLE:g}, twice the published cost, is little; compiling itself took "
-                f"{beside['compile_beside'] / beside['compile_alone']:.2f} times as "
+                f"{during['compile_beside'] / during['compile_alone']:.2f} times as "
                 f"long{unless(verdict)}",
-                beside["slowdown"] / theirs,
+                during["slowdown"] / theirs,
             )
         )
     return without_evaluated_seconds(found)
@@ -279,7 +279,7 @@ def table(record: dict[str, Any]) -> str:
             column("forwards", "n"),
             column("slowdown", "slowdown", "{:.2f}"),
             column("a compilation alone, s", "compile_alone", "{:.2f}"),
-            column("beside, s", "compile_beside", "{:.2f}"),
+            column("with forwards, s", "compile_beside", "{:.2f}"),
         ),
         "Slowdown is of the averages, round by round. Compilations are in a process of low "
         "priority. ML Programs are evaluated on this CPU, so that both want the same cores; the "
@@ -295,7 +295,7 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
         f"A forward while something is compiled, {record['device']}",
         {
             f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in found}
-            for number, when in enumerate(("alone", "beside compilations"))
+            for number, when in enumerate(("alone", "during compilations"))
             for what, key in (("average", "ours"), ("most", "most"))
         },
         "what ran", "one forward, ms", log="y",

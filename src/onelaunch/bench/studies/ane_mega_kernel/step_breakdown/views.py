@@ -119,8 +119,8 @@ def _sum(case: str, rows: Shares) -> Finding:
         ("part-whole",),
         f"{case}: the parts add up to the micro-step",
         f"{THEIR_WHOLE:g} ms; the estimates leave {lost:.1f} ms of the backward "
-        f"({lost / THEIR_WHOLE:.0%} of the micro-step) to nobody",
-        f"{rows[WHOLE]['ours']:.2f} ms, {left:.2%} of it to no part",
+        f"({lost / THEIR_WHOLE:.0%} of the micro-step) unattributed",
+        f"{rows[WHOLE]['ours']:.2f} ms, {left:.2%} of it unattributed",
         "confirmed" if abs(left) < ADDS_UP else "refuted",
         f"within {ADDS_UP:.0%} is confirmed",
     )
@@ -133,10 +133,10 @@ def _products(record: dict[str, Any]) -> Iterator[Finding]:
         if "depth" in row:
             yield Finding(
                 ("part-backward-dw",),
-                f"{row['case']}: the weights' gradients are computed beside the backward, and "
-                "hardly awaited",
-                "29 ms beside it, awaited 0.005 ms",
-                f"{row['products']:.2f} ms beside it, awaited {row['product_wait']:.2f} ms "
+                f"{row['case']}: the weights' gradients are computed during the backward, which "
+                "hardly waits for them",
+                "29 ms meanwhile, 0.005 ms of waiting",
+                f"{row['products']:.2f} ms meanwhile, {row['product_wait']:.2f} ms of waiting "
                 f"({row['product_wait'] / row['ours']:.1%} of the micro-step)",
                 "not applicable",
                 "",
@@ -208,7 +208,7 @@ def table(record: dict[str, Any]) -> str:
                 column("forward programs, ms", "forward_programs", digits),
                 column("backward programs, ms", "backward_programs", digits),
                 column("weights' gradients, ms", "products", digits),
-                column("awaited, ms", "product_wait", digits),
+                column("waiting for them, ms", "product_wait", digits),
             ),
             "The study projected about 2x for the programs' time from fewer and larger backward "
             "programs, as each call costs about 160 us there. Milliseconds of programs are with "

@@ -25,21 +25,8 @@ from torch import Tensor
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.core.timing import milliseconds
-from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
-    COLUMNS,
-    CONSTANTS,
-    FILE,
-    INPUTS,
-    KEPT,
-    LINEAR,
-    MOST_APART,
-    OUT,
-    PACKED,
-    PRODUCT,
-    WIDTH,
-    findings,
-    table,
-)
+from onelaunch.bench.studies.ane_mega_kernel.weight_mutability import views
+from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import findings, table
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import write
 from onelaunch.engines.coreml.evaluate import Evaluator, Precision
@@ -49,6 +36,7 @@ from onelaunch.engines.coreml.package import Package
 __all__ = ["UNIT", "findings", "run", "table"]
 
 UNIT = "ms"
+COLUMNS, OUT, WIDTH, MOST_APART = views.COLUMNS, views.OUT, views.WIDTH, views.MOST_APART
 EVALUATIONS, QUICK_EVALUATIONS = 200, 40
 CONVERSIONS, QUICK_CONVERSIONS = 7, 3
 PRECISION: Precision = "float32"
@@ -110,12 +98,17 @@ def ways() -> list[Way]:
     kernel = (OUT, COLUMNS, 1, 1)
     by_input, by_state = partial(as_kernel, W), partial(as_kernel, STATE)
     return [
-        Way(CONSTANTS, x, constants, lambda x, w: {X: x}, baked=True),
-        Way(INPUTS, x | {W: kernel}, input_, by_input),
-        Way(PRODUCT, x | {W: (1, 1, OUT, COLUMNS)}, product, lambda x, w: {X: x, W: w[None, None]}),
-        Way(LINEAR, x | {W: (OUT, COLUMNS)}, linear, by_input),
-        Way(PACKED, {BOTH: (1, COLUMNS + rows, 1, WIDTH)}, packed, as_rows),
-        Way(KEPT, x, state, by_state, state=kernel),
+        Way(views.CONSTANTS, x, constants, lambda x, w: {X: x}, baked=True),
+        Way(views.INPUTS, x | {W: kernel}, input_, by_input),
+        Way(
+            views.PRODUCT,
+            x | {W: (1, 1, OUT, COLUMNS)},
+            product,
+            lambda x, w: {X: x, W: w[None, None]},
+        ),
+        Way(views.LINEAR, x | {W: (OUT, COLUMNS)}, linear, by_input),
+        Way(views.PACKED, {BOTH: (1, COLUMNS + rows, 1, WIDTH)}, packed, as_rows),
+        Way(views.KEPT, x, state, by_state, state=kernel),
     ]
 
 
@@ -136,7 +129,7 @@ def _by_programs(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         for way in ways():
             made[way.name] = _made(way, Path(name) / str(len(made)), count)
-        made[FILE] = _overwritten(Path(name), count)
+        made[views.FILE] = _overwritten(Path(name), count)
         calls = {case: each.call for case, each in made.items() if each.call is not None}
         contestants = {case: partial(milliseconds, call) for case, call in calls.items()}
         samples = in_rounds(contestants, QUICK_EVALUATIONS if quick else EVALUATIONS)

@@ -105,7 +105,7 @@ def in_words(row: Row) -> str:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     parts = _of_kernels(record) if _on_gpu(record) else _of_programs(record)
-    return document(record, "Weights that are no constants, on", *parts)
+    return document(record, "Weights that are not constants, on", *parts)
 
 
 def _of_programs(record: dict[str, Any]) -> list[str]:

@@ -5,12 +5,18 @@ The published study saw 258 ms in the first micro-step after its programs were m
 the first of a fresh process on, with PyTorch and through ML Programs, and through these also those
 after an update, on new programs in a warm process. Waiting for a compilation is not counted.
 Steady is a micro-step from which on the running median stays within 1% of its end.
+
+A fresh process is `python -m onelaunch.bench.studies.ane_mega_kernel.warm_up WHAT DEVICE MODEL
+TOKENS STEPS UPDATES AFTER`: STEPS micro-steps, then UPDATES updates, each followed by AFTER more;
+it prints one JSON object.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +34,12 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.tables import document, spread
 from onelaunch.bench.core.views import CASE, N, column, published, table_of
-from onelaunch.bench.studies.ane_mega_kernel.program_training import why_no_programs
+from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    Driver,
+    driver,
+    pytorch_driver,
+    why_no_programs,
+)
 
 UNIT = "ms"
 MARKS = (1, 30, 136)
@@ -47,7 +58,7 @@ QUICK_PYTORCH = (("stories260k", 64, 180, 2),)
 QUICK_PROGRAMS = (("stories260k", 64, 48, 1),)
 UPDATES, AFTER = 4, 24
 QUICK_UPDATES, QUICK_AFTER = 2, 10
-CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up.child")
+CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up")
 
 
 def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
@@ -71,6 +82,41 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
 
 def _child(*args: str | int) -> dict[str, Any]:
     return dict(ask([*CHILD, *map(str, args)]))
+
+
+def main(what: str, device: str, model: str, *numbers: str) -> dict[str, Any]:
+    """In the fresh process: milliseconds of micro-steps with PyTorch, or through ML Programs."""
+    tokens, *counts = (int(number) for number in numbers)
+    if what == "PyTorch":
+        return _measure(pytorch_driver(model, tokens, device), *counts)
+    with driver(model, tokens, staleness=0) as training:
+        return _measure(training, *counts)
+
+
+def _measure(training: Driver[Any], steps: int, updates: int, after: int) -> dict[str, Any]:
+    """The first ones, and those after each update."""
+    times: dict[str, Any] = {"first": _micro_steps(training, steps), "after": []}
+    for _ in range(updates):
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        training.engine.after_update()
+        times["after"].append(_micro_steps(training, after))
+    return times
+
+
+def _micro_steps(training: Driver[Any], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        batch = training.texts()
+        training.engine.telemetry()
+        training.wait()
+        start = time.perf_counter()
+        training.engine.train_step(*batch, 1 / count)
+        training.wait()
+        seconds = time.perf_counter() - start
+        seconds -= training.engine.telemetry().get("stall_seconds", 0.0)
+        times.append(round(1e3 * seconds, 4))
+    return times
 
 
 def end_of(times: Sequence[float]) -> float:
@@ -161,7 +207,7 @@ def _steady(case: str, last: dict[str, Any]) -> Finding:
     )
     return Finding(
         ("warm-136",),
-        f"{case}: some hundred micro-steps pass until they take no less",
+        f"{case}: micro-steps get faster for some hundred of them",
         f"from {theirs} on",
         f"within {WITHIN:.0%} {within}, within {ROUGHLY:.0%} {roughly}",
         verdict,
@@ -214,3 +260,7 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     title = f"Warming up, {record['device']}"
     plots.label(axes, "micro-step", "time over that of the last ones", title, log="xy")
     return figure
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
