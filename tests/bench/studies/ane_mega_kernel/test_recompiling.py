@@ -9,8 +9,6 @@ import time
 import pytest
 
 from onelaunch.bench.core.children import ask
-from onelaunch.bench.core.record import write_record
-from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import RunFailed
 
 pytest.importorskip("coremltools")
@@ -18,13 +16,9 @@ pytest.importorskip("coremltools")
 from onelaunch.bench.studies.ane_mega_kernel import program_training, recompile
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
 from onelaunch.engines.coreml import training
+from tests.bench.records import record_of
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
-
-
-def table_of(experiment, module, rows, folder):
-    path = write_record(experiment, module.UNIT, rows, folder, "here")
-    return module.table(read_json(path))
 
 
 @pytest.fixture
@@ -69,27 +63,27 @@ def test_k_is_found(rows, tmp_path):
     half, whole, twice = measured
     assert half.notes["k"] == whole.notes["k"] // 2
     assert twice.notes["k"] == 2 * whole.notes["k"]
-    text = table_of("recompile", recompile, rows, tmp_path)
+    text = recompile.table(record_of(recompile, rows, tmp_path))
     assert "| stories15M, whole " in text
     assert "| stories260k 1x16, K/2 " in text
 
 
 @pytest.mark.parametrize(
-    ("k", "least", "found"),
-    # hidden from `least` on; half of what is found is not
+    ("k", "least", "expected"),
+    # hidden from `least` on; half of what is expected is not
     [(40, 38, 40), (40, 20, 20), (80, 20, 20), (40, 21, 30), (40, 45, 50), (10, 19, 22), (3, 1, 1)],
 )
-def test_k_settles_where_it_hides_and_half_does_not(k, least, found):
-    asked = []
+def test_k_settles_where_it_hides_and_half_does_not(k, least, expected):
+    tried = []
 
     def waits(k):
-        asked.append(k)
+        tried.append(k)
         return max(0.0, (least - k) / least)
 
-    assert recompile.settled(k, waits) == found
-    assert found >= least
-    assert found // 2 < least
-    assert len(asked) <= 2 + recompile.LONGER + k.bit_length()
+    assert recompile.settled(k, waits) == expected
+    assert expected >= least
+    assert expected // 2 < least
+    assert len(tried) <= 2 + recompile.LONGER + k.bit_length()
 
 
 def test_k_does_not_grow_without_end():
@@ -114,10 +108,9 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
         assert row.notes["bytes_after"] >= row.notes["bytes_before"] > 10**7
     assert layers.notes["weight_bytes"] > 14e6
     assert not layers.notes["refused"]
-    text = table_of("compile-budget", compile_budget, rows, tmp_path)
+    text = compile_budget.table(record_of(compile_budget, rows, tmp_path))
     assert "| 4 compilations, new weights " in text
     assert "| 1 layers of 768/2048 in a program " in text
-    assert compile_budget.draw({"device": "here", "rows": [row.to_dict() for row in rows]})
 
 
 def test_a_process_that_ends_says_why():
