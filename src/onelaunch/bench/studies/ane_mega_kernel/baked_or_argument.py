@@ -256,14 +256,14 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         "the public converter takes weights as inputs; what the private parser refuses it does not "
         "say, nor what a step takes on a Neural Engine"
     )
-    found = []
+    results = []
     for model in _models(record):
         compiling = 1e3 * _rows(record, model)["update", "constants"]["ours"]
         ours = f"as inputs the same result; compiling constants takes {compiling:,.0f} ms an update"
         claim = f"weights must be constants, a layer of {model}"
         published = statement("mutable-inputs")
-        found.append(Finding(("mutable-inputs",), claim, published, ours, verdict, why))
-    return found
+        results.append(Finding(("mutable-inputs",), claim, published, ours, verdict, why))
+    return results
 
 
 def table(record: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """coreml: what making ML Programs of a model takes, by fusion depth, and how exact they are.
 
-Random weights, one text of SEQUENCE tokens. `ours` is the seconds to emit, convert and save all
+Random weights, one sequence of SEQUENCE tokens. `ours` is the seconds to emit, convert and save all
 programs of a forward, coremltools' import not counted. Errors are of the logits of every position,
 saved programs read back and evaluated on the CPU, against the model in float64: in float32, where
 float16 constants are all that is lost, and in float16 rounded after every operation. Blocks of
@@ -226,7 +226,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     if not ones:
         return []
     largest, theirs = max(ones, key=lambda row: row["bytes"]), published("sram", "MB")
-    found = [
+    results = [
         Finding(
             ("sram",),
             f"{theirs:g} MB of weights in one program meet no limit",
@@ -237,7 +237,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     ]
     rows = {row["case"]: row for row in record["rows"]}
     whole, fours = (rows.get(f"stories110m 1x{SEQUENCE} {depth}") for depth in ("all", 4))
-    return found + ([_growth(whole, fours)] if whole and fours else [])
+    return results + ([_growth(whole, fours)] if whole and fours else [])
 
 
 def _growth(whole: dict[str, Any], fours: dict[str, Any]) -> Finding:
@@ -267,7 +267,7 @@ def table(record: dict[str, Any]) -> str:
         "computes the forward again, and has them twice.",
         table_of(
             record["rows"],
-            column("programs of one text", "case"),
+            column("programs of one sequence", "case"),
             column("s", "ours", digits),
             column("of it emitting", "emit_seconds", digits),
             column("programs", "programs"),

@@ -57,14 +57,14 @@ class Driver(Generic[Engine]):
         self.optimizer = make_optimizer(engine.parameters(), Recipe())
         self._sampler = open_data("stories", SEED).train(sequence, SEED)
 
-    def texts(self) -> tuple[Tensor, Tensor]:
+    def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next micro-step's tokens and targets."""
         tokens, targets = self._sampler.next(1)
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
     def micro_step(self, scale: float) -> None:
         """Forward and backward of the next sequence."""
-        self.engine.train_step(*self.texts(), scale)
+        self.engine.train_step(*self.next_batch(), scale)
 
     def update(self, k: int, renew: bool = True) -> Update:
         """One of k micro-steps. Without `renew` the programs are kept, as if weights that change

@@ -46,7 +46,7 @@ NEARLY = 0.2
 """Of an update: where half of K waits less than this, the fewest that hide a compilation are near
 half of K, and whether half does is chance."""
 CASES = (("stories260k", 64, 16), ("stories15m", 32, 4))
-"""Model, tokens, and micro-steps of the updates from which K is found."""
+"""Model, tokens, and micro-steps of the updates from which K is estimated."""
 QUICK_CASES = CASES[:1]
 FIRST_UPDATES, QUICK_FIRST_UPDATES = 8, 5
 FINDING_UPDATES = 4
@@ -150,13 +150,13 @@ def _case(
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of each K of the published table by its own times, and of whether K hides here."""
     rows = {row["case"]: row for row in record["rows"]}
-    found = []
+    results = []
     for key in KEYS:
         row = rows.get(f"published: {PUBLISHED[key].row}")
         if row is None:
             continue
         ratio = row["k"] / row["published_k"]
-        found.append(
+        results.append(
             Finding(
                 (key,),
                 f"{PUBLISHED[key].row}: micro-steps that hide {row['ours']:g} s of compiling",
@@ -172,7 +172,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         if not {f"{case}, K", f"{case}, K/2"} <= rows.keys():
             continue
         whole, half = rows[f"{case}, K"], rows[f"{case}, K/2"]
-        found.append(
+        results.append(
             Finding(
                 KEYS,
                 f"{case} here: K micro-steps hide a compilation, fewer do not",
@@ -185,7 +185,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 ),
             )
         )
-    return found
+    return results
 
 
 def table(record: dict[str, Any]) -> str:
@@ -208,7 +208,7 @@ def table(record: dict[str, Any]) -> str:
             "## Training through ML Programs on this CPU",
             table_of(
                 measured,
-                column("one text at a time", "case"),
+                column("one sequence at a time", "case"),
                 column("micro-steps an update", "k"),
                 *median_and_spread("waits, s (median)", "{:.3f}"),
                 column("of the update", "wait_share", "{:.1%}"),

@@ -173,7 +173,7 @@ def _row(case: str, stage: str, samples: Samples, long: int, notes: dict[str, An
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of every stage, its speedup over the first; of the one in the background, the model too."""
-    found = []
+    results = []
     first = {row["of"]: row for row in record["rows"] if row["stage"] == BASELINE}
     for row in record["rows"]:
         key = row["stage"]
@@ -182,7 +182,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         if key == BASELINE:
             claim = f"{row['of']}: what the others are over"
             why = "another machine and another model; their ratios follow"
-            found.append(Finding((key,), claim, theirs, ours, "not applicable", why))
+            results.append(Finding((key,), claim, theirs, ours, "not applicable", why))
             continue
         speedup = published(key, "speedup")
         error = error_of_ratio(row["speedup"], row, first[row["of"]])
@@ -190,7 +190,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         if row["k"] != LONG:
             verdict, why = "quick run", f"{row['k']} micro-steps an update"
         computed = "" if key == ACCUMULATION else ", computed"
-        found.append(
+        results.append(
             Finding(
                 (key,),
                 row["case"],
@@ -206,8 +206,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             claim = f"{row['of']}: {what}"
             by_model = f"{row['ours']:.2f} measured, {row['model']:.2f} by the model"
             theirs = "5.24 by such a model"
-            found.append(Finding((key,), claim, theirs, by_model, "not applicable", ""))
-    return without_evaluated_seconds(found)
+            results.append(Finding((key,), claim, theirs, by_model, "not applicable", ""))
+    return without_evaluated_seconds(results)
 
 
 def table(record: dict[str, Any]) -> str:

@@ -233,14 +233,14 @@ def _fill(descriptor: int) -> None:
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of lines to a file and to a slow terminal, in each case; of what the display costs there."""
-    found = []
+    results = []
     rows = {row["case"]: row for row in record["rows"]}
     for case in CASES:
         if row := rows.get(f"{case} file"):
-            found.append(_to_a_file(case, row))
+            results.append(_to_a_file(case, row))
         if row := rows.get(f"{case} {SLOW}"):
-            found += [_to_a_terminal(case, row), _by_the_display(case, row)]
-    return found
+            results += [_to_a_terminal(case, row), _by_the_display(case, row)]
+    return results
 
 
 def _to_a_file(case: str, row: dict[str, Any]) -> Finding:

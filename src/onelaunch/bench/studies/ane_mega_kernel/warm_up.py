@@ -107,7 +107,7 @@ def _measure(training: Driver[Any], steps: int, updates: int, after: int) -> dic
 def _micro_steps(training: Driver[Any], count: int) -> list[float]:
     times = []
     for _ in range(count):
-        batch = training.texts()
+        batch = training.next_batch()
         training.engine.telemetry()
         training.wait()
         start = time.perf_counter()
@@ -163,7 +163,7 @@ def _rows(case: str, by_process: Sequence[Sequence[float]]) -> Iterator[Row]:
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """The first micro-step, the 30th, and from where on they are steady, of each case."""
-    found = []
+    results = []
     end = published("warm-136", "ms")
     rows = {(row["of"], row.get("mark")): row for row in record["rows"]}
     for case in dict.fromkeys(row["of"] for row in record["rows"]):
@@ -176,7 +176,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             least = SLOWER if mark == 1 else 1 + WITHIN
             error = standard_error(last["spread"], row["n"]) / last["ours"]
             verdict = above(row["over_end"], least, error)
-            found.append(
+            results.append(
                 Finding(
                     (key,),
                     f"{case}: micro-step {mark} takes longer than the last ones",
@@ -187,8 +187,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                     row["over_end"] / (ms / end),
                 )
             )
-        found.append(_steady(case, last))
-    return without_evaluated_seconds(found)
+        results.append(_steady(case, last))
+    return without_evaluated_seconds(results)
 
 
 def _steady(case: str, last: dict[str, Any]) -> Finding:

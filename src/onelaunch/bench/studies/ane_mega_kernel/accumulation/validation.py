@@ -67,7 +67,7 @@ def _recipe(accum: int, rule: str, micro_steps: int) -> Recipe:
 
 
 def _loss(recipe: Recipe, device: str, seed: int) -> float:
-    """Of the same texts for every one."""
+    """The validation loss, of the same sequences for every one."""
     with timed_trainer(recipe.with_settings({"train.seed": seed}, "bench"), device) as trainer:
         for _ in range(recipe.train.updates):
             trainer._update()

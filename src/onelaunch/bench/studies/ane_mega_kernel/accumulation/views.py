@@ -36,24 +36,24 @@ Row = dict[str, Any]
 
 def series(record: dict[str, Any]) -> dict[str, list[Row]]:
     """The rows of rates, by what trained, shortest updates first."""
-    found: dict[str, list[Row]] = {}
+    by_name: dict[str, list[Row]] = {}
     for row in record["rows"]:
         if "micro_steps_per_s" in row:
-            found.setdefault(row["case"].rsplit(", ", 1)[0], []).append(row)
-    return {name: sorted(rows, key=lambda row: row["accum"]) for name, rows in found.items()}
+            by_name.setdefault(row["case"].rsplit(", ", 1)[0], []).append(row)
+    return {name: sorted(rows, key=lambda row: row["accum"]) for name, rows in by_name.items()}
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """By what trained, each published number of micro-steps; then what they cost in learning."""
-    found = []
+    results = []
     for name, rows in series(record).items():
         by_accum = {row["accum"]: row for row in rows}
         if base := by_accum.get(10):
-            found.append(_baseline(name, base))
+            results.append(_baseline(name, base))
             for key in KEYS[1:]:
                 if row := by_accum.get(int(PUBLISHED[key].row)):
-                    found.append(_speedup(key, name, row, base))
-    return [*without_evaluated_seconds(found), *_learning(record)]
+                    results.append(_speedup(key, name, row, base))
+    return [*without_evaluated_seconds(results), *_learning(record)]
 
 
 def _baseline(name: str, row: Row) -> Finding:
@@ -134,7 +134,7 @@ def table(record: dict[str, Any]) -> str:
             "## What more of them save",
             table_of(
                 rates,
-                column("one text at a time", "case"),
+                column("one sequence at a time", "case"),
                 *median_and_spread("ms/micro-step"),
                 column("updates timed", "updates_timed"),
                 column("micro-steps/s", "micro_steps_per_s", digits),

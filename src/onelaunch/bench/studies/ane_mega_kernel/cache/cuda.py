@@ -1,4 +1,4 @@
-"""cache on a GPU: Triton's store of the CUDA engine's kernels, one launch a stage.
+"""cache on a GPU: Triton's store of the CUDA engine's kernels, one kernel per stage.
 
 A kernel has no weights in it: they are its arguments. So other weights stand for an update, and the
 answer differs from the study's. `ours` is seconds until the first logits of an engine are there;

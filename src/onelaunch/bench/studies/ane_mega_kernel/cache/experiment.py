@@ -1,8 +1,8 @@
 """cache: what the store of compiled programs saves, and that it never serves a wrong one.
 
 The published study found that Apple's compiler keeps programs by hashes of program, options and
-weights, across processes, so that a program without weights is found again and one with weights
-never after an update. The same measured of this package's store: of ML Programs (one layer, and its
+weights, across processes, so that a program without weights is a hit and one with weights a miss
+after every update. The same measured of this package's store: of ML Programs (one layer, and its
 attention, which has no weights) and of the CPU engine's object code, which serves any weights. On a
 GPU it is measured of Triton's store of the CUDA engine's kernels, see cuda.py. `ours` is seconds
 until the program is there; imports and the start of a process are not counted.

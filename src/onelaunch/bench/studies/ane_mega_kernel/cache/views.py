@@ -58,9 +58,9 @@ STUDY = (
     "at once do not wait for each other: both compile, and one entry is kept."
 )
 GPU_ABOUT = (
-    "Seconds until the first logits of a new engine (stories15m, one text of 64 tokens, bfloat16, "
-    "one launch a stage): weights packed, kernels and what launches them, in C, compiled or read, "
-    "everything launched once. A process's start, imports and opening the device are not counted. "
+    "Seconds until the first logits of a new engine (stories15m, one sequence of 64 tokens, "
+    "bfloat16, one kernel per stage): weights packed, kernels and their launchers in C compiled or "
+    "read, everything launched once. A process's start, imports and opening the device are not counted. "
     "Read is of Triton's store on disk, of kernels; the same process does not read it again. Of "
     "the kernels the largest is damaged, and of the libraries that launch them."
 )

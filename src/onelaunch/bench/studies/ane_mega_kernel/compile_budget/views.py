@@ -51,21 +51,21 @@ def _on_gpu(record: dict[str, Any]) -> bool:
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Failures, a restart's price, and how large a program or launch may be."""
     rows, gpu = {row["case"]: row for row in record["rows"]}, _on_gpu(record)
-    found = []
+    results = []
     if row := _most(rows, WEIGHTS):
         for key, count in (("budget-312", AGAIN), ("budget-252", FOUR_UPDATES)):
             what = "coremltools' conversions, the same in one process"
-            found.append(_new_weights(key, count, row) if gpu else _fail(key, count, row, what))
+            results.append(_new_weights(key, count, row) if gpu else _fail(key, count, row, what))
     if row := _most(rows, KERNELS if gpu else SHAPES):
         what, more = "coremltools' conversions", ""
         if gpu:
             what = "kernels of Triton's, loaded and launched"
             more = f", {row['gpu_bytes_a_compilation'] / 1e3:+.1f} kB on the GPU"
-        found.append(_fail("budget-150", DISTINCT, row, what, more))
+        results.append(_fail("budget-150", DISTINCT, row, what, more))
     if row := rows.get(FRESH):
         theirs = published("budget-restart", "s")
         what = "PyTorch and Triton, opens the GPU and compiles a kernel"
-        found.append(
+        results.append(
             Finding(
                 ("budget-restart",),
                 "a restart costs seconds, so a budget is to be avoided",
@@ -77,7 +77,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 row["ours"] / theirs,
             )
         )
-    return found + _largest([row for row in rows.values() if "refused" in row], gpu)
+    return results + _largest([row for row in rows.values() if "refused" in row], gpu)
 
 
 def _most(rows: dict[str, dict[str, Any]], kind: str) -> dict[str, Any] | None:

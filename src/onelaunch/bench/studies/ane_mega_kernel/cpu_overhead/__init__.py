@@ -114,7 +114,7 @@ def _steps(place: torch.device, rounds: int) -> Iterator[Row]:
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of each part of the study's probe: whether it is little, and whether it is as little."""
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
-    step, found = published("part-whole", "ms"), []
+    step, results = published("part-whole", "ms"), []
     for key, where in ANSWERS.items():
         if where not in rows:
             continue
@@ -124,7 +124,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         as_little = below(row["ours"] / theirs, MOST_TIMES, error / theirs)
         under = "under " if key == "host-allocation" else ""
         figures = f"{under}{theirs:g} ms", f"{digits(row['ours'])} ms"
-        found += [
+        results += [
             Finding(
                 (key,), f"{name} take the host little", *figures, little,
                 f"{row['ours'] / step:.1%} of the study's micro-step; {LITTLE:.0%} is little; "
@@ -135,7 +135,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 f"up to {MOST_TIMES:g} times is confirmed{unless(as_little)}", row["ours"] / theirs,
             ),
         ]  # fmt: skip
-    return found
+    return results
 
 
 def _about(key: str, rows: Mapping[tuple[str, str], dict[str, Any]]) -> str:

@@ -185,13 +185,13 @@ def _named(way: str, how: cases.How) -> str:
 
 def _forms(case: cases.Case, staged: BoundForward, shape: Shape) -> dict[str, FusedForward]:
     """Every way, with the staged form's weights and tokens."""
-    found = {}
+    forms = {}
     for way, ranges in case.ways.items():
         held = [Launch(f"stages {first} to {last - 1}", first, last) for first, last in ranges]
         fused = FusedForward(staged.config, staged.packed, shape, {}, held)
         fused.buffers.tokens.copy_(staged.buffers.tokens)
-        found[way] = fused
-    return found
+        forms[way] = fused
+    return forms
 
 
 def _compiling(call: Call | CallAndProduct) -> float:

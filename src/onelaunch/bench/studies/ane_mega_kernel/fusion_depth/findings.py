@@ -51,20 +51,20 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     threads = [row["threads"] for row in record["rows"] if "threads" in row]
     if threads:
         every = [each for each in every if each.variant == f"{max(threads)} thr."]
-    found: list[Finding] = []
+    results: list[Finding] = []
     for each in every:
         if key := FFNS.get((each.model, each.tokens)):
-            found += _ffn(key, each)
+            results += _ffn(key, each)
         if each.tokens > fewest_tokens(every, each.model):
             continue
         if key := MODELS.get(each.model):
-            found += _whole(key, each)
+            results += _whole(key, each)
         if each.model == PROXY_OF:
-            found += _over_ffn(each, every)
+            results += _over_ffn(each, every)
         if each.model == PARTS_OF:
-            found += _parts(each)
-            found += _sweet_spot(each)
-    return found + list(_prices(record, every))
+            results += _parts(each)
+            results += _sweet_spot(each)
+    return results + list(_prices(record, every))
 
 
 class Speedup(NamedTuple):

@@ -64,12 +64,12 @@ def variant(row: Mapping[str, Any]) -> str:
 
 def forwards(rows: Sequence[Row]) -> list[Forward]:
     """The rows of ways, by forward, in the record's order."""
-    found: dict[tuple[str, int, str], dict[str, Row]] = {}
+    by_key: dict[tuple[str, int, str], dict[str, Row]] = {}
     for row in rows:
         if "depth" in row:
             key = row["model"], row["tokens"], variant(row)
-            found.setdefault(key, {})[row["depth"]] = row
-    return [Forward(*key, ways) for key, ways in found.items()]
+            by_key.setdefault(key, {})[row["depth"]] = row
+    return [Forward(*key, ways) for key, ways in by_key.items()]
 
 
 def fewest_tokens(of: Sequence[Forward], model: str) -> int:

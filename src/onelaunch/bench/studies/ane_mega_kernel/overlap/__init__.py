@@ -223,7 +223,7 @@ def pairs(record: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """What ran alone, for the figures, and its slowdown."""
-    found = []
+    results = []
 
     def figures(average: float, most: float) -> str:
         return f"average {average:.3g} ms, most {most:.3g}"
@@ -234,7 +234,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     )
     theirs = published("overlap-beside", "slowdown")
     for alone, during in pairs(record):
-        found.append(
+        results.append(
             Finding(
                 ("overlap-alone",),
                 f"{alone['of']}: one forward, alone",
@@ -246,7 +246,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
         )
         error = standard_error(during["slowdown_spread"], during["compilations"] // COMPILATIONS)
         verdict = below(during["slowdown"], LITTLE, error)
-        found.append(
+        results.append(
             Finding(
                 ("overlap-beside",),
                 f"{during['of']}: compiling in the background slows a forward little",
@@ -260,7 +260,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
                 during["slowdown"] / theirs,
             )
         )
-    return without_evaluated_seconds(found)
+    return without_evaluated_seconds(results)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -290,11 +290,11 @@ def table(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Averages and the slowest call."""
-    found = pairs(record)
+    both = pairs(record)
     return plots.bars(
         f"A forward while something is compiled, {record['device']}",
         {
-            f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in found}
+            f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in both}
             for number, when in enumerate(("alone", "during compilations"))
             for what, key in (("average", "ours"), ("most", "most"))
         },

@@ -68,7 +68,7 @@ class KernelCompilations:
     def compile(self) -> None:
         """The next one, waited for; one that does not fit this GPU is counted in `refused`."""
         if not self._tiles:
-            raise RunFailed("every tiling was compiled: another would be found, not compiled")
+            raise RunFailed("every tiling was compiled: a repeated one would be read, not compiled")
         self._child.tell(json.dumps(self._tiles.pop()))
         answer = self._child.hear_within(TIMEOUT_SECONDS)
         if not answer:

@@ -152,7 +152,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
         start = time.perf_counter()
         for _ in range(k):
             with parts.part(DATA):
-                batch = driver.texts()
+                batch = driver.next_batch()
             engine.train_step(*batch, 1 / k)
         with parts.part(OPTIMIZER):
             driver.optimizer.step()
@@ -199,7 +199,7 @@ def pytorch_parts(driver: Driver[ReferenceEngine]) -> Iterator[Callable[[int], S
         driver.wait()
         clock.begin()
         for _ in range(k):
-            tokens, targets = (each.to(engine.device) for each in driver.texts())
+            tokens, targets = (each.to(engine.device) for each in driver.next_batch())
             clock.mark(DATA)
             engine.train_step(tokens, targets, 1 / k, lambda part: clock.mark(MARKS[part]))
         driver.optimizer.step()

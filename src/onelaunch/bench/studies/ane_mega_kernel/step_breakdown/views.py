@@ -56,11 +56,11 @@ Shares = dict[str, dict[str, Any]]
 
 def cases(record: dict[str, Any]) -> dict[str, Shares]:
     """By what was timed."""
-    found: dict[str, Shares] = {}
+    by_case: dict[str, Shares] = {}
     for row in record["rows"]:
         if "part" in row:
-            found.setdefault(row["of"], {})[row["part"]] = row
-    return found
+            by_case.setdefault(row["of"], {})[row["part"]] = row
+    return by_case
 
 
 def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
@@ -80,11 +80,11 @@ def _groups(rows: Shares) -> dict[str, list[dict[str, Any]]]:
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """By what was timed: shares next to the study's, and whether parts add up to the whole."""
-    found = []
+    results = []
     for case, rows in cases(record).items():
-        found.append(_sum(case, rows))
-        found += [_share(case, key, group, rows) for key, group in _groups(rows).items()]
-    return [*without_evaluated_seconds([*found, *_products(record)]), *_mega(record)]
+        results.append(_sum(case, rows))
+        results += [_share(case, key, group, rows) for key, group in _groups(rows).items()]
+    return [*without_evaluated_seconds([*results, *_products(record)]), *_mega(record)]
 
 
 def _share(case: str, key: str, group: list[dict[str, Any]], rows: Shares) -> Finding:
@@ -241,18 +241,18 @@ def _study(rows: Shares) -> Iterator[list[str]]:
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Shares, stacked, one bar for what was timed."""
-    found = cases(record)
-    if not found:
+    by_case = cases(record)
+    if not by_case:
         return None
-    figure, (axes,) = plots.panels(1, 10, 2.4 + 0.7 * len(found))
+    figure, (axes,) = plots.panels(1, 10, 2.4 + 0.7 * len(by_case))
     names = dict.fromkeys(
-        part for rows in found.values() for part in _ordered(rows) if part not in (WHOLE, BESIDE)
+        part for rows in by_case.values() for part in _ordered(rows) if part not in (WHOLE, BESIDE)
     )
-    left = [0.0] * len(found)
+    left = [0.0] * len(by_case)
     for number, part in enumerate(names):
-        shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
+        shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in by_case.values()]
         axes.barh(
-            list(found), shares, left=left, label=part, color=f"C{number % 10}",
+            list(by_case), shares, left=left, label=part, color=f"C{number % 10}",
             hatch=("", "//", "xx")[number // 10 % 3], edgecolor="white", linewidth=0.3,
         )  # fmt: skip
         left = [a + b for a, b in zip(left, shares, strict=True)]

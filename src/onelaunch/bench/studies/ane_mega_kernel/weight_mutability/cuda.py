@@ -1,6 +1,6 @@
 """weight-mutability on a GPU, where a kernel's weights are what lies in a buffer.
 
-A model's forward, one launch a stage, as a CUDA graph: new weights packed into the buffers that it
+A model's forward, one kernel per stage, as a CUDA graph: new weights packed into the buffers that it
 was captured with, and into others; a small kernel whose scale is a constant of its compilation; and
 PyTorch called operator by operator. Every result is compared with float64 and the weights it should
 have, two sets in turn.
@@ -68,7 +68,7 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
 
 
 class _Forward:
-    """A model with two sets of weights, a text, and its logits in float64 with either."""
+    """A model with two sets of weights, a sequence, and its logits in float64 with either."""
 
     def __init__(self, device: torch.device) -> None:
         self.config, self.device = preset(views.MODEL), device
@@ -86,7 +86,7 @@ class _Forward:
         return pack(self.config, self.weights[which], DTYPE, self.device)
 
     def bind(self, packed: PackedModel) -> BoundForward:
-        """The forward of the text."""
+        """The forward of the sequence."""
         bound = BoundForward(self.config, packed, Shape(1, views.TOKENS, True, DTYPE), {})
         bound.buffers.tokens.copy_(self.tokens_BS.flatten())
         return bound

@@ -53,13 +53,15 @@ ANSWERS = (
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of each way that the study tried, where the device has it."""
-    rows, gpu, found = {row["case"]: row for row in record["rows"]}, _on_gpu(record), []
+    rows, gpu, results = {row["case"]: row for row in record["rows"]}, _on_gpu(record), []
     for answer in ANSWERS:
         if row := rows.get(answer.on_gpu if gpu else answer.on_cpu):
             verdict, why = _judged_on_gpu(row, rows.get(CONSTEXPR)) if gpu else _judged(row)
             theirs = statement(answer.key)
-            found.append(Finding((answer.key,), answer.claim, theirs, in_words(row), verdict, why))
-    return found
+            results.append(
+                Finding((answer.key,), answer.claim, theirs, in_words(row), verdict, why)
+            )
+    return results
 
 
 def _on_gpu(record: dict[str, Any]) -> bool:
