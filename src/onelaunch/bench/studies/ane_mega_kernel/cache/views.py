@@ -60,9 +60,9 @@ STUDY = (
 GPU_ABOUT = (
     "Seconds until the first logits of a new engine (stories15m, one sequence of 64 tokens, "
     "bfloat16, one kernel per stage): weights packed, kernels and their launchers in C compiled or "
-    "read, everything launched once. A process's start, imports and opening the device are not counted. "
-    "Read is of Triton's store on disk, of kernels; the same process does not read it again. Of "
-    "the kernels the largest is damaged, and of the libraries that launch them."
+    "read, everything launched once. A process's start, imports and opening the device are not "
+    "counted. Read is of Triton's store on disk, of kernels; the same process does not read it "
+    "again. Of the kernels the largest is damaged, and of the libraries that launch them."
 )
 GPU_STUDY = (
     "The study: kept by hashes of program, options and weights, across processes; one without "

@@ -1,9 +1,9 @@
 """weight-mutability on a GPU, where a kernel's weights are what lies in a buffer.
 
-A model's forward, one kernel per stage, as a CUDA graph: new weights packed into the buffers that it
-was captured with, and into others; a small kernel whose scale is a constant of its compilation; and
-PyTorch called operator by operator. Every result is compared with float64 and the weights it should
-have, two sets in turn.
+A model's forward, one kernel per stage, as a CUDA graph: new weights packed into the buffers that
+it was captured with, and into others; a small kernel whose scale is a constant of its compilation;
+and PyTorch called operator by operator. Every result is compared with float64 and the weights it
+should have, two sets in turn.
 """
 
 from __future__ import annotations
