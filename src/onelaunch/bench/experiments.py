@@ -33,7 +33,7 @@ MODULES = {
     "forward": "engines.forward.experiment",
     "coreml": "studies.ane_mega_kernel.coreml",
     "accumulation": "studies.ane_mega_kernel.accumulation",
-    "warm-up": "studies.ane_mega_kernel.warm_up.experiment",
+    "warm-up": "studies.ane_mega_kernel.warm_up",
     "overlap": "studies.ane_mega_kernel.overlap",
     "step-breakdown": "studies.ane_mega_kernel.step_breakdown",
     "stack": "studies.ane_mega_kernel.stack",

@@ -71,12 +71,12 @@ MODEL = SMALL.with_(n_layers=3)
 BLOCKS = (cases.Block("ffn", 32, 48, 1), cases.Block("attention", 32, 2, 17))
 
 
-def test_every_way_is_run_checked_and_told_of(made_up_times, monkeypatch):
+def test_every_way_is_run_and_checked(made_up_times, monkeypatch):
     monkeypatch.setattr(cuda, "BLOCKS", BLOCKS)
     monkeypatch.setattr(cuda, "MODELS", ("m",))
     monkeypatch.setattr(cuda, "preset", lambda name: MODEL)
-    said = []
-    rows = [row.to_dict() for row in cuda.run_all_on("cpu", False, said.append)]
+    lines = []
+    rows = [row.to_dict() for row in cuda.run_all_on("cpu", False, lines.append)]
     by_case = {row["case"]: row for row in rows}
     assert len(by_case) == len(rows)
     for how in ("one by one", "graph"):
@@ -106,9 +106,9 @@ def test_every_way_is_run_checked_and_told_of(made_up_times, monkeypatch):
     assert whole["speed_against"]["eager"] > 0
     assert whole["host"]["eager"]["agree"]
     assert whole["speed_against"]["staged"] < 1
-    assert any("compiled in 1.25 s" in line for line in said)
-    told = table({"device": "a GPU", "date": "2026-01-01", "versions": {}, "rows": rows})
-    assert "| m 1x8, 2 layers, graph" in told
+    assert any("compiled in 1.25 s" in line for line in lines)
+    text = table({"device": "a GPU", "date": "2026-01-01", "versions": {}, "rows": rows})
+    assert "| m 1x8, 2 layers, graph" in text
     pytest.importorskip("matplotlib")
     figure = draw({"device": "a GPU", "rows": rows})
     assert [axes.get_title() for axes in figure.axes] == [

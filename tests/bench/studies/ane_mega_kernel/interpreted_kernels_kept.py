@@ -32,11 +32,11 @@ def _small_on_the_cpu(monkeypatch):
     monkeypatch.setattr(budget, "LAYERS", SMALL)
 
 
-def test_first_logits_are_digested_and_held_against_pytorchs():
-    told = [cache_cuda_child.first_logits(SMALL, CPU, seed) for seed in (0, 0, 1)]
-    assert [each["error"] for each in told] == ["", "", ""]
-    assert all(each["apart"] < 1e-5 and each["seconds"] > 0 for each in told)
-    assert told[0]["digest"] == told[1]["digest"] != told[2]["digest"]
+def test_first_logits_are_digested_and_compared_with_pytorchs():
+    results = [cache_cuda_child.first_logits(SMALL, CPU, seed) for seed in (0, 0, 1)]
+    assert [each["error"] for each in results] == ["", "", ""]
+    assert all(each["apart"] < 1e-5 and each["seconds"] > 0 for each in results)
+    assert results[0]["digest"] == results[1]["digest"] != results[2]["digest"]
 
 
 def test_what_is_raised_is_told(monkeypatch):
@@ -44,29 +44,29 @@ def test_what_is_raised_is_told(monkeypatch):
         raise RuntimeError("an illegal\ninstruction")
 
     monkeypatch.setattr(cache_cuda_child.CudaEngine, "logits", broken)
-    told = cache_cuda_child.first_logits(SMALL, CPU, 0)
-    assert (told["error"], told["digest"]) == ("RuntimeError: an illegal instruction", "")
+    result = cache_cuda_child.first_logits(SMALL, CPU, 0)
+    assert (result["error"], result["digest"]) == ("RuntimeError: an illegal instruction", "")
 
 
 def test_kernels_and_new_weights_are_counted(monkeypatch):
     for what in (budget.distinct, budget.again):
-        told = what(CPU, 2)
-        assert len(told["seconds"]) == len(told["bytes"]) == len(told["gpu_bytes"]) == 2
-        assert (told["failures"], told["compilations"]) == (0, 0)  # nothing is compiled here
+        result = what(2, CPU)
+        assert len(result["seconds"]) == len(result["bytes"]) == len(result["gpu_bytes"]) == 2
+        assert (result["failures"], result["compilations"]) == (0, 0)  # nothing is compiled here
     monkeypatch.setattr(budget, "_logits", lambda device, seed: torch.ones(1))
-    assert budget.again(CPU, 2)["failures"] == 2  # as the weights before
+    assert budget.again(2, CPU)["failures"] == 2  # as the weights before
     monkeypatch.setattr(budget, "_launch", lambda target, number: 1 // (number - 1))
-    assert budget.distinct(CPU, 2)["failures"] == 1
+    assert budget.distinct(2, CPU)["failures"] == 1
 
 
 def test_layers_in_one_launch(monkeypatch):
-    told = budget.layers(CPU, 3)
-    assert (told["refused"], told["operations"]) == ("", 17)
-    assert told["apart_from_pytorch"] < 1e-5
+    result = budget.layers(3, CPU)
+    assert (result["refused"], result["operations"]) == ("", 17)
+    assert result["apart_from_pytorch"] < 1e-5
     monkeypatch.setattr(budget, "MOST_APART", 0.0)
-    assert "from PyTorch's" in budget.layers(CPU, 1)["refused"]
+    assert "from PyTorch's" in budget.layers(1, CPU)["refused"]
 
 
 def test_a_fresh_process_says_when_it_began():
-    told = budget.restart(CPU, 5)
-    assert told["until_first"] > told["second"] > 0
+    result = budget.restart(5, CPU)
+    assert result["until_first"] > result["second"] > 0

@@ -32,7 +32,7 @@ class Replayed:
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(cuda, "preset", lambda name: SMALL)
-    monkeypatch.setattr(cuda, "TOKENS", 8)
+    monkeypatch.setattr(views, "TOKENS", 8)
     monkeypatch.setattr(cuda, "DTYPE", torch.float32)
     monkeypatch.setattr(cuda, "SIZE", 2 * cuda.BLOCK)
     monkeypatch.setattr(cuda, "QUICK_CHANGES", 1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onelaunch.bench.core.record import write_record
-from onelaunch.checkpoints.atomic import read_json
+from tests.bench.records import record_of
 from tests.engines.suite import SMALL
 
 pytest.importorskip("coremltools")
@@ -34,7 +33,6 @@ def test_every_case_has_its_figures_and_a_line(monkeypatch, tmp_path):
         assert notes["errors"]["float16"]["one_minus_cosine"] < 1e-4
     assert rows[3].notes["operations"] > rows[2].notes["operations"]
     assert all(row.ours > row.notes["emit_seconds"] > 0 for row in rows)
-    path = write_record("coreml", coreml.UNIT, rows, tmp_path, "here")
-    text = coreml.table(read_json(path))
+    text = coreml.table(record_of(coreml, rows, tmp_path))
     assert text.count("not run here") == len(rows)
     assert all(f"| {case} " in text for case in cases)

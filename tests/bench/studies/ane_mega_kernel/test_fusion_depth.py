@@ -11,6 +11,7 @@ from onelaunch import cli
 from onelaunch.bench.core import compiled
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.weights import random_weights
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cpu as fusion_depth_cpu
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
     LAYERS,
@@ -144,7 +145,7 @@ def test_the_price_does_not_hang_on_ways_that_do_less():
 def test_the_experiment(tmp_path, capsys, monkeypatch, compiled_program):
     pytest.importorskip("matplotlib")
     cpu = fusion_depth_cpu
-    monkeypatch.setattr(cpu, "QUICK_FFNS", (Block("ffn", 64, 128, 1),))
+    monkeypatch.setattr(cases, "QUICK_FFNS", (Block("ffn", 64, 128, 1),))
     monkeypatch.setattr(cpu, "QUICK_MODELS", ("stories260k",))
     monkeypatch.setattr(cpu, "thread_counts", lambda: (1,))
     monkeypatch.setattr(cpu, "QUICK_ROUNDS", 3)

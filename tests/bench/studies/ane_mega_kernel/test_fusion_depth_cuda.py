@@ -70,31 +70,31 @@ def cells(text, start):
 
 
 def test_the_table():
-    told = table(record())
-    assert told.isascii()
+    text = table(record())
+    assert text.isascii()
     # 25 stages 2 us each, and a launch's 30 us once or 12 times
-    assert cells(told, "64/128, 1 tok., one by one") == [
+    assert cells(text, "64/128, 1 tok., one by one") == [
         "39.6", "88.0", "451", "5.12x", "2.50", "183", "247", "2,197", "8.9x", "0.21",
     ]  # fmt: skip
-    assert cells(told, "288/768, 128 tok., graph")[5:] == ["228", "654", "2,740", "4.2x", "0.18"]
-    assert "## Attention layers alone" in told
-    assert len(cells(told, "768/12, 128 tok., graph")) == 5
-    assert cells(told, "stories110m 1x256, one by one")[4:] == [
+    assert cells(text, "288/768, 128 tok., graph")[5:] == ["228", "654", "2,740", "4.2x", "0.18"]
+    assert "## Attention layers alone" in text
+    assert len(cells(text, "768/12, 128 tok., graph")) == 5
+    assert cells(text, "stories110m 1x256, one by one")[4:] == [
         "5,081", "15,227 (24)", "3.00x", "4.2",
     ]  # fmt: skip
     # 21 stages in one launch, in 8, and 62 stages in 26
     like, whole = (42 + 240) / (42 + 30), (124 + 26 * 30) / (42 + 30)
-    assert cells(told, "stories110m 1x256, 4 layers, one by one") == [
+    assert cells(text, "stories110m 1x256, 4 layers, one by one") == [
         "79.2", "310 (8)", f"{like:.2f}x", f"{whole:.2f}x", "1,978 / 5,076 (8)", "2.57x", "7.70x",
     ]  # fmt: skip
-    assert cells(told, "stories15m 1x256, 4 layers, graph")[-1] == "-"
-    assert "divides all 12 layers" in told
-    prices = told[told.index("## The price of a call") :]
+    assert cells(text, "stories15m 1x256, 4 layers, graph")[-1] == "-"
+    assert "divides all 12 layers" in text
+    prices = text[text.index("## The price of a call") :]
     assert cells(prices, "stories15m 1x256, graph")[0] == "2.20"
     assert cells(prices[prices.index("of a layer") :], "stories15m 1x256, graph")[0] == "11.0"
-    beside = cells(told[told.index("## Beside") :], "stories15m 1x256")
-    assert beside == ["72.6 (all, graph)", "50.0", "100", "0.69x"]
-    assert "one compiled program" not in told
+    peers = cells(text[text.index("## Compared with") :], "stories15m 1x256")
+    assert peers == ["72.6 (all, graph)", "50.0", "100", "0.69x"]
+    assert "one compiled program" not in text
 
 
 def test_the_picture():

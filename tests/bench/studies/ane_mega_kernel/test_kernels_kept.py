@@ -13,27 +13,18 @@ import torch
 
 from onelaunch.bench.core import triton_store
 from onelaunch.bench.core.children import Ended, together
-from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import write_record
-from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache import cuda as cache_cuda
 from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
-from onelaunch.bench.studies.ane_mega_kernel.compile_budget import cuda as compile_budget_cuda
+from onelaunch.bench.studies.ane_mega_kernel.cache import views
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
-from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import RunFailed
-from onelaunch.operators.rms_norm import launch
 from onelaunch.operators.triton_cache import verified
+from onelaunch.operators.rms_norm import launch
+from tests.bench.records import record_of
 from tests.compiling import absent
 from tests.interpreting import run_interpreted
 
 KERNELS = (1, 2)
-
-
-def record_of(experiment, module, rows, folder):
-    record = read_json(write_record(experiment, module.UNIT, rows, folder, "a GPU"))
-    assert set().union(*(each.answers for each in module.findings(record))) <= PUBLISHED.keys()
-    return record, module.table(record)
 
 
 @pytest.mark.extended
@@ -93,35 +84,36 @@ def processes(number_kernel, monkeypatch):
     return stand_in
 
 
-@pytest.mark.parametrize("found_out", [True, False])
-def test_kernels_are_kept_and_damage_is_told(processes, tmp_path, found_out):
-    processes.store = verified if found_out else nullcontext()
+@pytest.mark.parametrize("verifies", [True, False])
+def test_kernels_are_kept_and_damage_is_a_row(processes, tmp_path, verifies):
+    processes.store = verified if verifies else nullcontext()
     rows = list(cache.run("cuda", False, lambda line: None))
-    record, text = record_of("cache", cache, rows, tmp_path)
-    found = {row["what"]: row for row in record["rows"]}
+    record = record_of(cache, rows, tmp_path)
+    text = cache.table(record)
+    by_what = {row["what"]: row for row in record["rows"]}
     right = [
-        cases.EMPTY, cases.SAME, cases.UPDATED, cases.OTHER, cases.OTHER_UPDATED, cases.AT_ONCE,
+        views.EMPTY, views.SAME, views.UPDATED, views.OTHER, views.OTHER_UPDATED, views.AT_ONCE,
     ]  # fmt: skip
-    assert list(found) == [*right, cache_cuda.CUT]
-    as_expected = [*right, cache_cuda.CUT] if found_out else right
-    assert [what for what, row in found.items() if row["as_expected"]] == as_expected
-    counts = {what: (row["n"], row["found"].split(";")[0]) for what, row in found.items()}
-    assert counts[cases.EMPTY] == (2, "0 read, 4 compiled")
-    assert counts[cases.SAME] == counts[cases.UPDATED] == (1, "0 read, 0 compiled")
-    assert counts[cases.OTHER] == (2, "4 read, 0 compiled")
-    assert found[cases.AT_ONCE]["found"].endswith("2 kept; a third process: 2 read, 0 compiled")
-    if found_out:
-        assert counts[cache_cuda.CUT] == (1, "1 read, 1 compiled")
-        assert found[cache_cuda.CUT]["found"].endswith("whole again")
+    assert list(by_what) == [*right, views.CUT]
+    as_expected = [*right, views.CUT] if verifies else right
+    assert [what for what, row in by_what.items() if row["as_expected"]] == as_expected
+    counts = {what: (row["n"], row["found"].split(";")[0]) for what, row in by_what.items()}
+    assert counts[views.EMPTY] == (2, "0 read, 4 compiled")
+    assert counts[views.SAME] == counts[views.UPDATED] == (1, "0 read, 0 compiled")
+    assert counts[views.OTHER] == (2, "4 read, 0 compiled")
+    assert by_what[views.AT_ONCE]["found"].endswith("2 kept; a third process: 2 read, 0 compiled")
+    if verifies:
+        assert counts[views.CUT] == (1, "1 read, 1 compiled")
+        assert by_what[views.CUT]["found"].endswith("whole again")
         assert " bytes: the same logits" in text
     else:
-        assert counts[cache_cuda.CUT] == (1, "2 read, 0 compiled, 1 of 1 failed")
-        assert found[cache_cuda.CUT]["found"].endswith("damaged still")
+        assert counts[views.CUT] == (1, "2 read, 0 compiled, 1 of 1 failed")
+        assert by_what[views.CUT]["found"].endswith("damaged still")
         assert " bytes: RuntimeError: no kernel image" in text
     verdicts = {key: f.verdict for f in cache.findings(record) for key in f.answers or [""]}
     assert verdicts == {
         "cache-key": "confirmed", "cache-weight-free": "confirmed",
-        "": "confirmed" if found_out else "refuted",
+        "": "confirmed" if verifies else "refuted",
         "cache-exists": "not applicable", "cache-weights": "not applicable",
     }  # fmt: skip
 
@@ -146,10 +138,10 @@ def test_a_process_that_died_is_a_row(processes, monkeypatch):
         ({"compilations": 0}, "compiled nothing"),
     ],
 )
-def test_where_the_first_process_fails_nothing_is_told(other, reason):
-    told = {"compilations": 2, "hits": 0, "digest": "a", "apart": 0.01, "error": ""}
+def test_where_the_first_process_fails_there_is_no_row(other, reason):
+    result = {"compilations": 2, "hits": 0, "digest": "a", "apart": 0.01, "error": ""}
     with pytest.raises(RunFailed, match=reason):
-        cache_cuda._read([told | other] * 3)
+        cache_cuda._read([result | other] * 3)
 
 
 def test_processes_end_in_every_way():
@@ -176,7 +168,8 @@ def test_processes_end_in_every_way():
 def test_what_many_kernels_take(quick, monkeypatch, tmp_path):
     def child(command, env):
         assert env["TRITON_CACHE_DIR"] != env["ONELAUNCH_CACHE"]
-        what, device, number = command[len(compile_budget_cuda.COMMAND) :]
+        module, what, number, device = command[2:]
+        assert module == compile_budget.GPU_CHILD
         assert device == "cuda:0"
         if what == "restart":
             return {"until_first": 3.0, "second": 0.5}
@@ -192,19 +185,20 @@ def test_what_many_kernels_take(quick, monkeypatch, tmp_path):
             "gpu_bytes": [2000 * (n + 1) for n in range(count)], "gpu_bytes_before": 0,
         }  # fmt: skip
 
-    monkeypatch.setattr(compile_budget_cuda, "ask", child)
+    monkeypatch.setattr(compile_budget, "ask", child)
     rows = list(compile_budget.run("cuda:0", quick, lambda line: None))
-    record, text = record_of("compile-budget", compile_budget, rows, tmp_path)
-    found = {key: each for each in compile_budget.findings(record) for key in each.answers}
-    assert {key: each.verdict for key, each in found.items()} == {
+    record = record_of(compile_budget, rows, tmp_path)
+    by_key = {key: each for each in compile_budget.findings(record) for key in each.answers}
+    assert {key: each.verdict for key, each in by_key.items()} == {
         "budget-312": "not applicable", "budget-252": "not applicable",
         "budget-150": "quick run" if quick else "confirmed",
         "budget-restart": "confirmed", "sram": "confirmed",
     }  # fmt: skip
-    assert "new weights: 0 compiled, none failed" in found["budget-312"].ours
-    assert "+1.0 kB each, +2.0 kB on the GPU" in found["budget-150"].why
-    assert found["sram"].ours == ("170 MB" if quick else "1,359 MB")
-    assert f"| {12 if quick else 96} layers of 768/2048 in a launch " in text
+    assert "new weights: 0 compiled, none failed" in by_key["budget-312"].ours
+    assert "+1.0 kB each, +2.0 kB on the GPU" in by_key["budget-150"].why
+    assert by_key["sram"].ours == ("170 MB" if quick else "1,359 MB")
+    layers = f"| {12 if quick else 96} layers of 768/2048 in a launch "
+    assert layers in compile_budget.table(record)
     pytest.importorskip("matplotlib")
     figure = compile_budget.draw(record)
     assert len(figure.axes[0].lines) == 4

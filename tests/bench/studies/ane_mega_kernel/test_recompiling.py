@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 
 import pytest
 
 from onelaunch.bench.core.children import ask
-from onelaunch.bench.core.record import write_record
-from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import RunFailed
 
 pytest.importorskip("coremltools")
@@ -17,13 +16,9 @@ pytest.importorskip("coremltools")
 from onelaunch.bench.studies.ane_mega_kernel import program_training, recompile
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
 from onelaunch.engines.coreml import training
+from tests.bench.records import record_of
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
-
-
-def table_of(experiment, module, rows, folder):
-    path = write_record(experiment, module.UNIT, rows, folder, "here")
-    return module.table(read_json(path))
 
 
 @pytest.fixture
@@ -68,27 +63,27 @@ def test_k_is_found(rows, tmp_path):
     half, whole, twice = measured
     assert half.notes["k"] == whole.notes["k"] // 2
     assert twice.notes["k"] == 2 * whole.notes["k"]
-    text = table_of("recompile", recompile, rows, tmp_path)
+    text = recompile.table(record_of(recompile, rows, tmp_path))
     assert "| stories15M, whole " in text
     assert "| stories260k 1x16, K/2 " in text
 
 
 @pytest.mark.parametrize(
-    ("k", "least", "found"),
-    # hidden from `least` on; half of what is found is not
+    ("k", "least", "expected"),
+    # hidden from `least` on; half of what is expected is not
     [(40, 38, 40), (40, 20, 20), (80, 20, 20), (40, 21, 30), (40, 45, 50), (10, 19, 22), (3, 1, 1)],
 )
-def test_k_settles_where_it_hides_and_half_does_not(k, least, found):
-    asked = []
+def test_k_settles_where_it_hides_and_half_does_not(k, least, expected):
+    tried = []
 
     def waits(k):
-        asked.append(k)
+        tried.append(k)
         return max(0.0, (least - k) / least)
 
-    assert recompile.settled(k, waits) == found
-    assert found >= least
-    assert found // 2 < least
-    assert len(asked) <= 2 + recompile.LONGER + k.bit_length()
+    assert recompile.settled(k, waits) == expected
+    assert expected >= least
+    assert expected // 2 < least
+    assert len(tried) <= 2 + recompile.LONGER + k.bit_length()
 
 
 def test_k_does_not_grow_without_end():
@@ -100,10 +95,12 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_budget, "QUICK_AGAIN", 4)
     monkeypatch.setattr(compile_budget, "QUICK_DISTINCT", 3)
     monkeypatch.setattr(compile_budget, "QUICK_LAYERS", (1,))
-    monkeypatch.setattr(compile_budget, "_restart", lambda count: _row("a fresh process"))
+    monkeypatch.setattr(compile_budget, "QUICK_RESTARTS", 1)
     lines = []
     rows = list(compile_budget.run("cpu", True, lines.append))
-    again, distinct, _, layers = rows
+    again, distinct, fresh, layers = rows
+    assert (fresh.case, fresh.n) == ("a fresh process", 1)
+    assert fresh.ours > 0
     assert (again.n, distinct.n) == (4, 3)
     for row in (again, distinct):
         assert row.notes["failures"] == 0
@@ -111,18 +108,11 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
         assert row.notes["bytes_after"] >= row.notes["bytes_before"] > 10**7
     assert layers.notes["weight_bytes"] > 14e6
     assert not layers.notes["refused"]
-    text = table_of("compile-budget", compile_budget, rows, tmp_path)
+    text = compile_budget.table(record_of(compile_budget, rows, tmp_path))
     assert "| 4 compilations, new weights " in text
     assert "| 1 layers of 768/2048 in a program " in text
-    assert compile_budget.draw({"device": "here", "rows": [row.to_dict() for row in rows]})
-
-
-def _row(case):
-    from onelaunch.bench.core.record import Row
-
-    return Row(case, 1.0)
 
 
 def test_a_process_that_ends_says_why():
     with pytest.raises(RunFailed, match="compile_budget.*the process ended with 1: KeyError"):
-        ask((*compile_budget.CHILD, "nothing"))
+        ask((sys.executable, "-m", compile_budget.CHILD, "nothing", "1"))

@@ -1,5 +1,5 @@
-"""The experiments on storing, the host, weights that change and terminals, made small:
-rows, tables, findings, pictures, what is refused."""
+"""The experiments on storing, the host, weights that change and terminals, made small: rows,
+tables, findings, pictures, errors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from onelaunch.errors import MissingExtra, RunFailed
 pytest.importorskip("coremltools")
 
 from onelaunch.bench.studies.ane_mega_kernel import baked_or_argument, weight_mutability
-from onelaunch.bench.studies.ane_mega_kernel.cache import cases
 from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
 from onelaunch.bench.studies.ane_mega_kernel.cache import programs as cache_programs
+from onelaunch.bench.studies.ane_mega_kernel.cache import views as cache_views
 from tests.bench.records import record_of
 from tests.interpreting import run_interpreted
 
@@ -35,31 +35,37 @@ def verdicts(module, record):
 
 @pytest.mark.extended
 def test_programs_are_kept_and_damage_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(cases, "MODEL", "stories260k")
+    monkeypatch.setattr(cache, "MODEL", "stories260k")
     monkeypatch.setattr(cache, "QUICK_REPEATS", 1)
     monkeypatch.setattr(cpu, "why_not", lambda: "not in this test")
     lines = []
     rows = list(cache.run("cpu", True, lines.append))
     assert "without the CPU engine: not in this test" in lines
     record = record_of(cache, rows, tmp_path)
-    found = {(row["kind"], row["what"]): row for row in record["rows"]}
-    assert len(found) == len(rows) == 11
-    assert all(row["as_expected"] for row in found.values())
-    layer = {what: row for (kind, what), row in found.items() if kind == cache.LAYER}
-    assert layer[cases.DAMAGED]["damaged"] == 1
-    assert layer[cases.AT_ONCE]["compilations"] in (1, 2)
-    assert layer[cases.SAME]["ours"] < layer[cases.EMPTY]["ours"]
+    by_what = {(row["kind"], row["what"]): row for row in record["rows"]}
+    assert len(by_what) == len(rows) == 11
+    assert all(row["as_expected"] for row in by_what.values())
+    layer = {what: row for (kind, what), row in by_what.items() if kind == cache.LAYER}
+    assert layer[cache_views.DAMAGED]["damaged"] == 1
+    assert layer[cache_views.AT_ONCE]["compilations"] in (1, 2)
+    assert layer[cache_views.SAME]["ours"] < layer[cache_views.EMPTY]["ours"]
     assert set(verdicts(cache, record).values()) == {"confirmed"}
     assert len(verdicts(cache, record)) == 4
 
 
 def test_a_store_that_serves_the_wrong_program_refutes():
-    row = {"kind": cache.LAYER, "what": cases.EMPTY, "ours": 1.0, "as_expected": True, "found": ""}
-    wrong = row | {"what": cases.UPDATED, "as_expected": False}
+    row = {
+        "kind": cache.LAYER,
+        "what": cache_views.EMPTY,
+        "ours": 1.0,
+        "as_expected": True,
+        "found": "",
+    }
+    wrong = row | {"what": cache_views.UPDATED, "as_expected": False}
     assert verdicts(cache, {"rows": [row, wrong]}) == {"cache-weights": "refuted"}
 
 
-def test_the_cpu_engines_program_is_asked_for_in_the_store(monkeypatch, tmp_path):
+def test_the_cpu_engines_program_is_looked_up_in_the_store(monkeypatch, tmp_path):
     key = cache_programs.cpu_program.key()
 
     def compiled(say, store):
@@ -68,7 +74,7 @@ def test_the_cpu_engines_program_is_asked_for_in_the_store(monkeypatch, tmp_path
 
     monkeypatch.setattr(cache_programs, "compiled_program", compiled)
     monkeypatch.setattr(
-        cache, "elsewhere", lambda folder, *rest: [cache.Case(*rest[:2], 0).get(folder)]
+        cache, "in_processes", lambda folder, *rest: [cache.Case(*rest[:2], 0).get(folder)]
     )
     rows = list(cache._cpu(2, quick=False))
     assert all(row.notes["as_expected"] for row in rows)
@@ -77,7 +83,7 @@ def test_the_cpu_engines_program_is_asked_for_in_the_store(monkeypatch, tmp_path
 
 def test_a_process_that_ends_says_why(tmp_path):
     with pytest.raises(RunFailed, match="ended with 1: .*none"):
-        cache_programs.elsewhere(tmp_path, "none", cache.LAYER, [0])
+        cache_programs.in_processes(tmp_path, "none", cache.LAYER, [0])
 
 
 def test_where_nothing_can_be_compiled_the_extra_is_named(monkeypatch):
@@ -106,10 +112,10 @@ def test_what_the_host_takes(monkeypatch, tmp_path):
     assert torch.get_num_threads() == threads
     assert all(row.ours > 0 and row.n == 2 and row.spread for row in rows)
     record = record_of(cpu_overhead, rows, tmp_path)
-    found = verdicts(cpu_overhead, record)
-    assert found.keys() == cpu_overhead.ANSWERS.keys()
+    by_key = verdicts(cpu_overhead, record)
+    assert by_key.keys() == cpu_overhead.ANSWERS.keys()
     # what they are depends on the machine's other work; which time is which verdict: below
-    assert {found["host-copies"], found["host-sums"]} <= {"confirmed", "refuted", "inconclusive"}
+    assert {by_key["host-copies"], by_key["host-sums"]} <= {"confirmed", "refuted", "inconclusive"}
     assert "the loss asked for each step" in cpu_overhead.table(record)
 
 
@@ -131,13 +137,13 @@ def test_which_weights_are_followed(monkeypatch, tmp_path):
     monkeypatch.setattr(weight_mutability, "QUICK_CONVERSIONS", 1)
     rows = list(weight_mutability.run("cpu", True, lambda line: None))
     record = record_of(weight_mutability, rows, tmp_path)
-    found = {row["case"]: row for row in record["rows"]}
-    refused = [case for case, row in found.items() if not row["converts"]]
-    assert refused == [weight_mutability.LINEAR]
-    assert "must be const" in found[weight_mutability.LINEAR]["refused"]
-    still = [case for case, row in found.items() if row["converts"] and not row["follows"]]
-    assert still == [weight_mutability.FILE]
-    assert found[weight_mutability.FILE]["follows_loaded_anew"]
+    by_case = {row["case"]: row for row in record["rows"]}
+    refused = [case for case, row in by_case.items() if not row["converts"]]
+    assert refused == [weight_mutability.views.LINEAR]
+    assert "must be const" in by_case[weight_mutability.views.LINEAR]["refused"]
+    still = [case for case, row in by_case.items() if row["converts"] and not row["follows"]]
+    assert still == [weight_mutability.views.FILE]
+    assert by_case[weight_mutability.views.FILE]["follows_loaded_anew"]
     # a public converter, and an evaluator: no word on a private parser
     keys = ("mutable-inputs", "mutable-packed", "mutable-matmul", "mutable-file")
     assert verdicts(weight_mutability, record) == dict.fromkeys(keys, "not applicable")
@@ -152,7 +158,7 @@ def on_a_gpu(case, **more):
     return row | more
 
 
-def test_what_is_said_of_a_gpus_ways():
+def test_the_verdicts_of_a_gpus_ways():
     from onelaunch.bench.studies.ane_mega_kernel.weight_mutability import views
 
     rows = [
@@ -162,8 +168,8 @@ def test_what_is_said_of_a_gpus_ways():
         on_a_gpu(views.EAGER),
     ]
     record = {"device": "a GPU", "rows": rows}
-    said = {"mutable-inputs": "refuted", "mutable-file": "confirmed"}
-    assert verdicts(weight_mutability, record) == said
+    expected = {"mutable-inputs": "refuted", "mutable-file": "confirmed"}
+    assert verdicts(weight_mutability, record) == expected
     cells = {
         line.split(" |")[0].strip("| "): [cell.strip() for cell in line.split("|")][3]
         for line in weight_mutability.table(record).splitlines()
@@ -171,8 +177,8 @@ def test_what_is_said_of_a_gpus_ways():
     }
     assert [cells[row["case"]] for row in rows] == ["yes", "captured anew", "compiled anew", "yes"]
     rows[0]["compiled_anew"] = rows[1]["follows"] = True
-    said = {"mutable-inputs": "confirmed", "mutable-file": "refuted"}
-    assert verdicts(weight_mutability, record) == said
+    expected = {"mutable-inputs": "confirmed", "mutable-file": "refuted"}
+    assert verdicts(weight_mutability, record) == expected
 
 
 @pytest.mark.extended
@@ -202,7 +208,7 @@ def test_constants_and_arguments_are_the_same_layer(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("spread", "n"), [((0.001, 0.003), 150), ((0.0, 0.003), None), ((-0.001, 0.003), None)]
 )
-def test_constants_overtake_where_their_step_is_told_to_be_shorter(spread, n):
+def test_constants_overtake_where_their_step_is_shorter(spread, n):
     def row(what, form, ours):
         return {"model": "m", "what": what, "form": form, "ours": ours, "spread": spread}
 
@@ -248,8 +254,8 @@ def test_what_a_slow_terminal_may_cost(step, times, cost, expected):
 
 
 def test_what_noise_may_hide_has_no_verdict():
-    """Medians of normal samples: their standard error is told, and two of them from a bar away
-    there is a verdict."""
+    """Medians of normal samples: their standard error is estimated, and a verdict needs two of them
+    between a median and a bar."""
     draws = np.random.default_rng(1).normal(size=(4000, 25))
     errors = [standard_error(list(np.percentile(each, (20, 80))), 25) for each in draws]
     assert np.median(errors) == pytest.approx(np.median(draws, axis=1).std(), rel=0.1)

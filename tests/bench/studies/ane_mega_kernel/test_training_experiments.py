@@ -10,8 +10,6 @@ import time
 import pytest
 import torch
 
-from onelaunch.bench.core.record import write_record
-from onelaunch.checkpoints.atomic import read_json
 from onelaunch.errors import RunFailed
 
 pytest.importorskip("coremltools")
@@ -23,12 +21,12 @@ from onelaunch.bench.studies.ane_mega_kernel import (
     program_training,
     stack,
     step_breakdown,
+    warm_up,
 )
 from onelaunch.bench.studies.ane_mega_kernel.accumulation import validation as accumulation_learning
 from onelaunch.bench.studies.ane_mega_kernel.overlap import background as overlap_background
-from onelaunch.bench.studies.ane_mega_kernel.warm_up import child as warm_up_child
-from onelaunch.bench.studies.ane_mega_kernel.warm_up import experiment as warm_up
 from onelaunch.engines.coreml import training
+from tests.bench.records import record_of
 from tests.engines.coreml.in_process import InProcess
 from tests.engines.suite import SMALL
 
@@ -63,21 +61,18 @@ def small(monkeypatch, made):
     monkeypatch.setattr(training, "Compiler", Once)
 
 
-class Told:
-    """What an experiment gave: rows by case, and its views of the record."""
+class Result:
+    """What an experiment returned: rows by case, and its views of the record."""
 
-    def __init__(self, name, module, folder, device="cpu"):
-        self.lines = []
-        rows = list(module.run(device, True, self.lines.append))
-        self.record = read_json(write_record(name, module.UNIT, rows, folder, "here"))
+    def __init__(self, module, folder):
+        rows = list(module.run("cpu", True, lambda line: None))
+        self.record = record_of(module, rows, folder)
         self.rows = {row["case"]: row for row in self.record["rows"]}
         assert len(self.rows) == len(rows), "two rows of one case"
         self.text = module.table(self.record)
         self.findings = module.findings(self.record)
         self.keys = {key for each in self.findings for key in each.answers}
-        assert self.keys <= PUBLISHED.keys()
-        figure = module.draw(self.record)
-        for axes in figure.axes:
+        for axes in module.draw(self.record).axes:
             assert axes.get_xlabel(), "an axis without a name"
 
     def verdicts(self, key):
@@ -105,33 +100,33 @@ def few(monkeypatch):
 
 @pytest.mark.soak
 def test_more_micro_steps_compile_less(small, few, tmp_path):
-    told = Told("accumulation", accumulation, tmp_path)
-    rows = [told.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
+    result = Result(accumulation, tmp_path)
+    rows = [result.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
     shares = [row["compile_share"] for row in rows]
     assert shares == sorted(shares, reverse=True)
     assert 0 < shares[-1] < shares[0] < 1
     assert rows[-1]["micro_steps_per_s"] > rows[1]["micro_steps_per_s"]
-    assert told.verdicts("accum-10") == ["not applicable"] * 2  # PyTorch has nothing to compile
+    assert result.verdicts("accum-10") == ["not applicable"] * 2  # PyTorch has nothing to compile
 
 
 @pytest.mark.extended
 def test_every_number_of_micro_steps_has_its_row(small, few, tmp_path):
-    told = Told("accumulation", accumulation, tmp_path)
-    rows = [told.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
+    result = Result(accumulation, tmp_path)
+    rows = [result.rows[f"ML Programs stories260k 1x16, accum {k}"] for k in (1, 10, 50, 100)]
     assert rows[1]["speedup"] == 1
     assert [row["computed"] for row in rows] == [False, False, False, True]
     assert [row["updates_timed"] for row in rows] == [2, 2, 1, 0]
-    assert told.rows["PyTorch stories260k 1x16, accum 10"]["updates_timed"] == 2 * 3
+    assert result.rows["PyTorch stories260k 1x16, accum 10"]["updates_timed"] == 2 * 3
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(16 * row["micro_steps_per_s"], rel=1e-3)
         assert row["updates_per_s"] * row["accum"] == pytest.approx(
             row["micro_steps_per_s"], rel=0.02
         )
-    assert told.rows["PyTorch stories260k 1x16, accum 10"]["compile_share"] == 0
-    assert {"accum-10", "accum-50", "accum-100", "accum-learning"} <= told.keys
-    assert "accum-500" not in told.keys
-    assert told.verdicts("accum-learning") == ["quick run"]  # of one update
-    assert "## What they cost in learning" in told.text
+    assert result.rows["PyTorch stories260k 1x16, accum 10"]["compile_share"] == 0
+    assert {"accum-10", "accum-50", "accum-100", "accum-learning"} <= result.keys
+    assert "accum-500" not in result.keys
+    assert result.verdicts("accum-learning") == ["quick run"]  # of one update
+    assert "## What they cost in learning" in result.text
 
 
 def test_a_rule_wins_by_more_than_seeds_do():
@@ -143,8 +138,8 @@ def test_a_rule_wins_by_more_than_seeds_do():
 
     def verdict(linear):
         rows = [row(10, "any", 1.0, 0.1), row(50, "none", 2.0), row(50, "linear", linear)]
-        (found,) = accumulation.findings({"rows": rows})
-        return found.verdict
+        (finding,) = accumulation.findings({"rows": rows})
+        return finding.verdict
 
     assert [verdict(loss) for loss in (1.85, 1.95, 2.5)] == ["confirmed", "refuted", "refuted"]
 
@@ -170,43 +165,43 @@ def two_updates(monkeypatch):
 
 @pytest.mark.soak
 def test_parts_explain_the_micro_step(small, two_updates, tmp_path):
-    told = Told("step-breakdown", step_breakdown, tmp_path)
-    unexplained = [row for row in told.rows.values() if row.get("part") == "unexplained"]
+    result = Result(step_breakdown, tmp_path)
+    unexplained = [row for row in result.rows.values() if row.get("part") == "unexplained"]
     assert len(unexplained) == 2
     assert all(abs(row["share"]) < 0.1 for row in unexplained)
 
 
 @pytest.mark.extended
 def test_parts_add_up_to_the_micro_step(small, two_updates, tmp_path):
-    told = Told("step-breakdown", step_breakdown, tmp_path)
+    result = Result(step_breakdown, tmp_path)
     for case in ("ML Programs stories260k 1x16", "PyTorch stories260k 1x16"):
-        rows = {row["part"]: row for row in told.rows.values() if row.get("of") == case}
+        rows = {row["part"]: row for row in result.rows.values() if row.get("of") == case}
         parts = [
             row["share"] for name, row in rows.items() if name != "whole" and "beside" not in name
         ]
         assert sum(parts) == pytest.approx(1, abs=1e-3)
         assert {"data", "optimizer", "unexplained"} <= rows.keys()
-    programs = {row["part"] for row in told.rows.values() if row.get("of", "").startswith("ML")}
+    programs = {row["part"] for row in result.rows.values() if row.get("of", "").startswith("ML")}
     for direction in ("forward", "backward"):
         for kind in ("products", "elementwise", "moves", "rounding", "interpreting"):
             assert f"{direction}: {kind}" in programs
         assert {f"{direction}: conversions", f"{direction}: classifier"} <= programs
-    depths = [row for row in told.rows.values() if "depth" in row]
+    depths = [row for row in result.rows.values() if "depth" in row]
     assert [row["depth"] for row in depths] == ["stage", "half", "all layers"]
     assert [row["programs"] for row in depths] == [20, 8, 2]
     expected = {key for key in PUBLISHED if key.startswith("part-") and "110m" not in key}
-    assert expected | {"backward-mega"} == told.keys
-    assert "## By how much a program holds" in told.text
+    assert expected | {"backward-mega"} == result.keys
+    assert "## By how much a program holds" in result.text
 
 
-def test_what_looks_at_the_parts_changes_nothing(small):
+def test_timing_the_parts_changes_nothing(small):
     from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import program_parts
 
-    with program_training.driver("stories260k", 16, staleness=0) as watched:
-        watched.micro_step(1.0)
-        with program_parts(watched) as update:
+    with program_training.driver("stories260k", 16, staleness=0) as timed:
+        timed.micro_step(1.0)
+        with program_parts(timed) as update:
             update(2, True)
-        engine = watched.engine
+        engine = timed.engine
         assert not {"_forward", "_end", "_backward", "_products"} & engine.__dict__.keys()
         weights = {n: p.detach().clone() for n, p in engine.parameters().items()}
     with program_training.driver("stories260k", 16, staleness=0) as plain:
@@ -225,13 +220,13 @@ def short(monkeypatch):
     monkeypatch.setattr(stack, "QUICK_LONG", 8)
 
 
-def of_programs(told):
-    return {row["stage"]: row for row in told.rows.values() if row["of"].startswith("ML")}
+def of_programs(result):
+    return {row["stage"]: row for row in result.rows.values() if row["of"].startswith("ML")}
 
 
 @pytest.mark.soak
 def test_each_optimization_is_over_the_first(small, short, tmp_path):
-    programs = of_programs(Told("stack", stack, tmp_path))
+    programs = of_programs(Result(stack, tmp_path))
     baseline, accumulated, _, asymptote = programs.values()
     assert baseline["ours"] < accumulated["ours"] < asymptote["ours"]
     assert baseline["wait_share"] > accumulated["wait_share"] > 0.1
@@ -242,51 +237,53 @@ def test_each_optimization_is_over_the_first(small, short, tmp_path):
 
 @pytest.mark.extended
 def test_every_optimization_has_its_row(small, short, tmp_path):
-    told = Told("stack", stack, tmp_path)
-    programs = of_programs(told)
+    result = Result(stack, tmp_path)
+    programs = of_programs(result)
     assert list(programs) == list(stack.STAGES)
     assert programs["stack-baseline"]["speedup"] == 1
-    pytorch = [row["stage"] for row in told.rows.values() if row["of"].startswith("PyTorch")]
+    pytorch = [row["stage"] for row in result.rows.values() if row["of"].startswith("PyTorch")]
     assert pytorch == ["stack-baseline", "stack-accumulation", "stack-asymptote"]
-    assert told.keys == set(stack.STAGES)
-    assert told.verdicts("stack-baseline") == ["not applicable"] * 2
-    assert len(told.verdicts("stack-background")) == 2
-    assert "| ML Programs stories260k 1x16: 8 micro-steps an update, compiled in the " in told.text
+    assert result.keys == set(stack.STAGES)
+    assert result.verdicts("stack-baseline") == ["not applicable"] * 2
+    assert len(result.verdicts("stack-background")) == 2
+    assert (
+        "| ML Programs stories260k 1x16: 8 micro-steps an update, compiled in the " in result.text
+    )
     # of an evaluator; of fewer micro-steps than the study's
-    assert told.verdicts("stack-accumulation") == ["not applicable", "quick run"]
-    for row in told.rows.values():
+    assert result.verdicts("stack-accumulation") == ["not applicable", "quick run"]
+    for row in result.rows.values():
         row["k"], row["speedup"] = stack.LONG, 100.0
-    of_pytorch = [f for f in stack.findings(told.record) if f.claim.startswith("PyTorch")]
+    of_pytorch = [f for f in stack.findings(result.record) if f.claim.startswith("PyTorch")]
     assert [each.verdict for each in of_pytorch] == ["not applicable", "confirmed", "confirmed"]
 
 
 @pytest.mark.extended
-def test_a_forward_is_timed_beside_compilations(small, monkeypatch, tmp_path):
+def test_a_forward_is_timed_during_compilations(small, monkeypatch, tmp_path):
     monkeypatch.setattr(overlap, "preset", lambda name: TINY)
     monkeypatch.setattr(overlap_background, "Compiler", training.Compiler)
     monkeypatch.setattr(overlap, "QUICK_CASES", (("stories260k", 16),))
     monkeypatch.setattr(overlap, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(overlap, "ALONE_SECONDS", 0.05)
-    told = Told("overlap", overlap, tmp_path)
-    alone, beside = told.rows.values()
-    assert beside["case"] == "ML Program stories260k 1x16, beside 8 compilations"
-    for row in (alone, beside):
+    result = Result(overlap, tmp_path)
+    alone, during = result.rows.values()
+    assert during["case"] == "ML Program stories260k 1x16, beside 8 compilations"
+    for row in (alone, during):
         assert row["n"] >= 2
         assert 0 < row["median"] <= row["most"]
         assert 0 < row["ours"] <= row["most"]
-    assert beside["slowdown"] > 0
-    assert beside["compile_alone"] >= COMPILING / 2  # two compilations an answer
-    assert told.keys == {"overlap-alone", "overlap-beside"}
-    beside |= {"slowdown": overlap.LITTLE + 0.01, "slowdown_spread": [1.27, 1.27]}
-    assert overlap.findings(told.record)[1].verdict == "not applicable"  # of an evaluator
-    alone["of"] = beside["of"] = "PyTorch stories260k 1x16"
-    assert overlap.findings(told.record)[1].verdict == "refuted"
-    beside["slowdown"] = overlap.LITTLE - 0.01
-    assert overlap.findings(told.record)[1].verdict == "confirmed"
-    assert "20 compilations" in told.text
+    assert during["slowdown"] > 0
+    assert during["compile_alone"] >= COMPILING / 2  # two compilations an answer
+    assert result.keys == {"overlap-alone", "overlap-beside"}
+    during |= {"slowdown": overlap.LITTLE + 0.01, "slowdown_spread": [1.27, 1.27]}
+    assert overlap.findings(result.record)[1].verdict == "not applicable"  # of an evaluator
+    alone["of"] = during["of"] = "PyTorch stories260k 1x16"
+    assert overlap.findings(result.record)[1].verdict == "refuted"
+    during["slowdown"] = overlap.LITTLE - 0.01
+    assert overlap.findings(result.record)[1].verdict == "confirmed"
+    assert "20 compilations" in result.text
 
 
-def test_a_compiler_that_fails_beside_a_forward_is_told():
+def test_a_compiler_that_fails_during_a_forward_raises():
     class Fails:
         each = 2
 
@@ -294,12 +291,12 @@ def test_a_compiler_that_fails_beside_a_forward_is_told():
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        overlap._beside(lambda: None, Fails(), [])
+        overlap._during(lambda: None, Fails(), [])
 
 
 @pytest.fixture
 def warming(monkeypatch):
-    monkeypatch.setattr(warm_up, "_child", lambda *words: warm_up_child.main(*map(str, words)))
+    monkeypatch.setattr(warm_up, "_child", lambda *words: warm_up.main(*map(str, words)))
     monkeypatch.setattr(warm_up, "QUICK_PYTORCH", (("stories260k", 16, 140, 2),))
     monkeypatch.setattr(warm_up, "QUICK_PROGRAMS", (("stories260k", 16, 32, 1),))
     monkeypatch.setattr(warm_up, "QUICK_AFTER", 4)
@@ -307,32 +304,32 @@ def warming(monkeypatch):
 
 @pytest.mark.soak
 def test_the_wait_for_a_compilation_is_no_part_of_a_micro_step(small, warming, tmp_path):
-    told = Told("warm-up", warm_up, tmp_path)
-    fresh = told.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
+    result = Result(warm_up, tmp_path)
+    fresh = result.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
     assert fresh["by_step"][0] < 1e3 * COMPILING + fresh["by_step"][-1]
 
 
 @pytest.mark.extended
-def test_the_first_micro_steps_are_told(small, warming, tmp_path):
-    told = Told("warm-up", warm_up, tmp_path)
+def test_the_first_micro_steps_have_rows(small, warming, tmp_path):
+    result = Result(warm_up, tmp_path)
     for mark in ("micro-step 1", "micro-step 30", "from 136 on"):
-        assert told.rows[f"PyTorch stories260k 1x16, {mark}"]["ours"] > 0
-    programs = told.rows["ML Programs stories260k 1x16, from 25 on"]
+        assert result.rows[f"PyTorch stories260k 1x16, {mark}"]["ours"] > 0
+    programs = result.rows["ML Programs stories260k 1x16, from 25 on"]
     assert (programs["steps"], programs["n"], len(programs["by_step"])) == (32, 8, 32)
-    fresh = told.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
+    fresh = result.rows["ML Programs stories260k 1x16 after an update, from 4 on"]
     assert (fresh["steps"], fresh["processes"]) == (4, 2)
-    assert told.keys == {"warm-1", "warm-30", "warm-136"}
-    ends = [row for row in told.record["rows"] if "steady_from" in row]
+    assert result.keys == {"warm-1", "warm-30", "warm-136"}
+    ends = [row for row in result.record["rows"] if "steady_from" in row]
     # of an evaluator, in the process that trains and after an update
-    assert told.verdicts("warm-136")[1:] == ["not applicable"] * 2
-    for row in told.record["rows"]:  # as if PyTorch had been: too few micro-steps for an answer
+    assert result.verdicts("warm-136")[1:] == ["not applicable"] * 2
+    for row in result.record["rows"]:  # as if PyTorch had been: too few micro-steps for an answer
         row["of"] = row["of"].replace("ML Programs", "PyTorch again")
-    of_each = [f.verdict for f in warm_up.findings(told.record) if f.answers == ("warm-136",)]
+    of_each = [f.verdict for f in warm_up.findings(result.record) if f.answers == ("warm-136",)]
     assert of_each[1:] == [
         "inconclusive" if row["steady_from"] is None else "quick run" for row in ends[1:]
     ]
     assert len(ends) == 3
-    assert "study: from 136 on" in told.text
+    assert "study: from 136 on" in result.text
 
 
 @pytest.mark.parametrize(
@@ -356,18 +353,18 @@ def test_a_process_that_cannot_train_says_why():
 
 
 def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
-    told = []
+    sent = []
 
     class Child:
         def __init__(self, command):
             assert command[1:3] == ["-m", overlap_background.CHILD]
             assert os.environ["TRITON_CACHE_DIR"] != "before"
 
-        def send(self, line):
-            told.append(line)
+        def tell(self, line):
+            sent.append(line)
 
         def receive_within(self, seconds):
-            return "null" if len(told) % 2 else '"it does not fit"'
+            return "null" if len(sent) % 2 else '"it does not fit"'
 
         def end(self):
             pass
@@ -379,6 +376,6 @@ def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
     for _ in range(needed):
         kernels.compile()
     kernels.close()
-    assert len(set(told)) == needed
+    assert len(set(sent)) == needed
     assert kernels.refused == needed // 2
     assert os.environ["TRITON_CACHE_DIR"] == "before"

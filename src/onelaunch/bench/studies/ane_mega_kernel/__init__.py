@@ -1,1 +1,1 @@
-"""A transformer as few programs, and training around it: a published study, asked here."""
+"""A transformer as few programs, and training around it: a published study, repeated here."""

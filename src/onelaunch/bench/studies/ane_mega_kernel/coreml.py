@@ -1,6 +1,6 @@
 """coreml: what making ML Programs of a model takes, by fusion depth, and how exact they are.
 
-Random weights, one text of SEQUENCE tokens. `ours` is the seconds to emit, convert and save all
+Random weights, one sequence of SEQUENCE tokens. `ours` is the seconds to emit, convert and save all
 programs of a forward, coremltools' import not counted. Errors are of the logits of every position,
 saved programs read back and evaluated on the CPU, against the model in float64: in float32, where
 float16 constants are all that is lost, and in float16 rounded after every operation. Blocks of
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,25 @@ import torch
 from torch import Tensor
 
 from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
-from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say
-from onelaunch.bench.core.tables import digits, document, markdown
+from onelaunch.bench.core.tables import digits, document
+from onelaunch.bench.core.views import column, published, table_of
 from onelaunch.bench.core.weights import exact_logits, random_weights
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.backward import emit_backward
-from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, emit, program_launches, save
-from onelaunch.engines.coreml.evaluate import Evaluator
+from onelaunch.engines.coreml.emit import (
+    LOGITS,
+    RESULT,
+    TOKENS,
+    Emitted,
+    Taps,
+    X,
+    emit,
+    program_launches,
+    save,
+)
+from onelaunch.engines.coreml.evaluate import Evaluator, Precision
 from onelaunch.engines.coreml.pack import Packed
 from onelaunch.engines.coreml.package import Package
 from onelaunch.errors import OnelaunchError
@@ -43,6 +54,8 @@ FFN = ((64, 128), (128, 256), (288, 768), (768, 2048))
 FFN_LAYERS = (1, 12)
 REPEATS = 3
 PREDICTIONS = 30
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16")
+TAPS: tuple[Taps, ...] = ("full", "inputs")
 
 
 @dataclass(frozen=True)
@@ -50,95 +63,90 @@ class _Made:
     """Programs on disk, and what they took."""
 
     paths: list[Path]
-    launches: list[Launch]
     emit_seconds: float
     seconds: float
     operations: int
     n_bytes: int
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     coremltools("bench coreml")
     from onelaunch.engines.coreml import run as mac
 
     reason = mac.why_not()
     if reason is not None:
-        say(f"not run here: {reason}")
+        log(f"not run here: {reason}")
+    repeats = 1 if quick else REPEATS
+    on_a_mac = None if reason is not None else log
     for name in QUICK_MODELS if quick else MODELS:
-        yield from _model(name, quick, reason is None, say)
+        yield from _model(name, quick, repeats, on_a_mac)
     for dim, hidden in FFN[:2] if quick else FFN:
         for layers in FFN_LAYERS:
-            yield _blocks(dim, hidden, layers, quick, reason is None, say)
+            config = ModelConfig(
+                dim=dim, n_layers=layers, n_heads=dim // 32, hidden_dim=hidden, vocab_size=64,
+                max_seq_len=SEQUENCE,
+            )  # fmt: skip
+            plan = part_of(make_plan(config, 1, SEQUENCE, all_positions=True), "ffn")
+            case = f"ffn {dim}/{hidden} 1x{SEQUENCE}, {layers} layer{'s' if layers > 1 else ''}"
+            launches = list(program_launches(plan, layers))
+            emitter = partial(emit, plan, packed=Packed(config, random_weights(config, 0)))
+            yield _row(case, plan, launches, emitter, repeats, on_a_mac)
 
 
-def _model(name: str, quick: bool, on_a_mac: bool, say: Say) -> Iterator[Row]:
+def _model(name: str, quick: bool, repeats: int, on_a_mac: Say | None) -> Iterator[Row]:
     config = preset(name)
     weights = random_weights(config, 0)
+    packed = Packed(config, weights)
     tokens = torch.randint(config.vocab_size, (1, SEQUENCE), generator=torch.manual_seed(0))
     exact = exact_logits(config, weights, tokens)
     plan = make_plan(config, 1, SEQUENCE, all_positions=True)
     depths = [depth for depth in every_depth(config.n_layers) if depth != "stage"]
+    emitter = partial(emit, plan, packed=packed)
     for depth in ("half", "all") if quick else depths:
-        row = _row(f"{name} 1x{SEQUENCE} {depth}", plan, depth, weights, quick, on_a_mac, say)
+        launches = list(program_launches(plan, depth))
+        case = f"{name} 1x{SEQUENCE} {depth}"
+        row = _row(case, plan, launches, emitter, repeats, on_a_mac)
         with tempfile.TemporaryDirectory() as folder:
-            made = _forward(plan, depth, weights, Path(folder))
+            paths = _make(launches, emitter, Path(folder)).paths
             row.notes["errors"] = {
-                precision: _errors(_logits(made, weights, tokens, precision), exact)
-                for precision in ("float32", "float16")
+                precision: _errors(_logits(paths, weights, tokens, precision), exact)
+                for precision in PRECISIONS
             }
         yield row
-    for taps in ("full", "inputs"):
-        row = _backward_row(f"{name} 1x{SEQUENCE} backward {taps}", plan, taps, weights, quick)
-        yield row
-
-
-def _blocks(dim: int, hidden: int, layers: int, quick: bool, on_a_mac: bool, say: Say) -> Row:
-    config = ModelConfig(
-        dim=dim, n_layers=layers, n_heads=dim // 32, hidden_dim=hidden, vocab_size=64,
-        max_seq_len=SEQUENCE,
-    )  # fmt: skip
-    weights = random_weights(config, 0)
-    plan = part_of(make_plan(config, 1, SEQUENCE, all_positions=True), "ffn")
-    case = f"ffn {dim}/{hidden} 1x{SEQUENCE}, {layers} layer{'s' if layers > 1 else ''}"
-    row = _row(case, plan, layers, weights, quick, on_a_mac, say)
-    return row
+    whole = list(program_launches(plan, config.n_layers))[:1]
+    for taps in TAPS:
+        case = f"{name} 1x{SEQUENCE} backward {taps}"
+        backward = partial(emit_backward, plan, packed=packed, taps=taps)
+        yield _row(case, plan, whole, backward, repeats, None)
 
 
 def _row(
     case: str,
     plan: Plan,
-    depth: str | int,
-    weights: dict[str, Tensor],
-    quick: bool,
-    on_a_mac: bool,
-    say: Say,
+    launches: list[Launch],
+    emitter: Callable[[Launch], Emitted],
+    repeats: int,
+    on_a_mac: Say | None,
 ) -> Row:
+    """Of programs made some times over; on a Mac also what running them takes."""
     samples: list[_Made] = []
     notes: dict[str, Any] = {}
-    for _ in range(1 if quick else REPEATS):
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            samples.append(_forward(plan, depth, weights, Path(folder)))
-            if on_a_mac and len(samples) == 1:
-                notes["core_ml"] = _on_a_mac(samples[0], say)
-    return _as_row(case, plan, samples, notes)
-
-
-def _as_row(case: str, plan: Plan, samples: list[_Made], notes: dict[str, Any]) -> Row:
-    stated = sum(
-        weight_bytes
-        for made in samples[:1]
-        for launch in made.launches
-        for weight_bytes in [_weight_bytes(plan, launch)]
-    )
+            samples.append(_make(launches, emitter, Path(folder)))
+            if on_a_mac is not None and len(samples) == 1:
+                notes["core_ml"] = _by_core_ml(samples[0].paths, on_a_mac)
+    made = samples[0]
+    weight_bytes = sum(_weight_bytes(plan, launch) for launch in launches)
     notes |= {
-        "programs": len(samples[0].paths),
-        "operations": samples[0].operations,
-        "emit_seconds": round(min(made.emit_seconds for made in samples), 3),
-        "bytes": samples[0].n_bytes,
-        "over_weights": round(samples[0].n_bytes / stated, 3),
+        "programs": len(made.paths),
+        "operations": made.operations,
+        "emit_seconds": round(min(each.emit_seconds for each in samples), 3),
+        "bytes": made.n_bytes,
+        "over_weights": round(made.n_bytes / weight_bytes, 3),
     }
-    return Row.of(case, [made.seconds for made in samples], notes=notes)
+    return Row.of(case, [each.seconds for each in samples], notes=notes)
 
 
 def _weight_bytes(plan: Plan, launch: Launch) -> int:
@@ -149,50 +157,30 @@ def _weight_bytes(plan: Plan, launch: Launch) -> int:
     return sum(2 * torch.Size(shapes[name]).numel() for name in names)
 
 
-def _forward(plan: Plan, depth: str | int, weights: dict[str, Tensor], folder: Path) -> _Made:
-    packed = Packed(plan.config, weights)
-    found = list(program_launches(plan, depth))
-    return _made(found, lambda launch: emit(plan, launch, packed), folder)
-
-
-def _backward_row(case: str, plan: Plan, taps: str, weights: dict[str, Tensor], quick: bool) -> Row:
-    packed = Packed(plan.config, weights)
-    found = list(program_launches(plan, plan.config.n_layers))[:1]
-    samples = []
-    for _ in range(1 if quick else REPEATS):
-        with tempfile.TemporaryDirectory() as folder:
-            samples.append(
-                _made(
-                    found,
-                    lambda launch: emit_backward(plan, launch, packed, taps),  # type: ignore[arg-type]
-                    Path(folder),
-                )
-            )
-    return _as_row(case, plan, samples, {})
-
-
-def _made(found: list[Launch], emit: Callable[[Launch], Any], folder: Path) -> _Made:
+def _make(launches: list[Launch], emitter: Callable[[Launch], Emitted], folder: Path) -> _Made:
     paths, emit_seconds, seconds, operations = [], 0.0, 0.0, 0
-    for number, launch in enumerate(found):
+    for number, launch in enumerate(launches):
         start = time.perf_counter()
-        emitted = emit(launch)
+        emitted = emitter(launch)
         paths.append(folder / f"{number}.mlpackage")
         save(emitted, paths[-1])
         seconds += time.perf_counter() - start
         emit_seconds += emitted.seconds
         operations += emitted.operations
     n_bytes = sum(f.stat().st_size for path in paths for f in path.rglob("*") if f.is_file())
-    return _Made(paths, found, emit_seconds, seconds, operations, n_bytes)
+    return _Made(paths, emit_seconds, seconds, operations, n_bytes)
 
 
-def _logits(made: _Made, weights: dict[str, Tensor], tokens: Tensor, precision: str) -> Tensor:
+def _logits(
+    paths: list[Path], weights: dict[str, Tensor], tokens: Tensor, precision: Precision
+) -> Tensor:
     """Through all programs."""
     rows = weights["embed_tokens.weight"][tokens].half().float()
-    given: dict[str, Any] = {TOKENS: tokens, X: rows.transpose(1, 2)[:, :, None]}
-    for path in made.paths:
-        evaluator = Evaluator(Package(path), precision)  # type: ignore[arg-type]
-        outputs = evaluator({name: given[name] for name in evaluator.function.inputs})
-        given = {X: outputs.get(RESULT)}
+    inputs: dict[str, Any] = {TOKENS: tokens, X: rows.transpose(1, 2)[:, :, None]}
+    for path in paths:
+        evaluator = Evaluator(Package(path), precision)
+        outputs = evaluator({name: inputs[name] for name in evaluator.function.inputs})
+        inputs = {X: outputs.get(RESULT)}
     tiles = [value for name, value in outputs.items() if name.startswith(LOGITS)]
     return torch.cat(tiles, 1)[:, :, 0].transpose(1, 2).double()
 
@@ -203,15 +191,15 @@ def _errors(logits: Tensor, exact: Tensor) -> dict[str, float]:
     return {"one_minus_cosine": float(f"{1 - cosine:.2e}"), "relative": float(f"{apart:.2e}")}
 
 
-def _on_a_mac(made: _Made, say: Say) -> dict[str, Any]:
+def _by_core_ml(paths: list[Path], log: Say) -> dict[str, Any]:
     """Seconds by Core ML, all programs one after another."""
     import numpy as np
 
     from onelaunch.engines.coreml.run import Runner
 
-    found: dict[str, Any] = {"load_seconds": 0.0, "prediction_seconds": 0.0, "units": []}
+    result: dict[str, Any] = {"load_seconds": 0.0, "prediction_seconds": 0.0, "units": []}
     try:
-        for path in made.paths:
+        for path in paths:
             with Runner(path) as runner:
                 inputs = {
                     name: np.zeros(kind.shape, np.int32 if kind.dtype == "int32" else np.float32)
@@ -222,13 +210,13 @@ def _on_a_mac(made: _Made, say: Say) -> dict[str, Any]:
                     runner.predict(inputs)
                     assert runner.times is not None
                     times.append(runner.times.prediction)
-                found["load_seconds"] += runner.load_seconds
-                found["prediction_seconds"] += sorted(times)[len(times) // 2]
-                found["units"].append(runner.units)
+                result["load_seconds"] += runner.load_seconds
+                result["prediction_seconds"] += sorted(times)[len(times) // 2]
+                result["units"].append(runner.units)
     except OnelaunchError as error:
-        say(f"without Core ML's times: {error}")
-        found["failed"] = str(error)
-    return found
+        log(f"without Core ML's times: {error}")
+        result["failed"] = str(error)
+    return result
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
@@ -237,85 +225,71 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     ones = [row for row in record["rows"] if row["programs"] == 1 and "errors" in row]
     if not ones:
         return []
-    largest = max(ones, key=lambda row: row["bytes"])
-    mb, published = largest["bytes"] / 1e6, float(PUBLISHED["sram"].values["MB"])
-    found = [
+    largest, theirs = max(ones, key=lambda row: row["bytes"]), published("sram", "MB")
+    results = [
         Finding(
             ("sram",),
-            f"{published:g} MB of weights in one program meet no limit",
-            f"{published:g} MB, run on a Neural Engine",
-            f"{mb:,.0f} MB, evaluated on a CPU ({largest['case']})",
+            f"{theirs:g} MB of weights in one program meet no limit",
+            f"{theirs:g} MB, run on a Neural Engine",
+            f"{largest['bytes'] / 1e6:,.0f} MB, evaluated on a CPU ({largest['case']})",
             *needs_a_mac("made, saved and read back here, not run on a Neural Engine"),
         )
     ]
     rows = {row["case"]: row for row in record["rows"]}
     whole, fours = (rows.get(f"stories110m 1x{SEQUENCE} {depth}") for depth in ("all", 4))
-    if whole and fours:
-        found.append(_growth(whole, fours))
-    return found
+    return results + ([_growth(whole, fours)] if whole and fours else [])
 
 
 def _growth(whole: dict[str, Any], fours: dict[str, Any]) -> Finding:
     """Conversions of the same layers, in one program and in programs of four."""
-    values = PUBLISHED["compile-growth"].values
-    published = float(values["12 layers, s"]) / (3 * float(values["4 layers, s"]))
-    ours = whole["ours"] / fours["ours"]
+    twelve, four = (published("compile-growth", f"{layers} layers, s") for layers in (12, 4))
+    theirs, ours = twelve / (3 * four), whole["ours"] / fours["ours"]
     verdict = above(ours, 1.0, error_of_ratio(ours, whole, fours))
     return Finding(
         ("compile-growth",),
         "12 layers take longer to compile in one program than in programs of 4",
-        f"{published:.2f}x ({values['12 layers, s']:g} s of one, {values['4 layers, s']:g} s of "
-        "each)",
+        f"{theirs:.2f}x ({twelve:g} s of one, {four:g} s of each)",
         f"{ours:.2f}x ({whole['ours']:.2f} s of one, {fours['ours']:.2f} s of all that replace it)",
         verdict,
         "coremltools' conversions of stories110m, embed and head with them; more than 1x is "
         f"confirmed{unless(verdict)}",
-        ours / published,
+        ours / theirs,
     )
 
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    body = []
-    for row in record["rows"]:
-        errors = row.get("errors", {})
-        body.append(
-            [
-                row["case"],
-                digits(row["ours"]),
-                digits(row["emit_seconds"]),
-                str(row["programs"]),
-                f"{row['operations']:,}",
-                f"{row['bytes'] / 1e6:,.1f}",
-                f"{row['over_weights']:.2f}x",
-                *(_error(errors.get(precision)) for precision in ("float32", "float16")),
-                _mac(row.get("core_ml")),
-            ]
-        )  # fmt: skip
-    head = [
-        "programs of one text", "s", "of it emitting", "programs", "operations", "MB",
-        "over float16 weights", "float32: off, 1 - cosine", "float16: off, 1 - cosine",
-        "Core ML on this machine",
-    ]  # fmt: skip
     parts = [
         "Seconds to emit, convert and save all programs of a forward (or a backward through all "
         "layers), coremltools' import not counted. `off` is of the logits of every position "
         "against float64: programs read back from disk, evaluated on the CPU in float32, and in "
         "float16 rounded after every operation. A backward has the weights too; with `inputs` it "
         "computes the forward again, and has them twice.",
-        markdown(head, body),
+        table_of(
+            record["rows"],
+            column("programs of one sequence", "case"),
+            column("s", "ours", digits),
+            column("of it emitting", "emit_seconds", digits),
+            column("programs", "programs"),
+            column("operations", "operations", "{:,}"),
+            column("MB", "bytes", "{:,.1f}", 1e-6),
+            column("over float16 weights", "over_weights", "{:.2f}x"),
+            *(column(f"{p}: off, 1 - cosine", "errors", partial(_error, p)) for p in PRECISIONS),
+            ("Core ML on this machine", lambda row: _core_ml(row.get("core_ml"))),
+        ),
     ]
     return document(record, "ML Programs made on", *parts)
 
 
-def _error(error: dict[str, float] | None) -> str:
-    return "-" if error is None else f"{error['relative']:.1e}, {error['one_minus_cosine']:.0e}"
+def _error(precision: str, errors: dict[str, dict[str, float]]) -> str:
+    error = errors[precision]
+    return f"{error['relative']:.1e}, {error['one_minus_cosine']:.0e}"
 
 
-def _mac(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _core_ml(result: dict[str, Any] | None) -> str:
+    if result is None:
         return "not run here"
-    if "failed" in found:
-        return str(found["failed"])
-    units = ", ".join(sorted(set(found["units"])))
-    return f"{found['prediction_seconds'] * 1e6:,.0f} us ({units})"
+    if "failed" in result:
+        return str(result["failed"])
+    units = ", ".join(sorted(set(result["units"])))
+    return f"{result['prediction_seconds'] * 1e6:,.0f} us ({units})"

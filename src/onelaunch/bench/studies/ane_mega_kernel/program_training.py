@@ -3,8 +3,9 @@ it."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -37,8 +38,18 @@ class Update:
     optimizer_seconds: float
 
 
+def rate(updates: Sequence[Update]) -> float:
+    """Micro-steps a second of some updates, one after another."""
+    return sum(u.micro_steps for u in updates) / sum(u.seconds for u in updates)
+
+
+def median_share(updates: Iterable[Update]) -> float:
+    """The share of an update that it waits for programs, in the median."""
+    return statistics.median(u.stall_seconds / u.seconds for u in updates)
+
+
 class Driver(Generic[Engine]):
-    """Updates of a trainer on the built-in stories, one text of `sequence` tokens at a time."""
+    """Updates of a trainer on the built-in stories, one sequence of `sequence` tokens at a time."""
 
     def __init__(self, engine: Engine, sequence: int) -> None:
         self.engine = engine
@@ -46,18 +57,18 @@ class Driver(Generic[Engine]):
         self.optimizer = make_optimizer(engine.parameters(), Recipe())
         self._sampler = open_data("stories", SEED).train(sequence, SEED)
 
-    def texts(self) -> tuple[Tensor, Tensor]:
+    def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next micro-step's tokens and targets."""
         tokens, targets = self._sampler.next(1)
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
     def micro_step(self, scale: float) -> None:
-        """Forward and backward of the next text."""
-        self.engine.train_step(*self.texts(), scale)
+        """Forward and backward of the next sequence."""
+        self.engine.train_step(*self.next_batch(), scale)
 
     def update(self, k: int, renew: bool = True) -> Update:
         """One of k micro-steps. Without `renew` the programs are kept, as if weights that change
-        asked for no new ones: what is computed is then of old weights, and takes as long."""
+        needed no new ones: what is computed is then of old weights, and takes as long."""
         self.engine.telemetry()
         start = time.perf_counter()
         for _ in range(k):
@@ -70,8 +81,8 @@ class Driver(Generic[Engine]):
             self.engine.after_update()
         self.wait()
         end = time.perf_counter()
-        told = self.engine.telemetry()
-        return Update(k, end - start, told.get("stall_seconds", 0.0), end - stepping)
+        stall = self.engine.telemetry().get("stall_seconds", 0.0)
+        return Update(k, end - start, stall, end - stepping)
 
     def wait(self) -> None:
         """For the device; nothing on a CPU."""

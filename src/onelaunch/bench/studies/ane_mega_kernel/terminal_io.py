@@ -1,8 +1,8 @@
-"""terminal-io: what it costs a training step to be watched, on a slow terminal above all.
+"""terminal-io: what the display of a training step costs, on a slow terminal above all.
 
-Blocks of updates are timed in turn: unwatched, with the package's display, and with a line printed
-at every update, as trainers do; to a file, a pipe that is read, a terminal that takes all at once,
-and one that takes few bytes a second, as over a poor line. There the printed lines are timed in one
+Blocks of updates are timed in turn: without display, with the package's, and with a line printed at
+every update, as trainers do; to a file, a pipe that is read, a terminal that takes all at once, and
+one that takes few bytes a second, as over a slow line. There the printed lines are timed in one
 long block: the first ones stand in buffers.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, below, standard_error, unless
-from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say, percentiles
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.rounds import ratio
-from onelaunch.bench.core.tables import digits, document, markdown
+from onelaunch.bench.core.tables import digits, document, spread
+from onelaunch.bench.core.views import column, published, table_of
 from onelaunch.training.display import Display, Header
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
@@ -34,33 +34,30 @@ BYTES_PER_SECOND = 4000
 # A pseudo-terminal takes about 20 kB at once, then nothing until most of that was read: what is
 # printed must be several times that before its speed is the terminal's.
 NAIVE_UPDATES, QUICK_NAIVE_UPDATES = 660, 330
-# On the slow terminal, where the display's cost has to be told from noise: many blocks.
+# On the slow terminal, where the display's cost has to be distinguished from noise: many blocks.
 SLOW_BLOCKS, BLOCKS, SECONDS = 120, 7, 0.4
 QUICK_SLOW_BLOCKS, QUICK_BLOCKS, QUICK_SECONDS = 7, 3, 0.4
 MOST_COST = 0.03
 """Of an update: what the display may cost anywhere, a slow terminal too."""
 LEAST_TIMES = 2.0
 """From so many times an update on, a line each update is the pitfall that the study warns of; how
-many times depends on the terminal's speed, which the study does not tell."""
+many times depends on the terminal's speed, which the study does not state."""
 FREE = 0.05
 """Of an update: what a line written to a file may cost and still be nothing."""
 
 CASES = {
     "stories260k 8x128": {
-        "model.preset": "stories260k",
-        "model.max_seq_len": 128,
-        "train.batch_size": 8,
+        "model.preset": "stories260k", "model.max_seq_len": 128, "train.batch_size": 8,
     },
     # a step of a few milliseconds: the hardest case
     "small 4x32": {
-        "model.preset": "stories260k",
-        "model.n_layers": 2,
-        "model.max_seq_len": 32,
+        "model.preset": "stories260k", "model.n_layers": 2, "model.max_seq_len": 32,
         "train.batch_size": 4,
     },
-}
+}  # fmt: skip
 QUICK = ("small 4x32",)
 SLOW = "slow terminal"
+UNWATCHED, NAIVE = "unwatched", "a line each update"
 
 
 def outputs() -> dict[str, Callable[[], AbstractContextManager[int]]]:
@@ -73,59 +70,56 @@ def outputs() -> dict[str, Callable[[], AbstractContextManager[int]]]:
     }
 
 
-def run(device: str, quick: bool, say: Say) -> list[Row]:
+def run(device: str, quick: bool, log: Say) -> list[Row]:
     """Time every case on every output; returns one row each, lower is better."""
     rows = []
-    for case, settings in CASES.items():
-        if quick and case not in QUICK:
-            continue
-        recipe = Recipe().with_settings({**settings, "train.updates": 10**6}, "bench")
+    for case in QUICK if quick else CASES:
+        recipe = Recipe().with_settings({**CASES[case], "train.updates": 10**6}, "bench")
         for kind, output in outputs().items():
             slow = kind == SLOW
+            blocks = SLOW_BLOCKS if slow else BLOCKS
+            seconds, updates = SECONDS, NAIVE_UPDATES
             if quick:
-                blocks, seconds = QUICK_SLOW_BLOCKS if slow else QUICK_BLOCKS, QUICK_SECONDS
-            else:
-                blocks, seconds = SLOW_BLOCKS if slow else BLOCKS, SECONDS
+                blocks = QUICK_SLOW_BLOCKS if slow else QUICK_BLOCKS
+                seconds, updates = QUICK_SECONDS, QUICK_NAIVE_UPDATES
             with timed_trainer(recipe, device) as trainer, output() as descriptor:
-                updates = QUICK_NAIVE_UPDATES if quick else NAIVE_UPDATES
                 samples = watch(trainer, descriptor, blocks, seconds, updates if slow else None)
             rows.append(_row(f"{case} {kind}", samples, BYTES_PER_SECOND if slow else None))
     return rows
 
 
 def _row(case: str, samples: dict[str, list[float]], rate: int | None) -> Row:
-    extra = [shown / bare - 1 for shown, bare in zip(samples["ours"], samples["none"], strict=True)]
     none, naive = (Row.of(case, samples[how]) for how in ("none", "naive"))
-    cost = Row.of(case, extra)
-    paired = {}
+    cost = Row.of(case, _costs(samples["ours"], samples["none"]))
+    times, paired = naive.ours / none.ours, {}
     if naive.n == none.n:
         times = ratio(samples["naive"], samples["none"])
-        each = [a / b - 1 for a, b in zip(samples["naive"], samples["none"], strict=True)]
-        paired = {"naive_cost_spread": [round(v, 4) for v in percentiles(each)]}
-    else:
-        times = naive.ours / none.ours
-    return Row.of(
-        case,
-        samples["ours"],
-        peers={"unwatched": none.ours, "a line each update": naive.ours},
-        notes={
-            "cost_of_display": round(cost.ours, 4),
-            "cost_spread": [round(v, 4) for v in cost.spread or ()],
-            "times_naive": round(times, 2),
-            "naive_spread": [round(v, 4) for v in naive.spread or ()],
-            "naive_n": naive.n,
-            **paired,
-            "terminal_bytes_per_second": rate,
-        },
-    )
+        costs = _costs(samples["naive"], samples["none"])
+        paired = {"naive_cost_spread": [round(v, 4) for v in percentiles(costs)]}
+    notes = {
+        "cost_of_display": round(cost.ours, 4),
+        "cost_spread": [round(v, 4) for v in cost.spread or ()],
+        "times_naive": round(times, 2),
+        "naive_spread": [round(v, 4) for v in naive.spread or ()],
+        "naive_n": naive.n,
+        **paired,
+        "terminal_bytes_per_second": rate,
+    }
+    peers = {UNWATCHED: none.ours, NAIVE: naive.ours}
+    return Row.of(case, samples["ours"], peers=peers, notes=notes)
+
+
+def _costs(some: list[float], none: list[float]) -> list[float]:
+    """What a display adds to an update, block by block, as a share of it."""
+    return [a / b - 1 for a, b in zip(some, none, strict=True)]
 
 
 def watch(
     trainer: Trainer, descriptor: int, blocks: int, seconds: float, naive_updates: int | None
 ) -> dict[str, list[float]]:
-    """Milliseconds per update of each block, by how it was watched on what is open: none, ours,
-    naive. Naive takes turns with the others where no number of updates is given, and is otherwise
-    one block of so many, the terminal being full from its start."""
+    """Milliseconds per update of each block, by display: none, ours, or naive, which is a line each
+    update to `descriptor`. Naive takes turns with the others where `naive_updates` is None, and is
+    otherwise one block of so many, the terminal being full from its start."""
     for _ in range(3):
         trainer._update()
     start = time.perf_counter()
@@ -229,7 +223,7 @@ def file() -> Iterator[int]:
 
 
 def _fill(descriptor: int) -> None:
-    """Write until the terminal takes no more."""
+    """Write until the terminal accepts no more."""
     os.set_blocking(descriptor, False)
     with suppress(BlockingIOError):
         while True:
@@ -239,14 +233,14 @@ def _fill(descriptor: int) -> None:
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """Of lines to a file and to a slow terminal, in each case; of what the display costs there."""
-    found = []
+    results = []
     rows = {row["case"]: row for row in record["rows"]}
     for case in CASES:
         if row := rows.get(f"{case} file"):
-            found.append(_to_a_file(case, row))
+            results.append(_to_a_file(case, row))
         if row := rows.get(f"{case} {SLOW}"):
-            found += [_to_a_terminal(case, row), _by_the_display(case, row)]
-    return found
+            results += [_to_a_terminal(case, row), _by_the_display(case, row)]
+    return results
 
 
 def _to_a_file(case: str, row: dict[str, Any]) -> Finding:
@@ -255,44 +249,42 @@ def _to_a_file(case: str, row: dict[str, Any]) -> Finding:
     return Finding(
         ("terminal-file",),
         f"{case}: a line each step to a file costs nothing",
-        f"{PUBLISHED['terminal-file'].values['micro-steps/s']:g} micro-steps/s",
-        f"{_rate(row, 'a line each update')} updates/s, {_rate(row, 'unwatched')} unwatched",
+        f"{published('terminal-file', 'micro-steps/s'):g} micro-steps/s",
+        f"{_rate(row, NAIVE)} updates/s, {_rate(row, UNWATCHED)} unwatched",
         verdict,
         f"{cost:+.0%} an update; nothing is up to {FREE:.0%}{unless(verdict)}",
     )
 
 
 def _to_a_terminal(case: str, row: dict[str, Any]) -> Finding:
-    published = float(PUBLISHED["terminal-slow"].values["slower"])
-    times, step = row["times_naive"], row["peers"]["unwatched"]
-    line = 1e3 * len(_line(NAIVE_UPDATES)) / row["terminal_bytes_per_second"]
+    theirs, times = published("terminal-slow", "slower"), row["times_naive"]
+    step, rate = row["peers"][UNWATCHED], row["terminal_bytes_per_second"]
+    line = 1e3 * len(_line(NAIVE_UPDATES)) / rate
     verdict: Verdict = "confirmed" if times >= LEAST_TIMES else "refuted"
     why = f"a line takes that terminal {line:.0f} ms, a step {digits(step)} ms"
-    if step > line:  # it keeps up: nothing is to be seen of a terminal that does not
+    if step > line:  # the terminal keeps up, so that it does not slow the steps
         verdict = "not applicable"
         why += ": it keeps up"
     return Finding(
         ("terminal-slow",),
-        f"{case}: a line each step to a terminal that takes "
-        f"{row['terminal_bytes_per_second']:,} bytes a second makes steps several times slower",
-        f"{published:g}x slower ({PUBLISHED['terminal-slow'].values['micro-steps/s']:g} "
-        "micro-steps/s)",
-        f"{times:.2f}x slower ({_rate(row, 'a line each update')} updates/s)",
+        f"{case}: a line each step to a terminal that takes {rate:,} bytes a second makes steps "
+        "several times slower",
+        f"{theirs:g}x slower ({published('terminal-slow', 'micro-steps/s'):g} micro-steps/s)",
+        f"{times:.2f}x slower ({_rate(row, NAIVE)} updates/s)",
         verdict,
-        f"{why}; how fast the study's took them was not told",
-        times / published,
+        f"{why}; the study does not say how fast its terminal was",
+        times / theirs,
     )
 
 
 def _by_the_display(case: str, row: dict[str, Any]) -> Finding:
     cost = row["cost_of_display"]
     verdict = below(cost, MOST_COST, standard_error(row["cost_spread"], row["n"]))
-    spread = " to ".join(f"{end:+.1%}" for end in row["cost_spread"])
     return Finding(
         ("terminal-slow",),
         f"{case}: our display costs less than {MOST_COST:.0%} of an update on that terminal",
         "not measured",
-        f"{cost:+.1%} ({spread})",
+        f"{cost:+.1%} ({_cost_spread(row)})",
         verdict,
         "drawn by a thread of its own: a terminal that stands still delays nothing else"
         + unless(verdict),
@@ -300,45 +292,43 @@ def _by_the_display(case: str, row: dict[str, Any]) -> Finding:
 
 
 def _rate(row: dict[str, Any], peer: str) -> str:
+    """Updates a second."""
     return digits(1e3 / row["peers"][peer])
+
+
+def _cost_spread(row: dict[str, Any]) -> str:
+    return " to ".join(f"{end:+.1%}" for end in row["cost_spread"])
 
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    lines = []
-    for row in record["rows"]:
-        low, high = row["cost_spread"]
-        naive = "-".join(digits(v) for v in row.get("naive_spread", ()))
-        lines.append(
-            [
-                row["case"], _rate(row, "unwatched"), digits(1e3 / row["ours"]),
-                f"{row['cost_of_display']:+.1%}", f"{low:+.1%} to {high:+.1%}",
-                _rate(row, "a line each update"), f"{row['times_naive']:.2f}x", naive or "-",
-            ]
-        )  # fmt: skip
     parts = [
-        markdown(
-            [
-                "updates/s", "unwatched", "our display", "it costs", "p20-p80",
-                "a line each update", "slower", "ms an update, p20-p80",
-            ],
-            lines,
+        table_of(
+            record["rows"],
+            column("updates/s", "case"),
+            ("unwatched", lambda row: _rate(row, UNWATCHED)),
+            ("our display", lambda row: digits(1e3 / row["ours"])),
+            column("it costs", "cost_of_display", "{:+.1%}"),
+            ("p20-p80", _cost_spread),
+            (NAIVE, lambda row: _rate(row, NAIVE)),
+            column("slower", "times_naive", "{:.2f}x"),
+            ("ms an update, p20-p80", lambda row: spread({"spread": row.get("naive_spread")})),
         ),
         f"Costs are medians of blocks timed in turn. The slow terminal takes "
         f"{BYTES_PER_SECOND:,} bytes a second; there a line each update is one long block, its "
         "buffers full from the start. The study: 4.68 micro-steps/s with lines to a file, 0.63 to "
-        "a terminal, 7.4 times slower; how fast that terminal was it does not tell.",
-    ]  # fmt: skip
-    return document(record, "Training watched, on", *parts)
+        "a terminal, 7.4 times slower; it does not say how fast that terminal was.",
+    ]
+    return document(record, "What a display costs training, on", *parts)
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """How many times slower an update is, by what is written to, printed and displayed."""
     rows = {row["case"]: row for row in record["rows"]}
     return plots.bars(
-        f"Training watched, {record['device']}",
+        f"What a display costs training, {record['device']}",
         {
-            "a line each update": {case: row["times_naive"] for case, row in rows.items()},
+            NAIVE: {case: row["times_naive"] for case, row in rows.items()},
             "our display": {case: 1 + row["cost_of_display"] for case, row in rows.items()},
         },
         "time of an update, times the unwatched one", "", across=True, at=1,

@@ -10,7 +10,7 @@ the kernels. Then validation losses after equally many tokens (validation.py).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     Update,
     driver,
     pytorch_driver,
+    rate,
     why_no_programs,
 )
 from onelaunch.compilation.schedule import throughput
@@ -51,21 +52,19 @@ BASE = 10
 """Micro-steps an update that speedups are over, as in the study."""
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     if reason := why_no_programs(device):
-        say(f"without ML Programs: {reason}")
+        log(f"without ML Programs: {reason}")
     else:
         for model, sequence, counts in QUICK_PROGRAMS if quick else PROGRAMS:
             with driver(model, sequence, staleness=0) as programs:
-                case = f"ML Programs {model} 1x{sequence}"
-                yield from _rates(case, programs, counts, 1)
+                yield from _rates(f"ML Programs {model} 1x{sequence}", programs, counts, 1)
     for model, sequence, counts in QUICK_PYTORCH if quick else PYTORCH:
         training = pytorch_driver(model, sequence, device)
-        case = f"PyTorch {model} 1x{sequence}"
-        yield from _rates(case, training, counts, PYTORCH_SAMPLE)
-        yield from renewals(model, sequence, training, say)
-    yield from learning(device, quick, say)
+        yield from _rates(f"PyTorch {model} 1x{sequence}", training, counts, PYTORCH_SAMPLE)
+        yield from renewals(model, sequence, training, log)
+    yield from learning(device, quick, log)
 
 
 def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Iterator[Row]:
@@ -76,15 +75,15 @@ def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Ite
             if number < count:
                 updates = range(max(1, sample // accum))
                 timed[accum].append([training.update(accum) for _ in updates])
-    rates = {accum: [_rate(each) for each in samples] for accum, samples in timed.items()}
+    base = [rate(updates) for updates in timed[BASE]]
     for accum, samples in timed.items():
         if samples:
             row = _measured(f"{case}, accum {accum}", accum, samples)
-            pairs = zip(rates[accum], rates[BASE], strict=False)
-            speedup = statistics.median(ours / base for ours, base in pairs)
+            pairs = zip(samples, base, strict=False)
+            speedup = statistics.median(rate(ours) / theirs for ours, theirs in pairs)
         else:
             row = _computed(f"{case}, accum {accum}", accum, timed)
-            speedup = row.notes["micro_steps_per_s"] / statistics.median(rates[BASE])
+            speedup = row.notes["micro_steps_per_s"] / statistics.median(base)
         row.notes |= {
             "sequence": training.sequence,
             "tokens_per_s": round(row.notes["micro_steps_per_s"] * training.sequence, 2),
@@ -94,64 +93,52 @@ def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Ite
         yield row
 
 
-def _rate(updates: list[Update]) -> float:
-    """Micro-steps a second."""
-    return sum(u.micro_steps for u in updates) / sum(u.seconds for u in updates)
-
-
-def _share(samples: list[list[Update]], part: str) -> float:
-    """Of the time, in the median sample."""
-    return statistics.median(
-        sum(getattr(u, part) for u in updates) / sum(u.seconds for u in updates)
-        for updates in samples
-    )
-
-
-def _step(updates: list[Update]) -> float:
+def _step(updates: Sequence[Update]) -> float:
     """Seconds of a micro-step, without the wait for a compilation."""
     working = sum(u.seconds - u.stall_seconds for u in updates)
     return working / sum(u.micro_steps for u in updates)
 
 
-def _measured(case: str, accum: int, samples: list[list[Update]]) -> Row:
-    rates = Row.of(case, [_rate(updates) for updates in samples])
+def _measured(case: str, accum: int, samples: Sequence[Sequence[Update]]) -> Row:
+    rates = Row.of(case, [rate(updates) for updates in samples])
     stalls = [u.stall_seconds for updates in samples for u in updates]
-    return Row.of(
-        case,
-        [1e3 * _step(updates) for updates in samples],
-        notes={
-            "accum": accum,
-            "updates_timed": len(stalls),
-            "micro_steps_per_s": round(rates.ours, 4),
-            "rate_spread": [round(v, 4) for v in rates.spread or ()],
-            "updates_per_s": round(rates.ours / accum, 5),
-            "compile_seconds": round(statistics.median(stalls), 5),
-            "compile_share": round(_share(samples, "stall_seconds"), 5),
-            "optimizer_share": round(_share(samples, "optimizer_seconds"), 5),
-            "computed": False,
-        },
-    )
+
+    def share(part: str) -> float:
+        """Of the time, in the median sample."""
+        return statistics.median(
+            sum(getattr(u, part) for u in updates) / sum(u.seconds for u in updates)
+            for updates in samples
+        )
+
+    notes = {
+        "accum": accum,
+        "updates_timed": len(stalls),
+        "micro_steps_per_s": round(rates.ours, 4),
+        "rate_spread": [round(v, 4) for v in rates.spread or ()],
+        "updates_per_s": round(rates.ours / accum, 5),
+        "compile_seconds": round(statistics.median(stalls), 5),
+        "compile_share": round(share("stall_seconds"), 5),
+        "optimizer_share": round(share("optimizer_seconds"), 5),
+        "computed": False,
+    }
+    return Row.of(case, [1e3 * _step(updates) for updates in samples], notes=notes)
 
 
-def _computed(case: str, accum: int, timed: Mapping[int, list[list[Update]]]) -> Row:
+def _computed(case: str, accum: int, timed: Mapping[int, Sequence[Sequence[Update]]]) -> Row:
     """By K / (K step + compile), the micro-step of the longest update that was timed."""
     longest = max(k for k, samples in timed.items() if samples)
     step = statistics.median(_step(updates) for updates in timed[longest])
     every = [u for samples in timed.values() for updates in samples for u in updates]
     compiling = statistics.median(u.stall_seconds for u in every)
-    rate = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
-    return Row(
-        case,
-        1e3 * step,
-        n=0,
-        notes={
-            "accum": accum,
-            "updates_timed": 0,
-            "micro_steps_per_s": round(rate, 4),
-            "updates_per_s": round(rate / accum, 5),
-            "compile_seconds": round(compiling, 5),
-            "compile_share": round(compiling * rate / accum, 5),
-            "optimizer_share": None,
-            "computed": True,
-        },
-    )
+    per_s = throughput(accum, compiling, step, 1.0, overlapped=False) if compiling else 1 / step
+    notes = {
+        "accum": accum,
+        "updates_timed": 0,
+        "micro_steps_per_s": round(per_s, 4),
+        "updates_per_s": round(per_s / accum, 5),
+        "compile_seconds": round(compiling, 5),
+        "compile_share": round(compiling * per_s / accum, 5),
+        "optimizer_share": None,
+        "computed": True,
+    }
+    return Row(case, 1e3 * step, n=0, notes=notes)

@@ -3,19 +3,19 @@ bfloat16, for the kernels of the CUDA engine their layout, and a CUDA graph wher
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
 
 REPEATS = 9
 
 
-def renewals(model: str, sequence: int, training: Driver[Any], say: Say) -> Iterator[Row]:
+def renewals(model: str, sequence: int, training: Driver[Any], log: Say) -> Iterator[Row]:
     """A row of each, in milliseconds; none on another device, where nothing is made of them."""
     device = training.engine.device
     if device.type != "cuda":
@@ -31,7 +31,7 @@ def renewals(model: str, sequence: int, training: Driver[Any], say: Say) -> Iter
 
     config = training.engine.config
     if reason := why_not(device, config):
-        say(f"{case}: without our kernels: {reason}")
+        log(f"{case}: without our kernels: {reason}")
         return
     from onelaunch.engines.cuda.pack import pack
     from onelaunch.engines.cuda.program import BoundForward, Shape
@@ -48,14 +48,9 @@ def renewals(model: str, sequence: int, training: Driver[Any], say: Say) -> Iter
 
 
 def _timed(case: str, make: Callable[[], object], training: Driver[Any], when: str) -> Row:
-    samples = []
-    for number in range(REPEATS + 1):
-        training.wait()
-        start = time.perf_counter()
-        made = make()
-        training.wait()
-        if number:  # the first one asks for memory
-            samples.append(1e3 * (time.perf_counter() - start))
-        del made
-    row = Row.of(case, samples, notes={"when": when})
-    return row
+    samples: list[float] = []
+    made: list[object] = []
+    for _ in range(REPEATS + 1):
+        samples.append(milliseconds(lambda: made.append(make()), training.wait))
+        made.clear()  # freeing is not timed
+    return Row.of(case, samples[1:], notes={"when": when})  # the first one allocates memory

@@ -24,7 +24,7 @@ WARMUP_SHARE = 0.05
 EVAL_BATCH, EVAL_BATCHES = 64, 4
 
 
-def learning(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def learning(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """A row for each number of micro-steps and rule: the loss in nats."""
     seeds = QUICK_SEEDS if quick else SEEDS
     micro_steps = QUICK_MICRO_STEPS if quick else MICRO_STEPS
@@ -36,22 +36,18 @@ def learning(device: str, quick: bool, say: Say) -> Iterator[Row]:
             try:
                 losses = [_loss(recipe, device, seed) for seed in (seeds if same else seeds[:1])]
             except BadInput as error:  # the loss is no number any more: the trainer says so
-                say(f"{case}: {error}")
+                log(f"{case}: {error}")
                 continue
-            row = Row.of(
-                case,
-                losses,
-                notes={
-                    "accum": accum,
-                    "rule": rule,
-                    "rate": recipe.optimizer.lr * recipe.lr_scale,
-                    "updates": recipe.train.updates,
-                    "tokens": micro_steps * BATCH * SEQUENCE,
-                    "unit": "nats",
-                    "range": round(max(losses) - min(losses), 5),
-                },
-            )
-            yield row
+            notes = {
+                "accum": accum,
+                "rule": rule,
+                "rate": recipe.optimizer.lr * recipe.lr_scale,
+                "updates": recipe.train.updates,
+                "tokens": micro_steps * BATCH * SEQUENCE,
+                "unit": "nats",
+                "range": round(max(losses) - min(losses), 5),
+            }
+            yield Row.of(case, losses, notes=notes)
 
 
 def _recipe(accum: int, rule: str, micro_steps: int) -> Recipe:
@@ -71,7 +67,7 @@ def _recipe(accum: int, rule: str, micro_steps: int) -> Recipe:
 
 
 def _loss(recipe: Recipe, device: str, seed: int) -> float:
-    """Of the same texts for every one."""
+    """The validation loss, of the same sequences for every one."""
     with timed_trainer(recipe.with_settings({"train.seed": seed}, "bench"), device) as trainer:
         for _ in range(recipe.train.updates):
             trainer._update()

@@ -14,7 +14,15 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import digits, document, markdown, spread
+from onelaunch.bench.core.tables import digits, document
+from onelaunch.bench.core.views import (
+    CASE,
+    Column,
+    column,
+    median_and_spread,
+    published,
+    table_of,
+)
 
 KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
 MOSTLY = 0.5
@@ -23,73 +31,66 @@ LEAST_UPDATES = 5
 """In a run, for its loss to say anything about a learning rate."""
 LEAST_NATS = 0.02
 """A difference of losses below this, or below what seeds alone make, is none."""
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
 
 
-def series(record: dict[str, Any]) -> dict[str, Rows]:
+def series(record: dict[str, Any]) -> dict[str, list[Row]]:
     """The rows of rates, by what trained, shortest updates first."""
-    found: dict[str, Rows] = {}
+    by_name: dict[str, list[Row]] = {}
     for row in record["rows"]:
         if "micro_steps_per_s" in row:
-            found.setdefault(row["case"].rsplit(", ", 1)[0], []).append(row)
-    return {name: sorted(rows, key=lambda row: row["accum"]) for name, rows in found.items()}
+            by_name.setdefault(row["case"].rsplit(", ", 1)[0], []).append(row)
+    return {name: sorted(rows, key=lambda row: row["accum"]) for name, rows in by_name.items()}
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """By what trained, each published number of micro-steps; then what they cost in learning."""
-    found = []
+    results = []
     for name, rows in series(record).items():
         by_accum = {row["accum"]: row for row in rows}
-        for key in KEYS:
-            row, base = by_accum.get(int(PUBLISHED[key].row)), by_accum.get(10)
-            if row is None or base is None:
-                continue
-            if key == "accum-10":
-                found.append(_baseline(name, row))
-            else:
-                found.append(_speedup(key, name, row, base))
-    return [*without_evaluated_seconds(found), *_learning(record)]
+        if base := by_accum.get(10):
+            results.append(_baseline(name, base))
+            for key in KEYS[1:]:
+                if row := by_accum.get(int(PUBLISHED[key].row)):
+                    results.append(_speedup(key, name, row, base))
+    return [*without_evaluated_seconds(results), *_learning(record)]
 
 
-def _baseline(name: str, row: dict[str, Any]) -> Finding:
+def _baseline(name: str, row: Row) -> Finding:
     theirs = PUBLISHED["accum-10"].values
-    share, published = row["compile_share"], float(theirs["compiling, %"]) / 100
+    share, their_share = row["compile_share"], float(theirs["compiling, %"]) / 100
     verdict: Verdict = "confirmed" if share > MOSTLY else "refuted"
     if not row["compile_seconds"]:
         verdict = "not applicable"
     return Finding(
         ("accum-10",),
         f"{name}: with 10 micro-steps an update most of the time is compiling",
-        f"{published:.1%} compiling; {theirs['ms/micro-step']} ms a micro-step, "
+        f"{their_share:.1%} compiling; {theirs['ms/micro-step']} ms a micro-step, "
         f"{theirs['micro-steps/s']} a second",
         f"{share:.1%} compiling; {row['ours']:.1f} ms a micro-step, "
         f"{row['micro_steps_per_s']:.2f} a second",
         verdict,
         _compilation(row),
-        share / published,
+        share / their_share,
     )
 
 
-def _speedup(key: str, name: str, row: dict[str, Any], base: dict[str, Any]) -> Finding:
-    theirs = PUBLISHED[key].values
-    published = float(theirs["speedup"])
-    ratio = row["speedup"] / published
-    verdict, why = of_a_gain(row["speedup"], published, error_of_ratio(row["speedup"], row, base))
-    if row["computed"]:
-        verdict = "arithmetic"
+def _speedup(key: str, name: str, row: Row, base: Row) -> Finding:
+    theirs, ours = published(key, "speedup"), row["speedup"]
+    verdict, why = of_a_gain(ours, theirs, error_of_ratio(ours, row, base))
     return Finding(
         (key,),
-        f"{name}: {row['accum']} micro-steps an update are {published:g} times as fast as 10",
-        f"{published:g} times, {theirs['compiling, %']:g}% compiling",
-        f"{row['speedup']:.2f} times, {row['compile_share']:.1%} compiling"
+        f"{name}: {row['accum']} micro-steps an update are {theirs:g} times as fast as 10",
+        f"{theirs:g} times, {published(key, 'compiling, %'):g}% compiling",
+        f"{ours:.2f} times, {row['compile_share']:.1%} compiling"
         + ("; computed, not timed" if row["computed"] else ""),
-        verdict,
+        "arithmetic" if row["computed"] else verdict,
         f"{why}; {_compilation(base)}",
-        ratio,
+        ours / theirs,
     )
 
 
-def _compilation(row: dict[str, Any]) -> str:
+def _compilation(row: Row) -> str:
     """How many micro-steps a compilation lasts, which all speedups follow from."""
     if not row["compile_seconds"]:
         return "the weights are arguments here: an update has nothing to compile"
@@ -103,24 +104,21 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
     if base is None:
         return
     noise = max(LEAST_NATS, base["range"])
-    above = sorted({row["accum"] for row in rows if row["accum"] > base["accum"]})
-    for accum in above:
+    for accum in sorted({row["accum"] for row in rows if row["accum"] > base["accum"]}):
         by_rule = {row["rule"]: row["ours"] for row in rows if row["accum"] == accum}
         if not {"none", "linear"} <= by_rule.keys():
             continue
         updates = min(row["updates"] for row in rows if row["accum"] == accum)
-        verdict: Verdict = "quick run"
         gain = by_rule["none"] - by_rule["linear"]
-        if updates >= LEAST_UPDATES:
-            verdict = "confirmed" if gain > noise else "refuted"
+        verdict: Verdict = "confirmed" if gain > noise else "refuted"
         best = min(by_rule, key=lambda rule: by_rule[rule])
-        told = ", ".join(f"{rule} {loss:.3f}" for rule, loss in by_rule.items())
+        losses = ", ".join(f"{rule} {loss:.3f}" for rule, loss in by_rule.items())
         yield Finding(
             ("accum-learning",),
             f"with {accum} micro-steps an update the learning rate is to grow in proportion",
             "advised, not measured",
-            f"loss by rule: {told}; {base['accum']} micro-steps: {base['ours']:.3f} nats",
-            verdict,
+            f"loss by rule: {losses}; {base['accum']} micro-steps: {base['ours']:.3f} nats",
+            verdict if updates >= LEAST_UPDATES else "quick run",
             f"{updates} updates; the linear rule {'wins' if gain > 0 else 'loses'} "
             f"{abs(gain):.3f} nats; best is {best}, "
             f"{by_rule[best] - base['ours']:+.3f} nats from {base['accum']} micro-steps "
@@ -131,72 +129,64 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     parts = []
-    rates = [row for rows in series(record).values() for row in rows]
-    if rates:
+    if rates := [row for rows in series(record).values() for row in rows]:
         parts += [
             "## What more of them save",
-            markdown(
-                [
-                    "one text at a time", "ms/micro-step", "p20-p80", "updates timed",
-                    "micro-steps/s", "updates/s", "tokens/s", "compiling", "optimizer",
-                    "over 10", "study: ms", "/s", "compiling", "over 10",
-                ],
-                [_line(row) for row in rates],
+            table_of(
+                rates,
+                column("one sequence at a time", "case"),
+                *median_and_spread("ms/micro-step"),
+                column("updates timed", "updates_timed"),
+                column("micro-steps/s", "micro_steps_per_s", digits),
+                column("updates/s", "updates_per_s", "{:.3f}"),
+                column("tokens/s", "tokens_per_s", digits),
+                column("compiling", "compile_share", "{:.1%}"),
+                column("optimizer", "optimizer_share", "{:.2%}"),
+                column("over 10", "speedup", "{:.2f}"),
+                _study("study: ms", "ms/micro-step"),
+                _study("/s", "micro-steps/s"),
+                _study("compiling", "compiling, %", "{}%"),
+                _study("over 10", "speedup"),
             ),
             "Milliseconds are without the wait for a compilation, rates with it. The study: "
-            "stories110M on an M1 Pro; its milliseconds stand beside ours and are not compared. "
+            "stories110M on an M1 Pro; its milliseconds stand next to ours and are not compared. "
             "Through ML Programs every update waits for its compilation, and they are evaluated "
             "on this CPU; 0 updates timed: computed as K / (K step + compile). The study's row of "
             "500 is so, too.",
-        ]  # fmt: skip
-    made = [row for row in record["rows"] if "when" in row]
-    if made:
+        ]
+    if made := [row for row in record["rows"] if "when" in row]:
         parts += [
             "## What is made of the weights on the GPU",
-            markdown(
-                ["", "ms", "p20-p80", "when"],
-                [[row["case"], digits(row["ours"]), spread(row), row["when"]] for row in made],
-            ),
+            table_of(made, CASE, *median_and_spread("ms"), column("when", "when")),
         ]
-    learnt = [row for row in record["rows"] if "rule" in row]
-    if learnt:
+    if learnt := [row for row in record["rows"] if "rule" in row]:
         parts += [
             "## What they cost in learning",
-            markdown(
-                ["", "rate at its highest", "updates", "tokens", "validation loss, nats", "seeds",
-                 "least to most"],
-                [
-                    [
-                        row["case"].removeprefix("learning "), f"{row['rate']:.2g}",
-                        str(row["updates"]), f"{row['tokens']:,}", f"{row['ours']:.4f}",
-                        str(row["n"]), f"{row['range']:.4f}" if row["n"] > 1 else "-",
-                    ]
-                    for row in learnt
-                ],
+            table_of(
+                learnt,
+                ("", lambda row: row["case"].removeprefix("learning ")),
+                column("rate at its highest", "rate", "{:.2g}"),
+                column("updates", "updates"),
+                column("tokens", "tokens", "{:,}"),
+                column("validation loss, nats", "ours", "{:.4f}"),
+                column("seeds", "n"),
+                ("least to most", lambda row: f"{row['range']:.4f}" if row["n"] > 1 else "-"),
             ),
             "Equally many tokens for every row. Rules scale the rate of 10 micro-steps an update; "
             "no row's rate was searched for. The study trained on synthetic data and measured no "
             "loss.",
-        ]  # fmt: skip
+        ]
     return document(record, "Micro-steps an update, on", *parts)
 
 
-def _line(row: dict[str, Any]) -> list[str]:
-    published = PUBLISHED.get(f"accum-{row['accum']}")
-    theirs = ["-"] * 4
-    if published is not None:
-        values = published.values
-        theirs = [
-            f"{values['ms/micro-step']}", f"{values['micro-steps/s']}",
-            f"{values['compiling, %']}%", f"{values['speedup']}",
-        ]  # fmt: skip
-    share = row["optimizer_share"]
-    return [
-        row["case"], digits(row["ours"]), spread(row), str(row["updates_timed"]),
-        digits(row["micro_steps_per_s"]), f"{row['updates_per_s']:.3f}",
-        digits(row["tokens_per_s"]), f"{row['compile_share']:.1%}",
-        "-" if share is None else f"{share:.2%}", f"{row['speedup']:.2f}", *theirs,
-    ]  # fmt: skip
+def _study(head: str, figure: str, form: str = "{}") -> Column:
+    """A column of the study's figures of as many micro-steps an update."""
+
+    def cell(row: Row) -> str:
+        theirs = PUBLISHED.get(f"accum-{row['accum']}")
+        return "-" if theirs is None else form.format(theirs.values[figure])
+
+    return head, cell
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
@@ -208,9 +198,14 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     figure, (left, right) = plots.panels(2, 5.5, 4.2, title)
     for name, rows in rates.items():
         left.plot([r["accum"] for r in rows], [r["speedup"] for r in rows], "o-", label=name)
-    theirs = [PUBLISHED[key] for key in KEYS]
-    xs, ys = [int(p.row) for p in theirs], [float(p.values["speedup"]) for p in theirs]
-    left.plot(xs, ys, "k--", marker="x", label="study, M1 Pro's Neural Engine")
+    theirs = [published(key, "speedup") for key in KEYS]
+    left.plot(
+        [int(PUBLISHED[key].row) for key in KEYS],
+        theirs,
+        "k--",
+        marker="x",
+        label="study, M1 Pro's Neural Engine",
+    )
     learnt = sorted((r for r in record["rows"] if "rule" in r), key=lambda row: row["accum"])
     for rule in dict.fromkeys(row["rule"] for row in learnt if row["rule"] != "any"):
         shown = [row for row in learnt if row["rule"] in (rule, "any")]

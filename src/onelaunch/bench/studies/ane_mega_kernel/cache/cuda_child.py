@@ -1,8 +1,8 @@
 """A process of `bench cache` on a GPU: first logits of one engine after another, one for each seed.
 
 Run as `python -m onelaunch.bench.studies.ane_mega_kernel.cache.cuda_child MODEL DEVICE SEED...`;
-where Triton keeps its kernels the environment says. It says READY once all is imported, waits for a
-line, and prints one JSON list.
+its environment says where Triton keeps its kernels. It prints READY once all is imported, waits for
+a line, and prints one JSON list.
 """
 
 from __future__ import annotations
@@ -35,33 +35,30 @@ _REASON_LETTERS = 100
 
 def first_logits(config: ModelConfig, device: torch.device, seed: int) -> dict[str, Any]:
     """Of a new engine with the weights of a seed: seconds until they are there, what Triton did
-    meanwhile, a digest of their bits, and how far they are from PyTorch's, None where they are no
-    numbers; or `error`."""
+    meanwhile, a digest of their bits, and their relative distance from PyTorch's, None where they
+    are no numbers; or `error`."""
     generator = torch.Generator(device=device).manual_seed(seed)
     weights = random_weights(config, device, generator)
     tokens = torch.arange(SEQUENCE, device=device)[None] % config.vocab_size
     synchronizer(device)()
+    result: dict[str, Any] = {"digest": "", "apart": None, "error": ""}
     with counting() as counts:
         start = time.perf_counter()
-        error = digest = ""
-        apart: float | None = None
         try:
             engine = CudaEngine(config, weights, str(device), DTYPE, fusion_depth="stage")
             logits = engine.logits(tokens)
             synchronizer(device)()
-            seconds = time.perf_counter() - start
-            digest = hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest()
+            result["seconds"] = time.perf_counter() - start
+            result["digest"] = hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest()
             with torch.inference_mode():
                 plain = BareForward(config, weights, getattr(torch, DTYPE), device)(tokens).float()
-                found = float((logits - plain).norm() / plain.norm())
-                apart = found if math.isfinite(found) else None
-        except Exception as raised:  # whatever Triton or the driver raises of a damaged kernel
-            seconds = time.perf_counter() - start
-            error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"[:_REASON_LETTERS]
-    return {
-        "seconds": seconds, "compilations": counts.compilations, "hits": counts.hits,
-        "digest": digest, "apart": apart, "error": error,
-    }  # fmt: skip
+                apart = float((logits - plain).norm() / plain.norm())
+                result["apart"] = apart if math.isfinite(apart) else None
+        except Exception as error:  # whatever Triton or the driver raises of a damaged kernel
+            result["seconds"] = time.perf_counter() - start
+            line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            result["error"] = line[:_REASON_LETTERS]
+    return result | {"compilations": counts.compilations, "hits": counts.hits}
 
 
 def main(model: str, device: str, *seeds: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The programs that `bench cache` has compiled or finds kept, here and in processes of their own.
+"""The programs that `bench cache` compiles or reads, here and in processes of their own.
 
 Run as `python -m onelaunch.bench.studies.ane_mega_kernel.cache.programs FOLDER MODEL KIND SEED`, it
-says `ready` once all is imported, waits for a line, and prints one JSON object.
+prints READY once all is imported, waits for a line, and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from typing import Any
 from onelaunch.bench.core.children import READY, together
 from onelaunch.bench.core.compiled import compiled_program
 from onelaunch.bench.core.weights import random_weights
+from onelaunch.bench.studies.ane_mega_kernel.cache.views import ATTENTION, CPU
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
+from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.pack import Packed
 from onelaunch.engines.coreml.programs import Programs, Wanted
 from onelaunch.engines.cpu import program as cpu_program
 from onelaunch.errors import RunFailed
 from onelaunch.plan import launches, make_plan
 
+MODEL = "stories15m"
 SEQUENCE = 64
-LAYER, ATTENTION, CPU = "layer", "attention", "cpu"
+MODULE = "onelaunch.bench.studies.ane_mega_kernel.cache.programs"
 
-Told = dict[str, Any]
+Result = dict[str, Any]
 
 
 class Case:
@@ -41,22 +44,20 @@ class Case:
             return
         config = preset(model).with_(n_layers=1, vocab_size=64)
         plan = make_plan(config, 1, SEQUENCE, all_positions=True)
-        stages = "stage" if kind == ATTENTION else 1
-        (launch,) = (
-            each
-            for each in launches(plan, stages)
-            if plan.stages[each.first].kind == ("attention" if kind == ATTENTION else "qkv")
+        depth, first = ("stage", "attention") if kind == ATTENTION else (1, "qkv")
+        (launch,) = (e for e in launches(plan, depth) if plan.stages[e.first].kind == first)
+        self.wanted, self.packed = (
+            Wanted(plan, launch),
+            Packed(config, random_weights(config, seed)),
         )
-        weights = random_weights(config, seed)
-        self.wanted, self.packed = Wanted(plan, launch), Packed(config, weights)
 
     @property
     def key(self) -> str:
-        """Made anew each time: the hash of the weights is part of what asking takes."""
+        """Made anew each time: the hash of the weights is part of what a look-up takes."""
         return self._key if self.kind == CPU else self.wanted.key(self.packed)
 
-    def get(self, folder: Path) -> Told:
-        """Taken from the store or compiled: seconds, and what the store and the compiler did."""
+    def get(self, folder: Path) -> Result:
+        """Read from the store or compiled: seconds, and what the store and the compiler did."""
         store = Store(folder)
         if self.kind == CPU:
             kept = store.contains(self.key)
@@ -77,12 +78,13 @@ class Case:
             "damaged": store.damaged, "entries": len(store.entries()),
         }  # fmt: skip
 
-    def ask(self, folder: Path) -> Told:
-        """Whether it is kept, and the seconds of asking."""
+    def contains(self, folder: Path) -> Result:
+        """Whether it is kept, and the seconds of looking it up; nothing is read or compiled."""
         store = Store(folder)
         start = time.perf_counter()
         there = store.contains(self.key)
-        return {"seconds": time.perf_counter() - start, "there": there}
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "there": there, "hits": 0, "compilations": 0}
 
 
 def damage(folder: Path) -> None:
@@ -93,22 +95,19 @@ def damage(folder: Path) -> None:
         path.write_bytes(content)
 
 
-def elsewhere(folder: Path, model: str, kind: str, seeds: list[int]) -> list[Told]:
+def in_processes(folder: Path, model: str, kind: str, seeds: list[int]) -> list[Result]:
     """`get` by a process for each seed, all at once. Raises RunFailed where one fails."""
-    module = "onelaunch.bench.studies.ane_mega_kernel.cache.programs"
-    command = [sys.executable, "-m", module, str(folder), model, kind]
-    found = together([[*command, str(seed)] for seed in seeds])
-    for each in found:
+    command = [sys.executable, "-m", MODULE, str(folder), model, kind]
+    ended = together([[*command, str(seed)] for seed in seeds])
+    for each in ended:
         if each.reason:
             raise RunFailed(f"a process with a store {each.reason}")
-    return [each.told for each in found]
+    return [each.told for each in ended]
 
 
-def _main(folder: str, model: str, kind: str, seed: str) -> Told:
+def _main(folder: str, model: str, kind: str, seed: str) -> Result:
     case = Case(model, kind, int(seed))
     if kind != CPU:
-        from onelaunch.engines.coreml import coremltools
-
         coremltools("bench cache")
     print(READY, flush=True)
     sys.stdin.readline()

@@ -1,7 +1,7 @@
-"""What compile-budget measures in processes of their own.
+"""What compile-budget measures of ML Programs, in processes of their own.
 
-Run as `python -m onelaunch.bench.studies.ane_mega_kernel.compile_budget.child WHAT ...`; it prints
-one JSON object.
+Run as `python -m onelaunch.bench.studies.ane_mega_kernel.compile_budget.child WHAT NUMBER DEVICE`;
+it prints one JSON object.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import json
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.config import preset
@@ -31,71 +31,84 @@ from onelaunch.plan import make_plan
 SEQUENCE = 64
 LAYER = preset("stories260k").with_(n_layers=1)
 
+Case = TypeVar("Case")
+Result = dict[str, Any]
 
-def again(count: str) -> dict[str, Any]:
+
+def again(count: int) -> Result:
     """One shape, new weights each time."""
-    return _many([(SEQUENCE, seed) for seed in range(int(count))])
+    return _many([(SEQUENCE, seed) for seed in range(count)])
 
 
-def distinct(count: str) -> dict[str, Any]:
+def distinct(count: int) -> Result:
     """As many shapes."""
-    return _many([(8 + number, 0) for number in range(int(count))])
+    return _many([(8 + number, 0) for number in range(count)])
 
 
-def restart() -> dict[str, Any]:
+def restart(number: int) -> Result:
     """The first compilation and the second."""
     with tempfile.TemporaryDirectory() as folder:
-        _compile(Path(folder) / "0.mlpackage", SEQUENCE, 0)
+        _compile((SEQUENCE, 0), Path(folder))
         first = time.perf_counter()
-        _compile(Path(folder) / "1.mlpackage", SEQUENCE, 1)
-    return {"until_first": first - _BEGAN, "second": time.perf_counter() - first}
+        _compile((SEQUENCE, 1), Path(folder))
+        return {"until_first": first - _BEGAN, "second": time.perf_counter() - first}
 
 
-def layers(count: str, path: str) -> dict[str, Any]:
-    """So many layers of stories110m's in a program, without embed and head; what says no to it."""
-    config = preset("stories110m").with_(n_layers=int(count), vocab_size=64)
+def layers(count: int) -> Result:
+    """So many layers of stories110m's in a program, without embed and head; the reason where it is
+    refused."""
+    config = preset("stories110m").with_(n_layers=count, vocab_size=64)
     weights = random_weights(config, 0)
     coremltools("bench compile-budget")
     plan = make_plan(config, 1, SEQUENCE, all_positions=True)
     launch = program_launches(plan, config.n_layers)[0]
-    start, refused, operations, n_bytes = time.perf_counter(), "", 0, 0
-    try:
-        emitted = emit(plan, launch, Packed(config, weights))
-        operations = emitted.operations
-        save(emitted, Path(path))
-        seconds = time.perf_counter() - start
-        package = Package(Path(path))
-        n_bytes = package.weight_file_bytes
-        refused = next((str(each) for each in lint(package) if each.severity == "error"), "")
-    except Exception as error:  # whatever coremltools raises: that is the answer
-        seconds = time.perf_counter() - start
-        refused = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return {
-        "seconds": seconds, "refused": refused, "weight_bytes": n_bytes, "operations": operations,
-    }  # fmt: skip
+    result: Result = {"refused": "", "weight_bytes": 0, "operations": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "whole.mlpackage"
+        start = time.perf_counter()
+        try:
+            emitted = emit(plan, launch, Packed(config, weights))
+            result["operations"] = emitted.operations
+            save(emitted, path)
+            result["seconds"] = time.perf_counter() - start
+            package = Package(path)
+            result["weight_bytes"] = package.weight_file_bytes
+            errors = [str(each) for each in lint(package) if each.severity == "error"]
+            result["refused"] = next(iter(errors), "")
+        except Exception as error:  # whatever coremltools raises: that is the answer
+            result["seconds"] = time.perf_counter() - start
+            result["refused"] = first_line(error)
+    return result
 
 
-def _many(cases: list[tuple[int, int]]) -> dict[str, Any]:
-    coremltools("bench compile-budget")
-    seconds, of_process, failures = [], [], 0
-    before = memory()
-    for sequence, seed in cases:
+def first_line(error: Exception) -> str:
+    """Why something was refused."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def repeat(
+    action: Callable[[Case, Path], object],
+    cases: Iterable[Case],
+    gauges: Mapping[str, Callable[[], int]],
+) -> Result:
+    """Do something for each case, with an empty folder: seconds, failures, and what each gauge
+    showed before and after each; 0 of a gauge is no reading."""
+    result: Result = {"seconds": [], "failures": 0}
+    for name, gauge in gauges.items():
+        result |= {name: [], f"{name}_before": gauge()}
+    for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             try:
-                _compile(Path(folder) / "program.mlpackage", sequence, seed)
-            except Exception as error:  # whatever coremltools raises is a failure to be counted
-                print(f"{sequence}: {error}", file=sys.stderr)
-                failures += 1
-            seconds.append(round(time.perf_counter() - start, 5))
-        of_process.append(memory())
-    return {"seconds": seconds, "bytes": of_process, "bytes_before": before, "failures": failures}
-
-
-def _compile(path: Path, sequence: int, seed: int) -> None:
-    plan = make_plan(LAYER, 1, sequence, all_positions=True)
-    packed = Packed(LAYER, random_weights(LAYER, seed))
-    save(emit(plan, program_launches(plan, "all")[0], packed), path)
+                action(case, Path(folder))
+            except Exception as error:  # whatever a compiler or a driver raises is a failure
+                print(f"{case}: {error}", file=sys.stderr)
+                result["failures"] += 1
+            result["seconds"].append(round(time.perf_counter() - start, 5))
+        for name, gauge in gauges.items():
+            last = result[name][-1] if result[name] else result[f"{name}_before"]
+            result[name].append(gauge() or last)
+    return result
 
 
 def memory() -> int:
@@ -107,8 +120,19 @@ def memory() -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
+def _many(cases: list[tuple[int, int]]) -> Result:
+    coremltools("bench compile-budget")
+    return repeat(_compile, cases, {"bytes": memory})
+
+
+def _compile(case: tuple[int, int], folder: Path) -> None:
+    """A layer for a sequence's length and a seed of its weights."""
+    sequence, seed = case
+    plan = make_plan(LAYER, 1, sequence, all_positions=True)
+    packed = Packed(LAYER, random_weights(LAYER, seed))
+    save(emit(plan, program_launches(plan, "all")[0], packed), folder / f"{seed}.mlpackage")
+
+
 if __name__ == "__main__":
-    what: dict[str, Callable[..., dict[str, Any]]] = {
-        "again": again, "distinct": distinct, "restart": restart, "layers": layers,
-    }  # fmt: skip
-    print(json.dumps(what[sys.argv[1]](*sys.argv[2:])))
+    actions = {"again": again, "distinct": distinct, "restart": restart, "layers": layers}
+    print(json.dumps(actions[sys.argv[1]](int(sys.argv[2]))))

@@ -1,7 +1,7 @@
 """What compile-budget measures on a GPU, in processes of their own.
 
-Run as `python -m onelaunch.bench.studies.ane_mega_kernel.compile_budget.cuda_child WHAT DEVICE
-NUMBER`; it prints one JSON object.
+Run as `python -m onelaunch.bench.studies.ane_mega_kernel.compile_budget.cuda_child WHAT NUMBER
+DEVICE`; it prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _BEGAN = time.perf_counter()
 # ruff: noqa: E402 (the imports are part of what is timed)
 import json
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import triton
@@ -24,7 +24,12 @@ from torch import Tensor
 from onelaunch.bench.core.gpu_forwards import random_weights
 from onelaunch.bench.core.triton_store import counting
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.studies.ane_mega_kernel.compile_budget.child import memory
+from onelaunch.bench.studies.ane_mega_kernel.compile_budget.child import (
+    Result,
+    first_line,
+    memory,
+    repeat,
+)
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.errors import RunFailed
@@ -44,29 +49,29 @@ def number_kernel(target_ptr, NUMBER: tl.constexpr):  # type: ignore[no-untyped-
     tl.store(target_ptr, NUMBER)
 
 
-def again(device: torch.device, count: int) -> dict[str, Any]:
+def again(count: int, device: torch.device) -> Result:
     """Engines with new weights each time, one after the other, and logits of each; all kernels were
     compiled for one before."""
     before = _logits(device, 0)
 
-    def run(seed: int) -> None:
+    def run(seed: int, folder: Path) -> None:
         nonlocal before
         logits = _logits(device, seed)
         if torch.equal(logits, before) or not bool(torch.isfinite(logits).all()):
             raise RunFailed("the logits of the weights before, or none")
         before = logits
 
-    return _many(device, run, range(1, 1 + count))
+    return _many(device, run, count)
 
 
-def distinct(device: torch.device, count: int) -> dict[str, Any]:
+def distinct(count: int, device: torch.device) -> Result:
     """As many kernels, compiled, loaded and launched; the first, of number 0, was before."""
     target = torch.full((1,), -1, dtype=torch.int32, device=device)
     _launch(target, 0)
-    return _many(device, lambda number: _launch(target, number), range(1, 1 + count))
+    return _many(device, lambda number, folder: _launch(target, number), count)
 
 
-def restart(device: torch.device, number: int) -> dict[str, Any]:
+def restart(number: int, device: torch.device) -> Result:
     """The first kernel and the second, of a number and the next, neither of them kept."""
     target = torch.full((1,), -1, dtype=torch.int32, device=device)
     _launch(target, number)
@@ -75,17 +80,18 @@ def restart(device: torch.device, number: int) -> dict[str, Any]:
     return {"until_first": first - _BEGAN, "second": time.perf_counter() - first}
 
 
-def layers(device: torch.device, count: int) -> dict[str, Any]:
-    """So many layers of stories110m's in one launch; what says no to it."""
+def layers(count: int, device: torch.device) -> Result:
+    """So many layers of stories110m's in one launch; the reason where it is refused."""
     from onelaunch.engines.cuda.pack import pack
     from onelaunch.engines.cuda.program import FusedForward, Shape
 
     config, dtype = LAYERS.with_(n_layers=count), getattr(torch, DTYPE)
     generator = torch.Generator(device=device).manual_seed(0)
-    seconds, refused, n_bytes, stages, apart = 0.0, "", 0, 0, None
+    result: Result = {"seconds": 0.0, "refused": "", "weight_bytes": 0, "operations": 0}
+    result["apart_from_pytorch"] = None
     try:
         weights = random_weights(config, device, generator)
-        n_bytes = sum(each.numel() for each in weights.values()) * dtype.itemsize
+        result["weight_bytes"] = sum(each.numel() for each in weights.values()) * dtype.itemsize
         tokens = _tokens(config, device)
         packed = pack(config, weights, dtype, device)
         start = time.perf_counter()
@@ -93,20 +99,18 @@ def layers(device: torch.device, count: int) -> dict[str, Any]:
         forward.buffers.tokens.copy_(tokens.flatten())
         forward.run()
         forward.check()
-        seconds, stages = time.perf_counter() - start, len(forward.plan.stages)
+        result["seconds"] = time.perf_counter() - start
+        result["operations"] = len(forward.plan.stages)
         with torch.inference_mode():
             plain = BareForward(config, weights, dtype, device)(tokens).float()
         logits = forward.buffers.logits.view(plain.shape).float()
         apart = float((logits - plain).norm() / plain.norm())
         if not apart < MOST_APART:
             raise RunFailed(f"logits {apart:.1%} from PyTorch's")
+        result["apart_from_pytorch"] = apart
     except Exception as error:  # whatever Triton or the driver raises: that is the answer
-        refused = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        apart = None
-    return {
-        "seconds": seconds, "refused": refused, "weight_bytes": n_bytes, "operations": stages,
-        "apart_from_pytorch": apart,
-    }  # fmt: skip
+        result["refused"] = first_line(error)
+    return result
 
 
 def _logits(device: torch.device, seed: int) -> Tensor:
@@ -126,42 +130,22 @@ def _launch(target: Tensor, number: int) -> None:
         raise RunFailed(f"kernel {number} wrote {int(target)}")
 
 
-def _many(
-    device: torch.device, run: Callable[[int], None], numbers: Iterable[int]
-) -> dict[str, Any]:
-    seconds, of_process, failures = [], [], 0
-    before, gpu_before = memory(), _in_use(device)
-    of_gpu: list[int] = []
+def _many(device: torch.device, run: Callable[[int, Path], object], count: int) -> Result:
+    def in_use() -> int:
+        """Bytes of the device's memory that are in use; 0 where it does not say."""
+        if device.type != "cuda":
+            return 0
+        try:
+            free, total = torch.cuda.mem_get_info(device)
+        except RuntimeError:  # a failure before has broken the device for this process
+            return 0
+        return total - free
+
     with counting() as counts:
-        for number in numbers:
-            start = time.perf_counter()
-            try:
-                run(number)
-            except Exception as error:  # whatever Triton or the driver raises is a failure
-                print(f"{number}: {error}", file=sys.stderr)
-                failures += 1
-            seconds.append(round(time.perf_counter() - start, 5))
-            of_process.append(memory())
-            of_gpu.append(_in_use(device) or (of_gpu or [gpu_before])[-1])
-    return {
-        "seconds": seconds, "bytes": of_process, "bytes_before": before, "failures": failures,
-        "compilations": counts.compilations, "gpu_bytes": of_gpu, "gpu_bytes_before": gpu_before,
-    }  # fmt: skip
-
-
-def _in_use(device: torch.device) -> int:
-    """Bytes of the device's memory that anybody uses; 0 where it does not say."""
-    if device.type != "cuda":
-        return 0
-    try:
-        free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError:  # a failure before has broken the device for this process
-        return 0
-    return total - free
+        result = repeat(run, range(1, 1 + count), {"bytes": memory, "gpu_bytes": in_use})
+    return result | {"compilations": counts.compilations}
 
 
 if __name__ == "__main__":
-    what: dict[str, Callable[..., dict[str, Any]]] = {
-        "again": again, "distinct": distinct, "restart": restart, "layers": layers,
-    }  # fmt: skip
-    print(json.dumps(what[sys.argv[1]](torch.device(sys.argv[2]), int(sys.argv[3]))))
+    actions = {"again": again, "distinct": distinct, "restart": restart, "layers": layers}
+    print(json.dumps(actions[sys.argv[1]](int(sys.argv[2]), torch.device(sys.argv[3]))))

@@ -1,10 +1,10 @@
-"""What a step asks of the host beside arithmetic, as calls that can be timed."""
+"""What a step needs of the host besides arithmetic, as calls that can be timed."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -26,8 +26,14 @@ STEP_MODEL = ModelConfig(
     dim=64, n_layers=2, n_heads=4, hidden_dim=128, vocab_size=512, max_seq_len=64
 )
 
+Call = Callable[[], None]
 Sample = Callable[[], float]
 """One sample in milliseconds, or, of what is called CALLS times, in microseconds a call."""
+
+
+def timed(calls: Mapping[str, Call]) -> dict[str, Sample]:
+    """Milliseconds of each."""
+    return {name: partial(milliseconds, call) for name, call in calls.items()}
 
 
 def of_each(call: Callable[[], object], calls: int) -> float:
@@ -38,7 +44,7 @@ def of_each(call: Callable[[], object], calls: int) -> float:
     return 1e6 * (time.perf_counter() - start) / calls
 
 
-def allocations() -> dict[str, Sample]:
+def allocations() -> dict[str, Call]:
     """133 buffers, all of them there before the first is freed."""
 
     def numpy() -> None:
@@ -47,35 +53,32 @@ def allocations() -> dict[str, Sample]:
     def pytorch() -> None:
         [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
 
-    def touched() -> None:
+    def written() -> None:
         for buffer in [np.empty(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]:
             buffer[::PAGE] = 1
 
-    found = {"numpy": numpy, "torch": pytorch, "every page written": touched}
-    return {name: partial(milliseconds, call) for name, call in found.items()}
+    return {"numpy": numpy, "torch": pytorch, "every page written": written}
 
 
-def copies() -> dict[str, Sample]:
+def copies() -> dict[str, Call]:
     """The buffers' contents, into buffers that are there."""
     sources = [np.ones(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]
     targets = [np.zeros(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]
-    pairs = [
-        (torch.from_numpy(target), torch.from_numpy(source))
-        for target, source in zip(targets, sources, strict=True)
-    ]
+    pairs = list(zip(targets, sources, strict=True))
+    tensors = [(torch.from_numpy(target), torch.from_numpy(source)) for target, source in pairs]
 
     def numpy() -> None:
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in pairs:
             np.copyto(target, source)
 
     def pytorch() -> None:
-        for target, source in pairs:
+        for target, source in tensors:
             target.copy_(source)
 
-    return {"numpy": partial(milliseconds, numpy), "torch": partial(milliseconds, pytorch)}
+    return {"numpy": numpy, "torch": pytorch}
 
 
-def sums() -> dict[str, Sample]:
+def sums() -> dict[str, Call]:
     """float32, in place."""
     a, b = (np.ones((SUMS, ELEMENTS), np.float32) for _ in range(2))
     a_torch, b_torch = torch.from_numpy(a), torch.from_numpy(b)
@@ -88,11 +91,11 @@ def sums() -> dict[str, Sample]:
         for left, right in zip(a_torch, b_torch, strict=True):
             left.add_(right)
 
-    return {"numpy": partial(milliseconds, numpy), "torch": partial(milliseconds, pytorch)}
+    return {"numpy": numpy, "torch": pytorch}
 
 
-def locks() -> dict[str, Sample]:
-    """Taken and given back; nobody else wants them."""
+def locks() -> dict[str, Call]:
+    """Acquired and released by one thread."""
     lock = threading.Lock()
 
     def pairs() -> None:
@@ -100,7 +103,7 @@ def locks() -> dict[str, Sample]:
             lock.acquire()
             lock.release()
 
-    return {"threading": partial(milliseconds, pairs)}
+    return {"threading": pairs}
 
 
 def dispatch(device: torch.device) -> Sample:
@@ -116,7 +119,7 @@ def dispatch(device: torch.device) -> Sample:
 
 
 class TrainingStep:
-    """Steps of a small model, which ask for the loss after each, or never."""
+    """Steps of a small model, which read the loss after each, or never."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

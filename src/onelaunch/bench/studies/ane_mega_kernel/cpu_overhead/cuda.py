@@ -1,10 +1,10 @@
-"""What cpu-overhead asks of a GPU: allocation with and without the caching allocator, copies to it,
-events, and a launch of a kernel that does nothing."""
+"""What cpu-overhead times on a GPU: allocation with and without the caching allocator, copies to
+the GPU, events, and a launch of a kernel that does nothing."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from onelaunch.bench.studies.ane_mega_kernel.cpu_overhead.cases import (
     LOCKS,
     Sample,
     of_each,
+    timed,
 )
 from onelaunch.errors import RunFailed
 
@@ -62,10 +63,7 @@ def _allocations(device: torch.device) -> Mapping[str, Sample]:
             _check(driver.cuMemFree_v2(place))
 
     cached()
-    found: dict[str, Callable[[], None]] = {
-        "the caching allocator": cached, "the driver's own": by_driver,
-    }  # fmt: skip
-    return {name: partial(milliseconds, call) for name, call in found.items()}
+    return timed({"the caching allocator": cached, "the driver's own": by_driver})
 
 
 def _check(status: int) -> None:
@@ -82,10 +80,12 @@ def _copies(device: torch.device) -> Mapping[str, Sample]:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(device)
 
-    return {
-        "from pageable memory": partial(milliseconds, partial(copy, pageable)),
-        "from pinned memory": partial(milliseconds, partial(copy, pinned)),
-    }
+    return timed(
+        {
+            "from pageable memory": partial(copy, pageable),
+            "from pinned memory": partial(copy, pinned),
+        }
+    )
 
 
 def _events(device: torch.device) -> Mapping[str, Sample]:

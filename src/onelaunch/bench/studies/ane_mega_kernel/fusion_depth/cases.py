@@ -15,7 +15,7 @@ from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import Samples, digest, fit, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import Settled
 from onelaunch.config import ModelConfig
-from onelaunch.plan import Launch, launches, make_plan
+from onelaunch.plan import launches, make_plan
 
 LAYERS = 12
 DEPTHS = (1, 2, 4, LAYERS)
@@ -125,29 +125,7 @@ def block_ways(stages: int, with_embed: bool = False) -> dict[str, Ranges]:
 def model_ways(config: ModelConfig, depths: Sequence[str | int]) -> dict[str, Ranges]:
     """The calls of a whole model at some depths."""
     plan = make_plan(config)
-    return {str(depth): _ranges(launches(plan, depth)) for depth in depths}
-
-
-def first_layers(counts: Sequence[int]) -> dict[str, Ranges]:
-    """embed and so many of a model's layers in one call."""
-    return {_first(count): [(0, 1 + 5 * count)] for count in counts}
-
-
-def first_layers_by_halves(config: ModelConfig, counts: Sequence[int]) -> dict[str, Ranges]:
-    """The same with two calls a layer; embed in the first."""
-    halves = [r for r in model_ways(config, ["half"])["half"] if r[0] > 0]
-    return {
-        f"{_first(count)} by halves": [(0, halves[0][1]), *halves[1 : 2 * count]]
-        for count in counts
-    }
-
-
-def _first(count: int) -> str:
-    return "first layer" if count == 1 else f"first {count} layers"
-
-
-def _ranges(found: Sequence[Launch]) -> Ranges:
-    return [(launch.first, launch.last) for launch in found]
+    return {str(d): [(each.first, each.last) for each in launches(plan, d)] for d in depths}
 
 
 def rows_of(
@@ -160,11 +138,12 @@ def rows_of(
     """A row of each way; the price of a call from the ways that do the whole work, and that of a
     layer from those that hold the first ones. `peers` did the whole work, in the same rounds;
     `alone` too, not in these rounds."""
-    by_name = {name: found.samples for name, found in (alone or {}).items()}
+    by_name = {name: settled.samples for name, settled in (alone or {}).items()}
     calls = {name: len(ranges) for name, ranges in case.ways.items()}
     notes: dict[str, Any] = {"model": case.model, "tokens": case.tokens, **how.notes}
     for name, values in samples.items():
-        row = Row.of(_case(case, name, how.words), values)
+        what = name if name in case.less else f"depth {name}"
+        row = Row.of(f"{case.name} {what}, {how.words}", values)
         row.notes = {**notes, "depth": name, "calls": calls[name], **case.notes.get(name, {})}
         if name in case.whole:
             others = {"stage": samples["stage"], **(peers or {}), **by_name}
@@ -172,13 +151,11 @@ def rows_of(
             row.notes["speed_against_stage"] = round(ratio(samples["stage"], values), 4)
             row.notes["speed_of_all"] = round(ratio(values, samples["all"]), 4)
             if peers:
-                row.notes["speed_against"] = {
-                    peer: round(ratio(each, values), 4) for peer, each in peers.items()
-                } | {
-                    peer: round(ratio_of_medians(each, values), 4) for peer, each in by_name.items()
-                }
+                speeds = {peer: ratio(each, values) for peer, each in peers.items()}
+                speeds |= {peer: ratio_of_medians(each, values) for peer, each in by_name.items()}
+                row.notes["speed_against"] = {p: round(speed, 4) for p, speed in speeds.items()}
             if alone:
-                row.notes["host"] = {name: found.note() for name, found in alone.items()}
+                row.notes["host"] = {name: settled.note() for name, settled in alone.items()}
         if name in case.layers:
             row.notes["layers"] = case.layers[name]
         if name in case.halves:
@@ -187,29 +164,13 @@ def rows_of(
             row.notes["speed_against_halves"] = round(ratio(halves, values), 4)
             row.notes["speed_against_whole"] = round(ratio(samples["half"], values), 4)
         yield row
-    yield _price(case, "call", calls, case.whole, samples, notes, how)
-    if case.layers:
-        yield _price(case, "layer", case.layers, list(case.layers), samples, notes, how)
-
-
-def _case(case: Case, way: str, words: str) -> str:
-    return f"{case.name} {way if way in case.less else f'depth {way}'}, {words}"
-
-
-def _price(
-    case: Case,
-    of: str,
-    counts: Mapping[str, int],
-    ways: Sequence[str],
-    samples: Samples,
-    notes: Mapping[str, Any],
-    how: How,
-) -> Row:
-    """Time = rest + price x count over some ways, in every round."""
-    points = [counts[way] for way in ways]
-    rounds = zip(*(samples[way] for way in ways), strict=True)
-    rests, prices = zip(*(fit(points, times) for times in rounds), strict=True)
-    row = Row.of(f"{case.name} price of a {of}, {how.words}", prices)
-    row.notes = {**notes, f"price_of_a_{of}": True, "rest": digest(rests)}
-    row.notes["points"] = sorted(set(points))
-    return row
+    counts = {"call": {way: calls[way] for way in case.whole}, "layer": case.layers}
+    for of, by_way in counts.items():
+        if by_way:  # time = rest + price x count over some ways, in every round
+            rounds = zip(*(samples[way] for way in by_way), strict=True)
+            points = list(by_way.values())
+            rests, prices = zip(*(fit(points, times) for times in rounds), strict=True)
+            row = Row.of(f"{case.name} price of a {of}, {how.words}", prices)
+            row.notes = {**notes, f"price_of_a_{of}": True, "rest": digest(rests)}
+            row.notes["points"] = sorted(set(points))
+            yield row

@@ -25,21 +25,9 @@ from onelaunch.bench.core.compiled import (
 )
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
-    FFNS,
-    ONE_LAYER,
-    QUICK_FFNS,
-    Case,
-    How,
-    Ranges,
-    block_ways,
-    model_ways,
-    rows_of,
-)
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases
 from onelaunch.compilation.cache import Store
-from onelaunch.config import ModelConfig, preset
-from onelaunch.engines.cpu.pack import PackedWeights
-from onelaunch.engines.cpu.program import Program
+from onelaunch.config import preset
 from onelaunch.engines.cpu.runtime import Runtime
 from onelaunch.errors import RunFailed
 from onelaunch.plan import every_depth, make_plan, part_of
@@ -54,21 +42,17 @@ SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.02
 MOST_FORWARDS = 1000
 
 
-def run_all(quick: bool, say: Say) -> Iterator[Row]:
+def run_all(quick: bool, log: Say) -> Iterator[Row]:
     """Time every case."""
     if not quick:
-        yield compilation(say)
-    program = compiled_program(say)
-    for ffn in QUICK_FFNS if quick else FFNS:
+        yield compilation(log)
+    program = compiled_program(log)
+    for ffn in cases.QUICK_FFNS if quick else cases.FFNS:
         plan = part_of(make_plan(ffn.config), "ffn")
-        case = Case(
-            ffn.case,
-            ffn.name,
-            ffn.tokens,
-            block_ways(ffn.stages),
-            less=(ONE_LAYER,),
-            reset=[(0, 1)],  # embed: without it the residual stream would stay what it was, zeros
+        case = cases.Case(
+            ffn.case, ffn.name, ffn.tokens, cases.block_ways(ffn.stages), less=(cases.ONE_LAYER,)
         )
+        case.reset = [(0, 1)]  # embed: without it the residual stream would stay all zeros
         weights = pack(ffn.config, program)
         for threads in thread_counts():
             runtime = Runtime(ffn.config, weights, program, plan, threads, False)
@@ -76,38 +60,26 @@ def run_all(quick: bool, say: Say) -> Iterator[Row]:
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
         weights = pack(config, program)
-        yield from _model(name, config, weights, program, quick)
+        ways = cases.model_ways(config, every_depth(config.n_layers))
+        for threads in thread_counts():
+            runtime = Runtime(config, weights, program, make_plan(config), threads, False)
+            for tokens in TOKENS:
+                case = cases.Case(f"{name} forward 1x{tokens}", name, tokens, ways)
+                yield from _rows(case, runtime, quick)
 
 
-def _model(
-    name: str, config: ModelConfig, weights: PackedWeights, program: Program, quick: bool
-) -> Iterator[Row]:
-    ways = model_ways(config, every_depth(config.n_layers))
-    for threads in thread_counts():
-        runtime = Runtime(config, weights, program, make_plan(config), threads, False)
-        for tokens in TOKENS:
-            case = Case(f"{name} forward 1x{tokens}", name, tokens, ways)
-            yield from _rows(case, runtime, quick)
-
-
-def compilation(say: Say) -> Row:
+def compilation(log: Say) -> Row:
     """What compiling the program takes, for any model and depth, the store being empty."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        compiled_program(say, Store(Path(folder) / "store"))
+        compiled_program(log, Store(Path(folder) / "store"))
         seconds = time.perf_counter() - began
     notes = {"unit": "s", "what": "from nothing to ready, in a process of low priority"}
     return Row(COMPILATION, seconds, notes=notes)
 
 
-def _rows(case: Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
-    samples = _measure(case, runtime, quick)
-    how = How(threads_named(runtime.threads), {"threads": runtime.threads})
-    yield from rows_of(case, samples, how)
-
-
-def _measure(case: Case, runtime: Runtime, quick: bool) -> Samples:
-    """Microseconds of one forward, by way and round."""
+def _rows(case: cases.Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
+    """All ways in rounds, while the forward of one sequence is laid out."""
     generator = torch.Generator().manual_seed(case.tokens)
     ids = torch.randint(runtime.config.vocab_size, (case.tokens,), generator=generator)
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS
@@ -127,10 +99,11 @@ def _measure(case: Case, runtime: Runtime, quick: bool) -> Samples:
     logits = while_laid_out(runtime, ids, measure)
     if not case.reset and not logits.isfinite().all():
         raise RunFailed(f"{case.name}: a forward by calls left logits unwritten")
-    return samples
+    how = cases.How(threads_named(runtime.threads), {"threads": runtime.threads})
+    yield from cases.rows_of(case, samples, how)
 
 
-def _forwards(runtime: Runtime, reset: Ranges, ranges: Ranges, count: int) -> float:
+def _forwards(runtime: Runtime, reset: cases.Ranges, ranges: cases.Ranges, count: int) -> float:
     """The median of so many forwards' microseconds."""
     run_stages, clock = runtime.run, time.perf_counter
     times = []

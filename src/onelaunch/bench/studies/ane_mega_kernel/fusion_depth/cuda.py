@@ -1,12 +1,12 @@
 """fusion-depth on a GPU: a call is a kernel launch.
 
 Random weights in bfloat16; a model gives the logits of every position in bfloat16, a block's layers
-give x. All ways of a case are one kernel, told which stages to run; embed is in the first launch of
-a block's ways. Each way is launched from Python, one launch after another, and replayed as a CUDA
-graph; beside them stand our staged form, which has a kernel for each stage, and for models PyTorch.
-Every contestant is sampled once in each round (gpu_forwards.py says what a sample is), but what
-PyTorch launches from Python, which is timed alone, in the host's quiet moments (settled.py). Before
-that, results are held against one another: all ways have the same tiles, and must have the same
+give x. All ways of a case launch one kernel, with the stages to run as an argument; embed is in the
+first launch of a block's ways. Each way is launched from Python, one launch after another, and
+replayed as a CUDA graph; peers are our staged form, which has a kernel for each stage, and for
+models PyTorch. Every contestant is sampled once in each round (gpu_forwards.py says what a sample
+is), but what PyTorch launches from Python, which is timed alone, in the host's quiet moments
+(settled.py). Results are compared before: all ways have the same tiles, and must have the same
 bits; the staged form has tiles of its own.
 """
 
@@ -33,19 +33,7 @@ from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.peers.forward import BareForward
-from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cases import (
-    FFNS,
-    ONE_LAYER,
-    QUICK_FFNS,
-    Block,
-    Case,
-    How,
-    block_ways,
-    first_layers,
-    first_layers_by_halves,
-    model_ways,
-    rows_of,
-)
+from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.cuda.calls import Call, CallAndProduct, prefer_shared_memory
 from onelaunch.engines.cuda.pack import pack
@@ -53,7 +41,11 @@ from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
 from onelaunch.errors import RunFailed
 from onelaunch.plan import Launch, Part
 
-BLOCKS = (*FFNS, Block("attention", 288, 6, 128), Block("attention", 768, 12, 128))
+BLOCKS = (
+    *cases.FFNS,
+    cases.Block("attention", 288, 6, 128),
+    cases.Block("attention", 768, 12, 128),
+)
 MODELS = ("stories15m", "stories110m")
 QUICK_MODELS = MODELS[:1]
 TOKENS = 256
@@ -65,55 +57,61 @@ DTYPE = torch.bfloat16
 MOST_APART = 0.05  # error of ours against PyTorch, and of one launch against the staged form
 
 ONE_BY_ONE, GRAPH = (
-    How(words, {"launched": words, "dtype": "bfloat16"}) for words in ("one by one", "graph")
+    cases.How(words, {"launched": words, "dtype": "bfloat16"}) for words in ("one by one", "graph")
 )
 
 
 class Measured(NamedTuple):
     """What each way took by how it was launched, what the peers took, and notes of the ways."""
 
-    samples: list[tuple[How, Samples]]
+    samples: list[tuple[cases.How, Samples]]
     peers: Samples
     alone: dict[str, Settled]
     notes: dict[str, dict[str, float]]
 
 
-def run_all_on(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run_all_on(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Time every case."""
     place = torch.device(device)
-    for block in QUICK_FFNS if quick else BLOCKS:
-        yield from _rows(block_case(block), block.config, block.part, place, quick, say)
+    for block in cases.QUICK_FFNS if quick else BLOCKS:
+        yield from _rows(block_case(block), block.config, block.part, place, quick, log)
     for name in QUICK_MODELS if quick else MODELS:
         config = preset(name)
-        yield from _rows(model_case(name, config), config, "whole", place, quick, say)
+        yield from _rows(model_case(name, config), config, "whole", place, quick, log)
 
 
-def block_case(block: Block) -> Case:
+def block_case(block: cases.Block) -> cases.Case:
     """One block of each layer."""
-    ways = block_ways(block.stages, with_embed=True)
-    return Case(block.case, block.name, block.tokens, ways, less=(ONE_LAYER,))
+    ways = cases.block_ways(block.stages, with_embed=True)
+    return cases.Case(block.case, block.name, block.tokens, ways, less=(cases.ONE_LAYER,))
 
 
-def model_case(name: str, config: ModelConfig) -> Case:
-    """A whole model, and its first layers alone: in one launch, some also by halves."""
+def model_case(name: str, config: ModelConfig) -> cases.Case:
+    """A whole model, and its first layers alone: in one launch, some also by halves; embed is in
+    the first launch."""
     fewer = [n for n in LAYERS_A_LAUNCH if n < config.n_layers]
-    counts = [*fewer, config.n_layers]
-    in_one = first_layers(counts)
-    halved = [n for n in BY_HALVES if n in fewer]
-    by_halves = first_layers_by_halves(config, halved)
-    return Case(
+    first = {n: "first layer" if n == 1 else f"first {n} layers" for n in (*fewer, config.n_layers)}
+    in_one: dict[str, cases.Ranges] = {way: [(0, 1 + 5 * n)] for n, way in first.items()}
+    whole = cases.model_ways(config, ["stage", "half", *fewer, "all"])
+    halves = [each for each in whole["half"] if each[0] > 0]
+    by_halves: dict[str, cases.Ranges] = {
+        f"{first[n]} by halves": [(0, halves[0][1]), *halves[1 : 2 * n]]
+        for n in BY_HALVES
+        if n in fewer
+    }
+    return cases.Case(
         f"{name} forward 1x{TOKENS}",
         name,
         TOKENS,
-        {**model_ways(config, ["stage", "half", *fewer, "all"]), **in_one, **by_halves},
+        {**whole, **in_one, **by_halves},
         less=(*in_one, *by_halves),
-        layers=dict(zip(in_one, counts, strict=True)),
-        halves=dict(zip(first_layers(halved), by_halves, strict=True)),
+        layers={way: n for n, way in first.items()},
+        halves={way.removesuffix(" by halves"): way for way in by_halves},
     )
 
 
 def _rows(
-    case: Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, say: Say
+    case: cases.Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, log: Say
 ) -> Iterator[Row]:
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
@@ -123,29 +121,29 @@ def _rows(
     with torch.inference_mode():
         shape = Shape(1, case.tokens, True, DTYPE, part)
         staged = BoundForward(config, pack(config, weights, DTYPE, device), shape, {})
-        measured = _measure(case, staged, shape, bare, tokens_BS, quick, say)
+        measured = _measure(case, staged, shape, bare, tokens_BS, quick, log)
     case = replace(case, notes=measured.notes)
     for how, samples in measured.samples:
-        yield from rows_of(case, samples, how, measured.peers, measured.alone)
+        yield from cases.rows_of(case, samples, how, measured.peers, measured.alone)
     del weights, staged, bare
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def _measure(
-    case: Case,
+    case: cases.Case,
     staged: BoundForward,
     shape: Shape,
     bare: BareForward | None,
     tokens_BS: Tensor,
     quick: bool,
-    say: Say,
+    log: Say,
 ) -> Measured:
     staged.buffers.tokens.copy_(tokens_BS.flatten())
     forms = _forms(case, staged, shape)
     notes = {way: {"apart_from_staged": 0.0} for way in case.ways}
     notes["all"]["compiling_s"] = round(_compiling(forms["all"].calls[0]), 2)
-    say(f"{case.name}: its kernel compiled in {notes['all']['compiling_s']} s")
+    log(f"{case.name}: its kernel compiled in {notes['all']['compiling_s']} s")
     peers: dict[str, Sample] = {
         "staged": calls(staged.run),
         "staged + graph": replays(staged.captured(), staged),
@@ -158,7 +156,7 @@ def _measure(
         peers |= of_pytorch.graphs
         launched = of_pytorch.launched
         notes["all"]["torch_compile_s"] = round(of_pytorch.seconds, 2)
-        say(f"{case.name}: torch.compile's first forward after {of_pytorch.seconds:.1f} s")
+        log(f"{case.name}: torch.compile's first forward after {of_pytorch.seconds:.1f} s")
     contestants = dict(peers)
     expected: dict[int, tuple[Tensor, float]] = {}
     for way, fused in forms.items():
@@ -174,26 +172,26 @@ def _measure(
     least = QUICK_WINDOWS if quick else LEAST_WINDOWS
     alone = {peer: settle(sample, least) for peer, sample in launched.items()}
     for fused in forms.values():
-        fused.check()  # a forward that was given up is fast
+        fused.check()  # a forward that gave up is fast
     of_ways = [
         (how, {way: samples[_named(way, how)] for way in case.ways}) for how in (ONE_BY_ONE, GRAPH)
     ]
     return Measured(of_ways, {peer: samples[peer] for peer in peers}, alone, notes)
 
 
-def _named(way: str, how: How) -> str:
+def _named(way: str, how: cases.How) -> str:
     return f"{way}, {how.words}"
 
 
-def _forms(case: Case, staged: BoundForward, shape: Shape) -> dict[str, FusedForward]:
+def _forms(case: cases.Case, staged: BoundForward, shape: Shape) -> dict[str, FusedForward]:
     """Every way, with the staged form's weights and tokens."""
-    found = {}
+    forms = {}
     for way, ranges in case.ways.items():
         held = [Launch(f"stages {first} to {last - 1}", first, last) for first, last in ranges]
         fused = FusedForward(staged.config, staged.packed, shape, {}, held)
         fused.buffers.tokens.copy_(staged.buffers.tokens)
-        found[way] = fused
-    return found
+        forms[way] = fused
+    return forms
 
 
 def _compiling(call: Call | CallAndProduct) -> float:

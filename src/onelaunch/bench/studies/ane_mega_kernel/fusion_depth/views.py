@@ -1,29 +1,23 @@
-"""What the record of fusion-depth looks like as tables and as a picture.
-
-A row is of a model, a number of tokens, and a variant: how many threads, or how it was launched.
-What no row of a record has is left out of its tables.
-"""
+"""The tables and the picture of fusion-depth's record. What no row of a record has is left out."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.tables import digits, document, markdown, spread
+from onelaunch.bench.core.tables import digits, document, markdown
+from onelaunch.bench.core.views import median_and_spread, published, table_of
 
-Record = dict[str, Any]
 Row = dict[str, Any]
-Rows = list[Row]
-Key = tuple[str, int, str]
-Ways = dict[str, Row]
 
 FFNS = {
     ("64/128", 1): "ffn-64", ("128/256", 1): "ffn-128", ("288/768", 1): "ffn-288",
     ("288/768", 128): "ffn-288-128", ("768/2048", 1): "ffn-768",
 }  # fmt: skip
 """The published rows of feed-forward layers, by name and tokens; 1 stands for a number that was not
-told."""
+published."""
 MODELS = {"stories15m": "whole-15m", "stories110m": "whole-110m"}
 PARTS = {("stories110m", 4): "part-110m-4", ("stories110m", 8): "part-110m-8"}
 """Of a model's first layers, by their number."""
@@ -36,12 +30,60 @@ LAUNCHED = (
 )
 
 
-def table(record: Record) -> str:
-    """In Markdown: the published tables with ours beside them, every depth, the price of a call."""
+class Forward(NamedTuple):
+    """The rows of one forward by way. `variant`: how many threads, or how it was launched."""
+
+    model: str
+    tokens: int
+    variant: str
+    ways: dict[str, Row]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} 1x{self.tokens}, {self.variant}"
+
+    @property
+    def part(self) -> str:
+        """What of its layers the model holds: "FFN", "attention" or "all"."""
+        if "heads" in self.model:
+            return "attention"
+        return "FFN" if "/" in self.model else "all"
+
+    def us(self, way: str, calls: bool = False) -> str:
+        """The median of a way, with its number of calls; a dash where it was not timed."""
+        if way not in self.ways:
+            return "-"
+        row = self.ways[way]
+        return digits(row["ours"]) + (f" ({row['calls']})" if calls else "")
+
+
+def variant(row: Mapping[str, Any]) -> str:
+    """How many threads a row is of, or how it was launched."""
+    return row["launched"] if "launched" in row else f"{row['threads']} thr."
+
+
+def forwards(rows: Sequence[Row]) -> list[Forward]:
+    """The rows of ways, by forward, in the record's order."""
+    by_key: dict[tuple[str, int, str], dict[str, Row]] = {}
+    for row in rows:
+        if "depth" in row:
+            key = row["model"], row["tokens"], variant(row)
+            by_key.setdefault(key, {})[row["depth"]] = row
+    return [Forward(*key, ways) for key, ways in by_key.items()]
+
+
+def fewest_tokens(of: Sequence[Forward], model: str) -> int:
+    """Where calls cost the largest share."""
+    return min(each.tokens for each in of if each.model == model)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """In Markdown: the published tables next to ours, every depth, the price of a call."""
     rows = record["rows"]
-    cases = by_case(rows)
-    ffns = {key: ways for key, ways in cases.items() if _part(key[0]) == "FFN"}
-    attentions = {key: ways for key, ways in cases.items() if _part(key[0]) == "attention"}
+    every = forwards(rows)
+    ffns, attentions, models = (
+        [each for each in every if each.part == part] for part in ("FFN", "attention", "all")
+    )
     parts = [
         "Medians in us; `speedup` is the median of the rounds' ratios. Tokens stand at the "
         "positions from 0 on. Every way of a line does the same work."
@@ -50,17 +92,20 @@ def table(record: Record) -> str:
         parts.append(LAUNCHED)
     parts += [
         f"## FFN layers alone\n\n{_block_table('dim/hidden', ffns)}",
-        "One layer, timed again and again, finds its weights in a nearer cache than twelve do. How "
-        "many tokens the published figures beside 1 token are of was not told.",
+        "One layer, timed again and again, finds its weights in a nearer cache than twelve do. The "
+        "study does not say how many tokens the figures next to ours of 1 token are of.",
     ]
     if attentions:
         parts.append(f"## Attention layers alone\n\n{_block_table('dim/heads', attentions)}")
-    parts.append(f"## Whole models: one call against two a layer\n\n{_model_table(rows)}")
+    compiling = next((row["ours"] for row in rows if row["case"] == "compilation"), None)
+    parts.append(
+        f"## Whole models: one call against two a layer\n\n{_model_table(models, compiling)}"
+    )
     if any("halves" in row for row in rows):
-        parts.append(f"## The first layers in one call\n\n{_layers_table(cases)}")
-    parts.append(f"## Every depth\n\n{_depth_table(cases)}")
+        parts.append(f"## The first layers in one call\n\n{_layers_table(every)}")
+    parts.append(f"## Every depth\n\n{_depth_table(every)}")
     if any("speed_against" in row for row in rows):
-        parts.append(f"## Beside the staged form and PyTorch\n\n{_peers_table(cases)}")
+        parts.append(f"## Compared with the staged form and PyTorch\n\n{_peers_table(every)}")
     parts += [
         f"## The price of a call\n\n{_price_table(rows, 'call')}",
         "Least squares of time = rest + price x calls in every round; the median of the rounds. "
@@ -72,99 +117,42 @@ def table(record: Record) -> str:
             "The same of time = rest + price x layers, over the first layers of a model in one "
             "call, behind embed and without head.",
         ]
-    return document(record, "A forward by how much one call holds, on", *parts)
+    return document(dict(record), "A forward by how much one call holds, on", *parts)
 
 
-def by_case(rows: Rows) -> dict[Key, Ways]:
-    """Rows of ways by (model, tokens, variant), then by depth."""
-    found: dict[Key, Ways] = {}
-    for row in rows:
-        if "depth" in row:
-            key = row["model"], row["tokens"], _variant(row)
-            found.setdefault(key, {})[row["depth"]] = row
-    return found
-
-
-def _variant(row: Row) -> str:
-    return row["launched"] if "launched" in row else f"{row['threads']} thr."
-
-
-def _part(model: str) -> str:
-    """What of its layers a model holds."""
-    if "heads" in model:
-        return "attention"
-    return "FFN" if "/" in model else "all"
-
-
-def _block_table(first: str, cases: dict[Key, Ways]) -> str:
+def _block_table(head: str, blocks: Sequence[Forward]) -> str:
+    with_seconds = any("compiling_s" in each.ways["all"] for each in blocks)
+    with_published = any((each.model, each.tokens) in FFNS for each in blocks)
     ours = ["1 layer", "12 in one call", "12 calls", "speedup"]
-    compiled = any("compiling_s" in ways["all"] for ways in cases.values())
-    published = [_ffn_figures(FFNS.get(key[:2])) for key in cases]
+    ours += ["compiling, s"] if with_seconds else []
     lines = []
-    for ((model, tokens, variant), ways), figures in zip(cases.items(), published, strict=True):
-        line = [
-            f"{model.removesuffix(' heads')}, {tokens} tok., {variant}",
-            digits(ways["one layer"]["ours"]),
-            digits(ways["all"]["ours"]),
-            digits(ways["1"]["ours"]),
-            f"{ways['1']['speed_of_all']:.2f}x",
-        ]
-        theirs = ["-"] * 4
-        if figures:
-            theirs = [digits(value) for value in figures[:3]]
-            theirs.append(f"{figures[2] / figures[1]:.1f}x")
-        if compiled:
-            line.append(digits(ways["all"].get("compiling_s")))
-            theirs.append(digits(figures[3] if figures else None))
-        lines.append(line + (theirs if any(published) else []))
-    if compiled:
-        ours.append("compiling, s")
-    header = [first, *ours]
-    if any(published):
-        header += [f"published: {name}" for name in ours]
-    return markdown(header, lines)
+    for each in blocks:
+        ways = each.ways
+        name = f"{each.model.removesuffix(' heads')}, {each.tokens} tok., {each.variant}"
+        line = [name, each.us("one layer"), each.us("all"), each.us("1")]
+        line.append(f"{ways['1']['speed_of_all']:.2f}x")
+        theirs = ["-"] * 5
+        if key := FFNS.get((each.model, each.tokens)):
+            names = "1 layer, us", "12 in one, us", "12 apart, us"
+            one, fused, apart = (published(key, name) for name in names)
+            theirs = [digits(one), digits(fused), digits(apart), f"{apart / fused:.1f}x"]
+            theirs.append(digits(published(key, "compiling, ms") / 1e3))
+        line += [digits(ways["all"].get("compiling_s"))] if with_seconds else []
+        lines.append(line + (theirs[: len(ours)] if with_published else []))
+    theirs_too = [f"published: {name}" for name in ours] if with_published else []
+    return markdown([head, *ours, *theirs_too], lines)
 
 
-def _ffn_figures(key: str | None) -> tuple[float, ...]:
-    """Published: us of one layer, of 12 in one call, in 12 calls; seconds of compiling."""
-    if key is None:
-        return ()
-    values = PUBLISHED[key].values
-    us = (float(values[name]) for name in ("1 layer, us", "12 in one, us", "12 apart, us"))
-    return (*us, float(values["compiling, ms"]) / 1e3)
-
-
-def _whole_figures(key: str) -> tuple[float, float, float, float]:
-    """Published: us in one call, and two a layer; how many those are; seconds of compiling."""
-    values = PUBLISHED[key].values
-    one, two, calls, seconds = (
-        float(values[name])
-        for name in ("one program, us", "two a layer, us", "calls", "compiling, s")
-    )
-    return one, two, calls, seconds
-
-
-def _model_table(rows: Rows) -> str:
-    compiling = next((row["ours"] for row in rows if row["case"] == "compilation"), None)
-    cases = {key: ways for key, ways in by_case(rows).items() if _part(key[0]) == "all"}
-    fewest = {model: min(n for m, n, _ in cases if m == model) for model, _, _ in cases}
+def _model_table(models: Sequence[Forward], compiling: float | None) -> str:
     lines = []
-    for (model, tokens, variant), ways in cases.items():
-        half = ways["half"]
+    for each in models:
         theirs = ["-"] * 4
-        if model in MODELS and tokens == fewest[model]:
-            one, two, calls, seconds = _whole_figures(MODELS[model])
-            theirs = [digits(one), f"{two:,.0f} ({calls:g})", f"{two / one:.2f}x", f"{seconds:.1f}"]
-        lines.append(
-            [
-                f"{model} 1x{tokens}, {variant}",
-                digits(ways["all"]["ours"]),
-                f"{digits(half['ours'])} ({half['calls']})",
-                f"{half['speed_of_all']:.2f}x",
-                digits(ways["all"].get("compiling_s", compiling)),
-                *theirs,
-            ]
-        )
+        if each.model in MODELS and each.tokens == fewest_tokens(models, each.model):
+            key = MODELS[each.model]
+            theirs = [*_published_whole(key), f"{published(key, 'compiling, s'):.1f}"]
+        speedup = f"{each.ways['half']['speed_of_all']:.2f}x"
+        seconds = digits(each.ways["all"].get("compiling_s", compiling))
+        lines.append([each.label, each.us("all"), each.us("half", True), speedup, seconds, *theirs])
     ours = ["one call", "two a layer (calls)", "speedup", "compiling, s"]
     text = markdown(["model", *ours, *(f"published: {name}" for name in ours)], lines)
     why = "Ours has embed and head in it, as calls of their own where a layer has two"
@@ -173,29 +161,31 @@ def _model_table(rows: Rows) -> str:
     return f"{text}\n\n{why}."
 
 
-def _layers_table(cases: dict[Key, Ways]) -> str:
+def _published_whole(key: str) -> tuple[str, str, str]:
+    """us in one call, us and calls of two a layer, and their ratio."""
+    one, two = published(key, "one program, us"), published(key, "two a layer, us")
+    return digits(one), f"{two:,.0f} ({PUBLISHED[key].values['calls']})", f"{two / one:.2f}x"
+
+
+def _layers_table(every: Sequence[Forward]) -> str:
     lines = []
-    for (model, tokens, variant), ways in cases.items():
-        for row in ways.values():
-            if "halves" not in row:
-                continue
-            halves = row["halves"]
+    for each in every:
+        for row in (row for row in each.ways.values() if "halves" in row):
             theirs = ["-"] * 3
-            if key := PARTS.get((model, row["layers"])):
-                one, two, calls, _ = _whole_figures(key)
-                whole = _whole_figures(MODELS[model])[1]
-                theirs = [f"{two:,.0f} ({calls:g})", f"{two / one:.2f}x", f"{whole / one:.2f}x"]
-                theirs[0] = f"{one:,.0f} / {theirs[0]}"
+            if key := PARTS.get((each.model, row["layers"])):
+                one, halves, speedup = _published_whole(key)
+                whole = published(MODELS[each.model], "two a layer, us")
+                of_whole = f"{whole / published(key, 'one program, us'):.2f}x"
+                theirs = [f"{one} / {halves}", speedup, of_whole]
+            halves = row["halves"]
             lines.append(
                 [
-                    f"{model} 1x{tokens}, {row['layers']} layers, {variant}",
-                    digits(row["ours"]),
-                    f"{digits(halves['median'])} ({halves['calls']})",
-                    f"{row['speed_against_halves']:.2f}x",
-                    f"{row['speed_against_whole']:.2f}x",
+                    f"{each.model} 1x{each.tokens}, {row['layers']} layers, {each.variant}",
+                    digits(row["ours"]), f"{digits(halves['median'])} ({halves['calls']})",
+                    f"{row['speed_against_halves']:.2f}x", f"{row['speed_against_whole']:.2f}x",
                     *theirs,
                 ]
-            )
+            )  # fmt: skip
     header = [
         "us", "one call", "two a layer (calls)", "like for like", "whole model's halves / one call",
         "published: one / two a layer", "published: like for like", "published: whole / one call",
@@ -207,70 +197,64 @@ def _layers_table(cases: dict[Key, Ways]) -> str:
     return f"{markdown(header, lines)}\n\n{why}"
 
 
-def _depth_table(cases: dict[Key, Ways]) -> str:
-    numbers = sorted({int(d) for ways in cases.values() for d in ways if d.isdigit()})
+def _depth_table(every: Sequence[Forward]) -> str:
+    numbers = sorted({int(way) for each in every for way in each.ways if way.isdigit()})
     depths = ["stage", "half", *map(str, numbers), "all"]
-    lines = []
-    for (model, tokens, variant), ways in cases.items():
-        cells = [
-            f"{digits(ways[d]['ours'])} ({ways[d]['calls']})" if d in ways else "-" for d in depths
+    lines = [
+        [
+            each.label,
+            *(each.us(depth, calls=True) for depth in depths),
+            f"{each.ways['stage']['speed_of_all']:.2f}x",
         ]
-        speed = f"{ways['stage']['speed_of_all']:.2f}x"
-        lines.append([f"{model} 1x{tokens}, {variant}", *cells, speed])
+        for each in every
+    ]
     return markdown(["us (calls)", *depths, "stage / all"], lines)
 
 
-def _peers_table(cases: dict[Key, Ways]) -> str:
-    """Of every model the fastest of its depths, however it was launched, beside the peers."""
-    fastest: dict[tuple[str, int], tuple[str, Row]] = {}
-    for (model, tokens, variant), ways in cases.items():
-        for depth, row in ways.items():
-            best = fastest.get((model, tokens))
+def _peers_table(every: Sequence[Forward]) -> str:
+    """Of every model the fastest of its depths, however it was launched, next to the peers."""
+    fastest: dict[str, tuple[str, Row]] = {}
+    for each in every:
+        name = f"{each.model} 1x{each.tokens}"
+        for depth, row in each.ways.items():
+            best = fastest.get(name)
             if "speed_against" in row and (best is None or row["ours"] < best[1]["ours"]):
-                fastest[model, tokens] = f"{depth}, {variant}", row
+                fastest[name] = f"{depth}, {each.variant}", row
     peers = list(dict.fromkeys(p for _, row in fastest.values() for p in row["speed_against"]))
     lines = []
-    for (model, tokens), (way, row) in fastest.items():
+    for name, (way, row) in fastest.items():
         cells = [digits(row["peers"].get(peer)) for peer in peers]
         least = min(row["speed_against"].values())
-        label = f"{model} 1x{tokens}"
-        lines.append([label, f"{digits(row['ours'])} ({way})", *cells, f"{least:.2f}x"])
+        lines.append([name, f"{digits(row['ours'])} ({way})", *cells, f"{least:.2f}x"])
     return markdown(["us", "fastest depth", *peers, "best of these / fastest"], lines)
 
 
-def _price_table(rows: Rows, of: str) -> str:
-    lines = [
-        [
-            f"{row['model']} 1x{row['tokens']}, {_variant(row)}",
-            digits(row["ours"]),
-            spread(row),
-            digits(row["rest"]["median"]),
-        ]
-        for row in rows
-        if row.get(f"price_of_a_{of}")
-    ]
-    return markdown(["us", f"a {of}", "p20-p80", "rest"], lines)
+def _price_table(rows: Sequence[Row], of: str) -> str:
+    return table_of(
+        [row for row in rows if row.get(f"price_of_a_{of}")],
+        ("us", lambda row: f"{row['model']} 1x{row['tokens']}, {variant(row)}"),
+        *median_and_spread(f"a {of}"),
+        ("rest", lambda row: digits(row["rest"]["median"])),
+    )
 
 
-def draw(record: Record) -> plots.Figure | None:
+def draw(record: Mapping[str, Any]) -> plots.Figure | None:
     """Time against calls, one line a model; a panel for each number of tokens and each variant, of
     several numbers of threads the most. None where no whole model was timed."""
-    rows = record["rows"]
-    cases = {key: ways for key, ways in by_case(rows).items() if _part(key[0]) == "all"}
-    if not cases:
+    models = [each for each in forwards(record["rows"]) if each.part == "all"]
+    if not models:
         return None
-    most = max((row.get("threads", 0) for row in rows if "depth" in row), default=0)
-    shown = sorted({key[1:] for key in cases if not most or key[2] == f"{most} thr."})
+    most = max((row.get("threads", 0) for row in record["rows"] if "depth" in row), default=0)
+    shown = sorted({each[1:3] for each in models if not most or each.variant == f"{most} thr."})
     threads = f"{most} threads, " if most else ""
     title = f"A forward by its calls, {threads}{record['device']}"
     figure, all_axes = plots.panels(len(shown), 5, 4.2, title)
-    for axes, (tokens, variant) in zip(all_axes, shown, strict=True):
-        for model in dict.fromkeys(model for model, _, _ in cases):
-            ways = cases.get((model, tokens, variant), {})
-            whole = [row for row in ways.values() if "speed_of_all" in row]
-            if points := sorted((row["calls"], row["ours"]) for row in whole):
-                axes.plot(*zip(*points, strict=True), "o-", label=model)
+    for axes, (tokens, how) in zip(all_axes, shown, strict=True):
+        for each in (each for each in models if each[1:3] == (tokens, how)):
+            whole = [row for row in each.ways.values() if "speed_of_all" in row]
+            points = sorted((row["calls"], row["ours"]) for row in whole)
+            axes.plot(*zip(*points, strict=True), "o-", label=each.model)
         title = f"{tokens} token{'s' if tokens > 1 else ''} at once"
-        title = title if most else f"{title}, {variant}"
+        title = title if most else f"{title}, {how}"
         plots.label(axes, "calls a forward", "us a forward", title, log="xy")
     return figure

@@ -1,10 +1,10 @@
-"""overlap: what a forward takes while something is compiled beside it.
+"""overlap: what a forward takes while something is compiled at the same time.
 
 The published study evaluated one program again and again, alone and during 20 compilations in the
 background, and found it 1.13 times as slow. Here one forward again and again: of an ML Program by
 its evaluator and of PyTorch, while training's child process compiles ML Programs; on a GPU of the
-CUDA engine, while its child process compiles Triton kernels. Rounds alone and beside take turns;
-only calls count that ended before the compilations did.
+CUDA engine, while its child process compiles Triton kernels. Rounds with and without compilations
+take turns; only calls count that ended before the compilations did.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from onelaunch.bench.core.findings import (
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say, percentiles
-from onelaunch.bench.core.tables import document, markdown, spread
+from onelaunch.bench.core.tables import document
+from onelaunch.bench.core.timing import milliseconds
+from onelaunch.bench.core.views import CASE, column, median_and_spread, published, table_of
 from onelaunch.bench.core.weights import SEED, random_weights
 from onelaunch.bench.studies.ane_mega_kernel.overlap.background import (
     Background,
@@ -57,32 +60,35 @@ ALONE_SECONDS = 2.0
 ALONE_ROUNDS = 2
 """In which compilations are timed alone, too."""
 LITTLE = 1.26
-"""Twice the published cost, 13%, is still little beside waiting; more is not what was published."""
+"""Twice the published cost, 13%, is still little; more is not what was published."""
 Call = Callable[[], object]
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
     place = torch.device(device)
+    reason = why_no_programs(device)
     if place.type == "cpu":
         coremltools("bench overlap")  # its compilations are the background
     for model, sequence in QUICK_CASES if quick else CASES:
         config = preset(model)
-        with ExitStack() as opened:
-            background = opened.enter_context(closing(_background(config, sequence, place)))
+        generator = torch.Generator().manual_seed(SEED)
+        tokens = torch.randint(config.vocab_size, (1, sequence), generator=generator)
+        calls: dict[str, Call] = {}
+        with ExitStack() as stack:
+            background = stack.enter_context(closing(_background(config, sequence, place)))
             background.compile()  # its imports
-            calls: dict[str, Call] = {}
-            if reason := why_no_programs(device):
-                say(f"without the evaluation of ML Programs: {reason}")
-                calls["CUDA engine"] = _cuda(config, sequence, place)
+            if reason:
+                log(f"without the evaluation of ML Programs: {reason}")
+                calls["CUDA engine"] = _cuda(config, tokens, place)
             else:
-                calls["ML Program"] = opened.enter_context(_program(config, sequence))
+                calls["ML Program"] = stack.enter_context(_program(config, tokens))
                 if not quick and model == CASES[0][0]:
-                    calls["PyTorch"] = _pytorch(config, sequence)
+                    engine = ReferenceEngine(config, random_weights(config), "cpu")
+                    calls["PyTorch"] = partial(engine.logits, tokens)
             for name, call in calls.items():
-                case = f"{name} {model} 1x{sequence}"
-                yield from _case(case, call, background, rounds)
+                yield from _case(f"{name} {model} 1x{sequence}", call, background, rounds)
 
 
 def _background(config: ModelConfig, sequence: int, device: torch.device) -> Background:
@@ -91,42 +97,28 @@ def _background(config: ModelConfig, sequence: int, device: torch.device) -> Bac
     return KernelCompilations(config, sequence, device)
 
 
-def _tokens(config: ModelConfig, sequence: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randint(config.vocab_size, (1, sequence), generator=generator)
-
-
 @contextmanager
-def _program(config: ModelConfig, sequence: int) -> Iterator[Call]:
+def _program(config: ModelConfig, tokens_BS: torch.Tensor) -> Iterator[Call]:
     """The whole forward as one program."""
-    plan = make_plan(config, 1, sequence, all_positions=True)
-    launch = program_launches(plan, "all")[0]
+    plan = make_plan(config, *tokens_BS.shape, all_positions=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.mlpackage"
-        save(emit(plan, launch, Packed(config, random_weights(config))), path)
+        weights = Packed(config, random_weights(config))
+        save(emit(plan, program_launches(plan, "all")[0], weights), path)
         evaluator = Evaluator(Package(path))
         (name,) = evaluator.function.inputs
-        given = {name: _tokens(config, sequence)}
-        yield lambda: evaluator(given)
+        yield lambda: evaluator({name: tokens_BS})
 
 
-def _pytorch(config: ModelConfig, sequence: int) -> Call:
-    engine, tokens = (
-        ReferenceEngine(config, random_weights(config), "cpu"),
-        _tokens(config, sequence),
-    )
-    return lambda: engine.logits(tokens)
-
-
-def _cuda(config: ModelConfig, sequence: int, device: torch.device) -> Call:
-    """A launch a stage, as a graph; nothing is measured in the background."""
+def _cuda(config: ModelConfig, tokens_BS: torch.Tensor, device: torch.device) -> Call:
+    """One kernel per stage, as a graph."""
     from onelaunch.engines.cuda.engine import CudaEngine
 
     engine = CudaEngine(config, random_weights(config), str(device), fusion_depth="stage")
-    tokens = _tokens(config, sequence).to(device)
+    tokens_BS = tokens_BS.to(device)
 
     def call() -> None:
-        engine.logits(tokens)
+        engine.logits(tokens_BS)
         torch.cuda.current_stream(device).synchronize()
 
     return call
@@ -135,34 +127,33 @@ def _cuda(config: ModelConfig, sequence: int, device: torch.device) -> Call:
 def _case(case: str, call: Call, background: Background, rounds: int) -> Iterator[Row]:
     for _ in range(5):
         call()
-    alone: list[list[float]] = []
-    beside: list[list[float]] = []
-    compiled: dict[str, list[float]] = {"alone": [], "beside": []}
+    forwards: dict[str, list[list[float]]] = {"alone": [], "during": []}
+    compiled: dict[str, list[float]] = {"alone": [], "during": []}
     for number in range(rounds):
-        for together in (False, True) if number % 2 else (True, False):
-            if together:
-                beside.append(_beside(call, background, compiled["beside"]))
+        for during in (False, True) if number % 2 else (True, False):
+            if during:
+                forwards["during"].append(_during(call, background, compiled["during"]))
             else:
-                alone.append(_until(call, time.perf_counter() + ALONE_SECONDS))
+                forwards["alone"].append(_alone(call))
         if number < ALONE_ROUNDS:
             compiled["alone"].append(_compiled(background))
-    slower = [statistics.fmean(b) / statistics.fmean(a) for a, b in zip(alone, beside, strict=True)]
     count = rounds * _calls(background) * background.each
-    for name, each in (("alone", alone), (f"beside {count} compilations", beside)):
-        times = [ms for block in each for ms in block]
+    for when, name in (("alone", "alone"), ("during", f"beside {count} compilations")):
+        times = [ms for block in forwards[when] for ms in block]
         row = Row(
-            f"{case}, {name}",
-            statistics.fmean(times),
-            percentiles(times),
-            len(times),
+            f"{case}, {name}", statistics.fmean(times), percentiles(times), len(times),
             notes={
                 "of": case,
                 "median": round(statistics.median(times), 4),
                 "most": round(max(times), 4),
                 "threads": torch.get_num_threads(),
             },
-        )
-        if each is beside:
+        )  # fmt: skip
+        if when == "during":
+            slower = [
+                statistics.fmean(busy) / statistics.fmean(alone)
+                for alone, busy in zip(*forwards.values(), strict=True)
+            ]
             row.notes |= {
                 "compilations": count,
                 "compiled": background.name,
@@ -170,7 +161,7 @@ def _case(case: str, call: Call, background: Background, rounds: int) -> Iterato
                 "slowdown": round(statistics.median(slower), 4),
                 "slowdown_spread": [round(v, 4) for v in percentiles(slower)],
                 "compile_alone": round(statistics.median(compiled["alone"]), 4),
-                "compile_beside": round(statistics.median(compiled["beside"]), 4),
+                "compile_beside": round(statistics.median(compiled["during"]), 4),
             }
         yield row
 
@@ -187,43 +178,41 @@ def _compiled(background: Background) -> float:
     return (time.perf_counter() - start) / (_calls(background) * background.each)
 
 
-def _beside(call: Call, background: Background, compiled: list[float]) -> list[float]:
-    failed: list[Exception] = []
+def _alone(call: Call) -> list[float]:
+    """Milliseconds of each of the calls that begin within ALONE_SECONDS."""
+    deadline = time.perf_counter() + ALONE_SECONDS
+    times = [milliseconds(call)]
+    while time.perf_counter() < deadline:
+        times.append(milliseconds(call))
+    return times
+
+
+def _during(call: Call, background: Background, compiled: list[float]) -> list[float]:
+    """Milliseconds of each of the calls during a round of compilations, whose own seconds are added
+    to `compiled`."""
+    errors: list[Exception] = []
 
     def compile() -> None:
         try:
             compiled.append(_compiled(background))
-        except Exception as error:  # raised again where it is seen
-            failed.append(error)
+        except Exception as error:  # raised again below, in the caller's thread
+            errors.append(error)
 
     thread = threading.Thread(target=compile, name="compiling", daemon=True)
     thread.start()
     times: list[float] = []
     while thread.is_alive():
-        start = time.perf_counter()
-        call()
-        end = time.perf_counter()
+        took = milliseconds(call)
         if thread.is_alive() or not times:
-            times.append(1e3 * (end - start))
+            times.append(took)
     thread.join()
-    if failed:
-        raise failed[0]
-    return times
-
-
-def _until(call: Call, deadline: float) -> list[float]:
-    times: list[float] = []
-    end = time.perf_counter()
-    while end < deadline or not times:
-        start = time.perf_counter()
-        call()
-        end = time.perf_counter()
-        times.append(1e3 * (end - start))
+    if errors:
+        raise errors[0]
     return times
 
 
 def pairs(record: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The rows alone and beside, by what ran."""
+    """The rows without and with compilations, by what ran."""
     alone = {row["of"]: row for row in record["rows"] if "slowdown" not in row}
     return [
         (alone[row["of"]], row)
@@ -234,94 +223,79 @@ def pairs(record: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """What ran alone, for the figures, and its slowdown."""
-    found = []
-    theirs = {key: PUBLISHED[key].values for key in ("overlap-alone", "overlap-beside")}
+    results = []
 
-    def told(average: Any, most: Any) -> str:
+    def figures(average: float, most: float) -> str:
         return f"average {average:.3g} ms, most {most:.3g}"
 
-    for alone, beside in pairs(record):
-        values = theirs["overlap-alone"]
-        found.append(
+    their_alone, their_during = (
+        figures(published(key, "average, ms"), published(key, "most, ms"))
+        for key in ("overlap-alone", "overlap-beside")
+    )
+    theirs = published("overlap-beside", "slowdown")
+    for alone, during in pairs(record):
+        results.append(
             Finding(
                 ("overlap-alone",),
                 f"{alone['of']}: one forward, alone",
-                told(values["average, ms"], values["most, ms"]),
-                told(alone["ours"], alone["most"]),
+                their_alone,
+                figures(alone["ours"], alone["most"]),
                 "not applicable",
-                "another program on another device; what is asked is how much slower it becomes",
+                "another program on another device; the question is how much slower it becomes",
             )
         )
-        values = theirs["overlap-beside"]
-        slowdown = float(values["slowdown"])
-        error = standard_error(beside["slowdown_spread"], beside["compilations"] // COMPILATIONS)
-        verdict = below(beside["slowdown"], LITTLE, error)
-        found.append(
+        error = standard_error(during["slowdown_spread"], during["compilations"] // COMPILATIONS)
+        verdict = below(during["slowdown"], LITTLE, error)
+        results.append(
             Finding(
                 ("overlap-beside",),
-                f"{beside['of']}: compiling in the background costs what runs little",
-                f"{slowdown:g} times as slow beside 20 compilations; "
-                + told(values["average, ms"], values["most, ms"]),
-                f"{beside['slowdown']:.2f} times as slow beside {beside['compilations']}; "
-                + told(beside["ours"], beside["most"]),
+                f"{during['of']}: compiling in the background slows a forward little",
+                f"{theirs:g} times as slow during 20 compilations; {their_during}",
+                f"{during['slowdown']:.2f} times as slow during {during['compilations']}; "
+                + figures(during["ours"], during["most"]),
                 verdict,
                 f"up to {LITTLE:g}, twice the published cost, is little; compiling itself took "
-                f"{beside['compile_beside'] / beside['compile_alone']:.2f} times as "
+                f"{during['compile_beside'] / during['compile_alone']:.2f} times as "
                 f"long{unless(verdict)}",
-                beside["slowdown"] / slowdown,
+                during["slowdown"] / theirs,
             )
         )
-    return without_evaluated_seconds(found)
+    return without_evaluated_seconds(results)
 
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    lines = []
-    for alone, beside in pairs(record):
-        for row in (alone, beside):
-            lines.append(
-                [
-                    row["case"], f"{row['ours']:.3f}", spread(row, "{:.3f}".format),
-                    f"{row['most']:.3f}", str(row["n"]), *_beside_only(row),
-                ]
-            )  # fmt: skip
+    rows = [row for pair in pairs(record) for row in pair]
     for key in ("overlap-alone", "overlap-beside"):
         values = PUBLISHED[key].values
-        lines.append(
-            [
-                f"study: {PUBLISHED[key].row}", f"{values['average, ms']}", "-",
-                f"{values['most, ms']}", "-", f"{values.get('slowdown', '-')}", "-", "-",
-            ]
-        )  # fmt: skip
+        rows.append({"case": f"study: {PUBLISHED[key].row}", **values})
+        rows[-1] |= {"ours": values["average, ms"], "most": values["most, ms"]}
     parts = [
-        markdown(
-            [
-                "", "average, ms", "p20-p80", "most, ms", "forwards", "slowdown",
-                "a compilation alone, s", "beside, s",
-            ],
-            lines,
+        table_of(
+            rows,
+            CASE,
+            *median_and_spread("average, ms", "{:.3f}"),
+            column("most, ms", "most", "{:.3f}"),
+            column("forwards", "n"),
+            column("slowdown", "slowdown", "{:.2f}"),
+            column("a compilation alone, s", "compile_alone", "{:.2f}"),
+            column("with forwards, s", "compile_beside", "{:.2f}"),
         ),
         "Slowdown is of the averages, round by round. Compilations are in a process of low "
         "priority. ML Programs are evaluated on this CPU, so that both want the same cores; the "
         "study's forward ran on a Neural Engine.",
-    ]  # fmt: skip
+    ]
     return document(record, "A forward while something is compiled, on", *parts)
-
-
-def _beside_only(row: dict[str, Any]) -> list[str]:
-    if "slowdown" not in row:
-        return ["-"] * 3
-    return [f"{row[name]:.2f}" for name in ("slowdown", "compile_alone", "compile_beside")]
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Averages and the slowest call."""
-    found = pairs(record)
+    both = pairs(record)
     return plots.bars(
         f"A forward while something is compiled, {record['device']}",
         {
-            f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in found}
-            for number, when in enumerate(("alone", "beside compilations"))
+            f"{when}: {what}": {rows[0]["of"]: rows[number][key] for rows in both}
+            for number, when in enumerate(("alone", "during compilations"))
             for what, key in (("average", "ours"), ("most", "most"))
         },
         "what ran", "one forward, ms", log="y",

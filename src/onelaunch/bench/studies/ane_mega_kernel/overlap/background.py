@@ -1,4 +1,4 @@
-"""What overlap has running in the background: compilations of ML Programs, or of a GPU's kernels,
+"""What overlap runs in the background: compilations of ML Programs, or of a GPU's kernels,
 in a child process of low priority, as training has them."""
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class KernelCompilations:
     def compile(self) -> None:
         """The next one, waited for; one that does not fit this GPU is counted in `refused`."""
         if not self._tiles:
-            raise RunFailed("every tiling was compiled: another would be found, not compiled")
+            raise RunFailed("every tiling was compiled: a repeated one would be read, not compiled")
         self._child.send(json.dumps(self._tiles.pop()))
         answer = self._child.receive_within(TIMEOUT_SECONDS)
         if not answer:
@@ -76,7 +76,7 @@ class KernelCompilations:
         self.refused += json.loads(answer) is not None
 
     def close(self) -> None:
-        """End the child; the store of kernels is again the one that was."""
+        """End the child; restore the variable that names the store of kernels."""
         self._child.end()
         del os.environ[TRITON_STORE]
         if self._before is not None:

@@ -1,8 +1,8 @@
 """A process that compiles the CUDA engine's kernel for gate and up.
 
 Its argument is JSON: a configuration, a sequence, the number of a GPU. Each line of its input is
-JSON too, [block_k, num_stages, warps] of a tiling, and is answered by a line: null, or why it does
-not fit.
+JSON too, [block_k, num_stages, warps] of a tiling; the answer is a line: null, or why it does not
+fit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     lower_priority()
     fields, sequence, number = json.loads(sys.argv[1])
     lines = parent_lines()
-    # what a compiler may print is no answer
+    # what a compiler may print goes to stderr
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers, suppress(BrokenPipeError):
         os.dup2(2, 1)
         device = torch.device("cuda", number)

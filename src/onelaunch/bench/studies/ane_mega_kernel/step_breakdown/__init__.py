@@ -42,17 +42,17 @@ UNIT = "ms"
 CASES = (("stories260k", 64), ("stories15m", 32))
 QUICK_CASES = CASES[:1]
 DEPTHS = ("stage", "half", "")
-"""The last, all layers in a program, is the one told part by part."""
+"""The last, all layers in a program, is the one that is timed part by part."""
 UPDATES, QUICK_UPDATES = 9, 2
 K = 5
 """Micro-steps an update, of which one optimizer step is shared."""
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     cases, updates = QUICK_CASES if quick else CASES, QUICK_UPDATES if quick else UPDATES
     if reason := why_no_programs(device):
-        say(f"without ML Programs: {reason}")
+        log(f"without ML Programs: {reason}")
     else:
         for model, sequence in cases:
             yield from _programs(model, sequence, updates)
@@ -67,80 +67,60 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
 
 def _programs(model: str, sequence: int, updates: int) -> Iterator[Row]:
     """The parts with all layers in a program, and the whole at each depth."""
-    with ExitStack() as open_ones:
-        by_depth: dict[str, Callable[[int, bool], Seconds]] = {}
-        counts: dict[str, int] = {}
+    by_depth: dict[str, Callable[[int, bool], Seconds]] = {}
+    counts: dict[str, int] = {}
+    parts: dict[str, list[Seconds]] = {depth: [] for depth in DEPTHS}
+    whole: dict[str, list[float]] = {depth: [] for depth in DEPTHS}
+    with ExitStack() as stack:
         for depth in DEPTHS:
-            opened = driver(model, sequence, depth=depth, staleness=0)
-            training = open_ones.enter_context(opened)
+            training = stack.enter_context(driver(model, sequence, depth=depth, staleness=0))
             training.micro_step(1.0)  # compiles
             training.optimizer.zero_grad()
-            by_depth[depth] = open_ones.enter_context(program_parts(training))
+            by_depth[depth] = stack.enter_context(program_parts(training))
             counts[depth] = programs_of(training)
-        looked: dict[str, list[Seconds]] = {depth: [] for depth in DEPTHS}
-        plain: dict[str, list[float]] = {depth: [] for depth in DEPTHS}
         for number in range(updates + 1):
             for depth in DEPTHS[::-1] if number % 2 else DEPTHS:
-                for look in (number % 2 == 0, number % 2 == 1):
-                    found = by_depth[depth](K, look)
-                    if number and look:  # the first ones are to warm up
-                        looked[depth].append(found)
+                for clocks in (number % 2 == 0, number % 2 == 1):
+                    seconds = by_depth[depth](K, clocks)
+                    if number and clocks:  # the first ones are to warm up
+                        parts[depth].append(seconds)
                     elif number:
-                        plain[depth].append(1e3 * found[WHOLE])
-    whole = statistics.median(plain[DEPTHS[-1]])
+                        whole[depth].append(1e3 * seconds[WHOLE])
     case = f"ML Programs {model} 1x{sequence}"
-    yield from _rows(case, looked[DEPTHS[-1]], {"without_clocks": round(whole, 4)})
+    without_clocks = round(statistics.median(whole[DEPTHS[-1]]), 4)
+    yield from _rows(case, parts[DEPTHS[-1]], {"without_clocks": without_clocks})
     for depth in DEPTHS:
-        evaluating = {
-            direction: statistics.median(
-                1e3 * sum(each.get(f"{direction}: {kind}", 0.0) for kind in EVALUATING)
-                for each in looked[depth]
-            )
-            for direction in ("forward", "backward")
-        }
-        row = Row.of(
-            f"{case}, {depth or 'all layers'} in a program",
-            plain[depth],
-            notes={
-                "depth": depth or "all layers",
-                "programs": counts[depth],
-                "forward_programs": round(evaluating["forward"], 4),
-                "backward_programs": round(evaluating["backward"], 4),
-                **_products(looked[depth]),
+        samples, name = parts[depth], depth or "all layers"
+        medians = {"products": [BESIDE], "product_wait": [WAITING]}
+        for direction in ("forward", "backward"):
+            medians[f"{direction}_programs"] = [f"{direction}: {kind}" for kind in EVALUATING]
+        waits = _milliseconds(samples, WAITING)
+        notes = {
+            "depth": name,
+            "programs": counts[depth],
+            **{
+                note: round(statistics.median(_milliseconds(samples, *of)), 4)
+                for note, of in medians.items()
             },
-        )
-        yield row
+            "product_wait_spread": [round(v, 4) for v in percentiles(waits)],
+        }
+        yield Row.of(f"{case}, {name} in a program", whole[depth], notes=notes)
 
 
-def _products(samples: Sequence[Seconds]) -> dict[str, Any]:
-    """Milliseconds of the weights' gradients, and of the wait for them."""
-    waits = [1e3 * each.get(WAITING, 0.0) for each in samples]
-    return {
-        "products": round(statistics.median(1e3 * each.get(BESIDE, 0.0) for each in samples), 4),
-        "product_wait": round(statistics.median(waits), 4),
-        "product_wait_spread": [round(v, 4) for v in percentiles(waits)],
-    }
+def _milliseconds(samples: Sequence[Seconds], *parts: str) -> list[float]:
+    """Of some parts together, by sample."""
+    return [1e3 * sum(each.get(part, 0.0) for part in parts) for each in samples]
 
 
 def _rows(case: str, samples: Sequence[Seconds], notes: dict[str, Any]) -> Iterator[Row]:
     """A row for every part, and of the whole. Shares are of all samples' time, so that they add
     up."""
-    parts = sorted({name for each in samples for name in each} - {WHOLE, BESIDE})
     whole = sum(each[WHOLE] for each in samples)
-    shares = {
-        part: sum(each.get(part, 0.0) for each in samples) / whole
-        for part in [WHOLE, *parts, *([BESIDE] if BESIDE in samples[0] else [])]
-    }
-    for part, share in shares.items():
-        yield Row.of(
-            f"{case}: {part}",
-            [1e3 * each.get(part, 0.0) for each in samples],
-            notes={
-                "of": case,
-                "part": part,
-                "share": round(share, 5),
-                "micro_steps": K,
-                "threads": torch.get_num_threads(),
-                **(notes if part == WHOLE else {}),
-            },
-        )
+    parts = sorted({name for each in samples for name in each} - {WHOLE, BESIDE})
+    for part in [WHOLE, *parts, *([BESIDE] if BESIDE in samples[0] else [])]:
+        share = sum(each.get(part, 0.0) for each in samples) / whole
+        about = {
+            "of": case, "part": part, "share": round(share, 5), "micro_steps": K,
+            "threads": torch.get_num_threads(), **(notes if part == WHOLE else {}),
+        }  # fmt: skip
+        yield Row.of(f"{case}: {part}", _milliseconds(samples, part), notes=about)

@@ -20,7 +20,7 @@ from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
 from onelaunch.engines.coreml import training
 from onelaunch.engines.coreml.package import Type
 from onelaunch.engines.coreml.ready import Evaluated, OnOutput
-from onelaunch.engines.coreml.training import CoreMLTrainer, Loaded, no_clock
+from onelaunch.engines.coreml.training import CoreMLTrainer, no_clock
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training.clock import StepClock
 
@@ -67,34 +67,34 @@ class Parts:
         self._open: list[str] = []
         self._last = 0.0
 
-    def enter(self, name: str) -> None:
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens meanwhile under a name."""
         self._count()
         self._open.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._open.pop()
 
     def switch(self, name: str) -> None:
         """What is open goes on under another name."""
         self._count()
         self._open[-1] = name
 
-    def leave(self) -> None:
-        self._count()
-        self._open.pop()
-
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """For the trainer."""
-        if part == training.PRODUCTS:
-            start = time.perf_counter()
-            try:
+        """For the trainer, by its names."""
+        if part != training.PRODUCTS:
+            with self.part(OF_CLOCK[part]):
                 yield
-            finally:
-                self.beside += time.perf_counter() - start
             return
-        self.enter(OF_CLOCK[part])
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.leave()
+            self.beside += time.perf_counter() - start
 
     def _count(self) -> None:
         now = time.perf_counter()
@@ -103,11 +103,12 @@ class Parts:
         self._last = now
 
 
-class Watched:
+class Timed:
     """An evaluated program whose time is counted: inputs brought to its precision, then by kinds of
     operations, by their rounding, and what finding operands and keeping results takes."""
 
-    def __init__(self, program: Evaluated, parts: Parts, direction: str) -> None:
+    def __init__(self, program: Any, parts: Parts, direction: str) -> None:
+        assert isinstance(program, Evaluated), "programs are evaluated"
         self.inputs: Mapping[str, Type] = program.inputs
         self._program, self._parts, self._direction = program, parts, direction
         kinds = {operation.kind for operation in program.evaluator.function.operations}
@@ -120,11 +121,10 @@ class Watched:
         names, switch = self._names, self._parts.switch
         evaluator = self._program.evaluator
         evaluator.probe = lambda what: switch(names[what])
-        self._parts.enter(f"{self._direction}: conversions")
         try:
-            return self._program(inputs, on_output)
+            with self._parts.part(f"{self._direction}: conversions"):
+                return self._program(inputs, on_output)
         finally:
-            self._parts.leave()
             evaluator.probe = None
 
     def close(self) -> None:
@@ -134,33 +134,35 @@ class Watched:
 @contextmanager
 def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool], Seconds]]:
     """A call that makes an update of so many micro-steps on the programs that there are, and
-    returns what each part took; unless it is to look, the whole alone."""
+    returns what each part took; with clocks off, the whole alone."""
     engine, parts = driver.engine, Parts()
     plain = engine.serving
     assert plain is not None, "a micro-step was made"
-    watched = _watched(plain, parts)
+    timed = replace(
+        plain,
+        forward=[Timed(program, parts, "forward") for program in plain.forward],
+        backward=[Timed(program, parts, "backward") for program in plain.backward],
+    )
 
-    def update(k: int, look: bool) -> Seconds:
+    def update(k: int, clocks: bool) -> Seconds:
         parts.seconds.clear()
         parts.beside = 0.0
-        engine.serving = watched if look else plain
-        engine.clock = parts.clock if look else no_clock
+        engine.serving = timed if clocks else plain
+        engine.clock = parts.clock if clocks else no_clock
         start = time.perf_counter()
         for _ in range(k):
-            parts.enter(DATA)
-            texts = driver.texts()
-            parts.leave()
-            engine.train_step(*texts, 1 / k)
-        parts.enter(OPTIMIZER)
-        driver.optimizer.step()
-        driver.optimizer.zero_grad()
-        parts.leave()
+            with parts.part(DATA):
+                batch = driver.next_batch()
+            engine.train_step(*batch, 1 / k)
+        with parts.part(OPTIMIZER):
+            driver.optimizer.step()
+            driver.optimizer.zero_grad()
         whole = time.perf_counter() - start
-        found = dict(parts.seconds) if look else {}
-        if look:
-            found[UNEXPLAINED] = whole - sum(found.values())
-            found[BESIDE] = parts.beside
-        return {name: value / k for name, value in {**found, WHOLE: whole}.items()}
+        seconds = dict(parts.seconds) if clocks else {}
+        if clocks:
+            seconds[UNEXPLAINED] = whole - sum(seconds.values())
+            seconds[BESIDE] = parts.beside
+        return {name: value / k for name, value in {**seconds, WHOLE: whole}.items()}
 
     try:
         yield update
@@ -174,28 +176,6 @@ def programs_of(driver: Driver[CoreMLTrainer]) -> int:
     return 0 if serving is None else len(serving.forward) + len(serving.backward)
 
 
-def _watched(loaded: Loaded, parts: Parts) -> Loaded:
-    def of(direction: str) -> list[Any]:
-        programs = getattr(loaded, direction)
-        assert all(isinstance(each, Evaluated) for each in programs), "programs are evaluated"
-        return [Watched(each, parts, direction) for each in programs]
-
-    return replace(loaded, forward=of("forward"), backward=of("backward"))
-
-
-@contextmanager
-def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = owner.__dict__.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
 MARKS = {"forward": "forward: classifier and loss", "backward": "backward: layers"}
 """What the engine's marks end, where the layers' forward and the classifier's backward have marks
 of their own."""
@@ -203,12 +183,13 @@ of their own."""
 
 @contextmanager
 def pytorch_parts(driver: Driver[ReferenceEngine]) -> Iterator[Callable[[int], Seconds]]:
-    """A call that makes an update of so many micro-steps and says what each part took."""
+    """A call that makes an update of so many micro-steps and returns what each part took."""
     engine, clock = driver.engine, StepClock(driver.engine.device)
-    hidden = engine.model.hidden
+    model: Any = engine.model
+    hidden = model.hidden
 
-    def marked(*given: Any) -> Tensor:
-        rows = hidden(*given)
+    def marked(*args: Any) -> Tensor:
+        rows: Tensor = hidden(*args)
         clock.mark("forward: layers")
         if rows.requires_grad:
             rows.register_hook(lambda gradient: clock.mark("backward: classifier and loss"))
@@ -218,15 +199,18 @@ def pytorch_parts(driver: Driver[ReferenceEngine]) -> Iterator[Callable[[int], S
         driver.wait()
         clock.begin()
         for _ in range(k):
-            tokens, targets = (each.to(engine.device) for each in driver.texts())
+            tokens, targets = (each.to(engine.device) for each in driver.next_batch())
             clock.mark(DATA)
             engine.train_step(tokens, targets, 1 / k, lambda part: clock.mark(MARKS[part]))
         driver.optimizer.step()
         driver.optimizer.zero_grad()
         clock.mark(OPTIMIZER)
-        found = clock.end()
-        found[WHOLE] = found.pop("wall")
-        return {name: value / k for name, value in found.items() if value or name == UNEXPLAINED}
+        seconds = clock.end()
+        seconds[WHOLE] = seconds.pop("wall")
+        return {name: value / k for name, value in seconds.items() if value or name == UNEXPLAINED}
 
-    with _swapped(engine.model, "hidden", marked):
+    model.hidden = marked
+    try:
         yield update
+    finally:
+        del model.hidden

@@ -18,6 +18,7 @@ from onelaunch.bench.core.findings import (
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.tables import digits, document, markdown, spread
+from onelaunch.bench.core.views import CASE, column, median_and_spread, published, table_of
 from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     BESIDE,
     EVALUATING,
@@ -26,7 +27,7 @@ from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
 )
 
 MS = "{:.3f}".format
-THEIR_WHOLE = float(PUBLISHED["part-whole"].values["ms"])
+THEIR_WHOLE = published("part-whole", "ms")
 NEAR = 0.1
 """Of the micro-step: forward and backward this near to the published shares are the same statement,
 as models and devices differ."""
@@ -50,91 +51,96 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The parts here that are a row of the study's."""
 Shares = dict[str, dict[str, Any]]
+"""The rows of what was timed, by part."""
 
 
 def cases(record: dict[str, Any]) -> dict[str, Shares]:
-    """The rows of parts, by what was timed and by part."""
-    found: dict[str, Shares] = {}
+    """By what was timed."""
+    by_case: dict[str, Shares] = {}
     for row in record["rows"]:
         if "part" in row:
-            found.setdefault(row["of"], {})[row["part"]] = row
-    return found
+            by_case.setdefault(row["of"], {})[row["part"]] = row
+    return by_case
+
+
+def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
+    """The parts of forward and backward."""
+    return {
+        f"part-{direction}": tuple(name for name in rows if name.startswith(f"{direction}: "))
+        for direction in ("forward", "backward")
+    }
+
+
+def _groups(rows: Shares) -> dict[str, list[dict[str, Any]]]:
+    """By the study's row, our rows of it: halves, and their parts where ML Programs are
+    evaluated."""
+    names = _halves(rows) | (GROUPS if BESIDE in rows else {})
+    return {key: [rows[name] for name in parts if name in rows] for key, parts in names.items()}
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """By what was timed: shares beside the study's, and whether parts add up to the whole."""
-    found = []
+    """By what was timed: shares next to the study's, and whether parts add up to the whole."""
+    results = []
     for case, rows in cases(record).items():
-        found.append(_sum(case, rows))
-        found += [_share(case, key, names, rows) for key, names in _halves(rows).items()]
-        if BESIDE in rows:
-            found += [_share(case, key, names, rows) for key, names in GROUPS.items()]
-    return [*without_evaluated_seconds([*found, *_products(record)]), *_mega(record)]
+        results.append(_sum(case, rows))
+        results += [_share(case, key, group, rows) for key, group in _groups(rows).items()]
+    return [*without_evaluated_seconds([*results, *_products(record)]), *_mega(record)]
 
 
-def _share(case: str, key: str, names: tuple[str, ...], rows: Shares) -> Finding:
-    published = float(PUBLISHED[key].values["ms"])
-    theirs = published / THEIR_WHOLE
-    ms = sum(rows[name]["ours"] for name in names if name in rows)
-    share = sum(rows[name]["share"] for name in names if name in rows)
-    told = PUBLISHED[key].values.get("told")
-    verdict, why = _judged(key, names, share, theirs, rows)
+def _share(case: str, key: str, group: list[dict[str, Any]], rows: Shares) -> Finding:
+    """Halves are to be near the study's. Their parts are separate in the evaluation of ML Programs
+    alone, and have no verdict."""
+    ms, theirs = published(key, "ms"), published(key, "ms") / THEIR_WHOLE
+    share = sum(row["share"] for row in group)
+    words = PUBLISHED[key].values.get("told")
+    verdict: Verdict = "not applicable"
+    why = ""
+    if key in _halves(rows):
+        errors = (standard_error(row["spread"], row["n"]) for row in group)
+        error = math.hypot(*errors) / rows[WHOLE]["ours"]
+        verdict = below(abs(share - theirs), NEAR, error)
+        why = f"within {100 * NEAR:g} points is confirmed{unless(verdict)}"
     return Finding(
         (key,),
         f"{case}: the share of {PUBLISHED[key].row} in a micro-step",
-        f"{theirs:.1%} ({published:g} ms)" + (f"; {told}" if told else ""),
-        f"{share:.1%} ({ms:.2f} ms), measured",
+        f"{theirs:.1%} ({ms:g} ms)" + (f"; {words}" if words else ""),
+        f"{share:.1%} ({sum(row['ours'] for row in group):.2f} ms), measured",
         verdict,
         why,
         share / theirs,
     )
 
 
-def _judged(
-    key: str, names: tuple[str, ...], share: float, theirs: float, rows: Shares
-) -> tuple[Verdict, str]:
-    """Halves are to be near. Their parts are told apart in the evaluation of ML Programs alone."""
-    if key not in _halves(rows):
-        return "not applicable", ""
-    errors = (standard_error(rows[n]["spread"], rows[n]["n"]) for n in names if n in rows)
-    error = math.hypot(*errors) / rows[WHOLE]["ours"]
-    verdict = below(abs(share - theirs), NEAR, error)
-    return verdict, f"within {100 * NEAR:g} points is confirmed{unless(verdict)}"
-
-
 def _sum(case: str, rows: Shares) -> Finding:
     left = rows[UNEXPLAINED]["share"]
     parts = [f"part-backward-{name}" for name in ("eval", "io", "classifier", "cpu")]
-    estimated = sum(float(PUBLISHED[key].values["ms"]) for key in parts)
-    backward = float(PUBLISHED["part-backward"].values["ms"])
-    lost = backward - estimated
+    lost = published("part-backward", "ms") - sum(published(key, "ms") for key in parts)
     return Finding(
         ("part-whole",),
         f"{case}: the parts add up to the micro-step",
         f"{THEIR_WHOLE:g} ms; the estimates leave {lost:.1f} ms of the backward "
-        f"({lost / THEIR_WHOLE:.0%} of the micro-step) to nobody",
-        f"{rows[WHOLE]['ours']:.2f} ms, {left:.2%} of it to no part",
+        f"({lost / THEIR_WHOLE:.0%} of the micro-step) unattributed",
+        f"{rows[WHOLE]['ours']:.2f} ms, {left:.2%} of it unattributed",
         "confirmed" if abs(left) < ADDS_UP else "refuted",
         f"within {ADDS_UP:.0%} is confirmed",
     )
 
 
 def _products(record: dict[str, Any]) -> Iterator[Finding]:
-    """At each depth: where one program goes through all layers, nothing is left to compute beside
+    """At each depth: where one program goes through all layers, nothing is left to compute during
     it when their gradients are known."""
     for row in record["rows"]:
-        if "depth" not in row:
-            continue
-        yield Finding(
-            ("part-backward-dw",),
-            f"{row['case']}: the weights' gradients are computed beside the backward, and hardly "
-            "awaited",
-            "29 ms beside it, awaited 0.005 ms",
-            f"{row['products']:.2f} ms beside it, awaited {row['product_wait']:.2f} ms "
-            f"({row['product_wait'] / row['ours']:.1%} of the micro-step)",
-            "not applicable",
-            "",
-        )
+        if "depth" in row:
+            yield Finding(
+                ("part-backward-dw",),
+                f"{row['case']}: the weights' gradients are computed during the backward, which "
+                "hardly waits for them",
+                "29 ms meanwhile, 0.005 ms of waiting",
+                f"{row['products']:.2f} ms meanwhile, {row['product_wait']:.2f} ms of waiting "
+                f"({row['product_wait'] / row['ours']:.1%} of the micro-step)",
+                "not applicable",
+                "",
+            )
 
 
 def _mega(record: dict[str, Any]) -> Iterator[Finding]:
@@ -146,17 +152,13 @@ def _mega(record: dict[str, Any]) -> Iterator[Finding]:
         if not {"half", "all layers"} <= rows.keys():
             continue
         half, whole = rows["half"], rows["all layers"]
-
-        def evaluating(row: dict[str, Any]) -> float:
-            return float(row["forward_programs"] + row["backward_programs"])
-
-        ratio = evaluating(half) / evaluating(whole)
+        evaluating = (row["forward_programs"] + row["backward_programs"] for row in (half, whole))
         yield Finding(
             ("backward-mega",),
             f"{case}: forward and backward in one program each, over two a layer",
             "projected: about 2x of the programs' time",
-            f"{ratio:.2f}x of the programs' time, {half['ours'] / whole['ours']:.2f}x of the "
-            f"micro-step",
+            f"{next(evaluating) / next(evaluating):.2f}x of the programs' time, "
+            f"{half['ours'] / whole['ours']:.2f}x of the micro-step",
             *needs_a_mac(
                 f"{half['programs']} programs become {whole['programs']}, which saves as many "
                 "calls; here none has the price of a call to a Neural Engine, and these seconds "
@@ -182,43 +184,40 @@ def table(record: dict[str, Any]) -> str:
             )
         parts += [
             f"## {case}",
-            markdown(
-                ["part", "ms a micro-step", "p20-p80", "share"],
-                [
-                    [part, f"{row['ours']:.3f}", spread(row, MS), f"{row['share']:.2%}"]
-                    for part, row in _ordered(rows)
-                ],
+            table_of(
+                (rows[part] for part in _ordered(rows)),
+                column("part", "part"),
+                *median_and_spread("ms a micro-step", MS),
+                column("share", "share", "{:.2%}"),
             ),
             note,
             markdown(
-                ["as the study has it", "ms", "share", "study, ms", "share"],
-                list(_beside_study(rows)),
+                ["as the study has it", "ms", "share", "study, ms", "share"], list(_study(rows))
             ),
         ]
     depths = [row for row in record["rows"] if "depth" in row]
     if depths:
         parts += [
             "## By how much a program holds",
-            markdown(
-                ["", "programs", "ms a micro-step", "p20-p80", "forward programs, ms",
-                 "backward programs, ms", "weights' gradients, ms", "awaited, ms"],
-                [
-                    [
-                        row["case"], str(row["programs"]), digits(row["ours"]), spread(row, MS),
-                        digits(row["forward_programs"]), digits(row["backward_programs"]),
-                        digits(row["products"]), digits(row["product_wait"]),
-                    ]
-                    for row in depths
-                ],
+            table_of(
+                depths,
+                CASE,
+                column("programs", "programs"),
+                column("ms a micro-step", "ours", digits),
+                ("p20-p80", lambda row: spread(row, MS)),
+                column("forward programs, ms", "forward_programs", digits),
+                column("backward programs, ms", "backward_programs", digits),
+                column("weights' gradients, ms", "products", digits),
+                column("waiting for them, ms", "product_wait", digits),
             ),
             "The study projected about 2x for the programs' time from fewer and larger backward "
             "programs, as each call costs about 160 us there. Milliseconds of programs are with "
             "the clocks, those of a micro-step without.",
-        ]  # fmt: skip
+        ]
     return document(record, "A micro-step by parts, on", *parts)
 
 
-def _ordered(rows: Shares) -> list[tuple[str, dict[str, Any]]]:
+def _ordered(rows: Shares) -> list[str]:
     """The whole; then forward, backward and the rest, the largest first in each."""
 
     def place(part: str) -> tuple[int, float]:
@@ -227,46 +226,36 @@ def _ordered(rows: Shares) -> list[tuple[str, dict[str, Any]]]:
         last = {UNEXPLAINED: 4, BESIDE: 5}.get(part, group)
         return last, -rows[part]["ours"]
 
-    return [(part, rows[part]) for part in sorted(rows, key=place)]
+    return sorted(rows, key=place)
 
 
-def _beside_study(rows: Shares) -> Iterator[list[str]]:
-    for key, names in (_halves(rows) | (GROUPS if BESIDE in rows else {})).items():
-        ours = [rows[name] for name in names if name in rows]
-        ms = float(PUBLISHED[key].values["ms"])
-        told = PUBLISHED[key].values.get("told")
+def _study(rows: Shares) -> Iterator[list[str]]:
+    for key, group in _groups(rows).items():
+        ms, words = published(key, "ms"), PUBLISHED[key].values.get("told")
         yield [
-            PUBLISHED[key].row, f"{sum(row['ours'] for row in ours):.3f}",
-            f"{sum(row['share'] for row in ours):.1%}",
-            f"{ms:g}" + (f" ({told})" if told else ""), f"{ms / THEIR_WHOLE:.1%}",
+            PUBLISHED[key].row, f"{sum(row['ours'] for row in group):.3f}",
+            f"{sum(row['share'] for row in group):.1%}",
+            f"{ms:g}" + (f" ({words})" if words else ""), f"{ms / THEIR_WHOLE:.1%}",
         ]  # fmt: skip
-
-
-def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
-    """The parts of forward and backward."""
-    return {
-        f"part-{direction}": tuple(name for name in rows if name.startswith(f"{direction}: "))
-        for direction in ("forward", "backward")
-    }
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
     """Shares, stacked, one bar for what was timed."""
-    found = cases(record)
-    if not found:
+    by_case = cases(record)
+    if not by_case:
         return None
-    figure, (axes,) = plots.panels(1, 10, 2.4 + 0.7 * len(found))
+    figure, (axes,) = plots.panels(1, 10, 2.4 + 0.7 * len(by_case))
     names = dict.fromkeys(
-        part for rows in found.values() for part, _ in _ordered(rows) if part not in (WHOLE, BESIDE)
+        part for rows in by_case.values() for part in _ordered(rows) if part not in (WHOLE, BESIDE)
     )
-    left = dict.fromkeys(found, 0.0)
+    left = [0.0] * len(by_case)
     for number, part in enumerate(names):
-        shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in found.values()]
+        shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in by_case.values()]
         axes.barh(
-            list(found), shares, left=list(left.values()), label=part, color=f"C{number % 10}",
+            list(by_case), shares, left=left, label=part, color=f"C{number % 10}",
             hatch=("", "//", "xx")[number // 10 % 3], edgecolor="white", linewidth=0.3,
         )  # fmt: skip
-        left = {case: left[case] + share for case, share in zip(found, shares, strict=True)}
+        left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set_xlabel("share of a micro-step, %")
     figure.legend(fontsize=7, ncols=4, loc="outside lower center")
     axes.set_title(f"A micro-step by parts, {record['device']}", fontsize=10)

@@ -2,9 +2,9 @@
 
 The published study found through private interfaces that weights must be constants: as inputs,
 packed into the input's channels or overwritten on disk they were refused, or had no effect. The
-same asked of the public converter, of one linear map: whether it converts, and whether the result,
-evaluated on this CPU from the saved program, follows weights that change. Whether the Neural Engine
-would run it is not asked here and not known. What the ways of a GPU are: cuda.py.
+same tried with the public converter, of one linear map: whether it converts, and whether the
+result, evaluated on this CPU from the saved program, follows weights that change. Whether the
+Neural Engine would run it is not known. What the ways of a GPU are: cuda.py.
 """
 
 from __future__ import annotations
@@ -25,21 +25,8 @@ from torch import Tensor
 from onelaunch.bench.core.record import Row, Say
 from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.core.timing import milliseconds
-from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
-    COLUMNS,
-    CONSTANTS,
-    FILE,
-    INPUTS,
-    KEPT,
-    LINEAR,
-    MOST_APART,
-    OUT,
-    PACKED,
-    PRODUCT,
-    WIDTH,
-    findings,
-    table,
-)
+from onelaunch.bench.studies.ane_mega_kernel.weight_mutability import views
+from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import findings, table
 from onelaunch.engines.coreml import coremltools
 from onelaunch.engines.coreml.emit import write
 from onelaunch.engines.coreml.evaluate import Evaluator, Precision
@@ -49,40 +36,83 @@ from onelaunch.engines.coreml.package import Package
 __all__ = ["UNIT", "findings", "run", "table"]
 
 UNIT = "ms"
+COLUMNS, OUT, WIDTH, MOST_APART = views.COLUMNS, views.OUT, views.WIDTH, views.MOST_APART
 EVALUATIONS, QUICK_EVALUATIONS = 200, 40
 CONVERSIONS, QUICK_CONVERSIONS = 7, 3
 PRECISION: Precision = "float32"
 
 X, W, BOTH, STATE, RESULT = "x", "w", "both", "w_state", "out"
 
-Given = dict[str, Tensor]
-
 
 @dataclass
 class Way:
-    """How a program has its weights: the function's inputs, its body, and what a call is given."""
+    """How a program has its weights: its inputs' shapes, its body, and the arguments of a call.
+
+    `body(mb, inputs, weight)` builds the result with coremltools' builder; `call(x, weight)` gives
+    the inputs' tensors. `state`: the weight is a state of that shape. `baked`: it is a constant.
+    """
 
     name: str
-    inputs: Callable[[], dict[str, Any]]
+    inputs: Mapping[str, tuple[int, ...]]
     body: Callable[[Any, Mapping[str, Any], Tensor], Any]
-    given: Callable[[Tensor, Tensor], Given]
+    call: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    state: tuple[int, ...] | None = None
     baked: bool = False
 
 
 def ways() -> list[Way]:
     """All of them."""
-    row = COLUMNS * OUT // WIDTH
+    x: dict[str, tuple[int, ...]] = {X: (1, COLUMNS, 1, WIDTH)}
+    rows = COLUMNS * OUT // WIDTH  # of the packed input, that hold the weight
+
+    def constants(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+        half = weight.numpy().astype(np.float16)[:, :, None, None]
+        return mb.conv(x=inputs[X], weight=mb.const(val=half), name=RESULT)
+
+    def input_(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+        return mb.conv(x=inputs[X], weight=inputs[W], name=RESULT)
+
+    def product(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+        x_1SC = mb.transpose(x=inputs[X], perm=[0, 2, 1, 3])
+        return mb.matmul(x=inputs[W], y=x_1SC, name=RESULT)
+
+    def linear(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+        x_SC = mb.transpose(x=mb.reshape(x=inputs[X], shape=(COLUMNS, WIDTH)), perm=[1, 0])
+        return mb.linear(x=x_SC, weight=inputs[W], name=RESULT)
+
+    def packed(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+        both = inputs[BOTH]
+        x = mb.slice_by_size(x=both, begin=[0, 0, 0, 0], size=[1, COLUMNS, 1, WIDTH])
+        w = mb.slice_by_size(x=both, begin=[0, COLUMNS, 0, 0], size=[1, rows, 1, WIDTH])
+        return mb.conv(x=x, weight=mb.reshape(x=w, shape=[OUT, COLUMNS, 1, 1]), name=RESULT)
+
+    def state(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
+        return mb.conv(x=inputs[X], weight=mb.read_state(input=inputs[STATE]), name=RESULT)
+
+    def as_kernel(name: str, x: Tensor, w: Tensor) -> dict[str, Tensor]:
+        return {X: x, name: w[:, :, None, None]}
+
+    def as_rows(x: Tensor, w: Tensor) -> dict[str, Tensor]:
+        return {BOTH: torch.cat((x, w.reshape(1, -1, 1, WIDTH)), 1)}
+
+    kernel = (OUT, COLUMNS, 1, 1)
+    by_input, by_state = partial(as_kernel, W), partial(as_kernel, STATE)
     return [
-        Way(CONSTANTS, _x, _of_constants, lambda x, w: {X: x}, baked=True),
-        Way(INPUTS, lambda: _x() | _spec(W, OUT, COLUMNS, 1, 1), _of_inputs, _both_given),
-        Way(PRODUCT, lambda: _x() | _spec(W, 1, 1, OUT, COLUMNS), _of_product, _as_matrix),
-        Way(LINEAR, lambda: _x() | _spec(W, OUT, COLUMNS), _of_linear, _both_given),
-        Way(PACKED, lambda: _spec(BOTH, 1, COLUMNS + row, 1, WIDTH), _of_packed, _packed),
-        Way(KEPT, lambda: _x() | _state(STATE, OUT, COLUMNS, 1, 1), _of_state, _state_given),
+        Way(views.CONSTANTS, x, constants, lambda x, w: {X: x}, baked=True),
+        Way(views.INPUTS, x | {W: kernel}, input_, by_input),
+        Way(
+            views.PRODUCT,
+            x | {W: (1, 1, OUT, COLUMNS)},
+            product,
+            lambda x, w: {X: x, W: w[None, None]},
+        ),
+        Way(views.LINEAR, x | {W: (OUT, COLUMNS)}, linear, by_input),
+        Way(views.PACKED, {BOTH: (1, COLUMNS + rows, 1, WIDTH)}, packed, as_rows),
+        Way(views.KEPT, x, state, by_state, state=kernel),
     ]
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every way of the device; yields rows."""
     if torch.device(device).type == "cpu":
         yield from _by_programs(quick)
@@ -95,11 +125,11 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
 def _by_programs(quick: bool) -> Iterator[Row]:
     coremltools("bench weight-mutability")
     made: dict[str, Made] = {}
+    count = QUICK_CONVERSIONS if quick else CONVERSIONS
     with tempfile.TemporaryDirectory() as name:
         for way in ways():
-            folder = Path(name) / str(len(made))
-            made[way.name] = _made(way, folder, QUICK_CONVERSIONS if quick else CONVERSIONS)
-        made[FILE] = _overwritten(Path(name), QUICK_CONVERSIONS if quick else CONVERSIONS)
+            made[way.name] = _made(way, Path(name) / str(len(made)), count)
+        made[views.FILE] = _overwritten(Path(name), count)
         calls = {case: each.call for case, each in made.items() if each.call is not None}
         contestants = {case: partial(milliseconds, call) for case, call in calls.items()}
         samples = in_rounds(contestants, QUICK_EVALUATIONS if quick else EVALUATIONS)
@@ -113,7 +143,7 @@ def _by_programs(quick: bool) -> Iterator[Row]:
 
 @dataclass
 class Made:
-    """One way's programs: what is to be said of them, and an evaluation, None where refused."""
+    """One way's programs: a row's notes of them, and an evaluation, None where refused."""
 
     notes: dict[str, Any]
     call: Callable[[], object] | None = None
@@ -140,32 +170,32 @@ def _made(way: Way, folder: Path, conversions: int) -> Made:
     if way.baked:
         _convert(way, weights[1], folder / "other.mlpackage")
         changed = _evaluator(Package(folder / "other.mlpackage"))
-    errors = [
-        _apart(each(way.given(x, w))[RESULT], x, w)
+    most = max(
+        _apart(each(way.call(x, w))[RESULT], x, w)
         for each, w in zip((evaluator, changed), weights, strict=True)
-    ]
+    )
     notes = {
         "converts": True,
-        "follows": max(errors) < MOST_APART,
-        "error": float(f"{max(errors):.1e}"),
+        "follows": most < MOST_APART,
+        "error": float(f"{most:.1e}"),
         "compiled_anew": way.baked,
         "convert_ms": digest(seconds),
         "remarks": sorted({str(each) for each in lint(package)}),
     }
-    return Made(notes, partial(evaluator, way.given(x, weights[0])))
+    return Made(notes, partial(evaluator, way.call(x, weights[0])))
 
 
 def _overwritten(folder: Path, loads: int) -> Made:
     """Two saved programs of the same form: the file of weights of one over that of the other."""
     x, weights = _numbers()
-    way, loading = ways()[0], []
     paths = [folder / f"{number}.mlpackage" for number in range(2)]
     for path, w in zip(paths, weights, strict=True):
-        _convert(way, w, path)
+        _convert(ways()[0], w, path)
     packages = [Package(path) for path in paths]
     loaded = _evaluator(packages[0])
     shutil.copyfile(packages[1].weights_path, packages[0].weights_path)
     before = _apart(loaded({X: x})[RESULT], x, weights[1])
+    loading = []
     for _ in range(loads):
         start = time.perf_counter()
         shutil.copyfile(packages[1].weights_path, packages[0].weights_path)
@@ -197,8 +227,28 @@ def _apart(result: Tensor, x: Tensor, w: Tensor) -> float:
     return float((result.reshape(exact.shape).double() - exact).norm() / exact.norm())
 
 
+def _convert(way: Way, weight: Tensor, path: Path) -> None:
+    """Emit, convert and save. Raises ValueError where coremltools refuses it."""
+    ct = coremltools("bench weight-mutability")
+    from coremltools.converters.mil import Builder, mil
+    from coremltools.converters.mil.mil.program import StateTensorPlaceholder
+
+    half = mil.types.fp16
+    inputs = {
+        name: mil.Placeholder(sym_shape=shape, dtype=half, name=name)
+        for name, shape in way.inputs.items()
+    }
+    if way.state:
+        inputs[STATE] = StateTensorPlaceholder(sym_shape=way.state, dtype=half, name=STATE)
+    program = mil.Program()
+    with mil.Function(inputs, opset_version=ct.target.iOS18) as function:
+        function.set_outputs([way.body(Builder, function.inputs, weight)])
+    program.add_function("main", function)
+    write(program, path)
+
+
 def _evaluator(package: Package) -> Evaluator:
-    """A state is given with each call, as the host would have written it before."""
+    """A state is an input of each call, as the host would have written it before."""
     function = package.main
     if function.states:
         operations = tuple(
@@ -207,89 +257,6 @@ def _evaluator(package: Package) -> Evaluator:
             else each
             for each in function.operations
         )
-        function = replace(
-            function, inputs={**function.inputs, **function.states}, operations=operations
-        )
-        package.functions["main"] = function
+        inputs = {**function.inputs, **function.states}
+        package.functions["main"] = replace(function, inputs=inputs, operations=operations)
     return Evaluator(package, PRECISION)
-
-
-def _convert(way: Way, weight: Tensor, path: Path) -> None:
-    """Emit, convert and save. Raises ValueError where coremltools refuses it."""
-    ct = coremltools("bench weight-mutability")
-    from coremltools.converters.mil import Builder, mil
-
-    program = mil.Program()
-    with mil.Function(way.inputs(), opset_version=ct.target.iOS18) as function:
-        function.set_outputs([way.body(Builder, function.inputs, weight)])
-    program.add_function("main", function)
-    write(program, path)
-
-
-# ---- the ways: their inputs, what they compute, what they are given
-
-
-def _spec(name: str, *shape: int) -> dict[str, Any]:
-    from coremltools.converters.mil import mil
-
-    return {name: mil.Placeholder(sym_shape=shape, dtype=mil.types.fp16, name=name)}
-
-
-def _x() -> dict[str, Any]:
-    return _spec(X, 1, COLUMNS, 1, WIDTH)
-
-
-def _state(name: str, *shape: int) -> dict[str, Any]:
-    from coremltools.converters.mil import mil
-    from coremltools.converters.mil.mil.program import StateTensorPlaceholder
-
-    return {name: StateTensorPlaceholder(sym_shape=shape, dtype=mil.types.fp16, name=name)}
-
-
-def _half(weight: Tensor) -> Any:
-    return weight.numpy().astype(np.float16)[:, :, None, None]
-
-
-def _of_constants(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
-    return mb.conv(x=inputs[X], weight=mb.const(val=_half(weight)), name=RESULT)
-
-
-def _of_inputs(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
-    return mb.conv(x=inputs[X], weight=inputs[W], name=RESULT)
-
-
-def _of_product(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
-    x_1SC = mb.transpose(x=inputs[X], perm=[0, 2, 1, 3])
-    return mb.matmul(x=inputs[W], y=x_1SC, name=RESULT)
-
-
-def _of_linear(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
-    x_SC = mb.transpose(x=mb.reshape(x=inputs[X], shape=(COLUMNS, WIDTH)), perm=[1, 0])
-    return mb.linear(x=x_SC, weight=inputs[W], name=RESULT)
-
-
-def _of_packed(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
-    both, row = inputs[BOTH], COLUMNS * OUT // WIDTH
-    x = mb.slice_by_size(x=both, begin=[0, 0, 0, 0], size=[1, COLUMNS, 1, WIDTH])
-    w = mb.slice_by_size(x=both, begin=[0, COLUMNS, 0, 0], size=[1, row, 1, WIDTH])
-    return mb.conv(x=x, weight=mb.reshape(x=w, shape=[OUT, COLUMNS, 1, 1]), name=RESULT)
-
-
-def _of_state(mb: Any, inputs: Mapping[str, Any], weight: Tensor) -> Any:
-    return mb.conv(x=inputs[X], weight=mb.read_state(input=inputs[STATE]), name=RESULT)
-
-
-def _both_given(x: Tensor, w: Tensor) -> Given:
-    return {X: x, W: w[:, :, None, None]}
-
-
-def _as_matrix(x: Tensor, w: Tensor) -> Given:
-    return {X: x, W: w[None, None]}
-
-
-def _packed(x: Tensor, w: Tensor) -> Given:
-    return {BOTH: torch.cat((x, w.reshape(1, -1, 1, WIDTH)), 1)}
-
-
-def _state_given(x: Tensor, w: Tensor) -> Given:
-    return {X: x, STATE: w[:, :, None, None]}

@@ -1,9 +1,9 @@
 """weight-mutability on a GPU, where a kernel's weights are what lies in a buffer.
 
-A model's forward, one launch a stage, as a CUDA graph: new weights packed into the buffers that it
-was captured with, and into others; a small kernel whose scale is a constant of its compilation; and
-PyTorch called operator by operator. Every result is held against float64 with the weights it should
-have, two sets in turn.
+A model's forward, one kernel per stage, as a CUDA graph: new weights packed into the buffers that
+it was captured with, and into others; a small kernel whose scale is a constant of its compilation;
+and PyTorch called operator by operator. Every result is compared with float64 and the weights it
+should have, two sets in turn.
 """
 
 from __future__ import annotations
@@ -24,16 +24,7 @@ from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.core.timing import milliseconds, synchronizer
 from onelaunch.bench.core.weights import exact_logits, random_weights
-from onelaunch.bench.studies.ane_mega_kernel.weight_mutability.views import (
-    ARGUMENTS,
-    CONSTEXPR,
-    EAGER,
-    MODEL,
-    MOST_APART,
-    MOST_APART_BFLOAT16,
-    OTHERS,
-    TOKENS,
-)
+from onelaunch.bench.studies.ane_mega_kernel.weight_mutability import views
 from onelaunch.config import preset
 from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.pack import PackedModel, pack
@@ -50,7 +41,7 @@ SIZE, BLOCK = 1 << 16, 1 << 10
 
 
 class Way(NamedTuple):
-    """What is to be said of one, and a sample of running it, in microseconds."""
+    """A row's notes of one, and a sample of running it, in microseconds."""
 
     notes: dict[str, Any]
     sample: Sample
@@ -62,10 +53,10 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
     with on(device), torch.no_grad():
         forward = _Forward(device)
         ways = {
-            ARGUMENTS: _same_buffers(forward, changes),
-            OTHERS: _other_buffers(forward, changes),
-            CONSTEXPR: _constant(device, changes),
-            EAGER: _parameters(forward, changes),
+            views.ARGUMENTS: _same_buffers(forward, changes),
+            views.OTHERS: _other_buffers(forward, changes),
+            views.CONSTEXPR: _constant(device, changes),
+            views.EAGER: _parameters(forward, changes),
         }
         samples = in_rounds(
             {case: way.sample for case, way in ways.items()}, QUICK_ROUNDS if quick else ROUNDS
@@ -77,12 +68,12 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
 
 
 class _Forward:
-    """A model with two sets of weights, a text, and its logits in float64 with either."""
+    """A model with two sets of weights, a sequence, and its logits in float64 with either."""
 
     def __init__(self, device: torch.device) -> None:
-        self.config, self.device = preset(MODEL), device
+        self.config, self.device = preset(views.MODEL), device
         generator = torch.Generator().manual_seed(SEEDS[0])
-        tokens = torch.randint(self.config.vocab_size, (1, TOKENS), generator=generator)
+        tokens = torch.randint(self.config.vocab_size, (1, views.TOKENS), generator=generator)
         self.weights, self._exact = [], []
         for seed in SEEDS:
             made = random_weights(self.config, seed)
@@ -95,8 +86,8 @@ class _Forward:
         return pack(self.config, self.weights[which], DTYPE, self.device)
 
     def bind(self, packed: PackedModel) -> BoundForward:
-        """The forward of the text."""
-        bound = BoundForward(self.config, packed, Shape(1, TOKENS, True, DTYPE), {})
+        """The forward of the sequence."""
+        bound = BoundForward(self.config, packed, Shape(1, views.TOKENS, True, DTYPE), {})
         bound.buffers.tokens.copy_(self.tokens_BS.flatten())
         return bound
 
@@ -143,14 +134,14 @@ def _other_buffers(forward: _Forward, changes: int) -> Way:
     took, error = _followed(forward, change, lambda: _replayed(bound, graph), changes)
     change(1)
     stale = _replayed(first, first_graph)
-    follows = forward.apart(stale, 1) < MOST_APART_BFLOAT16
-    if not follows and not forward.apart(stale, 0) < MOST_APART_BFLOAT16:
+    follows = forward.apart(stale, 1) < views.MOST_APART_BFLOAT16
+    if not follows and not forward.apart(stale, 0) < views.MOST_APART_BFLOAT16:
         raise RunFailed(
             "a graph computes neither with the weights it was captured with nor new ones"
         )
     notes = _notes("the CUDA engine's kernels", error) | {
         "follows": follows,
-        "follows_loaded_anew": error < MOST_APART_BFLOAT16,
+        "follows_loaded_anew": error < views.MOST_APART_BFLOAT16,
         "compiled_anew": False,
         "change_ms": digest(took),
         "convert_ms": digest(captures[1 : changes + 1]),
@@ -178,7 +169,7 @@ def _followed(
     forward: _Forward, change: Callable[[int], None], run: Callable[[], Tensor], changes: int
 ) -> tuple[list[float], float]:
     """Milliseconds of changes, the weights of the second set first, without the first change, which
-    asks for memory; and the largest error of a result after a change, and before the first."""
+    allocates memory; and the largest error of a result after a change, and before the first."""
     took, errors = [], [forward.apart(run(), 0)]
     for number in range(changes + 1):
         which = 1 - number % 2
@@ -217,7 +208,7 @@ def _constant(device: torch.device, changes: int) -> Way:
             exact = scale * x.double()
             errors.append(float((y.double() - exact).norm() / exact.norm()))
             kernels.append(_compiled(x, y, scale))
-    notes = _notes("a kernel that scales numbers", _largest(errors), MOST_APART) | {
+    notes = _notes("a kernel that scales numbers", _largest(errors), views.MOST_APART) | {
         "compiled_anew": len(set(map(id, kernels))) == len(kernels),
         "convert_ms": digest(took[1:]),  # the first one compiles what launches it, too
     }
@@ -229,10 +220,10 @@ def _compiled(x: Tensor, y: Tensor, scale: float) -> Any:
     return _scale.warmup(x, y, SCALE=scale, BLOCK=BLOCK, grid=(SIZE // BLOCK,))
 
 
-def _notes(by: str, error: float, most: float = MOST_APART_BFLOAT16) -> dict[str, Any]:
+def _notes(by: str, error: float, most: float = views.MOST_APART_BFLOAT16) -> dict[str, Any]:
     return {"converts": True, "by": by, "follows": error < most, "error": float(f"{error:.1e}")}
 
 
 def _largest(errors: list[float]) -> float:
-    """No number where one of them is none."""
+    """nan where one of them is."""
     return float(torch.tensor(errors).max())

@@ -5,13 +5,19 @@ The published study saw 258 ms in the first micro-step after its programs were m
 the first of a fresh process on, with PyTorch and through ML Programs, and through these also those
 after an update, on new programs in a warm process. Waiting for a compilation is not counted.
 Steady is a micro-step from which on the running median stays within 1% of its end.
+
+A fresh process is `python -m onelaunch.bench.studies.ane_mega_kernel.warm_up WHAT DEVICE MODEL
+TOKENS STEPS UPDATES AFTER`: STEPS micro-steps, then UPDATES updates, each followed by AFTER more;
+it prints one JSON object.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from onelaunch.bench.core import plots
@@ -26,16 +32,22 @@ from onelaunch.bench.core.findings import (
 )
 from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Row, Say
-from onelaunch.bench.core.tables import document, markdown, spread
-from onelaunch.bench.studies.ane_mega_kernel.program_training import why_no_programs
+from onelaunch.bench.core.tables import document, spread
+from onelaunch.bench.core.views import CASE, N, column, published, table_of
+from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    Driver,
+    driver,
+    pytorch_driver,
+    why_no_programs,
+)
 
 UNIT = "ms"
 MARKS = (1, 30, 136)
 """The study's; the last stands for all from there on."""
 END_SHARE = 0.25
-"""Of the micro-steps: the last ones, whose median is what others are held against."""
+"""Of the micro-steps: the last ones, with whose median others are compared."""
 WINDOW = 9
-"""Micro-steps of a running median: short beside the study's 136."""
+"""Micro-steps of a running median: short compared with the study's 136."""
 WITHIN, ROUGHLY = 0.01, 0.05
 SLOWER = 1.1
 """Over the end: a first micro-step of more is a cold one. The study's is 1.53."""
@@ -46,32 +58,65 @@ QUICK_PYTORCH = (("stories260k", 64, 180, 2),)
 QUICK_PROGRAMS = (("stories260k", 64, 48, 1),)
 UPDATES, AFTER = 4, 24
 QUICK_UPDATES, QUICK_AFTER = 2, 10
-CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up.child")
+CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up")
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
     """Every case; yields rows."""
     for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
-        case = f"PyTorch {model} 1x{sequence}"
-        told = [_child("PyTorch", device, model, sequence, steps, 0, 0) for _ in range(processes)]
-        yield from _rows(case, [each["first"] for each in told])
+        args = "PyTorch", device, model, sequence, steps, 0, 0
+        results = [_child(*args) for _ in range(processes)]
+        yield from _rows(f"PyTorch {model} 1x{sequence}", [each["first"] for each in results])
     if reason := why_no_programs(device):
-        say(f"without ML Programs: {reason}")
+        log(f"without ML Programs: {reason}")
         return
     updates, after = (QUICK_UPDATES, QUICK_AFTER) if quick else (UPDATES, AFTER)
     for model, sequence, steps, processes in QUICK_PROGRAMS if quick else PROGRAMS:
         case = f"ML Programs {model} 1x{sequence}"
-        told = [
-            _child("ML Programs", device, model, sequence, steps, updates, after)
-            for _ in range(processes)
-        ]
-        yield from _rows(case, [each["first"] for each in told])
-        fresh = [times for each in told for times in each["after"]]
+        args = "ML Programs", device, model, sequence, steps, updates, after
+        results = [_child(*args) for _ in range(processes)]
+        yield from _rows(case, [each["first"] for each in results])
+        fresh = [times for each in results for times in each["after"]]
         yield from _rows(f"{case} after an update", fresh)
 
 
-def _child(*words: str | int) -> dict[str, Any]:
-    return dict(ask([*CHILD, *map(str, words)]))
+def _child(*args: str | int) -> dict[str, Any]:
+    return dict(ask([*CHILD, *map(str, args)]))
+
+
+def main(what: str, device: str, model: str, *numbers: str) -> dict[str, Any]:
+    """In the fresh process: milliseconds of micro-steps with PyTorch, or through ML Programs."""
+    tokens, *counts = (int(number) for number in numbers)
+    if what == "PyTorch":
+        return _measure(pytorch_driver(model, tokens, device), *counts)
+    with driver(model, tokens, staleness=0) as training:
+        return _measure(training, *counts)
+
+
+def _measure(training: Driver[Any], steps: int, updates: int, after: int) -> dict[str, Any]:
+    """The first ones, and those after each update."""
+    times: dict[str, Any] = {"first": _micro_steps(training, steps), "after": []}
+    for _ in range(updates):
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        training.engine.after_update()
+        times["after"].append(_micro_steps(training, after))
+    return times
+
+
+def _micro_steps(training: Driver[Any], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        batch = training.next_batch()
+        training.engine.telemetry()
+        training.wait()
+        start = time.perf_counter()
+        training.engine.train_step(*batch, 1 / count)
+        training.wait()
+        seconds = time.perf_counter() - start
+        seconds -= training.engine.telemetry().get("stall_seconds", 0.0)
+        times.append(round(1e3 * seconds, 4))
+    return times
 
 
 def end_of(times: Sequence[float]) -> float:
@@ -83,7 +128,7 @@ def steady_from(times: Sequence[float], within: float) -> int | None:
     """The number, from 1, of the first micro-step from which on the running median stays within a
     share of its end; None where that is first so in the last quarter, which is no answer."""
     half = WINDOW // 2
-    # at the beginning a window of what follows: it would else hide the first ones
+    # at the beginning no median: it would hide the first ones
     running = [
         statistics.median(times[max(0, i - half) : i + half + 1]) if i >= half else times[i]
         for i in range(len(times))
@@ -98,41 +143,28 @@ def _rows(case: str, by_process: Sequence[Sequence[float]]) -> Iterator[Row]:
     """The marked micro-steps, and the end."""
     by_step = [statistics.median(step) for step in zip(*by_process, strict=True)]
     steps = len(by_step)
-    marked = [mark for mark in MARKS[:-1] if mark <= steps]
-    steady, roughly = steady_from(by_step, WITHIN), steady_from(by_step, ROUGHLY)
-    for mark in marked:
-        samples = [times[mark - 1] for times in by_process]
-        yield Row.of(
-            f"{case}, micro-step {mark}",
-            samples,
-            notes={
-                "of": case,
-                "mark": mark,
-                "over_end": round(statistics.median(samples) / end_of(by_step), 4),
-            },
-        )
+    for mark in (mark for mark in MARKS[:-1] if mark <= steps):
+        row = Row.of(f"{case}, micro-step {mark}", [times[mark - 1] for times in by_process])
+        row.notes = {"of": case, "mark": mark, "over_end": round(row.ours / end_of(by_step), 4)}
+        yield row
     last = MARKS[-1] if steps > MARKS[-1] else 1 + steps - max(1, round(END_SHARE * steps))
     samples = [time for times in by_process for time in times[last - 1 :]]
-    row = Row.of(
-        f"{case}, from {last} on",
-        samples,
-        notes={
-            "of": case,
-            "from": last,
-            "steps": steps,
-            "processes": len(by_process),
-            "steady_from": steady,
-            "roughly_from": roughly,
-            "by_step": [round(ms, 3) for ms in by_step],
-        },
-    )
-    yield row
+    notes = {
+        "of": case,
+        "from": last,
+        "steps": steps,
+        "processes": len(by_process),
+        "steady_from": steady_from(by_step, WITHIN),
+        "roughly_from": steady_from(by_step, ROUGHLY),
+        "by_step": [round(ms, 3) for ms in by_step],
+    }
+    yield Row.of(f"{case}, from {last} on", samples, notes=notes)
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
     """The first micro-step, the 30th, and from where on they are steady, of each case."""
-    found = []
-    end = float(PUBLISHED["warm-136"].values["ms"])
+    results = []
+    end = published("warm-136", "ms")
     rows = {(row["of"], row.get("mark")): row for row in record["rows"]}
     for case in dict.fromkeys(row["of"] for row in record["rows"]):
         last = rows[case, None]
@@ -140,44 +172,44 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             row = rows.get((case, mark))
             if row is None:
                 continue
-            theirs = float(PUBLISHED[key].values["ms"])
+            ms = published(key, "ms")
             least = SLOWER if mark == 1 else 1 + WITHIN
             error = standard_error(last["spread"], row["n"]) / last["ours"]
             verdict = above(row["over_end"], least, error)
-            found.append(
+            results.append(
                 Finding(
                     (key,),
                     f"{case}: micro-step {mark} takes longer than the last ones",
-                    f"{theirs / end:.2f} times as long ({theirs:g} ms, then {end:g})",
+                    f"{ms / end:.2f} times as long ({ms:g} ms, then {end:g})",
                     f"{row['over_end']:.2f} times as long ({row['ours']:.2f} ms)",
                     verdict,
                     f"more than {least:g} times as long is confirmed{unless(verdict)}",
-                    row["over_end"] / (theirs / end),
+                    row["over_end"] / (ms / end),
                 )
             )
-        found.append(_steady(case, last))
-    return without_evaluated_seconds(found)
+        results.append(_steady(case, last))
+    return without_evaluated_seconds(results)
 
 
 def _steady(case: str, last: dict[str, Any]) -> Finding:
-    steady, published = last["steady_from"], MARKS[-1]
+    steady, theirs = last["steady_from"], MARKS[-1]
     verdict: Verdict = "inconclusive"
-    low, high = last["spread"]
-    why = f"micro-steps at the end spread by {high / last['ours'] - 1:+.1%} and "
-    why += f"{low / last['ours'] - 1:+.1%}"
-    if steady is not None and last["steps"] > published:
-        verdict = "confirmed" if steady > published / 2 else "refuted"
-        why = f"from {published // 2 + 1} or later on is confirmed; {why}"
+    low, high = (end / last["ours"] - 1 for end in last["spread"])
+    why = f"micro-steps at the end spread by {high:+.1%} and {low:+.1%}"
+    if steady is not None and last["steps"] > theirs:
+        verdict = "confirmed" if steady > theirs / 2 else "refuted"
+        why = f"from {theirs // 2 + 1} or later on is confirmed; {why}"
     elif steady is not None:
         verdict = "quick run"
         why = f"only {last['steps']} micro-steps were timed; {why}"
-    ours = "never" if steady is None else f"from {steady} on"
-    roughly = "never" if last["roughly_from"] is None else f"from {last['roughly_from']} on"
+    within, roughly = (
+        "never" if first is None else f"from {first} on" for first in (steady, last["roughly_from"])
+    )
     return Finding(
         ("warm-136",),
-        f"{case}: some hundred micro-steps pass until they take no less",
-        f"from {published} on",
-        f"within {WITHIN:.0%} {ours}, within {ROUGHLY:.0%} {roughly}",
+        f"{case}: micro-steps get faster for some hundred of them",
+        f"from {theirs} on",
+        f"within {WITHIN:.0%} {within}, within {ROUGHLY:.0%} {roughly}",
         verdict,
         why,
     )
@@ -185,34 +217,31 @@ def _steady(case: str, last: dict[str, Any]) -> Finding:
 
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
-    lines = [
-        [
-            row["case"], f"{row['ours']:.2f}", spread(row, "{:.2f}".format),
-            str(row["n"]), f"{row['over_end']:.2f}" if "mark" in row else "-",
-            *(
-                str(row[name] or "never") if name in row else "-"
-                for name in ("steady_from", "roughly_from")
-            ),
-        ]
-        for row in record["rows"]
-    ]  # fmt: skip
-    end = float(PUBLISHED["warm-136"].values["ms"])
-    for key in ("warm-1", "warm-30", "warm-136"):
-        ms = float(PUBLISHED[key].values["ms"])
-        steady = str(MARKS[-1]) if key == "warm-136" else "-"
-        lines.append(
-            [f"study: {PUBLISHED[key].row}", f"{ms:g}", "-", "-", f"{ms / end:.2f}", steady, "-"]
-        )
+    rows, end = list(record["rows"]), published("warm-136", "ms")
+    for mark in MARKS:
+        key = f"warm-{mark}"
+        ms, case = published(key, "ms"), f"study: {PUBLISHED[key].row}"
+        rows.append({"case": case, "ours": f"{ms:g}", "over_end": ms / end})
+    rows[-1]["steady_from"] = MARKS[-1]
+
+    def first(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: str(row[key] or "never") if key in row else "-"
+
     parts = [
-        markdown(
-            ["", "ms", "p20-p80", "n", "over the end", f"within {WITHIN:.0%} from",
-             f"within {ROUGHLY:.0%} from"],
-            lines,
+        table_of(
+            rows,
+            CASE,
+            ("ms", lambda row: f"{row['ours']:.2f}" if "n" in row else row["ours"]),
+            ("p20-p80", lambda row: spread(row, "{:.2f}".format)),
+            N,
+            column("over the end", "over_end", "{:.2f}"),
+            (f"within {WITHIN:.0%} from", first("steady_from")),
+            (f"within {ROUGHLY:.0%} from", first("roughly_from")),
         ),
         "Each process begins with its first micro-step; n is processes, or updates, and of the "
         "last rows all their micro-steps. The end is the median of the last quarter. Waiting for "
         "a compilation is not counted. The study's are after new programs were made.",
-    ]  # fmt: skip
+    ]
     return document(record, "Warming up, on", *parts)
 
 
@@ -225,9 +254,13 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     for row in shown:
         end, numbers = end_of(row["by_step"]), range(1, len(row["by_step"]) + 1)
         axes.plot(numbers, [ms / end for ms in row["by_step"]], label=row["of"], linewidth=1)
-    end = float(PUBLISHED["warm-136"].values["ms"])
-    theirs = [float(PUBLISHED[f"warm-{mark}"].values["ms"]) / end for mark in MARKS]
+    end = published("warm-136", "ms")
+    theirs = [published(f"warm-{mark}", "ms") / end for mark in MARKS]
     axes.plot(MARKS, theirs, "k--", marker="x", label="study, M1 Pro's Neural Engine")
     title = f"Warming up, {record['device']}"
     plots.label(axes, "micro-step", "time over that of the last ones", title, log="xy")
     return figure
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
