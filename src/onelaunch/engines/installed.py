@@ -77,13 +77,15 @@ def examine() -> dict[str, Any]:
 
 
 def _auto_engine(cuda: bool) -> dict[str, str]:
-    """What `generate` takes where nothing else is asked for."""
-    from onelaunch.engines import cpu
+    """What `generate` runs by default."""
+    import torch
 
-    compiled = not cuda and cpu.why_not() is None
+    from onelaunch.engines.choice import automatic
+
+    device = "cuda" if cuda else "cpu"
     return {
-        "engine": "cpu" if compiled else "reference",
-        "device": "cuda" if cuda else "cpu",
+        "engine": automatic(torch.device(device), None, None, None),
+        "device": device,
         "dtype": "bfloat16" if cuda else "float32",
     }
 

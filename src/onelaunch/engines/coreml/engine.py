@@ -75,8 +75,8 @@ class CoreMLEngine:
         batch, sequence = tokens_BS.shape
         ends = last_positions(tokens_BS, last, lengths)
         if not tokens_BS.numel():
-            empty = torch.empty(batch, sequence, self.config.vocab_size)
-            return empty if ends is None else empty.view(batch, -1)
+            extents = (batch,) if last else (batch, sequence)
+            return torch.empty(*extents, self.config.vocab_size)
         texts = [self._text(text.tolist()) for text in tokens_BS.cpu()]
         if ends is not None:
             return torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])

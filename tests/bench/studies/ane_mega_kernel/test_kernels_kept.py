@@ -18,8 +18,8 @@ from onelaunch.bench.studies.ane_mega_kernel.cache import experiment as cache
 from onelaunch.bench.studies.ane_mega_kernel.cache import views
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import experiment as compile_budget
 from onelaunch.errors import RunFailed
-from onelaunch.operators.triton_cache import verified
 from onelaunch.operators.rms_norm import launch
+from onelaunch.operators.triton_cache import verified
 from tests.bench.records import record_of
 from tests.compiling import absent
 from tests.interpreting import run_interpreted

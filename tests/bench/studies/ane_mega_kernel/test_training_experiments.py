@@ -360,7 +360,7 @@ def test_kernels_are_compiled_once_each_into_a_store_of_their_own(monkeypatch):
             assert command[1:3] == ["-m", overlap_background.CHILD]
             assert os.environ["TRITON_CACHE_DIR"] != "before"
 
-        def tell(self, line):
+        def send(self, line):
             sent.append(line)
 
         def receive_within(self, seconds):
