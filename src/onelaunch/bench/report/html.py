@@ -87,7 +87,7 @@ def _story(report: Report, plots: Mapping[str, str]) -> Iterator[str]:
         return
     yield f'<section id="story"><h2>{escape(story.STORY_TITLE)}</h2>'
     yield from (f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    yield from (_plot(title, plot) for title, plot in plots.items())
+    yield from (_plot(title, plot, "plot story") for title, plot in plots.items())
     for study, name in contents.STUDIES.items():
         yield f"<h3>{escape(name)}</h3>"
         for claim, answers in story.answers(report, study):
@@ -172,8 +172,9 @@ def _problem(text: str) -> str:
     return f'<p class="problem">{escape(text)}</p>' if text else ""
 
 
-def _plot(label: str, plot: str) -> str:
-    return f'<div class="plot" role="img" aria-label="{escape(label)}">{plot}</div>' if plot else ""
+def _plot(label: str, plot: str, kind: str = "plot") -> str:
+    head = f'<div class="{kind}" role="img" aria-label="{escape(label)}">'
+    return f"{head}{plot}</div>" if plot else ""
 
 
 def _view(part: Part, svg: str) -> str:
