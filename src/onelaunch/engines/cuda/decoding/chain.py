@@ -26,7 +26,7 @@ WARPS = 4
 WIDTH, MERGED_WIDTH = 2048, 512
 """Of the inner dimension at once, at most; where chunks of attention are merged, whose indices take
 registers, less."""
-WEIGHTS_PER_THREAD, MERGED_PER_THREAD = 64, 32
+WEIGHTS_PER_THREAD, MERGED_PER_THREAD = 64, 16
 """Of those loaded before a launch waits: half as many registers in bfloat16."""
 CHUNK = 64
 """Positions of the context in one CTA of attention."""
