@@ -52,7 +52,7 @@ MODULES = {
 """Where the module of an experiment is, from this package on."""
 
 NOT_ON_A_GPU = {
-    "generate": "PyTorch generates there, which generation-speed times",
+    "generate": "its form for a GPU is not written yet; generation-speed times PyTorch there",
     "coreml": "ML Programs are made and evaluated on the CPU",
     "recompile": "weights are arguments of a GPU's kernels, so an update has nothing compiled; "
     "what it packs anew is in accumulation, and the micro-steps that hide it are one",
