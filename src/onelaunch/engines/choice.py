@@ -29,7 +29,7 @@ def choose(
 ) -> Engine:
     """The engine of a name, on a device, computing in a dtype: a name or PyTorch's own. "auto" is
     the device's own engine, where its packages are there and it computes in the dtype, and the
-    reference engine elsewhere; on a GPU also where float32 or a number of threads is asked for.
+    reference engine elsewhere; on a GPU also where float32 or a number of threads is requested.
 
     Raises BadInput for an unknown name and for options that do not go together.
     """
@@ -91,7 +91,7 @@ def automatic_for_evaluation(
 def automatic(
     device: torch.device, config: ModelConfig | None, dtype: str | None, threads: int | None
 ) -> str:
-    """What "auto" is on a device; of a model, where it is given."""
+    """The engine that "auto" selects on a device; for one model, unless `config` is None."""
     if device.type == "cpu":
         from onelaunch.engines import cpu
 

@@ -66,10 +66,10 @@ class Form:
     def launch(self, ids, logits):
         self._compute("run", ids, logits)
 
-    def ask(self):
+    def copy_status(self):
         assert self.events[-1] in ("run", "replay")
 
-    def told(self, wait):
+    def raise_if_timed_out(self, wait):
         assert not wait
         if Form.timeout:
             Form.timeout = False

@@ -128,7 +128,7 @@ def ended(tracer, stage, tile_id):
 
 @triton.jit
 def ended_unpublished(tracer, stage, tile_id):
-    """The tile has ended, and nobody waits for it."""
+    """The tile has ended, and no other waits for it."""
     if tracer.records is not None:
         tl.debug_barrier()
         _stamp(tracer, stage, tile_id, _ENDED_WORD)

@@ -81,7 +81,7 @@ class ResidualExtents:
 
 
 class Run(NamedTuple):
-    """What the tiles of a kernel are handed beside their operands: what stages share, and what
+    """What the tiles of a kernel get in addition to their operands: what stages share, and what
     Triton must not specialize or takes as a kernel's own parameters only. ids: (n_rows,), int64;
     logits: (logit_rows, V); descriptors of a product's two sides, or None; `layer`, 0 where
     operands are one layer's. To be built where it is passed: bound to a name, the constexprs inside
@@ -159,7 +159,7 @@ def _weights(
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A block of w^T, (WIDTH, BN), from row `first` on. WHOLE says what exists of it: 0 some rows
+    """A block of w^T, (WIDTH, BN), from row `first` on. WHOLE is what exists of it: 0 some rows
     and some columns, 1 all of its rows, 2 all of its columns, 3 all."""
     inner = first + tl.arange(0, WIDTH)
     at = w_ptr + columns[None, :].to(tl.int64) * INNER + inner[:, None]
