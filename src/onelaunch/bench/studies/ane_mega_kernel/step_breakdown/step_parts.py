@@ -51,7 +51,7 @@ Seconds = dict[str, float]
 
 
 def kind_of(operation: str) -> str:
-    """Which of EVALUATING an operation of a program counts as."""
+    """The entry of EVALUATING that an operation of a program counts as."""
     if operation in PRODUCTS:
         return "products"
     return "moves" if operation in MOVES else "elementwise"
@@ -79,13 +79,13 @@ class Parts:
             self._open.pop()
 
     def switch(self, name: str) -> None:
-        """What is open goes on under another name."""
+        """Continue the open part under another name."""
         self._count()
         self._open[-1] = name
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """For the trainer, by its names."""
+        """The trainer's clock, by its names."""
         if part != training.PRODUCTS:
             with self.part(OF_CLOCK[part]):
                 yield
@@ -171,7 +171,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
 
 
 def programs_of(driver: Driver[CoreMLTrainer]) -> int:
-    """How many programs a micro-step runs, after the first."""
+    """The number of programs that a micro-step runs, after the first."""
     serving = driver.engine.serving
     return 0 if serving is None else len(serving.forward) + len(serving.backward)
 
