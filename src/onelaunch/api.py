@@ -55,7 +55,7 @@ def load(
     engine: "auto" (the device's own), "reference" (PyTorch), "cpu", "cuda" or "coreml".
     threads: CPU threads; as many as measure fastest unless given.
     fusion_depth: how much one launch holds: "auto", "stage", "half", a number of layers, or "all".
-    tokenizer: a file or folder, or "bytes", where none lies beside the model.
+    tokenizer: a file or folder, or "bytes", where none lies next to the model.
     random: `path` is the name of a preset; its weights are random, for measuring speed.
     log: called with lines for people, such as that a compilation ended; none are printed unless
         given.
@@ -76,7 +76,7 @@ class LanguageModel:
     """A model with its tokenizer and its engine; `load` makes it.
 
     For one thread at a time. It is a context manager: at its end, or with `close`, the engine's
-    memory is given back.
+    memory is freed.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that `load` was given, else the one beside the model. Raises BadInput where
+        """The tokenizer passed to `load`, else the one next to the model. Raises BadInput where
         there is none."""
         from onelaunch.checkpoints.tokenizers import find_tokenizer, load_tokenizer, size_note
 
@@ -242,7 +242,7 @@ class LanguageModel:
     ) -> Decoding:
         """What `generate` and `stream` are made of: an iterator of `TextEvent` (the prompt's
         number, token id, text, finish reason) whose `completions` hold ids, text, finish reason and
-        seconds of each prompt. Nothing is computed before the first event is asked for.
+        seconds of each prompt. Nothing is computed before the first event is requested.
 
         ids_only: a model without a usable tokenizer will do, where there is no prompt either; the
             events of such a model have no text.
@@ -272,7 +272,7 @@ class LanguageModel:
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits of every position, (batch, sequence, vocabulary), on the engine's device; with
-        `last` those of each sequence's last position alone, (batch, vocabulary), and `lengths` says
+        `last` those of each sequence's last position alone, (batch, vocabulary), and `lengths` is
         how many tokens of each count. See `engines.engine.LogitsEngine.logits`."""
         return self.engine.logits(ids, dtype, last=last, lengths=lengths)
 
