@@ -125,7 +125,7 @@ def last_positions(
 
 
 def _kind(prompt: object) -> str:
-    """What stands in the place of a list of ids."""
+    """The kind of value in place of a list of ids, for messages."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         wrong = next(each for each in prompt if not isinstance(each, Integral))
         return f"of {type(wrong).__name__}"

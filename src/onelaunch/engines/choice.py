@@ -1,4 +1,4 @@
-"""Which engine runs a model."""
+"""Choose the engine that runs a model."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def choose(
 def automatic_for_evaluation(
     device: torch.device, config: ModelConfig, dtype: str, threads: int | None
 ) -> str:
-    """What "auto" is for the logits of whole batches: the CUDA engine, in float32 too, where it
-    runs; elsewhere the reference engine. On a CPU PyTorch's products of a batch are faster than the
-    CPU engine's: logits of 8x256 take that 1.25 to 1.35 times as long."""
+    """The engine that "auto" selects for the logits of whole batches: the CUDA engine, in float32
+    too, where it runs; elsewhere the reference engine. On a CPU PyTorch's products of a batch are
+    faster than the CPU engine's: logits of 8x256 take that 1.25 to 1.35 times as long."""
     if device.type == "cuda" and threads is None:
         from onelaunch.engines import cuda
 

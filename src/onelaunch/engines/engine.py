@@ -1,4 +1,4 @@
-"""What an engine offers: logits of whole sequences, sessions that generate, steps that train.
+"""The protocols of an engine: logits of whole sequences, sessions that generate, steps that train.
 
 Three protocols, small and separate; an engine has those that it can.
 """
@@ -199,7 +199,7 @@ class TrainEngine(LogitsEngine, Protocol):
         """The parameters have been changed: make of them what is computed with."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs in addition to the parameters."""
+        """The tensors that a resumed run needs in addition to the parameters."""
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Put back what `state_dict` gave after `version` updates."""
@@ -207,7 +207,7 @@ class TrainEngine(LogitsEngine, Protocol):
     # an engine that compiles in the background while it trains has something to log here
 
     def log_to(self, log: Callable[[str], None]) -> None:
-        """Where lines for people go from now on, from any thread."""
+        """Send log lines to `log` from now on, from any thread."""
 
     def telemetry(self) -> dict[str, Any]:
         """Further figures of the time since the last call, for metrics.jsonl."""

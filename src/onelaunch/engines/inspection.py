@@ -1,4 +1,4 @@
-"""What a model is, what running it takes, and what engines have chosen for it, without a run."""
+"""Describe a model, what running it takes, and the engines' tuned choices, without a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
 
 
 def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """What the CUDA engine has chosen for this model's shape, on whatever GPU, as it is kept."""
+    """The stored choices of the CUDA engine for this model's shape, on every GPU."""
     from dataclasses import asdict
 
     from onelaunch.compilation.cache import Store
@@ -54,7 +54,7 @@ def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
 
 
 def _prefetch(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """How the CPU engine prefetches this model's weights, on whatever processor, as it is kept."""
+    """The stored choices of the CPU engine's prefetch for this model, on every processor."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cpu.prefetch_choice import kept
 

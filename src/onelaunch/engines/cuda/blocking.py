@@ -1,4 +1,4 @@
-"""How each kind of stage is cut into tiles, and how a tile goes through its inner dimension."""
+"""The tiles of each kind of stage, and how a tile goes through its inner dimension."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ forward than the fastest of our own (docs/log.md)."""
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a device: its multiprocessors, the bytes of shared memory that a program can have, and
-    whether it has a tensor memory accelerator; by default those of an H200."""
+    """Limits of a device: its multiprocessors, the bytes of shared memory that a program can have,
+    and whether it has a tensor memory accelerator; by default those of an H200."""
 
     multiprocessors: int = 132
     shared_bytes: int = 232_448
@@ -79,7 +79,7 @@ def padded(n: int, least: int = 16) -> int:
 
 
 def inner_of(config: ModelConfig, kind: str) -> int:
-    """What a kind of product sums over."""
+    """The inner dimension of a kind of product."""
     inner = STAGE_KINDS[kind].inner
     if inner is None:
         raise ValueError(f"{kind} is no product")
@@ -87,7 +87,7 @@ def inner_of(config: ModelConfig, kind: str) -> int:
 
 
 def shared_bytes(config: ModelConfig, kind: str, blocking: Blocking, itemsize: int) -> int:
-    """What the blocks of a tile take of shared memory, about; embed's none."""
+    """The bytes of shared memory that the blocks of a tile take, about; embed's none."""
     b = blocking
     if kind == "embed":
         return 0
@@ -213,7 +213,7 @@ def _fitted(
 
 
 def _exact() -> dict[str, Blocking]:
-    """Of float32, whose products are exact ones and slow."""
+    """Blockings of float32, whose products are exact ones and slow."""
     blockings = dict.fromkeys(PRODUCTS, Blocking(16, 32, 32, 3))
     return blockings | {"attention": Blocking(16, 32, num_stages=2)}
 

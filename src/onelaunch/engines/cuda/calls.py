@@ -91,12 +91,12 @@ class CallAndProduct:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """With a GPU as the current one."""
+    """A context with a GPU as the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """What is launched by a function, whose kernels are loaded, as a CUDA graph."""
+    """Capture what a function launches, whose kernels are loaded, as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     # other threads may launch and copy meanwhile, though not wait for the device
     with torch.cuda.graph(graph, stream=_capturing(device), capture_error_mode="thread_local"):

@@ -280,7 +280,7 @@ class CudaEngine:
             return self._packed
 
     def _let_go(self) -> None:
-        """Of the weights that the caller gave, when all has been made of them."""
+        """Release the caller's weights once all has been made of them."""
         if self._packed is not None and self._reference is not None:
             self._weights = {}
 
@@ -315,7 +315,7 @@ class CudaEngine:
         return bind(self.config, packed, shape, form)
 
     def _choice(self, packed: PackedModel, batch: int, sequence: int) -> Choice | None:
-        """What was tuned for a shape, None where nothing was."""
+        """The tuned choice for a shape, None where there is none."""
         name = self._name(batch, sequence)
         if name in self._disabled:
             return None
@@ -343,7 +343,7 @@ class CudaEngine:
             self._drop(shape)
 
     def _make_room(self, newest: _BoundForm) -> None:
-        """For one more, which is not among them yet."""
+        """Evict forms to make room for one more."""
         room = MAX_FORM_BYTES - newest.n_bytes
         while self._forms and (
             len(self._forms) >= MAX_FORMS or sum(f.n_bytes for f in self._forms.values()) > room
@@ -470,5 +470,5 @@ def _wait_for(used: torch.cuda.Event) -> None:
 
 
 def _bytes_of(tensors: object) -> int:
-    """Of all tensors among an object's fields."""
+    """The bytes of all tensors among an object's fields."""
     return sum(t.nbytes for t in vars(tensors).values() if isinstance(t, Tensor))

@@ -49,10 +49,11 @@ TIMEOUT_NS = 2_000_000_000  # that a tile waits for another
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
-    written. Without `own_logits` it has no buffer for them: it runs by `launch` and `Replay`
-    alone, into tensors of its caller's. With `own_positions` the rotary embedding takes each row's
-    position from `buffers.positions`. With `keep_qkv` each layer's are kept, in `buffers.qkv`."""
+    """The shape that a forward is bound to. Of a part (plan/parts.py) the result is x, and logits
+    are not written. Without `own_logits` it has no buffer for them: it runs by `launch` and
+    `Replay` alone, into tensors of its caller's. With `own_positions` the rotary embedding takes
+    each row's position from `buffers.positions`. With `keep_qkv` each layer's are kept, in
+    `buffers.qkv`."""
 
     batch: int
     sequence: int
@@ -129,7 +130,7 @@ class BoundForward:
         return make_tiles(self.plan, self._tilings)
 
     def end_at(self, lengths: Sequence[int]) -> None:
-        """Where each sequence ends, from 1 to the longest: its logits are those of its last
+        """Set where each sequence ends, from 1 to the longest: its logits are those of its last
         position. Only of a shape without those of all positions; they stay until they are set
         again. Raises BadInput for other lengths."""
         longest = self.plan.sequence
@@ -172,7 +173,7 @@ class BoundForward:
         return self._call(len(self.plan.stages) - 1, logits)
 
     def break_off(self) -> None:
-        """To be called where some of its launches were made and not all."""
+        """Reset after some of its launches were made and not all."""
 
     @property
     def n_bytes(self) -> int:
@@ -285,9 +286,9 @@ class BoundForward:
         return CallAndProduct(call, normalized, self.packed.head.T, logits)
 
     def _later_weights(self, number: int) -> tuple[Tensor, int] | None:
-        """What a stage prefetches into the L2: the weights, and their bytes, of the stage after the
-        next one, where it has any and half of the L2 holds them; else no bytes. None where a device does
-        not prefetch."""
+        """The weights that a stage prefetches into the L2, and their bytes: those of the stage
+        after the next one, where it has any and half of the L2 holds them; else no bytes. None
+        where a device does not prefetch."""
         device = self.buffers.x.device
         if device.type != "cuda" or not self._sources.limits.tma:
             return None

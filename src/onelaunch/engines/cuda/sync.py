@@ -1,4 +1,4 @@
-"""How tiles of one launch wait for one another.
+"""Synchronization between the tiles of one launch.
 
 A row tile of a phase has a counter, to which each of its tiles adds one when what it wrote can be
 seen by others. Counters are never cleared: in epoch e, which counts forwards from 0, a row tile of
@@ -108,9 +108,9 @@ _LOOK = tl.constexpr(500)  # nanoseconds, about, that a look by an atomic additi
 
 
 class Wait(NamedTuple):
-    """What a tile of one launch waits for: `count` counters from `counter` on, until they have
-    reached `target`; `report` is what the status word is to be of the first; `timeout_ns`; then
-    which tile waits (tracer.py)."""
+    """The counters that a tile of one launch waits for: `count` counters from `counter` on, until
+    they have reached `target`; `report` is what the status word is to be of the first;
+    `timeout_ns`; then which tile waits (tracer.py)."""
 
     MODE: Any
     counter: Any

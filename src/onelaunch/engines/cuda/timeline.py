@@ -1,4 +1,4 @@
-"""When the tiles of a forward ran: what took the time, and a file that Perfetto opens.
+"""The timeline of a forward's tiles: its critical path, and a file that Perfetto opens.
 
 Times are nanoseconds of the device's clock, which is one for all multiprocessors and goes on in
 steps of some ten nanoseconds.
@@ -89,10 +89,10 @@ class Timeline:
 
 
 def summary(timeline: Timeline) -> dict[str, Any]:
-    """In microseconds: the whole; of each kind of stage its tiles, their median wait and work, the
-    median time from a stage's first tile to its last one's end, and what it has of the critical
-    path; the programs' shares of waiting, least, median and most; the path's gaps, by their cause.
-    """
+    """Summarize a timeline, in microseconds: the whole; of each kind of stage its tiles, their
+    median wait and work, the median time from a stage's first tile to its last one's end, and what
+    it has of the critical path; the programs' shares of waiting, least, median and most; the path's
+    gaps, by their cause."""
     spans, path = timeline.spans, timeline.path
     kinds: dict[str, list[Span]] = defaultdict(list)
     for span in spans:

@@ -1,4 +1,4 @@
-"""What a tile of one launch records of its time, and how a test delays it.
+"""Record the times of the tiles of one launch, and delay tiles in tests.
 
 A kernel is handed a `Tracer`: a field that is None leaves out what it is for, and without any
 nothing of this is in the kernel, not even a parameter. A tile is known by its stage and its number

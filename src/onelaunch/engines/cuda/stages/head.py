@@ -1,4 +1,4 @@
-"""Logits, and what a library makes them of."""
+"""Logits, and the normalized rows of which a library computes them."""
 
 from __future__ import annotations
 

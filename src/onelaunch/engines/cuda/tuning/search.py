@@ -1,4 +1,4 @@
-"""What is timed in which order, and which form is chosen, without a device."""
+"""The order of the timings, and the choice of the form, without a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which tiles of each kind of stage are worth timing: an estimate ranks them, without a device."""
+"""The tiles of each kind of stage that are worth timing: an estimate ranks them, without a
+device."""
 
 from __future__ import annotations
 

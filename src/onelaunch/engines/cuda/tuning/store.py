@@ -1,4 +1,4 @@
-"""The measured choice of a form, as it is kept.
+"""The measured choice of a form, and its storage.
 
 A choice is of a model's shape, a dtype, a device, the versions and sources that compile for it, and
 of batches and sequences up to a power of two. Nothing that is read is trusted: what is not exactly
@@ -132,7 +132,7 @@ def _shape_of(config: ModelConfig) -> Facts:
 
 
 def _name(facts: Facts) -> str:
-    """Of a model's shape."""
+    """The name of a model's shape."""
     shape = json.dumps([facts[name] for name in _SHAPE])
     return hashlib.sha256(shape.encode("ascii")).hexdigest()
 

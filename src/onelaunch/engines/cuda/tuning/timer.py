@@ -43,7 +43,7 @@ MAX_COMPILERS = 16
 
 @cache
 def device_facts(device: torch.device) -> dict[str, str | int]:
-    """What a choice depends on of a device, and of what compiles for it."""
+    """The facts of a device and its compilers that a choice depends on."""
     import triton
 
     properties = torch.cuda.get_device_properties(device)
