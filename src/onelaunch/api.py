@@ -51,9 +51,9 @@ def load(
 
     device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
     dtype: what is computed in, "float32", "bfloat16" or "float16" or PyTorch's own; bfloat16 on a
-        CUDA GPU and float32 elsewhere unless given.
+        CUDA GPU and float32 elsewhere by default.
     engine: "auto" (the device's own), "reference" (PyTorch), "cpu", "cuda" or "coreml".
-    threads: CPU threads; as many as measure fastest unless given.
+    threads: CPU threads; by default as many as measure fastest.
     fusion_depth: how much one launch holds: "auto", "stage", "half", a number of layers, or "all".
     tokenizer: a file or folder, or "bytes", where none lies next to the model.
     random: `path` is the name of a preset; its weights are random, for measuring speed.
@@ -309,7 +309,7 @@ class LanguageModel:
         dtype, GPU and versions, for batches and sequences up to the next powers of two. Without it
         a rule decides. It takes some tens of seconds, in which nothing else should use the GPU.
 
-        batch, sequence: of (B, S) token ids; the model's context, 2,048 at most, unless given.
+        batch, sequence: of (B, S) token ids; by default the model's context, 2,048 at most.
         progress: called with a phase, how much of it is done and of about how much, from several
             threads.
 
@@ -453,9 +453,9 @@ def train(
     """Train a model; returns its run folder, which `load` opens.
 
     recipe: a built-in name or a TOML file (docs/recipes.md), the sections as a dict, or a Recipe;
-        "quickstart" unless given. With `resume` it must describe the run's model.
-    run: the run folder, made here; a new one in `runs` unless given. With `resume` the one to go
-        on with, by its own recipe: the newest unless given.
+        by default "quickstart". With `resume` it must describe the run's model.
+    run: the run folder, made here; by default a new one in `runs`. With `resume` the one to go
+        on with, by its own recipe: by default the newest.
     settings: keys to change, such as {"train.updates": 100}.
     quiet: no progress on the terminal.
 

@@ -28,7 +28,7 @@ def bench(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help="auto, cpu, cuda, cuda:N or mps; if not given auto for "
+            help="auto, cpu, cuda, cuda:N or mps; default: auto for "
             f"{', '.join(name for name in EXPERIMENTS if name in ON_THE_GPU)}, cpu for the others.",
         ),
     ] = None,

@@ -37,8 +37,8 @@ def export(
             "--seq",
             metavar="N",
             min=1,
-            help="coreml: tokens that a program reads at once; 256, or the model's context where "
-            "that is less, unless given.",
+            help="coreml: tokens that a program reads at once; default: 256, or the model's "
+            "context where that is less.",
         ),
     ] = None,
     fusion_depth: Annotated[
@@ -47,7 +47,7 @@ def export(
             "--fusion-depth",
             metavar="DEPTH",
             help="coreml: what one program holds: half a layer, a number of layers, or all (one "
-            "program, tokens to logits), which it is unless given.",
+            "program, tokens to logits); default: all.",
         ),
     ] = None,
     taps: Annotated[
@@ -56,14 +56,12 @@ def export(
             "--taps",
             metavar="TAPS",
             help="coreml: what programs hand out for a backward pass: none, inputs (each layer's) "
-            "or full; none unless given.",
+            "or full; default: none.",
         ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            "--weights", metavar="DTYPE", help="coreml: fp16, which they are unless given."
-        ),
+        typer.Option("--weights", metavar="DTYPE", help="coreml: fp16, the default."),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -88,8 +88,8 @@ def generate(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="float32, bfloat16 or float16; bfloat16 on a CUDA GPU and float32 elsewhere "
-            "unless given.",
+            help="float32, bfloat16 or float16; default: bfloat16 on a CUDA GPU and float32 "
+            "elsewhere.",
         ),
     ] = None,
     threads: Annotated[
@@ -98,7 +98,7 @@ def generate(
             "--threads",
             metavar="N",
             min=1,
-            help="CPU threads; as many as measure fastest unless given (reference engine: "
+            help="CPU threads; default: as many as measure fastest (reference engine: "
             "PyTorch's choice).",
         ),
     ] = None,

@@ -17,7 +17,7 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="RECORD...",
-            help="Records, or folders of them; if not given benchmarks/records.",
+            help="Records, or folders of them; default: benchmarks/records.",
         ),
     ] = None,
     again: Annotated[
@@ -34,7 +34,7 @@ def report(
         typer.Option(
             "--out",
             metavar="FILE",
-            help=f"One page of HTML; {HTML} if neither it nor --markdown is given.",
+            help=f"One page of HTML; default without --markdown: {HTML}.",
         ),
     ] = None,
     markdown: Annotated[

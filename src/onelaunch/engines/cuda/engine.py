@@ -198,7 +198,7 @@ class CudaEngine:
                 self._used.synchronize()
             choice = tune(self.config, packed, batch, sequence, progress or ignore_progress)
             if not keep(self._store, facts(self.config, packed, batch, sequence), choice):
-                self._log(f"not kept for the next process: {self._store.last_error}")
+                self._log(f"the choice could not be stored: {self._store.last_error}")
             name = self._name(batch, sequence)
             self._choices[name] = choice
             self._disabled.pop(name, None)

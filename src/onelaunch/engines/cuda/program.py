@@ -328,7 +328,7 @@ class FusedForward(BoundForward):
     blockings have, and without their options for one kernel per stage. In place of a depth the
     launches themselves may be handed over, in order from embed on; they may end before the last
     stage. `ctas` is how many run at once, by default one or two a multiprocessor; all of
-    them must fit on the device together. A tile that waits for another for `timeout_ns` gives up.
+    them must fit on the device together. A tile that waits for another for `timeout_ns` times out.
 
     A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
     before and after each wait and publication, by the number in `seed` (tracer.py).

@@ -63,7 +63,7 @@ class Parts:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.beside = 0.0
+        self.in_background = 0.0
         self._open: list[str] = []
         self._last = 0.0
 
@@ -94,7 +94,7 @@ class Parts:
         try:
             yield
         finally:
-            self.beside += time.perf_counter() - start
+            self.in_background += time.perf_counter() - start
 
     def _count(self) -> None:
         now = time.perf_counter()
@@ -146,7 +146,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
 
     def update(k: int, clocks: bool) -> Seconds:
         parts.seconds.clear()
-        parts.beside = 0.0
+        parts.in_background = 0.0
         engine.serving = timed if clocks else plain
         engine.clock = parts.clock if clocks else no_clock
         start = time.perf_counter()
@@ -161,7 +161,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
         seconds = dict(parts.seconds) if clocks else {}
         if clocks:
             seconds[UNEXPLAINED] = whole - sum(seconds.values())
-            seconds[BESIDE] = parts.beside
+            seconds[BESIDE] = parts.in_background
         return {name: value / k for name, value in {**seconds, WHOLE: whole}.items()}
 
     try:
