@@ -103,14 +103,14 @@ def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row
     step = statistics.median(u.seconds / u.micro_steps for u in timed[ASYMPTOTE])
     stalls = [u.stall_seconds for stage in (BASELINE, ACCUMULATION) for u in timed[stage]]
     compiling = statistics.median(stalls)
-    background, slowdown = schedule.compile_seconds or compiling, schedule.slowdown or 1.0
+    overlapped, slowdown = schedule.compile_seconds or compiling, schedule.slowdown or 1.0
     models = {
         BASELINE: throughput(SHORT, compiling, step, 1.0, overlapped=False),
         ACCUMULATION: throughput(long, compiling, step, 1.0, overlapped=False),
-        BACKGROUND: throughput(long, background, step, slowdown, overlapped=True),
+        BACKGROUND: throughput(long, overlapped, step, slowdown, overlapped=True),
         ASYMPTOTE: 1 / step,
     }
-    seconds = {BASELINE: compiling, ACCUMULATION: compiling, BACKGROUND: background, ASYMPTOTE: 0.0}
+    seconds = {BASELINE: compiling, ACCUMULATION: compiling, BACKGROUND: overlapped, ASYMPTOTE: 0.0}
     for stage in STAGES:
         notes = {
             "model": round(models[stage], 4),
