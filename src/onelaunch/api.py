@@ -51,11 +51,11 @@ def load(
 
     device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
     dtype: what is computed in, "float32", "bfloat16" or "float16" or PyTorch's own; bfloat16 on a
-        CUDA GPU and float32 elsewhere unless given.
+        CUDA GPU and float32 elsewhere by default.
     engine: "auto" (the device's own), "reference" (PyTorch), "cpu", "cuda" or "coreml".
-    threads: CPU threads; as many as measure fastest unless given.
+    threads: CPU threads; by default as many as measure fastest.
     fusion_depth: how much one launch holds: "auto", "stage", "half", a number of layers, or "all".
-    tokenizer: a file or folder, or "bytes", where none lies beside the model.
+    tokenizer: a file or folder, or "bytes", where none lies next to the model.
     random: `path` is the name of a preset; its weights are random, for measuring speed.
     log: called with lines for people, such as that a compilation ended; none are printed unless
         given.
@@ -76,7 +76,7 @@ class LanguageModel:
     """A model with its tokenizer and its engine; `load` makes it.
 
     For one thread at a time. It is a context manager: at its end, or with `close`, the engine's
-    memory is given back.
+    memory is freed.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that `load` was given, else the one beside the model. Raises BadInput where
+        """The tokenizer passed to `load`, else the one next to the model. Raises BadInput where
         there is none."""
         from onelaunch.checkpoints.tokenizers import find_tokenizer, load_tokenizer, size_note
 
@@ -242,7 +242,7 @@ class LanguageModel:
     ) -> Decoding:
         """What `generate` and `stream` are made of: an iterator of `TextEvent` (the prompt's
         number, token id, text, finish reason) whose `completions` hold ids, text, finish reason and
-        seconds of each prompt. Nothing is computed before the first event is asked for.
+        seconds of each prompt. Nothing is computed before the first event is requested.
 
         ids_only: a model without a usable tokenizer will do, where there is no prompt either; the
             events of such a model have no text.
@@ -272,7 +272,7 @@ class LanguageModel:
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits of every position, (batch, sequence, vocabulary), on the engine's device; with
-        `last` those of each sequence's last position alone, (batch, vocabulary), and `lengths` says
+        `last` those of each sequence's last position alone, (batch, vocabulary), and `lengths` is
         how many tokens of each count. See `engines.engine.LogitsEngine.logits`."""
         return self.engine.logits(ids, dtype, last=last, lengths=lengths)
 
@@ -309,7 +309,7 @@ class LanguageModel:
         dtype, GPU and versions, for batches and sequences up to the next powers of two. Without it
         a rule decides. It takes some tens of seconds, in which nothing else should use the GPU.
 
-        batch, sequence: of (B, S) token ids; the model's context, 2,048 at most, unless given.
+        batch, sequence: of (B, S) token ids; by default the model's context, 2,048 at most.
         progress: called with a phase, how much of it is done and of about how much, from several
             threads.
 
@@ -453,9 +453,9 @@ def train(
     """Train a model; returns its run folder, which `load` opens.
 
     recipe: a built-in name or a TOML file (docs/recipes.md), the sections as a dict, or a Recipe;
-        "quickstart" unless given. With `resume` it must describe the run's model.
-    run: the run folder, made here; a new one in `runs` unless given. With `resume` the one to go
-        on with, by its own recipe: the newest unless given.
+        by default "quickstart". With `resume` it must describe the run's model.
+    run: the run folder, made here; by default a new one in `runs`. With `resume` the one to go
+        on with, by its own recipe: by default the newest.
     settings: keys to change, such as {"train.updates": 100}.
     quiet: no progress on the terminal.
 

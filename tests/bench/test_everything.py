@@ -21,13 +21,13 @@ def module_of(run):
     return module
 
 
-def rows(device, quick, say):
-    say(f"on {device}, {'quick' if quick else 'whole'}")
+def rows(device, quick, log):
+    log(f"on {device}, {'quick' if quick else 'whole'}")
     yield Row("one", 1.0)
 
 
 def raising(error):
-    def run(device, quick, say):
+    def run(device, quick, log):
         yield Row("before", 2.0)
         raise error
 
@@ -35,7 +35,7 @@ def raising(error):
 
 
 def refusing(error):
-    def run(device, quick, say):
+    def run(device, quick, log):
         raise error
 
     return run

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from onelaunch.bench.core.record import Say
+from onelaunch.bench.core.record import Log
 from onelaunch.bench.core.runner import conduct
 from onelaunch.bench.core.tables import Cell, by_columns
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
@@ -27,23 +27,23 @@ class Done:
 
 
 def conduct_all(
-    device_of: Callable[[bool], str], quick: bool, folder: Path, say: Say
+    device_of: Callable[[bool], str], quick: bool, folder: Path, log: Log
 ) -> list[Done]:
     """Run them all. `device_of` returns an experiment's device; its argument is whether the
     experiment runs on a GPU where there is one. One that cannot run here, or fails, stops none of
     the others; what was measured before an interrupt is on disk."""
     done: list[Done] = []
     for number, (name, about) in enumerate(EXPERIMENTS.items(), 1):
-        say(f"[{number}/{len(EXPERIMENTS)}] {name}: {about}")
+        log(f"[{number}/{len(EXPERIMENTS)}] {name}: {about}")
         start, record, skipped, failed = time.monotonic(), None, "", ""
         try:
-            record = conduct(name, device_of(name in ON_THE_GPU), quick, folder, say)
+            record = conduct(name, device_of(name in ON_THE_GPU), quick, folder, log)
         except (BadInput, MissingExtra) as error:
             skipped = in_a_line(error)
-            say(f"{name}: skipped: {skipped}")
+            log(f"{name}: skipped: {skipped}")
         except Exception as error:  # whatever a peer or a library raises ends this experiment alone
             failed = in_a_line(error)
-            say(f"{name}: failed: {failed}")
+            log(f"{name}: failed: {failed}")
         done.append(Done(name, time.monotonic() - start, record, skipped, failed))
     return done
 

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, one line per error."""
+"""The command line: one file per command, one line per error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The verbs. Importing this loads no torch, numpy or numba: each verb imports when it runs."""
+"""The commands. Importing this loads no torch, numpy or numba: each command imports when it
+runs."""
 
 from __future__ import annotations
 

@@ -18,18 +18,18 @@ def with_options(message: str, options: Collection[str], argv: Sequence[str]) ->
     options. What is wrong comes first in a message: it may be from a recipe, and is called an
     option where it was given as one."""
 
-    def option(found: re.Match[str]) -> str:
-        name = "--" + OPTIONS.get(found[1], found[1]).replace("_", "-")
-        given = any(word == name or word.startswith(f"{name}=") for word in argv)
-        if name not in options or (found.start() == 0 and not given):
-            return found[0]
-        return name if found[2] == "True" else f"{name} {_shown(found[2])}"
+    def option(match: re.Match[str]) -> str:
+        name = "--" + OPTIONS.get(match[1], match[1]).replace("_", "-")
+        is_option = any(word == name or word.startswith(f"{name}=") for word in argv)
+        if name not in options or (match.start() == 0 and not is_option):
+            return match[0]
+        return name if match[2] == "True" else f"{name} {_shown(match[2])}"
 
     return _ARGUMENT.sub(option, message)
 
 
 def _shown(value: str) -> str:
-    """As it was typed, without quotes where none are needed."""
+    """A value as typed, without quotes where none are needed."""
     if value[0] not in "'\"":
         return value
     text = str(ast.literal_eval(value))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from onelaunch.bench.experiments import EXPERIMENTS, ON_THE_GPU
-from onelaunch.cli.common import Debug, Quiet, say
+from onelaunch.cli.common import Debug, Quiet, log
 from onelaunch.errors import BadInput, RunFailed
 
 ALL = "all"
@@ -28,7 +28,7 @@ def bench(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help="auto, cpu, cuda, cuda:N or mps; if not given auto for "
+            help="auto, cpu, cuda, cuda:N or mps; default: auto for "
             f"{', '.join(name for name in EXPERIMENTS if name in ON_THE_GPU)}, cpu for the others.",
         ),
     ] = None,
@@ -41,14 +41,14 @@ def bench(
         typer.Option(
             "--peer",
             metavar="NAME=PATH",
-            help="A program to stand beside ours, for generate: run.c=PATH, or llama.cpp=PYTHON, a "
+            help="A program to compare with ours, for generate: run.c=PATH, or llama.cpp=PYTHON, a "
             "Python that has xllamacpp and gguf. May be given several times.",
         ),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time ours beside its peers in one run, and leave a record."""
+    """Time ours and its peers in one run, and write a record."""
     if experiment not in (*EXPERIMENTS, ALL):
         close = difflib.get_close_matches(experiment, EXPERIMENTS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EXPERIMENTS)}, all"
@@ -62,8 +62,8 @@ def bench(
     from onelaunch.engines.reference import resolve_device
 
     place = str(resolve_device(device or ("auto" if experiment in ON_THE_GPU else "cpu")))
-    say(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
-    print(conduct(experiment, place, quick, out, lambda line: say(line, quiet), peers))
+    log(f"{experiment} on {device_name(place)}: {EXPERIMENTS[experiment]}", quiet)
+    print(conduct(experiment, place, quick, out, lambda line: log(line, quiet), peers))
 
 
 def _all(device: str | None, quick: bool, out: Path, peers: dict[str, Path], quiet: bool) -> None:
@@ -75,11 +75,11 @@ def _all(device: str | None, quick: bool, out: Path, peers: dict[str, Path], qui
     def device_of(on_the_gpu: bool) -> str:
         return str(resolve_device(device or ("auto" if on_the_gpu else "cpu")))
 
-    found = conduct_all(device_of, quick, out, lambda line: say(line, quiet))
-    print(summary(found))
-    failed = [done.experiment for done in found if done.failed]
+    finished = conduct_all(device_of, quick, out, lambda line: log(line, quiet))
+    print(summary(finished))
+    failed = [done.experiment for done in finished if done.failed]
     if failed:
-        raise RunFailed(f"{len(failed)} of {len(found)} experiments failed: {', '.join(failed)}")
+        raise RunFailed(f"{len(failed)} of {len(finished)} experiments failed: {', '.join(failed)}")
 
 
 def _peers(named: list[str]) -> dict[str, Path]:

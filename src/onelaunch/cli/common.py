@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how they speak on standard error."""
+"""Options that several commands share, and their log on standard error."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ Device = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
-def say(text: str, quiet: bool = False) -> None:
-    """A line for the user, on standard error."""
+def log(text: str, quiet: bool = False) -> None:
+    """Print a line for the user on standard error, unless quiet."""
     if not quiet:
         # standard error may be gone: what is being done matters more
         with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def progress_line(quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 def _columns() -> int:
-    """Of the window as it is now."""
+    """The current width of the terminal."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):
@@ -80,8 +80,8 @@ def _columns() -> int:
 
 
 def load_model(model: str, random: bool = False, offers_random: bool = True) -> LoadedModel:
-    """What MODEL names: with `random` a preset, else a file or folder. `offers_random`: whether the
-    verb has --random. Its notices go to standard error, with --quiet too: the user gets another
+    """Load MODEL: with `random` a preset, else a file or folder. `offers_random`: whether the
+    command has --random. Its notices go to standard error, with --quiet too: the user gets another
     model than the one that was named. Raises BadInput."""
     from onelaunch.checkpoints import load, random_model
 
@@ -109,13 +109,13 @@ def load_model(model: str, random: bool = False, offers_random: bool = True) -> 
             ) from error
         raise
     for line in loaded.notices:
-        say(line)
+        log(line)
     return loaded
 
 
 def program() -> str:
-    """How to call this program from here: by name where that finds it, else as it was called."""
-    called = sys.argv[0]
-    if shutil.which("onelaunch") or not called.endswith("onelaunch"):
+    """How to call this program: by name where it is on the PATH, else as it was called."""
+    argv0 = sys.argv[0]
+    if shutil.which("onelaunch") or not argv0.endswith("onelaunch"):
         return "onelaunch"
-    return called
+    return argv0

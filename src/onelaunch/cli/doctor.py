@@ -17,7 +17,7 @@ def doctor(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What is installed here, and what will run where."""
+    """Show what is installed here, and what will run where."""
     from onelaunch.engines import installed
 
     if clear_cache:

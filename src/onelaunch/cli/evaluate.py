@@ -14,8 +14,8 @@ from onelaunch.cli.common import (
     Json,
     Quiet,
     load_model,
+    log,
     progress_line,
-    say,
 )
 
 
@@ -56,7 +56,7 @@ def evaluate(
 
     loaded = load_model(model, offers_random=False)
     how = {"device": device, "dtype": dtype}
-    opened = LanguageModel(loaded, engine, how, log=lambda line: say(line, quiet))
+    opened = LanguageModel(loaded, engine, how, log=lambda line: log(line, quiet))
     with progress_line(quiet) as show:
         result = opened.evaluate(data, show)
     if json_:
@@ -66,7 +66,7 @@ def evaluate(
     print(f"perplexity      {result.perplexity:.3f}")
     if result.nats_per_byte is not None:
         print(f"per byte        {result.nats_per_byte:.4f} nats")
-    say(
+    log(
         f"{result.tokens:,} tokens of {result.data}, in non-overlapping windows of {result.window}",
         quiet,
     )

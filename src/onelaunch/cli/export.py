@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from onelaunch.checkpoints import writable_formats
-from onelaunch.cli.common import Debug, ModelArgument, Quiet, load_model, say
+from onelaunch.cli.common import Debug, ModelArgument, Quiet, load_model, log
 from onelaunch.errors import BadInput
 
 COREML = "coreml"
@@ -37,8 +37,8 @@ def export(
             "--seq",
             metavar="N",
             min=1,
-            help="coreml: tokens that a program reads at once; 256, or the model's context where "
-            "that is less, unless given.",
+            help="coreml: tokens that a program reads at once; default: 256, or the model's "
+            "context where that is less.",
         ),
     ] = None,
     fusion_depth: Annotated[
@@ -47,7 +47,7 @@ def export(
             "--fusion-depth",
             metavar="DEPTH",
             help="coreml: what one program holds: half a layer, a number of layers, or all (one "
-            "program, tokens to logits), which it is unless given.",
+            "program, tokens to logits); default: all.",
         ),
     ] = None,
     taps: Annotated[
@@ -56,23 +56,21 @@ def export(
             "--taps",
             metavar="TAPS",
             help="coreml: what programs hand out for a backward pass: none, inputs (each layer's) "
-            "or full; none unless given.",
+            "or full; default: none.",
         ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            "--weights", metavar="DTYPE", help="coreml: fp16, which they are unless given."
-        ),
+        typer.Option("--weights", metavar="DTYPE", help="coreml: fp16, the default."),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Convert a model to another format.
 
-    Its tokenizer comes along: into the folder, or beside OUT.bin as OUT.tokenizer.bin (or .json,
+    Its tokenizer comes along: into the folder, or next to OUT.bin as OUT.tokenizer.bin (or .json,
     .bytes), where OUT.bin's readers here look first. One that cannot be used is left out, and a
-    line says why. Core ML's programs have none.
+    line on standard error has the reason. Core ML's programs have none.
     """
     if format not in FORMATS:
         raise BadInput(f"--format {format}: must be one of {', '.join(FORMATS)}")
@@ -96,22 +94,22 @@ def _export_model(model: str, random: bool, out: Path, format: str, quiet: bool)
 
     loaded = load_model(model, random)
     exported = export_model(loaded, out, format)
-    say(f"wrote {out} ({format}, {exported.n_bytes:,} bytes)", quiet)
+    log(f"wrote {out} ({format}, {exported.n_bytes:,} bytes)", quiet)
     if exported.loses_special_ids:
-        say(
+        log(
             f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
             f"and stop at 1 and 2; this model has BOS {loaded.bos_id} and stops at "
             f"{', '.join(map(str, loaded.stop_ids)) or 'none'}",
             quiet,
         )
     if exported.unusable is not None:
-        say(f"the tokenizer was left out: {exported.unusable}")
+        log(f"the tokenizer was left out: {exported.unusable}")
     elif exported.tokenizer is None:
-        say(f"no tokenizer found beside {model}; none was written", quiet)
+        log(f"no tokenizer found next to {model}; none was written", quiet)
     else:
-        say(f"wrote {exported.tokenizer}", quiet)
+        log(f"wrote {exported.tokenizer}", quiet)
     if exported.for_transformers is not None:
-        say(f"wrote {exported.for_transformers}, for transformers", quiet)
+        log(f"wrote {exported.for_transformers}, for transformers", quiet)
 
 
 def _export_programs(
@@ -128,13 +126,13 @@ def _export_programs(
     from onelaunch.engines.coreml.export import checked, write
 
     loaded = load_model(model, random)
-    asked = checked(loaded.config, out, sequence, depth, taps)
+    options = checked(loaded.config, out, sequence, depth, taps)
     coremltools(f"--format {COREML}")
-    written = write(loaded.config, loaded.weights, out, *asked)
+    written = write(loaded.config, loaded.weights, out, *options)
     for each in written:
-        say(
+        log(
             f"wrote {each.path} ({each.launch.name}: {each.operations:,} operations, "
             f"{bytes_in(each.path):,} bytes, {each.emit_seconds + each.save_seconds:.1f} s)",
             quiet,
         )
-    say(f"onelaunch inspect {written[0].path} says what would run where", quiet)
+    log(f"onelaunch inspect {written[0].path} shows what would run where", quiet)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, say
+from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, log
 from onelaunch.cli.output import Output, as_json, summary
 from onelaunch.cli.prompts import read_prompts
 from onelaunch.cli.timeline import traced_device, write_timeline
@@ -20,7 +20,7 @@ def generate(
     ] = False,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", metavar="FILE", help="Where none lies beside the model."),
+        typer.Option("--tokenizer", metavar="FILE", help="Where none lies next to the model."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -88,8 +88,8 @@ def generate(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="float32, bfloat16 or float16; bfloat16 on a CUDA GPU and float32 elsewhere "
-            "unless given.",
+            help="float32, bfloat16 or float16; default: bfloat16 on a CUDA GPU and float32 "
+            "elsewhere.",
         ),
     ] = None,
     threads: Annotated[
@@ -98,7 +98,7 @@ def generate(
             "--threads",
             metavar="N",
             min=1,
-            help="CPU threads; as many as measure fastest unless given (reference engine: "
+            help="CPU threads; default: as many as measure fastest (reference engine: "
             "PyTorch's choice).",
         ),
     ] = None,
@@ -148,11 +148,11 @@ def generate(
         )  # fmt: skip
         if trace is not None and traced is not None:
             written = [each.prompt.ids for each in decoding.completions] if texts else []
-            say(write_timeline(trace, loaded, written, traced, dtype, fusion_depth), quiet)
+            log(write_timeline(trace, loaded, written, traced, dtype, fusion_depth), quiet)
         loaded.weights, loaded.extras = {}, {}  # the engine has what it needs of them
         if json_:
             decoding.finish()
             print(as_json(model, opened, decoding))
         else:
             out.write(decoding)
-        say(summary(opened, decoding), quiet)
+        log(summary(opened, decoding), quiet)

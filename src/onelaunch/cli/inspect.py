@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Debug, Json, load_model, say
+from onelaunch.cli.common import Debug, Json, load_model, log
 from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def inspect(
     loaded = load_model(model, random)
     facts = {"model": model, **inspection.inspect(loaded, fusion_depth)}
     if facts["tokenizer_error"] is not None:
-        say(f"the tokenizer cannot be used: {facts['tokenizer_error']}")
+        log(f"the tokenizer cannot be used: {facts['tokenizer_error']}")
     if json:
         print(json_module.dumps(facts))
         return
@@ -126,8 +126,8 @@ def _choice_lines(choices: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _prefetch_lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    for each in found:
+def _prefetch_lines(choices: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for each in choices:
         threads = f"{each['threads']} thread{'s' * (each['threads'] > 1)}"
         gain = "" if each["prefetch"] == "none" else f", {each['gain']:.2f} times as fast as none"
         yield (

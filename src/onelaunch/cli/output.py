@@ -1,4 +1,4 @@
-"""What `generate` prints: texts as they come, one JSON object, a summary."""
+"""The output of `generate`: texts as they come, one JSON object, a summary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from onelaunch.cli.common import say
+from onelaunch.cli.common import log
 
 if TYPE_CHECKING:
     from onelaunch.api import LanguageModel
@@ -58,7 +58,7 @@ class Output:
         sys.stdout.write("\n")
         sys.stdout.flush()
         for line in self._held:
-            say(line, self._quiet)
+            log(line, self._quiet)
 
     def _write(self, event: TextEvent) -> None:
         if event.token is None and not event.text:
@@ -74,7 +74,7 @@ class Output:
         if self._begun and sys.stderr.isatty() and sys.stdout.isatty():
             self._held.append(line)
         else:
-            say(line, self._quiet)
+            log(line, self._quiet)
 
     def _begin(self, index: int) -> None:
         while self._begun <= index:
@@ -95,7 +95,7 @@ class Output:
 
 
 def as_json(name: str, model: LanguageModel, decoding: Decoding) -> str:
-    """All texts, ended, as one JSON object."""
+    """The finished texts as one JSON object."""
     from onelaunch.generation.decode import tokens_per_second
 
     def entry(completion: Completion) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def as_json(name: str, model: LanguageModel, decoding: Decoding) -> str:
 
 
 def summary(model: LanguageModel, decoding: Decoding) -> str:
-    """Tokens and speed, and why a text is shorter than asked where the context is."""
+    """Tokens and speed, and why a text is shorter than requested where the context is."""
     from onelaunch.generation.decode import tokens_per_second
 
     about, limits, completions = model.describe(), decoding.limits, decoding.completions

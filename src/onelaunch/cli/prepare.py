@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelaunch.cli.common import Debug, Quiet, say
+from onelaunch.cli.common import Debug, Quiet, log
 from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def prepare(
     if vocab_size is not None and tokenizer is not None:
         raise BadInput("--vocab-size trains a tokenizer, --tokenizer names one: give one of them")
     prepared = prepare_texts(
-        texts, out, tokenizer or "bytes", vocab_size, progress=lambda line: say(line, quiet)
+        texts, out, tokenizer or "bytes", vocab_size, progress=lambda line: log(line, quiet)
     )
-    say(_summary(prepared, out), quiet)
+    log(_summary(prepared, out), quiet)
 
 
 def _summary(prepared: Prepared, out: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `--prompt` names: a text, a file, or standard input."""
+"""Read the argument of `--prompt`: a text, a file, or standard input."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onelaunch.errors import BadInput
 _LARGEST_PROMPT = 64 << 20
 
 
-def read_prompts(given: list[str]) -> list[str]:
-    """The texts that --prompt names; raises BadInput for one that cannot be read."""
-    if given.count("-") > 1:
+def read_prompts(prompts: list[str]) -> list[str]:
+    """Read the text of each --prompt. Raises BadInput for one that cannot be read."""
+    if prompts.count("-") > 1:
         raise BadInput("--prompt -: standard input can be read once only")
-    return [_read_prompt(prompt) for prompt in given]
+    return [_read_prompt(prompt) for prompt in prompts]
 
 
 def _read_prompt(prompt: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from onelaunch.cli.common import Debug, Quiet, say
+from onelaunch.cli.common import Debug, Quiet, log
 
 HTML = Path("report.html")
 
@@ -17,7 +17,7 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="RECORD...",
-            help="Records, or folders of them; if not given benchmarks/records.",
+            help="Records, or folders of them; default: benchmarks/records.",
         ),
     ] = None,
     again: Annotated[
@@ -34,7 +34,7 @@ def report(
         typer.Option(
             "--out",
             metavar="FILE",
-            help=f"One page of HTML; {HTML} if neither it nor --markdown is given.",
+            help=f"One page of HTML; default without --markdown: {HTML}.",
         ),
     ] = None,
     markdown: Annotated[
@@ -44,26 +44,26 @@ def report(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """What records say, beside the figures of two published studies."""
+    """Compare records with the figures of two published studies."""
     from onelaunch.bench.core.record import DEFAULT_FOLDER
     from onelaunch.bench.report.gather import gather
     from onelaunch.checkpoints.atomic import write_text
 
-    found = gather(records or [DEFAULT_FOLDER], again=again or [])
-    for part in (*found.parts, *found.again):
+    gathered = gather(records or [DEFAULT_FOLDER], again=again or [])
+    for part in (*gathered.parts, *gathered.again):
         for problem in part.problems:
-            say(f"{part.where}: {problem}", quiet)
+            log(f"{part.where}: {problem}", quiet)
     if markdown:
         from onelaunch.bench.report.markdown import document
 
-        write_text(markdown, document(found, markdown.parent))
+        write_text(markdown, document(gathered, markdown.parent))
         print(markdown)
     if out or not markdown:
         from onelaunch.bench.report.html import page
         from onelaunch.bench.report.svg import plots_of, story_plots
 
-        plots, failed, without = plots_of(found.parts)
+        plots, failed, without = plots_of(gathered.parts)
         if without:
-            say(without, quiet)
-        write_text(out or HTML, page(found, plots, failed, without, story_plots(found)))
+            log(without, quiet)
+        write_text(out or HTML, page(gathered, plots, failed, without, story_plots(gathered)))
         print(out or HTML)

@@ -1,4 +1,4 @@
-"""What `--trace FILE` writes."""
+"""Write the file of `--trace FILE`: the timeline of one forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from onelaunch.checkpoints.weights import LoadedModel
 
-MOST_TOKENS = 2048  # of a text that nobody wrote
+MAX_RANDOM_TOKENS = 2048
 
 
 def traced_device(name: str) -> torch.device:
@@ -36,8 +36,8 @@ def write_timeline(
     dtype: str | None,
     depth: str,
 ) -> str:
-    """Run a forward of the prompts, or where there are none of random tokens, a context of them,
-    and write its timeline; returns a summary."""
+    """Run a forward of the prompts, or without any of random tokens, as many as the context has but
+    MAX_RANDOM_TOKENS at most, and write its timeline. Returns a summary."""
     import torch
 
     from onelaunch.engines.checks import check_prompts
@@ -52,7 +52,7 @@ def write_timeline(
         tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
     else:
         generator = torch.Generator().manual_seed(0)
-        size = 1, min(config.max_seq_len, MOST_TOKENS)
+        size = 1, min(config.max_seq_len, MAX_RANDOM_TOKENS)
         tokens = torch.randint(config.vocab_size, size, generator=generator)
     timeline = trace(
         config,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Debug, Quiet, program, say
+from onelaunch.cli.common import Debug, Quiet, log, program
 from onelaunch.config import PRESETS
 from onelaunch.errors import BadInput
 
@@ -108,24 +108,24 @@ def train(
     settings |= {key: value for key, value in options.items() if value is not None}
     named = recipe if recipe is not None or preset is None else Recipe()
     with _settings_as_options(options):
-        outcome = train_run(named, run, settings, resume, quiet, lambda line: say(line, quiet))
+        outcome = train_run(named, run, settings, resume, quiet, lambda line: log(line, quiet))
     run = outcome.run
     if outcome.restart_requested:
         _go_on(run, quiet)
     at, folder = outcome.progress, shlex.quote(str(run))
     where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")
     if outcome.signal is not None:
-        say(f"stopped; saved at {where}; continue: {program()} train --resume --run {folder}")
+        log(f"stopped; saved at {where}; continue: {program()} train --resume --run {folder}")
         return 128 + outcome.signal
     best = ""
     if at.best_val_loss is not None:
         best = f"; best validation loss {at.best_val_loss:.4f} at update {at.best_update}"
-    say(f"done: {where}{best}", quiet)
-    say(f"run folder: {run}", quiet)
-    say("next:", quiet)
-    say(f"  {program()} generate {folder}", quiet)
-    say(f"  {program()} eval {folder} --data {shlex.quote(outcome.recipe.data.path)}", quiet)
-    say(f"  {program()} export {folder} model.bin --format llama2c", quiet)
+    log(f"done: {where}{best}", quiet)
+    log(f"run folder: {run}", quiet)
+    log("next:", quiet)
+    log(f"  {program()} generate {folder}", quiet)
+    log(f"  {program()} eval {folder} --data {shlex.quote(outcome.recipe.data.path)}", quiet)
+    log(f"  {program()} export {folder} model.bin --format llama2c", quiet)
     return 0
 
 
@@ -153,7 +153,7 @@ def _go_on(run: Path, quiet: bool) -> None:
     from onelaunch.compilation.environment import child_environment
     from onelaunch.training.train import resume_command
 
-    say("as many compilations as the budget has: a fresh process goes on", quiet)
+    log("as many compilations as the budget has: a fresh process goes on", quiet)
     sys.stdout.flush()
     sys.stderr.flush()
     command = resume_command(run, quiet)

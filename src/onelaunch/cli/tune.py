@@ -13,8 +13,8 @@ from onelaunch.cli.common import (
     ModelArgument,
     Quiet,
     load_model,
+    log,
     progress_line,
-    say,
 )
 
 
@@ -57,20 +57,20 @@ def tune(
 
     how = {"device": device, "dtype": dtype}
     with (
-        LanguageModel(load_model(model, random), how=how, log=say) as opened,
+        LanguageModel(load_model(model, random), how=how, log=log) as opened,
         progress_line(quiet) as show,
     ):
-        found = opened.tune(
+        tuned = opened.tune(
             batch, sequence, progress=lambda phase, done, total: show(f"{phase}: {done} of {total}")
         )
     if json_:
-        print(json.dumps(found))
+        print(json.dumps(tuned))
         return
-    width = max(map(len, found["us"]))
-    for form, us in sorted(found["us"].items(), key=lambda pair: float(pair[1])):
-        print(f"{form:<{width}}  {us:9.1f} us{'  chosen' if form == found['form'] else ''}")
-    say(
-        f"{found['batch']}x{found['sequence']} tokens: {found['tried']} forwards timed in "
-        f"{found['seconds']:.0f} s",
+    width = max(map(len, tuned["us"]))
+    for form, us in sorted(tuned["us"].items(), key=lambda pair: float(pair[1])):
+        print(f"{form:<{width}}  {us:9.1f} us{'  chosen' if form == tuned['form'] else ''}")
+    log(
+        f"{tuned['batch']}x{tuned['sequence']} tokens: {tuned['tried']} forwards timed in "
+        f"{tuned['seconds']:.0f} s",
         quiet,
     )

@@ -1,1 +1,1 @@
-"""What runs a model on a device."""
+"""Engines: each runs a model on a device."""

@@ -1,4 +1,4 @@
-"""What every engine asks of its input, and says where the result is no number."""
+"""Input checks that all engines share, and the error for logits that are not finite."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_session(max_batch: int, max_len: int | None, config: ModelConfig) -> i
 
 
 def check_tokens(config: ModelConfig, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
-    """The tokens as `token_tensor` gives them. Raises BadInput also for an id beyond the
+    """The tokens as `token_tensor` returns them. Raises BadInput also for an id beyond the
     vocabulary, for which it waits for the tensor's device."""
     tokens_BS = token_tensor(config, tokens)
     if tokens_BS.numel():
@@ -70,7 +70,7 @@ def check_tokens(config: ModelConfig, tokens: Tensor | Sequence[Sequence[int]]) 
 
 
 def token_tensor(config: ModelConfig, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
-    """Token ids as an integer tensor (B, S): the one given, or one made of lists of equal length.
+    """Token ids as an integer tensor (B, S): `tokens` itself, or one made of lists of equal length.
 
     Raises BadInput for another shape, for what holds no integers, and for more positions than the
     context. The ids themselves are not read.
@@ -125,7 +125,7 @@ def last_positions(
 
 
 def _kind(prompt: object) -> str:
-    """What stands in the place of a list of ids."""
+    """The kind of value in place of a list of ids, for messages."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         wrong = next(each for each in prompt if not isinstance(each, Integral))
         return f"of {type(wrong).__name__}"
@@ -148,12 +148,12 @@ def outside_vocabulary(config: ModelConfig, token: int, name: str) -> BadInput:
 
 
 def logits_dtype(dtype: torch.dtype | None, own: torch.dtype = torch.float32) -> torch.dtype:
-    """What logits are wanted in: float32 unless given. Raises BadInput for what is neither that nor
-    the engine's own dtype."""
+    """The dtype of the logits: `dtype`, by default float32. Raises BadInput for a dtype that is
+    neither float32 nor the engine's own."""
     if dtype in (None, torch.float32, own):
         return dtype or torch.float32
     also = "" if own == torch.float32 else f" or {own}"
-    raise BadInput(f"dtype={dtype}: this engine gives logits in torch.float32{also}")
+    raise BadInput(f"dtype={dtype}: this engine returns logits in torch.float32{also}")
 
 
 def not_finite(position: int, dtype: str) -> RunFailed:

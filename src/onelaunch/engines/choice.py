@@ -1,4 +1,4 @@
-"""Which engine runs a model."""
+"""Choose the engine that runs a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def choose(
 ) -> Engine:
     """The engine of a name, on a device, computing in a dtype: a name or PyTorch's own. "auto" is
     the device's own engine, where its packages are there and it computes in the dtype, and the
-    reference engine elsewhere; on a GPU also where float32 or a number of threads is asked for.
+    reference engine elsewhere; on a GPU also where float32 or a number of threads is requested.
 
     Raises BadInput for an unknown name and for options that do not go together.
     """
@@ -77,9 +77,9 @@ def choose(
 def automatic_for_evaluation(
     device: torch.device, config: ModelConfig, dtype: str, threads: int | None
 ) -> str:
-    """What "auto" is for the logits of whole batches: the CUDA engine, in float32 too, where it
-    runs; elsewhere the reference engine. On a CPU PyTorch's products of a batch are faster than the
-    CPU engine's: logits of 8x256 take that 1.25 to 1.35 times as long."""
+    """The engine that "auto" selects for the logits of whole batches: the CUDA engine, in float32
+    too, where it runs; elsewhere the reference engine. On a CPU PyTorch's products of a batch are
+    faster than the CPU engine's: logits of 8x256 take that 1.25 to 1.35 times as long."""
     if device.type == "cuda" and threads is None:
         from onelaunch.engines import cuda
 
@@ -91,7 +91,7 @@ def automatic_for_evaluation(
 def automatic(
     device: torch.device, config: ModelConfig | None, dtype: str | None, threads: int | None
 ) -> str:
-    """What "auto" is on a device; of a model, where it is given."""
+    """The engine that "auto" selects on a device; for one model, unless `config` is None."""
     if device.type == "cpu":
         from onelaunch.engines import cpu
 

@@ -1,4 +1,4 @@
-"""What an engine offers: logits of whole sequences, sessions that generate, steps that train.
+"""The protocols of an engine: logits of whole sequences, sessions that generate, steps that train.
 
 Three protocols, small and separate; an engine has those that it can.
 """
@@ -22,7 +22,7 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 
 STEP_SECONDS = 0.02
-"""Of a session's step, unless it is told."""
+"""The default time limit of a session's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class TokenEvent(NamedTuple):
     id: the request's.
     token: the new token; None where the request ends without one.
     logprob: the natural logarithm of the token's probability before temperature and filters, where
-        the request asked for it.
+        it was requested.
     finish: why the request ended; None where it goes on. The last event of a request has one.
     error: what went wrong, where finish is "error".
     """
@@ -151,8 +151,8 @@ class LogitsEngine(Protocol):
 
         last: only the logits of each sequence's last position, (batch, vocabulary); less work than
             those of all.
-        lengths: with `last`, how many tokens of each sequence count, from 1 to S; all S unless
-            given. What lies behind them has no effect.
+        lengths: with `last`, how many tokens of each sequence count, from 1 to S; all S by
+            default. The tokens after them have no effect.
 
         Raises BadInput for another shape, for ids that are no integers, for more positions than the
         model's context, for an id outside its vocabulary, for another dtype, for lengths that do
@@ -169,7 +169,7 @@ class Engine(LogitsEngine, Protocol):
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
         """Begin to generate. At most `max_batch` requests grow at once, or fewer where the engine
         has a smaller limit. Of a request `max_len` positions are kept: its prompt and its new
-        tokens but the last; the model's context unless given. Sessions of one engine may be open at
+        tokens but the last; the model's context by default. Sessions of one engine may be open at
         the same time."""
 
 
@@ -199,15 +199,15 @@ class TrainEngine(LogitsEngine, Protocol):
         """The parameters have been changed: make of them what is computed with."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs in addition to the parameters."""
+        """The tensors that a resumed run needs in addition to the parameters."""
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Put back what `state_dict` gave after `version` updates."""
 
-    # an engine that compiles in the background while it trains has something to say here
+    # an engine that compiles in the background while it trains has something to log here
 
     def log_to(self, log: Callable[[str], None]) -> None:
-        """Where lines for people go from now on, from any thread."""
+        """Send log lines to `log` from now on, from any thread."""
 
     def telemetry(self) -> dict[str, Any]:
         """Further figures of the time since the last call, for metrics.jsonl."""

@@ -1,4 +1,4 @@
-"""What a model is, what running it takes, and what engines have chosen for it, without a run."""
+"""Describe a model, what running it takes, and the engines' tuned choices, without a run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PROMPT_TOKENS = 64
 
 def inspect(loaded: LoadedModel, fusion_depth: str | None = None) -> dict[str, Any]:
     """A model's format, size, tokenizer and configuration; its `plan`, and that plan's launches
-    where a fusion depth is given; the forms that were chosen for it on a GPU (`choices`), and how
-    its weights are prefetched on a CPU. Raises BadInput for a depth that it does not have."""
+    where `fusion_depth` is not None; the forms that were chosen for it on a GPU (`choices`), and
+    how its weights are prefetched on a CPU. Raises BadInput for a depth that it does not have."""
     plan = _plan(loaded, fusion_depth)
     return {
         **_facts(loaded),
@@ -44,7 +44,7 @@ def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
 
 
 def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """What the CUDA engine has chosen for this model's shape, on whatever GPU, as it is kept."""
+    """The stored choices of the CUDA engine for this model's shape, on every GPU."""
     from dataclasses import asdict
 
     from onelaunch.compilation.cache import Store
@@ -54,15 +54,15 @@ def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
 
 
 def _prefetch(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """How the CPU engine prefetches this model's weights, on whatever processor, as it is kept."""
+    """The stored choices of the CPU engine's prefetch for this model, on every processor."""
     from onelaunch.compilation.cache import Store
     from onelaunch.engines.cpu.prefetch_choice import kept
 
-    found = []
+    choices = []
     for of, choice in kept(Store(), loaded.config):
         for threads, each in ((1, choice.one), (of["threads"], choice.several)):
             if each is not None:
-                found.append(
+                choices.append(
                     {
                         "threads": threads,
                         "prefetch": str(each.prefetch),
@@ -72,7 +72,7 @@ def _prefetch(loaded: LoadedModel) -> list[dict[str, Any]]:
                         "measured": choice.measured,
                     }
                 )
-    return found
+    return choices
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is installed here, what will run where, and why not elsewhere."""
+"""Describe what is installed, which engines can run, and why others cannot."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def examine() -> dict[str, Any]:
 
 
 def _auto_engine(cuda: bool) -> dict[str, str]:
-    """What `generate` runs by default."""
+    """The engine that `generate` runs by default."""
     import torch
 
     from onelaunch.engines.choice import automatic

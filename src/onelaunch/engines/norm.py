@@ -1,4 +1,4 @@
-"""Which RMSNorm an engine gives its model: PyTorch's or this package's operator."""
+"""Which RMSNorm an engine's model uses: PyTorch's or this package's operator."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from onelaunch.errors import BadInput
 NORMS = ("auto", "torch", "onelaunch")
 
 
-def choose_norm(asked: str, has_kernel: bool, compiled: bool) -> str:
-    """The norm used, "torch" or "onelaunch": the one asked for, or for "auto" the operator where
+def choose_norm(requested: str, has_kernel: bool, compiled: bool) -> str:
+    """The norm used, "torch" or "onelaunch": the one requested, or for "auto" the operator where
     the device has its kernel, unless torch.compile is used, which fuses PyTorch's form with its
     neighbours and is then 5 to 22% ahead (benchmarks/records/nvidia-h200/rms-norm-training.json).
     Raises BadInput for a name not in `NORMS`."""
-    if asked not in NORMS:
-        raise BadInput(f"norm={asked!r}: must be one of {', '.join(NORMS)}")
-    if asked != "auto":
-        return asked
+    if requested not in NORMS:
+        raise BadInput(f"norm={requested!r}: must be one of {', '.join(NORMS)}")
+    if requested != "auto":
+        return requested
     return "onelaunch" if has_kernel and not compiled else "torch"
 
 

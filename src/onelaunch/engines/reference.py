@@ -72,8 +72,8 @@ class ReferenceEngine:
 
     `weights` are used as they are where device and dtype fit. With `train` they are copied to
     float32 tensors that take gradients, `dtype` is then what autocast computes in, `dropout` acts
-    in `train_step` only, and `compile` gives that method to torch.compile. `norm` is one of
-    `engines.norm.NORMS`; the attribute says which of them "auto" was.
+    in `train_step` only, and `compile` compiles that method with torch.compile. `norm` is one of
+    `engines.norm.NORMS`; the attribute is the one that "auto" selected.
     `threads` sets PyTorch's CPU threads for the whole process. Raises BadInput for a device, dtype,
     norm or number of threads that cannot be had.
     """
@@ -114,7 +114,7 @@ class ReferenceEngine:
         # Made here, so that torch.compile finds it made and does not trace into the making.
         self.model.rope(self.model.norm.weight.device, self.dtype, 1)
         if self.norm == "onelaunch" and not has_kernel:
-            # Without a kernel the operator says so once: now, rather than amid what is printed.
+            # Without a kernel the operator warns once: now, rather than amid the printed tokens.
             weight_D = self.model.norm.weight.detach()
             self.model.norm_function(weight_D, weight_D, config.norm_eps)
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
@@ -151,7 +151,7 @@ class ReferenceEngine:
 
     @torch.inference_mode()
     def session_and_rows(self, max_batch: int, max_len: int) -> tuple[RowSession, CachedRows]:
-        """A session, and its keys and values, for an engine that will take its texts over."""
+        """A session, and its keys and values, for an engine that takes its sequences over."""
         cache = KVCache(self.config, max_batch, max_len, self.device, self.dtype)
         rows = CachedRows(cache, self._last_logits)
         dtype = str(self.dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
     lines = []
 
     def conducted(rows, **views):
-        module = SimpleNamespace(UNIT="us", run=lambda device, quick, say: rows, **views)
+        module = SimpleNamespace(UNIT="us", run=lambda device, quick, log: rows, **views)
         monkeypatch.setitem(MODULES, "made-up", "made_up")
         monkeypatch.setitem(sys.modules, module_name("made-up"), module)
         return conduct("made-up", "cpu", True, tmp_path, lines.append)

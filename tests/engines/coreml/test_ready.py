@@ -189,7 +189,7 @@ def test_gradients_of_weights_begin_while_the_backward_goes_on(monkeypatch, dept
 
     def noting(self, name, value):
         know(self, name, value)
-        begun.append(len(self.found))
+        begun.append(len(self.futures))
 
     class Ended(ready.Evaluated):
         def __call__(self, inputs, on_output=None):

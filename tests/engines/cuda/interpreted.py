@@ -519,8 +519,8 @@ def test_a_stage_that_did_not_run_is_noticed(dropped):
     assert fused.buffers.logits.isnan().all()
     with pytest.raises(EngineTimeout, match=f"row tile [0-9]+ of {missing};"):
         fused.check()
-    fused.ask()
-    fused.told()
+    fused.copy_status()
+    fused.raise_if_timed_out()
 
 
 def test_what_gave_up_is_named():

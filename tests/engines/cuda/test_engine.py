@@ -66,10 +66,10 @@ class Form:
     def launch(self, ids, logits):
         self._compute("run", ids, logits)
 
-    def ask(self):
+    def copy_status(self):
         assert self.events[-1] in ("run", "replay")
 
-    def told(self, wait):
+    def raise_if_timed_out(self, wait):
         assert not wait
         if Form.timeout:
             Form.timeout = False
@@ -263,7 +263,7 @@ def test_a_store_that_cannot_be_written_is_said(tmp_path):
     lines = []
     engine = make(Store(tmp_path / "file"), log=lines.append)
     engine.tune(1, 9)
-    assert "not kept" in lines[-1]
+    assert "could not be stored" in lines[-1]
     answers(engine, 1, 9)
     assert Form.made[-1].depth == "all"
 

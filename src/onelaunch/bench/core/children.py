@@ -1,5 +1,4 @@
-"""Child processes of experiments: one that is run, several that begin together, and how each
-ended."""
+"""Child processes of experiments: run one, or several that begin together, for their last line."""
 
 from __future__ import annotations
 
@@ -21,19 +20,19 @@ _REASON_LETTERS = 120
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended: `told` what it printed last, as JSON, None where it is none;
-    `reason` why it failed, or nothing; `seconds` from its start signal to its end."""
+    """A process that has ended: `output` is its last line, parsed as JSON, None where it is none;
+    `reason` why it failed, or empty; `seconds` from its start signal to its end."""
 
-    told: Any
+    output: Any
     reason: str
     seconds: float
 
 
-def ask(
+def run_child(
     command: Sequence[str], env: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> Any:
-    """Run a process: what it prints last, as JSON. Raises RunFailed where it fails, prints no JSON,
-    or takes longer than `timeout` seconds."""
+    """Run a process and return its last line, parsed as JSON. Raises RunFailed where it fails,
+    prints no JSON, or takes longer than `timeout` seconds."""
     name = " ".join(command[2:4])[:_REASON_LETTERS]
     environment = child_environment() if env is None else dict(env)
     try:
@@ -51,10 +50,10 @@ def ask(
 def together(
     commands: Sequence[Sequence[str]],
     env: Sequence[Mapping[str, str] | None] | None = None,
-    patience: float | None = None,
+    timeout: float | None = None,
 ) -> list[Ended]:
     """Run processes that say READY once all is imported and then wait for a line, which all get at
-    the same time. One that has not ended after `patience` seconds is killed."""
+    the same time. One that has not ended after `timeout` seconds is killed."""
     environments = env or [None] * len(commands)
     children = [
         subprocess.Popen(
@@ -71,31 +70,31 @@ def together(
         start = time.monotonic()
         for child in children:
             assert child.stdin is not None
-            with suppress(BrokenPipeError):  # it has ended: `_end` says why
+            with suppress(BrokenPipeError):  # it has ended: `_end` returns why
                 child.stdin.write("go\n")
                 child.stdin.flush()
-        return [_end(child, start, patience) for child in children]
+        return [_end(child, start, timeout) for child in children]
     finally:
         for child in children:
             child.kill()
             child.wait()
 
 
-def _end(child: subprocess.Popen[str], start: float, patience: float | None) -> Ended:
-    left = None if patience is None else max(0.1, start + patience - time.monotonic())
-    reason, told = "", None
+def _end(child: subprocess.Popen[str], start: float, timeout: float | None) -> Ended:
+    left = None if timeout is None else max(0.1, start + timeout - time.monotonic())
+    reason, output = "", None
     try:
         out, err = child.communicate(timeout=left)
     except subprocess.TimeoutExpired:
         child.kill()
         out, err = child.communicate()
-        reason = f"killed after {patience:g} s"
+        reason = f"killed after {timeout:g} s"
     seconds = time.monotonic() - start
     with suppress(ValueError, IndexError):
-        told = json.loads(out.splitlines()[-1])
-    if not reason and (child.returncode or told is None):
+        output = json.loads(out.splitlines()[-1])
+    if not reason and (child.returncode or output is None):
         reason = _reason(child.returncode, err)
-    return Ended(told, reason, seconds)
+    return Ended(output, reason, seconds)
 
 
 def _reason(code: int, err: str) -> str:

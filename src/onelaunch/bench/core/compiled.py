@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from onelaunch.bench.core.record import Say
+from onelaunch.bench.core.record import Log
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
@@ -36,9 +36,9 @@ def runtime_of(engine: CpuEngine) -> Runtime:
     return runtime
 
 
-def compiled_program(say: Say, store: Store | None = None) -> Program:
+def compiled_program(log: Log, store: Store | None = None) -> Program:
     """The program that serves every model, from the store or compiled now."""
-    engine = CpuEngine(TINY, random_weights(TINY), threads=1, log=say, store=store)
+    engine = CpuEngine(TINY, random_weights(TINY), threads=1, log=log, store=store)
     return runtime_of(ready(engine)).program
 
 

@@ -1,5 +1,5 @@
-"""What a record says about the two published studies: pure functions of the record's JSON, so that
-a report can be made again without measuring again.
+"""Findings of a record about the two published studies: pure functions of the record's JSON, so
+that a report can be made again without measuring again.
 
 An experiment that answers something published has `findings(record) -> list[Finding]`.
 """
@@ -58,7 +58,8 @@ def above(value: float, bar: float, error: float) -> Verdict:
 
 
 def of_a_gain(speedup: float, published: float, error: float = 0.0) -> tuple[Verdict, str]:
-    """Of a speedup's size against a published one's, and why; `error` is its standard error."""
+    """The verdict on a speedup's size against a published one's, and why; `error` is its standard
+    error."""
     share = (speedup - 1) / (published - 1)
     verdict = above(share, LEAST_GAIN_SHARE, error / (published - 1))
     if share == LEAST_GAIN_SHARE and not error:
@@ -94,8 +95,8 @@ class Finding:
 
 
 def needs_a_mac(why: str) -> tuple[Verdict, str]:
-    """Of what only the study's own kind of device can answer: Apple's parser, compiler, Neural
-    Engine, and their seconds."""
+    """The finding where only the study's own kind of device can answer: Apple's parser, compiler,
+    Neural Engine, and their seconds."""
     return "not applicable", f"{NEEDS_A_MAC}: {why}"
 
 

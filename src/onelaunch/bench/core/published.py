@@ -57,7 +57,7 @@ def _rows(table: str, answer: str, names: str, *rows: tuple[Any, ...]) -> dict[s
 
 
 def _normed(name: str, passes: str, grid: _Grid) -> dict[str, Published]:
-    """Of milliseconds with one row a program and with 16, by rows, then by _WIDTHS."""
+    """Speedups of milliseconds with one row a program and with 16, by rows, then by _WIDTHS."""
     return {
         f"norm-{name}-{rows}-{width}": Published(
             "block-row", f"RMSNorm, {passes}", f"{rows} x {width}",

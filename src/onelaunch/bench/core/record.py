@@ -18,7 +18,7 @@ from typing import Any
 from onelaunch.checkpoints.atomic import read_json, write_json
 from onelaunch.errors import BadInput
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 """Shows the user a line."""
 SCHEMA = 1
 # What else figures may depend on: peers, and what PyTorch's own RMSNorm may be replaced through.
@@ -94,7 +94,7 @@ def write_record(
 
 
 def record_path(experiment: str, folder: Path, device: str) -> Path:
-    """Where the record of an experiment on a device is."""
+    """The path of the record of an experiment on a device."""
     return folder / slug(device) / f"{experiment}.json"
 
 
@@ -139,7 +139,7 @@ def slug(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on: packages that are there, switches that are set."""
+    """The versions of the packages, and the switches that are set, that the figures depend on."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *PEERS):
         with suppress(metadata.PackageNotFoundError):

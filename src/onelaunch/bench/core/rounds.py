@@ -54,7 +54,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
-    """For what was not sampled in the same rounds."""
+    """The ratio of medians, for times that were not sampled in the same rounds."""
     return statistics.median(a) / statistics.median(b)
 
 

@@ -1,7 +1,7 @@
 """Runs one experiment and keeps its rows: the record, and next to it, where the experiment has
 them, a table and a picture of the whole record.
 
-An experiment is a module with UNIT and `run(device, quick, say)`, which returns or yields rows. It
+An experiment is a module with UNIT and `run(device, quick, log)`, which returns or yields rows. It
 may have `table(record) -> str` and `draw(record) -> Figure | None`. One that has PEERS, names of
 programs that its user may have built, takes `peers` too: their paths.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.record import Row, Say, device_name, record_path, rows_there, write_record
+from onelaunch.bench.core.record import Log, Row, device_name, record_path, rows_there, write_record
 from onelaunch.bench.experiments import NOT_ON_A_GPU, OF_THE_CUDA_ENGINE, devices, module_name
 from onelaunch.checkpoints.atomic import read_json, write_text
 from onelaunch.compilation.background import in_a_line
@@ -30,7 +30,7 @@ def conduct(
     device: str,
     quick: bool,
     folder: Path,
-    say: Say,
+    log: Log,
     peers: Mapping[str, Path] | None = None,
 ) -> Path:
     """Run an experiment on a device; returns the record's path.
@@ -55,14 +55,14 @@ def conduct(
 
     def close() -> None:
         if path is not None:
-            _write_views(module, path, say)
-            say(f"record: {path}")
+            _write_views(module, path, log)
+            log(f"record: {path}")
 
     saved_at = time.monotonic()
     try:
-        for row in module.run(device, quick, say, **options):
+        for row in module.run(device, quick, log, **options):
             fresh.append(row)
-            say(row.line(module.UNIT))
+            log(row.line(module.UNIT))
             if time.monotonic() - saved_at >= SAVE_SECONDS:
                 keep()
                 saved_at = time.monotonic()
@@ -70,7 +70,7 @@ def conduct(
         try:
             keep()
         except Exception as error:
-            say(f"the last rows are lost: {in_a_line(error)}")
+            log(f"the last rows are lost: {in_a_line(error)}")
         close()
         raise
     keep()
@@ -122,14 +122,14 @@ def _make_place(path: Path) -> None:
         raise BadInput(f"{path.parent}: cannot be written to")
 
 
-def _write_views(module: ModuleType, path: Path, say: Say) -> None:
+def _write_views(module: ModuleType, path: Path, log: Log) -> None:
     """Table and picture of a record. They can be made again from it: where one fails, a line says
     so, and an older one, which would be taken for this record's, goes."""
 
     def write_table(target: Path) -> None:
         text = module.table(read_json(path))
         write_text(target, text)
-        say(text.rstrip())
+        log(text.rstrip())
 
     def write_picture(target: Path) -> None:
         figure = module.draw(read_json(path))
@@ -147,4 +147,4 @@ def _write_views(module: ModuleType, path: Path, say: Say) -> None:
                 write(path.with_suffix(suffix))
             except Exception as error:
                 path.with_suffix(suffix).unlink(missing_ok=True)
-                say(f"without {what}: {in_a_line(error)}")
+                log(f"without {what}: {in_a_line(error)}")

@@ -40,7 +40,7 @@ class Settled:
     load: tuple[float | None, float | None]
 
     def note(self) -> dict[str, Any]:
-        """What the host did, as a note of a row."""
+        """The host's state, as a note of a row."""
         fastest = sorted(self.medians)
         middle = statistics.median(fastest)
         low, high = percentiles(fastest)

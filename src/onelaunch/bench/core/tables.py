@@ -61,7 +61,7 @@ def digits(value: float | None) -> str:
 
 
 def spread(row: Mapping[str, Any], form: Callable[[float], str] = digits, scale: float = 1) -> str:
-    """From the 20th to the 80th percentile of a row, times `scale`; a dash for none."""
+    """The range from the 20th to the 80th percentile of a row, times `scale`; a dash for none."""
     return "-".join(form(scale * end) for end in row.get("spread") or ()) or "-"
 
 
@@ -73,7 +73,7 @@ def document(record: dict[str, Any], title: str, *parts: str) -> str:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive numbers, at least one."""
+    """The geometric mean of positive numbers, at least one."""
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
@@ -82,7 +82,7 @@ _OF_ITS_ROWS = {"dtype": "{}", "copy_GBps": "copy {:,.0f} GB/s", "n": "n = {}"}
 
 
 def provenance(record: dict[str, Any]) -> str:
-    """What the figures of a record come from, in a line; a second line warns where its rows are of
+    """The origin of a record's figures, in a line; a second line warns where its rows are of
     several commits."""
     rows = record["rows"]
     words = [str(record["device"])]

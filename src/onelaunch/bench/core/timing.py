@@ -36,12 +36,14 @@ ORDER_SEED = 0
 
 
 def buffer_sets(bytes_per_set: int, l2_bytes: int) -> int:
-    """How many sets of buffers a graph walks: twice the L2's size, within 2 to MAX_SETS."""
+    """The number of sets of buffers that a graph walks: twice the L2's size, within 2 to
+    MAX_SETS."""
     return max(2, min(MAX_SETS, math.ceil(2 * l2_bytes / bytes_per_set)))
 
 
 def graph_calls(estimate_us: float, sets: int) -> int:
-    """How many calls a graph holds: about GRAPH_US long, and every set as often as any other."""
+    """The number of calls that a graph holds: about GRAPH_US long, and every set as often as any
+    other."""
     calls = max(MIN_CALLS, min(MAX_CALLS, math.ceil(GRAPH_US / estimate_us)))
     return math.ceil(calls / sets) * sets
 
@@ -150,7 +152,7 @@ def copy_bandwidth(device: torch.device, samples: int = 15) -> float:
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for a device; for a CPU, nothing."""
+    """A function that waits for a device; for a CPU, one that does nothing."""
     if device.type == "cpu":
         return lambda: None
     module = torch.get_device_module(device)
@@ -158,7 +160,7 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
 
 
 def milliseconds(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
-    """Of one call, the device being waited for before and after."""
+    """The milliseconds of one call, with the device synchronized before and after."""
     wait()
     start = time.perf_counter()
     call()

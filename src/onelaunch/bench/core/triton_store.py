@@ -18,7 +18,8 @@ GROUP = "__grp__"
 
 
 class Counts:
-    """What Triton did for kernels that a process did not have yet: compiled or read them."""
+    """Counts of what Triton did for kernels that a process did not have yet: compiled or read
+    them."""
 
     def __init__(self) -> None:
         self.compilations = 0
@@ -43,13 +44,14 @@ def counting() -> Iterator[Counts]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a process that keeps Triton's kernels, and this package's choices, under a folder."""
+    """The environment of a process that keeps Triton's kernels, and this package's choices, under a
+    folder."""
     stores = {"TRITON_CACHE_DIR": folder / "triton", "ONELAUNCH_CACHE": folder / "choices"}
     return child_environment(**{name: str(path) for name, path in stores.items()})
 
 
 def binaries(folder: Path) -> list[Path]:
-    """Of the kernels kept under a folder, the largest first."""
+    """The binaries of the kernels kept under a folder, the largest first."""
     return _by_size(path for path in folder.rglob("*") if path.suffix in BINARIES)
 
 
@@ -63,7 +65,7 @@ def _by_size(paths: Iterable[Path]) -> list[Path]:
 
 
 def entries(folder: Path) -> int:
-    """How many kernels are kept under a folder to the last of their files."""
+    """The number of kernels that are kept complete under a folder."""
     return sum(path.with_name(path.name.removeprefix(GROUP)).is_file() for path in _groups(folder))
 
 

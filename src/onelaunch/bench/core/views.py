@@ -18,7 +18,7 @@ def published(key: str, figure: str) -> float:
 
 
 def statement(key: str) -> str:
-    """What a published row says in words."""
+    """The words of a published row."""
     return str(PUBLISHED[key].values["told"])
 
 

@@ -14,12 +14,12 @@ SEED = 1
 
 
 def random_weights(config: ModelConfig, seed: int = SEED) -> dict[str, Tensor]:
-    """As checkpoints name them, float32."""
+    """Random float32 weights, named as in checkpoints."""
     return {n: p.detach() for n, p in Model(config).init_weights(seed).named_parameters()}
 
 
 def exact_logits(config: ModelConfig, weights: dict[str, Tensor], tokens_BS: Tensor) -> Tensor:
-    """Of every position, (B, S, V), in float64."""
+    """The logits of every position, (B, S, V), in float64."""
     model = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
     with torch.no_grad():
         return F.linear(model.hidden(tokens_BS), model.head_weight())

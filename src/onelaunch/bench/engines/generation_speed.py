@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rig import compared_row, in_turn
 from onelaunch.config import ModelConfig, preset
 from onelaunch.engines.engine import LogitsEngine
@@ -32,15 +32,15 @@ tokens of stories15m in bfloat16 on a CPU it was up to 7e-3; a wrong token is ha
 behind."""
 
 
-def run(device: str, quick: bool, say: Say) -> list[Row]:
+def run(device: str, quick: bool, log: Log) -> list[Row]:
     """Time every case; returns one row each, higher is better."""
     return [
-        _compare(name, CASES[name], device, 9 if quick else 25, say)
+        _compare(name, CASES[name], device, 9 if quick else 25, log)
         for name in (QUICK if quick else CASES)
     ]
 
 
-def _compare(name: str, n: int, device: str, blocks: int, say: Say) -> Row:
+def _compare(name: str, n: int, device: str, blocks: int, log: Log) -> Row:
     config = preset(name)
     weights = dict(Model(config).init_weights(1).state_dict())
     engine = ReferenceEngine(config, weights, device=device)
@@ -49,7 +49,7 @@ def _compare(name: str, n: int, device: str, blocks: int, say: Say) -> Row:
     ours, theirs = generate_ids(engine, [[1]], n)[0], bare.generate([1], n)
     alike = common_tokens(name, engine, engine.dtype, ours, theirs)
     if alike < n:
-        say(f"{name}: the same {alike} tokens, then two that are nearly as likely")
+        log(f"{name}: the same {alike} tokens, then two that are nearly as likely")
     samples = in_turn(
         lambda: generate_ids(engine, [[1]], n), lambda: bare.generate([1], n), n, 1, blocks
     )
@@ -83,7 +83,7 @@ def common_tokens(
 
 
 class BareLoop:
-    """What a careful user writes by hand for one model and one sequence."""
+    """The loop that a careful user writes by hand for one model and one sequence."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
         self.config = config

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rig import compared_row, in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.model import Model
@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, object]] = {
 QUICK = ("stories260k 32x128", "shakespeare-char 12x64")
 
 
-def run(device: str, quick: bool, say: Say) -> list[Row]:
+def run(device: str, quick: bool, log: Log) -> list[Row]:
     """Time every case; returns one row each, higher is better."""
     rows = []
     for case in QUICK if quick else CASES:

@@ -33,9 +33,9 @@ from onelaunch.operators.rms_norm import launch, rms_norm
 EPS = 1e-6
 
 Norm = Callable[[Tensor, Tensor], Tensor]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
-# What Liger asks before it takes its row path, and what the published rule asks.
+# What Liger requires before it takes its row path, and what the published rule requires.
 LIGER_CONDITION = "BLOCK_SIZE > 256 or n_rows < 4096 * 8 or row_mode"
 SOURCE_CONDITION = "BLOCK_SIZE > 512 or n_rows < 4096 or row_mode"
 # Its block path at every row count that is measured.
@@ -49,7 +49,7 @@ KNOWN_CUTLASS = ("4.4.1", "4.4.2", "4.5.2")
 
 @dataclass(frozen=True)
 class Contender:
-    """`fresh()` gives the norm for one shape, made anew; `repeatable()`, where there is one, the
+    """`fresh()` returns the norm for one shape, made anew; `repeatable()`, where there is one, the
     norm whose graph can be walked backward many times. `form`: one of ours, no peer. `in_place`:
     writes dX over the incoming gradient. `sibling`: has the host path of another contender, and is
     not timed for its own."""
@@ -89,7 +89,7 @@ def _ours(**options: Any) -> Callable[[], Norm]:
     return lambda: lambda x, weight: rms_norm(x, weight, EPS, **options)
 
 
-def has_kernel(device: torch.device, say: Say) -> bool:
+def has_kernel(device: torch.device, log: Log) -> bool:
     """Whether kernels are measured on a device; a line says so where none is. Raises BadInput where
     a kernel's time would mean nothing, or there is no kernel though there should be one."""
     if launch.INTERPRETED:
@@ -105,11 +105,11 @@ def has_kernel(device: torch.device, say: Say) -> bool:
     with warnings.catch_warnings():  # instead of the operator's own warning, which comes once
         warnings.simplefilter("ignore")
         rms_norm(torch.ones(1, 1))
-    say("there is no kernel on this device: ours is the plain PyTorch form")
+    log("there is no kernel on this device: ours is the plain PyTorch form")
     return False
 
 
-def peers(device: torch.device, say: Say) -> list[Contender]:
+def peers(device: torch.device, log: Log) -> list[Contender]:
     """Those that run on a device; a line names each that is missing."""
     on_any = [
         Contender("torch", lambda: _torch),
@@ -118,12 +118,12 @@ def peers(device: torch.device, say: Say) -> list[Contender]:
     if device.type != "cuda":
         return on_any
     liger = _liger(
-        say,
+        log,
         Liger("liger", sibling=False),
         Liger("liger row", row_mode=True),
         Liger("liger source", SOURCE_CONDITION),
     )
-    return [*on_any, *liger, *_quack(say)]
+    return [*on_any, *liger, *_quack(log)]
 
 
 def torch_may_run_quack() -> bool:
@@ -191,23 +191,23 @@ class Liger(NamedTuple):
     sibling: bool = True
 
 
-def liger_paths(say: Say) -> list[Contender]:
+def liger_paths(log: Log) -> list[Contender]:
     """Liger's two paths as it has them, at any number of rows; a line says what is missing."""
-    return _liger(say, Liger("liger block", BLOCK_CONDITION), Liger("liger row", row_mode=True))
+    return _liger(log, Liger("liger block", BLOCK_CONDITION), Liger("liger row", row_mode=True))
 
 
-def _liger(say: Say, *forms: Liger) -> list[Contender]:
+def _liger(log: Log, *forms: Liger) -> list[Contender]:
     try:
         released = importlib.import_module("liger_kernel.ops.rms_norm")
     except Exception as error:
-        say(f"without Liger: {in_a_line(error)}")
+        log(f"without Liger: {in_a_line(error)}")
         return []
     contenders = []
     for form in forms:
         try:
             module = with_condition(released, form.condition) if form.condition else released
         except ValueError as error:
-            say(f"without {form.name}: {error}")
+            log(f"without {form.name}: {error}")
             continue
         fresh = partial(_liger_norm, module, form.row_mode)
         contenders.append(Contender(form.name, fresh, in_place=True, sibling=form.sibling))
@@ -237,10 +237,10 @@ def with_condition(released: ModuleType, condition: str) -> ModuleType:
     return module
 
 
-def _quack(say: Say) -> list[Contender]:
+def _quack(log: Log) -> list[Contender]:
     try:
         rmsnorm = importlib.import_module("quack").rmsnorm
     except Exception as error:
-        say(f"without QuACK: {in_a_line(error)}")
+        log(f"without QuACK: {in_a_line(error)}")
         return []
     return [Contender("quack", lambda: lambda x, weight: rmsnorm(x, weight, eps=EPS))]

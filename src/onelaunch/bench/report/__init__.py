@@ -1,1 +1,1 @@
-"""`onelaunch report`: what many records say, as one page of HTML or as Markdown."""
+"""`onelaunch report`: many records as one page of HTML or as Markdown."""

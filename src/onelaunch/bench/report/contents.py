@@ -55,7 +55,7 @@ class Table(NamedTuple):
 
 
 def summary(report: Report) -> str:
-    """What a reader should know first."""
+    """The summary at the report's beginning."""
     rows = report.published
     answered = [key for key in rows if report.answers(key)]
     impossible = [key for key in rows if rows[key].why_not and key not in answered]
@@ -68,7 +68,7 @@ def summary(report: Report) -> str:
 
 
 def summary_table(report: Report) -> Table:
-    """How many statements are confirmed, and refuted, a line for each device."""
+    """A table of the numbers of confirmed and refuted statements, a line for each device."""
     lines = []
     for device in report.devices:
         counts = report.verdicts(device)
@@ -192,7 +192,7 @@ def times(ratio: float | None) -> str:
 
 
 def figures(row: Published) -> str:
-    """What a study has of a row."""
+    """The published figures of a row."""
     return "; ".join(
         str(value) if name == "told" else f"{name}: {f'{value:,g}' if _is_number(value) else value}"
         for name, value in row.values.items()

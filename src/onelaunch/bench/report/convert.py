@@ -104,7 +104,7 @@ def to_html(text: str, heading: int = 1) -> str:
 
 
 def _kind(line: str) -> str:
-    """Of which kind of block a line is; nothing between two blocks."""
+    """The kind of block of a line; nothing between two blocks."""
     if not line:
         return ""
     if _HEADING.fullmatch(line):

@@ -33,7 +33,8 @@ NO_FINDING = "no finding of it in the record"
 
 @dataclass(frozen=True)
 class Part:
-    """What a report has of one record; `problems` say what could not be made of it."""
+    """The parts of a report from one record; `problems` are lines about what could not be made of
+    it."""
 
     path: Path
     record: Record
@@ -83,7 +84,7 @@ class Report:
                 yield from part.findings
 
     def verdicts(self, device: str) -> Counter[Verdict]:
-        """How many statements have which verdict on a device."""
+        """The number of statements on a device by verdict."""
         return Counter(finding.verdict for finding in self.findings(device))
 
     def answers(self, key: str) -> dict[str, Counter[Verdict]]:
@@ -95,7 +96,7 @@ class Report:
         return {device: count for device, count in counts.items() if count}
 
     def answered(self, device: str) -> int:
-        """How many published rows have a verdict on a device."""
+        """The number of published rows that have a verdict on a device."""
         keys = {key for finding in self.findings(device) for key in finding.answers}
         return len(keys & self.published.keys())
 

@@ -81,7 +81,7 @@ def _file(name: str) -> str:
 
 
 def _story(report: Report, plots: Mapping[str, str]) -> Iterator[str]:
-    """What the studies claimed, and of each claim what holds on which device."""
+    """The studies' claims, and on which device each holds."""
     sentences = story.introduction(report)
     if not sentences:
         return

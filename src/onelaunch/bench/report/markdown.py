@@ -32,7 +32,7 @@ def document(report: Report, folder: Path) -> str:
 
 
 def _story(report: Report) -> Iterator[str]:
-    """What the studies claimed, and of each claim what holds on which device."""
+    """The studies' claims, and on which device each holds."""
     sentences = story.introduction(report)
     if not sentences:
         return

@@ -122,7 +122,7 @@ def _needs_a_mac(finding: Finding) -> bool:
 
 
 def answers(report: Report, study: Study) -> Iterator[tuple[str, list[Answer]]]:
-    """Of every claim of a study that has an answer: its text, and by device what holds of it first.
+    """Every claim of a study that has an answer: its text, and by device what holds of it first.
     A statement that no study published is no answer."""
     for claim in CLAIMS:
         by_device: list[Answer] = []
@@ -197,7 +197,7 @@ PLOTS = (
 
 
 def speedups(report: Report, plot: Plot) -> dict[str, dict[str, float]]:
-    """By device and series, ours of every published row that has one."""
+    """Our speedups by device and series, of every published row that has one."""
     speedups: dict[str, dict[str, float]] = {}
     for part in report.parts:
         for finding in part.findings:

@@ -1,4 +1,4 @@
-"""The Core ML engine: models as ML Programs. What is there is told here, without importing it."""
+"""The Core ML engine: models as ML Programs. `why_not` checks for it without importing it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ KNOWN_VERSIONS = ("9.0",)
 def why_not() -> str | None:
     """Why programs cannot be built here; None where they can."""
     try:
-        found = metadata.version("coremltools")
+        version = metadata.version("coremltools")
     except metadata.PackageNotFoundError:
         return "the package coremltools is not installed"
-    if not any(found == known or found.startswith(f"{known}.") for known in KNOWN_VERSIONS):
-        return f"coremltools {found} is not known here; {' or '.join(KNOWN_VERSIONS)} is"
+    if not any(version == known or version.startswith(f"{known}.") for known in KNOWN_VERSIONS):
+        return f"coremltools {version} is not known here; {' or '.join(KNOWN_VERSIONS)} is"
     return None
 
 
@@ -60,7 +60,7 @@ _building = threading.RLock()
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """For what builds programs: coremltools has one open block for all threads."""
+    """Run one at a time: coremltools has one open block for all threads."""
 
     @wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""What a child process asks of Core ML, as a protocol, and Core ML itself through coremltools.
+"""What a child process needs of Core ML, as a protocol, and Core ML itself through coremltools.
 
 coremltools hands arrays of float32 and int32 over to Core ML, and widens what is float16 to float32
 in both directions: the rounding of an input to float16 happens within the prediction.
@@ -26,7 +26,7 @@ COMPUTE_UNITS: dict[Units, str] = {
 }
 """As coremltools calls them."""
 HANDED = {FLOAT16: np.float32, FLOAT32: np.float32, INT32: np.int32}
-"""What coremltools takes for, and gives of, a program's inputs and outputs."""
+"""The dtypes that coremltools takes and returns for a program's inputs and outputs."""
 UNKNOWN = "unknown"
 
 Arrays = Mapping[str, np.ndarray]
@@ -34,7 +34,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Interface:
-    """Of a program: its inputs and outputs, in order, by name."""
+    """The inputs and outputs of a program, in order, by name."""
 
     inputs: Mapping[str, Type]
     outputs: Mapping[str, Type]
@@ -42,17 +42,17 @@ class Interface:
     @classmethod
     def of(cls, function: Function) -> Interface:
         """Raises BadInput for numbers that coremltools does not hand over."""
-        found = cls(function.inputs, {name: function.types[name] for name in function.outputs})
-        for name, each in (*found.inputs.items(), *found.outputs.items()):
+        interface = cls(function.inputs, {name: function.types[name] for name in function.outputs})
+        for name, each in (*interface.inputs.items(), *interface.outputs.items()):
             if each.dtype not in HANDED:
                 raise BadInput(f"{name}: numbers of {each.dtype} are not handed to Core ML here")
-        return found
+        return interface
 
 
 @dataclass(frozen=True)
 class PlacedOperation:
-    """Where Core ML means to run an operation: "cpu", "gpu" or "ne", or "unknown"; where it could;
-    and its share of the program's cost as Core ML estimates it."""
+    """The device on which Core ML plans to run an operation: "cpu", "gpu" or "ne", or "unknown";
+    where it could; and its share of the program's cost as Core ML estimates it."""
 
     name: str
     kind: str
@@ -69,7 +69,7 @@ class Backend(Protocol):
 
     def predict(self, inputs: dict[str, np.ndarray]) -> tuple[Arrays, float | None]:
         """Outputs of inputs that have the types of HANDED, and the seconds that Core ML's own
-        call took, where it tells."""
+        call took, where that is known."""
 
     def plan(self) -> list[PlacedOperation]:
         """Every operation that is no constant, in order."""
@@ -94,8 +94,8 @@ class CoreML:
 
     def predict(self, inputs: dict[str, np.ndarray]) -> tuple[Arrays, float | None]:
         outputs = self._model.predict(inputs)
-        told = getattr(self._model._proxy, "get_last_predict_duration_in_nano_seconds", None)
-        nanoseconds = told() if told is not None else None
+        duration = getattr(self._model._proxy, "get_last_predict_duration_in_nano_seconds", None)
+        nanoseconds = duration() if duration is not None else None
         return outputs, None if nanoseconds is None else nanoseconds / 1e9
 
     def plan(self) -> list[PlacedOperation]:

@@ -1,10 +1,10 @@
-"""Backward programs of the same plan: from the gradient of what a launch gave to that of what it
-was given, through as many layers as the launch holds, weights constants again.
+"""Backward programs of the same plan: from the gradient of a launch's outputs to that of its
+inputs, through as many layers as the launch holds, weights constants again.
 
 A program's inputs are `dx`, the gradient of its last layer's output, (B, D, 1, S), and the
 forward's taps that it reads; its outputs `dx_in`, the gradient of its first layer's input, and for
 each layer the gradients of which the weights' own are products (gradients.py). With taps "inputs"
-it computes each layer's forward again and gives what those products need of it, too. embed and
+it computes each layer's forward again and returns what those products need of it, too. embed and
 head are the host's.
 
 Of P, attention weights keys by queries, and their gradient dP: the scores' is
@@ -54,7 +54,7 @@ BACK = {
     for name, kind in STAGE_KINDS.items()
     if kind.block and _gradients(kind.reads)
 }
-"""What the backward of a stage hands on beside the gradient of x, where a program ends there."""
+"""What the backward of a stage hands on besides the gradient of x, where a program ends there."""
 _TAKEN = {
     name: ((DX,) if X in kind.reads + kind.writes else ()) + _gradients(kind.writes)
     for name, kind in STAGE_KINDS.items()
@@ -70,7 +70,7 @@ def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
     """The names of a backward program's inputs. The taps of a program of attention alone have no
     layer in their names."""
     stages = plan.stages[launch.first : launch.last]
-    found = list(_TAKEN.get(stages[-1].kind, (DX,)))
+    inputs = list(_TAKEN.get(stages[-1].kind, (DX,)))
     alone = len(stages) == 1 and stages[0].kind == "attention"
     for number, stage in enumerate(stages):
         names: tuple[str, ...] = STAGE_KINDS[stage.kind].saved
@@ -79,8 +79,8 @@ def backward_inputs(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
             names = (BEGINS[stage.kind],) if stage.kind in BEGINS and first else ()
         if not plan.config.qk_norm:
             names = tuple(name for name in names if not name.endswith("_raw"))
-        found += names if alone else [tap_name(stage.layer, name) for name in names]
-    return found
+        inputs += names if alone else [tap_name(stage.layer, name) for name in names]
+    return inputs
 
 
 @one_at_a_time
@@ -102,8 +102,8 @@ def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full
         raise BadInput("only whole blocks can be computed again from their inputs; use taps full")
     program = mil.Program()
     emitter = _Backward(plan, packed)
-    given = placeholders(plan, backward_inputs(plan, launch, taps), _kind)
-    with mil.Function(given, opset_version=target.iOS18) as function:
+    inputs = placeholders(plan, backward_inputs(plan, launch, taps), _kind)
+    with mil.Function(inputs, opset_version=target.iOS18) as function:
         emitter.begin(function.inputs, stages, again=taps == "inputs")
         for stage in reversed(stages):
             getattr(emitter, stage.kind)(stage)
@@ -113,7 +113,7 @@ def emit_backward(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "full
 
 
 def _kind(name: str) -> str:
-    """What an input is the gradient of, or is."""
+    """The tensor that an input is, or is the gradient of."""
     if name == DX:
         return X
     if name.startswith("layer_"):
@@ -126,7 +126,7 @@ class _Backward(Builder):
 
     def begin(self, inputs: dict[str, Var], stages: Sequence[Stage], again: bool) -> None:
         """Take the inputs, or compute from them what was not kept."""
-        self.dx = self._given = inputs.get(DX)
+        self.dx = self._upstream = inputs.get(DX)
         self._ends = stages[0].kind
         self._named: list[tuple[str, Var]] = []
         self._values: dict[tuple[int, str], Var] = {}
@@ -153,7 +153,7 @@ class _Backward(Builder):
             begins = BEGINS.get(stage.kind)
             if begins and (tap := tap_name(stage.layer, begins)) in inputs:
                 forward.x = inputs[tap]
-            # what comes out of a layer is nobody's input here
+            # a layer's output is not an input here
             unread = stage.kind == "down" or stage is stages[-1]
             getattr(forward, f"before_{stage.kind}" if unread else stage.kind)(stage)
             if stage.kind == "attention":
@@ -165,7 +165,7 @@ class _Backward(Builder):
         self._values |= forward.values
 
     def outputs(self) -> list[Var]:
-        """Of the program, named."""
+        """The outputs of the program, named."""
         results = [(DX_IN, self.dx)]
         if self._ends == "attention":
             d_q, d_k = (self.joined(each) for each in self._d_heads)
@@ -251,7 +251,7 @@ class _Backward(Builder):
 
     def _gradient(self, stage: Stage, name: str, var: Var) -> Var:
         """Hand it out; what came in is known to the host."""
-        if var is not self._given:
+        if var is not self._upstream:
             self._named.append((tap_name(stage.layer, name), var))
         return var
 
@@ -294,6 +294,6 @@ class _Backward(Builder):
             product = mb.mul(x=d_half, y=mb.const(val=part.copy()))
             weighted.append(mb.reshape(x=product, shape=wide))
         divisor = head_divisor(self.config)
-        found = normalize_backward(mb, norm, weighted, HEAD_AXIS, divisor)
-        first, second = (flat_heads(self, each) for each in found)
+        halves = normalize_backward(mb, norm, weighted, HEAD_AXIS, divisor)
+        first, second = (flat_heads(self, each) for each in halves)
         return first, second

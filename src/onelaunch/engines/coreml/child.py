@@ -1,8 +1,8 @@
 """The child process that runs a program: a bad one can kill the process that it runs in.
 
 Run as `python -m onelaunch.engines.coreml.child MODULE:ATTRIBUTE`, the attribute a class that is a
-Backend. Each line that it is told is JSON: what to do, and the seconds that it has at most; each is
-answered by a line: what was found, or "refused" or "failed" with a reason.
+Backend. Each line on standard input is a request in JSON: its method, and a timeout in seconds;
+each is answered by a line: the result, or "refused" or "failed" with a reason.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Message = dict[str, Any]
 
 
 class _Worker:
-    """Does what it is told, in methods of that name."""
+    """Answers requests, each by the method of that name."""
 
     def __init__(self, backend: str) -> None:
         self._name = backend
 
     def answer(self, message: Message) -> Message:
         try:
-            found: Message = getattr(self, message["do"])(message)
-            return found
+            result: Message = getattr(self, message["do"])(message)
+            return result
         except RunFailed as error:
             return {"failed": printable(str(error))}
         except (OnelaunchError, ImportError) as error:
@@ -53,32 +53,32 @@ class _Worker:
         module, _, attribute = self._name.partition(":")
         self._backend: Backend = getattr(importlib.import_module(module), attribute)()
         start = time.perf_counter()
-        found = self._backend.load(
+        interface = self._backend.load(
             Path(message["package"]), Path(message["folder"]), message["units"]
         )
         seconds = time.perf_counter() - start
-        self._interface = found
-        return {**asdict(found), "seconds": seconds}
+        self._interface = interface
+        return {**asdict(interface), "seconds": seconds}
 
     def share(self, message: Message) -> Message:
-        self._shared = Shared.found(self._interface, message["name"])
+        self._shared = Shared.attach(self._interface, message["name"])
         return {}
 
     def predict(self, message: Message) -> Message:
         inputs, shared = self._interface.inputs, self._shared
         start = time.perf_counter()
-        given = {
+        converted_inputs = {
             name: np.ascontiguousarray(shared.input(name, dtype), HANDED[inputs[name].dtype])
             for name, dtype in message["dtypes"].items()
         }
         converted = time.perf_counter()
-        outputs, core_ml_seconds = self._backend.predict(given)
+        outputs, core_ml_seconds = self._backend.predict(converted_inputs)
         predicted = time.perf_counter()
-        found = {
+        results = {
             name: _checked(name, each, outputs) for name, each in self._interface.outputs.items()
         }
         seconds = (converted - start, predicted - converted, time.perf_counter() - predicted)
-        for name, array in found.items():
+        for name, array in results.items():
             np.copyto(shared.output(name), array)
         return {"seconds": seconds, "core_ml": core_ml_seconds}
 
@@ -87,7 +87,7 @@ class _Worker:
 
 
 def read_interface(data: Message) -> Interface:
-    """From an answer to "load"."""
+    """Read the interface from the response to "load"."""
     read = {
         way: {name: Type(each["dtype"], tuple(each["shape"])) for name, each in data[way].items()}
         for way in ("inputs", "outputs")
@@ -98,18 +98,18 @@ def read_interface(data: Message) -> Interface:
 def _checked(name: str, expected: Type, outputs: Arrays) -> np.ndarray:
     if name not in outputs:
         raise RunFailed(f"there is no output {name}")
-    found = np.asarray(outputs[name])
-    if found.shape != expected.shape:
-        raise RunFailed(f"output {name} is of shape {found.shape}, not {expected.shape}")
-    return np.ascontiguousarray(found, HANDED[expected.dtype])
+    array = np.asarray(outputs[name])
+    if array.shape != expected.shape:
+        raise RunFailed(f"output {name} is of shape {array.shape}, not {expected.shape}")
+    return np.ascontiguousarray(array, HANDED[expected.dtype])
 
 
 def main() -> None:
-    """In the child process."""
+    """Run the child process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     lines = parent_lines()
     worker = _Worker(sys.argv[1])
-    # what Core ML may print is no answer
+    # lines that Core ML may print are no response
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
         os.dup2(2, 1)
         with suppress(BrokenPipeError, KeyboardInterrupt):

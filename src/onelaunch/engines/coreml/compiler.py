@@ -1,7 +1,7 @@
 """A child process that compiles all programs of a training step, for one version of the weights.
 
-Run as `python -m onelaunch.engines.coreml.compiler`: a line of JSON says for which model, shape,
-depth and taps, and which store of compiled programs is asked first; each line after it names a file
+Run as `python -m onelaunch.engines.coreml.compiler`: a line of JSON has the model, shape, depth and
+taps, and the store of compiled programs that is searched first; each line after it names a file
 of weights and a folder for the programs, and is answered by a line: what it took, or why it cannot
 be.
 """
@@ -36,7 +36,7 @@ _REASON_LETTERS = 300
 
 @dataclass(frozen=True)
 class Shape:
-    """What a set of programs is for; its plan is of all positions' logits."""
+    """Model, shape, depth and taps of a set of programs; its plan is of all positions' logits."""
 
     config: ModelConfig
     batch: int
@@ -61,7 +61,7 @@ class Shape:
 
 
 def program_path(folder: Path, direction: str, number: int) -> Path:
-    """Where one of a set lies."""
+    """The path of one program of a set."""
     return folder / f"{direction}-{number}.mlpackage"
 
 
@@ -69,8 +69,8 @@ def compile_set(
     shape: Shape, weights: dict[str, Any], folder: Path, store: Store | None = None
 ) -> dict[str, float]:
     """Write forward and backward programs of every launch; how many were compiled, how many the
-    store had, and the seconds. The store is asked for every one, and keeps those without weights:
-    the others are of this update alone."""
+    store had, and the seconds. Every one is looked up in the store, which keeps those without
+    weights: the others are of this update alone."""
     from onelaunch.engines.coreml.pack import Packed
 
     start, plan, packed = time.perf_counter(), shape.plan, Packed(shape.config, weights)
@@ -152,11 +152,11 @@ def _work(shape: Shape, store: Store | None, job: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """In the child process."""
+    """Run the child process."""
     lower_priority()
     torch.set_num_threads(1)  # the trainer has the cores
     lines = parent_lines()
-    # what a compiler may print is no answer
+    # lines that a compiler may print are no response
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
         os.dup2(2, 1)
         with suppress(BrokenPipeError, KeyboardInterrupt):

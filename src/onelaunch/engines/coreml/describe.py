@@ -1,4 +1,4 @@
-"""A saved program as plain data and as lines: what it takes and gives, what it is made of, what
+"""A saved program as plain data and as lines: its inputs and outputs, what it is made of, what
 would keep it off the Neural Engine."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _plain(kind: Type) -> dict[str, Any]:
 
 
 def lines(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What `describe` gives, a name and a text for each line."""
+    """What `describe` returns, a name and a text for each line."""
     yield "program", described["program"]
     yield "specification version", str(described["specification_version"])
     yield "weight bytes", f"{described['weight_bytes']:,}"

@@ -33,20 +33,20 @@ from onelaunch.plan import STAGE_KINDS, Launch, Plan, Stage, launches, parse_dep
 
 Taps = Literal["none", "inputs", "full"]
 TAPS: tuple[Taps, ...] = ("none", "inputs", "full")
-"""What a program hands out for a backward pass beside its result: nothing, each layer's input, or
-all that the backward of a layer reads."""
+"""What a program hands out for a backward pass in addition to its result: nothing, each layer's
+input, or all that the backward of a layer reads."""
 HEAD_ROWS = 65_536
 """Channels that one convolution may have; a larger head is cut."""
 PURPOSE = "an ML Program"
 _WRITE_ERRORS = ("[MIL FileWriter]", "filesystem error")
-"""How the errors begin with which coremltools' native parts say that they could not write."""
+"""How coremltools' native parts begin their errors about writing."""
 _OVERHEAD_BYTES = 1 << 20
 """Of a package without its weights, at most."""
 X, TOKENS, RESULT, LOGITS = "x", "tokens", "x_out", "logits"
 HANDED = {
     name: kind.writes for name, kind in STAGE_KINDS.items() if kind.block and X not in kind.writes
 }
-"""What a stage hands to the next one beside x, an input or output where a program begins or ends
+"""What a stage hands to the next one besides x, an input or output where a program begins or ends
 between the two. Of no layer by name: all layers share the program of a stage without weights."""
 _TAKEN = {name: kind.reads for name, kind in STAGE_KINDS.items() if kind.block}
 HEAD_AXIS = 2
@@ -63,12 +63,12 @@ class Emitted:
 
     @property
     def operations(self) -> int:
-        """Without constants."""
+        """The number of operations without constants."""
         return sum(op.op_type != "const" for op in self.mil.functions["main"].operations)
 
 
 def channels(config: ModelConfig, name: str) -> int:
-    """Of x, or of a tap by its name without the layer."""
+    """The channels of x, or of a tap by its name without the layer."""
     E = padded_head(config)
     return {
         X: config.dim, "input": config.dim, "middle": config.dim, "normed": config.dim,
@@ -88,8 +88,8 @@ def program_launches(plan: Plan, depth: str | int) -> tuple[Launch, ...]:
             f"fusion_depth={depth!r}: a program holds half a layer at least; use half, a number of "
             f"layers from 1 to {plan.config.n_layers}, or all"
         )
-    found = launches(plan, parsed)
-    return tuple(each for each in found if _kinds(plan, each) != {"embed"})
+    every = launches(plan, parsed)
+    return tuple(each for each in every if _kinds(plan, each) != {"embed"})
 
 
 def _kinds(plan: Plan, launch: Launch) -> set[str]:
@@ -101,7 +101,7 @@ def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emi
     """The program of one launch. Its input is `tokens`, (B, S) int32, where it begins with embed,
     and otherwise `x`, (B, D, 1, S); its result `x_out`, or `logits_0`, `logits_1` and so on, of
     (B, rows, 1, S) each; then its taps, by the names of `tap_names`. One that begins or ends inside
-    a block takes or gives what is HANDED there."""
+    a block has as inputs or outputs what is HANDED there."""
     coremltools(PURPOSE)
     from coremltools.converters.mil import mil
 
@@ -113,12 +113,12 @@ def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emi
     stages = plan.stages[launch.first : launch.last]
     shape = (plan.batch, plan.sequence)
     if stages[0].kind == "embed":
-        given = {TOKENS: mil.Placeholder(sym_shape=shape, dtype=mil.types.int32, name=TOKENS)}
+        inputs = {TOKENS: mil.Placeholder(sym_shape=shape, dtype=mil.types.int32, name=TOKENS)}
     else:
-        given = placeholders(plan, _TAKEN.get(stages[0].kind, (X,)))
+        inputs = placeholders(plan, _TAKEN.get(stages[0].kind, (X,)))
     from coremltools import target
 
-    with mil.Function(given, opset_version=target.iOS18) as function:
+    with mil.Function(inputs, opset_version=target.iOS18) as function:
         emitter.begin(function.inputs, stages)
         for stage in stages:
             getattr(emitter, stage.kind)(stage)
@@ -130,7 +130,7 @@ def emit(plan: Plan, launch: Launch, packed: Packed, taps: Taps = "none") -> Emi
 def placeholders(
     plan: Plan, names: Sequence[str], kind: Callable[[str], str] = lambda name: name
 ) -> dict[str, Any]:
-    """Inputs, (B, C, 1, S), with as many channels as what `kind` says that they are."""
+    """Inputs, (B, C, 1, S), with as many channels as `kind` of their name has."""
     from coremltools.converters.mil import mil
 
     return {
@@ -145,20 +145,20 @@ def placeholders(
 
 def tap_names(plan: Plan, launch: Launch, taps: Taps) -> list[str]:
     """The names of a program's taps, in their order among its outputs."""
-    stages, found = plan.stages[launch.first : launch.last], []
+    stages, taken = plan.stages[launch.first : launch.last], []
     for stage in stages:
         names = _taps_of(stage.kind, taps, plan.config.qk_norm)
-        found += [tap_name(stage.layer, name) for name in names if name not in _handed(stages)]
-    return found
+        taken += [tap_name(stage.layer, name) for name in names if name not in _handed(stages)]
+    return taken
 
 
 def _handed(stages: Sequence[Stage]) -> tuple[str, ...]:
-    """What a program of these is given or gives that is no tap of its own."""
+    """Inputs and outputs of a program of these stages that are no taps of its own."""
     return _TAKEN.get(stages[0].kind, ()) + HANDED.get(stages[-1].kind, ())
 
 
 def tap_name(layer: int, name: str) -> str:
-    """How a program calls a layer's tap."""
+    """The name of a layer's tap in a program."""
     return f"layer_{layer}_{name}"
 
 
@@ -173,13 +173,13 @@ _FULL = {
 
 def _taps_of(kind: str, taps: Taps, qk_norm: bool) -> tuple[str, ...]:
     if taps == "full":
-        found = _FULL.get(kind, ())
-        return found if qk_norm else tuple(name for name in found if not name.endswith("_raw"))
+        names = _FULL.get(kind, ())
+        return names if qk_norm else tuple(name for name in names if not name.endswith("_raw"))
     return ("input",) if taps == "inputs" and kind == "qkv" else ()
 
 
 class Builder:
-    """What forward and backward programs are written with, into the function that is open."""
+    """Emits the operations that forward and backward programs share, into the open function."""
 
     def __init__(self, plan: Plan, packed: Packed) -> None:
         from coremltools.converters.mil import Builder as mb
@@ -195,7 +195,7 @@ class Builder:
         return self.shared[name]
 
     def mask(self) -> Var:
-        """What is added to scores."""
+        """The causal mask, which is added to scores."""
         return self.constant("mask", lambda: causal_mask(self.plan.sequence))
 
     def rotation(self, heads: int) -> tuple[Var, Var]:
@@ -220,7 +220,7 @@ class Builder:
         return self.mb.transpose(x=x, perm=[0, 3, 2, 1])
 
     def product(self, left: Var, right: Var) -> Var:
-        """Of (B, C, 1, W) and (B, W, 1, U): (B, C, 1, U)."""
+        """The matrix product of (B, C, 1, W) and (B, W, 1, U): (B, C, 1, U)."""
         return self.mb.einsum(values=(left, right), equation="nchw,nwhu->nchu")
 
     def attended(self, query: Var, key_standing: Var) -> Var:
@@ -250,7 +250,7 @@ class Emitter(Builder):
         self._ends = ""
 
     def begin(self, inputs: Mapping[str, Var], stages: Sequence[Stage]) -> None:
-        """With the inputs of the program of these stages."""
+        """Begin with the inputs of the program of these stages."""
         self._no_taps, self._ends = _handed(stages), stages[-1].kind
         self.x = inputs.get(TOKENS, inputs.get(X))
         if stages[0].kind == "attention":
@@ -300,7 +300,7 @@ class Emitter(Builder):
         self._attn_out = self.joined(attn_out)
 
     def before_out_proj(self, stage: Stage) -> Var:
-        """What it multiplies."""
+        """The input of the product."""
         return self._tap(stage, "attn_out", self._attn_out)
 
     def out_proj(self, stage: Stage) -> None:
@@ -317,7 +317,7 @@ class Emitter(Builder):
         self._hidden = mb.mul(x=mb.silu(x=gate), y=up)
 
     def before_down(self, stage: Stage) -> Var:
-        """What it multiplies."""
+        """The input of the product."""
         return self._tap(stage, "hidden", self._hidden)
 
     def down(self, stage: Stage) -> None:
@@ -338,7 +338,7 @@ class Emitter(Builder):
     # ---- their parts
 
     def outputs(self) -> Iterator[Var]:
-        """Of the program, named."""
+        """The outputs of the program, named."""
         results = [(f"{LOGITS}_{i}", v) for i, v in enumerate(self._logits)] or [(RESULT, self.x)]
         if self._ends == "qkv":
             queries, keys = self._turned
@@ -365,7 +365,7 @@ class Emitter(Builder):
         return mb.mul(x=normalized, y=mb.const(val=self.packed(name)))
 
     def _head_norm(self, stage: Stage, name: str, heads: int, *halves: Var) -> Sequence[Var]:
-        """The norm of each head, of which two halves are given."""
+        """The norm of each head, as two halves."""
         mb = self.mb
         weight = self.packed(f"layers.{stage.layer}.self_attn.{name}_norm.weight")
         return [

@@ -28,13 +28,13 @@ MAX_SEQUENCES = 4
 class CoreMLEngine:
     """Runs a model through its ML Programs; see `Engine`.
 
-    A program has a fixed length: a text is padded behind, which changes nothing before, to the next
-    power of two from 32 on, the model's context at most; texts go one after another. With `dtype`
+    A program has a fixed length: a sequence is padded at its end to the next power of two from 32
+    on, the model's context at most; sequences are computed one after another. With `dtype`
     "float16" Core ML runs the programs on a Mac, and elsewhere they are evaluated, rounded after
     every operation; "float32" evaluates them in float32, with their float16 constants. There is no
     cache of keys and values: each new token
-    reads its whole text, which is for checking and short texts. `store` keeps compiled programs.
-    Raises BadInput for what cannot be had, MissingExtra without coremltools.
+    reads its whole sequence, which is for checking and short sequences. `store` keeps compiled
+    programs. Raises BadInput for what is not supported, MissingExtra without coremltools.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CoreMLEngine:
         program_launches(make_plan(config), self.fusion_depth)  # raises for single stages
         self.programs = Programs(store or Store())
         self._packed = Packed(config, dict(weights))
-        self._log, self._said = log, False
+        self._log, self._logged = log, False
         self._open = Opener(self.dtype, log)  # type: ignore[arg-type]
         self._loaded: OrderedDict[int, list[ReadyProgram]] = OrderedDict()
 
@@ -77,15 +77,17 @@ class CoreMLEngine:
         if not tokens_BS.numel():
             extents = (batch,) if last else (batch, sequence)
             return torch.empty(*extents, self.config.vocab_size)
-        texts = [self._text(text.tolist()) for text in tokens_BS.cpu()]
+        logits = [self._sequence(ids.tolist()) for ids in tokens_BS.cpu()]
         if ends is not None:
-            return torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
-        return torch.stack(texts)[:, :sequence]
+            return torch.stack([each[end] for each, end in zip(logits, ends, strict=True)])
+        return torch.stack(logits)[:, :sequence]
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> RowSession:
         """Begin to generate, a token of each request in a step; see `Engine`."""
         max_len = check_session(max_batch, max_len, self.config)
-        return RowSession(self.config, WholeTexts(self._text), max_batch, max_len, self.dtype)
+        return RowSession(
+            self.config, WholeSequences(self._sequence), max_batch, max_len, self.dtype
+        )
 
     def describe(self) -> dict[str, Any]:
         """Engine, device, dtype, bytes of weights, fusion depth, and what was compiled."""
@@ -102,14 +104,14 @@ class CoreMLEngine:
             "compile_seconds": round(self.programs.compile_seconds, 3),
         }
 
-    def _text(self, ids: Sequence[int]) -> Tensor:
-        """Logits of one text and of what it is padded with, (length, V)."""
+    def _sequence(self, ids: Sequence[int]) -> Tensor:
+        """Logits of one sequence and of its padding, (length, V)."""
         length = self._length(len(ids))
         tokens = torch.tensor([[*ids, *[0] * (length - len(ids))]])
-        given = {TOKENS: tokens, X: self._looked_up(tokens)}
+        values = {TOKENS: tokens, X: self._looked_up(tokens)}
         for program in self._programs(length):
-            outputs = program({name: given[name] for name in program.inputs})
-            given = {X: outputs.get(RESULT, tokens)}
+            outputs = program({name: values[name] for name in program.inputs})
+            values = {X: outputs.get(RESULT, tokens)}
         tiles = [value for name, value in outputs.items() if name.startswith(LOGITS)]
         return torch.cat(tiles, 1)[0, :, 0].T.float()
 
@@ -118,8 +120,8 @@ class CoreMLEngine:
         return min(max(HEAD_STEP, power), self.config.max_seq_len)
 
     def _looked_up(self, tokens_1S: Tensor) -> Tensor:
-        """What the first program is given where embed is the host's."""
-        table = self._packed.given("embed_tokens.weight")
+        """The input of the first program where the host looks the embedding up."""
+        table = self._packed.unpacked("embed_tokens.weight")
         return table[tokens_1S].half().float().transpose(1, 2)[:, :, None]
 
     def _programs(self, length: int) -> list[ReadyProgram]:
@@ -127,14 +129,14 @@ class CoreMLEngine:
             self._loaded.move_to_end(length)
             return self._loaded[length]
         plan = make_plan(self.config, 1, length, all_positions=True)
-        found = program_launches(plan, self.fusion_depth)
-        if not (self._said or self._open.runs):
-            self._said = True
+        selected = program_launches(plan, self.fusion_depth)
+        if not (self._logged or self._open.runs):
+            self._logged = True
             self._log(
                 "Core ML runs on macOS: here its programs are evaluated, operation by operation in "
                 f"{self.dtype}"
             )
-        paths = [self.programs.get(Wanted(plan, launch), self._packed) for launch in found]
+        paths = [self.programs.get(Wanted(plan, launch), self._packed) for launch in selected]
         while len(self._loaded) >= MAX_SEQUENCES:
             self._close(self._loaded.popitem(last=False)[1])
         opened: list[ReadyProgram] = []
@@ -158,28 +160,28 @@ class CoreMLEngine:
             program.close()
 
 
-class WholeTexts:
-    """Rows of a session without a cache: each new token reads its whole text; see `Rows`."""
+class WholeSequences:
+    """Rows of a session without a cache: each new token reads its whole sequence; see `Rows`."""
 
     def __init__(self, logits: Callable[[Sequence[int]], Tensor]) -> None:
         self._logits = logits
-        self._texts: list[list[int]] = []
+        self._sequences: list[list[int]] = []
 
     def read(self, row: int, prompt_ids: Sequence[int]) -> Tensor:
-        """The last position's logits of a new text, (1, V)."""
-        self._texts[row:] = [list(prompt_ids)]
-        return self._last(self._texts[row])[None]
+        """The last position's logits of a new sequence, (1, V)."""
+        self._sequences[row:] = [list(prompt_ids)]
+        return self._last(self._sequences[row])[None]
 
     def step(self, token_B: Tensor) -> Tensor:
         """The logits behind one more token of each row, (B, V)."""
-        texts = self._texts[: len(token_B)]
-        for text, token in zip(texts, token_B.tolist(), strict=True):
-            text.append(token)
-        return torch.stack([self._last(text) for text in texts])
+        sequences = self._sequences[: len(token_B)]
+        for ids, token in zip(sequences, token_B.tolist(), strict=True):
+            ids.append(token)
+        return torch.stack([self._last(ids) for ids in sequences])
 
     def move(self, source: int, row: int) -> None:
-        """Put a text in the place of another."""
-        self._texts[row] = self._texts[source]
+        """Put a sequence in the place of another."""
+        self._sequences[row] = self._sequences[source]
 
     def _last(self, ids: Sequence[int]) -> Tensor:
         return self._logits(ids)[len(ids) - 1]

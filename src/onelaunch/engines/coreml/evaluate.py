@@ -1,6 +1,6 @@
 """Runs a saved ML Program on any system, operation by operation, with PyTorch on the CPU.
 
-Three precisions: float64 and float32 throughout, whatever the program's dtypes say, and float16
+Three precisions: float64 and float32 throughout, whatever the program's dtypes are, and float16
 rounded after every operation, each computed in float32 before that. What the Neural Engine does
 within an operation, its order and width of sums, is not known here: this is the program's meaning,
 not the device's arithmetic.
@@ -28,9 +28,9 @@ INTERPRETING, ROUNDING = "interpreting", "rounding"
 
 
 class Evaluator:
-    """A function of a package, called with its inputs by name, giving its outputs by name.
+    """A function of a package, called with its inputs by name; returns its outputs by name.
 
-    With `watch`, `largest` has the largest magnitude that each operation has given, by its name.
+    With `watch`, `largest` has the largest magnitude of each operation's output, by its name.
     Raises BadInput for an operation that is not known, for inputs that are missing or of another
     shape.
     """
@@ -64,17 +64,17 @@ class Evaluator:
 
     def __call__(
         self,
-        given: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
         on_output: Callable[[str, Tensor], None] | None = None,
     ) -> dict[str, Tensor]:
         """The outputs; `on_output` is called with each as soon as it is there."""
         outputs, probe = set(self.function.outputs), self.probe
         values: dict[str, Any] = {}
         for name, expected in self.function.inputs.items():
-            if name not in given or tuple(given[name].shape) != expected.shape:
-                found = tuple(given[name].shape) if name in given else "none"
-                raise BadInput(f"input {name}: must be of shape {expected.shape}, not {found}")
-            values[name] = self._rounded(self._placed(given[name]))
+            if name not in inputs or tuple(inputs[name].shape) != expected.shape:
+                shape = tuple(inputs[name].shape) if name in inputs else "none"
+                raise BadInput(f"input {name}: must be of shape {expected.shape}, not {shape}")
+            values[name] = self._rounded(self._placed(inputs[name]))
         if probe is not None:
             probe(INTERPRETING)
         with torch.no_grad():
@@ -100,12 +100,12 @@ class Evaluator:
         return {name: values[name] for name in self.function.outputs}
 
     def _operands(self, operation: Operation, values: Values) -> dict[str, Any]:
-        """By parameter; a list where the parameter is one."""
-        found = {}
+        """The operands by parameter; a list where the parameter is one."""
+        operands = {}
         for parameter, names in operation.inputs.items():
             each = [values[n] if n in values else self._constants[n] for n in names]
-            found[parameter] = each if parameter == "values" or len(each) > 1 else each[0]
-        return found
+            operands[parameter] = each if parameter == "values" or len(each) > 1 else each[0]
+        return operands
 
     def _placed(self, value: Any) -> Tensor:
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
@@ -126,17 +126,17 @@ class Evaluator:
 
 
 def _last_uses(function: Function) -> list[list[str]]:
-    """For each operation the values that nothing after it reads."""
+    """The values that no later operation reads, by operation."""
     last: dict[str, int] = {}
     for number, operation in enumerate(function.operations):
         for name in (*operation.operands, *(name for name, _ in operation.outputs)):
             last[name] = number
     kept = set(function.outputs)
-    found: list[list[str]] = [[] for _ in function.operations]
+    unneeded: list[list[str]] = [[] for _ in function.operations]
     for name, number in last.items():
         if name not in kept and name not in function.constants:
-            found[number].append(name)
-    return found
+            unneeded[number].append(name)
+    return unneeded
 
 
 # ---- what each kind of operation means; parameters as MIL names them

@@ -47,7 +47,7 @@ class Written:
 def checked(
     config: ModelConfig, out: Path, sequence: int | None, depth: str | None, taps: str
 ) -> tuple[int, Depth, Taps]:
-    """What is asked for, with defaults. Raises BadInput."""
+    """Sequence, depth and taps with their defaults. Raises BadInput."""
     if taps not in TAPS:
         raise BadInput(f"taps={taps!r}: must be {', '.join(TAPS[:-1])} or {TAPS[-1]}")
     if sequence is None:
@@ -80,14 +80,14 @@ def write(
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise BadInput(f"{name}: has numbers that are infinite or NaN; nothing was written")
-    found = program_launches(plan, depth)
+    selected = program_launches(plan, depth)
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise write_error(out, error) from error
     try:
         written = []
-        for number, launch in enumerate(found, start=1):
+        for number, launch in enumerate(selected, start=1):
             emitted = emit(plan, launch, packed, taps)
             name = f"{number:02}-{launch.name.replace(' ', '-')}{SUFFIX}"
             notes = _notes(plan, launch, taps)
@@ -95,7 +95,7 @@ def write(
             written.append(
                 Written(folder / name, launch, emitted.operations, emitted.seconds, seconds)
             )
-        if len(found) == 1:
+        if len(selected) == 1:
             written[0].path.rename(out)
             return [replace(written[0], path=out)]
         listed = [{"file": w.path.name, **_notes(plan, w.launch, taps)} for w in written]
@@ -112,7 +112,7 @@ def write(
 
 
 def _notes(plan: Plan, launch: Launch, taps: Taps) -> dict[str, Any]:
-    """What a program is of."""
+    """The metadata of a program."""
     stages = plan.stages[launch.first : launch.last]
     return {
         "model": plan.config.to_dict(),

@@ -18,8 +18,8 @@ Product = Callable[[], Tensor]
 
 
 def products(config: ModelConfig, layer: int, values: Mapping[str, Tensor]) -> dict[str, Product]:
-    """By canonical name, how each weight's gradient of a layer is computed; independent of one
-    another, so that threads may share them. `values` have the names without the layer."""
+    """Functions that compute each weight's gradient of a layer, by canonical name; independent of
+    one another, so that threads may share them. `values` have the names without the layer."""
     c, prefix = config, f"layers.{layer}."
     q_rows, k_rows = half_rows(c, c.n_heads), half_rows(c, c.n_kv_heads)
     v_rows, attn_out_rows = whole_rows(c, c.n_kv_heads), whole_rows(c, c.n_heads)
@@ -29,10 +29,10 @@ def products(config: ModelConfig, layer: int, values: Mapping[str, Tensor]) -> d
         return _rows(values[d_out]).T @ _rows(values[operand])
 
     def q_proj() -> Tensor:
-        found = returned(product("d_q", "normed"), q_rows, c.q_dim)
-        return found if c.qk_norm else found * scale
+        d_q = returned(product("d_q", "normed"), q_rows, c.q_dim)
+        return d_q if c.qk_norm else d_q * scale
 
-    found: dict[str, Product] = {
+    products_of: dict[str, Product] = {
         "self_attn.q_proj": q_proj,
         "self_attn.k_proj": lambda: returned(product("d_k", "normed"), k_rows, c.kv_dim),
         "self_attn.v_proj": lambda: returned(product("d_v", "normed"), v_rows, c.kv_dim),
@@ -49,14 +49,14 @@ def products(config: ModelConfig, layer: int, values: Mapping[str, Tensor]) -> d
     }
     if c.qk_norm:
         # the scores' scale is in the weight of the queries' norm
-        found["self_attn.q_norm"] = lambda: scale * _head_norm(c, values, "q", c.n_heads)
-        found["self_attn.k_norm"] = lambda: _head_norm(c, values, "k", c.n_kv_heads)
-    return {f"{prefix}{name}.weight": make for name, make in found.items()}
+        products_of["self_attn.q_norm"] = lambda: scale * _head_norm(c, values, "q", c.n_heads)
+        products_of["self_attn.k_norm"] = lambda: _head_norm(c, values, "k", c.n_kv_heads)
+    return {f"{prefix}{name}.weight": make for name, make in products_of.items()}
 
 
 def operands(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """What each product of `products` reads, by the same names without the layer."""
-    found: dict[str, tuple[str, ...]] = {
+    """The operands that each product of `products` reads, by the same names without the layer."""
+    reads: dict[str, tuple[str, ...]] = {
         "self_attn.q_proj": ("d_q", "normed"),
         "self_attn.k_proj": ("d_k", "normed"),
         "self_attn.v_proj": ("d_v", "normed"),
@@ -68,13 +68,13 @@ def operands(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         "post_attention_layernorm": ("middle", "d_normed_2"),
     }
     if config.qk_norm:
-        found["self_attn.q_norm"] = ("q_raw", "d_q_normed")
-        found["self_attn.k_norm"] = ("k_raw", "d_k_normed")
-    return found
+        reads["self_attn.q_norm"] = ("q_raw", "d_q_normed")
+        reads["self_attn.k_norm"] = ("k_raw", "d_k_normed")
+    return reads
 
 
 def needed(config: ModelConfig) -> tuple[str, ...]:
-    """What `products` reads of the forward, by the names of its taps."""
+    """The tensors that `products` reads of the forward, by the names of its taps."""
     raw = ("q_raw", "k_raw") if config.qk_norm else ()
     return ("input", "middle", "normed", "normed_2", "attn_out", "hidden", *raw)
 

@@ -1,6 +1,6 @@
-"""What would keep a saved program off Apple's Neural Engine, or slow it there, read from its files.
+"""Lint a saved program: what would keep it off Apple's Neural Engine, or slow it there.
 
-Nothing here was measured by us. The letter beside each rule says whose it is:
+Nothing here was measured by us. The letter next to each rule names its source:
 
 - A: Apple, neural_engine_rules.md in apple/coreai-models, commit 86b363d
 - F: ANEForge, its pages numeric-cliffs, capabilities and op-catalog
@@ -10,7 +10,7 @@ Nothing here was measured by us. The letter beside each rule says whose it is:
 - a number: that issue or pull request of apple/coremltools
 
 Core ML decides when it loads a program where each part runs, and leaves small programs on the CPU,
-below a cost that nobody has published. So a program without findings may still not run there.
+below a cost that Apple has not published. So a program without findings may still not run there.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from onelaunch.engines.coreml.package import (
 
 Severity = Literal["error", "cpu", "slow", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "cpu", "slow", "note")
-"""The program does not run there, or gives wrong numbers; this part goes to the CPU or GPU; it is
-slower than it need be; worth knowing."""
+"""The program does not run there, or computes wrong numbers; this part goes to the CPU or GPU; it
+is slower than it need be; worth knowing."""
 
 MAX_RANK = 5  # A
 LAST_AXIS_BYTES = 64  # A
@@ -95,21 +95,24 @@ class Finding:
 def lint(package: Package) -> list[Finding]:
     """The findings of a program in its order; what several places share is one finding. Raises
     BadInput for damaged weights."""
-    found = []
+    findings = []
     fits: dict[Stored, bool] = {}
     for name, function in package.functions.items():
         prefix = f"{name}." if len(package.functions) > 1 else ""
         for where, remark in _of_function(package, function, fits):
-            found.append(Finding(remark.severity, prefix + where, remark.rule, remark.text))
+            findings.append(Finding(remark.severity, prefix + where, remark.rule, remark.text))
     for remark in _of_weights(package.weight_file_bytes):
-        found.append(Finding(remark.severity, package.weights_path.name, remark.rule, remark.text))
-    return _grouped(found, lambda finding: (finding.severity, finding.rule, finding.text))
+        findings.append(
+            Finding(remark.severity, package.weights_path.name, remark.rule, remark.text)
+        )
+    return _grouped(findings, lambda finding: (finding.severity, finding.rule, finding.text))
 
 
 def magnitudes(function: Function, largest: Mapping[str, float]) -> list[Finding]:
-    """Where values pass what the Neural Engine holds, in the function's order. `largest` has the
-    largest magnitude that each operation gave, by its name, as an Evaluator that watches notes."""
-    found = []
+    """Find values beyond the range of the Neural Engine, in the function's order. `largest` has the
+    largest magnitude of each operation's output, by its name, as an Evaluator with `watch` has
+    it."""
+    findings = []
     for operation in function.operations:
         value = largest.get(operation.name, 0.0)
         if not value <= FLOAT16_MAX:  # no number is none of these
@@ -121,13 +124,13 @@ def magnitudes(function: Function, largest: Mapping[str, float]) -> list[Finding
         else:
             continue
         text = f"gives up to {value:,.0f}; {what} {limit:,}"
-        found.append(Finding("error", operation.name, f"magnitude {limit}", text))
-    return _grouped(found, lambda finding: finding.rule)
+        findings.append(Finding("error", operation.name, f"magnitude {limit}", text))
+    return _grouped(findings, lambda finding: finding.rule)
 
 
-def _grouped(found: Iterable[Finding], key: Callable[[Finding], Any]) -> list[Finding]:
+def _grouped(findings: Iterable[Finding], key: Callable[[Finding], Any]) -> list[Finding]:
     groups: dict[Any, Finding] = {}
-    for finding in found:
+    for finding in findings:
         first = groups.get(key(finding))
         groups[key(finding)] = replace(first, count=first.count + 1) if first else finding
     return list(groups.values())
@@ -171,8 +174,8 @@ def _of_function(
 
 
 def _of_value(kind: Type, outer: bool, off: bool = False) -> Remarks:
-    """Of one that is an input or output of the function, or an operation's own; `off` where that
-    operation does not run there anyway."""
+    """Remarks on a value that is an input or output of the function, or an operation's own; `off`
+    where that operation does not run there anyway."""
     if len(kind.shape) > MAX_RANK:
         yield _Remark("error", "rank", f"has {len(kind.shape)} axes; {MAX_RANK} are the most")
     if outer and kind.dtype not in _ITEM_BYTES:
@@ -186,7 +189,7 @@ def _of_value(kind: Type, outer: bool, off: bool = False) -> Remarks:
 
 def _of_last_axis(kind: Type, outer: bool) -> Remarks:
     """A: memory is in blocks of 64 bytes along it. Of what a program keeps to itself only less
-    than one block is told."""
+    than one block is reported."""
     size = _ITEM_BYTES.get(kind.dtype, 0) * (kind.shape[-1] if kind.shape else 0)
     padded = -(-size // LAST_AXIS_BYTES) * LAST_AXIS_BYTES
     if size == padded or (padded > LAST_AXIS_BYTES and not outer):
@@ -269,7 +272,7 @@ class _Place:
     operation: Operation
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """Of an operand; none where it is none."""
+        """The shape of an operand; empty where it has none."""
         for name in self.operation.inputs.get(parameter, ())[:1]:
             constant = self.function.constants.get(name)
             if isinstance(constant, Stored):

@@ -34,7 +34,7 @@ _SMALLEST = 2.0**-24
 
 @dataclass(frozen=True)
 class Normalized:
-    """What a norm gives before its weight, and the two factors that make it of x."""
+    """The output of a norm before its weight, and the two factors that make it of x."""
 
     parts: list[Var]
     scale: Var
@@ -87,11 +87,11 @@ def normalize_backward(
     """The gradient of x from that of the normalized x: (g - xhat mean(g xhat)) / rms(x)."""
     pairs = list(zip(gradients, norm.parts, strict=True))
     mean = mean_of_parts(mb, [mb.mul(x=g, y=part) for g, part in pairs], axis, divisor)
-    found = []
+    d_parts = []
     for g, part in pairs:
         difference = mb.sub(x=g, y=mb.mul(x=part, y=mean))
-        found.append(mb.mul(x=mb.mul(x=difference, y=norm.inverse), y=norm.scale))
-    return found
+        d_parts.append(mb.mul(x=mb.mul(x=difference, y=norm.inverse), y=norm.scale))
+    return d_parts
 
 
 def mean_of_parts(mb: Any, parts: Sequence[Var], axis: int, divisor: float = 1.0) -> Var:

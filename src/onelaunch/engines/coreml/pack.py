@@ -57,8 +57,8 @@ def whole_rows(config: ModelConfig, heads: int) -> Tensor:
 
 def taken(weight: Tensor, rows: Tensor) -> Tensor:
     """Rows of a matrix or elements of a vector, zeros for -1."""
-    found = weight[rows.clamp(min=0)]
-    return found * (rows >= 0).view(-1, *[1] * (weight.dim() - 1))
+    taken_rows = weight[rows.clamp(min=0)]
+    return taken_rows * (rows >= 0).view(-1, *[1] * (weight.dim() - 1))
 
 
 def returned(packed: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -70,7 +70,7 @@ def returned(packed: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 class Packed:
-    """Gives the constants of a model's programs by their canonical names, made when asked for."""
+    """The constants of a model's programs by their canonical names, made when requested."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
@@ -83,14 +83,14 @@ class Packed:
             "o_proj": whole_rows(c, c.n_heads),
         }
 
-    def given(self, name: str) -> Tensor:
+    def unpacked(self, name: str) -> Tensor:
         """A weight as the model has it, float32, contiguous, on the CPU."""
         return self._weights[name].detach().float().cpu().contiguous()
 
     def __call__(self, name: str) -> Array:
-        """Of a norm (1, C, 1, 1); of a projection (out, in, 1, 1); of the embedding (V, D). Raises
-        BadInput where float16 does not hold it."""
-        weight = self.given(name)
+        """The constant of a norm (1, C, 1, 1); of a projection (out, in, 1, 1); of the embedding
+        (V, D). Raises BadInput where float16 does not hold it."""
+        weight = self.unpacked(name)
         kind = name.removesuffix(".weight").rpartition(".")[2]
         scale = self.config.head_dim**-0.5
         if kind in ("q_norm", "k_norm"):
@@ -112,14 +112,15 @@ class Packed:
     def classifier(self) -> Array:
         """(V, D, 1, 1). Raises BadInput where float16 does not hold it."""
         name = "embed_tokens.weight" if self.config.tied_embeddings else "lm_head.weight"
-        return _held(name, self.given(name)[:, :, None, None])
+        return _held(name, self.unpacked(name)[:, :, None, None])
 
 
 def _held(name: str, weight: Tensor) -> Array:
-    """In float16. What is infinite or NaN already stays so, and the logits tell."""
-    found = halved(weight)
-    if np.isfinite(found).all() or not weight.isfinite().all():
-        return found
+    """Convert to float16, which must hold the numbers. Infinities and NaN stay, and show in the
+    logits."""
+    half = halved(weight)
+    if np.isfinite(half).all() or not weight.isfinite().all():
+        return half
     raise BadInput(
         f"{name}: has a number of magnitude {float(weight.abs().max()):,.0f}; an ML Program has "
         f"its weights in float16, which ends at {FLOAT16_MAX:,}"
@@ -127,7 +128,7 @@ def _held(name: str, weight: Tensor) -> Array:
 
 
 def halved(values: Tensor) -> Array:
-    """In float16, contiguous."""
+    """Convert to contiguous float16."""
     return np.ascontiguousarray(values.to(torch.float16).numpy())
 
 
@@ -150,5 +151,5 @@ def causal_mask(sequence: int) -> Array:
 
 
 def weight_bytes(config: ModelConfig) -> int:
-    """Of the model's own weights in float16."""
+    """The bytes of the model's own weights in float16."""
     return 2 * sum(math.prod(shape) for shape in config.weight_shapes().values())

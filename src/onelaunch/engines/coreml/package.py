@@ -1,8 +1,8 @@
 """Reads saved ML Programs: operations, types, constants, weights.
 
-An .mlpackage is a folder: a manifest, a protobuf (`model.mlmodel`) and beside it a file of weights.
-In that file each array has a record of 64 bytes: the word 0xDEADBEEF, a dtype, the array's bytes,
-and where it begins (8 bytes each, the first two 4).
+An .mlpackage is a folder: a manifest, a protobuf (`model.mlmodel`) and next to it a file of
+weights. In that file each array has a record of 64 bytes: the word 0xDEADBEEF, a dtype, the array's
+bytes, and where it begins (8 bytes each, the first two 4).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LARGEST_MODEL = 2**31 - 1
 
 @dataclass(frozen=True)
 class Type:
-    """Of a value: a dtype by name, and its extents; of a number or a text none."""
+    """The type of a value: a dtype by name, and its extents; of a number or a text none."""
 
     dtype: str
     shape: tuple[int, ...] = ()
@@ -62,7 +62,7 @@ Constant = np.ndarray | str | Stored
 
 @dataclass(frozen=True)
 class Operation:
-    """One that computes: its kind, the names of its inputs by parameter, and what it gives."""
+    """One that computes: its kind, the names of its inputs by parameter, and its outputs."""
 
     kind: str
     name: str
@@ -88,11 +88,11 @@ class Function:
 
     @cached_property
     def types(self) -> dict[str, Type]:
-        """Of every value that is no constant and no state."""
-        found = dict(self.inputs)
+        """The types of every value that is no constant and no state."""
+        types = dict(self.inputs)
         for operation in self.operations:
-            found |= dict(operation.outputs)
-        return found
+            types |= dict(operation.outputs)
+        return types
 
 
 class Package:
@@ -133,7 +133,7 @@ class Package:
 
     @property
     def n_bytes(self) -> int:
-        """Of all files."""
+        """The bytes of all files."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def value(self, constant: Constant) -> Any:
@@ -177,29 +177,29 @@ def _model_file(path: Path) -> Path:
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-        found = path / "Data" / str(root)
-        there = path.resolve() in found.resolve().parents and found.is_file()
+        model_file = path / "Data" / str(root)
+        there = path.resolve() in model_file.resolve().parents and model_file.is_file()
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: is no .mlpackage (its {_MANIFEST} cannot be read)") from error
     if not there:
         raise BadInput(f"{path}: its model file {root} is missing")
-    return found
+    return model_file
 
 
 def _function(proto: Any, path: Path) -> Function:
     if proto.opset not in proto.block_specializations:
         raise BadInput(f"{path}: a function has no operations for its version {proto.opset!r}")
     block = proto.block_specializations[proto.opset]
-    given = {each.name: each.type for each in proto.inputs}
+    declared = {each.name: each.type for each in proto.inputs}
     states = {
         name: _type(kind.stateType.wrappedType, path)
-        for name, kind in given.items()
+        for name, kind in declared.items()
         if kind.WhichOneof("type") == "stateType"
     }
-    inputs = {name: _type(kind, path) for name, kind in given.items() if name not in states}
+    inputs = {name: _type(kind, path) for name, kind in declared.items() if name not in states}
     constants: dict[str, Constant] = {}
     operations = []
-    known = set(given)
+    known = set(declared)
     for op in block.operations:
         if op.type == "const":
             if len(op.outputs) != 1:
@@ -211,12 +211,12 @@ def _function(proto: Any, path: Path) -> Function:
         operation = _operation(op, constants, path)
         for name in operation.operands:
             if name not in known and name not in constants:
-                raise BadInput(f"{path}: {operation.name} reads {name!r}, which nothing gives")
+                raise BadInput(f"{path}: {operation.name} reads {name!r}, which nothing writes")
         known |= dict(operation.outputs).keys()
         operations.append(operation)
     for name in block.outputs:
         if name not in known or name in states:
-            raise BadInput(f"{path}: its output {name!r} is given by nothing")
+            raise BadInput(f"{path}: its output {name!r} is written by nothing")
     return Function(inputs, tuple(block.outputs), tuple(operations), constants, states)
 
 
@@ -227,9 +227,9 @@ def _operation(op: Any, constants: dict[str, Constant], path: Path) -> Operation
     outputs = tuple((output.name, _type(output.type, path)) for output in op.outputs)
     name = outputs[0][0] if outputs else _own_name(op, path)
     inputs = {}
-    for parameter, given in sorted(op.inputs.items()):
+    for parameter, bound in sorted(op.inputs.items()):
         names = []
-        for argument in given.arguments:
+        for argument in bound.arguments:
             if argument.WhichOneof("binding") == "name":
                 names.append(argument.name)
                 continue
@@ -240,7 +240,7 @@ def _operation(op: Any, constants: dict[str, Constant], path: Path) -> Operation
 
 
 def _own_name(op: Any, path: Path) -> str:
-    """Of an operation without outputs, as write_state is."""
+    """The name of an operation without outputs, such as write_state."""
     if "name" not in op.attributes:
         return str(op.type)
     return str(_constant(op.attributes["name"], path))

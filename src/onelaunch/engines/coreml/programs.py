@@ -1,4 +1,4 @@
-"""ML Programs compiled where nobody has kept them: emitted, converted, saved.
+"""ML Programs compiled where the store has none: emitted, converted, saved.
 
 A program's key is of what it states, of what builds it, and of its weights: after an update it is
 another program. One of a stage without weights (attention) is the same for every layer and update.
@@ -48,7 +48,7 @@ class Wanted:
         return tuple(dict.fromkeys(name for stage in stages for name in stage.weights))
 
     def key(self, packed: Packed) -> str:
-        """For a store of compiled programs; nothing is compiled."""
+        """The key in a store of compiled programs; nothing is compiled."""
         plan, stages = self.plan, self.plan.stages[self.launch.first : self.launch.last]
         states = {
             "config": plan.config.to_dict(), "batch": plan.batch, "sequence": plan.sequence,
@@ -61,7 +61,7 @@ class Wanted:
 
     def _buffers(self, packed: Packed) -> Iterator[memoryview]:
         for name in self.weights:
-            yield packed.given(name).numpy().data.cast("B")
+            yield packed.unpacked(name).numpy().data.cast("B")
 
 
 @cache
@@ -83,7 +83,7 @@ class Programs:
     def get(
         self, wanted: Wanted, packed: Packed, path: Path | None = None, keep: bool = True
     ) -> Path:
-        """Where the program lies, `path` if that is given; whoever asks may remove it. One that is
+        """The path of the program, `path` unless None; the caller may remove it. One that is
         compiled here goes into the store where it is to `keep`."""
         path = path or Path(tempfile.mkdtemp(dir=self._folder.name)) / f"program{SUFFIX}"
         key = None if self._store is None else wanted.key(packed)
@@ -113,7 +113,7 @@ def _fold(path: Path) -> bytes:
 
 
 def _unfold(data: bytes, path: Path) -> bool:
-    """Whether it was a package."""
+    """Unfold a package. Returns whether it was one."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             archive.extractall(path, filter="data")

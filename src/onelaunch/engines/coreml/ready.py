@@ -48,7 +48,7 @@ class Evaluated:
         return self.evaluator(inputs, on_output)
 
     def close(self) -> None:
-        """Nothing is held beside it."""
+        """Nothing to release."""
 
 
 class RunByCoreML:
@@ -65,8 +65,8 @@ class RunByCoreML:
     def __call__(
         self, inputs: Mapping[str, Tensor], on_output: OnOutput | None = None
     ) -> dict[str, Tensor]:
-        found = self._runner.predict({name: each.numpy() for name, each in inputs.items()})
-        outputs = {name: torch.from_numpy(each) for name, each in found.items()}
+        arrays = self._runner.predict({name: each.numpy() for name, each in inputs.items()})
+        outputs = {name: torch.from_numpy(each) for name, each in arrays.items()}
         if on_output is not None:
             for name, output in outputs.items():
                 on_output(name, output)
@@ -78,7 +78,7 @@ class RunByCoreML:
 
 
 class Opener:
-    """Makes saved programs ready. `log` gets what Core ML says of them, each line once.
+    """Makes saved programs ready. `log` gets the notes about them, each line once.
 
     `precision` "float16" is how a program's operations round: Core ML runs it where it is there.
     "float32" is the evaluator's, for checking, on a Mac too.

@@ -1,7 +1,8 @@
 """Runs a saved ML Program with Core ML, in a child process: a program that the Neural Engine's
 compiler has refused loads all the same, and its first prediction kills the process.
 
-Where compute units fail, by an error, a signal or a hang, the next ones are tried, and it is said.
+Where compute units fail, by an error, a signal or a hang, the next ones are tried, and a note is
+kept.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ORDER: dict[Units, tuple[Units, ...]] = {
     "gpu": ("gpu", "cpu"),
     "cpu": ("cpu",),
 }
-"""Compute units that are tried, by those that were asked for."""
+"""Compute units that are tried, by the requested ones."""
 COMPILER_WORDS = ("ANECCompile", "MILCompilerForANE")
 """In what is written where the Neural Engine's compiler has failed, whether or not loading has."""
 GRACE_SECONDS = 5.0
@@ -68,14 +69,14 @@ def why_not() -> str | None:
 
 
 def _has_native_part() -> bool:
-    found = find_spec("coremltools")
-    places = found.submodule_search_locations if found is not None else None
+    spec = find_spec("coremltools")
+    places = spec.submodule_search_locations if spec is not None else None
     return any(list(Path(place).glob("libcoremlpython*.so")) for place in places or ())
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one prediction took, in seconds; the four together are what its caller waited."""
+    """Seconds of one prediction; the four add up to what its caller waited."""
 
     input_conversion: float
     """To arrays that coremltools takes: float32 and int32, contiguous; nothing where they are."""
@@ -85,7 +86,7 @@ class Times:
     transfer: float
     """All else: copies into and out of shared memory, and messages between the processes."""
     core_ml: float | None = None
-    """Within `prediction`, Core ML's own call where it is told: it rounds inputs to float16. The
+    """Within `prediction`, Core ML's own call where that is known: it rounds inputs to float16. The
     rest is coremltools', which widens outputs to float32."""
 
     @property
@@ -95,7 +96,7 @@ class Times:
 
 @dataclass(frozen=True)
 class ComputePlan:
-    """Where Core ML means to run each operation. It is a plan: where they ran is not told."""
+    """The devices on which Core ML plans to run each operation. Where they ran is not known."""
 
     operations: tuple[PlacedOperation, ...]
 
@@ -109,7 +110,7 @@ class Runner:
     """A saved program that is ready to predict while the `with` block lasts. For one thread.
 
     On entry it is loaded, and a first prediction is made, of zeros. Where either fails on the
-    compute units that were asked for, the next ones of ORDER are tried, and `notes` says so.
+    requested compute units, the next ones of ORDER are tried, with a line in `notes`.
     `load_timeout` is for loading and for `plan`, `predict_timeout` for a prediction, in seconds.
     Raises BadInput for a package that cannot be read, RunFailed where it runs nowhere.
     """
@@ -128,7 +129,7 @@ class Runner:
         self.units: Units = units
         """Those that are in use."""
         self.notes: list[str] = []
-        """A line for each thing that went otherwise than was asked for."""
+        """A line for each thing that differs from the request."""
         self.load_seconds = self.first_seconds = 0.0
         """Compiling and loading, in the child; the first prediction, as its caller waited."""
         self.times: Times | None = None
@@ -179,13 +180,13 @@ class Runner:
         for name in inputs:
             if name not in self.inputs:
                 raise BadInput(f"input {name}: is none of {', '.join(self.inputs)}")
-        given = {name: _fitting(name, each, inputs) for name, each in self.inputs.items()}
-        return self._predict(given, "a prediction")
+        fitting = {name: _fitting(name, each, inputs) for name, each in self.inputs.items()}
+        return self._predict(fitting, "a prediction")
 
     def plan(self) -> ComputePlan:
         """Core ML's own plan for the units in use. Raises RunFailed."""
         worker, _ = self._opened()
-        answer = self._ask(worker, "its compute plan", self._load_timeout, "plan")
+        answer = self._request(worker, "its compute plan", self._load_timeout, "plan")
         operations = (
             PlacedOperation(**{**each, "supported": tuple(each["supported"])})
             for each in answer["operations"]
@@ -220,7 +221,7 @@ class Runner:
             prefix="onelaunch-coreml-run-", ignore_cleanup_errors=True
         )
         self._worker = worker = _Worker((*COMMAND, self._backend))
-        answer = self._ask(
+        answer = self._request(
             worker,
             "loading",
             self._load_timeout,
@@ -234,18 +235,18 @@ class Runner:
         self.load_seconds = answer["seconds"]
         self._shared = shared = Shared.new(interface)
         try:
-            self._ask(worker, "loading", self._load_timeout, "share", name=shared.name)
+            self._request(worker, "loading", self._load_timeout, "share", name=shared.name)
         finally:
             shared.forget_name()
 
-    def _predict(self, given: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
+    def _predict(self, inputs: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
         worker, shared = self._opened()
         start = time.perf_counter()
-        for name, array in given.items():
+        for name, array in inputs.items():
             np.copyto(shared.input(name, array.dtype.str), array)
-        dtypes = {name: array.dtype.str for name, array in given.items()}
-        answer = self._ask(worker, what, self._predict_timeout, "predict", dtypes=dtypes)
-        found = {name: shared.output(name).copy() for name in self.outputs}
+        dtypes = {name: array.dtype.str for name, array in inputs.items()}
+        answer = self._request(worker, what, self._predict_timeout, "predict", dtypes=dtypes)
+        outputs = {name: shared.output(name).copy() for name in self.outputs}
         waited = time.perf_counter() - start
         conversion, prediction, output_conversion = answer["seconds"]
         self.times = Times(
@@ -255,16 +256,16 @@ class Runner:
             transfer=waited - sum(answer["seconds"]),
             core_ml=answer["core_ml"],
         )
-        return found
+        return outputs
 
     def _note_compiler(self) -> None:
         if self._worker is not None and self.units in ("ne", "all"):
-            said = (
+            errors = (
                 line
                 for line in self._worker.stderr_lines()
                 if any(w in line for w in COMPILER_WORDS)
             )
-            if (line := next(said, None)) is not None:
+            if (line := next(errors, None)) is not None:
                 self.notes.append(
                     f"{NAMES[self.units]}: predicts, but the Neural Engine's compiler failed "
                     f"({line}); where it runs is not known"
@@ -275,15 +276,15 @@ class Runner:
             raise RunFailed(f"{self.package}: its runner is closed")
         return self._worker, self._shared
 
-    def _ask(
+    def _request(
         self, worker: _Worker, what: str, seconds: float, do: str, **more: Any
     ) -> dict[str, Any]:
-        """What the child answers. Where it does not, whatever the reason, the runner is closed."""
+        """The child's response. Where there is none, whatever the reason, the runner is closed."""
         try:
-            answer = worker.ask(seconds, {"do": do, **more})
+            answer = worker.request(seconds, {"do": do, **more})
         except BaseException as error:
             self.close()
-            if not isinstance(error, _NoAnswer):
+            if not isinstance(error, _NoResponse):
                 raise
             answer = {"failed": str(error)}
         if "refused" in answer:
@@ -301,22 +302,23 @@ class _Broken(RunFailed):
         self.reason = reason
 
 
-class _NoAnswer(Exception):
-    """Why a child gave none."""
+class _NoResponse(Exception):
+    """Why a child returned no valid response."""
 
 
 class _Worker(Child):
-    def ask(self, seconds: float, message: dict[str, Any]) -> dict[str, Any]:
-        """Its answer, within that time. Raises _NoAnswer; it has ended then, as it has after
-        whatever else stops the waiting: its next answer would be taken for another's."""
+    def request(self, seconds: float, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the response, within `seconds`. Raises _NoResponse; the child
+        has ended then, as after any other exception: a late response would be taken for the next
+        request's."""
         answer = None
         try:
             self.send(json.dumps({**message, "seconds": seconds + GRACE_SECONDS}))
             if not (line := self.receive_within(seconds)):
-                raise _NoAnswer(self._last_words())
+                raise _NoResponse(self._last_words())
             answer = _read(line)
         except TimeoutError:
-            raise _NoAnswer(f"took longer than {seconds:g} s") from None
+            raise _NoResponse(f"took longer than {seconds:g} s") from None
         finally:
             if answer is None:
                 self.end()
@@ -324,8 +326,8 @@ class _Worker(Child):
 
     def _last_words(self) -> str:
         reason = self.reason()
-        said = self.stderr_lines()
-        return reason if not said or said[-1] in reason else f"{reason} after: {said[-1]}"
+        lines = self.stderr_lines()
+        return reason if not lines or lines[-1] in reason else f"{reason} after: {lines[-1]}"
 
 
 def _read(line: str) -> dict[str, Any]:
@@ -334,7 +336,7 @@ def _read(line: str) -> dict[str, Any]:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise _NoAnswer("its process said what is no answer")
+        raise _NoResponse("its process returned an invalid response")
     return answer
 
 

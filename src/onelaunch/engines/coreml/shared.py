@@ -21,7 +21,7 @@ WIDEST = 8
 
 
 class Shared:
-    """The arrays of an interface. None that it gives may be kept beyond `close`."""
+    """The arrays of an interface. None of them may be used after `close`."""
 
     def __init__(self, interface: Interface, memory: SharedMemory) -> None:
         self._interface, self._memory = interface, memory
@@ -30,12 +30,12 @@ class Shared:
 
     @classmethod
     def new(cls, interface: Interface) -> Shared:
-        """In the parent."""
+        """Allocate, in the parent."""
         return cls(interface, SharedMemory(create=True, size=_places(interface)[2]))
 
     @classmethod
-    def found(cls, interface: Interface, name: str) -> Shared:
-        """In the child."""
+    def attach(cls, interface: Interface, name: str) -> Shared:
+        """Attach, in the child."""
         return cls(interface, _untracked(name))
 
     @property
@@ -51,7 +51,7 @@ class Shared:
         return np.ndarray(each.shape, HANDED[each.dtype], self._memory.buf, self._outputs[name])
 
     def forget_name(self) -> None:
-        """In the parent, as soon as the child has found it."""
+        """Forget the name, in the parent, as soon as the child has attached."""
         if self._named:
             self._named = False
             self._memory.unlink()
@@ -61,12 +61,12 @@ class Shared:
 
 
 def _places(interface: Interface) -> tuple[dict[str, int], dict[str, int], int]:
-    """Where each input and each output begins, and the bytes of all."""
+    """The offset of each input and output, and the bytes of all."""
     places: tuple[dict[str, int], dict[str, int]] = ({}, {})
     end = 0
-    for found, types in zip(places, (interface.inputs, interface.outputs), strict=True):
+    for offsets, types in zip(places, (interface.inputs, interface.outputs), strict=True):
         for name, each in types.items():
-            found[name] = end
+            offsets[name] = end
             n_bytes = WIDEST * math.prod(each.shape)
             end += -(-n_bytes // ALIGNMENT) * ALIGNMENT
     return *places, end

@@ -55,8 +55,8 @@ _HANDED = tuple(name for names in HANDED.values() for name in names)
 _HANDED_BACK = tuple(name for names in BACK.values() for name in names)
 
 
-def _beside(name: str) -> ThreadPoolExecutor:
-    """A thread beside the one that trains, whose operations take one core. With teams of both,
+def _single_core_thread(name: str) -> ThreadPoolExecutor:
+    """A thread next to the one that trains, whose operations take one core. With teams of both,
     libgomp has more threads than cores, and from then on its threads sleep where they would wait
     for a moment: operations of either take several times as long (docs/log.md)."""
     threads = torch.get_num_threads()
@@ -68,11 +68,11 @@ def _beside(name: str) -> ThreadPoolExecutor:
 
 def _take_one_core() -> int:
     torch.set_num_threads(1)
-    return torch.get_num_threads()  # a thread that was not asked yet takes the number set last
+    return torch.get_num_threads()  # a thread that has not called this takes the number set last
 
 
 Clock = Callable[[str], AbstractContextManager[None]]
-"""Gives a context in which a part of a micro-step, one of PARTS or PRODUCTS, is done. Those of
+"""Returns a context in which a part of a micro-step, one of PARTS or PRODUCTS, is done. Those of
 PARTS may be within one another; PRODUCTS are another thread's."""
 PROGRAMS_WAIT, FORWARD, LOSS, CLASSIFIER = "programs wait", "forward", "loss", "classifier"
 CLASSIFIER_BACKWARD, BACKWARD, SUMS = "classifier backward", "backward", "sums"
@@ -111,9 +111,9 @@ class CoreMLTrainer(ReferenceEngine):
 
     `depth` is layers for each program, or half, or stage; `taps` "full", or "inputs" to compute
     forwards again; `dtype` "float16", or "float32" to evaluate programs in it; `compile_budget` how
-    many compilations until it has `restart_requested`, 0: any number; `store` what is asked for
-    programs before they are compiled. Call `after_update` after each optimizer step. Raises
-    BadInput for what cannot be had, MissingExtra without coremltools.
+    many compilations until it has `restart_requested`, 0: any number; `store` is searched
+    for programs before they are compiled. Call `after_update` after each optimizer step. Raises
+    BadInput for what is not supported, MissingExtra without coremltools.
     """
 
     def __init__(
@@ -160,14 +160,15 @@ class CoreMLTrainer(ReferenceEngine):
         self._shape: Shape | None = None
         self._compiler: Compiler | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
-        self._compiling, self._multiplying = _beside("compiling"), _beside("products")
+        self._compiling = _single_core_thread("compiling")
+        self._multiplying = _single_core_thread("products")
         self.serving: Loaded | None = None
         """The programs of the last micro-step."""
         self._coming: deque[tuple[int, Future[Loaded]]] = deque()
         self._snapshots: dict[int, dict[str, Tensor]] = {0: self._snapshot()}
         self._counted = _nothing_counted()
 
-    # ---- what the trainer asks
+    # ---- what the trainer calls
 
     def train_step(
         self,
@@ -195,15 +196,15 @@ class CoreMLTrainer(ReferenceEngine):
             with self.clock(BACKWARD):
                 d_embedding, products = self._backward(loaded, known, d_x * factor)
             with self.clock(PRODUCTS_WAIT):
-                found = self._awaited(products)
+                d_weights = self._awaited(products)
             with self.clock(SUMS):
-                finite = _all_finite(*found.values(), d_embedding)
+                finite = _all_finite(*d_weights.values(), d_embedding)
             if finite:
                 break
             factor *= LOWER  # somewhere inside it went beyond float16
         with self.clock(SUMS):
             self._add(host, scale)
-            self._add(found, scale / factor)
+            self._add(d_weights, scale / factor)
             self._add_embedding(tokens_BS, d_embedding, scale / factor)
         mark("backward")
         if compiling == self._is_compiling:
@@ -211,7 +212,7 @@ class CoreMLTrainer(ReferenceEngine):
         return loss
 
     def log_to(self, log: Callable[[str], None]) -> None:
-        """Where lines for people go from now on, from the thread that compiles."""
+        """Send the compiling thread's log lines to `log` from now on."""
         self._log = log
 
     def after_update(self) -> None:
@@ -222,7 +223,7 @@ class CoreMLTrainer(ReferenceEngine):
         for version in [v for v in self._snapshots if v < self.version - self.staleness]:
             del self._snapshots[version]
         if self._shape is not None:
-            self._ask(self.version)
+            self._submit(self.version)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The versions, but the newest, that micro-steps still run on."""
@@ -243,11 +244,11 @@ class CoreMLTrainer(ReferenceEngine):
                 self._snapshots.setdefault(version - int(age), {})[name] = weight.clone()
 
     def telemetry(self) -> dict[str, Any]:
-        """What happened since it was last asked: compilations and their seconds, the wait for
+        """Counts since the last call: compilations and their seconds, the wait for
         them, conversions, the wait for products; and how many updates old the programs are."""
-        found, self._counted = self._counted, _nothing_counted()
+        counted, self._counted = self._counted, _nothing_counted()
         served = self.serving.version if self.serving else self.version
-        return {name: round(value, 6) for name, value in found.items()} | {
+        return {name: round(value, 6) for name, value in counted.items()} | {
             "staleness": max(0, self.version - 1 - served), "k_to_hide": self.schedule.k,
         }  # fmt: skip
 
@@ -257,7 +258,7 @@ class CoreMLTrainer(ReferenceEngine):
         return 0 < self._budget <= self._compilations
 
     def settle(self, version: int | None = None) -> None:
-        """Wait until the programs of a version are compiled; if not given, until nothing is being
+        """Wait until the programs of a version are compiled; by default until nothing is being
         compiled. Raises what a compilation ended with."""
         for each, coming in list(self._coming):
             if version is None or each <= version:
@@ -293,10 +294,11 @@ class CoreMLTrainer(ReferenceEngine):
         self._plan, self._launches = shape.plan, shape.layer_launches()
         self._compiler = Compiler(shape, self._store)
         for version in sorted(self._snapshots):
-            self._ask(version)
+            self._submit(version)
 
     def _drop_programs(self) -> None:
-        """Of the shape before: what serves, and what is coming, whenever that comes."""
+        """Drop the programs of the last shape: the loaded ones, and those that are being
+        compiled."""
         if self.serving is not None:
             self.serving.close()
         self.serving = None
@@ -305,7 +307,7 @@ class CoreMLTrainer(ReferenceEngine):
             coming.cancel()
             coming.add_done_callback(_close_if_loaded)
 
-    def _ask(self, version: int) -> None:
+    def _submit(self, version: int) -> None:
         # with all that the thread is to read: another shape may come before it does
         assert self._compiler is not None
         work = self._compiler, len(self._launches), version, self._snapshots[version]
@@ -314,7 +316,7 @@ class CoreMLTrainer(ReferenceEngine):
     def _compile(
         self, compiler: Compiler, count: int, version: int, weights: Mapping[str, Tensor]
     ) -> Loaded:
-        """In the thread: once more where it fails."""
+        """Compile a version, in the thread; once more where it fails."""
         try:
             return self._compiled(compiler, count, version, weights)
         except RunFailed as error:
@@ -330,31 +332,31 @@ class CoreMLTrainer(ReferenceEngine):
         try:
             save_file(dict(weights), folder / "weights.safetensors")
             start = time.perf_counter()
-            told = compiler.compile(folder / "weights.safetensors", folder)
+            report = compiler.compile(folder / "weights.safetensors", folder)
             forward, backward = self._opened(folder, count)
             seconds = time.perf_counter() - start
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._counted["compilations"] += told["compilations"]
-        self._counted["cache_hits"] += told["hits"]
-        self._compilations += int(told["compilations"])
+        self._counted["compilations"] += report["compilations"]
+        self._counted["cache_hits"] += report["hits"]
+        self._compilations += int(report["compilations"])
         self._counted["compile_seconds"] += seconds
-        if self.serving is not None:  # else nothing ran beside it
+        if self.serving is not None:  # else nothing ran meanwhile
             self.schedule.add_compilation(seconds)
         return Loaded(version, weights, forward, backward)
 
     def _opened(self, folder: Path, count: int) -> tuple[list[ReadyProgram], list[ReadyProgram]]:
         """A version's programs, forward and backward."""
-        found: tuple[list[ReadyProgram], list[ReadyProgram]] = [], []
+        opened: tuple[list[ReadyProgram], list[ReadyProgram]] = [], []
         try:
-            for programs, direction in zip(found, DIRECTIONS, strict=True):
+            for programs, direction in zip(opened, DIRECTIONS, strict=True):
                 for number in range(count):
                     programs.append(self._open(program_path(folder, direction, number)))
         except BaseException:
-            for program in (*found[0], *found[1]):
+            for program in (*opened[0], *opened[1]):
                 program.close()
             raise
-        return found
+        return opened
 
     def _loaded(self) -> Loaded:
         """The version that is this update's, waited for."""
@@ -379,18 +381,18 @@ class CoreMLTrainer(ReferenceEngine):
         x = x.half().float()
         self._counted["conversion_seconds"] += time.perf_counter() - start
         known: dict[str, Tensor] = {}
-        given = {X: x}
+        values = {X: x}
         for launch, program in zip(self._launches, loaded.forward, strict=True):
             first = self._plan.stages[launch.first]
             if first.kind in BEGINS:
-                known[tap_name(first.layer, BEGINS[first.kind])] = given[X]
-            outputs = program({name: given[name] for name in program.inputs})
+                known[tap_name(first.layer, BEGINS[first.kind])] = values[X]
+            outputs = program({name: values[name] for name in program.inputs})
             if RESULT in outputs:
-                given[X] = outputs.pop(RESULT)
+                values[X] = outputs.pop(RESULT)
             handed = {name: outputs.pop(name) for name in _HANDED if name in outputs}
-            given |= handed
+            values |= handed
             known |= outputs | {tap_name(first.layer, name): v for name, v in handed.items()}
-        return known, given[X]
+        return known, values[X]
 
     def _end(
         self, loaded: Loaded, x: Tensor, targets_BS: Tensor
@@ -415,35 +417,35 @@ class CoreMLTrainer(ReferenceEngine):
         self, loaded: Loaded, known: dict[str, Tensor], d_x: Tensor
     ) -> tuple[Tensor, dict[str, Future[Tensor]]]:
         """The gradient of the embedded rows, and the weights' as they come."""
-        known, given = dict(known), {DX: d_x}
+        known, values = dict(known), {DX: d_x}
         products = _Products(self.config, known, self._multiplying, self.clock)
         pairs = list(zip(self._launches, loaded.backward, strict=True))
         for launch, program in reversed(pairs):
             last = self._plan.stages[launch.last - 1]
             if last.kind in _ENDS:
-                products.know(tap_name(last.layer, _ENDS[last.kind]), given[DX])
-            pool = known | given
+                products.know(tap_name(last.layer, _ENDS[last.kind]), values[DX])
+            pool = known | values
             for name in _HANDED:
                 if (tap := tap_name(last.layer, name)) in known:
                     pool[name] = known[tap]
             outputs = program({name: pool[name] for name in program.inputs}, products.know)
             if DX_IN in outputs:
-                given[DX] = outputs[DX_IN]
-            given |= {name: outputs[name] for name in _HANDED_BACK if name in outputs}
+                values[DX] = outputs[DX_IN]
+            values |= {name: outputs[name] for name in _HANDED_BACK if name in outputs}
         assert products.is_whole, "a weight's gradient has no operands"
-        return given[DX], products.found
+        return values[DX], products.futures
 
     def _awaited(self, products: dict[str, Future[Tensor]]) -> dict[str, Tensor]:
         start = time.perf_counter()
-        found = {name: product.result() for name, product in products.items()}
+        d_weights = {name: product.result() for name, product in products.items()}
         self._counted["product_wait_seconds"] += time.perf_counter() - start
-        return found
+        return d_weights
 
-    def _add(self, found: dict[str, Tensor], scale: float) -> None:
-        """Takes them out, so that each one's memory is given back with it."""
+    def _add(self, d_weights: dict[str, Tensor], scale: float) -> None:
+        """Takes them out, so that each one's memory is freed with it."""
         parameters = dict(self.model.named_parameters())
-        while found:
-            name, gradient = found.popitem()
+        while d_weights:
+            name, gradient = d_weights.popitem()
             parameter = parameters[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -469,7 +471,7 @@ class _Products:
         clock: Clock,
     ) -> None:
         self._clock = clock
-        self.found: dict[str, Future[Tensor]] = {}
+        self.futures: dict[str, Future[Tensor]] = {}
         """By canonical name of the weight."""
         self._known, self._executor = known, executor
         self._missing: dict[str, set[str]] = {}
@@ -488,7 +490,7 @@ class _Products:
     @property
     def is_whole(self) -> bool:
         """Whether all of them have begun."""
-        return len(self.found) == len(self._products)
+        return len(self.futures) == len(self._products)
 
     def know(self, name: str, value: Tensor) -> None:
         """Add a value by the name of its tap or gradient."""
@@ -496,8 +498,8 @@ class _Products:
         for weight in self._readers.get(name, ()):
             missing = self._missing[weight]
             missing.discard(name)
-            if not missing and weight not in self.found:
-                self.found[weight] = self._executor.submit(self._multiply, self._products[weight])
+            if not missing and weight not in self.futures:
+                self.futures[weight] = self._executor.submit(self._multiply, self._products[weight])
 
     def _multiply(self, product: gradients.Product) -> Tensor:
         with self._clock(PRODUCTS):

@@ -1,4 +1,4 @@
-"""The CPU engine. What it can run is told here, without importing it."""
+"""The CPU engine. `why_not` checks what it can run without importing it."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class CpuEngine:
     # ---- the two forms
 
     def _prepare(self, code: bytes) -> Runtime:
-        """In the compilation's thread: load the code, pack the weights, choose how to prefetch."""
+        """Load the code, in the compilation's thread, pack the weights, choose how to prefetch."""
         loaded = Program(code)
         weights = self._weights
         assert weights is not None
@@ -208,10 +208,10 @@ class CpuEngine:
                     for name, tensor in weights.items()
                 }
             self._torch_threads = torch.get_num_threads()
-            # one core is the compiler's: at a lower priority beside PyTorch on every core it took
+            # one core is the compiler's: at a lower priority, with PyTorch on every core, it took
             # 74 s instead of 10
-            most = max(1, usable_cores() - (self._compilation is not None))
-            threads = min(self._threads or self._torch_threads, most)
+            max_threads = max(1, usable_cores() - (self._compilation is not None))
+            threads = min(self._threads or self._torch_threads, max_threads)
             self._reference = ReferenceEngine(self.config, weights, "cpu", "float32", threads)
         return self._reference
 

@@ -1,5 +1,5 @@
-"""Threads beside the caller's: they live in the compiled program while there is work, and sleep
-otherwise."""
+"""Threads in addition to the caller's: they live in the compiled program while there is work, and
+sleep otherwise."""
 
 from __future__ import annotations
 

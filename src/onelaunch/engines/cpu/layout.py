@@ -1,7 +1,7 @@
-"""What lies where in the tables that Python and the compiled program share.
+"""The layout of the tables that Python and the compiled program share.
 
 Every field is an int64 (addresses in bytes; a float32 lies in the low half). Names are offsets in
-fields; a table is as long as its LENGTH says.
+fields; a table has the length LENGTH.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class State(IntEnum):
     TOKENS = 18  # table of Token
     N_GROUPS = 19
     GROUPS = 20  # table of Group
-    N_ROWS = 21  # rows of logits asked for
+    N_ROWS = 21  # requested rows of logits
     SEQUENCES = 22  # table of Seq
     N_SEQUENCES = 23
     MAX_TOKENS = 24
@@ -61,8 +61,8 @@ class State(IntEnum):
     FIRST_STAGE = 41
     LAST_STAGE = 42
     ALL_STAGES = 43
-    NEWS = 44  # a sequence has its first token, or has ended: the caller wants to know
-    SLICE = 45  # nanoseconds after which the caller wants to be asked
+    NEWS = 44  # a sequence has its first token, or has ended: the call returns
+    SLICE = 45  # nanoseconds after which the call returns
     CLOCK = 46  # int64 f(clock, timespec)
     SLEEP = 47  # f(microseconds)
     THREADS = 48  # at most so many work at once
@@ -147,7 +147,7 @@ class Seq(IntEnum):
 
 
 class End(IntEnum):
-    """Whether and why a sequence has ended."""
+    """Why a sequence has ended, if it has."""
 
     NONE = 0
     STOP = 1
@@ -180,7 +180,7 @@ class Sync(IntEnum):
 
 
 class Governor(IntEnum):
-    """How many threads: what each number was measured to take, and where the search stands.
+    """The search for the number of threads: the time of each number, and the state of the search.
 
     Numbers tried are 1, 2, 4 ... and THREADS itself, by index; times are float64 nanoseconds."""
 
@@ -200,14 +200,14 @@ class Governor(IntEnum):
 
 
 class Status(IntEnum):
-    """What a call returns."""
+    """The status that a call returns."""
 
     OK = 0
     TIMEOUT = 2
 
 
 class PrefetchTo(IntEnum):
-    """Where weights are prefetched to."""
+    """The cache that weights are prefetched to."""
 
     NONE = 0
     L2 = 1
@@ -215,7 +215,7 @@ class PrefetchTo(IntEnum):
 
 
 class Operation(IntEnum):
-    """What `entry` is asked for."""
+    """The operations of `entry`."""
 
     RUN = 0  # stages a .. b of the forward at hand
     ADVANCE = 1  # take the drawn tokens, lay out the next forward; how many tokens it has

@@ -24,7 +24,7 @@ def padded(n: int, to: int = PAD) -> int:
 
 
 class Memory:
-    """Zeroed memory of its own, in large pages where they are asked for and the system has them."""
+    """Zeroed memory of its own, in large pages where requested and the system has them."""
 
     def __init__(self, size: int, large_pages: bool = True) -> None:
         size = max(size, mmap.PAGESIZE)
@@ -64,7 +64,7 @@ class PackedWeights:
         tile: int,
     ) -> None:
         self.dtype, self._lanes, self._tile = dtype, lanes, tile
-        self._size = _ALIGN  # never offset 0: in the tables 0 says that there is no such weight
+        self._size = _ALIGN  # never offset 0: in the tables 0 means that there is no such weight
         self._copies: list[tuple[int, list[Tensor], bool]] = []
         c, w = config, weights
         embedding = head = self._matrix(w["embed_tokens.weight"])

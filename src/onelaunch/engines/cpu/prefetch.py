@@ -1,4 +1,4 @@
-"""How weights are prefetched: the variants, and the choice among them by measurement.
+"""Prefetching of weights: the variants, and the choice among them by measurement.
 
 Which prefetch is right depends on the processor: of float32 weights `once:4096` was the best on an
 AMD EPYC and a quarter of the speed on an Intel Xeon (docs/log.md). So the variants are timed on the
@@ -35,7 +35,7 @@ LEAST_ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """Where weights are prefetched to, and how many bytes ahead of their reading."""
+    """The cache that weights are prefetched to, and how many bytes ahead of their reading."""
 
     to: PrefetchTo
     ahead: int
@@ -88,10 +88,10 @@ def choose(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Measured | None:
-    """The variant that is clearly the fastest, or none of them; None where there was no time to
-    tell. Each of `samples` is called in a thread of its own, all at the same time.
+    """The variant that is clearly the fastest, or NONE; None where there was no time to
+    measure. Each of `samples` is called in a thread of its own, all at the same time.
 
-    Half of the time goes to all variants, the other half to the best of them beside no prefetch.
+    Half of the time goes to all variants, the other half to the best of them and no prefetch.
     What is compared is the ratio of two samples of the same round, and of the rounds the median: a
     round that the system disturbed decides nothing.
     """
@@ -112,7 +112,7 @@ def choose(
 
 
 def _gain(rounds: Sequence[Sequence[float]], index: int) -> float:
-    """How much faster than the first variant of a round another one is."""
+    """The speedup of a variant over the first of its round, the median of rounds."""
     return statistics.median(times[0] / times[index] for times in rounds)
 
 
@@ -124,7 +124,7 @@ def _rounds(
 ) -> list[list[float]]:
     """Times of every variant, round by round, of all threads; only whole rounds."""
     end = clock() + seconds
-    found: list[list[float]] = []
+    rounds: list[list[float]] = []
 
     def live(sample: Sample) -> None:
         backwards = False
@@ -135,7 +135,7 @@ def _rounds(
                 if clock() >= end:
                     return
             backwards = not backwards
-            found.append([times[each] for each in variants])
+            rounds.append([times[each] for each in variants])
 
     others = [threading.Thread(target=live, args=(each,), daemon=True) for each in samples[1:]]
     for thread in others:
@@ -143,7 +143,7 @@ def _rounds(
     live(samples[0])
     for thread in others:
         thread.join()
-    return found
+    return rounds
 
 
 class Slices:

@@ -1,4 +1,4 @@
-"""The measured choice of a prefetch, as it is kept in the store.
+"""The measured choice of a prefetch, and its storage.
 
 A choice is of a processor, the compiled program, a model's shape, a dtype and a number of threads.
 Nothing that is read is trusted: what is not exactly a choice is removed and measured again.
@@ -35,7 +35,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one thread and what several do; None: the engine never has so many."""
+    """The prefetch of one thread and of several; None: the engine never has so many."""
 
     one: Measured | None
     several: Measured | None
@@ -44,7 +44,7 @@ class Choice:
 
     @property
     def prefetch(self) -> tuple[Prefetch, Prefetch]:
-        """For one thread, for several."""
+        """The prefetch of one thread, and of several."""
         return _prefetch_of(self.one), _prefetch_of(self.several)
 
 
@@ -60,8 +60,8 @@ def chosen(
     threads: int,
     adapt: bool,
 ) -> tuple[Prefetch, Prefetch]:
-    """How one thread and how several prefetch these weights: as it is kept, or measured now and
-    kept. `threads` is the most; with `adapt` one alone may work too."""
+    """The prefetch of one thread and of several for these weights: the stored choice, or one
+    measured now and stored. `threads` is the maximum; with `adapt` one alone may work too."""
     if packed.n_bytes < prefetch.MEASURED_FROM:
         return NONE, NONE
     facts = facts_of(config, str(packed.dtype).removeprefix("torch."), threads, adapt)
@@ -82,7 +82,7 @@ def chosen(
 
 
 def facts_of(config: ModelConfig, dtype: str, threads: int, adapt: bool) -> Facts:
-    """All that a choice depends on, beside the sources."""
+    """All that a choice depends on, except the sources."""
     return {
         **_shape_of(config),
         "dtype": dtype,
@@ -104,7 +104,7 @@ def processor() -> Facts:
 
 
 def processor_name() -> str:
-    """The name that the manufacturer gave it, where the system tells it."""
+    """The processor's model name, where the system has it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -116,7 +116,7 @@ def processor_name() -> str:
 
 
 def _caches() -> list[str]:
-    """Level, kind and size of each cache of the first core, as Linux tells them."""
+    """Level, kind and size of each cache of the first core, as Linux reports them."""
     try:
         folders = sorted(path for path in _CACHES.iterdir() if path.name.startswith("index"))
         return [
@@ -133,15 +133,15 @@ def find(store: Store, facts: Facts) -> Choice | None:
     text = store.peek(key)
     if text is None:
         return None
-    found = _parse(text)
-    if found is None or found[0] != facts:
+    parsed = _parse(text)
+    if parsed is None or parsed[0] != facts:
         store.remove(key)
         return None
-    return found[1]
+    return parsed[1]
 
 
 def keep(store: Store, facts: Facts, choice: Choice) -> bool:
-    """Write a choice; whether that was possible, `store.last_error` says why not."""
+    """Store a choice. Returns whether that succeeded; `store.last_error` is why not."""
     data = {
         "of": facts,
         "one": _as_data(choice.one),
@@ -154,7 +154,7 @@ def keep(store: Store, facts: Facts, choice: Choice) -> bool:
 
 def kept(store: Store, config: ModelConfig | None = None) -> list[tuple[Facts, Choice]]:
     """The choices for a model, or all, that these sources made, on whatever processor."""
-    found = []
+    choices = []
     for entry in store.entries():
         if entry.about.get("what") != WHAT:
             continue
@@ -162,8 +162,10 @@ def kept(store: Store, config: ModelConfig | None = None) -> list[tuple[Facts, C
             continue
         read = _parse(store.peek(entry.key) or b"")
         if read is not None and _key(read[0]) == entry.key:
-            found.append(read)
-    return sorted(found, key=lambda pair: (pair[0]["dtype"], pair[0]["threads"], pair[1].measured))
+            choices.append(read)
+    return sorted(
+        choices, key=lambda pair: (pair[0]["dtype"], pair[0]["threads"], pair[1].measured)
+    )
 
 
 def _shape_of(config: ModelConfig) -> Facts:
@@ -171,7 +173,7 @@ def _shape_of(config: ModelConfig) -> Facts:
 
 
 def _name(facts: Facts) -> str:
-    """Of a model's shape."""
+    """The name of a model's shape."""
     return " ".join(str(facts[name]) for name in _SHAPE)
 
 
@@ -193,15 +195,15 @@ def _as_data(measured: Measured | None) -> Facts | None:
 def _parse(text: bytes) -> tuple[Facts, Choice] | None:
     """Facts and choice, or None for what is not exactly these."""
     try:
-        found = json.loads(text)
-        facts = found["of"]
+        entry = json.loads(text)
+        facts = entry["of"]
         types = [type(facts[name]) for name in ("dtype", "threads", "processor", *_SHAPE)]
         if types[:3] != [str, int, str] or not set(types[3:]) <= {int, bool}:
             return None
-        measured = found["measured"]
+        measured = entry["measured"]
         if type(measured) is not str:
             return None
-        return facts, Choice(_measured(found["one"]), _measured(found["several"]), measured)
+        return facts, Choice(_measured(entry["one"]), _measured(entry["several"]), measured)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
@@ -216,13 +218,13 @@ def _measured(data: Any) -> Measured | None:
     return Measured(Prefetch.parse(data["prefetch"]), gain, rounds)
 
 
-def by_hand(given: str | None) -> Prefetch | None:
-    """What ONELAUNCH_PREFETCH or a caller says; None where that is nothing, or "auto"."""
-    text = given if given is not None else os.environ.get("ONELAUNCH_PREFETCH", "")
+def by_hand(requested: str | None) -> Prefetch | None:
+    """The prefetch of `requested` or ONELAUNCH_PREFETCH; None where that is empty, or "auto"."""
+    text = requested if requested is not None else os.environ.get("ONELAUNCH_PREFETCH", "")
     if text in ("", "auto"):
         return None
     try:
         return Prefetch.parse(text)
     except BadInput as error:
-        where = "" if given is not None else "ONELAUNCH_PREFETCH: "
+        where = "" if requested is not None else "ONELAUNCH_PREFETCH: "
         raise BadInput(f"{where}{error}, or auto") from None

@@ -1,6 +1,6 @@
 """The compiled program: what it is made from, for which processor, and how it is called.
 
-One program serves every model: shapes, depth, dtype and texts are values in tables. It is plain
+One program serves every model: shapes, depth, dtype and sequences are values in tables. It is plain
 object code, loaded by LLVM: to run it neither Numba nor a compiler is needed.
 """
 
@@ -20,7 +20,7 @@ _ENTRY = ctypes.CFUNCTYPE(*[ctypes.c_int64] * 5)  # called without the interpret
 
 @cache
 def options() -> dict[str, Any]:
-    """What the object code depends on beside its source: processor, vector width, compilers."""
+    """All that the object code depends on except its source: processor, vector width, compilers."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()

@@ -1,4 +1,4 @@
-"""A model in the compiled program's hands: its tables and buffers, forwards and sequences."""
+"""A model laid out for the compiled program: its tables and buffers, forwards and sequences."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class CachedSequence:
         return self.ids[self.prompt : self.size].tolist()
 
     def logprob(self, i: int) -> float | None:
-        """Of its new token number `i`, where it was asked for."""
+        """The log-probability of new token `i`, where it was requested."""
         if self.logprobs_N2 is None:
             return None
         relative, total = self.logprobs_N2[i].tolist()
@@ -376,7 +376,7 @@ class Runtime:
 
     @property
     def prefetch_in_use(self) -> str:
-        """How as many threads as work now prefetch weights."""
+        """The prefetch of the number of threads in use."""
         return str(self.prefetch[self.active_threads > 1])
 
     @property

@@ -21,7 +21,7 @@ FINISH: dict[End, Finish] = {End.STOP: "stop", End.LIMIT: "length"}
 class CpuSession:
     """A `Session` of up to `max_batch` sequences at once, and `max_len` positions of each.
 
-    `runtime` gives the compiled program's runtime, or None while it is not there; until then the
+    `runtime` returns the compiled program's runtime, or None while it is not there; until then the
     steps are those of the reference engine's session, which `begin` opens, and its sequences are
     then handed over in their middle. `alone` is held during a step. `launches` are the calls of a
     forward; None: one call writes many tokens.

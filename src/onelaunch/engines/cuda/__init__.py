@@ -1,13 +1,14 @@
 """A model on a GPU: stages in Triton, tiled as the plan says, with fewer kernel launches.
 
-`pack` lays the weights out for the stages, `blocking` says how each is cut, `stages` holds their
-tiles and binds them to tensors. `kernels` are the two kernels that run them, one stage a launch or
-any range of them in one; `program` binds a forward to its buffers and launches it in either form;
-`sync` is how tiles of one launch wait for one another, `calls` and `replay` how kernels are
-launched. `tracer`, `trace` and `timeline` tell when each tile of one launch ran. `forms` names both
-forms, `engine` answers with one of them, and `tuning` finds the fastest by measuring.
+`pack` lays the weights out for the stages, `blocking` chooses the tiles of each, `stages` holds the
+code of the tiles and binds it to tensors. `kernels` are the two kernels that run them, one stage a
+launch or any range of them in one; `program` binds a forward to its buffers and launches it in
+either form; `sync` is how tiles of one launch wait for one another, `calls` and `replay` how
+kernels are launched. `tracer`, `trace` and `timeline` record when each tile of one launch ran.
+`forms` names both forms, `engine` answers with one of them, and `tuning` finds the fastest by
+measuring.
 
-What the engine can run is told here, without importing it.
+`why_not` checks what the engine can run without importing it.
 """
 
 from __future__ import annotations

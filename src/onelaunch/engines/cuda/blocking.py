@@ -1,4 +1,4 @@
-"""How each kind of stage is cut into tiles, and how a tile goes through its inner dimension."""
+"""The tiles of each kind of stage, and how a tile goes through its inner dimension."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Blocking:
     """A tile of `rows` by `columns`; of gate_up, rows of its weight, two to a column of what it
     writes; of attention, keys at once. `block_k` is how much of the inner dimension is taken at
     once, `num_stages` how many such blocks are on their way; with `num_stages` 0 all of it is, and
-    the weights are asked for before the tile's turn. `warps` run a tile.
+    the loads of the weights are issued before the tile's turn. `warps` run a tile.
 
     Where a stage is a launch of its own: with a `warmup_pass` a tile is computed once before its
     turn, and nothing of it stored; with `tma` blocks are fetched by the tensor memory accelerator,
@@ -48,8 +48,8 @@ forward than the fastest of our own (docs/log.md)."""
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a device: its multiprocessors, the bytes of shared memory that a program can have, and
-    whether it has a tensor memory accelerator; those of an H200 unless given."""
+    """Limits of a device: its multiprocessors, the bytes of shared memory that a program can have,
+    and whether it has a tensor memory accelerator; by default those of an H200."""
 
     multiprocessors: int = 132
     shared_bytes: int = 232_448
@@ -79,7 +79,7 @@ def padded(n: int, least: int = 16) -> int:
 
 
 def inner_of(config: ModelConfig, kind: str) -> int:
-    """What a kind of product sums over."""
+    """The inner dimension of a kind of product."""
     inner = STAGE_KINDS[kind].inner
     if inner is None:
         raise ValueError(f"{kind} is no product")
@@ -87,7 +87,7 @@ def inner_of(config: ModelConfig, kind: str) -> int:
 
 
 def shared_bytes(config: ModelConfig, kind: str, blocking: Blocking, itemsize: int) -> int:
-    """What the blocks of a tile take of shared memory, about; embed's none."""
+    """The bytes of shared memory that the blocks of a tile take, about; embed's none."""
     b = blocking
     if kind == "embed":
         return 0
@@ -100,7 +100,7 @@ def shared_bytes(config: ModelConfig, kind: str, blocking: Blocking, itemsize: i
 
 def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str, Tiling]:
     """The tiles as the plan counts them."""
-    found = {}
+    tiles = {}
     for kind, b in blockings.items():
         columns = b.columns
         if kind == "qkv" and config.qk_norm:
@@ -109,8 +109,8 @@ def tilings(config: ModelConfig, blockings: Mapping[str, Blocking]) -> dict[str,
             columns = 1
         elif kind == "gate_up":
             columns = b.columns // 2
-        found[kind] = Tiling(b.rows, columns)
-    return found
+        tiles[kind] = Tiling(b.rows, columns)
+    return tiles
 
 
 def default(
@@ -121,14 +121,14 @@ def default(
     on an H200 (docs/log.md). x is written in tiles of the same columns everywhere: their sums of
     squares are counted by them."""
     if itemsize == 4:
-        found = _exact()
+        blockings = _exact()
     elif rows < 64:
-        found = _few_rows(rows)
+        blockings = _few_rows(rows)
     elif rows < 512:
-        found = _some_rows(config, rows)
+        blockings = _some_rows(config, rows)
     else:
-        found = _many_rows(config)
-    return _completed(config, found, itemsize, limits)
+        blockings = _many_rows(config)
+    return _completed(config, blockings, itemsize, limits)
 
 
 def default_fused(
@@ -141,7 +141,7 @@ def default_fused(
     if rows < 64:
         return _completed(config, _few_rows(rows), itemsize, limits)
     small = config.dim <= 384
-    found = {
+    blockings = {
         "qkv": Blocking(64, 32, num_stages=0) if small else Blocking(64, 64, 64, 4),
         "attention": Blocking(16, 128, num_stages=2)
         if rows <= 256
@@ -153,8 +153,8 @@ def default_fused(
     }
     if config.qk_norm and padded(config.head_dim) > 64:
         # of 64 rows registers do not hold a tile with its norms, and ptxas takes 1.7 s longer
-        found["qkv"] = replace(found["qkv"], rows=32)
-    return _completed(config, found, itemsize, limits)
+        blockings["qkv"] = replace(blockings["qkv"], rows=32)
+    return _completed(config, blockings, itemsize, limits)
 
 
 def at_once(
@@ -169,23 +169,23 @@ def at_once(
     one: its programs run one after another."""
     if limits.multiprocessors == 1:
         return 1
-    most = max(shared_bytes(config, kind, b, itemsize) for kind, b in blockings.items())
-    both_fit = 2 * (most + limits.shared_bytes - limits.room) <= limits.shared_bytes
+    largest = max(shared_bytes(config, kind, b, itemsize) for kind, b in blockings.items())
+    both_fit = 2 * (largest + limits.shared_bytes - limits.room) <= limits.shared_bytes
     return limits.multiprocessors * (2 if rows >= 512 and both_fit else 1)
 
 
 def _completed(
-    config: ModelConfig, found: dict[str, Blocking], itemsize: int, limits: Limits
+    config: ModelConfig, blockings: dict[str, Blocking], itemsize: int, limits: Limits
 ) -> dict[str, Blocking]:
-    """With what the model asks for, within the device's limits."""
+    """The blockings adapted to the model, and reduced to the device's limits."""
     if config.qk_norm:  # a tile is a head
-        qkv = found["qkv"]
+        qkv = blockings["qkv"]
         columns = padded(config.head_dim)
-        found["qkv"] = replace(
+        blockings["qkv"] = replace(
             qkv, rows=min(qkv.rows, 64), columns=columns, num_stages=qkv.num_stages or 3
         )
-    found["embed"] = Blocking(16, found["down"].columns)
-    return {kind: _fitted(config, kind, b, itemsize, limits) for kind, b in found.items()}
+    blockings["embed"] = Blocking(16, blockings["down"].columns)
+    return {kind: _fitted(config, kind, b, itemsize, limits) for kind, b in blockings.items()}
 
 
 def _fitted(
@@ -213,22 +213,22 @@ def _fitted(
 
 
 def _exact() -> dict[str, Blocking]:
-    """Of float32, whose products are exact ones and slow."""
-    found = dict.fromkeys(PRODUCTS, Blocking(16, 32, 32, 3))
-    return found | {"attention": Blocking(16, 32, num_stages=2)}
+    """Blockings of float32, whose products are exact ones and slow."""
+    blockings = dict.fromkeys(PRODUCTS, Blocking(16, 32, 32, 3))
+    return blockings | {"attention": Blocking(16, 32, num_stages=2)}
 
 
 def _few_rows(rows: int) -> dict[str, Blocking]:
     few = Blocking(16 if rows <= 16 else 32, 32, 64, 4)
-    found = dict.fromkeys(PRODUCTS, few)
-    found["gate_up"] = Blocking(few.rows, 64, 64, 4)
-    return found | {"attention": Blocking(16, 64, num_stages=2)}
+    blockings = dict.fromkeys(PRODUCTS, few)
+    blockings["gate_up"] = Blocking(few.rows, 64, 64, 4)
+    return blockings | {"attention": Blocking(16, 64, num_stages=2)}
 
 
 def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
     """64 to 511 of them: tiles so small that every multiprocessor has one."""
     if config.dim <= 384:  # registers hold a tile's weights
-        found = {
+        blockings = {
             "qkv": Blocking(32, 128, num_stages=0),
             "out_proj": Blocking(64, 32, 32, 6, warmup_pass=True),
             "gate_up": Blocking(32, 128, num_stages=0),
@@ -236,7 +236,7 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
             "head": Blocking(128, 256, 32, 4, 8, tma=True, programs=1),
         }
     elif config.dim < 768:
-        found = {
+        blockings = {
             "qkv": Blocking(64, 64, num_stages=0),
             "out_proj": Blocking(64, 32, 64, 4),
             "gate_up": Blocking(128, 64, 64, 6, tma=True),
@@ -245,7 +245,7 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
         }
     else:
         deep = config.q_dim > 1024
-        found = {
+        blockings = {
             "qkv": Blocking(128, 64, 64, 6, tma=True),
             "out_proj": Blocking(64, 32, 128, 5, tma=True)
             if deep
@@ -258,16 +258,16 @@ def _some_rows(config: ModelConfig, rows: int) -> dict[str, Blocking]:
         }
     heads = rows * config.n_heads
     if padded(config.head_dim) > 64:
-        found["attention"] = Blocking(32, 128, num_stages=3)
+        blockings["attention"] = Blocking(32, 128, num_stages=3)
     elif rows > 256:
-        found["attention"] = Blocking(16, 128, num_stages=2)
+        blockings["attention"] = Blocking(16, 128, num_stages=2)
     elif heads <= 2048:
-        found["attention"] = Blocking(16, 256, num_stages=3)
+        blockings["attention"] = Blocking(16, 256, num_stages=3)
     elif heads <= 2560:
-        found["attention"] = Blocking(32, 128, num_stages=2)
+        blockings["attention"] = Blocking(32, 128, num_stages=2)
     else:  # two tiles for a multiprocessor
-        found["attention"] = Blocking(16, 256, num_stages=1)
-    return found
+        blockings["attention"] = Blocking(16, 256, num_stages=1)
+    return blockings
 
 
 def _many_rows(config: ModelConfig) -> dict[str, Blocking]:

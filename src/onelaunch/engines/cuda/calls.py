@@ -52,8 +52,8 @@ class Call:
             return self.kernel.warmup(*self.arguments, grid=(self.ctas,), **self.options)
 
     def load(self) -> Any:
-        """The compiled kernel, on its device; nothing is launched. Raises what the driver says of
-        one that does not fit."""
+        """The compiled kernel, on its device; nothing is launched. Raises the driver's error
+        where it does not fit."""
         with verified:
             compiled = self.compile()
             compiled.run  # noqa: B018 - loads it
@@ -91,12 +91,12 @@ class CallAndProduct:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """With a GPU as the current one."""
+    """A context with a GPU as the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """What is launched by a function, whose kernels are loaded, as a CUDA graph."""
+    """Capture what a function launches, whose kernels are loaded, as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     # other threads may launch and copy meanwhile, though not wait for the device
     with torch.cuda.graph(graph, stream=_capturing(device), capture_error_mode="thread_local"):
@@ -163,11 +163,13 @@ def launcher(call: Call, ids_N: Tensor | None, logits: Tensor | None) -> Launch:
         compiled.packed_metadata, None, None, None,
     )  # fmt: skip
     named = call.kernel.arg_names[len(call.arguments) :]
-    given = [*call.arguments, *(options[name] for name in named)]
+    kernel_args = [*call.arguments, *(options[name] for name in named)]
     head = [call.ctas, 1, 1, None, compiled.function, *flags]
-    of_ids = [len(head) + i for i, value in enumerate(given) if value is ids_N is not None]
-    of_logits = [len(head) + i for i, value in enumerate(given) if value is logits is not None]
-    values = [*head, *map(_addressed, given)]
+    of_ids = [len(head) + i for i, value in enumerate(kernel_args) if value is ids_N is not None]
+    of_logits = [
+        len(head) + i for i, value in enumerate(kernel_args) if value is logits is not None
+    ]
+    values = [*head, *map(_addressed, kernel_args)]
     launch, stream = run.launch, head.index(None)
 
     def by_handle(ids: Any, to: Any) -> None:

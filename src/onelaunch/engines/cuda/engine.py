@@ -61,7 +61,7 @@ class CudaEngine:
     that `tune` found on this GPU and `store` keeps, else the rule's: one kernel per stage. "stage",
     "half", a number of layers or "all" are a form by hand. float32, which is for checking, and
     AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of DTYPES, bfloat16
-    unless given. `log` gets lines for people. Raises BadInput for what cannot be had.
+    by default. `log` gets lines for people. Raises BadInput for what is not supported.
 
     Engines may be used from several threads; one at a time is served. At the second use of a shape
     a CUDA graph is captured, and in these milliseconds whatever waits for the whole device in
@@ -99,14 +99,14 @@ class CudaEngine:
         self._prompts: Prompts | None = None
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
-        self._given_up: dict[str, str] = {}
+        self._disabled: dict[str, str] = {}
         # by batch, sequence, and whether all positions have logits
         self._forms: OrderedDict[tuple[int, int, bool], _BoundForm] = OrderedDict()
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None  # of the last call
         self._staging = Staging()
         if self._used is not None:
-            # its memory may go to another stream; when the interpreter ends, to nobody
+            # its memory may go to another stream, but not when the interpreter ends
             weakref.finalize(self, _wait_for, self._used).atexit = False
 
     def logits(
@@ -124,9 +124,9 @@ class CudaEngine:
         at once: BadInput for one beyond the vocabulary, or for more positions than the context.
         Of ids that lie on the GPU a kernel looks at each: the logits of a sequence are NaN from a
         bad one on, perhaps before it too, and a later call, or `describe`, raises BadInput that
-        names it. EngineTimeout likewise tells of a forward before, of the same shape and in few
-        launches, that was given up; its logits are NaN, and so may be those that were launched
-        before this was told. A tuned form that fails in another way is not used again: the
+        names it. EngineTimeout likewise reports an earlier forward, of the same shape and in few
+        launches, that timed out; its logits are NaN, and so may be those that were launched
+        before it was reported. A tuned form that fails in another way is not used again: the
         rule's answers.
         """
         dtype = logits_dtype(dtype, self.dtype)
@@ -177,8 +177,8 @@ class CudaEngine:
         """Time the forms and tiles of a shape on this GPU and keep the fastest in the store. It is
         used from the next call on, for every shape up to the same powers of two.
 
-        It takes some tens of seconds, in which other threads' calls wait. `sequence` is the model's
-        context unless given, MAX_SEQUENCE at most; `progress` is called with a phase, how much of
+        It takes some tens of seconds, in which other threads' calls wait. `sequence` is by default
+        the model's context, MAX_SEQUENCE at most; `progress` is called with a phase, how much of
         it is done and of how much, by several threads. An interrupt (KeyboardInterrupt) ends it,
         and nothing is kept but the compiled kernels. Returns the batch and sequence that the answer
         is for, its form, `us` by form, how many forwards were timed, and the seconds that it took.
@@ -198,10 +198,10 @@ class CudaEngine:
                 self._used.synchronize()
             choice = tune(self.config, packed, batch, sequence, progress or ignore_progress)
             if not keep(self._store, facts(self.config, packed, batch, sequence), choice):
-                self._log(f"not kept for the next process: {self._store.last_error}")
+                self._log(f"the choice could not be stored: {self._store.last_error}")
             name = self._name(batch, sequence)
             self._choices[name] = choice
-            self._given_up.pop(name, None)
+            self._disabled.pop(name, None)
             self._drop_forms_of({name})
         of_batch, of_sequence = bucket(self.config, batch, sequence)
         return {
@@ -253,7 +253,7 @@ class CudaEngine:
         if choice is None:
             by_hand = self.fusion_depth not in ("auto", "stage")
             about = {"form": str(self.fusion_depth) if by_hand else STAGED}
-            why = self._given_up.get(name)
+            why = self._disabled.get(name)
             return about if why is None else about | {"failed": why}
         return {"form": choice.form, "programs": choice.programs, "us": dict(choice.us)}
 
@@ -280,7 +280,7 @@ class CudaEngine:
             return self._packed
 
     def _let_go(self) -> None:
-        """Of the weights that the caller gave, when all has been made of them."""
+        """Release the caller's weights once all has been made of them."""
         if self._packed is not None and self._reference is not None:
             self._weights = {}
 
@@ -315,9 +315,9 @@ class CudaEngine:
         return bind(self.config, packed, shape, form)
 
     def _choice(self, packed: PackedModel, batch: int, sequence: int) -> Choice | None:
-        """What was tuned for a shape, None where nothing was."""
+        """The tuned choice for a shape, None where there is none."""
         name = self._name(batch, sequence)
-        if name in self._given_up:
+        if name in self._disabled:
             return None
         if name not in self._choices:
             kept = find(self._store, facts(self.config, packed, batch, sequence))
@@ -331,7 +331,7 @@ class CudaEngine:
         name = self._name(batch, sequence)
         if self._choices.pop(name, None) is None:
             return False
-        self._given_up[name] = why = in_a_line(error)
+        self._disabled[name] = why = in_a_line(error)
         log_line(self._log, f"{name} tokens: the tuned form fails ({why}); the rule's answers")
         if self._used is not None:
             self._used.record()  # what was launched of it is its last use
@@ -343,7 +343,7 @@ class CudaEngine:
             self._drop(shape)
 
     def _make_room(self, newest: _BoundForm) -> None:
-        """For one more, which is not among them yet."""
+        """Evict forms to make room for one more."""
         room = MAX_FORM_BYTES - newest.n_bytes
         while self._forms and (
             len(self._forms) >= MAX_FORMS or sum(f.n_bytes for f in self._forms.values()) > room
@@ -430,7 +430,7 @@ class _BoundForm:
         self._ends: list[int] | None = None
 
     def __call__(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
-        self._bound.told(wait=False)  # of the calls before
+        self._bound.raise_if_timed_out(wait=False)  # of the calls before
         empty = self._empty.get(dtype)
         if empty is None:
             strides = (self._shape[1], 1)
@@ -445,7 +445,7 @@ class _BoundForm:
             if not self._replay.is_prepared(dtype):
                 self._replay.prepare(logits)
             self._replay(ids_N, logits)
-        self._bound.ask()
+        self._bound.copy_status()
         return logits
 
     def end_at(self, ends: list[int]) -> None:
@@ -470,5 +470,5 @@ def _wait_for(used: torch.cuda.Event) -> None:
 
 
 def _bytes_of(tensors: object) -> int:
-    """Of all tensors among an object's fields."""
+    """The bytes of all tensors among an object's fields."""
     return sum(t.nbytes for t in vars(tensors).values() if isinstance(t, Tensor))

@@ -77,7 +77,7 @@ def _prefetch(later_ptr, later_bytes):
 
 @triton.jit
 def _row_tiles(cut: tl.constexpr, n_rows, sequence, logit_rows):
-    """How many row tiles a stage has."""
+    """The number of row tiles of a stage."""
     if cut.rows_of == _WITHIN_SEQUENCES:
         return n_rows // sequence * tl.cdiv(sequence, cut.BM)
     elif cut.rows_of == _LOGIT_ROWS:
@@ -87,7 +87,7 @@ def _row_tiles(cut: tl.constexpr, n_rows, sequence, logit_rows):
 
 
 def _name(specialization: Any) -> str:
-    """What a profiler calls a kernel of one stage: by its tile."""
+    """The name of a kernel of one stage in a profiler: by its tile."""
     tile: str = specialization.constants["tile"].__name__
     return tile.removesuffix("_tile") + "_kernel"
 

@@ -39,7 +39,7 @@ class PackedModel:
     bad_id: Tensor
 
     def weight(self, kind: str, layer: int | None = None) -> Tensor:
-        """What a kind of stage multiplies: in one layer, or without one in all."""
+        """The weight of a kind of stage: of one layer, or without one of all."""
         if kind == "head":
             return self.head
         weight: Tensor = getattr(self, {"out_proj": "out"}.get(kind, kind))
@@ -48,17 +48,17 @@ class PackedModel:
     @cached_property
     def _bad_id(self) -> np.ndarray:
         """The same memory: NumPy reads a number in a tenth of a tensor's time."""
-        found: np.ndarray = self.bad_id.numpy()
-        return found
+        array: np.ndarray = self.bad_id.numpy()
+        return array
 
     def take_bad_id(self) -> int | None:
-        """What was left in `bad_id`, once. The host's memory alone is looked at: of forwards that
-        are under way it may not be there yet."""
-        found = int(self._bad_id[0])
-        if not found:
+        """Return `bad_id` and clear it; None where there is none. The host's memory alone is looked
+        at: of forwards that are under way it may not be there yet."""
+        bad_id = int(self._bad_id[0])
+        if not bad_id:
             return None
         self.bad_id.zero_()
-        return found
+        return bad_id
 
 
 def pack(

@@ -49,10 +49,11 @@ TIMEOUT_NS = 2_000_000_000  # that a tile waits for another
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward is bound to. Of a part (plan/parts.py) the result is x, and logits are not
-    written. Without `own_logits` it has no buffer for them: it runs by `launch` and `Replay`
-    alone, into tensors of its caller's. With `own_positions` the rotary embedding takes each row's
-    position from `buffers.positions`. With `keep_qkv` each layer's are kept, in `buffers.qkv`."""
+    """The shape that a forward is bound to. Of a part (plan/parts.py) the result is x, and logits
+    are not written. Without `own_logits` it has no buffer for them: it runs by `launch` and
+    `Replay` alone, into tensors of its caller's. With `own_positions` the rotary embedding takes
+    each row's position from `buffers.positions`. With `keep_qkv` each layer's are kept, in
+    `buffers.qkv`."""
 
     batch: int
     sequence: int
@@ -129,7 +130,7 @@ class BoundForward:
         return make_tiles(self.plan, self._tilings)
 
     def end_at(self, lengths: Sequence[int]) -> None:
-        """Where each sequence ends, from 1 to the longest: its logits are those of its last
+        """Set where each sequence ends, from 1 to the longest: its logits are those of its last
         position. Only of a shape without those of all positions; they stay until they are set
         again. Raises BadInput for other lengths."""
         longest = self.plan.sequence
@@ -172,26 +173,27 @@ class BoundForward:
         return self._call(len(self.plan.stages) - 1, logits)
 
     def break_off(self) -> None:
-        """To be called where some of its launches were made and not all."""
+        """Reset after some of its launches were made and not all."""
 
     @property
     def n_bytes(self) -> int:
-        """Of all that it holds beside the weights."""
+        """Bytes of all that it holds except the weights."""
         held = [tensor for tensor in vars(self.buffers).values() if tensor is not None]
         if (chunks := self._sources.chunks) is not None:
             held += [chunks.partial, chunks.arrived]
         held += [c.left for c in self.calls if isinstance(c, CallAndProduct)]
         return sum(tensor.nbytes for tensor in held)
 
-    def ask(self) -> None:
-        """Ask how what was launched went; `told` says. One kernel per stage never waits."""
+    def copy_status(self) -> None:
+        """Start to copy the status of what was launched to the host, for `raise_if_timed_out`.
+        One kernel per stage never waits, and has none."""
 
-    def told(self, wait: bool = True) -> None:
-        """Raise EngineTimeout where the forward that was last asked about was given up, as far as
-        that is known without waiting unless `wait`."""
+    def raise_if_timed_out(self, wait: bool = True) -> None:
+        """Raise EngineTimeout where the last copied status is of a forward that timed out. Without
+        `wait` a status that has not arrived yet is left to a later call."""
 
     def check(self) -> None:
-        """Both, at once."""
+        """Wait for the device; raise EngineTimeout where the forward timed out."""
 
     def captured(self) -> torch.cuda.CUDAGraph:
         """The forward as a CUDA graph, which reads and writes the same buffers."""
@@ -267,7 +269,7 @@ class BoundForward:
         return Call(stage_kernel, ctas, arguments, defaults | options | pdl)
 
     def _library_multiplies(self, logits: Tensor) -> bool:
-        """Whether the library's product gives logits of the dtype that is wanted."""
+        """Whether the library's product returns logits of the dtype that is wanted."""
         x = self.buffers.x
         if logits.dtype == x.dtype:
             return True
@@ -284,9 +286,9 @@ class BoundForward:
         return CallAndProduct(call, normalized, self.packed.head.T, logits)
 
     def _later_weights(self, number: int) -> tuple[Tensor, int] | None:
-        """What a stage asks into the L2: the weights, and their bytes, of the stage after the next
-        one, where it has any and half of the L2 holds them; else no bytes. None where a device does
-        not prefetch."""
+        """The weights that a stage prefetches into the L2, and their bytes: those of the stage
+        after the next one, where it has any and half of the L2 holds them; else no bytes. None
+        where a device does not prefetch."""
         device = self.buffers.x.device
         if device.type != "cuda" or not self._sources.limits.tma:
             return None
@@ -323,10 +325,10 @@ class BoundForward:
 
 class FusedForward(BoundForward):
     """A forward of one shape at a fusion depth, with WARPS warps for every stage, whatever their
-    blockings say, and nothing of what those say of one kernel per stage. In place of a depth the
+    blockings have, and without their options for one kernel per stage. In place of a depth the
     launches themselves may be handed over, in order from embed on; they may end before the last
     stage. `ctas` is how many run at once, by default one or two a multiprocessor; all of
-    them must fit on the device together. A tile that waits for another for `timeout_ns` gives up.
+    them must fit on the device together. A tile that waits for another for `timeout_ns` times out.
 
     A traced one leaves its tiles' times in `records` (trace.py reads them); a delayed one sleeps
     before and after each wait and publication, by the number in `seed` (tracer.py).
@@ -368,39 +370,39 @@ class FusedForward(BoundForward):
         traced = [self.sync, self.records, self.seed]
         return super().n_bytes + sum(tensor.nbytes for tensor in traced if tensor is not None)
 
-    def ask(self) -> None:
-        """Have the status of what was launched brought to the host, without waiting for it."""
-        self._told.copy_(self._status[0], non_blocking=True)
-        if self._asked is not None:
-            self._asked.record()
+    def copy_status(self) -> None:
+        """Start to copy the status of what was launched to the host, without waiting for it."""
+        self._host_status.copy_(self._status[0], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
-    def told(self, wait: bool = True) -> None:
-        """Raise EngineTimeout where the status that was last asked for says that a tile gave up
-        waiting; logits behind it are NaN. Without `wait` a status that is not there yet is left to
-        a later call."""
+    def raise_if_timed_out(self, wait: bool = True) -> None:
+        """Raise EngineTimeout where the last copied status is that of a tile that timed out; logits
+        behind it are NaN. Without `wait` a status that has not arrived yet is left to a later
+        call."""
         from onelaunch.engines.cuda import sync
 
-        if self._asked is not None:
-            if not wait and not self._asked.query():
+        if self._copied is not None:
+            if not wait and not self._copied.query():
                 return
-            self._asked.synchronize()
-        status = int(self._told)
+            self._copied.synchronize()
+        status = int(self._host_status)
         if not status:
             return
-        self._told.zero_()
+        self._host_status.zero_()
         self.sync.zero_()
         stage = self.plan.stages[(status - sync.GAVE_UP) >> sync.ROW_TILE_BITS]
         row_tile = status & ((1 << sync.ROW_TILE_BITS) - 1)
         raise EngineTimeout(
-            f"a forward was given up: a tile waited {self._timeout_ns / 1e9:g} s for row tile "
+            f"a forward timed out: a tile waited {self._timeout_ns / 1e9:g} s for row tile "
             f"{row_tile} of {stage.label}; its logits are NaN"
         )
 
     def check(self) -> None:
-        """Wait for the device; raise EngineTimeout where a tile gave up waiting."""
+        """Wait for the device; raise EngineTimeout where a tile timed out."""
         with on(self.buffers.x.device):
-            self.ask()
-            self.told()
+            self.copy_status()
+            self.raise_if_timed_out()
 
     def _make_sources(self) -> Sources:
         from onelaunch.engines.cuda import sync
@@ -417,8 +419,8 @@ class FusedForward(BoundForward):
         self.sync: Tensor = torch.zeros(words, dtype=torch.int32, device=device)
         self._status = self.sync[sync.STATUS : sync.STATUS + 1]
         gpu = device.type == "cuda"
-        self._told = torch.zeros((), dtype=torch.int32, pin_memory=gpu)
-        self._asked = torch.cuda.Event() if gpu else None
+        self._host_status = torch.zeros((), dtype=torch.int32, pin_memory=gpu)
+        self._copied = torch.cuda.Event() if gpu else None
         return replace(super()._make_sources(), status=self._status)
 
     def _chunks(self) -> None:
@@ -434,7 +436,7 @@ class FusedForward(BoundForward):
         ctas = self._ctas or at_once(self.config, b.x.shape[0], self.blockings, itemsize, limits)
         stages = self._stages()
         options = self._options() | {"PER_LAYER": len(stages[1])}
-        found: list[Call | CallAndProduct] = []
+        calls: list[Call | CallAndProduct] = []
         for launch in self.launches:
             ends = int(launch == self.launches[-1])
             arguments: tuple[Any, ...] = (
@@ -443,8 +445,8 @@ class FusedForward(BoundForward):
                 launch.last, ends, self._timeout_ns,
             )  # fmt: skip
             tiles = sum(rows * cols for rows, cols in self.counts[launch.first : launch.last])
-            found.append(Call(forward_kernel, min(ctas, tiles), arguments, options))
-        return found
+            calls.append(Call(forward_kernel, min(ctas, tiles), arguments, options))
+        return calls
 
     def _stages(self) -> tuple[Any, Any, Any]:
         """embed, those of every layer, and head or none; each with how that which it reads is cut

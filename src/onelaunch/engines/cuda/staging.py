@@ -30,11 +30,11 @@ class Staging:
         n = len(ids_N)
         event, buffer = self._free(n)
         buffer[:n].copy_(ids_N)
-        found_N = torch.empty(n, dtype=torch.int64, device=device)
-        found_N.copy_(buffer[:n], non_blocking=True)
+        copied_N = torch.empty(n, dtype=torch.int64, device=device)
+        copied_N.copy_(buffer[:n], non_blocking=True)
         event.record()
         self._buffers.append((event, buffer))
-        return found_N
+        return copied_N
 
     def _free(self, n: int) -> tuple[torch.cuda.Event, Tensor]:
         """A buffer of at least `n` ids that no copy reads, out of the queue."""

@@ -1,12 +1,12 @@
-"""How tiles of one launch wait for one another.
+"""Synchronization between the tiles of one launch.
 
 A row tile of a phase has a counter, to which each of its tiles adds one when what it wrote can be
 seen by others. Counters are never cleared: in epoch e, which counts forwards from 0, a row tile of
 c tiles has ended when its counter is (e + 1) c. The epoch lies in the device's memory, so that a
 CUDA graph can be replayed; the last CTA of a forward to end moves it on.
 
-Every wait is bounded. Where one gives up it writes which into the status word, and from then on no
-wait waits: the launch ends, with results that are none, and whoever reads them reads the status.
+Every wait has a timeout. Where one times out it writes which into the status word, and from then on
+no wait waits: the launch ends without valid results, and whoever reads them reads the status.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ROW_TILE_BITS = 18
 GAVE_UP = 1 << 30
 """The status word is GAVE_UP, the awaited stage << ROW_TILE_BITS and its row tile, added up."""
 
-# How a tile knows that what it reads has been written: the launch before has ended; or it says so
-# (programmatic dependent launch); or counters of this launch say so, read by Triton's atomic
-# additions or by NVIDIA's own instructions.
+# How a tile knows that what it reads has been written: the launch before has ended; or it signals
+# so (programmatic dependent launch); or counters of this launch are high enough, read by
+# Triton's atomic additions or by NVIDIA's own instructions.
 AFTER, DEPENDENT = tl.constexpr(0), tl.constexpr(1)
 COUNTED, COUNTED_PTX = tl.constexpr(2), tl.constexpr(3)
 
@@ -108,9 +108,9 @@ _LOOK = tl.constexpr(500)  # nanoseconds, about, that a look by an atomic additi
 
 
 class Wait(NamedTuple):
-    """What a tile of one launch waits for: `count` counters from `counter` on, until they have
-    reached `target`; `report` is what the status word is to be of the first; `timeout_ns`; then
-    which tile waits (tracer.py)."""
+    """The counters that a tile of one launch waits for: `count` counters from `counter` on, until
+    they have reached `target`; `report` is what the status word is to be of the first;
+    `timeout_ns`; then which tile waits (tracer.py)."""
 
     MODE: Any
     counter: Any
@@ -126,10 +126,10 @@ class Wait(NamedTuple):
 
 @triton.jit
 def wait_for(wait):
-    """Go on when what a tile waits for is there, or has been given up."""
+    """Go on when what a tile waits for is there, or has timed out."""
     delay(wait.tracer, wait.stage, wait.tile_id, 0)
     if INTERPRETED:
-        for i in range(wait.count):  # nobody else runs: what is not there will not come
+        for i in range(wait.count):  # one CTA runs at a time: what is not there will not come
             if tl.load(wait.counter + i) < wait.target:
                 tl.store(wait.sync + _STATUS, wait.report + i)
     elif wait.MODE == COUNTED_PTX:

@@ -1,4 +1,4 @@
-"""When the tiles of a forward ran: what took the time, and a file that Perfetto opens.
+"""The timeline of a forward's tiles: its critical path, and a file that Perfetto opens.
 
 Times are nanoseconds of the device's clock, which is one for all multiprocessors and goes on in
 steps of some ten nanoseconds.
@@ -18,7 +18,7 @@ from onelaunch.plan.tiles import Tile
 
 
 class Span(NamedTuple):
-    """A tile's time: it began, what it waited for was there, it ended and said so."""
+    """A tile's times: when it began, when its inputs were ready, when its end was published."""
 
     tile: Tile
     launch: int
@@ -65,7 +65,7 @@ class Timeline:
         turns = _turns(self.spans)
         last_of_launch = _latest((each.launch, each) for each in self.spans)
         last_of_rows = _latest((each.tile[:2], each) for each in self.spans)
-        found: list[Step] = []
+        steps: list[Step] = []
         span: Span | None = _last(self.spans)
         while span is not None:
             awaited = _last(
@@ -83,16 +83,16 @@ class Timeline:
             else:
                 after = "start"
             since = span.began if before is None else before.ended
-            found.append(Step(span, after, span.ready - since))
+            steps.append(Step(span, after, span.ready - since))
             span = before
-        return tuple(reversed(found))
+        return tuple(reversed(steps))
 
 
 def summary(timeline: Timeline) -> dict[str, Any]:
-    """In microseconds: the whole; of each kind of stage its tiles, their median wait and work, the
-    median time from a stage's first tile to its last one's end, and what it has of the critical
-    path; the programs' shares of waiting, least, median and most; the path's gaps, by their cause.
-    """
+    """Summarize a timeline, in microseconds: the whole; of each kind of stage its tiles, their
+    median wait and work, the median time from a stage's first tile to its last one's end, and what
+    it has of the critical path; the programs' shares of waiting, least, median and most; the path's
+    gaps, by their cause."""
     spans, path = timeline.spans, timeline.path
     kinds: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
@@ -137,26 +137,26 @@ def _of_kind(kind: str, spans: Sequence[Span], timeline: Timeline) -> dict[str, 
     }
 
 
-def format_summary(found: dict[str, Any]) -> str:
-    """A summary as lines of text."""
+def format_summary(figures: dict[str, Any]) -> str:
+    """A figures as lines of text."""
     head = f"{'us':<10}{'stages':>7}{'tiles':>7}{'wait':>8}{'work':>8}{'stage':>8}"
     lines = [head + f"{'path: work':>13}{'gap':>8}"]
-    for kind, each in found["kinds"].items():
+    for kind, each in figures["kinds"].items():
         lines.append(
             f"{kind:<10}{each['stages']:>7}{each['tiles']:>7}{each['wait_us']:>8.2f}"
             f"{each['work_us']:>8.2f}{each['stage_us']:>8.2f}{each['path_work_us']:>13.2f}"
             f"{each['path_gap_us']:>8.2f}"
         )
-    path = found["path"]
+    path = figures["path"]
     gaps = ", ".join(f"{gap['n']} {after} {gap['us']:.2f}" for after, gap in path["gaps"].items())
-    least, median, most = found["waiting"]
+    lowest, median, highest = figures["waiting"]
     return "\n".join(
         [
             *lines,
-            f"{found['us']:.2f} us; path of {path['tiles']} tiles: work {path['work_us']:.2f}, "
+            f"{figures['us']:.2f} us; path of {path['tiles']} tiles: work {path['work_us']:.2f}, "
             f"gaps: {gaps}",
-            f"{found['programs']} programs wait {least:.0%} to {most:.0%} of the time, median "
-            f"{median:.0%}",
+            f"{figures['programs']} programs wait {lowest:.0%} to {highest:.0%} of the time, "
+            f"median {median:.0%}",
         ]
     )
 
@@ -187,13 +187,13 @@ def perfetto(timeline: Timeline, name: str) -> dict[str, Any]:
 def _tracks(spans: Iterable[Span]) -> dict[Span, tuple[int, int]]:
     """Of each span its multiprocessor, and which of the programs there in its launch it is of."""
     there: dict[tuple[int, int], list[int]] = defaultdict(list)
-    found = {}
+    tracks = {}
     for span in sorted(spans, key=lambda span: (span.launch, span.program)):
         programs = there[span.launch, span.multiprocessor]
         if span.program not in programs:
             programs.append(span.program)
-        found[span] = span.multiprocessor, programs.index(span.program)
-    return found
+        tracks[span] = span.multiprocessor, programs.index(span.program)
+    return tracks
 
 
 def _named(what: str, track: int, name: str | int) -> dict[str, Any]:
@@ -222,22 +222,22 @@ def _event(
 def _turns(spans: Iterable[Span]) -> dict[Tile, Span]:
     """Before each tile the one that its program had before it in the same launch."""
     latest: dict[tuple[int, int], Span] = {}
-    found = {}
+    before = {}
     for span in sorted(spans, key=lambda span: span.began):
         program = span.launch, span.program
         if program in latest:
-            found[span.tile] = latest[program]
+            before[span.tile] = latest[program]
         latest[program] = span
-    return found
+    return before
 
 
 def _latest(pairs: Iterable[tuple[Any, Span]]) -> dict[Any, Span]:
     """The last span to end under each key."""
-    found: dict[Any, Span] = {}
+    latest: dict[Any, Span] = {}
     for key, span in pairs:
-        if key not in found or found[key].ended < span.ended:
-            found[key] = span
-    return found
+        if key not in latest or latest[key].ended < span.ended:
+            latest[key] = span
+    return latest
 
 
 def _last(spans: Iterable[Span]) -> Span | None:

@@ -42,8 +42,8 @@ def trace(
 
 
 def timeline_of(forward: FusedForward) -> Timeline:
-    """What the last run of a traced forward left. Raises EngineTimeout where it was given up, and
-    RunFailed where a tile left nothing."""
+    """The timeline of the last run of a traced forward. Raises EngineTimeout where it timed out,
+    and RunFailed where a tile recorded nothing."""
     forward.check()
     if forward.records is None:
         raise BadInput("the forward is not traced; make it with traced=True")

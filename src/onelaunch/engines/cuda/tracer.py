@@ -1,4 +1,4 @@
-"""What a tile of one launch records of its time, and how a test delays it.
+"""Record the times of the tiles of one launch, and delay tiles in tests.
 
 A kernel is handed a `Tracer`: a field that is None leaves out what it is for, and without any
 nothing of this is in the kernel, not even a parameter. A tile is known by its stage and its number
@@ -128,7 +128,7 @@ def ended(tracer, stage, tile_id):
 
 @triton.jit
 def ended_unpublished(tracer, stage, tile_id):
-    """The tile has ended, and nobody waits for it."""
+    """The tile has ended, and no other waits for it."""
     if tracer.records is not None:
         tl.debug_barrier()
         _stamp(tracer, stage, tile_id, _ENDED_WORD)

@@ -70,7 +70,7 @@ def processes(number_kernel, monkeypatch):
             "apart": 0.01, "error": "RuntimeError: no kernel image" if error else "",
         }  # fmt: skip
 
-    def stand_in(commands, env, patience):
+    def stand_in(commands, env, timeout):
         ended = []
         for command, each in zip(commands, env, strict=True):
             number_kernel.device_caches.clear()
@@ -119,9 +119,9 @@ def test_kernels_are_kept_and_damage_is_a_row(processes, tmp_path, verifies):
 
 
 def test_a_process_that_died_is_a_row(processes, monkeypatch):
-    def died(commands, env, patience):
+    def died(commands, env, timeout):
         alive = not env[0]["TRITON_CACHE_DIR"].endswith("copy/triton")
-        return processes(commands, env, patience) if alive else [Ended(None, "ended by SIGSEGV", 2)]
+        return processes(commands, env, timeout) if alive else [Ended(None, "ended by SIGSEGV", 2)]
 
     monkeypatch.setattr(cache_cuda, "together", died)
     *_, cut = cache.run("cuda", True, lambda line: None)
@@ -153,8 +153,8 @@ def test_processes_end_in_every_way():
         f"{begin}; raise ValueError('of its own')",
         "raise SystemExit('before it was ready')",
     ]
-    ended = together([[sys.executable, "-c", each] for each in programs], patience=1.0)
-    assert [each.told for each in ended] == [[1, 2], None, None, None, None]
+    ended = together([[sys.executable, "-c", each] for each in programs], timeout=1.0)
+    assert [each.output for each in ended] == [[1, 2], None, None, None, None]
     assert [each.reason for each in ended] == [
         "", "ended by SIGSEGV", "killed after 1 s", "ended with 1: ValueError: of its own",
         "ended with 1: before it was ready",
@@ -185,7 +185,7 @@ def test_what_many_kernels_take(quick, monkeypatch, tmp_path):
             "gpu_bytes": [2000 * (n + 1) for n in range(count)], "gpu_bytes_before": 0,
         }  # fmt: skip
 
-    monkeypatch.setattr(compile_budget, "ask", child)
+    monkeypatch.setattr(compile_budget, "run_child", child)
     rows = list(compile_budget.run("cuda:0", quick, lambda line: None))
     record = record_of(compile_budget, rows, tmp_path)
     by_key = {key: each for each in compile_budget.findings(record) for key in each.answers}

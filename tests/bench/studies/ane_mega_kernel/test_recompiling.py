@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from onelaunch.bench.core.children import ask
+from onelaunch.bench.core.children import run_child
 from onelaunch.errors import RunFailed
 
 pytest.importorskip("coremltools")
@@ -115,4 +115,4 @@ def test_compilations_are_counted_with_their_memory(monkeypatch, tmp_path):
 
 def test_a_process_that_ends_says_why():
     with pytest.raises(RunFailed, match="compile_budget.*the process ended with 1: KeyError"):
-        ask((sys.executable, "-m", compile_budget.CHILD, "nothing", "1"))
+        run_child((sys.executable, "-m", compile_budget.CHILD, "nothing", "1"))

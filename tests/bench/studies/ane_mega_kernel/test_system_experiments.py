@@ -68,7 +68,7 @@ def test_a_store_that_serves_the_wrong_program_refutes():
 def test_the_cpu_engines_program_is_looked_up_in_the_store(monkeypatch, tmp_path):
     key = cache_programs.cpu_program.key()
 
-    def compiled(say, store):
+    def compiled(log, store):
         if store.get(key) is None:
             store.put(key, b"code")
 
@@ -106,7 +106,7 @@ def test_what_the_host_takes(monkeypatch, tmp_path):
         monkeypatch.setattr(cpu_overhead_cases, name, value)
     monkeypatch.setattr(cpu_overhead, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(cpu_overhead, "QUICK_STEP_ROUNDS", 2)
-    monkeypatch.setattr(cpu_overhead, "_compiled_call", lambda say: {})
+    monkeypatch.setattr(cpu_overhead, "_compiled_call", lambda log: {})
     threads = torch.get_num_threads()
     rows = list(cpu_overhead.run("cpu", True, lambda line: None))
     assert torch.get_num_threads() == threads

@@ -42,7 +42,7 @@ def test_rms_norm_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm, "CPU_QUICK", ((16, 8), (4, 24)))
     monkeypatch.setattr(rms_norm, "CPU_SAMPLE_US", 100.0)
     only_torch = rms_norm.peers(CPU, print)[:1]
-    monkeypatch.setattr(rms_norm, "peers", lambda device, say: only_torch)
+    monkeypatch.setattr(rms_norm, "peers", lambda device, log: only_torch)
     record, log = bench("rms-norm", tmp_path, capsys)
     rows = {row["case"]: row for row in record["rows"]}
     assert set(rows) == {f"{s} {p} host" for s in ("16x8", "4x24") for p in norm_cell.PASSES}
@@ -67,7 +67,7 @@ def test_what_torch_compile_cannot_do_is_left_out_and_logged(monkeypatch):
 
     monkeypatch.setattr(rms_norm, "CPU_QUICK", ((16, 8),))
     compiled = Contender("torch.compile", lambda: broken)
-    monkeypatch.setattr(rms_norm, "peers", lambda device, say: [compiled])
+    monkeypatch.setattr(rms_norm, "peers", lambda device, log: [compiled])
     lines = []
     rows = list(rms_norm.run("cpu", True, lines.append))
     assert [row.peers for row in rows] == [{}, {}, {}]
@@ -97,7 +97,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(norm_cell, "replays_in_turn", in_turn)
     monkeypatch.setattr(norm_cell, "l2_bytes", lambda device: 4096)
     monkeypatch.setattr(rms_norm, "copy_bandwidth", lambda device: 4000.0)
-    monkeypatch.setattr(rms_norm, "precompile", lambda device, shapes, say: None)
+    monkeypatch.setattr(rms_norm, "precompile", lambda device, shapes, log: None)
     monkeypatch.setattr(rms_norm, "peak_bytes", lambda cell, norm: 12345)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(rms_norm, "GPU_QUICK", ((64, 16), (4096, 64)))
@@ -200,19 +200,19 @@ def test_compiling_ahead_runs_every_contender_and_minds_no_failure(monkeypatch):
 
     there = [Contender("torch", lambda: broken), Contender("liger", lambda: counted)]
     monkeypatch.setattr(compile_ahead, "ours", list)
-    monkeypatch.setattr(compile_ahead, "peers", lambda device, say: there)
+    monkeypatch.setattr(compile_ahead, "peers", lambda device, log: there)
     compile_ahead.warm(CPU, 4, 8)
     assert ran == [False, True]
 
 
 @pytest.mark.parametrize("ended", ["not done", OSError("no processes here")])
 def test_compiling_ahead_may_fail_and_says_so(monkeypatch, ended):
-    def together(commands, patience):
+    def together(commands, timeout):
         assert len(commands) == 1
         assert json.loads(commands[0][-1]) == ["cpu", [[4, 8]]]
         if isinstance(ended, OSError):
             raise ended
-        return [Ended(True, "", 1.0), Ended(None, ended, patience)]
+        return [Ended(True, "", 1.0), Ended(None, ended, timeout)]
 
     monkeypatch.setattr(compile_ahead, "together", together)
     monkeypatch.setattr(compile_ahead, "_set_inductor", lambda: None)
@@ -327,7 +327,7 @@ def on_a_cpu(rows, columns, dtype, device):
 def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
     """With the tuned pair our kernels by the published tile, and Liger's two paths, at the
     sentence's widths and row counts only."""
-    monkeypatch.setattr(rms_norm_threshold, "has_kernel", lambda place, say: True)
+    monkeypatch.setattr(rms_norm_threshold, "has_kernel", lambda place, log: True)
     monkeypatch.setattr(rms_norm_threshold, "Cell", on_a_cpu)
     monkeypatch.setattr(norm_cell, "synchronizer", lambda device: lambda: None)
     monkeypatch.setattr(rms_norm_threshold, "QUICK_ROWS", (16, 4096))
@@ -342,7 +342,7 @@ def test_the_published_sentence_is_measured_on_its_own_form(gpu, monkeypatch):
         for name in ("liger block", "liger row")
     ]
     source = [Contender(name, lambda: right) for name in ("source block", "source row")]
-    monkeypatch.setattr(rms_norm_threshold, "liger_paths", lambda say: liger)
+    monkeypatch.setattr(rms_norm_threshold, "liger_paths", lambda log: liger)
     monkeypatch.setattr(rms_norm_threshold, "source_paths", lambda: source)
     gpu |= {"source block": 3.0, "source row": 6.0, "liger block": 2.0, "liger row": 8.0}
     rows = list(rms_norm_threshold.run("cuda", True, lambda line: None))

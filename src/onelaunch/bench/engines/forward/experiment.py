@@ -1,6 +1,6 @@
 """forward: logits of whole sequences on a GPU, by the number of launches, compared with PyTorch.
 
-Random weights in bfloat16, logits of every position in bfloat16, as PyTorch gives them. `ours` is
+Random weights in bfloat16, logits of every position in bfloat16, as in PyTorch. `ours` is
 what a user gets: the wall time of `engine.logits`, WALL_CALLS calls back to back with one wait at
 the end, ids on the GPU; `logits float32` the same with float32 logits. Then the forms' graphs
 alone: one kernel per stage, half a layer, one or more layers, or the whole, with the rule's tiles,
@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onelaunch.bench.core.children import ask
+from onelaunch.bench.core.children import run_child
 from onelaunch.bench.core.gpu_forwards import pytorch_samples, random_weights, replays, walls
-from onelaunch.bench.core.record import Row, Say, rounded
+from onelaunch.bench.core.record import Log, Row, rounded
 from onelaunch.bench.core.rounds import Samples, digest, in_rounds, ratio, ratio_of_medians
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.core.timing import copy_bandwidth
@@ -83,20 +83,20 @@ class Subject(NamedTuple):
 Forms = dict[str, tuple["torch.cuda.CUDAGraph", "BoundForward"]]
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every case; yields rows."""
     import triton.compiler.code_generator  # noqa: F401 - what Triton imports at its first kernel
     from triton.runtime.cache import triton_key
 
     triton_key()  # it reads all of itself, once a process
     bandwidth = copy_bandwidth(torch.device(device))
-    say(f"copy on the device: {bandwidth:,.0f} GB/s")
+    log(f"copy on the device: {bandwidth:,.0f} GB/s")
     with _empty_stores() as folder:
         for name, batch, sequence in QUICK_CASES if quick else CASES:
             config = preset(name)
             config = config.with_(max_seq_len=max(sequence, config.max_seq_len))
             row = _case(
-                config, batch, sequence, torch.device(device), None if quick else folder, say
+                config, batch, sequence, torch.device(device), None if quick else folder, log
             )
             row.case = f"{name} forward {batch}x{sequence}"
             row.floor = round(_floor_us(config, batch * sequence, bandwidth), 2)
@@ -125,7 +125,7 @@ def _case(
     sequence: int,
     device: torch.device,
     store: Path | None,
-    say: Say,
+    log: Log,
 ) -> Row:
     gc.collect()
     gc.freeze()  # what torch.compile left of the cases before would slow down every collection
@@ -135,7 +135,7 @@ def _case(
     bare = BareForward(config, weights, torch.bfloat16, device)
     with torch.inference_mode():
         subject = Subject(config, weights, tokens, bare(tokens).float(), store)
-        forms, notes = _forms(subject, say)
+        forms, notes = _forms(subject, log)
         engine = _engine(subject)
         contestants = {name: replays(*form) for name, form in forms.items()}
         for what, dtype in ((LOGITS, torch.bfloat16), (FLOAT32, torch.float32)):
@@ -147,11 +147,11 @@ def _case(
         least = QUICK_WINDOWS if store is None else LEAST_WINDOWS
         alone = {name: settle(sample, least) for name, sample in of_pytorch.launched.items()}
         for _, bound in forms.values():
-            bound.check()  # a forward that was given up is fast
+            bound.check()  # a forward that timed out is fast
     return _row("", [*forms, LOGITS, FLOAT32], samples, notes, alone)
 
 
-def _forms(subject: Subject, say: Say) -> tuple[Forms, dict[str, Any]]:
+def _forms(subject: Subject, log: Log) -> tuple[Forms, dict[str, Any]]:
     """Our forms, each with its graph, and a row's notes on them."""
     from onelaunch.engines.cuda.pack import pack
     from onelaunch.engines.cuda.program import BoundForward, FusedForward, Shape
@@ -168,7 +168,7 @@ def _forms(subject: Subject, say: Say) -> tuple[Forms, dict[str, Any]]:
     }
     makers["staged"] = partial(BoundForward, config, packed, shape, {})
     if subject.store is not None:
-        makers[CHOSEN] = partial(_chosen, subject, subject.store, packed, shape, notes, say)
+        makers[CHOSEN] = partial(_chosen, subject, subject.store, packed, shape, notes, log)
     forms: Forms = {}
     for form, make in makers.items():
         start = time.perf_counter()
@@ -183,7 +183,7 @@ def _forms(subject: Subject, say: Say) -> tuple[Forms, dict[str, Any]]:
             graph.replay()
             bound.check()
         except (RuntimeError, EngineTimeout) as error:
-            say(f"without {form}: {str(error).splitlines()[0]}")
+            log(f"without {form}: {str(error).splitlines()[0]}")
             continue
         notes["seconds_to_first"][form] = round(time.perf_counter() - start, 2)
         if form == FUSED:
@@ -229,7 +229,7 @@ def _chosen(
     packed: PackedModel,
     shape: Shape,
     notes: dict[str, Any],
-    say: Say,
+    log: Log,
 ) -> BoundForward:
     """The form that tuning chooses, kept in the store, and in the notes what tuning took."""
     from onelaunch.compilation.cache import Store
@@ -246,7 +246,7 @@ def _chosen(
         "seconds": choice.seconds, "tried": choice.tried, "tiles": tiles,
     }  # fmt: skip
     name = f"{shape.batch}x{shape.sequence}"
-    say(f"{name}: {choice.form} chosen in {choice.seconds:.0f} s, {choice.tried} tried")
+    log(f"{name}: {choice.form} chosen in {choice.seconds:.0f} s, {choice.tried} tried")
     return bind(subject.config, packed, shape, choice.as_form())
 
 
@@ -255,7 +255,7 @@ def _kept_seconds(subject: Subject, store: Path) -> dict[str, float]:
     kernels, without imports and the device's context; and those that Triton reads itself."""
     arg = json.dumps([subject.config.to_dict(), *subject.tokens.shape, str(store)])
     command = [sys.executable, "-m", "onelaunch.bench.engines.forward.child", arg]
-    seconds = ask(command, timeout=CHILD_SECONDS)
+    seconds = run_child(command, timeout=CHILD_SECONDS)
     return {KEPT: float(seconds["kept"]), READS_ITSELF: float(seconds["triton"])}
 
 

@@ -1,4 +1,4 @@
-"""What the record of forward looks like as a table and as a picture."""
+"""Tables and plot of a record of forward."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PEERS = ("torch.compile + graph", "torch.compile", "eager + graph", "eager")
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of what each fused form takes until its first forward: one kernel serves them all, and a
-    form after the first compiles nothing."""
+    """Findings about the time of each fused form until its first forward: one kernel serves them
+    all, and a form after the first compiles nothing."""
     findings = []
     for row in record["rows"]:
         seconds = row["seconds_to_first"]
@@ -41,7 +41,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: every case with its forms and peers."""
+    """The record's tables in Markdown: every case with its forms and peers."""
     rows = record["rows"]
     forms = list(dict.fromkeys(form for row in rows for form in row["forms"]))
     # rows of before `logits` was measured have the graph's time alone

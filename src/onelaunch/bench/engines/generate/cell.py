@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from onelaunch.bench.core.compiled import ready, runtime_of, thread_counts
-from onelaunch.bench.core.record import Say
+from onelaunch.bench.core.record import Log
 from onelaunch.bench.core.rounds import in_rounds
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.reading import reader
@@ -74,12 +74,13 @@ def run_c(binary: Path, config: ModelConfig, weights: dict[str, Tensor], path: P
     return RunC(binary, path, config.vocab_size, config.max_seq_len)
 
 
-def ids_of_run_c(peer: RunC, prompt: list[int], n: int, say: Say) -> list[int] | None:
-    """What run.c generates; None, and a line that says why, where it does not generate it all."""
+def ids_of_run_c(peer: RunC, prompt: list[int], n: int, log: Log) -> list[int] | None:
+    """The ids that run.c generates; None, and a line that says why, where it does not generate it
+    all."""
     try:
         return peer.generate(prompt, n, thread_counts()[-1])[1]
     except RunFailed as error:
-        say(f"without {error}")
+        log(f"without {error}")
         return None
 
 
@@ -96,13 +97,13 @@ class Cell:
         threads: Sequence[Threads],
         binary: Path | None,
         folder: Path,
-        say: Say,
+        log: Log,
         python: Path | None = None,
     ) -> None:
         weights = random_weights(config)
         self.ours = {
             each: ready(
-                CpuEngine(config, weights, dtype, None if isinstance(each, str) else each, log=say)
+                CpuEngine(config, weights, dtype, None if isinstance(each, str) else each, log=log)
             )
             for each in threads
         }
@@ -117,11 +118,11 @@ class Cell:
             else None
         )
         self.same_tokens: dict[str, int] = {}
-        self._say = say
+        self._log = log
 
     @staticmethod
     def number(threads: Threads) -> int:
-        """How many threads the peers of a setting of ours use: of "auto", every core."""
+        """The number of threads that the peers of a setting of ours use: of "auto", every core."""
         return thread_counts()[-1] if isinstance(threads, str) else threads
 
     def rounds(self, prompt: list[int], n: int, rounds: int) -> dict[Contestant, list[float]]:
@@ -133,7 +134,7 @@ class Cell:
             calls["ours", threads] = partial(_rate, partial(_generate, engine, prompt), n)
         run_c = self.run_c
         if run_c is not None:
-            if theirs := ids_of_run_c(run_c, prompt, n, self._say):
+            if theirs := ids_of_run_c(run_c, prompt, n, self._log):
                 self.same_tokens[RUN_C] = _same(ids, theirs)
             else:
                 run_c = None
@@ -165,12 +166,12 @@ class Cell:
             self.same_tokens[LLAMA_CPP] = _same(ids, peer.generate(prompt, len(ids))[1])
             return peer
         except RunFailed as error:
-            self._say(f"without {error}")
+            self._log(f"without {error}")
             return None
 
 
 def _same(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many tokens both sequences begin with."""
+    """The number of tokens that both sequences begin with."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
@@ -199,5 +200,5 @@ def _rate_in_torch(generate: Generate, n: int, threads: int) -> float:
 
 
 def _rate_of_peer(generate: Callable[..., tuple[float, list[int]]], *args: object) -> float:
-    """Of a peer that measures its rate itself."""
+    """The rate of a peer that measures it itself."""
     return generate(*args)[0]

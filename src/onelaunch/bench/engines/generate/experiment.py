@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.bench.core.compiled import compiled_program, thread_counts, threads_named
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import ratio
 from onelaunch.bench.engines.generate import cell, life
 from onelaunch.bench.engines.generate.cell import AUTO, Cell, Contestant, Threads
@@ -39,7 +39,7 @@ QUICK_LARGE_ROUNDS = 3
 PROMPT_TOKENS = 3
 
 
-def run(device: str, quick: bool, say: Say, peers: Mapping[str, Path]) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log, peers: Mapping[str, Path]) -> Iterator[Row]:
     """Time every case; yields rows, higher is better where the unit is tokens/s."""
     binary, python = (peers.get(name) for name in PEERS)
     if binary is not None:
@@ -48,13 +48,13 @@ def run(device: str, quick: bool, say: Say, peers: Mapping[str, Path]) -> Iterat
         llama_cpp.check_python(python)
     else:
         python = llama_cpp.installed_here()
-    compiled_program(say)
+    compiled_program(log)
     threads: list[Threads] = [AUTO] if quick else [*thread_counts(), AUTO]
     for name, n in (QUICK_TOKENS if quick else TOKENS).items():
         rounds = QUICK_LARGE_ROUNDS if quick and name == "stories110m" else ROUNDS
         for dtype in ["float32"] if quick else ITEMSIZES:
             with tempfile.TemporaryDirectory() as folder:
-                made = Cell(preset(name), dtype, threads, binary, Path(folder), say, python)
+                made = Cell(preset(name), dtype, threads, binary, Path(folder), log, python)
                 samples = made.rounds(cell.prompt_of(PROMPT_TOKENS), n, rounds)
             per_token = cell.bytes_per_token(preset(name), ITEMSIZES[dtype])
             for each, engine in made.ours.items():
@@ -68,12 +68,12 @@ def run(device: str, quick: bool, say: Say, peers: Mapping[str, Path]) -> Iterat
                 yield row
             del made, engine
             gc.collect()  # the engines' memory, before the next ones take as much
-    yield life.prompt(binary, ROUNDS, say)
+    yield life.prompt(binary, ROUNDS, log)
     yield life.second_start(3 if quick else ROUNDS)
-    yield from life.memory(say)
+    yield from life.memory(log)
     if not quick:
-        yield from life.busy_core(binary, ROUNDS, say)
-        yield from life.cold_start(3, say)
+        yield from life.busy_core(binary, ROUNDS, log)
+        yield from life.cold_start(3, log)
 
 
 def row_of(

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.children import ask
+from onelaunch.bench.core.children import run_child
 from onelaunch.bench.core.compiled import ready, thread_counts
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate.cell import (
@@ -64,7 +64,7 @@ def _model(binary: Path | None) -> Iterator[tuple[CpuEngine, ReferenceEngine, Ru
         yield ready(CpuEngine(config, weights)), reference, peer
 
 
-def prompt(binary: Path | None, rounds: int, say: Say) -> Row:
+def prompt(binary: Path | None, rounds: int, log: Log) -> Row:
     """A prompt as long as the context, and one token more. run.c reads a prompt as it writes, one
     token at a time: its rate is that at these positions."""
     ids = prompt_of(PROMPT)
@@ -81,7 +81,7 @@ def prompt(binary: Path | None, rounds: int, say: Say) -> Row:
         }
         for warm_up in contestants.values():
             warm_up()
-        if peer is not None and ids_of_run_c(peer, ids, 1, say):
+        if peer is not None and ids_of_run_c(peer, ids, 1, log):
             contestants[RUN_C] = lambda: peer.generate(ids, 1, thread_counts()[-1])[0]
         samples = in_rounds(contestants, rounds, SETTLE_SECONDS)
     ours = samples.pop("ours")
@@ -98,7 +98,7 @@ def prompt(binary: Path | None, rounds: int, say: Say) -> Row:
     )
 
 
-def busy_core(binary: Path | None, rounds: int, say: Say) -> Iterator[Row]:
+def busy_core(binary: Path | None, rounds: int, log: Log) -> Iterator[Row]:
     """Tokens a second while another process keeps a core busy, and while none does: ours with
     automatic threads, run.c with a thread for each core. A row for each, as each is compared with
     itself."""
@@ -110,7 +110,7 @@ def busy_core(binary: Path | None, rounds: int, say: Say) -> Iterator[Row]:
 
     with _model(binary) as (engine, _, peer):
         rates: dict[str, Callable[[], float]] = {"ours": partial(_rate, engine, ids)}
-        if peer is not None and ids_of_run_c(peer, ids, BUSY_RUN_C_TOKENS, say):
+        if peer is not None and ids_of_run_c(peer, ids, BUSY_RUN_C_TOKENS, log):
             rates[RUN_C] = partial(_run_c_rate, peer, ids)
         contestants: dict[tuple[str, str], Callable[[], float]] = {}
         for name, rate in rates.items():
@@ -134,7 +134,7 @@ def busy_core(binary: Path | None, rounds: int, say: Say) -> Iterator[Row]:
 
 
 def _rate(engine: Engine, ids: list[int]) -> float:
-    """Of sequences one after another, for WRITING_SECONDS at least."""
+    """The rate of sequences one after another, for WRITING_SECONDS at least."""
     start, tokens = time.perf_counter(), 0
     while (took := time.perf_counter() - start) < WRITING_SECONDS:
         tokens += len(generate_ids(engine, [ids], BUSY_TOKENS)[0])
@@ -163,9 +163,9 @@ def busy_loop() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def in_child(what: str, model: Path, **environment: str) -> dict[str, float]:
-    """What a fresh process measured. Raises RunFailed where it failed."""
+    """The measurements of a fresh process. Raises RunFailed where it failed."""
     command = [sys.executable, "-m", "onelaunch.bench.engines.generate.child", what, str(model)]
-    return dict(ask(command, child_environment(**environment), CHILD_SECONDS))
+    return dict(run_child(command, child_environment(**environment), CHILD_SECONDS))
 
 
 @contextmanager
@@ -176,14 +176,14 @@ def _model_file() -> Iterator[Path]:
 
 
 def second_start(samples: int) -> Row:
-    """From a process's first import until the compiled form is there, read from the store."""
+    """Time from a process's first import until the compiled form is there, read from the store."""
     with _model_file() as model:
         in_child("start", model)  # the files are in the system's memory
         starts = [in_child("start", model) for _ in range(samples)]
     return _start_row("second start", "start", starts, "seconds", "import_seconds", "ready_seconds")
 
 
-def cold_start(samples: int, say: Say) -> Iterator[Row]:
+def cold_start(samples: int, log: Log) -> Iterator[Row]:
     """Processes without a compiled program: the first token, and the swap between two tokens. No
     row where that failed, as it does on a machine that leaves a compiler no time."""
     starts: list[dict[str, float]] = []
@@ -194,7 +194,7 @@ def cold_start(samples: int, say: Say) -> Iterator[Row]:
                     store = str(Path(folder) / "store")
                     starts.append(in_child("cold", model, ONELAUNCH_CACHE=store))
                 except RunFailed as error:
-                    say(f"without a sample of a first start: {error}")
+                    log(f"without a sample of a first start: {error}")
     if starts:
         yield _start_row("first start", "cold", starts, "first_token_seconds", *starts[0])
 
@@ -205,13 +205,13 @@ def _start_row(what: str, kind: str, starts: list[dict[str, float]], key: str, *
     return Row.of(f"{MODEL} {what}", [each[key] for each in starts], notes=notes)
 
 
-def memory(say: Say) -> Iterator[Row]:
+def memory(log: Log) -> Iterator[Row]:
     """Growth of a process's own memory, and what is allowed; no row where it cannot be measured."""
     try:
         with _model_file() as model:
             growth = in_child("memory", model)
     except RunFailed as error:
-        say(f"without a row on memory: {error}")
+        log(f"without a row on memory: {error}")
         return
     allowed = growth["weight_bytes"] + growth["cache_bytes"] + ALLOWED_BYTES
     yield Row(

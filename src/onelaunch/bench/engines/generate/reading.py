@@ -28,7 +28,7 @@ def shares(n_bytes: int, threads: int) -> list[tuple[int, int]]:
 def reader(
     program: Program, address: int, n_bytes: int, threads: int
 ) -> Iterator[Callable[[], float]]:
-    """What reads the memory once more and returns GB/s, the best of PASSES.
+    """A function that reads the memory once more and returns GB/s, the best of PASSES.
 
     Each thread reads its own part, through the compiled program's widest loads; all are started
     beforehand and released together. A small memory is read several times in a pass.

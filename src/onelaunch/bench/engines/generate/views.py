@@ -1,4 +1,4 @@
-"""What the record of generate looks like as tables and as a picture."""
+"""Tables and plot of a record of generate."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ SECTIONS = {
 
 
 def table(record: Record) -> str:
-    """In Markdown: speeds compared with the peers', then each of the other kinds of rows."""
+    """The record's tables in Markdown: speeds compared with the peers', then each of the other
+    kinds of rows."""
     parts = [EXPLANATION]
     for kind, section in SECTIONS.items():
         if rows := _of_kind(record, kind):

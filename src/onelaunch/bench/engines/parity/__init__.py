@@ -3,7 +3,7 @@
 Logits of every position of a sequence, random weights, against the same model in float64, compared
 with what PyTorch loses in the same precision. The gradients of every parameter against float64
 autograd, of training with the reference engine, and on the CPU through ML Programs. On the CPU too
-the largest magnitude that each kind of operation of the ML Programs gives, against float16's end.
+the largest magnitude that each kind of operation of the ML Programs outputs, against float16's end.
 Programs are evaluated on the CPU: that is what they mean, not what a Neural Engine computes.
 """
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.bench.core.record import Row, Say, rounded
+from onelaunch.bench.core.record import Log, Row, rounded
 from onelaunch.bench.core.weights import SEED, exact_logits, random_weights
 from onelaunch.bench.engines.parity.views import FLOAT16_END, draw, findings, table
 from onelaunch.config import ModelConfig, preset
@@ -64,14 +64,14 @@ def problem(name: str, sequence: int) -> Problem:
     return Problem(f"{name} 1x{sequence}", config, random_weights(config), tokens, targets)
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every engine that runs on the device; yields rows."""
     place = torch.device(device)
-    programs = place.type == "cpu" and _has_coremltools(say)
+    programs = place.type == "cpu" and _has_coremltools(log)
     for name, sequence in QUICK_MODELS if quick else MODELS:
         p = problem(name, sequence)
         exact = exact_logits(p.config, p.weights, p.tokens)
-        for engine, dtype, make in _engines(place, programs, say):
+        for engine, dtype, make in _engines(place, programs, log):
             logits = make(p.config, dict(p.weights)).logits(p.tokens.to(place)).cpu().double()
             yield _logits_row(p, engine, dtype, logits, _pytorch(p, dtype, place, engine), exact)
         yield from _trained(p, place)
@@ -82,7 +82,7 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
             yield _by_programs(problem(*GRADIENTS), dtype)
 
 
-def _engines(place: torch.device, programs: bool, say: Say) -> Iterator[tuple[str, str, Make]]:
+def _engines(place: torch.device, programs: bool, log: Log) -> Iterator[tuple[str, str, Make]]:
     """Engine, precision and its maker, of those that can run here."""
     if place.type == "cuda":
         from onelaunch.engines.cuda.engine import CudaEngine
@@ -95,7 +95,7 @@ def _engines(place: torch.device, programs: bool, say: Say) -> Iterator[tuple[st
     from onelaunch.engines import cpu
 
     if reason := cpu.why_not():
-        say(f"without the CPU engine: {reason}")
+        log(f"without the CPU engine: {reason}")
     else:
         for dtype in cpu.DTYPES:
             yield "cpu", dtype, partial(_compiled, dtype=dtype)
@@ -114,13 +114,13 @@ def _compiled(config: ModelConfig, weights: Weights, dtype: str) -> Engine:
     return ready(CpuEngine(config, weights, dtype=dtype))
 
 
-def _has_coremltools(say: Say) -> bool:
+def _has_coremltools(log: Log) -> bool:
     from onelaunch.engines.coreml import coremltools
 
     try:
         coremltools("bench parity")
     except MissingExtra as error:
-        say(f"without ML Programs: {error}")
+        log(f"without ML Programs: {error}")
         return False
     return True
 
@@ -167,7 +167,7 @@ def _logits_row(
 
 
 def _magnitudes(p: Problem) -> Iterator[Row]:
-    """Of a forward in one program, the largest by kind of operation."""
+    """The largest magnitude by kind of operation, in a forward in one program."""
     plan = make_plan(p.config, 1, p.tokens.shape[1], all_positions=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whole.mlpackage"
@@ -236,7 +236,7 @@ def _gradients_row(
     pytorch: Weights,
     peer: str,
 ) -> Row:
-    """Of every parameter: the error of all together, and the parameter whose own is the largest."""
+    """A row on gradients: the error of all together, and the parameter whose own is the largest."""
     errors = {n: _apart(grads[n], g) for n, g in exact.items()}
     worst = max(errors, key=lambda n: errors[n])
     together = [torch.cat([g[n].flatten() for n in exact]) for g in (grads, exact, pytorch)]
@@ -253,7 +253,8 @@ def _gradients_row(
 
 
 def _autograd(p: Problem, dtype: torch.dtype) -> Weights:
-    """By PyTorch, where the tokens are; bfloat16 is autocast's, the weights in float32."""
+    """Gradients by PyTorch, where the tokens are; bfloat16 is autocast's, the weights in
+    float32."""
     place, narrow = p.tokens.device, dtype == torch.bfloat16
     stored = torch.float32 if narrow else dtype
     placed = {name: w.to(place, stored) for name, w in p.weights.items()}

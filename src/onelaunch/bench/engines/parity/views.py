@@ -1,4 +1,4 @@
-"""What a record of parity says: findings, table, picture."""
+"""Findings, table and plot of a record of parity."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell], str]] = {
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = []
     for what, (title, columns, note) in SECTIONS.items():
         if rows := [row for row in record["rows"] if row["what"] == what]:

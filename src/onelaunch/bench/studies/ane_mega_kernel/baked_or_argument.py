@@ -23,7 +23,7 @@ from torch import Tensor
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, needs_a_mac
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import in_rounds
 from onelaunch.bench.core.tables import digits, document
 from onelaunch.bench.core.views import CASE, N, column, median_and_spread, statement, table_of
@@ -59,7 +59,7 @@ MOST_APART = 1e-5
 FORMS = ("constants", "arguments", "PyTorch")
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every model; yields rows."""
     coremltools("bench baked-or-argument")
     for name in QUICK_MODELS if quick else MODELS:
@@ -229,8 +229,8 @@ def _input_name(weight: str) -> str:
 
 
 def overtakes(record: dict[str, Any], model: str) -> int | None:
-    """From how many micro-steps an update constants take less time than arguments; None where the
-    20th percentile of the time that their step saves is not above 0."""
+    """The number of micro-steps an update from which constants take less time than arguments; None
+    where the 20th percentile of the time that their step saves is not above 0."""
     rows = _rows(record, model)
     saved = rows["saved", None]
     more = rows["update", "constants"]["ours"] - rows["update", "arguments"]["ours"]
@@ -251,7 +251,7 @@ def _models(record: dict[str, Any]) -> list[str]:
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of arguments against constants, for each model's layer."""
+    """Findings about arguments against constants, for each model's layer."""
     verdict, why = needs_a_mac(
         "the public converter takes weights as inputs; what the private parser refuses it does not "
         "say, nor what a step takes on a Neural Engine"
@@ -267,7 +267,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     wholes = [row for row in record["rows"] if row["what"] == "whole"]
     others = [row for row in record["rows"] if row["what"] != "whole"]
     ms = median_and_spread("ms", scale=1e3)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.bench.core.findings import Finding, above, error_of_ratio, needs_a_mac, unless
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.tables import digits, document
 from onelaunch.bench.core.views import column, published, table_of
 from onelaunch.bench.core.weights import exact_logits, random_weights
@@ -69,7 +69,7 @@ class _Made:
     n_bytes: int
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     coremltools("bench coreml")
     from onelaunch.engines.coreml import run as mac
@@ -94,7 +94,7 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
             yield _row(case, plan, launches, emitter, repeats, on_a_mac)
 
 
-def _model(name: str, quick: bool, repeats: int, on_a_mac: Say | None) -> Iterator[Row]:
+def _model(name: str, quick: bool, repeats: int, on_a_mac: Log | None) -> Iterator[Row]:
     config = preset(name)
     weights = random_weights(config, 0)
     packed = Packed(config, weights)
@@ -127,9 +127,9 @@ def _row(
     launches: list[Launch],
     emitter: Callable[[Launch], Emitted],
     repeats: int,
-    on_a_mac: Say | None,
+    on_a_mac: Log | None,
 ) -> Row:
-    """Of programs made some times over; on a Mac also what running them takes."""
+    """A row of programs made some times over; on a Mac also what running them takes."""
     samples: list[_Made] = []
     notes: dict[str, Any] = {}
     for _ in range(repeats):
@@ -150,7 +150,7 @@ def _row(
 
 
 def _weight_bytes(plan: Plan, launch: Launch) -> int:
-    """Of a launch's weights in float16, each once."""
+    """The bytes of a launch's weights in float16, each once."""
     stages = plan.stages[launch.first : launch.last]
     names = {name for stage in stages for name in stage.weights}
     shapes = plan.config.weight_shapes()
@@ -191,7 +191,7 @@ def _errors(logits: Tensor, exact: Tensor) -> dict[str, float]:
     return {"one_minus_cosine": float(f"{1 - cosine:.2e}"), "relative": float(f"{apart:.2e}")}
 
 
-def _by_core_ml(paths: list[Path], log: Say) -> dict[str, Any]:
+def _by_core_ml(paths: list[Path], log: Log) -> dict[str, Any]:
     """Seconds by Core ML, all programs one after another."""
     import numpy as np
 
@@ -220,8 +220,8 @@ def _by_core_ml(paths: list[Path], log: Say) -> dict[str, Any]:
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of the largest program that was made, whose bytes are weights but for a hundredth; and of
-    what its layers take to compile in one program and in several."""
+    """Findings about the largest program that was made, whose bytes are weights but for a
+    hundredth; and of what its layers take to compile in one program and in several."""
     ones = [row for row in record["rows"] if row["programs"] == 1 and "errors" in row]
     if not ones:
         return []
@@ -258,7 +258,7 @@ def _growth(whole: dict[str, Any], fours: dict[str, Any]) -> Finding:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = [
         "Seconds to emit, convert and save all programs of a forward (or a backward through all "
         "layers), coremltools' import not counted. `off` is of the logits of every position "

@@ -85,7 +85,7 @@ class Driver(Generic[Engine]):
         return Update(k, end - start, stall, end - stepping)
 
     def wait(self) -> None:
-        """For the device; nothing on a CPU."""
+        """Wait for the device; nothing on a CPU."""
         synchronizer(self.engine.device)()
 
 
@@ -103,7 +103,8 @@ def driver(
 
 
 def pytorch_driver(name: str, sequence: int, device: str) -> Driver[ReferenceEngine]:
-    """With PyTorch on a device, as the trainer does it, of a preset with random weights."""
+    """Training with PyTorch on a device, as the trainer does it, of a preset with random
+    weights."""
     config = preset(name)
     engine = ReferenceEngine(config, random_weights(config), device, train=True, norm="auto")
     return Driver(engine, sequence)

@@ -18,7 +18,7 @@ import torch
 
 from onelaunch.bench.core.findings import Finding, needs_a_mac
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.tables import digits, document
 from onelaunch.bench.core.views import column, median_and_spread, published, table_of
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
@@ -55,7 +55,7 @@ ROUNDS, UPDATES = 2, 4
 QUICK_ROUNDS, QUICK_UPDATES = 1, 2
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     coremltools("bench recompile")
     for key in KEYS:
@@ -91,7 +91,7 @@ def _updates(training: Driver[CoreMLTrainer], k: int, count: int) -> list[Update
 def settled(k: int, waits: Callable[[int], float]) -> int:
     """K by times, which were not all taken at the same time, may be too large or too small: half
     of it, as long as half hides a compilation too; three quarters, where half nearly does; a
-    quarter more, a few times, where K itself does not. `waits` gives the share of an update of so
+    quarter more, a few times, where K itself does not. `waits` returns the share of an update of so
     many micro-steps that it waits."""
     while k > 1:
         share = waits(k // 2)
@@ -107,7 +107,7 @@ def settled(k: int, waits: Callable[[int], float]) -> int:
 
 
 def _case(
-    case: str, training: Driver[CoreMLTrainer], first_k: int, quick: bool, log: Say
+    case: str, training: Driver[CoreMLTrainer], first_k: int, quick: bool, log: Log
 ) -> Iterator[Row]:
     k, schedule = first_k, training.engine.schedule
     first = QUICK_FIRST_UPDATES if quick else FIRST_UPDATES
@@ -148,7 +148,7 @@ def _case(
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of each K of the published table by its own times, and of whether K hides here."""
+    """Findings for each K of the published table by its own times, and on whether K hides here."""
     rows = {row["case"]: row for row in record["rows"]}
     results = []
     for key in KEYS:
@@ -189,7 +189,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = [
         "## The published table, by its own times",
         table_of(

@@ -28,7 +28,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
 from onelaunch.bench.core.tables import digits, document
 from onelaunch.bench.core.views import CASE, column, median_and_spread, published, table_of
@@ -58,7 +58,7 @@ STAGES = BASELINE, ACCUMULATION, BACKGROUND, ASYMPTOTE = (
 )  # fmt: skip
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     cases, long = (QUICK_CASES, QUICK_LONG) if quick else (CASES, LONG)
     if reason := why_no_programs(device):
@@ -103,14 +103,14 @@ def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row
     step = statistics.median(u.seconds / u.micro_steps for u in timed[ASYMPTOTE])
     stalls = [u.stall_seconds for stage in (BASELINE, ACCUMULATION) for u in timed[stage]]
     compiling = statistics.median(stalls)
-    beside, slowdown = schedule.compile_seconds or compiling, schedule.slowdown or 1.0
+    overlapped, slowdown = schedule.compile_seconds or compiling, schedule.slowdown or 1.0
     models = {
         BASELINE: throughput(SHORT, compiling, step, 1.0, overlapped=False),
         ACCUMULATION: throughput(long, compiling, step, 1.0, overlapped=False),
-        BACKGROUND: throughput(long, beside, step, slowdown, overlapped=True),
+        BACKGROUND: throughput(long, overlapped, step, slowdown, overlapped=True),
         ASYMPTOTE: 1 / step,
     }
-    seconds = {BASELINE: compiling, ACCUMULATION: compiling, BACKGROUND: beside, ASYMPTOTE: 0.0}
+    seconds = {BASELINE: compiling, ACCUMULATION: compiling, BACKGROUND: overlapped, ASYMPTOTE: 0.0}
     for stage in STAGES:
         notes = {
             "model": round(models[stage], 4),
@@ -123,8 +123,8 @@ def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row
 
 
 def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
-    """With the wait that the next update would begin with: what was compiled during this one may
-    not be done."""
+    """The row with the wait that the next update would begin with: what was compiled during this
+    one may not be done."""
     start = time.perf_counter()
     engine.settle(engine.version - engine.staleness)
     wait = time.perf_counter() - start
@@ -172,7 +172,8 @@ def _row(case: str, stage: str, samples: Samples, long: int, notes: dict[str, An
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of every stage, its speedup over the first; of the one in the background, the model too."""
+    """Findings: of every stage its speedup over the first; of the one in the background, the model
+    too."""
     results = []
     first = {row["of"]: row for row in record["rows"] if row["stage"] == BASELINE}
     for row in record["rows"]:
@@ -211,7 +212,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = [
         table_of(
             record["rows"],

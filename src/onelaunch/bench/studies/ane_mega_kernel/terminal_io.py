@@ -20,7 +20,7 @@ from typing import Any
 
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, Verdict, below, standard_error, unless
-from onelaunch.bench.core.record import Row, Say, percentiles
+from onelaunch.bench.core.record import Log, Row, percentiles
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.rounds import ratio
 from onelaunch.bench.core.tables import digits, document, spread
@@ -70,7 +70,7 @@ def outputs() -> dict[str, Callable[[], AbstractContextManager[int]]]:
     }
 
 
-def run(device: str, quick: bool, log: Say) -> list[Row]:
+def run(device: str, quick: bool, log: Log) -> list[Row]:
     """Time every case on every output; returns one row each, lower is better."""
     rows = []
     for case in QUICK if quick else CASES:
@@ -110,7 +110,7 @@ def _row(case: str, samples: dict[str, list[float]], rate: int | None) -> Row:
 
 
 def _costs(some: list[float], none: list[float]) -> list[float]:
-    """What a display adds to an update, block by block, as a share of it."""
+    """The time that a display adds to an update, block by block, as a share of it."""
     return [a / b - 1 for a, b in zip(some, none, strict=True)]
 
 
@@ -157,7 +157,7 @@ def _block(trainer: Trainer, how: str, updates: int, descriptor: int) -> float:
 
 
 def _line(update: int) -> bytes:
-    """As trainers print them."""
+    """A line as trainers print it."""
     text = f"update {update} | loss 2.3456 | lr 1.000e-03 | 12.34 ms | 123,456 tokens/s\n"
     return text.encode()
 
@@ -232,7 +232,7 @@ def _fill(descriptor: int) -> None:
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of lines to a file and to a slow terminal, in each case; of what the display costs there."""
+    """Findings about lines to a file and to a slow terminal, and about the display's cost there."""
     results = []
     rows = {row["case"]: row for row in record["rows"]}
     for case in CASES:
@@ -301,7 +301,7 @@ def _cost_spread(row: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = [
         table_of(
             record["rows"],
@@ -323,7 +323,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any]) -> plots.Figure | None:
-    """How many times slower an update is, by what is written to, printed and displayed."""
+    """Plot how many times slower an update is, by what is written to, printed and displayed."""
     rows = {row["case"]: row for row in record["rows"]}
     return plots.bars(
         f"What a display costs training, {record['device']}",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.children import ask
+from onelaunch.bench.core.children import run_child
 from onelaunch.bench.core.findings import (
     Finding,
     Verdict,
@@ -31,7 +31,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.tables import document, spread
 from onelaunch.bench.core.views import CASE, N, column, published, table_of
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
@@ -61,7 +61,7 @@ QUICK_UPDATES, QUICK_AFTER = 2, 10
 CHILD = (sys.executable, "-m", "onelaunch.bench.studies.ane_mega_kernel.warm_up")
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     for model, sequence, steps, processes in QUICK_PYTORCH if quick else PYTORCH:
         args = "PyTorch", device, model, sequence, steps, 0, 0
@@ -81,11 +81,12 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
 
 
 def _child(*args: str | int) -> dict[str, Any]:
-    return dict(ask([*CHILD, *map(str, args)]))
+    return dict(run_child([*CHILD, *map(str, args)]))
 
 
 def main(what: str, device: str, model: str, *numbers: str) -> dict[str, Any]:
-    """In the fresh process: milliseconds of micro-steps with PyTorch, or through ML Programs."""
+    """Print, in the fresh process, milliseconds of micro-steps with PyTorch, or through ML
+    Programs."""
     tokens, *counts = (int(number) for number in numbers)
     if what == "PyTorch":
         return _measure(pytorch_driver(model, tokens, device), *counts)
@@ -120,7 +121,7 @@ def _micro_steps(training: Driver[Any], count: int) -> list[float]:
 
 
 def end_of(times: Sequence[float]) -> float:
-    """What micro-steps take at last: the median of the last quarter."""
+    """The final time of micro-steps: the median of the last quarter."""
     return statistics.median(times[-max(1, round(END_SHARE * len(times))) :])
 
 
@@ -216,7 +217,7 @@ def _steady(case: str, last: dict[str, Any]) -> Finding:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     rows, end = list(record["rows"]), published("warm-136", "ms")
     for mark in MARKS:
         key = f"warm-{mark}"

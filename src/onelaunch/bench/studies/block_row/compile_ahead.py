@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from onelaunch.bench.core.children import READY, together
-from onelaunch.bench.core.record import Say
+from onelaunch.bench.core.record import Log
 from onelaunch.bench.core.timing import synchronizer
 from onelaunch.bench.peers.rms_norm import ours, peers
 from onelaunch.bench.studies.block_row.norm_cell import Cell, make
@@ -24,20 +24,20 @@ PROCESSES = 14
 SECONDS = 240.0
 
 
-def precompile(device: torch.device, shapes: Sequence[tuple[int, int]], say: Say) -> None:
+def precompile(device: torch.device, shapes: Sequence[tuple[int, int]], log: Log) -> None:
     """Fill the compilers' caches; a line says where that fails."""
     _set_inductor()
     workers = min(PROCESSES, len(shapes), os.cpu_count() or 1)
-    say(f"compiling for {len(shapes)} shapes in {workers} processes")
+    log(f"compiling for {len(shapes)} shapes in {workers} processes")
     shares = (json.dumps([str(device), shapes[i::workers]]) for i in range(workers))
     try:
         ended = together([[sys.executable, "-m", MODULE, share] for share in shares],
-                         patience=SECONDS)  # fmt: skip
+                         timeout=SECONDS)  # fmt: skip
         reasons = [each.reason for each in ended if each.reason]
     except OSError as error:
         reasons = [str(error)]
     if reasons:
-        say(f"compiling ahead failed ({reasons[0]}); it is done shape by shape")
+        log(f"compiling ahead failed ({reasons[0]}); it is done shape by shape")
 
 
 def _set_inductor() -> None:

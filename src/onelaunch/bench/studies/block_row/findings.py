@@ -1,4 +1,4 @@
-"""What the records of rms-norm and rms-norm-threshold say about the published rule of RMSNorm.
+"""Findings of rms-norm and rms-norm-threshold about the published rule of RMSNorm.
 
 The published speedups are of Liger's block path over Liger's row path. Here the same two are
 compared, and the reason names what onelaunch's own kernel takes.
@@ -27,7 +27,7 @@ KEYS = tuple(key for key in PUBLISHED if key.startswith("norm-") and key != "nor
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of every published shape that the record has, kernels only."""
+    """A finding for every published shape that the record has, kernels only."""
     rows = {row["case"]: row for row in record["rows"]}
     if not any(case.endswith(" gpu") for case in rows):
         return [_elsewhere(KEYS, "the block path is faster than the row path")] if rows else []
@@ -47,19 +47,19 @@ def _of_shape(key: str, width: int, row: dict[str, Any]) -> Iterator[Finding]:
     if "saved, %" in published.values:
         theirs, ours = float(published.values["saved, %"]), 100 * (1 - by_source / by_row)
         confirmed = ours >= LEAST_GAIN_SHARE * theirs
-        texts = f"{theirs:g}% saved", f"{abs(ours):.1f}% {'saved' if ours >= 0 else 'more'}"
+        values = f"{theirs:g}% saved", f"{abs(ours):.1f}% {'saved' if ours >= 0 else 'more'}"
     else:
         theirs, ours = float(published.values["speedup"]), by_row / by_source
         confirmed = ours - 1 >= LEAST_GAIN_SHARE * (theirs - 1)
         if width > BLOCK_ROW_MAX_BLOCK_SIZE:
             confirmed = abs(ours - 1) <= NO_CHANGE
-        texts = f"{theirs:.2f}x", f"{ours:.2f}x"
+        values = f"{theirs:.2f}x", f"{ours:.2f}x"
     control = ", beyond the rule's widths: no change" if width > BLOCK_ROW_MAX_BLOCK_SIZE else ""
     yield Finding(
         (key,),
         f"{published.row}, {published.table.removeprefix('RMSNorm, ')}: Liger's block path against "
         f"its row path{control}",
-        *texts,
+        *values,
         "confirmed" if confirmed else "refuted",
         f"{digits(by_row)} us and {digits(by_source)} us, kernels only; ours {digits(row['ours'])} "
         f"us, {by_row / row['ours']:.2f}x Liger's row path",
@@ -68,8 +68,8 @@ def _of_shape(key: str, width: int, row: dict[str, Any]) -> Iterator[Finding]:
 
 
 def sentence_findings(record: dict[str, Any]) -> list[Finding]:
-    """Of the lowest row count at which every pass wins, 16 rows a tile against one row: our kernels
-    in that form, and Liger's own."""
+    """Findings on the lowest row count at which every pass wins, 16 rows a tile against one row:
+    our kernels in that form, and Liger's own."""
     if not record["rows"]:
         return []
     if not any(row["case"].endswith(" gpu") for row in record["rows"]):
@@ -86,7 +86,7 @@ def sentence_findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def _of_sentence(ratios: paths.Ratios, label: str) -> Finding:
-    """Of one pair of paths."""
+    """The finding of one pair of paths."""
     published = int(PUBLISHED["norm-rows"].values["rows"])
     rows = paths.wins_from(ratios, paths.PASSES, paths.WIDTHS)
     near = rows is not None and 1 / ROWS_FACTOR <= rows / published <= ROWS_FACTOR

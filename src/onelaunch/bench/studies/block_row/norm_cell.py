@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from onelaunch.bench.core.record import Say
+from onelaunch.bench.core.record import Log
 from onelaunch.bench.core.timing import (
     Call,
     Replay,
@@ -64,7 +64,7 @@ def shape_of(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def bytes_moved(rows: int, columns: int, pass_: str, element_bytes: int) -> int:
-    """What a pass must read and write at least, the weight's few bytes left out."""
+    """The bytes that a pass must at least read and write, the weight's few bytes left out."""
     return TENSORS_MOVED[pass_] * rows * columns * element_bytes
 
 
@@ -109,7 +109,7 @@ class Cell:
         return TENSORS_HELD[pass_] * self.rows * self.columns * self.dtype.itemsize
 
     def sets_for(self, pass_: str) -> int:
-        """How many sets a pass walks."""
+        """The number of sets that a pass walks."""
         return min(self.sets, buffer_sets(self.set_bytes(pass_), self._l2_bytes))
 
     def in_cache(self, pass_: str) -> bool:
@@ -190,7 +190,7 @@ class Made(NamedTuple):
     backward: Norm | None
 
 
-def make(contenders: Sequence[Contender], say: Say) -> list[Made]:
+def make(contenders: Sequence[Contender], log: Log) -> list[Made]:
     """Every contender's norms, made anew."""
     made = []
     for each in contenders:
@@ -199,14 +199,14 @@ def make(contenders: Sequence[Contender], say: Say) -> list[Made]:
         try:
             backward = each.repeatable() if each.repeatable else norm
         except Exception as error:
-            say(f"  backward passes without {each.name}: {in_a_line(error)}")
+            log(f"  backward passes without {each.name}: {in_a_line(error)}")
             backward = None
         made.append(Made(each, norm, backward))
     return made
 
 
 def kernel_times(
-    cell: Cell, pass_: str, made: Sequence[Made], samples: int, say: Say
+    cell: Cell, pass_: str, made: Sequence[Made], samples: int, log: Log
 ) -> dict[str, list[float]]:
     """Microseconds a call by replay, of every contender that gives the right result. To be called
     on a stream that is not the default one. A contender that cannot be captured, or is wrong, is
@@ -216,13 +216,13 @@ def kernel_times(
         _check_replayed(cell, pass_, call)
         return capture(call, cell.sets_for(pass_), cell.graph_calls(pass_))
 
-    replays = _right(cell, pass_, made, captured, say)
+    replays = _right(cell, pass_, made, captured, log)
     restore = _restorer(cell, made if pass_ != "forward" else ())
     return replays_in_turn(replays, samples, restore) if replays else {}
 
 
 def host_times(
-    cell: Cell, pass_: str, made: Sequence[Made], repeats: int, samples: int, say: Say
+    cell: Cell, pass_: str, made: Sequence[Made], repeats: int, samples: int, log: Log
 ) -> dict[str, list[float]]:
     """Microseconds a call, the host's part included, of every contender that gives the right
     result; `repeats` calls a sample."""
@@ -232,7 +232,7 @@ def host_times(
         cell.check(pass_, call(0))
         return call
 
-    calls = _right(cell, pass_, made, checked, say)
+    calls = _right(cell, pass_, made, checked, log)
     wait, restore = synchronizer(cell.device), _restorer(cell, made)
     if not calls:
         return {}
@@ -240,9 +240,9 @@ def host_times(
 
 
 def _right(
-    cell: Cell, pass_: str, made: Sequence[Made], checked: Callable[[Call], T], say: Say
+    cell: Cell, pass_: str, made: Sequence[Made], checked: Callable[[Call], T], log: Log
 ) -> dict[str, T]:
-    """By contender what `checked` makes of its pass; one that fails is left out, with a line."""
+    """The results of `checked` by contender; one that fails is left out, with a line."""
     right = {}
     for contender, norm, backward in made:
         which = backward if pass_ == "backward" else norm
@@ -251,12 +251,12 @@ def _right(
         try:
             right[contender.name] = checked(cell.call(pass_, which))
         except Exception as error:
-            say(f"  {cell.shape} {pass_} without {contender.name}: {in_a_line(error)}")
+            log(f"  {cell.shape} {pass_} without {contender.name}: {in_a_line(error)}")
     return right
 
 
-def _restorer(cell: Cell, made: Sequence[Made]) -> Say:
-    """What puts gradients back before one of these that writes over them."""
+def _restorer(cell: Cell, made: Sequence[Made]) -> Log:
+    """A function that restores gradients before a pass that overwrites them."""
     in_place = {each.contender.name for each in made if each.contender.in_place}
 
     def before(name: str) -> None:
@@ -281,7 +281,7 @@ def _check_replayed(cell: Cell, pass_: str, call: Call) -> None:
 
 
 def peak_bytes(cell: Cell, norm: Norm) -> int:
-    """What a forward and backward pass adds to the peak memory, as requested: without
+    """The bytes that a forward and backward pass adds to the peak memory, as requested: without
     what the allocator adds to each piece, where it counts that apart (CUDA)."""
     call = cell.call("full", norm)
     call(0)
@@ -299,7 +299,7 @@ def peak_bytes(cell: Cell, norm: Norm) -> int:
     return peak
 
 
-def each_reason_once(say: Say) -> Say:
+def each_reason_once(log: Log) -> Log:
     """Passes a line that leaves out a contender on only where contender and reason are new: a
     missing compiler is missing at every shape."""
     seen: set[str] = set()
@@ -309,6 +309,6 @@ def each_reason_once(say: Say) -> Say:
         if left_out and reason in seen:
             return
         seen.add(reason)
-        say(line)
+        log(line)
 
     return say_new

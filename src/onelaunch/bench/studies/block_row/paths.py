@@ -40,7 +40,8 @@ PAIRS = {
 
 
 def verdict(ratio: float | None) -> str:
-    """Of block time over row time: wins, tie, or loses, as a pass that was not timed does."""
+    """The verdict on block time over row time: wins, tie, or loses, as a pass that was not timed
+    does."""
     if ratio is None or ratio > 1 + TIE:
         return "loses"
     return "wins" if ratio < 1 - TIE else "tie"
@@ -96,8 +97,8 @@ def losers_at(ratios: Ratios, count: int) -> list[str]:
 
 
 def tables(record: Mapping[str, Any]) -> list[str]:
-    """In Markdown: for each pair that the record has, from how many rows on it wins, by pass and
-    width, and the ratios behind that."""
+    """The record's tables in Markdown: for each pair that the record has, from how many rows on it
+    wins, by pass and width, and the ratios behind that."""
     parts: list[str] = []
     passes = [*((pass_,) for pass_ in PASSES), PASSES]
     for pair in PAIRS.values():

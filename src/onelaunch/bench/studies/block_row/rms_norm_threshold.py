@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.tables import document, markdown
 from onelaunch.bench.peers.rms_norm import (
     Contender,
@@ -61,19 +61,19 @@ SAMPLES = 15
 CPU_CALLS, CPU_SAMPLES = 20, 5
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every shape and pass; yields a row each."""
     place = torch.device(device)
-    on_gpu = has_kernel(place, say)
-    say = each_reason_once(say)
+    on_gpu = has_kernel(place, log)
+    log = each_reason_once(log)
     if on_gpu:
         rows = QUICK_ROWS if quick else ROWS
         columns = QUICK_COLUMNS if quick else COLUMNS
     else:
         rows = CPU_QUICK_ROWS if quick else CPU_ROWS
         columns = CPU_QUICK_COLUMNS if quick else CPU_COLUMNS
-    contenders = make(_contenders(place), say)
-    of_the_sentence = make([*source_paths(), *liger_paths(say)] if on_gpu else [], say)
+    contenders = make(_contenders(place), log)
+    of_the_sentence = make([*source_paths(), *liger_paths(log)] if on_gpu else [], log)
     stream = torch.cuda.Stream(place) if on_gpu else None
     for width in columns:
         for count in rows:
@@ -81,7 +81,7 @@ def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
             if count in paths.ROWS and width in paths.WIDTHS:
                 there += of_the_sentence
             with torch.cuda.stream(stream):
-                timed = list(_shape(count, width, place, there, say))
+                timed = list(_shape(count, width, place, there, log))
             torch.cuda.empty_cache()  # a graph's memory is its own until this
             yield from timed
 
@@ -99,7 +99,7 @@ def _contenders(device: torch.device) -> list[Contender]:
 
 
 def _shape(
-    rows: int, columns: int, device: torch.device, made: Sequence[Made], say: Say
+    rows: int, columns: int, device: torch.device, made: Sequence[Made], log: Log
 ) -> Iterator[Row]:
     """The rows of one shape: the first contender compared with the second, the others as forms."""
     on_gpu = device.type == "cuda"
@@ -109,20 +109,20 @@ def _shape(
     words = []
     for pass_ in PASSES:
         if on_gpu:
-            times = kernel_times(cell, pass_, made, SAMPLES, say)
+            times = kernel_times(cell, pass_, made, SAMPLES, log)
         else:
-            times = host_times(cell, pass_, made, CPU_CALLS, CPU_SAMPLES, say)
+            times = host_times(cell, pass_, made, CPU_CALLS, CPU_SAMPLES, log)
         if {first, second} <= times.keys():
             case = f"{cell.shape} {pass_} {'gpu' if on_gpu else 'host'}"
             row = row_of(case, times, {"ours", *others})
             row.notes |= notes
             words.append(f"{pass_} {row.notes['ratio']:.2f}")
             yield row
-    say(f"{cell.shape}, of the time of {second}: {', '.join(words) or 'nothing timed'}")
+    log(f"{cell.shape}, of the time of {second}: {', '.join(words) or 'nothing timed'}")
 
 
 def _notes(cell: Cell) -> dict[str, object]:
-    """What `auto` would take, on a device of how many multiprocessors."""
+    """The note of what `auto` would take, on a device of how many multiprocessors."""
     count = multiprocessors(cell.device)
     facts = (cell.rows, cell.columns, cell.dtype.itemsize, count)
     auto = {"forward": forward_plan(*facts).kernel, "backward": backward_plan(*facts).kernel}
@@ -130,7 +130,8 @@ def _notes(cell: Cell) -> dict[str, object]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: the thresholds, then block time over row time by width and row count."""
+    """The record's tables in Markdown: the thresholds, then block time over row time by width and
+    row count."""
     ratios = _ratios(record)
     ours_, other = _sides(record)
     widths, counts = _axes(ratios)
@@ -173,7 +174,7 @@ def _counted(count: int | None, multiprocessors: int | None) -> list[str]:
 
 
 def _auto_from(record: dict[str, Any], width: int, pass_: str) -> str:
-    """From which of the measured row counts on `auto` takes several rows a program."""
+    """The measured row count from which `auto` takes several rows a program."""
     chosen = {
         shape_of(row)[0]: row["auto"][pass_]
         for row in record["rows"]
@@ -233,11 +234,11 @@ def _axes(ratios: Ratios) -> tuple[list[int], list[int]]:
 
 
 def _threshold(ratios: Ratios, *widths: int) -> int | None:
-    """Of several widths together: no pass of any of them may lose."""
+    """The threshold of several widths together: no pass of any of them may lose."""
     return paths.wins_from(ratios, PASSES, widths, ties=True)
 
 
 def _sides(record: dict[str, Any]) -> tuple[str, str]:
-    """What is compared with what."""
+    """The two sides of the comparison."""
     by_paths = any("row" in row["peers"] for row in record["rows"])
     return ("the block path", "the row path") if by_paths else ("ours", "PyTorch's")

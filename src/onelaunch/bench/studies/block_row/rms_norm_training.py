@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from onelaunch.bench.core import plots
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rig import in_turn
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.tables import Cell, by_columns, digits, document, figure, spread
@@ -44,12 +44,12 @@ BLOCK_SECONDS = 0.4
 BLOCKS, QUICK_BLOCKS = 15, 9
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every case; yields a row each, lower is better."""
-    if has_kernel(torch.device(device), say):
+    if has_kernel(torch.device(device), log):
         cases = QUICK if quick else CASES
     else:
-        say("a small model, eager alone")
+        log("a small model, eager alone")
         cases = CPU_QUICK if quick else CPU_CASES
     for case in cases:
         yield _compare(case, device, QUICK_BLOCKS if quick else BLOCKS)
@@ -88,7 +88,7 @@ def _compare(case: Case, device: str, blocks: int) -> Row:
 
 
 def _warm_seconds(trainer: Trainer) -> float:
-    """Of an update after WARM_STEPS others."""
+    """The seconds of an update after WARM_STEPS others."""
     for _ in range(WARM_STEPS):
         trainer._update()
     return 1e-3 * milliseconds(trainer._update)
@@ -104,7 +104,7 @@ def _recipe(case: Case, norm: str) -> Recipe:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: milliseconds a step with either norm."""
+    """The record's tables in Markdown: milliseconds a step with either norm."""
     columns: dict[str, Cell] = {
         "model, batch x sequence": figure("case", form=str),
         "ours, ms": figure("ours"),

@@ -1,4 +1,4 @@
-"""The one function that the compiled program offers."""
+"""The entry point of the compiled program."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def _time(governor, index):
 def _use(state, governor, index):
     """Let the index's number of threads work from now on."""
     _set(governor, Governor.INDEX, index)
-    most = field(state, State.THREADS)
-    n = min(1 << index, most)
+    max_threads = field(state, State.THREADS)
+    n = min(1 << index, max_threads)
     atomic_put(field(state, State.SYNC) + 8 * Sync.ACTIVE, n)
 
 
@@ -263,8 +263,8 @@ def _settle(state, governor):
 def reset_governor(state):
     """Before the first call: try every number."""
     governor = field(state, State.GOVERNOR)
-    most, last = field(state, State.THREADS), 0
-    while 1 << last < most:
+    max_threads, last = field(state, State.THREADS), 0
+    while 1 << last < max_threads:
         last += 1
     _set(governor, Governor.LAST, last)
     _set(governor, Governor.BEFORE, -1)

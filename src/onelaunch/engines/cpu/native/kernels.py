@@ -109,7 +109,7 @@ def layer_field(state, layer, index):
 @compiled
 def _one_token(state, w, a_row, step, x, n, out, unread):
     """TILE rows of a product with one vector. Weights that no other vector has met before are
-    prefetched as the state says."""
+    prefetched to the cache that the state names."""
     to = field(state, State.PREFETCH_TO) if unread else PrefetchTo.NONE
     ahead = field(state, State.PREFETCH_AHEAD)
     if field(state, State.NARROW):
@@ -244,7 +244,7 @@ def qkv(state, layer, first, heads, x, x_row, scratch):
     dim = field(state, State.DIM)
     if tokens == 1:
         position = token_field(state, 0, Token.POSITION)
-        # a new position touches a cache line for each element: ask for them before the product
+        # a new position touches a cache line for each element: prefetch them before the product
         for h in range(max(first, n_heads), first + heads):
             to = _cache_slot(state, sequence_of(state, 0), layer, h - n_heads, position)
             for e in range(width):
@@ -393,7 +393,7 @@ def gate_up(state, layer, first, rows, x, x_row, scratch):
 
 @compiled
 def head(state, first, rows, x, x_row, tokens, scratch):
-    """logits[row][first ..] for the rows that were asked for, in their order."""
+    """logits[row][first ..] for the requested rows, in their order."""
     weights = field(state, State.HEAD)
     dim = field(state, State.DIM)
     scratch = product(state, weights, first, rows, dim, x, x_row, tokens, scratch)

@@ -4,8 +4,8 @@ Each stage is one or two phases, each phase a number of items that may be done i
 thread has a share of each phase's items, the same in every forward, so that its part of the
 weights stays in the cache nearest to it; who is done with his own takes from the others. A phase
 begins when every item of the one before is finished. A thread that is late, or was put aside by
-the system, delays nobody unless it is at an item; one alone gets through too. What an item computes
-does not depend on who does it: results are the same with any number of threads.
+the system, delays no other unless it is at an item; one alone gets through too. What an item
+computes does not depend on who does it: results are the same with any number of threads.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from onelaunch.engines.cpu.native.vectors import (
     atomic_add,
     atomic_get,
     atomic_put,
-    atomic_swap,
     call2,
+    compare_and_swap,
     get_i64,
     pause,
     put_i64,
@@ -47,14 +47,14 @@ def _over(n, size):
 def _item_rows(state, rows, columns):
     """Rows of an item. The end of one costs a thread some reading, so it is as large as leaves
     several for each thread; of many tokens, what stays in the nearest cache."""
-    most = field(state, State.MAX_ROWS)
+    limit = field(state, State.MAX_ROWS)
     if field(state, State.N_TOKENS) >= MANY_TOKENS:
-        most = min(most, ROWS_OF_MANY)
-    most = min(most, ITEM_BYTES // row_bytes(state, columns))
+        limit = min(limit, ROWS_OF_MANY)
+    limit = min(limit, ITEM_BYTES // row_bytes(state, columns))
     threads = get_i64(field(state, State.SYNC) + 8 * Sync.ACTIVE)
     if threads > 1:
-        most = min(most, rows // (ITEMS_PER_THREAD * threads))
-    return max(TILE, most // TILE * TILE)
+        limit = min(limit, rows // (ITEMS_PER_THREAD * threads))
+    return max(TILE, limit // TILE * TILE)
 
 
 @compiled
@@ -212,8 +212,8 @@ def _tag(epoch):
 def _take(ticket, epoch, phase, count):
     """The next of a share's `count` items of a phase; -1 where none is left.
 
-    A ticket is the epoch's low bits << 32 | phase << 16 | items taken of it. Only what it said in
-    this epoch can be changed: who took an item knows that the call is not over, and whose tables
+    A ticket is the epoch's low bits << 32 | phase << 16 | items taken of it. It can be changed only
+    in its own epoch: who took an item knows that the call is not over, and whose tables
     these are.
     """
     while True:
@@ -224,7 +224,7 @@ def _take(ticket, epoch, phase, count):
         taken = seen & 0xFFFF if at == phase else 0
         if taken >= count:
             return -1
-        if atomic_swap(ticket, seen, _tag(epoch) + (phase << 16) + taken + 1):
+        if compare_and_swap(ticket, seen, _tag(epoch) + (phase << 16) + taken + 1):
             return taken
 
 

@@ -49,7 +49,7 @@ def make_tile(
     lanes of each accumulator are added up and scale times the sum is stored as the float32
     out[j][i], at out + j out_row + 4 i; with "vectors" scale times the accumulator itself is
     stored, at out + j out_row + 4 LANES i. With `prefetch_locality` (see `vectors`) a further
-    argument, `ahead`, says how far behind each cache line of a that is read one is prefetched.
+    argument, `ahead`, is how far behind each cache line of a that is read one is prefetched.
     """
     narrow = a_kind == "bfloat16"
     vector_bytes = (2 if narrow else 4) * LANES

@@ -1,4 +1,4 @@
-"""Vectors, raw memory and atomics for Numba: what Python has no word for, as LLVM instructions.
+"""Vectors, raw memory and atomics for Numba: LLVM instructions that Python lacks.
 
 An address is an int64 in bytes; nothing here is bounds-checked. `LANES` floats make a vector: what
 the host's widest registers hold, and LLVM splits them where it must.
@@ -83,24 +83,24 @@ def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -
     kind = ir.FunctionType(a.type, [a.type] * 3)
     suffix = f"v{LANES}f32" if isinstance(a.type, ir.VectorType) else "f32"
     name = f"llvm.fmuladd.{suffix}"
-    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(found, [a, b, c])
+    intrinsic_function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(intrinsic_function, [a, b, c])
 
 
 def call_intrinsic(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Value:
     """An LLVM intrinsic whose arguments and result have one type."""
     kind = ir.FunctionType(values[0].type, [value.type for value in values])
-    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(found, list(values))
+    intrinsic_function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(intrinsic_function, list(values))
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, locality: int, write: bool = False) -> None:
     """Prefetch the cache line at an address, which may lie outside of what is allocated."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     name = "llvm.prefetch.p0"
-    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    intrinsic_function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     rest = [_I32(int(write)), _I32(locality), _I32(1)]
-    builder.call(found, [pointer(builder, address, _I8), *rest])
+    builder.call(intrinsic_function, [pointer(builder, address, _I8), *rest])
 
 
 def fold(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
@@ -260,8 +260,10 @@ def largest_lane(typingctx, a):
     def code(context, builder, sig, args):
         kind = ir.FunctionType(_F32, [VECTOR_IR])
         name = f"llvm.vector.reduce.fmax.v{LANES}f32"
-        found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(found, args)
+        intrinsic_function = builder.module.globals.get(name) or ir.Function(
+            builder.module, kind, name
+        )
+        return builder.call(intrinsic_function, args)
 
     return types.float32(VECTOR), code
 
@@ -342,8 +344,8 @@ def atomic_add(typingctx, address, value):
 
 
 @intrinsic
-def atomic_swap(typingctx, address, expected, value):
-    """Puts `value` where `expected` lies; says whether it did."""
+def compare_and_swap(typingctx, address, expected, value):
+    """Store `value` where `expected` is; return whether it was."""
 
     def code(context, builder, sig, args):
         target = pointer(builder, args[0], _I64)
@@ -373,8 +375,8 @@ def pause(typingctx):
 
 def _call_void(builder: ir.IRBuilder, name: str, *values: ir.Value) -> None:
     kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(found, values)
+    intrinsic_function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(intrinsic_function, values)
 
 
 # ---- what the host process lends

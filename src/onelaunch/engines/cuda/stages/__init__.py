@@ -12,7 +12,7 @@ NUM_STAGES blocks are on their way at once; 0 means all of the tile's weights in
 and TAIL, loaded before what the tile waits for is there. What other stages wrote is read past the
 L1 (".cg"): in one launch, who wrote it may be another multiprocessor.
 
-To add a kind: its row in plan/kinds.py, which says what the plan needs; a file here, and its lines
+To add a kind: its row in plan/kinds.py, with what the plan needs; a file here, and its lines
 in STAGES and TILES; its tensors in binding.py; its blockings in ../blocking.py, and those to be
 tried in ../tuning/space.py. Which rows a stage has is one of three ways (common.py, and
 ../kernels.py for waits). What a forward knows of its first and last stage is in ../program.py

@@ -1,4 +1,4 @@
-"""What stages are bound to: tensors and tiles, as their operands name them."""
+"""The operands that stages are bound to: tensors and tiles, as their operands name them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Where attention's chunks leave their results and count themselves, for all layers: float32,
-    and (tiles,), int32."""
+    """Buffers in which attention's chunks leave their results and count themselves, for all layers:
+    float32, and (tiles,), int32."""
 
     count: int
     partial: Tensor
@@ -87,8 +87,8 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Sources:
-    """What the stages of a forward are bound to. `status` is where one launch says that it was
-    given up, (1,), int32, or None."""
+    """The tensors and tiles that the stages of a forward are bound to. `status` is where one launch
+    writes that it timed out, (1,), int32, or None."""
 
     config: ModelConfig
     packed: PackedModel
@@ -113,7 +113,7 @@ class Sources:
         return every if layer is None or len(every) == 1 else every[layer]
 
     def cut(self, kind: str, rows_of: int) -> Cut:
-        """How a kind is cut, as its tiling says."""
+        """How a kind is cut into tiles by its tiling."""
         columns = -(-columns_of(self.config, kind) // self.tilings[kind].columns)
         return Cut(rows_of, self.tilings[kind].rows, columns, waited_for=kind != "head")
 

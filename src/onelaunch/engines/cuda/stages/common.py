@@ -1,4 +1,4 @@
-"""What the stages' tiles share: what they are handed, how they begin, products, norms."""
+"""Code that the stages' tiles share: arguments, beginnings, products, norms."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ class Residual(NamedTuple):
 
 @dataclass(frozen=True)
 class ResidualExtents:
-    """Of Residual."""
+    """The extents of Residual."""
 
     D: int
     SUMS: int
 
 
 class Run(NamedTuple):
-    """What the tiles of a kernel are handed beside their operands: what stages share, and what
-    Triton must not specialize or takes as a kernel's own parameters only. ids: (n_rows,), int64;
-    logits: (logit_rows, V); descriptors of a product's two sides, or None; `layer`, 0 where
-    operands are one layer's. To be built where it is passed: bound to a name, the constexprs inside
-    become tensors."""
+    """The arguments that the tiles of a kernel get in addition to their operands: what stages
+    share, and what Triton must not specialize or takes as a kernel's own parameters only. ids:
+    (n_rows,), int64; logits: (logit_rows, V); descriptors of a product's two sides, or None;
+    `layer`, 0 where operands are one layer's. To be built where it is passed: bound to a name, the
+    constexprs inside become tensors."""
 
     residual: Any
     ids: Any
@@ -159,7 +159,7 @@ def _weights(
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A block of w^T, (WIDTH, BN), from row `first` on. WHOLE says what exists of it: 0 some rows
+    """A block of w^T, (WIDTH, BN), from row `first` on. WHOLE is what exists of it: 0 some rows
     and some columns, 1 all of its rows, 2 all of its columns, 3 all."""
     inner = first + tl.arange(0, WIDTH)
     at = w_ptr + columns[None, :].to(tl.int64) * INNER + inner[:, None]

@@ -1,4 +1,4 @@
-"""Logits, and what a library makes them of."""
+"""Logits, and the normalized rows of which a library computes them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Extents:
 
 class Operands(NamedTuple):
     """w: (V, D); of: (logit_rows,), int32, the rows of x that get logits, in their order; status:
-    where one launch says that it was given up, or None."""
+    where one launch writes that it timed out, or None."""
 
     w: Any
     of: Any
@@ -48,7 +48,7 @@ class Operands(NamedTuple):
 def head_tile(tile_id, o, run, wait):
     """logits: (logit_rows, V) of normalized rows of x: those in `of`; with TMA, of all in their
     order. Its tiles go row tile first: the weights, which may be more than the L2 holds, come by
-    once. They are NaN where a status says that the forward was given up."""
+    once. They are NaN where the status is that of a forward that timed out."""
     c: tl.constexpr = o.extents
     blocks: tl.constexpr = c.blocks
     D: tl.constexpr = run.residual.extents.D
@@ -61,7 +61,7 @@ def head_tile(tile_id, o, run, wait):
     at = Place(row, of, in_rows, column, columns, in_columns)
     early = early_weights(o.w, at, blocks, D, c.V)
     ready(wait)
-    if o.status is not None:  # who gave up wrote it before it went on
+    if o.status is not None:  # a tile that timed out wrote it before it went on
         status = tl.load(o.status, cache_modifier=".cg")
     acc = product(run.residual.x, o.w, early, at, blocks, run, D, c.V)
     # behind the product, or a loop of tiles is no single pipeline

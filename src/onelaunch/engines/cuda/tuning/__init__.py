@@ -1,4 +1,4 @@
-"""Finds the fastest form and tiles of a model's forward on a GPU, by measuring, and keeps them.
+"""Find the fastest form and tiles of a model's forward on a GPU, by measuring, and keep them.
 
 Only `tune` measures. An engine reads the store, and where that has nothing it takes the rule's form
 and tiles (blocking.py).

@@ -1,4 +1,4 @@
-"""What is timed in which order, and which form is chosen, without a device."""
+"""The order of the timings, and the choice of the form, without a device."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Job:
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
-    """For who does not want to know."""
+    """The default: report no progress."""
 
 
 @dataclass
 class Search:
     """The search for one shape. `compile` compiles what will probably be timed, several kernels at
-    a time; `time_us` gives microseconds of a forward, inf where it cannot run."""
+    a time; `time_us` returns the microseconds of a forward, inf where it cannot run."""
 
     config: ModelConfig
     batch: int
@@ -60,7 +60,7 @@ class Search:
     _tried: int = 0
 
     def run(self) -> Choice:
-        """The fastest form of the shape with the tiles found for it.
+        """The fastest form of the shape with its fastest tiles.
 
         First the tiles of one kernel per stage: those of attention and of what writes x, then those
         of what reads its sums of squares. Then all in one launch, with the rule's tiles and with
@@ -108,13 +108,13 @@ class Search:
             for kind in READS_SUMSQ
             for width in widths
         ]
-        found = self._descend(rule, first, jobs)
-        best = rule | found.blockings
+        descent = self._descend(rule, first, jobs)
+        best = rule | descent.blockings
         width = best["down"].columns
         second = {kind: self._options(kind, width) for kind in READS_SUMSQ}
         again = self._descend(best, second, [])
         best |= again.blockings
-        times = found.times | again.times
+        times = descent.times | again.times
         return Form(STAGED, best), _of_few_warps(best, times, fused_rule)
 
     def _fused(self, rule: dict[str, Blocking], few_warps: dict[str, Blocking]) -> Form | None:
@@ -190,14 +190,14 @@ def _as_wide(columns: int) -> dict[str, Blocking]:
 
 
 def _of_few_warps(
-    found: Mapping[str, Blocking],
+    best: Mapping[str, Blocking],
     times: Mapping[tuple[str, Blocking], float],
     otherwise: Mapping[str, Blocking],
 ) -> dict[str, Blocking]:
-    """Of each kind what was found, or where that has other warps than FUSED_WARPS, or is not
-    written here, the fastest that has so many, or else another one."""
-    chosen = dict(found)
-    for kind, blocking in found.items():
+    """Of each kind its best blocking; where that has other warps than FUSED_WARPS, or is the
+    library's product, the fastest that has so many, or else the one of `otherwise`."""
+    chosen = dict(best)
+    for kind, blocking in best.items():
         if blocking.warps == FUSED_WARPS and not blocking.library:
             continue
         fitting = {

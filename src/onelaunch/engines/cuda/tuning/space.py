@@ -1,4 +1,5 @@
-"""Which tiles of each kind of stage are worth timing: an estimate ranks them, without a device."""
+"""The tiles of each kind of stage that are worth timing: an estimate ranks them, without a
+device."""
 
 from __future__ import annotations
 
@@ -73,16 +74,16 @@ def options(
         ranked = _attention(config, batch, sequence, itemsize, limits)
     else:
         ranked = _products(config, batch * sequence, itemsize, kind, x_columns, limits)
-    found = [rule]
+    options = [rule]
     if kind == "head":
-        found.append(Blocking(128, 128, library=True))
+        options.append(Blocking(128, 128, library=True))
     if kind in PRODUCTS and rule.num_stages and limits.tma:
-        found.append(replace(rule, tma=not rule.tma, programs=0))
+        options.append(replace(rule, tma=not rule.tma, programs=0))
     if kind in ("out_proj", "down") and batch * sequence < WARMUP_ROWS:
         likely = (rule, *_best(ranked, 2))
-        found += [replace(o, warmup_pass=not o.warmup_pass) for o in likely if o.num_stages]
-    found += _best(ranked, MOST)
-    fitting = [o for o in found if o == rule or fits(config, kind, o, itemsize, limits)]
+        options += [replace(o, warmup_pass=not o.warmup_pass) for o in likely if o.num_stages]
+    options += _best(ranked, MOST)
+    fitting = [o for o in options if o == rule or fits(config, kind, o, itemsize, limits)]
     return list(dict.fromkeys(fitting))
 
 
@@ -90,7 +91,7 @@ def fits(
     config: ModelConfig, kind: str, blocking: Blocking, itemsize: int, limits: Limits = H200
 ) -> bool:
     """Whether a tile has the shared memory and the registers that it needs, as far as that can be
-    told without compiling it."""
+    known without compiling it."""
     b, threads = blocking, blocking.warps * 32
     accumulators = b.rows * b.columns / threads
     if kind == "embed":
@@ -106,14 +107,14 @@ def fits(
     return few_enough and accumulators >= _ACCUMULATORS[0] and shared <= limits.room
 
 
-def _best(ranked: Sequence[tuple[float, Blocking]], most: int) -> list[Blocking]:
+def _best(ranked: Sequence[tuple[float, Blocking]], limit: int) -> list[Blocking]:
     """The likeliest, no more than a few of the same tile."""
-    found: list[Blocking] = []
+    options: list[Blocking] = []
     for _, option in sorted(ranked, key=lambda pair: pair[0]):
-        alike = sum((o.rows, o.columns) == (option.rows, option.columns) for o in found)
-        if alike < PER_TILE and len(found) < most:
-            found.append(option)
-    return found
+        alike = sum((o.rows, o.columns) == (option.rows, option.columns) for o in options)
+        if alike < PER_TILE and len(options) < limit:
+            options.append(option)
+    return options
 
 
 def _products(
@@ -149,8 +150,8 @@ def _tiles(config: ModelConfig, rows: int, kind: str, x_columns: int) -> Iterato
     elif kind == "qkv" and config.qk_norm:
         widths = (padded(config.head_dim),)
     else:
-        most = padded(columns_of(config, kind) * (2 if kind == "gate_up" else 1), 32)
-        widths = tuple(w for w in (32, 64, 128, 256) if w <= most)
+        widest = padded(columns_of(config, kind) * (2 if kind == "gate_up" else 1), 32)
+        widths = tuple(w for w in (32, 64, 128, 256) if w <= widest)
     for tile_rows in (16, 32, 64, 128):
         if least <= tile_rows <= padded(rows):
             for columns in widths:

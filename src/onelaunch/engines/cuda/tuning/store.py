@@ -1,4 +1,4 @@
-"""The measured choice of a form, as it is kept.
+"""The measured choice of a form, and its storage.
 
 A choice is of a model's shape, a dtype, a device, the versions and sources that compile for it, and
 of batches and sequences up to a power of two. Nothing that is read is trusted: what is not exactly
@@ -69,7 +69,7 @@ def facts_of(
     device: Mapping[str, str | int],
     all_positions: bool = True,
 ) -> Facts:
-    """All that a choice depends on, beside the sources. `device`: its name, how many
+    """All that a choice depends on, except the sources. `device`: its name, how many
     multiprocessors it has, and the versions of what compiles for it."""
     batch, sequence = bucket(config, batch, sequence)
     return {
@@ -88,15 +88,15 @@ def find(store: Store, facts: Facts) -> Choice | None:
     text = store.get(key)
     if text is None:
         return None
-    found = _parse(text)
-    if found is None or found[0] != facts:
+    parsed = _parse(text)
+    if parsed is None or parsed[0] != facts:
         store.remove(key)
         return None
-    return found[1]
+    return parsed[1]
 
 
 def keep(store: Store, facts: Facts, choice: Choice) -> bool:
-    """Write a choice; whether that was possible, `store.last_error` says why not."""
+    """Store a choice. Returns whether that succeeded; `store.last_error` is why not."""
     about: dict[str, str | float] = {
         "what": WHAT,
         "seconds": choice.seconds,
@@ -109,14 +109,14 @@ def keep(store: Store, facts: Facts, choice: Choice) -> bool:
 def kept(store: Store, config: ModelConfig) -> list[tuple[Facts, Choice]]:
     """The choices for a model that these sources made, on whatever device, the smallest first."""
     name = _name(_shape_of(config))
-    found = []
+    choices = []
     for entry in store.entries():
         if entry.about.get("what") != WHAT or entry.about.get("model") != name:
             continue
         read = _parse(store.peek(entry.key) or b"")
         if read is not None and _key(store, read[0]) == entry.key:
-            found.append(read)
-    return sorted(found, key=lambda pair: _order(pair[0]))
+            choices.append(read)
+    return sorted(choices, key=lambda pair: _order(pair[0]))
 
 
 def _order(of: Facts) -> tuple[str, str, int, int]:
@@ -132,7 +132,7 @@ def _shape_of(config: ModelConfig) -> Facts:
 
 
 def _name(facts: Facts) -> str:
-    """Of a model's shape."""
+    """The name of a model's shape."""
     shape = json.dumps([facts[name] for name in _SHAPE])
     return hashlib.sha256(shape.encode("ascii")).hexdigest()
 
@@ -189,8 +189,8 @@ def _with_docstrings(
 def _parse(text: bytes) -> tuple[Facts, Choice] | None:
     """Facts and choice, or None for what is not exactly these."""
     try:
-        found = json.loads(text)
-        facts, choice = found["of"], found["choice"]
+        entry = json.loads(text)
+        facts, choice = entry["of"], entry["choice"]
         of = [type(facts[name]) for name in (*_SHAPE, "dtype", "batch", "sequence", "device")]
         if of != [int] * (len(_SHAPE) - 1) + [bool, str, int, int, str]:
             return None

@@ -43,7 +43,7 @@ MAX_COMPILERS = 16
 
 @cache
 def device_facts(device: torch.device) -> dict[str, str | int]:
-    """What a choice depends on of a device, and of what compiles for it."""
+    """The facts of a device and its compilers that a choice depends on."""
     import triton
 
     properties = torch.cuda.get_device_properties(device)
@@ -89,7 +89,7 @@ def tune(
 
 class Compiler:
     """Compiles jobs, several at a time, into Triton's store. What cannot be compiled is left out:
-    timing it says so."""
+    timing it raises the error."""
 
     def __init__(
         self, config: ModelConfig, packed: PackedModel, sequence: int, progress: Progress
@@ -134,7 +134,7 @@ class Compiler:
 
 
 class _Counting(Executor):
-    """An executor that tells how many of its tasks are done."""
+    """An executor that reports how many of its tasks are done."""
 
     def __init__(self, pool: Executor, progress: Progress) -> None:
         self._pool, self._progress = pool, progress
@@ -143,10 +143,10 @@ class _Counting(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = self._pool.submit(fn, *args, **kwargs)
         self._futures.append(future)
-        future.add_done_callback(self._tell)
+        future.add_done_callback(self._report)
         return future
 
-    def _tell(self, future: Future[Any]) -> None:
+    def _report(self, future: Future[Any]) -> None:
         done = sum(each.done() for each in self._futures)
         self._progress(COMPILING, done, len(self._futures))
 
@@ -171,7 +171,7 @@ class Timer:
                 us = self._median(form)
         except torch.OutOfMemoryError as error:
             raise RunFailed(in_a_line(error)) from error
-        except Exception as error:  # a tile too large, programs that do not fit, a wait given up
+        except Exception as error:  # a tile too large, programs that do not fit, a timeout
             self._check_device(form, error)
             return math.inf
         self._least = min(self._least, us)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.kernel_weights import renewals
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.validation import learning
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.views import draw, findings, table
@@ -52,7 +52,7 @@ BASE = 10
 """Micro-steps an update that speedups are over, as in the study."""
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     if reason := why_no_programs(device):
         log(f"without ML Programs: {reason}")
@@ -104,7 +104,7 @@ def _measured(case: str, accum: int, samples: Sequence[Sequence[Update]]) -> Row
     stalls = [u.stall_seconds for updates in samples for u in updates]
 
     def share(part: str) -> float:
-        """Of the time, in the median sample."""
+        """The share of the time, in the median sample."""
         return statistics.median(
             sum(getattr(u, part) for u in updates) / sum(u.seconds for u in updates)
             for updates in samples
@@ -125,7 +125,7 @@ def _measured(case: str, accum: int, samples: Sequence[Sequence[Update]]) -> Row
 
 
 def _computed(case: str, accum: int, timed: Mapping[int, Sequence[Sequence[Update]]]) -> Row:
-    """By K / (K step + compile), the micro-step of the longest update that was timed."""
+    """Throughput by K / (K step + compile), the micro-step of the longest update that was timed."""
     longest = max(k for k, samples in timed.items() if samples)
     step = statistics.median(_step(updates) for updates in timed[longest])
     every = [u for samples in timed.values() for updates in samples for u in updates]

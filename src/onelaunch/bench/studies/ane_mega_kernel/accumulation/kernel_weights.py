@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
 
 REPEATS = 9
 
 
-def renewals(model: str, sequence: int, training: Driver[Any], log: Say) -> Iterator[Row]:
+def renewals(model: str, sequence: int, training: Driver[Any], log: Log) -> Iterator[Row]:
     """A row of each, in milliseconds; none on another device, where nothing is made of them."""
     device = training.engine.device
     if device.type != "cuda":

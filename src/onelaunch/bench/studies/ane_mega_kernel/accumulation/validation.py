@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.errors import BadInput
 from onelaunch.training.evaluate import evaluate
@@ -24,7 +24,7 @@ WARMUP_SHARE = 0.05
 EVAL_BATCH, EVAL_BATCHES = 64, 4
 
 
-def learning(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def learning(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """A row for each number of micro-steps and rule: the loss in nats."""
     seeds = QUICK_SEEDS if quick else SEEDS
     micro_steps = QUICK_MICRO_STEPS if quick else MICRO_STEPS

@@ -1,4 +1,4 @@
-"""What a record of accumulation says: the table, the picture, and the study's statements."""
+"""Table, plot and findings of a record of accumulation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def series(record: dict[str, Any]) -> dict[str, list[Row]]:
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """By what trained, each published number of micro-steps; then what they cost in learning."""
+    """Findings by trainer, for each published number of micro-steps; then what they cost in
+    learning."""
     results = []
     for name, rows in series(record).items():
         by_accum = {row["accum"]: row for row in rows}
@@ -91,7 +92,7 @@ def _speedup(key: str, name: str, row: Row, base: Row) -> Finding:
 
 
 def _compilation(row: Row) -> str:
-    """How many micro-steps a compilation lasts, which all speedups follow from."""
+    """The finding on the micro-steps that a compilation lasts, which all speedups follow from."""
     if not row["compile_seconds"]:
         return "the weights are arguments here: an update has nothing to compile"
     steps = 1e3 * row["compile_seconds"] / row["ours"]
@@ -127,7 +128,7 @@ def _learning(record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = []
     if rates := [row for rows in series(record).values() for row in rows]:
         parts += [

@@ -35,7 +35,7 @@ DAMAGES: Mapping[str, Callable[[Path], list[Path]]] = {
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the first process returned: how many kernels a forward has, the digest of each seed's
+    """The results of the first process: how many kernels a forward has, the digest of each seed's
     logits, and how far the first's are from PyTorch's."""
 
     kernels: int
@@ -70,7 +70,7 @@ def _rows(folder: Path, device: str, quick: bool) -> Iterator[Row]:
 
 
 def _processes(folders: Sequence[Path], device: str, seeds: Sequence[int]) -> list[list[Result]]:
-    """What a process for each folder returns of an engine for each seed; of one that died, why."""
+    """The results of a process for each folder, by seed; of one that died, the reason."""
     command = [*CHILD, MODEL, device, *map(str, seeds)]
     environments = [triton_store.environment(each) for each in folders]
     results = []
@@ -79,12 +79,13 @@ def _processes(folders: Sequence[Path], device: str, seeds: Sequence[int]) -> li
             "seconds": ended.seconds, "compilations": 0, "hits": 0, "digest": "", "apart": None,
             "error": f"the process {ended.reason}",
         }  # fmt: skip
-        results.append(ended.told or [died] * len(seeds))
+        results.append(ended.output or [died] * len(seeds))
     return results
 
 
 def _read(first: list[Result]) -> _Kept:
-    """Of the first process. Raises RunFailed where others could not be compared with it."""
+    """Read the results of the first process. Raises RunFailed where others could not be compared
+    with it."""
     for each in first:
         if each["error"]:
             raise RunFailed(f"nothing kept, nothing damaged: {each['error']}")

@@ -34,9 +34,9 @@ _REASON_LETTERS = 100
 
 
 def first_logits(config: ModelConfig, device: torch.device, seed: int) -> dict[str, Any]:
-    """Of a new engine with the weights of a seed: seconds until they are there, what Triton did
-    meanwhile, a digest of their bits, and their relative distance from PyTorch's, None where they
-    are no numbers; or `error`."""
+    """First logits of a new engine with the weights of a seed: seconds until they are there, what
+    Triton did meanwhile, a digest of their bits, and their relative distance from PyTorch's, None
+    where they are no numbers; or `error`."""
     generator = torch.Generator(device=device).manual_seed(seed)
     weights = random_weights(config, device, generator)
     tokens = torch.arange(SEQUENCE, device=device)[None] % config.vocab_size

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.studies.ane_mega_kernel.cache import views
 from onelaunch.bench.studies.ane_mega_kernel.cache.programs import (
     MODEL,
@@ -45,7 +45,7 @@ CPU_REPEATS, QUICK_CPU_REPEATS = 2, 1
 """Of compiling the CPU engine's program, a quarter of a minute each."""
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case of what can be compiled here, or on a GPU of its kernels; yields rows."""
     if torch.device(device).type == "cuda":
         from onelaunch.bench.studies.ane_mega_kernel.cache import cuda

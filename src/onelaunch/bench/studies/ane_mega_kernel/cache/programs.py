@@ -102,7 +102,7 @@ def in_processes(folder: Path, model: str, kind: str, seeds: list[int]) -> list[
     for each in ended:
         if each.reason:
             raise RunFailed(f"a process with a store {each.reason}")
-    return [each.told for each in ended]
+    return [each.output for each in ended]
 
 
 def _main(folder: str, model: str, kind: str, seed: str) -> Result:

@@ -74,7 +74,7 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of each statement about what is kept."""
+    """A finding for each statement about what is kept."""
     rows = {(row["kind"], row["what"]): row for row in record["rows"]}
     return list(_of_kernels(rows) if _on_a_gpu(record) else _of_programs(rows))
 
@@ -117,7 +117,7 @@ def _of_kernels(rows: Rows) -> Iterator[Finding]:
 
 
 def _finding(key: str, ours: str, as_expected: bool | None, why: str) -> Finding:
-    """Of one claim; None where the device has nothing of the kind."""
+    """The finding of one claim; None where the device has nothing of the kind."""
     verdict: Verdict = "confirmed" if as_expected else "refuted"
     if as_expected is None:
         verdict = "not applicable"
@@ -129,7 +129,8 @@ def _figures(row: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown; of a GPU also what became of each damaged kernel, and why what failed did."""
+    """The record's table in Markdown; of a GPU also what became of each damaged kernel, and why
+    what failed did."""
     rows, on_a_gpu = record["rows"], _on_a_gpu(record)
     cold = {row["kind"]: row["ours"] for row in rows if row["what"] == EMPTY}
 

@@ -41,7 +41,7 @@ def again(count: int) -> Result:
 
 
 def distinct(count: int) -> Result:
-    """As many shapes."""
+    """Programs of so many shapes."""
     return _many([(8 + number, 0) for number in range(count)])
 
 

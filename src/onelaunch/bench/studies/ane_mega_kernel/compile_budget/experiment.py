@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from onelaunch.bench.core import triton_store
-from onelaunch.bench.core.children import ask
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.children import run_child
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget import views
 from onelaunch.bench.studies.ane_mega_kernel.compile_budget.views import draw, findings, table
 from onelaunch.engines.coreml import coremltools
@@ -38,7 +38,7 @@ CHILD = "onelaunch.bench.studies.ane_mega_kernel.compile_budget.child"
 GPU_CHILD = "onelaunch.bench.studies.ane_mega_kernel.compile_budget.cuda_child"
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     gpu = torch.device(device).type == "cuda"
     if not gpu:
@@ -48,7 +48,7 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
 
         def child(what: str, number: int) -> dict[str, Any]:
             module = GPU_CHILD if gpu else CHILD
-            return dict(ask((sys.executable, "-m", module, what, str(number), device), env))
+            return dict(run_child((sys.executable, "-m", module, what, str(number), device), env))
 
         count = QUICK_AGAIN if quick else views.AGAIN
         what = "launches" if gpu else "compilations"
@@ -71,7 +71,7 @@ def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
 
 
 def _many(case: str, result: dict[str, Any]) -> Row:
-    """Of many compilations: all, the first tenth of them, the last, and memory by number."""
+    """A row of many compilations: all, the first tenth of them, the last, and memory by number."""
     seconds, memory = result["seconds"], result["bytes"]
     tenth, every = max(1, len(seconds) // 10), max(1, len(seconds) // 50)
     notes = {
@@ -98,7 +98,7 @@ def _many(case: str, result: dict[str, Any]) -> Row:
 
 
 def _slope(values: list[int]) -> float:
-    """Of the line of least squares."""
+    """The slope of the least-squares line."""
     if len(values) < 2:
         return 0.0
     return statistics.linear_regression(range(len(values)), values).slope

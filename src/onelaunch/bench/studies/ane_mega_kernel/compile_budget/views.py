@@ -129,7 +129,7 @@ def _largest(layers: list[dict[str, Any]], gpu: bool) -> list[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     rows, gpu = record["rows"], _on_gpu(record)
     many = [row for row in rows if "failures" in row]
     layers = [row for row in rows if "refused" in row]

@@ -18,7 +18,7 @@ import torch
 from onelaunch.bench.core import plots
 from onelaunch.bench.core.findings import Finding, below, standard_error, unless
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
 from onelaunch.bench.core.tables import digits, document
 from onelaunch.bench.core.views import CASE, N, column, median_and_spread, published, table_of
@@ -46,7 +46,7 @@ ANSWERS = {
 }
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """The host's cases on any device; on a GPU those of its own too."""
     place = torch.device(device)
     rounds = QUICK_ROUNDS if quick else ROUNDS
@@ -79,7 +79,7 @@ def _rows(what: str, samples: Samples, **notes: object) -> Iterator[Row]:
         yield Row.of(f"{what}, {name}", values, notes={"what": what, "by": name, **notes})
 
 
-def _compiled_call(log: Say) -> Mapping[str, cases.Sample]:
+def _compiled_call(log: Log) -> Mapping[str, cases.Sample]:
     """A call of the CPU engine's program that returns a number and does nothing else."""
     from onelaunch.engines.cpu import why_not
 
@@ -98,7 +98,7 @@ def _compiled_call(log: Say) -> Mapping[str, cases.Sample]:
 
 
 def _steps(place: torch.device, rounds: int) -> Iterator[Row]:
-    """With and without `loss.item()`, in turn."""
+    """Time steps with and without `loss.item()`, in turn."""
     step = cases.TrainingStep(place)
     samples = in_rounds(
         {"never": partial(step.sample, False), "each step": partial(step.sample, True)}, rounds
@@ -112,7 +112,8 @@ def _steps(place: torch.device, rounds: int) -> Iterator[Row]:
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of each part of the study's probe: whether it is little, and whether it is as little."""
+    """Findings for each part of the study's probe: whether it is little, and whether it is as
+    little."""
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
     step, results = published("part-whole", "ms"), []
     for key, where in ANSWERS.items():
@@ -150,7 +151,7 @@ def _about(key: str, rows: Mapping[tuple[str, str], dict[str, Any]]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     rows = record["rows"]
     theirs = {where: f"{published(key, 'ms'):g}" for key, where in ANSWERS.items()}
     in_ms = [row for row in rows if row.get("unit", UNIT) == UNIT and row["what"] != STEP]

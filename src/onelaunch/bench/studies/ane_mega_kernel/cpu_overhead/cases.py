@@ -107,7 +107,8 @@ def locks() -> dict[str, Call]:
 
 
 def dispatch(device: torch.device) -> Sample:
-    """Of one operation of PyTorch on one number, from Python; on a GPU without waiting for it."""
+    """The cost of one operation of PyTorch on one number, from Python; on a GPU without waiting for
+    it."""
     x, y = (torch.ones(1, device=device) for _ in range(2))
 
     def sample() -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.findings import findings
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.views import draw, table
 
@@ -19,7 +19,7 @@ __all__ = ["UNIT", "draw", "findings", "run", "table"]
 UNIT = "us"
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every case; yields a row for each way and one for the price of a call."""
     if device == "cpu":
         from onelaunch.bench.studies.ane_mega_kernel.fusion_depth.cpu import run_all

@@ -45,7 +45,7 @@ class Block:
 
     @property
     def config(self) -> ModelConfig:
-        """As little as can be of what is not run."""
+        """A configuration with as little as possible of what is not run."""
         ffn = self.part == "ffn"
         return ModelConfig(
             dim=self.dim,

@@ -23,7 +23,7 @@ from onelaunch.bench.core.compiled import (
     threads_named,
     while_laid_out,
 )
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.studies.ane_mega_kernel.fusion_depth import cases
 from onelaunch.compilation.cache import Store
@@ -42,7 +42,7 @@ SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.02
 MOST_FORWARDS = 1000
 
 
-def run_all(quick: bool, log: Say) -> Iterator[Row]:
+def run_all(quick: bool, log: Log) -> Iterator[Row]:
     """Time every case."""
     if not quick:
         yield compilation(log)
@@ -68,8 +68,8 @@ def run_all(quick: bool, log: Say) -> Iterator[Row]:
                 yield from _rows(case, runtime, quick)
 
 
-def compilation(log: Say) -> Row:
-    """What compiling the program takes, for any model and depth, the store being empty."""
+def compilation(log: Log) -> Row:
+    """The time of compiling the program, for any model and depth, the store being empty."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         compiled_program(log, Store(Path(folder) / "store"))
@@ -79,7 +79,7 @@ def compilation(log: Say) -> Row:
 
 
 def _rows(case: cases.Case, runtime: Runtime, quick: bool) -> Iterator[Row]:
-    """All ways in rounds, while the forward of one sequence is laid out."""
+    """Time all ways in rounds, while the forward of one sequence is laid out."""
     generator = torch.Generator().manual_seed(case.tokens)
     ids = torch.randint(runtime.config.vocab_size, (case.tokens,), generator=generator)
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS

@@ -1,9 +1,9 @@
 """fusion-depth on a GPU: a call is a kernel launch.
 
-Random weights in bfloat16; a model gives the logits of every position in bfloat16, a block's layers
-give x. All ways of a case launch one kernel, with the stages to run as an argument; embed is in the
-first launch of a block's ways. Each way is launched from Python, one launch after another, and
-replayed as a CUDA graph; peers are our staged form, which has a kernel for each stage, and for
+Random weights in bfloat16; a model computes the logits of every position in bfloat16, a block's
+layers give x. All ways of a case launch one kernel, with the stages to run as an argument; embed is
+in the first launch of a block's ways. Each way is launched from Python, one launch after another,
+and replayed as a CUDA graph; peers are our staged form, which has a kernel for each stage, and for
 models PyTorch. Every contestant is sampled once in each round (gpu_forwards.py says what a sample
 is), but what PyTorch launches from Python, which is timed alone, in the host's quiet moments
 (settled.py). Results are compared before: all ways have the same tiles, and must have the same
@@ -29,7 +29,7 @@ from onelaunch.bench.core.gpu_forwards import (
     random_weights,
     replays,
 )
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import Samples, in_rounds
 from onelaunch.bench.core.settled import LEAST_WINDOWS, QUICK_WINDOWS, Settled, settle
 from onelaunch.bench.peers.forward import BareForward
@@ -70,7 +70,7 @@ class Measured(NamedTuple):
     notes: dict[str, dict[str, float]]
 
 
-def run_all_on(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run_all_on(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every case."""
     place = torch.device(device)
     for block in cases.QUICK_FFNS if quick else BLOCKS:
@@ -111,7 +111,7 @@ def model_case(name: str, config: ModelConfig) -> cases.Case:
 
 
 def _rows(
-    case: cases.Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, log: Say
+    case: cases.Case, config: ModelConfig, part: Part, device: torch.device, quick: bool, log: Log
 ) -> Iterator[Row]:
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
@@ -137,7 +137,7 @@ def _measure(
     bare: BareForward | None,
     tokens_BS: Tensor,
     quick: bool,
-    log: Say,
+    log: Log,
 ) -> Measured:
     staged.buffers.tokens.copy_(tokens_BS.flatten())
     forms = _forms(case, staged, shape)
@@ -172,7 +172,7 @@ def _measure(
     least = QUICK_WINDOWS if quick else LEAST_WINDOWS
     alone = {peer: settle(sample, least) for peer, sample in launched.items()}
     for fused in forms.values():
-        fused.check()  # a forward that gave up is fast
+        fused.check()  # a forward that timed out is fast
     of_ways = [
         (how, {way: samples[_named(way, how)] for way in case.ways}) for how in (ONE_BY_ONE, GRAPH)
     ]

@@ -1,4 +1,4 @@
-"""What the record of fusion-depth says about the published figures of fused layers.
+"""Findings of fusion-depth about the published figures of fused layers.
 
 A published speedup is of one call over separate calls. On a CPU both are calls of one compiled
 program. On a GPU separate calls are one kernel per stage, launched from Python or replayed as a
@@ -46,7 +46,8 @@ CALLED = {
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of every published figure that the record has a counterpart of, for each way of calling."""
+    """A finding for every published figure that the record has a counterpart of, for each way of
+    calling."""
     every = forwards(record["rows"])
     threads = [row["threads"] for row in record["rows"] if "threads" in row]
     if threads:
@@ -76,8 +77,8 @@ class Speedup(NamedTuple):
 
 
 def _speedup(each: Forward, separate: str, way: str = "all") -> Speedup:
-    """Of `way` over separate calls: on a CPU the way of that name, on a GPU one kernel per stage.
-    The record has no spread of a GPU's peers: the error is that of `way` alone."""
+    """The speedup of `way` over separate calls: on a CPU the way of that name, on a GPU one kernel
+    per stage. The record has no spread of a GPU's peers: the error is that of `way` alone."""
     one = each.ways[way]
     in_one = f"{digits(one['ours'])} in {'one' if one['calls'] == 1 else one['calls']}"
     if peer := STAGED.get(each.variant):

@@ -44,7 +44,7 @@ class Forward(NamedTuple):
 
     @property
     def part(self) -> str:
-        """What of its layers the model holds: "FFN", "attention" or "all"."""
+        """The part of the layers that the model holds: "FFN", "attention" or "all"."""
         if "heads" in self.model:
             return "attention"
         return "FFN" if "/" in self.model else "all"
@@ -58,7 +58,7 @@ class Forward(NamedTuple):
 
 
 def variant(row: Mapping[str, Any]) -> str:
-    """How many threads a row is of, or how it was launched."""
+    """The number of threads of a row, or how it was launched."""
     return row["launched"] if "launched" in row else f"{row['threads']} thr."
 
 
@@ -73,12 +73,13 @@ def forwards(rows: Sequence[Row]) -> list[Forward]:
 
 
 def fewest_tokens(of: Sequence[Forward], model: str) -> int:
-    """Where calls cost the largest share."""
+    """The number of tokens at which calls cost the largest share."""
     return min(each.tokens for each in of if each.model == model)
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """In Markdown: the published tables next to ours, every depth, the price of a call."""
+    """The record's tables in Markdown: the published tables next to ours, every depth, the price of
+    a call."""
     rows = record["rows"]
     every = forwards(rows)
     ffns, attentions, models = (
@@ -212,7 +213,7 @@ def _depth_table(every: Sequence[Forward]) -> str:
 
 
 def _peers_table(every: Sequence[Forward]) -> str:
-    """Of every model the fastest of its depths, however it was launched, next to the peers."""
+    """For every model the fastest of its depths, however it was launched, next to the peers."""
     fastest: dict[str, tuple[str, Row]] = {}
     for each in every:
         name = f"{each.model} 1x{each.tokens}"

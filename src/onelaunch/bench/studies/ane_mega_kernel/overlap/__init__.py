@@ -30,7 +30,7 @@ from onelaunch.bench.core.findings import (
     without_evaluated_seconds,
 )
 from onelaunch.bench.core.published import PUBLISHED
-from onelaunch.bench.core.record import Row, Say, percentiles
+from onelaunch.bench.core.record import Log, Row, percentiles
 from onelaunch.bench.core.tables import document
 from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.core.views import CASE, column, median_and_spread, published, table_of
@@ -64,7 +64,7 @@ LITTLE = 1.26
 Call = Callable[[], object]
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
     place = torch.device(device)
@@ -222,7 +222,7 @@ def pairs(record: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """What ran alone, for the figures, and its slowdown."""
+    """Findings on the times alone, and on the slowdown."""
     results = []
 
     def figures(average: float, most: float) -> str:
@@ -264,7 +264,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     rows = [row for pair in pairs(record) for row in pair]
     for key in ("overlap-alone", "overlap-beside"):
         values = PUBLISHED[key].values

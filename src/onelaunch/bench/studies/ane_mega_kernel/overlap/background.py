@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 300.0
 
 
 class ProgramCompilations:
-    """Of a model's forward and backward, two compilations at once."""
+    """Compilations of a model's forward and backward, two compilations at once."""
 
     name = "ML Programs"
     each = 2
@@ -39,7 +39,7 @@ class ProgramCompilations:
         self._compiler = Compiler(Shape(config, 1, sequence, config.n_layers, "full"))
 
     def compile(self) -> None:
-        """Both, waited for."""
+        """Compile both, and wait."""
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         self._compiler.compile(self._weights, folder)
         shutil.rmtree(folder)
@@ -51,7 +51,7 @@ class ProgramCompilations:
 
 
 class KernelCompilations:
-    """Of the CUDA engine's kernel for gate and up, in one tiling after the other."""
+    """Compilations of the CUDA engine's kernel for gate and up, in one tiling after the other."""
 
     name = "Triton kernels"
     each = 1

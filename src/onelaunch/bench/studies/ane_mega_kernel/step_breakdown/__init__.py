@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say, percentiles
+from onelaunch.bench.core.record import Log, Row, percentiles
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
     driver,
     pytorch_driver,
@@ -48,7 +48,7 @@ K = 5
 """Micro-steps an update, of which one optimizer step is shared."""
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every case; yields rows."""
     cases, updates = QUICK_CASES if quick else CASES, QUICK_UPDATES if quick else UPDATES
     if reason := why_no_programs(device):
@@ -108,7 +108,7 @@ def _programs(model: str, sequence: int, updates: int) -> Iterator[Row]:
 
 
 def _milliseconds(samples: Sequence[Seconds], *parts: str) -> list[float]:
-    """Of some parts together, by sample."""
+    """The milliseconds of some parts together, by sample."""
     return [1e3 * sum(each.get(part, 0.0) for part in parts) for each in samples]
 
 

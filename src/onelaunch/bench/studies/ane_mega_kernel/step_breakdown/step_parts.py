@@ -51,7 +51,7 @@ Seconds = dict[str, float]
 
 
 def kind_of(operation: str) -> str:
-    """Which of EVALUATING an operation of a program counts as."""
+    """The entry of EVALUATING that an operation of a program counts as."""
     if operation in PRODUCTS:
         return "products"
     return "moves" if operation in MOVES else "elementwise"
@@ -63,7 +63,7 @@ class Parts:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.beside = 0.0
+        self.in_background = 0.0
         self._open: list[str] = []
         self._last = 0.0
 
@@ -79,13 +79,13 @@ class Parts:
             self._open.pop()
 
     def switch(self, name: str) -> None:
-        """What is open goes on under another name."""
+        """Continue the open part under another name."""
         self._count()
         self._open[-1] = name
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """For the trainer, by its names."""
+        """The trainer's clock, by its names."""
         if part != training.PRODUCTS:
             with self.part(OF_CLOCK[part]):
                 yield
@@ -94,7 +94,7 @@ class Parts:
         try:
             yield
         finally:
-            self.beside += time.perf_counter() - start
+            self.in_background += time.perf_counter() - start
 
     def _count(self) -> None:
         now = time.perf_counter()
@@ -146,7 +146,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
 
     def update(k: int, clocks: bool) -> Seconds:
         parts.seconds.clear()
-        parts.beside = 0.0
+        parts.in_background = 0.0
         engine.serving = timed if clocks else plain
         engine.clock = parts.clock if clocks else no_clock
         start = time.perf_counter()
@@ -161,7 +161,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
         seconds = dict(parts.seconds) if clocks else {}
         if clocks:
             seconds[UNEXPLAINED] = whole - sum(seconds.values())
-            seconds[BESIDE] = parts.beside
+            seconds[BESIDE] = parts.in_background
         return {name: value / k for name, value in {**seconds, WHOLE: whole}.items()}
 
     try:
@@ -171,7 +171,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
 
 
 def programs_of(driver: Driver[CoreMLTrainer]) -> int:
-    """How many programs a micro-step runs, after the first."""
+    """The number of programs that a micro-step runs, after the first."""
     serving = driver.engine.serving
     return 0 if serving is None else len(serving.forward) + len(serving.backward)
 

@@ -1,4 +1,4 @@
-"""What a record of step-breakdown says: the table, the picture, and the study's statements."""
+"""Table, plot and findings of a record of step-breakdown."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Shares = dict[str, dict[str, Any]]
 
 
 def cases(record: dict[str, Any]) -> dict[str, Shares]:
-    """By what was timed."""
+    """The rows by case."""
     by_case: dict[str, Shares] = {}
     for row in record["rows"]:
         if "part" in row:
@@ -72,14 +72,14 @@ def _halves(rows: Shares) -> dict[str, tuple[str, ...]]:
 
 
 def _groups(rows: Shares) -> dict[str, list[dict[str, Any]]]:
-    """By the study's row, our rows of it: halves, and their parts where ML Programs are
+    """Our rows by the study's row: halves, and their parts where ML Programs are
     evaluated."""
     names = _halves(rows) | (GROUPS if BESIDE in rows else {})
     return {key: [rows[name] for name in parts if name in rows] for key, parts in names.items()}
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """By what was timed: shares next to the study's, and whether parts add up to the whole."""
+    """Findings by case: shares next to the study's, and whether parts add up to the whole."""
     results = []
     for case, rows in cases(record).items():
         results.append(_sum(case, rows))
@@ -168,7 +168,7 @@ def _mega(record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = []
     for case, rows in cases(record).items():
         whole = rows[WHOLE]

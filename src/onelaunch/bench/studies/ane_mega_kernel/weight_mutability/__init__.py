@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelaunch.bench.core.record import Row, Say
+from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import digest, in_rounds
 from onelaunch.bench.core.timing import milliseconds
 from onelaunch.bench.studies.ane_mega_kernel.weight_mutability import views
@@ -46,7 +46,8 @@ X, W, BOTH, STATE, RESULT = "x", "w", "both", "w_state", "out"
 
 @dataclass
 class Way:
-    """How a program has its weights: its inputs' shapes, its body, and the arguments of a call.
+    """A way for a program to have its weights: its inputs' shapes, its body, and the arguments of a
+    call.
 
     `body(mb, inputs, weight)` builds the result with coremltools' builder; `call(x, weight)` gives
     the inputs' tensors. `state`: the weight is a state of that shape. `baked`: it is a constant.
@@ -61,7 +62,7 @@ class Way:
 
 
 def ways() -> list[Way]:
-    """All of them."""
+    """All ways."""
     x: dict[str, tuple[int, ...]] = {X: (1, COLUMNS, 1, WIDTH)}
     rows = COLUMNS * OUT // WIDTH  # of the packed input, that hold the weight
 
@@ -112,7 +113,7 @@ def ways() -> list[Way]:
     ]
 
 
-def run(device: str, quick: bool, log: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Every way of the device; yields rows."""
     if torch.device(device).type == "cpu":
         yield from _by_programs(quick)

@@ -52,7 +52,7 @@ ANSWERS = (
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
-    """Of each way that the study tried, where the device has it."""
+    """A finding for each way that the study tried, where the device has it."""
     rows, gpu, results = {row["case"]: row for row in record["rows"]}, _on_gpu(record), []
     for answer in ANSWERS:
         if row := rows.get(answer.on_gpu if gpu else answer.on_cpu):
@@ -93,7 +93,7 @@ def _judged_on_gpu(row: Row, constant: Row | None) -> tuple[Verdict, str]:
 
 
 def in_words(row: Row) -> str:
-    """How a way took new weights."""
+    """A description of how a way took new weights."""
     if not row["converts"]:
         return "refused"
     if row.get("follows_loaded_anew"):
@@ -105,7 +105,7 @@ def in_words(row: Row) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The record's table in Markdown."""
     parts = _of_kernels(record) if _on_gpu(record) else _of_programs(record)
     return document(record, "Weights that are not constants, on", *parts)
 

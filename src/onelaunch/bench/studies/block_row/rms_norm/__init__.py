@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from onelaunch.bench.core.record import Row, Say, percentiles, rounded
+from onelaunch.bench.core.record import Log, Row, percentiles, rounded
 from onelaunch.bench.core.timing import copy_bandwidth
 from onelaunch.bench.peers.rms_norm import (
     Contender,
@@ -77,36 +77,36 @@ CPU_SAMPLE_US = 20_000.0
 ALIKE = 1.01
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every shape; yields rows, microseconds a call unless a row names another unit. Raises
     RunFailed at the end where a time of ours is missing."""
     place = torch.device(device)
-    on_gpu = has_kernel(place, say)
-    say = each_reason_once(say)
-    contenders = [*ours(), *peers(place, say)]
-    yield from (on_a_gpu if on_gpu else on_a_cpu)(place, contenders, quick, say)
+    on_gpu = has_kernel(place, log)
+    log = each_reason_once(log)
+    contenders = [*ours(), *peers(place, log)]
+    yield from (on_a_gpu if on_gpu else on_a_cpu)(place, contenders, quick, log)
 
 
 def on_a_gpu(
-    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Say
+    device: torch.device, contenders: Sequence[Contender], quick: bool, log: Log
 ) -> Iterator[Row]:
     shapes = GPU_QUICK if quick else GPU_SHAPES
     host_shapes = [s for s in HOST_SHAPES if s in shapes] if quick else HOST_SHAPES
-    precompile(device, sorted({*shapes, *host_shapes}, reverse=True), say)
+    precompile(device, sorted({*shapes, *host_shapes}, reverse=True), log)
     bandwidth = copy_bandwidth(device)
-    say(f"copy on the device: {bandwidth:,.0f} GB/s, read and written")
+    log(f"copy on the device: {bandwidth:,.0f} GB/s, read and written")
     notes: dict[str, object] = {
         "dtype": "bfloat16",
         "copy_GBps": round(bandwidth, 1),
         "torch_may_run_quack": torch_may_run_quack(),
     }
     if notes["torch_may_run_quack"]:
-        say("PyTorch may run QuACK's kernels as its own; TORCH_DISABLE_NATIVE_JIT=1 forbids it")
-    shaper = Shaper(device, torch.bfloat16, contenders, say, notes, bandwidth)
+        log("PyTorch may run QuACK's kernels as its own; TORCH_DISABLE_NATIVE_JIT=1 forbids it")
+    shaper = Shaper(device, torch.bfloat16, contenders, log, notes, bandwidth)
     stream = torch.cuda.Stream(device)
     every = list(dict.fromkeys((*shapes, *host_shapes)))
     for done, shape in enumerate(every, start=1):
-        say(f"[{done}/{len(every)}] {shape[0]}x{shape[1]}")
+        log(f"[{done}/{len(every)}] {shape[0]}x{shape[1]}")
         with torch.cuda.stream(stream):
             rows = shaper.rows(
                 shape,
@@ -120,7 +120,7 @@ def on_a_gpu(
 
 
 def on_a_cpu(
-    device: torch.device, contenders: Sequence[Contender], quick: bool, say: Say
+    device: torch.device, contenders: Sequence[Contender], quick: bool, log: Log
 ) -> Iterator[Row]:
     # The forms differ in their kernels alone.
     contenders = [c for c in contenders if c.name == "ours" or not c.form]
@@ -129,7 +129,7 @@ def on_a_cpu(
         "kernel": "none: the plain form",
         "threads": torch.get_num_threads(),
     }
-    shaper = Shaper(device, torch.float32, contenders, say, notes)
+    shaper = Shaper(device, torch.float32, contenders, log, notes)
     for shape in CPU_QUICK if quick else CPU_SHAPES:
         estimate_us = 5.0 + math.prod(shape) / 200
         yield from shaper.rows(shape, host_calls=max(3, round(CPU_SAMPLE_US / estimate_us)))
@@ -144,7 +144,7 @@ class Shaper:
     device: torch.device
     dtype: torch.dtype
     contenders: Sequence[Contender]
-    say: Say
+    log: Log
     notes: dict[str, object]
     bandwidth: float | None = None
     failed: list[str] = field(default_factory=list)
@@ -154,11 +154,11 @@ class Shaper:
     ) -> list[Row]:
         """Kernels only; host included, by so many calls a sample, 0 for none; peak memory."""
         cell = Cell(*shape, self.dtype, self.device)
-        made = make(self.contenders, self.say)
+        made = make(self.contenders, self.log)
         rows: list[Row] = []
         if kernels:
             timed = self._timed(
-                cell, "gpu", lambda pass_: kernel_times(cell, pass_, made, SAMPLES, self.say)
+                cell, "gpu", lambda pass_: kernel_times(cell, pass_, made, SAMPLES, self.log)
             )
             for row in timed:
                 self._add_floor(row, cell)
@@ -170,7 +170,7 @@ class Shaper:
             timed = self._timed(
                 cell,
                 "host",
-                lambda pass_: host_times(cell, pass_, alone, host_calls, HOST_SAMPLES, self.say),
+                lambda pass_: host_times(cell, pass_, alone, host_calls, HOST_SAMPLES, self.log),
             )
             for row in timed:
                 row.notes["calls_per_sample"] = host_calls
@@ -201,7 +201,7 @@ class Shaper:
             if "best_peer" in row.notes:
                 words[-1] += f" ({row.notes['ratio']:.2f} of {row.notes['best_peer']}'s time)"
             rows.append(row)
-        self.say(f"{cell.shape} {kind}: {'; '.join(words) or 'nothing timed'}")
+        self.log(f"{cell.shape} {kind}: {'; '.join(words) or 'nothing timed'}")
         return rows
 
     def _add_floor(self, row: Row, cell: Cell) -> None:
@@ -216,11 +216,11 @@ class Shaper:
         """Peak extra bytes of one forward and backward pass. The floor is y, dX and dW; `planned`
         is that and the plan's partials."""
         peaks: dict[str, float] = {}
-        for contender, norm, _ in (*made, *make([ours_in_place()], self.say)):
+        for contender, norm, _ in (*made, *make([ours_in_place()], self.log)):
             try:
                 peaks[contender.name] = peak_bytes(cell, norm)
             except Exception as error:
-                self.say(f"  {cell.shape} memory without {contender.name}: {in_a_line(error)}")
+                self.log(f"  {cell.shape} memory without {contender.name}: {in_a_line(error)}")
         case = f"{cell.shape} memory"
         if "ours" not in peaks:
             self.failed.append(case)
@@ -230,7 +230,7 @@ class Shaper:
         plan = backward_plan(cell.rows, cell.columns, size, multiprocessors(self.device))
         outputs = (2 * cell.rows + 1) * cell.columns * size
         planned = outputs + 4 * plan.partials * cell.columns
-        self.say(
+        self.log(
             f"{case}: {peaks['ours']:,.0f} bytes more at the height; outputs and gradients are "
             f"{outputs:,.0f}, with partials {planned:,.0f}"
         )

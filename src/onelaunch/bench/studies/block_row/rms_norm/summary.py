@@ -1,4 +1,4 @@
-"""What the record of rms-norm says in a few lines: means, the worst shapes, and whether our RMSNorm
+"""A summary of the record of rms-norm: means, the worst shapes, and whether our RMSNorm
 is as fast as the project wants it."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def summary(kinds: dict[str, Rows]) -> list[str]:
 
 
 def best_time(row: dict[str, Any]) -> float | None:
-    """Of the peers; None where there is none."""
+    """The best time of the peers; None where there is none."""
     return min(row["peers"].values(), default=None)
 
 

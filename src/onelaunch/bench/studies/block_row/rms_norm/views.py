@@ -1,4 +1,4 @@
-"""What the record of rms-norm looks like as tables and as a picture."""
+"""Tables and plot of a record of rms-norm."""
 
 from __future__ import annotations
 
