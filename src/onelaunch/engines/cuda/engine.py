@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from onelaunch.engines.checks import (
     token_tensor,
 )
 from onelaunch.engines.cuda import DTYPES, why_not
-from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.forms import STAGED, Form, bind
 from onelaunch.engines.cuda.pack import PackedModel, pack
 from onelaunch.engines.cuda.program import BoundForward, Shape
@@ -39,6 +38,9 @@ from onelaunch.errors import BadInput, RunFailed
 from onelaunch.operators.empty import Empty
 from onelaunch.operators.handles import current_device, current_stream
 from onelaunch.plan import Depth, parse_depth
+
+if TYPE_CHECKING:
+    from onelaunch.engines.cuda.decoding.prefill import Prompts
 
 set_grad_enabled = torch._C._set_grad_enabled  # torch.set_grad_enabled makes an object: 1.5 us
 
@@ -158,6 +160,8 @@ class CudaEngine:
         if length > MAX_SEQUENCE or not self._generates():
             self._log("PyTorch generates, one operator a launch")
             return self._by_pytorch().session(max_batch, max_len)
+        # these import Triton
+        from onelaunch.engines.cuda.decoding.prefill import Prompts
         from onelaunch.engines.cuda.decoding.session import CudaSession
 
         packed = self._pack()
