@@ -260,6 +260,16 @@ class EngineSuite:
         assert ended == alone
         assert session.step() == []
 
+    def test_requests_that_keep_joining_do_not_stop_the_others(self, engine):
+        (expected,) = generate_ids(engine, [[9]], 6, Sampling())
+        session = engine.session(4)
+        session.submit(Request(0, [9], 6))
+        events: list[TokenEvent] = []
+        for number in range(1, 13):
+            session.submit(Request(number, [number], 1))
+            events += session.step()
+        assert by_request(events).get(0) == (expected, "length")
+
     def test_a_session_holds_so_many_positions(self, engine):
         session = engine.session(2, max_len=6)
         session.submit(Request(0, [1, 2], 99))

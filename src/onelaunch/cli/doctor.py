@@ -75,7 +75,7 @@ def _page(facts: dict[str, Any]) -> str:
         processor = f"{compiled['processor']}, vectors of {compiled['vector_bits']} bits"
         rows.append(("engine cpu", f"for {processor}: {state}; prefetch {_prefetch(compiled)}"))
     gpu = facts["engines"]["cuda"]
-    state = f"logits in few launches, chosen for {gpu['choices']} shapes so far"
+    state = f"logits and generation in few launches; tuned for {gpu['choices']} shapes so far"
     rows.append(("engine cuda", f"no: {gpu['missing']}" if gpu["missing"] else state))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -78,7 +78,7 @@ def generate(
             "--engine",
             metavar="ENGINE",
             help="auto, reference (PyTorch), cpu (compiled: one call for many tokens), "
-            "cuda (generates with PyTorch so far) or coreml (ML Programs, by Core ML on a Mac, "
+            "cuda (several tokens in a CUDA graph) or coreml (ML Programs, by Core ML on a Mac, "
             "elsewhere evaluated, for checking); auto is the device's own.",
         ),
     ] = "auto",

@@ -18,6 +18,7 @@ pytest.importorskip("coremltools")
 
 from onelaunch.engines.coreml import engine as engine_module
 from onelaunch.engines.coreml import gradients, ready, run
+from onelaunch.engines.coreml import products as products_module
 from onelaunch.engines.coreml import training as training_module
 from onelaunch.engines.coreml.engine import CoreMLEngine
 from onelaunch.engines.coreml.training import CoreMLTrainer
@@ -185,7 +186,7 @@ def test_each_product_reads_what_is_said(config):
 def test_gradients_of_weights_begin_while_the_backward_goes_on(monkeypatch, depth, left):
     """All but those that the last operations of a program give begin before it ends."""
     begun, ends = [], []
-    know = training_module._Products.know
+    know = products_module.Products.know
 
     def noting(self, name, value):
         know(self, name, value)
@@ -199,7 +200,7 @@ def test_gradients_of_weights_begin_while_the_backward_goes_on(monkeypatch, dept
                 ends.append(begun[before:])
             return outputs
 
-    monkeypatch.setattr(training_module._Products, "know", noting)
+    monkeypatch.setattr(products_module.Products, "know", noting)
     monkeypatch.setattr(ready, "Evaluated", Ended)
     trainer = CoreMLTrainer(SMALL, weights_of(SMALL), depth, staleness=0)
     trainer.train_step(tokens_of(SMALL, 1, 24), tokens_of(SMALL, 1, 24, 1))

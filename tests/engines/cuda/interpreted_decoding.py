@@ -200,3 +200,15 @@ def test_a_session_writes_what_the_reference_engine_does():
         session.close()
     assert ends[1] == ends[0]
     assert ends[0][1][1] == "length"
+
+
+def test_requests_that_keep_joining_do_not_stop_the_others():
+    packed = pack(TINY, weights_of(TINY), torch.float32, CPU)
+    prompts = Prompts(TINY, packed)
+    session = CudaSession(TINY, packed, prompts, nullcontext, 2, 12, lambda line: None)
+    session.submit(Request(0, [9], 6))
+    events = []
+    for number in range(1, 4):
+        session.submit(Request(number, [number], 1))
+        events += session.step()
+    assert [event.finish for event in events if event.id == 0][5:] == ["length"]

@@ -413,7 +413,7 @@ def test_what_is_out_of_range_is_answered_by_pytorch(store):
     answers(engine, 64, 2)
 
 
-def test_text_is_pytorchs(store):
+def test_without_a_gpu_the_reference_engine_generates(store):
     weights = weights_of(SMALL)
     reference = ReferenceEngine(SMALL, weights, "cpu", "bfloat16")
     engine = CudaEngine(SMALL, weights, "cpu", store=store)

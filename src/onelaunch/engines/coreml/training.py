@@ -18,9 +18,8 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,25 @@ from onelaunch.compilation.cache import Store
 from onelaunch.compilation.schedule import MicroStepEstimator
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
-from onelaunch.engines.coreml import DTYPES, coremltools, gradients
+from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.backward import BACK, BEGINS, DX, DX_IN
 from onelaunch.engines.coreml.compiler import Compiler, Shape, program_path
 from onelaunch.engines.coreml.emit import HANDED, RESULT, TAPS, X, tap_name
+from onelaunch.engines.coreml.products import Products, single_core_thread
 from onelaunch.engines.coreml.programs import DIRECTIONS
 from onelaunch.engines.coreml.ready import Opener, ReadyProgram
+from onelaunch.engines.coreml.step_clock import (
+    BACKWARD,
+    CLASSIFIER,
+    CLASSIFIER_BACKWARD,
+    FORWARD,
+    LOSS,
+    PRODUCTS_WAIT,
+    PROGRAMS_WAIT,
+    SUMS,
+    Clock,
+    no_clock,
+)
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.plan import parse_depth
@@ -53,41 +65,6 @@ _ENDS = {"out_proj": "d_middle", "down": "d_out"}
 """As which tap the gradient of x is known where a program ends with such a stage."""
 _HANDED = tuple(name for names in HANDED.values() for name in names)
 _HANDED_BACK = tuple(name for names in BACK.values() for name in names)
-
-
-def _single_core_thread(name: str) -> ThreadPoolExecutor:
-    """A thread next to the one that trains, whose operations take one core. With teams of both,
-    libgomp has more threads than cores, and from then on its threads sleep where they would wait
-    for a moment: operations of either take several times as long (docs/log.md)."""
-    threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(1, name)
-    executor.submit(_take_one_core).result()
-    torch.set_num_threads(threads)  # for threads that are yet to come
-    return executor
-
-
-def _take_one_core() -> int:
-    torch.set_num_threads(1)
-    return torch.get_num_threads()  # a thread that has not called this takes the number set last
-
-
-Clock = Callable[[str], AbstractContextManager[None]]
-"""Returns a context in which a part of a micro-step, one of PARTS or PRODUCTS, is done. Those of
-PARTS may be within one another; PRODUCTS are another thread's."""
-PROGRAMS_WAIT, FORWARD, LOSS, CLASSIFIER = "programs wait", "forward", "loss", "classifier"
-CLASSIFIER_BACKWARD, BACKWARD, SUMS = "classifier backward", "backward", "sums"
-PRODUCTS_WAIT, PRODUCTS = "products wait", "products"
-PARTS = (
-    PROGRAMS_WAIT, FORWARD, LOSS, CLASSIFIER, CLASSIFIER_BACKWARD, BACKWARD, SUMS, PRODUCTS_WAIT,
-)  # fmt: skip
-
-
-def no_clock(part: str) -> AbstractContextManager[None]:
-    """Measures nothing."""
-    return _NO_CONTEXT
-
-
-_NO_CONTEXT = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -160,8 +137,8 @@ class CoreMLTrainer(ReferenceEngine):
         self._shape: Shape | None = None
         self._compiler: Compiler | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="onelaunch-coreml-")
-        self._compiling = _single_core_thread("compiling")
-        self._multiplying = _single_core_thread("products")
+        self._compiling = single_core_thread("compiling")
+        self._multiplying = single_core_thread("products")
         self.serving: Loaded | None = None
         """The programs of the last micro-step."""
         self._coming: deque[tuple[int, Future[Loaded]]] = deque()
@@ -418,7 +395,7 @@ class CoreMLTrainer(ReferenceEngine):
     ) -> tuple[Tensor, dict[str, Future[Tensor]]]:
         """The gradient of the embedded rows, and the weights' as they come."""
         known, values = dict(known), {DX: d_x}
-        products = _Products(self.config, known, self._multiplying, self.clock)
+        products = Products(self.config, known, self._multiplying, self.clock)
         pairs = list(zip(self._launches, loaded.backward, strict=True))
         for launch, program in reversed(pairs):
             last = self._plan.stages[launch.last - 1]
@@ -457,70 +434,6 @@ class CoreMLTrainer(ReferenceEngine):
             table.grad = torch.zeros_like(table)
         rows = d_x[:, :, 0].transpose(1, 2).flatten(0, 1).float()
         table.grad.index_add_(0, tokens_BS.flatten().long(), rows, alpha=scale)
-
-
-class _Products:
-    """The gradients of the layers' weights, each begun in another thread as soon as what it is a
-    product of is `known`, while the backward goes on."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        known: dict[str, Tensor],
-        executor: ThreadPoolExecutor,
-        clock: Clock,
-    ) -> None:
-        self._clock = clock
-        self.futures: dict[str, Future[Tensor]] = {}
-        """By canonical name of the weight."""
-        self._known, self._executor = known, executor
-        self._missing: dict[str, set[str]] = {}
-        self._readers: dict[str, list[str]] = {}
-        self._products: dict[str, gradients.Product] = {}
-        for layer in range(config.n_layers):
-            values = _OfLayer(known, layer)
-            self._products |= gradients.products(config, layer, values)
-            for name, reads in gradients.operands(config).items():
-                weight = f"layers.{layer}.{name}.weight"
-                taps = {tap_name(layer, each) for each in reads}
-                self._missing[weight] = taps - known.keys()
-                for tap in taps:
-                    self._readers.setdefault(tap, []).append(weight)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of them have begun."""
-        return len(self.futures) == len(self._products)
-
-    def know(self, name: str, value: Tensor) -> None:
-        """Add a value by the name of its tap or gradient."""
-        self._known[name] = value
-        for weight in self._readers.get(name, ()):
-            missing = self._missing[weight]
-            missing.discard(name)
-            if not missing and weight not in self.futures:
-                self.futures[weight] = self._executor.submit(self._multiply, self._products[weight])
-
-    def _multiply(self, product: gradients.Product) -> Tensor:
-        with self._clock(PRODUCTS):
-            return product()
-
-
-class _OfLayer(Mapping[str, Tensor]):
-    """Values by the names of one layer's taps."""
-
-    def __init__(self, known: Mapping[str, Tensor], layer: int) -> None:
-        self._known, self._prefix = known, tap_name(layer, "")
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._known[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        of = (name for name in self._known if name.startswith(self._prefix))
-        return (name.removeprefix(self._prefix) for name in of)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _close_if_loaded(coming: Future[Loaded]) -> None:

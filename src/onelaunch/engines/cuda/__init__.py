@@ -6,7 +6,7 @@ launch or any range of them in one; `program` binds a forward to its buffers and
 either form; `sync` is how tiles of one launch wait for one another, `calls` and `replay` how
 kernels are launched. `tracer`, `trace` and `timeline` record when each tile of one launch ran.
 `forms` names both forms, `engine` answers with one of them, and `tuning` finds the fastest by
-measuring.
+measuring. `decoding` generates: sessions, and the kernels of one token.
 
 `why_not` checks what the engine can run without importing it.
 """

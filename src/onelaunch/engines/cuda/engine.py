@@ -1,4 +1,5 @@
-"""The CUDA engine: logits of whole sequences, in the form tuned for this GPU or the rule's."""
+"""The CUDA engine: logits of whole sequences, in the form tuned for this GPU or the rule's, and
+sessions that generate."""
 
 from __future__ import annotations
 
@@ -57,10 +58,12 @@ MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
 class CudaEngine:
     """Runs a model on a GPU; see `Engine`.
 
-    Logits are by one kernel per stage, or by fewer launches; the reference engine, of the same
-    dtype on the same device, generates, and answers for more than MAX_BATCH sequences or
-    MAX_SEQUENCE positions. With `fusion_depth` "auto" the form of a shape and its tiles are those
-    that `tune` found on this GPU and `store` keeps, else the rule's: one kernel per stage. "stage",
+    Logits are by one kernel per stage, or by fewer launches; generation is by kernels of its own
+    (decoding/). The reference engine, of the same dtype on the same device, answers for more than
+    MAX_BATCH sequences or MAX_SEQUENCE positions.
+
+    With `fusion_depth` "auto" the form of a shape and its tiles are those that `tune` found on this
+    GPU and `store` keeps, else the rule's: one kernel per stage. "stage",
     "half", a number of layers or "all" are a form by hand. float32, which is for checking, and
     AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of DTYPES, bfloat16
     by default. `log` gets lines for people. Raises BadInput for what is not supported.

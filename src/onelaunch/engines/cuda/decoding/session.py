@@ -84,8 +84,9 @@ class CudaSession:
         """Let all sequences grow for so many seconds, and those join that wait; see `Session`."""
         if self._waiting or self._growing:
             with self._alone():
-                if not self._join() and self._growing:
-                    self._grow(seconds)
+                joined = self._join()
+                if self._growing:  # a first token waits for one graph, not for all that time
+                    self._grow(0.0 if joined else seconds)
         events, self._events = self._events, []
         return events
 

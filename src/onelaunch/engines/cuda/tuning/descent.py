@@ -20,7 +20,7 @@ TimeUs = Callable[[Mapping[str, Blocking]], float]
 
 
 @dataclass
-class Found:
+class Best:
     """The best blockings, the microseconds of a forward with them, and the least time seen with
     each option of a kind."""
 
@@ -33,7 +33,7 @@ def descend(
     options: Mapping[str, Sequence[Blocking]],
     time_us: TimeUs,
     together: Sequence[str] = WRITES_X,
-) -> Found:
+) -> Best:
     """The fastest blockings that a walk finds which changes one kind at a time, from the first
     option of each on. Where nothing can run, the result is the first options and inf. Kinds
     `together` have the same columns: they are changed to other columns at once, each to its first
@@ -64,7 +64,7 @@ class _Walk:
 
     def __init__(self, options: Mapping[str, Sequence[Blocking]], time_us: TimeUs) -> None:
         self._time_us = time_us
-        self.best = Found({kind: of[0] for kind, of in options.items()}, math.inf)
+        self.best = Best({kind: of[0] for kind, of in options.items()}, math.inf)
         self.restart(self.best.blockings)
 
     def along(self, kind: str, options: Sequence[Blocking]) -> None:

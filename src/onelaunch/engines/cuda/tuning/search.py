@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking, Limits, default, default_fused
 from onelaunch.engines.cuda.forms import STAGED, Form
-from onelaunch.engines.cuda.tuning.descent import Found, descend
+from onelaunch.engines.cuda.tuning.descent import Best, descend
 from onelaunch.engines.cuda.tuning.space import H200, WRITES_X, options, x_columns
 from onelaunch.engines.cuda.tuning.store import RULE, Choice
 from onelaunch.errors import RunFailed
@@ -147,7 +147,7 @@ class Search:
         base: dict[str, Blocking],
         listed: Mapping[str, Sequence[Blocking]],
         jobs: Sequence[Job],
-    ) -> Found:
+    ) -> Best:
         """Compile `jobs` and the options listed, and walk through these."""
         more = [Job(Form(STAGED, base | _around(k, o)), k) for k, of in listed.items() for o in of]
         self.compile([*jobs, *more])

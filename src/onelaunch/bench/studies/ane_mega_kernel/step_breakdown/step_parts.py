@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
-from onelaunch.engines.coreml import training
+from onelaunch.engines.coreml import step_clock
 from onelaunch.engines.coreml.package import Type
 from onelaunch.engines.coreml.ready import Evaluated, OnOutput
-from onelaunch.engines.coreml.training import CoreMLTrainer, no_clock
+from onelaunch.engines.coreml.step_clock import no_clock
+from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training.clock import StepClock
 
@@ -35,14 +36,14 @@ MOVES = frozenset(
      "identity")
 )  # fmt: skip
 OF_CLOCK = {
-    training.PROGRAMS_WAIT: "waiting for programs",
-    training.FORWARD: "forward: rows and taps",
-    training.LOSS: "forward: norm and loss",
-    training.CLASSIFIER: "forward: classifier",
-    training.CLASSIFIER_BACKWARD: "backward: classifier",
-    training.BACKWARD: "backward: copies and sums",
-    training.SUMS: "backward: copies and sums",
-    training.PRODUCTS_WAIT: WAITING,
+    step_clock.PROGRAMS_WAIT: "waiting for programs",
+    step_clock.FORWARD: "forward: rows and taps",
+    step_clock.LOSS: "forward: norm and loss",
+    step_clock.CLASSIFIER: "forward: classifier",
+    step_clock.CLASSIFIER_BACKWARD: "backward: classifier",
+    step_clock.BACKWARD: "backward: copies and sums",
+    step_clock.SUMS: "backward: copies and sums",
+    step_clock.PRODUCTS_WAIT: WAITING,
 }
 """The parts that the trainer names."""
 EVALUATING = ("products", "elementwise", "moves", "rounding", "interpreting")
@@ -86,7 +87,7 @@ class Parts:
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
         """The trainer's clock, by its names."""
-        if part != training.PRODUCTS:
+        if part != step_clock.PRODUCTS:
             with self.part(OF_CLOCK[part]):
                 yield
             return
