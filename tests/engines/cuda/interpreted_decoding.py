@@ -82,7 +82,7 @@ def test_logits_of_a_token_are_the_models(config, dtype):
 
 
 def test_a_context_of_several_chunks(monkeypatch):
-    monkeypatch.setattr(chain, "CHUNK", 4)
+    monkeypatch.setattr(chain, "CHUNK_NUMBERS", 64)  # chunks of 4
     tokens = tokens_of(TINY, 2, 10)
     exact = exact_logits(TINY, weights_of(TINY), tokens)
     rows = Rows(TINY, torch.float32, 2, 10)

@@ -28,9 +28,12 @@ WIDTH, MERGED_WIDTH = 2048, 512
 registers, less."""
 WEIGHTS_PER_THREAD, MERGED_PER_THREAD = 64, 16
 """Of those loaded before a launch waits: half as many registers in bfloat16."""
-CHUNK = 64
-"""Positions of the context in one CTA of attention."""
-SAMPLE_BLOCK, SAMPLE_WARPS = 8192, 16
+CHUNK_NUMBERS, ATTENTION_WARPS = 16384, 8
+"""Numbers of keys in one CTA of attention: what its threads hold before the launch waits."""
+HEAD_WARPS, HEAD_CTAS = 8, 2
+"""Of a CTA of head, and how many of those a multiprocessor has."""
+SAMPLE_BLOCK = 32768
+"""Logits that the CTA of a row holds at once."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Memory:
         """For `max_batch` sequences of `max_len` positions, zeros."""
         c, device, dtype = config, packed.embedding.device, packed.embedding.dtype
         rows, slots = max(bucket(max_batch), 1), max_batch + 1
-        chunks = -(-max_len // CHUNK)
+        chunks = -(-max_len // chunk_of(c))
         pinned = device.type == "cuda"
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,6 +114,11 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
+def chunk_of(config: ModelConfig) -> int:
+    """Positions of the context in one CTA of attention."""
+    return CHUNK_NUMBERS // padded(config.head_dim)
+
+
 def tile_rows(n_rows: int, width: int, multiprocessors: int, held: int) -> int:
     """How many rows of a weight a CTA has, `width` of the inner dimension at once: few enough for
     two CTAs a multiprocessor, but 4 at least, and no more than a thread holds."""
@@ -127,7 +135,7 @@ class TokenChain:
         self, config: ModelConfig, packed: PackedModel, memory: Memory, rows: int, context: int
     ) -> None:
         self._config, self._packed, self._memory = config, packed, memory
-        self._rows, self._chunks = rows, -(-context // CHUNK)
+        self._rows, self._chunks = rows, -(-context // chunk_of(config))
         self._cta_rows = min(ROWS, rows)
         self._multiprocessors = limits_of(packed.embedding.device).multiprocessors
         self._dependent = dependent_launch(packed.embedding.device)
@@ -167,7 +175,9 @@ class TokenChain:
 
     def _layer(self, layer: int) -> list[Call]:
         c, w, m = self._config, self._packed, self._memory
-        heads = {"H": c.n_heads, "E": c.head_dim, "PADDED": padded(c.head_dim), "CHUNK": CHUNK}
+        heads = {
+            "H": c.n_heads, "E": c.head_dim, "PADDED": padded(c.head_dim), "CHUNK": chunk_of(c),
+        }  # fmt: skip
         wide = c.q_dim + 2 * c.kv_dim
         norms = None if w.norms is None else w.norms[layer]
         return [
@@ -182,7 +192,7 @@ class TokenChain:
                     m.positions, m.acc, m.m_l, c.norm_eps, c.head_dim**-0.5, m.keys.shape[3],
                     self._chunks,
                 ),
-                K=c.n_kv_heads, **heads,
+                ATTENTION_WARPS, K=c.n_kv_heads, **heads,
             ),
             self._product(
                 kernels.out_proj_kernel,
@@ -203,20 +213,25 @@ class TokenChain:
     def head(self) -> Call:
         """The logits."""
         c, m = self._config, self._memory
-        return self._product(
-            kernels.head_kernel, (m.x, self._packed.head, m.logits, c.norm_eps), c.vocab_size,
-            c.dim, D=c.dim, V=c.vocab_size,
+        width = min(padded(c.dim), WIDTH)
+        BN = max(HEAD_WARPS, WEIGHTS_PER_THREAD * 32 * HEAD_WARPS // width)
+        ctas = min(-(-c.vocab_size // BN), HEAD_CTAS * self._multiprocessors)
+        groups = self._rows // self._cta_rows
+        return self._call(
+            kernels.head_kernel, ctas * groups, (m.x, self._packed.head, m.logits, c.norm_eps),
+            HEAD_WARPS, D=c.dim, V=c.vocab_size, BN=BN, WIDTH=width, ROWS=self._cta_rows, CTAS=ctas,
         )  # fmt: skip
 
     @cached_property
     def sample(self) -> Call:
         """Tokens of the logits."""
         c, m = self._config, self._memory
+        block = min(padded(c.vocab_size), SAMPLE_BLOCK)
         arguments = (
             m.logits, m.slots, m.positions, m.whole, m.fraction, m.stop, m.uniforms, m.tokens,
             m.logprobs, m.progress, self._packed.embedding, m.x, m.tokens.shape[1],
         )  # fmt: skip
         return self._call(
-            sampling.sample_kernel, self._rows, arguments, SAMPLE_WARPS, V=c.vocab_size, D=c.dim,
-            WIDTH=padded(c.dim), BLOCK=min(padded(c.vocab_size), SAMPLE_BLOCK),
+            sampling.sample_kernel, self._rows, arguments, min(32, max(4, block // 1024)),
+            V=c.vocab_size, D=c.dim, WIDTH=padded(c.dim), BLOCK=block,
         )  # fmt: skip

@@ -18,6 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from onelaunch.engines.cuda.sync import DEPENDENT
 
+# mypy cannot type tuples that grow in an unrolled loop of a kernel.
+# mypy: disable-error-code="assignment"
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -273,15 +276,33 @@ def out_proj_kernel(
 def head_kernel(
     x_ptr, w_ptr, logits_ptr, eps,
     D: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    MODE: tl.constexpr,
+    CTAS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """logits: (B, V), float32, of normalized rows of x."""
+    """logits: (B, V), float32, of normalized rows of x. CTAS share the tiles of a group of rows;
+    each loads its next tile of the weight while it computes one."""
     tiles: tl.constexpr = (V + BN - 1) // BN
-    rows = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    w = _weights(w_ptr, rows, V, 0, D, WIDTH)
+    first = tl.program_id(0) % CTAS
+    group = tl.program_id(0) // CTAS * ROWS
+    inner = tl.arange(0, WIDTH)
+    w = _weights(w_ptr, first * BN + tl.arange(0, BN), V, 0, D, WIDTH)
     wait(MODE)
+    xs, rstds = (), ()
     for r in tl.static_range(ROWS):
-        b = tl.program_id(0) // tiles * ROWS + r
-        dot, squares = _dot_and_squares(w, w_ptr, x_ptr + b * D, rows, V, D, WIDTH)
-        to = logits_ptr + b.to(tl.int64) * V + rows
-        tl.store(to, dot * tl.rsqrt(squares / D + eps), mask=rows < V)
+        squares = tl.zeros([WIDTH], tl.float32)
+        for start in tl.static_range(0, D, WIDTH):
+            at = x_ptr + (group + r) * D + start + inner
+            x = tl.load(at, mask=start + inner < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+            squares += x * x
+        xs += (x,)
+        rstds += (tl.rsqrt(tl.sum(squares, 0) / D + eps),)
+    for tile in tl.range(first, tiles, CTAS, num_stages=1):
+        w_next = _weights(w_ptr, (tile + CTAS) * BN + tl.arange(0, BN), V, 0, D, WIDTH)
+        rows = tile * BN + tl.arange(0, BN)
+        for r in tl.static_range(ROWS):
+            b = group + r
+            if WIDTH >= D:
+                dot = tl.sum(w.to(tl.float32) * xs[r][None, :], 1)
+            else:
+                dot = _dot(w, w_ptr, x_ptr + b * D, rows, V, D, WIDTH)
+            tl.store(logits_ptr + b.to(tl.int64) * V + rows, dot * rstds[r], mask=rows < V)
+        w = w_next

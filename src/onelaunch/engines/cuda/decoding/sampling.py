@@ -40,15 +40,33 @@ def _load(logits_ptr, start, V: tl.constexpr, BLOCK: tl.constexpr):
     """Logits from `start` on; a NaN as infinity, so that it is the best."""
     at = start + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + at, mask=at < V, other=float("-inf"), cache_modifier=".cg")
-    return at, tl.where(logits == logits, logits, float("inf"))
+    return tl.where(logits == logits, logits, float("inf"))
 
 
 @triton.jit
-def _best(logits_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+def _logits(held, logits_ptr, start, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids from `start` on and their logits: `held` where one block holds all."""
+    if V > BLOCK:
+        held = _load(logits_ptr, start, V, BLOCK)
+    return start + tl.arange(0, BLOCK), held
+
+
+@triton.jit
+def _weights(held, logits_ptr, start, best, scale, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids from `start` on, their weights, 1 of the best, and the weights' bits, -1 beyond the last:
+    `held` has the weights where one block holds all."""
+    if V > BLOCK:
+        held = tl.exp((_load(logits_ptr, start, V, BLOCK) - best) * scale)
+    at = start + tl.arange(0, BLOCK)
+    return at, held, tl.where(at < V, held.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def _best(held, logits_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
     """The largest logit and the lowest id that has it."""
-    ids, best = _load(logits_ptr, 0, V, BLOCK)
+    ids, best = _logits(held, logits_ptr, 0, V, BLOCK)
     for start in tl.range(BLOCK, V, BLOCK):
-        at, more = _load(logits_ptr, start, V, BLOCK)
+        at, more = _logits(held, logits_ptr, start, V, BLOCK)
         ids = tl.where(more > best, at, ids)
         best = tl.maximum(best, more)
     largest = tl.max(best, 0)
@@ -56,31 +74,21 @@ def _best(logits_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weights(logits_ptr, start, best, per_temperature, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Weights of ids from `start` on, 1 of the best, and their bits; -1 of what is beyond."""
-    at, logits = _load(logits_ptr, start, V, BLOCK)
-    weights = tl.exp((logits - best) * per_temperature)
-    return at, weights, tl.where(at < V, weights.to(tl.int32, bitcast=True), -1)
-
-
-@triton.jit
-def _above(logits_ptr, best, per_temperature, threshold, V: tl.constexpr, BLOCK: tl.constexpr):
+def _above(held, logits_ptr, best, scale, threshold, V: tl.constexpr, BLOCK: tl.constexpr):
     """The weight and the number of tokens whose bits are above a threshold, and the number of those
     at it."""
-    mass = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.int32)
-    ties = tl.zeros([BLOCK], tl.int32)
+    mass, count, ties = 0.0, 0, 0
     for start in tl.range(0, V, BLOCK):
-        _, weights, bits = _weights(logits_ptr, start, best, per_temperature, V, BLOCK)
-        mass += tl.where(bits > threshold, weights, 0.0)
-        count += (bits > threshold).to(tl.int32)
-        ties += (bits == threshold).to(tl.int32)
-    return tl.sum(mass, 0), tl.sum(count, 0), tl.sum(ties, 0)
+        _, weights, bits = _weights(held, logits_ptr, start, best, scale, V, BLOCK)
+        mass += tl.sum(tl.where(bits > threshold, weights, 0.0), 0)
+        count += tl.sum((bits > threshold).to(tl.int32), 0)
+        ties += tl.sum((bits == threshold).to(tl.int32), 0)
+    return mass, count, ties
 
 
 @triton.jit
 def _lowest(
-    logits_ptr, best, per_temperature, floor, mass_goal, count_goal,
+    held, logits_ptr, best, scale, floor, mass_goal, count_goal,
     V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The smallest threshold, from `floor` on, above which there is less weight and there are fewer
@@ -89,7 +97,7 @@ def _lowest(
     count_low, count_high = tl.full([], V, tl.int32), tl.full([], 0, tl.int32)
     while (high - low > 1) & (count_low != count_high):
         middle = low + (high - low) // 2
-        mass, count, ties = _above(logits_ptr, best, per_temperature, middle, V, BLOCK)
+        mass, count, ties = _above(held, logits_ptr, best, scale, middle, V, BLOCK)
         enough = (mass < mass_goal) & (count < count_goal)
         high = tl.where(enough, middle, high)
         # tokens from `high` on, and those above `low`: the same ones where none is between
@@ -100,29 +108,32 @@ def _lowest(
 
 
 @triton.jit
-def _draw(logits_ptr, best, whole_ptr, fraction_ptr, uniform, V: tl.constexpr, BLOCK: tl.constexpr):
+def _draw(
+    held, logits_ptr, best, whole_ptr, fraction_ptr, uniform, V: tl.constexpr, BLOCK: tl.constexpr
+):
     """The id that a uniform number draws."""
     # below this a quotient overflows for every logit but the best
     temperature = tl.maximum(tl.load(fraction_ptr + _TEMPERATURE), 1e-30)
     top_p, min_p = tl.load(fraction_ptr + _TOP_P), tl.load(fraction_ptr + _MIN_P)
     top_k = tl.load(whole_ptr + _TOP_K)
-    per_temperature = 1.0 / temperature
+    scale = 1.0 / temperature
+    if V <= BLOCK:
+        held = tl.exp((held - best) * scale)
     floor = min_p.to(tl.int32, bitcast=True)  # weights from min_p on
     count_goal = tl.where(top_k > 0, top_k, V + 1)
     threshold = floor
     if top_k > 0:
         threshold = _lowest(
-            logits_ptr, best, per_temperature, floor, float("inf"), count_goal, V, BLOCK
+            held, logits_ptr, best, scale, floor, float("inf"), count_goal, V, BLOCK
         )
-    mass, count, ties = _above(logits_ptr, best, per_temperature, threshold, V, BLOCK)
+    mass, count, ties = _above(held, logits_ptr, best, scale, threshold, V, BLOCK)
     tie = threshold.to(tl.float32, bitcast=True)
     kept_ties = tl.minimum(ties, count_goal - count)
     total = mass + kept_ties.to(tl.float32) * tie
     if top_p < 1.0:
         goal = top_p * total
-        lower = threshold
-        threshold = _lowest(logits_ptr, best, per_temperature, lower, goal, count_goal, V, BLOCK)
-        mass, count, ties = _above(logits_ptr, best, per_temperature, threshold, V, BLOCK)
+        threshold = _lowest(held, logits_ptr, best, scale, threshold, goal, count_goal, V, BLOCK)
+        mass, count, ties = _above(held, logits_ptr, best, scale, threshold, V, BLOCK)
         tie = threshold.to(tl.float32, bitcast=True)
         # as many as reach the goal, and one at least where the best are equal
         needed = tl.ceil((goal - mass) / tl.maximum(tie, 1e-38)).to(tl.int32)
@@ -133,7 +144,7 @@ def _draw(logits_ptr, best, whole_ptr, fraction_ptr, uniform, V: tl.constexpr, B
     passed = tl.zeros([BLOCK], tl.int32)
     last = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, V, BLOCK):
-        at, weights, bits = _weights(logits_ptr, start, best, per_temperature, V, BLOCK)
+        at, weights, bits = _weights(held, logits_ptr, start, best, scale, V, BLOCK)
         equal = (bits == threshold).to(tl.int32)
         rank = tl.cumsum(equal, 0) - equal + ties_before
         kept = (bits > threshold) | ((equal == 1) & (rank < kept_ties))
@@ -171,18 +182,21 @@ def sample_kernel(
     stop = tl.load(stop_ptr + slot * _STOP_IDS + tl.arange(0, _STOP_IDS))
     wait(MODE)
     if finish == _GROWING:
-        best, token = _best(logits_ptr, V, BLOCK)
+        held = 0.0
+        if V <= BLOCK:
+            held = _load(logits_ptr, 0, V, BLOCK)
+        best, token = _best(held, logits_ptr, V, BLOCK)
         finite = (best < float("inf")) & (best > float("-inf"))
         if finite:
             if drawn != 0:
-                token = _draw(logits_ptr, best, whole_ptr, fraction_ptr, uniform, V, BLOCK)
+                token = _draw(held, logits_ptr, best, whole_ptr, fraction_ptr, uniform, V, BLOCK)
             is_stop = tl.max((stop == token).to(tl.int32), 0) == 1
             if is_stop:
                 finish = _STOPPED
             else:
                 mass = tl.zeros([BLOCK], tl.float32)
                 for start in tl.range(0, V, BLOCK):
-                    mass += tl.exp(_load(logits_ptr, start, V, BLOCK)[1] - best)
+                    mass += tl.exp(_logits(held, logits_ptr, start, V, BLOCK)[1] - best)
                 chosen = tl.load(logits_ptr + token, cache_modifier=".cg")
                 at = slot * max_len + count
                 tl.store(tokens_ptr + at, token)
