@@ -3,7 +3,7 @@
 EXPERIMENTS = {
     "training-speed": "the trainer compared with a bare PyTorch loop",
     "generation-speed": "the reference engine compared with a bare PyTorch loop with a KV cache",
-    "generate": "the CPU engine compared with PyTorch, llama2.c and reading the weights alone",
+    "generate": "the device's engine compared with PyTorch, on a CPU with llama2.c and llama.cpp",
     "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
     "forward": "the logits of a whole sequence on a GPU, by launches, compared with PyTorch",
     "coreml": "what making ML Programs of a model takes, and how exact they are",
@@ -52,7 +52,6 @@ MODULES = {
 """Where the module of an experiment is, from this package on."""
 
 NOT_ON_A_GPU = {
-    "generate": "its form for a GPU is not written yet; generation-speed times PyTorch there",
     "coreml": "ML Programs are made and evaluated on the CPU",
     "recompile": "weights are arguments of a GPU's kernels, so an update has nothing compiled; "
     "what it packs anew is in accumulation, and the micro-steps that hide it are one",
@@ -69,7 +68,15 @@ ON_ANY_DEVICE = frozenset(("training-speed", "generation-speed", "terminal-io"))
     name for name in EXPERIMENTS if name.startswith("rms-norm")
 )
 OF_THE_CUDA_ENGINE = frozenset(
-    ("cache", "compile-budget", "forward", "fusion-depth", "overlap", "weight-mutability")
+    (
+        "cache",
+        "compile-budget",
+        "forward",
+        "fusion-depth",
+        "generate",
+        "overlap",
+        "weight-mutability",
+    )
 )
 """What these measure on a GPU are the engine's own kernels."""
 

@@ -303,3 +303,20 @@ def test_a_path_may_hold_the_sign(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "conduct", lambda *rest: paths.update(rest[-1]) or tmp_path)
     assert cli.run(["bench", "generate", "--peer", "run.c=a=b"]) == 0
     assert paths == {"run.c": Path("a=b")}
+
+
+def test_rows_of_a_gpu_as_table_and_picture():
+    row = {
+        "case": "stories15m bfloat16, batch 1", "ours": 16_000.0, "spread": [15_000.0, 17_000.0],
+        "n": 9, "peers": {"torch.compile + graph": 4_000.0, "eager": 500.0}, "floor": None,
+        "kind": "gpu", "slope_us": {"median": 61.5}, "first_token_ms": {"median": 0.75},
+        "ratios": {"torch.compile + graph": 4.0, "eager": 32.0},
+    }  # fmt: skip
+    record = {
+        "device": "a GPU", "date": "2026-11-29", "commit": "1234567", "versions": {},
+        "unit": generate.UNIT, "rows": [row],
+    }  # fmt: skip
+    text = generate.table(record)
+    for cell in ("61.5", "0.75", "4,000 (4.00x)", "500 (32.00x)"):
+        assert cell in text
+    assert generate.draw(record) is not None

@@ -68,7 +68,7 @@ class BareForward:
             if c.qk_norm:
                 q = F.rms_norm(q, (E,), q_norm, c.norm_eps)
                 k = F.rms_norm(k, (E,), k_norm, c.norm_eps)
-            q, k = self._rotated(q, cos, sin), self._rotated(k, cos, sin)
+            q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
             x = x + F.linear(y.transpose(1, 2).reshape(B, S, H * E), wo)
             h = F.rms_norm(x, (c.dim,), norm2, c.norm_eps)
@@ -76,7 +76,8 @@ class BareForward:
             x = x + F.linear(F.silu(gate) * up, down)
         return F.linear(F.rms_norm(x, (c.dim,), self.norm, c.norm_eps), self.head)
 
-    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads, (B, H, S, E), with the rotary embedding of tables (S, E / 2)."""
         if self.config.rope_layout == "interleaved":
             a, b = heads.unflatten(-1, (-1, 2)).unbind(-1)
             return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)

@@ -1,4 +1,5 @@
-"""generate: tokens a second of the CPU engine, compared with what a user could pick instead.
+"""generate: tokens a second of the device's engine, compared with what a user could pick instead.
+On a GPU: cuda.py. On a CPU:
 
 Greedy, one sequence, random weights of the presets' shapes, a prompt of three tokens. A rate is of
 every token but the first, as run.c counts its own. run.c computes in float32, llama.cpp in the
@@ -41,6 +42,11 @@ PROMPT_TOKENS = 3
 
 def run(device: str, quick: bool, log: Log, peers: Mapping[str, Path]) -> Iterator[Row]:
     """Time every case; yields rows, higher is better where the unit is tokens/s."""
+    if device.startswith("cuda"):
+        from onelaunch.bench.engines.generate import cuda
+
+        yield from cuda.run(device, quick, say)
+        return
     binary, python = (peers.get(name) for name in PEERS)
     if binary is not None:
         run_c.check_binary(binary)

@@ -58,6 +58,17 @@ SECTIONS = {
         },
         "run.c takes a prompt one token at a time, as it writes.",
     ),
+    "gpu": Section(
+        "Tokens a second of all sequences, the whole call",
+        {
+            "tokens/s": CASE, "ours": OURS, "p20-p80": spread,
+            "a token, us": figure("slope_us", "median"),
+            "first token, ms": figure("first_token_ms", "median"),
+            **_of_peers("torch.compile + graph", "eager + graph", "eager"),
+        },
+        "Greedy, prompts of 32 tokens, 256 new ones, bfloat16. `a token`: the slope between 16 and "
+        "272 new tokens. Peers have a static cache, and their graphs one token each.",
+    ),
     "busy": Section(
         "While another process keeps a core busy",
         {
@@ -99,7 +110,7 @@ SECTIONS = {
 def table(record: Record) -> str:
     """The record's tables in Markdown: speeds compared with the peers', then each of the other
     kinds of rows."""
-    parts = [EXPLANATION]
+    parts = [EXPLANATION] if _of_kind(record, "speed") else []
     for kind, section in SECTIONS.items():
         if rows := _of_kind(record, kind):
             parts += [f"## {section.title}", by_columns(rows, section.columns)]
@@ -113,10 +124,11 @@ def _of_kind(record: Record, kind: str) -> list[dict[str, Any]]:
 
 def draw(record: Record) -> plots.Figure | None:
     """Bars: tokens a second of ours and the peers, relative to ours; None without speeds."""
-    rows = _of_kind(record, "speed")
+    rows = [*_of_kind(record, "speed"), *_of_kind(record, "gpu")]
+    names = dict.fromkeys(peer for row in rows for peer in row["ratios"])
     series = {"ours": {row["case"]: 1.0 for row in rows}} | {
         peer: {row["case"]: 1 / row["ratios"][peer] for row in rows if peer in row["ratios"]}
-        for peer in PEERS
+        for peer in names
     }
     return plots.bars(
         f"Generation on {record['device']}",
