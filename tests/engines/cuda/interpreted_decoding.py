@@ -175,8 +175,10 @@ def test_how_a_sequence_ends(limit, stop, value, finish, count):
         assert memory.tokens[0, 0] == 7
 
 
-def test_a_session_writes_what_the_reference_engine_does():
-    """Three requests, of which two have room; one ends at a stop id, one where its slot is full."""
+@pytest.mark.parametrize("max_batch", [2, 9])
+def test_a_session_writes_what_the_reference_engine_does(max_batch):
+    """Three requests, of which two or all have room; one ends at a stop id, one where its slot is
+    full."""
     weights, max_len = weights_of(TINY), 12
     packed = pack(TINY, weights, torch.float32, CPU)
     reference = ReferenceEngine(TINY, weights, "cpu")
@@ -189,9 +191,9 @@ def test_a_session_writes_what_the_reference_engine_does():
     ]
     ends = []
     for session in (
-        reference.session(2, max_len),
+        reference.session(max_batch, max_len),
         CudaSession(
-            TINY, packed, Prompts(TINY, packed), nullcontext, 2, max_len, lambda line: None
+            TINY, packed, Prompts(TINY, packed), nullcontext, max_batch, max_len, lambda line: None
         ),
     ):
         for request in requests:

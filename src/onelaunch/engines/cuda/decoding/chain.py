@@ -16,7 +16,7 @@ from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.calls import Call
 from onelaunch.engines.cuda.decoding import kernels, sampling
 from onelaunch.engines.cuda.pack import PackedModel
-from onelaunch.engines.cuda.program import limits_of
+from onelaunch.engines.cuda.program import BoundForward, Shape, limits_of
 from onelaunch.operators.handles import dependent_launch
 
 MAX_ROWS = 64
@@ -39,6 +39,8 @@ SAMPLE_BLOCK = 32768
 @dataclass(frozen=True)
 class Memory:
     """A session's tensors on the device; S slots, the last of them for rows that are not used.
+
+    The buffers between stages are for up to ROWS rows: for more, the forward has its own.
 
     keys, values: (L, S, K, context, E); x: (B, D); qkv: (B, N), acc: (B, H, C, E padded), m_l: (B,
     H, C, 2), logits: (B, V), float32; hidden: (B, F); slots: (B,), positions: (S,), whole: (S, 8),
@@ -68,7 +70,8 @@ class Memory:
     def of(cls, config: ModelConfig, packed: PackedModel, max_batch: int, max_len: int) -> Memory:
         """For `max_batch` sequences of `max_len` positions, zeros."""
         c, device, dtype = config, packed.embedding.device, packed.embedding.dtype
-        rows, slots = max(bucket(max_batch), 1), max_batch + 1
+        rows, slots = bucket(max_batch), max_batch + 1
+        own = rows if max_batch <= ROWS else 1  # more rows have the forward's buffers
         chunks = -(-max_len // chunk_of(c))
         pinned = device.type == "cuda"
 
@@ -84,12 +87,12 @@ class Memory:
         return cls(
             keys=zeros(*cache, dtype=dtype),
             values=zeros(*cache, dtype=dtype),
-            x=zeros(rows, c.dim, dtype=dtype),
-            qkv=zeros(rows, c.q_dim + 2 * c.kv_dim),
+            x=zeros(own, c.dim, dtype=dtype),
+            qkv=zeros(own, c.q_dim + 2 * c.kv_dim),
             acc=zeros(rows, c.n_heads, chunks, padded(c.head_dim)),
             m_l=zeros(rows, c.n_heads, chunks, 2),
-            hidden=zeros(rows, c.hidden_dim, dtype=dtype),
-            logits=zeros(rows, c.vocab_size),
+            hidden=zeros(own, c.hidden_dim, dtype=dtype),
+            logits=zeros(own, c.vocab_size),
             slots=torch.full((rows,), max_batch, dtype=torch.int32, device=device),
             positions=zeros(slots, dtype=torch.int32),
             whole=whole,
@@ -142,12 +145,17 @@ class TokenChain:
         self._mode = (sync.DEPENDENT if self._dependent else sync.AFTER).value
 
     @cached_property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[Any]:
         """All stages of a token, from the first layer on: x is there."""
-        calls = []
+        calls: list[Any] = []
         for layer in range(self._config.n_layers):
             calls += self._layer(layer)
         return [*calls, self.head, self.sample]
+
+    @property
+    def distinct(self) -> list[Any]:
+        """Calls of which each has another kernel."""
+        return [*self.calls[:5], *self.calls[-2:]]
 
     def _call(
         self, kernel: Any, ctas: int, arguments: Sequence[Any], warps: int = WARPS, **constants: Any
@@ -173,11 +181,38 @@ class TokenChain:
         tile = {"BN": BN, "WIDTH": width, "ROWS": self._cta_rows}
         return self._call(kernel, ctas, arguments, **constants, **tile)
 
+    @property
+    def _heads(self) -> dict[str, int]:
+        c = self._config
+        padded_width = padded(c.head_dim)
+        return {"H": c.n_heads, "E": c.head_dim, "PADDED": padded_width, "CHUNK": chunk_of(c)}
+
+    def _attention(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norms: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> Call:
+        c, m = self._config, self._memory
+        arguments = (
+            qkv, norms, cos, sin, m.keys[layer], m.values[layer], m.slots, m.positions, m.acc,
+            m.m_l, c.norm_eps, c.head_dim**-0.5, m.keys.shape[3], self._chunks,
+        )  # fmt: skip
+        ctas = self._rows * c.n_kv_heads * self._chunks
+        return self._call(
+            kernels.attention_kernel,
+            ctas,
+            arguments,
+            ATTENTION_WARPS,
+            K=c.n_kv_heads,
+            **self._heads,
+        )
+
     def _layer(self, layer: int) -> list[Call]:
         c, w, m = self._config, self._packed, self._memory
-        heads = {
-            "H": c.n_heads, "E": c.head_dim, "PADDED": padded(c.head_dim), "CHUNK": chunk_of(c),
-        }  # fmt: skip
+        heads = self._heads
         wide = c.q_dim + 2 * c.kv_dim
         norms = None if w.norms is None else w.norms[layer]
         return [
@@ -185,15 +220,7 @@ class TokenChain:
                 kernels.qkv_kernel, (m.x, w.qkv[layer], m.qkv, c.norm_eps), wide, c.dim,
                 D=c.dim, N=wide,
             ),
-            self._call(
-                kernels.attention_kernel, self._rows * c.n_kv_heads * self._chunks,
-                (
-                    m.qkv, norms, w.cos, w.sin, m.keys[layer], m.values[layer], m.slots,
-                    m.positions, m.acc, m.m_l, c.norm_eps, c.head_dim**-0.5, m.keys.shape[3],
-                    self._chunks,
-                ),
-                ATTENTION_WARPS, K=c.n_kv_heads, **heads,
-            ),
+            self._attention(layer, m.qkv, norms, w.cos, w.sin),
             self._product(
                 kernels.out_proj_kernel,
                 (m.x, m.acc, m.m_l, w.out[layer], m.slots, m.positions, self._chunks),
@@ -225,13 +252,58 @@ class TokenChain:
     @cached_property
     def sample(self) -> Call:
         """Tokens of the logits."""
+        return self._sample(self._memory.logits, None, None)
+
+    def _sample(self, logits: Tensor, ids: Tensor | None, positions: Tensor | None) -> Call:
         c, m = self._config, self._memory
         block = min(padded(c.vocab_size), SAMPLE_BLOCK)
         arguments = (
-            m.logits, m.slots, m.positions, m.whole, m.fraction, m.stop, m.uniforms, m.tokens,
-            m.logprobs, m.progress, self._packed.embedding, m.x, m.tokens.shape[1],
+            logits, m.slots, m.positions, m.whole, m.fraction, m.stop, m.uniforms, m.tokens,
+            m.logprobs, m.progress, self._packed.embedding, m.x, ids, positions, m.tokens.shape[1],
         )  # fmt: skip
         return self._call(
             sampling.sample_kernel, self._rows, arguments, min(32, max(4, block // 1024)),
             V=c.vocab_size, D=c.dim, WIDTH=padded(c.dim), BLOCK=block,
         )  # fmt: skip
+
+
+class ManyRows(TokenChain):
+    """The same for more rows than ROWS: products in the forward's tiles, of the same rows at every
+    step, so that a sequence's bits do not change as others leave."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        packed: PackedModel,
+        memory: Memory,
+        forward: BoundForward,
+        context: int,
+    ) -> None:
+        super().__init__(config, packed, memory, len(forward.buffers.tokens), context)
+        self._forward = forward
+
+    @staticmethod
+    def forward(config: ModelConfig, packed: PackedModel, rows: int) -> BoundForward:
+        """Of so many sequences of one position each."""
+        shape = Shape(rows, 1, True, torch.float32, own_positions=True)
+        return BoundForward(config, packed, shape, {})
+
+    @cached_property
+    def calls(self) -> list[Any]:
+        """All stages of a token, from the embedding on: tokens and positions are there."""
+        m, b = self._memory, self._forward.buffers
+        calls: list[Any] = []
+        for stage, call in zip(self._forward.plan.stages, self._forward.calls, strict=True):
+            if stage.kind != "attention":
+                calls.append(call)
+                continue
+            calls.append(self._attention(stage.layer, b.qkv, None, None, None))
+            arguments = (m.acc, m.m_l, b.attn_out, m.slots, m.positions, self._chunks)
+            ctas = self._rows * self._config.n_heads
+            calls.append(self._call(kernels.merge_kernel, ctas, arguments, 1, **self._heads))
+        return [*calls, self._sample(b.logits, b.tokens, b.positions)]
+
+    @property
+    def distinct(self) -> list[Any]:
+        """Calls of which each has another kernel."""
+        return [*self.calls[:7], *self.calls[-2:]]

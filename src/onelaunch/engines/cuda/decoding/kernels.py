@@ -140,17 +140,20 @@ def add_product_kernel(
 @triton.jit
 def _rotated(at, element, norm_ptr, cos, sin, eps, E: tl.constexpr, PADDED: tl.constexpr):
     """A head of queries or keys from `at`, (PADDED,), float32: its norm where it has one, and its
-    rotation. Element e of pair (a, b) is a cos - b sin or b cos + a sin: of the other one a second
-    load is nearer than another thread."""
+    rotation; without a table as it is. Element e of pair (a, b) is a cos - b sin or b cos + a sin:
+    of the other one a second load is nearer than another thread."""
     inside = element < E
-    own = tl.load(at + element, mask=inside, other=0.0, cache_modifier=".cg")
-    other = tl.load(at + (element ^ 1), mask=inside, other=0.0, cache_modifier=".cg")
-    if norm_ptr is not None:
-        scale = tl.rsqrt(tl.sum(own * own, 0) / E + eps)
-        own *= scale * tl.load(norm_ptr + element, mask=inside, other=0.0).to(tl.float32)
-        other *= scale * tl.load(norm_ptr + (element ^ 1), mask=inside, other=0.0).to(tl.float32)
-    sign = tl.where(element % 2 == 0, -1.0, 1.0)
-    return own * cos + sign * other * sin
+    own = tl.load(at + element, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if cos is not None:
+        pair = element ^ 1
+        other = tl.load(at + pair, mask=inside, other=0.0, cache_modifier=".cg")
+        if norm_ptr is not None:
+            scale = tl.rsqrt(tl.sum(own * own, 0) / E + eps)
+            own *= scale * tl.load(norm_ptr + element, mask=inside, other=0.0).to(tl.float32)
+            other *= scale * tl.load(norm_ptr + pair, mask=inside, other=0.0).to(tl.float32)
+        sign = tl.where(element % 2 == 0, -1.0, 1.0)
+        own = own * cos + sign * other * sin
+    return own
 
 
 @triton.jit(do_not_specialize=("context", "chunks"), repr=lambda s: "decode_attention")
@@ -161,7 +164,8 @@ def attention_kernel(
     MODE: tl.constexpr,
 ):  # fmt: skip
     """Attention of each row's newest position over one chunk of its context, and its key and value
-    into the cache. keys, values: (S, K, context, E); slots: (B,); positions: (S,), int32. acc: (B,
+    into the cache. Without tables queries and keys are rotated, and normalized, already. keys,
+    values: (S, K, context, E); slots: (B,); positions: (S,), int32. acc: (B,
     H, C, PADDED) and m_l: (B, H, C, 2), float32: a chunk's sums, its maximum and its normalizer, of
     scores times log2(e)."""
     chunk, pair = tl.program_id(0) % chunks, tl.program_id(0) // chunks
@@ -179,8 +183,10 @@ def attention_kernel(
     # of tokens before: no launch that may still run wrote them
     k = tl.load(keys_ptr + within, mask=in_cache, other=0.0)
     v = tl.load(values_ptr + within, mask=in_cache, other=0.0)
-    cos = tl.load(cos_ptr + position * (E // 2) + element // 2, mask=inside, other=1.0)
-    sin = tl.load(sin_ptr + position * (E // 2) + element // 2, mask=inside, other=0.0)
+    cos, sin = cos_ptr, sin_ptr
+    if cos_ptr is not None:
+        cos = tl.load(cos_ptr + position * (E // 2) + element // 2, mask=inside, other=1.0)
+        sin = tl.load(sin_ptr + position * (E // 2) + element // 2, mask=inside, other=0.0)
     wait(MODE)
     row_ptr = qkv_ptr + b * N
     q_norm, k_norm = norms_ptr, norms_ptr
@@ -242,6 +248,34 @@ def _merged(
         acc = acc * alpha + acc_c * beta
         m = m_new
     return acc / l
+
+
+@triton.jit(do_not_specialize=("chunks",), repr=lambda s: "decode_merge")
+def merge_kernel(
+    acc_ptr, m_l_ptr, attn_out_ptr, slots_ptr, positions_ptr, chunks,
+    H: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """attn_out: (B, H E), of attention's chunks in their order; a CTA has a head of a row."""
+    b, head = tl.program_id(0) // H, tl.program_id(0) % H
+    last_chunk = tl.load(positions_ptr + tl.load(slots_ptr + b)) // CHUNK
+    element = tl.arange(0, PADDED)
+    first = tl.program_id(0) * chunks
+    wait(MODE)
+    m = tl.load(m_l_ptr + 2 * first, cache_modifier=".cg")
+    l = tl.load(m_l_ptr + 2 * first + 1, cache_modifier=".cg")  # noqa: E741
+    acc = tl.load(acc_ptr + first * PADDED + element, cache_modifier=".cg")
+    for c in tl.range(1, last_chunk + 1):
+        m_c = tl.load(m_l_ptr + 2 * (first + c), cache_modifier=".cg")
+        l_c = tl.load(m_l_ptr + 2 * (first + c) + 1, cache_modifier=".cg")
+        acc_c = tl.load(acc_ptr + (first + c) * PADDED + element, cache_modifier=".cg")
+        m_new = tl.maximum(m, m_c)
+        alpha, beta = tl.exp2(m - m_new), tl.exp2(m_c - m_new)
+        l = l * alpha + l_c * beta  # noqa: E741
+        acc = acc * alpha + acc_c * beta
+        m = m_new
+    to = attn_out_ptr + b * (H * E) + head * E + element
+    tl.store(to, (acc / l).to(attn_out_ptr.dtype.element_ty), mask=element < E)
 
 
 @triton.jit(do_not_specialize=("chunks",), repr=lambda s: "decode_out_proj")

@@ -161,14 +161,16 @@ def _draw(
 @triton.jit(do_not_specialize=("max_len",), repr=lambda s: "decode_sample")
 def sample_kernel(
     logits_ptr, slots_ptr, positions_ptr, whole_ptr, fraction_ptr, stop_ptr, uniforms_ptr,
-    tokens_ptr, logprobs_ptr, progress_ptr, embedding_ptr, x_ptr, max_len,
+    tokens_ptr, logprobs_ptr, progress_ptr, embedding_ptr, x_ptr, next_ptr, rows_ptr, max_len,
     V: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """A token of each row: into its slot's tokens and logprobs, (S, max_len), and progress, (S, 2):
     how many there are, and what ended the sequence. These are in memory that the host reads. The
-    token's row of the embedding is x, (B, D), of the next one. A sequence that has ended stays as
-    it is. whole: (S, 8), int32; fraction: (S, 4) and uniforms: (S, max_len), float32; stop: (S,
-    32), int32, -1 where there is none."""
+    token's row of the embedding is x, (B, D), of the next one; or the token is in next, (B,),
+    int64, and its position in rows, (B,), int32. A sequence that has ended stays as it is.
+
+    whole: (S, 8), int32; fraction: (S, 4) and uniforms: (S, max_len), float32; stop: (S, 32),
+    int32, -1 where there is none."""
     b = tl.program_id(0)
     slot = tl.load(slots_ptr + b)
     whole_ptr += slot * _WHOLE
@@ -206,11 +208,16 @@ def sample_kernel(
                 if count >= limit:  # it has no next position
                     finish = _FULL
                 else:
-                    tl.store(positions_ptr + slot, tl.load(positions_ptr + slot) + 1)
-                    column = tl.arange(0, WIDTH)
-                    row = embedding_ptr + token.to(tl.int64) * D + column
-                    x = tl.load(row, mask=column < D, other=0.0)
-                    tl.store(x_ptr + b * D + column, x, mask=column < D)
+                    position = tl.load(positions_ptr + slot) + 1
+                    tl.store(positions_ptr + slot, position)
+                    if next_ptr is not None:
+                        tl.store(next_ptr + b, token.to(tl.int64))
+                        tl.store(rows_ptr + b, position)
+                    else:
+                        column = tl.arange(0, WIDTH)
+                        row = embedding_ptr + token.to(tl.int64) * D + column
+                        x = tl.load(row, mask=column < D, other=0.0)
+                        tl.store(x_ptr + b * D + column, x, mask=column < D)
         else:
             finish = _NOT_FINITE
         tl.store(whole_ptr + _FINISH, finish)

@@ -16,9 +16,17 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.cuda.calls import captured, compile_together, prefer_shared_memory
 from onelaunch.engines.cuda.decoding import sampling
-from onelaunch.engines.cuda.decoding.chain import MAX_ROWS, ROWS, Memory, TokenChain, bucket
+from onelaunch.engines.cuda.decoding.chain import (
+    MAX_ROWS,
+    ROWS,
+    ManyRows,
+    Memory,
+    TokenChain,
+    bucket,
+)
 from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.pack import PackedModel
+from onelaunch.engines.cuda.program import BoundForward
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
 from onelaunch.engines.sampling import request_uniforms
 from onelaunch.engines.session import new_tokens
@@ -70,6 +78,7 @@ class CudaSession:
         self._events: list[TokenEvent] = []
         self._memory: Memory | None = None
         self._chains: dict[tuple[int, int], TokenChain] = {}
+        self._forward: BoundForward | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._compiled = False
         self._rows: list[int] = []  # the slots that the device has in its rows
@@ -105,7 +114,7 @@ class CudaSession:
         self._events.clear()
         self._graphs.clear()
         self._chains.clear()
-        self._memory = None
+        self._memory = self._forward = None
 
     # ---- requests that join
 
@@ -173,17 +182,17 @@ class CudaSession:
         self._report(self._growing)
 
     def _least_rows(self) -> int:
-        """Those of a CTA: sequences that leave make no other kernels."""
-        return min(ROWS, bucket(self._max_batch))
+        """Sequences that leave make no other kernels: those of a CTA, or, of more, all."""
+        rows = bucket(self._max_batch)
+        return rows if self._many else min(ROWS, rows)
 
     def _compile(self, prompt: int) -> None:
         """Compile all kernels before the first request's prompt, and say so where it takes long."""
         if self._compiled or self._device.type != "cuda":
             return
         self._compiled = True
-        layer = self._chain(self._least_rows(), FIRST_CONTEXT).calls
         layers = self._config.n_layers
-        of_token = [*layer[: len(layer) // layers], *layer[-2:]]
+        of_token = self._chain(self._least_rows(), FIRST_CONTEXT).distinct
         of_prompt = self._prompts.forward(prompt).calls
         each = len(of_prompt[1:-1]) // layers
         line = "compiling the kernels that generate; they are kept for the next time"
@@ -202,9 +211,16 @@ class CudaSession:
         memory, unused = self._state(), rows - len(slots)
         placed = torch.tensor([*slots, *[self._max_batch] * unused], dtype=torch.int32)
         memory.slots[:rows].copy_(placed)
-        last = [each.new[-1] for each in self._growing] + [0] * unused
-        ids = torch.tensor(last).to(self._device)
-        torch.index_select(self._packed.embedding, 0, ids, out=memory.x[:rows])
+        last = torch.tensor([each.new[-1] for each in self._growing] + [0] * unused)
+        if self._many:
+            buffers = self._many_rows().buffers
+            assert buffers.positions is not None
+            buffers.tokens.copy_(last)
+            at = [each.position for each in self._growing] + [0] * unused
+            buffers.positions.copy_(torch.tensor(at, dtype=torch.int32))
+        else:
+            ids = last.to(self._device)
+            torch.index_select(self._packed.embedding, 0, ids, out=memory.x[:rows])
         self._rows = slots
 
     def _run(self, rows: int, context: int) -> Callable[[], None]:
@@ -227,10 +243,27 @@ class CudaSession:
         return self._graphs[key].replay
 
     def _chain(self, rows: int, context: int) -> TokenChain:
-        key = (rows, context)
+        key, memory = (rows, context), self._state()
         if key not in self._chains:
-            self._chains[key] = TokenChain(self._config, self._packed, self._state(), rows, context)
+            if self._many and rows > 1:
+                chain: TokenChain = ManyRows(
+                    self._config, self._packed, memory, self._many_rows(), context
+                )
+            else:
+                chain = TokenChain(self._config, self._packed, memory, rows, context)
+            self._chains[key] = chain
         return self._chains[key]
+
+    @property
+    def _many(self) -> bool:
+        """Whether products are the forward's."""
+        return self._max_batch > ROWS
+
+    def _many_rows(self) -> BoundForward:
+        if self._forward is None:
+            rows = bucket(self._max_batch)
+            self._forward = ManyRows.forward(self._config, self._packed, rows)
+        return self._forward
 
     def _state(self) -> Memory:
         if self._memory is None:
