@@ -28,25 +28,27 @@ def requests_of(n, length, new, sampling):
     ]
 
 
+@pytest.mark.parametrize("max_batch", [8, 16, 64])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.1, top_k=20, top_p=0.9, min_p=0.01)])
-def test_a_text_is_the_same_each_time_alone_and_among_others(sampling):
+def test_a_text_is_the_same_each_time_alone_and_among_others(sampling, max_batch):
     engine = CudaEngine(LONGER, weights_of(LONGER), "cuda")
     requests = requests_of(5, 40, 330, sampling)  # beyond the first context of a graph
-    together = run(engine, requests, max_batch=8)
-    assert run(engine, requests, max_batch=8) == together
+    together = run(engine, requests, max_batch)
+    assert run(engine, requests, max_batch) == together
     for request in requests[::2]:
-        assert run(engine, [request], max_batch=8)[request.id] == together[request.id]
+        assert run(engine, [request], max_batch)[request.id] == together[request.id]
     # with less room: the others wait
-    assert run(engine, requests, max_batch=2) == run(engine, requests[::-1], max_batch=2)
+    assert run(engine, requests, 2) == run(engine, requests[::-1], 2)
 
 
+@pytest.mark.parametrize("max_batch", [1, 16])
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_logprobs_are_as_exact_as_pytorchs(config):
+def test_logprobs_are_as_exact_as_pytorchs(config, max_batch):
     """Over 80 steps: keys and values of all positions, prompt and text."""
     config = config.with_(max_seq_len=128)
     weights = weights_of(config)
     engine = CudaEngine(config, weights, "cuda")
-    session = engine.session(1, 128)
+    session = engine.session(max_batch, 128)
     prompt = torch.randint(config.vocab_size, (20,), generator=torch.manual_seed(1)).tolist()
     session.submit(Request(0, prompt, 80, Sampling(1.0, seed=2), logprobs=True))
     events = []

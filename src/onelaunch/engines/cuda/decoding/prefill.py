@@ -18,11 +18,15 @@ _SHORTEST = 16
 
 class Prompts:
     """Reads prompts of up to MAX_PROMPT tokens, one at a time. Of each power of two that a prompt's
-    length was rounded up to a forward is bound and kept."""
+    length was rounded up to a forward is bound and kept; from its second use on as a CUDA graph.
+    Whoever reads one waits for it before the next."""
 
     def __init__(self, config: ModelConfig, packed: PackedModel) -> None:
         self._config, self._packed = config, packed
         self._forwards: dict[int, BoundForward] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._on_gpu = packed.embedding.device.type == "cuda"
+        self._ids = torch.zeros(MAX_PROMPT, dtype=torch.int64, pin_memory=self._on_gpu)
 
     def forward(self, n: int) -> BoundForward:
         """That of prompts of n tokens."""
@@ -39,12 +43,23 @@ class Prompts:
         forward = self.forward(n)
         length = forward.plan.sequence
         # what stands behind a prompt has no effect on it
-        ids = [*prompt_ids, *[0] * (length - n)]
-        forward.buffers.tokens.copy_(torch.tensor(ids, dtype=torch.int64))
-        forward.end_at([n])
-        forward.run()
+        self._ids[:n] = torch.tensor(prompt_ids, dtype=torch.int64)
+        self._ids[n:length] = 0
+        forward.buffers.tokens.copy_(self._ids[:length], non_blocking=True)
+        forward.buffers.of.fill_(n - 1)
+        self._run(forward, length)
         kept_LNX = forward.buffers.qkv[:, :n, c.q_dim :]
         for cache, columns_LNX in zip((keys, values), kept_LNX.split(c.kv_dim, -1), strict=True):
             heads = columns_LNX.unflatten(-1, (c.n_kv_heads, c.head_dim)).transpose(1, 2)
             cache[:, :, :n].copy_(heads)
         return forward.buffers.logits
+
+    def _run(self, forward: BoundForward, length: int) -> None:
+        """Launched at its first use, captured and replayed from its second."""
+        if self._on_gpu and length in self._graphs and self._graphs[length] is None:
+            self._graphs[length] = forward.captured()
+        graph = self._graphs.setdefault(length, None)
+        if graph is None:
+            forward.run()
+        else:
+            graph.replay()

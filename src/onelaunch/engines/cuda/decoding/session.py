@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
@@ -31,7 +32,7 @@ from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
 from onelaunch.engines.sampling import request_uniforms
 from onelaunch.engines.session import new_tokens
 
-GRAPH_TOKENS = 4
+GRAPH_TOKENS = 8
 """Tokens of each sequence in one graph."""
 MAX_SECONDS = 0.005
 """Of what is launched at once, so that a request that is cancelled or joins does not wait long."""
@@ -81,6 +82,7 @@ class CudaSession:
         self._forward: BoundForward | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._compiled = False
+        self._rows_on_host: list[Tensor] = []
         self._rows: list[int] = []  # the slots that the device has in its rows
         self._token_seconds = MAX_SECONDS / GRAPH_TOKENS
 
@@ -146,8 +148,10 @@ class CudaSession:
         whole[sampling.DRAWN] = int(not sampled.greedy)
         fraction = [sampled.temperature, sampled.top_p, sampled.min_p, 0.0]
         stop += [-1] * (sampling.STOP_IDS - len(stop))
-        for table, row in ((memory.whole, whole), (memory.stop, stop), (memory.fraction, fraction)):
-            table[slot].copy_(torch.tensor(row, dtype=table.dtype))
+        rows = ((memory.whole, whole), (memory.stop, stop), (memory.fraction, fraction))
+        for (table, row), pinned in zip(rows, self._pinned(), strict=True):
+            pinned.copy_(torch.tensor(row, dtype=table.dtype))
+            table[slot].copy_(pinned, non_blocking=True)
         uniforms_N = request_uniforms(request, each.limit)
         if uniforms_N is not None:
             memory.uniforms[slot, : each.limit].copy_(uniforms_N)
@@ -269,6 +273,16 @@ class CudaSession:
         if self._memory is None:
             self._memory = Memory.of(self._config, self._packed, self._max_batch, self._max_len)
         return self._memory
+
+    def _pinned(self) -> list[Tensor]:
+        """Memory from which a request's numbers are copied, free again when its prompt was read."""
+        if not self._rows_on_host:
+            memory, pinned = self._state(), self._device.type == "cuda"
+            self._rows_on_host = [
+                torch.empty(table.shape[1], dtype=table.dtype, pin_memory=pinned)
+                for table in (memory.whole, memory.stop, memory.fraction)
+            ]
+        return self._rows_on_host
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
