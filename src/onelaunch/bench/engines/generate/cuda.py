@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.bench.core.gpu_forwards import captured, random_weights
-from onelaunch.bench.core.record import Row, Say, rounded
+from onelaunch.bench.core.record import Log, Row, rounded
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
 from onelaunch.bench.peers.decoding import BareDecoding
 from onelaunch.config import preset
@@ -43,16 +43,16 @@ Generate = Callable[[int], Any]
 """Writes so many new tokens of each prompt."""
 
 
-def run(device: str, quick: bool, say: Say) -> Iterator[Row]:
+def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every case; yields rows."""
     for name, batch in QUICK_CASES if quick else CASES:
         gc.collect()
         torch.cuda.empty_cache()
-        yield _case(name, batch, torch.device(device), quick, say)
+        yield _case(name, batch, torch.device(device), quick, log)
 
 
 @torch.inference_mode()
-def _case(name: str, batch: int, device: torch.device, quick: bool, say: Say) -> Row:
+def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) -> Row:
     config = preset(name)
     config = config.with_(max_seq_len=max(CONTEXT, min(2048, config.max_seq_len)))
     generator = torch.Generator(device=device).manual_seed(0)
@@ -63,7 +63,7 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, say: Say) ->
     start = time.perf_counter()
     written = ours(NEW)
     first_seconds = time.perf_counter() - start
-    say(f"{name} x {batch}: the engine's first text after {first_seconds:.1f} s")
+    log(f"{name} x {batch}: the engine's first text after {first_seconds:.1f} s")
     if ours(NEW) != written:
         raise RunFailed(f"{name} x {batch}: two runs wrote different tokens")
     peer = BareDecoding(config, weights, DTYPE, device, batch, CONTEXT)

@@ -45,7 +45,7 @@ def run(device: str, quick: bool, log: Log, peers: Mapping[str, Path]) -> Iterat
     if device.startswith("cuda"):
         from onelaunch.bench.engines.generate import cuda
 
-        yield from cuda.run(device, quick, say)
+        yield from cuda.run(device, quick, log)
         return
     binary, python = (peers.get(name) for name in PEERS)
     if binary is not None:
