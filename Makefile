@@ -21,10 +21,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,bench,coreml,dev]'
 	@touch $@
 
-# With torch's CPU build, Triton interprets kernels and compiles them for devices that are not here.
+# With torch's CPU build, Triton interprets kernels and compiles them for devices that are not here, as
+# NVRTC does with CUDA C++.
 $(VENV)/.installed-triton: $(VENV)/.installed-dev constraints-ci.txt
-	@$(BIN)/python -c 'import triton' 2>/dev/null || \
-		$(BIN)/python -m pip install -q -c constraints.txt -c constraints-ci.txt triton numpy
+	@$(BIN)/python -c 'import triton, cuda.bindings.nvrtc' 2>/dev/null || \
+		$(BIN)/python -m pip install -q -c constraints.txt -c constraints-ci.txt triton numpy \
+			cuda-bindings nvidia-cuda-nvrtc
 	@touch $@
 
 run: install

@@ -107,8 +107,8 @@ def generate(
         typer.Option(
             "--fusion-depth",
             metavar="DEPTH",
-            help="What one call holds: auto (on the CPU many tokens), stage, half, a number "
-            "of layers, or all (one forward).",
+            help="What one call holds: auto (many tokens), stage, half, a number of layers, "
+            "all (one forward) or, on a GPU, text (many tokens of one sequence).",
         ),
     ] = "auto",
     trace: Annotated[

@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,7 @@ from onelaunch.plan import Depth, parse_depth
 
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.decoding.prefill import Prompts
+    from onelaunch.engines.cuda.decoding.text import TextKernel
 
 set_grad_enabled = torch._C._set_grad_enabled  # torch.set_grad_enabled makes an object: 1.5 us
 
@@ -51,6 +53,8 @@ kernels or capture a graph at once, not even on two devices, nor use one form's 
 else there is to do is some microseconds of Python, which runs in one thread at a time anyway."""
 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
+TEXT = "text"
+"""The fusion depth of a whole text in one launch; a forward's form is then as with "auto"."""
 MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
 """How many shapes keep their buffers and graphs, and bytes of these; the latest always does."""
 
@@ -63,10 +67,11 @@ class CudaEngine:
     MAX_BATCH sequences or MAX_SEQUENCE positions.
 
     With `fusion_depth` "auto" the form of a shape and its tiles are those that `tune` found on this
-    GPU and `store` keeps, else the rule's: one kernel per stage. "stage",
-    "half", a number of layers or "all" are a form by hand. float32, which is for checking, and
-    AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of DTYPES, bfloat16
-    by default. `log` gets lines for people. Raises BadInput for what is not supported.
+    GPU and `store` keeps, else the rule's: one kernel per stage. "stage", "half", a number of
+    layers or "all" are a form by hand; "text" is one of generation (`session`). float32, which is
+    for checking, and AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of
+    DTYPES, bfloat16 by default. `log` gets lines for people. Raises BadInput for what is not
+    supported.
 
     Engines may be used from several threads; one at a time is served. At the second use of a shape
     a CUDA graph is captured, and in these milliseconds whatever waits for the whole device in
@@ -91,17 +96,20 @@ class CudaEngine:
         if name not in DTYPES:
             raise BadInput(f"dtype={name!r}: the CUDA engine knows {', '.join(DTYPES)}")
         self.dtype: torch.dtype = getattr(torch, name)
-        self.fusion_depth: Depth | str = "auto"
-        if fusion_depth != "auto":
+        self.fusion_depth: Depth | str = fusion_depth
+        if fusion_depth not in ("auto", TEXT):
             self.fusion_depth = parse_depth(fusion_depth, config.n_layers)
         amd = torch.version.hip is not None
         if amd and self.fusion_depth not in ("auto", "stage"):
             raise BadInput(f"fusion_depth={fusion_depth!r}: on AMD's GPUs it is 'stage'")
-        self._tunes = self.fusion_depth == "auto" and self.dtype != torch.float32 and not amd
+        self._tunes = (
+            self.fusion_depth in ("auto", TEXT) and self.dtype != torch.float32 and not amd
+        )
         self._weights = dict(weights)
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
         self._prompts: Prompts | None = None
+        self._text: TextKernel | None = None
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._disabled: dict[str, str] = {}
@@ -153,11 +161,14 @@ class CudaEngine:
             return self._run_form(tokens_BS, dtype, ends)
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
-        """Begin to generate, in graphs of a few tokens; see `Engine`.
+        """Begin to generate; see `Engine`.
 
-        Up to 64 sequences grow together. A sequence's tokens are the same alone and among others;
-        whatever the fusion depth, generation has one kernel per stage. Sessions of more than
-        MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference engine's.
+        Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
+        sequence's tokens are the same alone and among others. Where `max_batch` is 1 and the tokens
+        are the most likely ones, a single launch writes some hundred of them, unless the fusion
+        depth is another. Sessions of more than MAX_SEQUENCE positions, and those on AMD's GPUs,
+        are the reference engine's. Raises BadInput where the fusion depth is "text" and the model
+        does not fit.
         """
         length = check_session(max_batch, max_len, self.config)
         if length > MAX_SEQUENCE or not self._generates():
@@ -170,9 +181,26 @@ class CudaEngine:
         packed = self._pack()
         if self._prompts is None:
             self._prompts = Prompts(self.config, packed)
+        text = partial(self._text_kernel, packed) if max_batch == 1 and self._writes_texts() else None
         return CudaSession(
-            self.config, packed, self._prompts, self._alone, max_batch, length, self._log
+            self.config, packed, self._prompts, text, self._alone, max_batch, length, self._log
         )
+
+    def _writes_texts(self) -> bool:
+        """Whether one launch writes a text."""
+        from onelaunch.engines.cuda.decoding import text
+
+        reason = text.why_not(self.config, self.device, self.dtype)
+        if reason and self.fusion_depth == TEXT:
+            raise BadInput(f"fusion_depth={TEXT!r}: {reason}")
+        return reason is None and self.fusion_depth in ("auto", TEXT)
+
+    def _text_kernel(self, packed: PackedModel) -> TextKernel:
+        from onelaunch.engines.cuda.decoding.text import TextKernel
+
+        if self._text is None:
+            self._text = TextKernel(self.config, packed, self._store)
+        return self._text
 
     def _generates(self) -> bool:
         """Whether its own kernels generate: on NVIDIA's GPUs."""
@@ -221,7 +249,7 @@ class CudaEngine:
         }
 
     def _why_not_tuned(self) -> str:
-        if self.fusion_depth != "auto":
+        if self.fusion_depth not in ("auto", TEXT):
             return f"fusion_depth={str(self.fusion_depth)!r}: nothing to tune; use 'auto'"
         if self.dtype == torch.float32:
             return "dtype='float32': nothing to tune; use bfloat16 or float16"
@@ -258,7 +286,7 @@ class CudaEngine:
         name = self._name(batch, sequence)
         choice = self._choices.get(name)
         if choice is None:
-            by_hand = self.fusion_depth not in ("auto", "stage")
+            by_hand = self.fusion_depth not in ("auto", "stage", TEXT)
             about = {"form": str(self.fusion_depth) if by_hand else STAGED}
             why = self._disabled.get(name)
             return about if why is None else about | {"failed": why}
@@ -315,7 +343,7 @@ class CudaEngine:
     def _bind(self, batch: int, sequence: int, all_positions: bool) -> BoundForward:
         packed = self._pack()
         shape = Shape(batch, sequence, all_positions, self.dtype, own_logits=False)
-        if self.fusion_depth not in ("auto", "stage"):
+        if self.fusion_depth not in ("auto", "stage", TEXT):
             return bind(self.config, packed, shape, Form(str(self.fusion_depth), {}))
         choice = self._choice(packed, batch, sequence) if self._tunes else None
         form = Form(STAGED, {}) if choice is None else choice.as_form()

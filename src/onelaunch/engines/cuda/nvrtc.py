@@ -1,0 +1,102 @@
+"""CUDA C++ compiled at run time and launched, through NVIDIA's own Python bindings, which come with
+PyTorch's CUDA build."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from onelaunch.compilation.cache import Store, program_key
+from onelaunch.errors import RunFailed
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    try:
+        there = find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:
+        there = False
+    return None if there else "the package cuda-bindings is not installed"
+
+
+def compiled(
+    source: str, macros: Mapping[str, object], arch: str, store: Store | None = None
+) -> bytes:
+    """The machine code of a source for an architecture ("sm_90a"); from the store where it is
+    there. Raises RunFailed where the compiler refuses it."""
+    from cuda.bindings import nvrtc
+
+    options = [
+        "--std=c++17",
+        "--device-as-default-execution-space",
+        f"--gpu-architecture={arch}",
+        *(f"-D{name}={value}" for name, value in sorted(macros.items())),
+    ]
+    version = [int(part) for part in _checked(nvrtc.nvrtcVersion())]
+    key = program_key(source, {"options": options, "nvrtc": version})
+    if store is not None and (stored := store.get(key)) is not None:
+        return stored
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    try:
+        encoded = [option.encode() for option in options]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RunFailed(f"NVRTC: {log.decode(errors='replace').strip()}")
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    if store is not None:
+        store.put(key, code)
+    return code
+
+
+class Function:
+    """A kernel of some machine code, loaded on a device; one CTA has `shared_bytes`."""
+
+    def __init__(self, code: bytes, name: str, device: torch.device, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self.device, self.shared_bytes = device, shared_bytes
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # in a new thread the device has no context before its first call
+            self._module = _checked(driver.cuModuleLoadData(code))
+            self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+            attribute = driver.CUfunction_attribute
+            limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+
+    def launch(self, ctas: int, threads: int, arguments: Sequence[tuple[Any, Any]]) -> None:
+        """Launch it on the current stream, all CTAs at once or not at all. Arguments are values and
+        their ctypes."""
+        from cuda.bindings import driver
+
+        values = tuple(value for value, _ in arguments)
+        types = tuple(kind for _, kind in arguments)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _checked(
+                driver.cuLaunchCooperativeKernel(
+                    self._function, ctas, 1, 1, threads, 1, 1, self.shared_bytes, stream,
+                    (values, types),
+                )
+            )  # fmt: skip
+
+
+POINTER, INT, UINT, LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a call returns; raises RunFailed for an error."""
+    error, *values = result
+    if int(error) != 0:
+        raise RunFailed(f"CUDA: {error.name}")
+    if len(values) > 1:
+        return values
+    return values[0] if values else None

@@ -1,0 +1,54 @@
+"""The kernel of a whole text compiled, without a GPU, for sm_90: it fits into shared memory and
+registers. Nothing runs, so nothing else is claimed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from onelaunch.config import preset
+from onelaunch.engines.cuda import nvrtc
+from onelaunch.engines.cuda.blocking import H200
+from onelaunch.engines.cuda.decoding import text
+from onelaunch.errors import RunFailed
+
+pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings.nvrtc")
+
+NAMES = ("stories260k", "stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
+
+
+def compiled(name, dtype, ctas):
+    macros = text.macros(preset(name), dtype, ctas, H200.shared_bytes)
+    return nvrtc.compiled(text.source(), macros, "sm_90")
+
+
+def stack_bytes(code, tmp_path):
+    import triton
+
+    path = tmp_path / "text.cubin"
+    path.write_bytes(code)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    return int(listing.stdout.split("STACK:")[1].split()[0])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_stays_in_registers(name, tmp_path):
+    assert stack_bytes(compiled(name, torch.bfloat16, 132), tmp_path) <= 64
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("ctas", [1, 78, 132])
+def test_every_dtype_and_any_number_of_multiprocessors_compile(dtype, ctas):
+    assert compiled("stories260k", dtype, ctas)
+
+
+def test_what_does_not_compile_is_said():
+    with pytest.raises(RunFailed, match="error"):
+        nvrtc.compiled("this is no C++", {}, "sm_90")

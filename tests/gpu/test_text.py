@@ -1,0 +1,191 @@
+"""A whole text in one launch: the same numbers as the other forms, whatever the grid; waits that
+end. The engines' shared suite has it in float32 (test_cuda_engine.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from onelaunch.checkpoints import load
+from onelaunch.config import preset
+from onelaunch.engines.engine import Request, Sampling
+from onelaunch.errors import BadInput, EngineTimeout
+from onelaunch.generation.decode import generate_ids
+from onelaunch.model import Model
+from tests.engines.suite import SHAPES, SMALL, exact_logits, weights_of
+
+pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings")
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("needs a GPU of compute capability 9.0", allow_module_level=True)
+
+from onelaunch.engines.cuda.decoding.chain import Memory
+from onelaunch.engines.cuda.decoding.text import Text, TextKernel, why_not
+from onelaunch.engines.cuda.engine import CudaEngine
+
+WEIGHTS = Path(__file__).parents[2] / ".." / "shared" / "weights"
+WIDE = SMALL.with_(max_seq_len=1500)
+FITTING = {
+    name: config
+    for name, config in SHAPES.items()
+    if why_not(config, torch.device("cuda"), torch.bfloat16) is None
+}
+CONFIGS = {
+    **FITTING,
+    "15m": preset("stories15m").with_(n_layers=2),
+    "grouped": preset("llama-3.2-1b").with_(n_layers=1, vocab_size=4100),
+    "qk-norm": preset("qwen3-0.6b").with_(n_layers=1, vocab_size=4100),
+}
+
+
+def events_of(config, new, dtype="bfloat16", depth="text", weights=None, **options):
+    """Of one sequence that is written alone."""
+    engine = CudaEngine(config, weights or weights_of(config), "cuda", dtype, depth)
+    prompt = torch.randint(config.vocab_size, (20,), generator=torch.manual_seed(1)).tolist()
+    session = engine.session(1)
+    session.submit(Request(0, prompt, new, Sampling(), logprobs=True, **options))
+    events = []
+    while not events or events[-1].finish is None:
+        events += session.step()
+    session.close()
+    return prompt, events
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_logprobs_are_as_exact_as_pytorchs(config):
+    """Over 80 steps: keys and values of all positions, prompt and text."""
+    config = config.with_(max_seq_len=128)
+    weights = weights_of(config)
+    prompt, events = events_of(config, 80, weights=weights)
+    new = [event.token for event in events]
+    tokens = torch.tensor([prompt + new[:-1]])
+    narrow = Model.from_weights(config, {name: w.bfloat16() for name, w in weights.items()})
+    with torch.no_grad():
+        plain = torch.nn.functional.linear(narrow.hidden(tokens), narrow.head_weight())
+        exact = exact_logits(config, weights, tokens)
+
+    def logprobs(logits_1SV):
+        rows = logits_1SV[0, len(prompt) - 1 :].double().log_softmax(-1)
+        return rows.gather(1, torch.tensor(new)[:, None])[:, 0]
+
+    allowed = 1.5 * (logprobs(plain) - logprobs(exact)).norm()
+    got = torch.tensor([event.logprob for event in events]).double()
+    assert (got - logprobs(exact)).norm() <= allowed
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_float32_writes_the_tokens_of_the_other_forms(config):
+    config = config.with_(max_seq_len=128)
+    if why_not(config, torch.device("cuda"), torch.float32):
+        pytest.skip("float32 does not fit into shared memory")
+    weights = weights_of(config)
+    _, by_text = events_of(config, 90, "float32", "text", weights)
+    _, by_stage = events_of(config, 90, "float32", "stage", weights)
+    assert [event.token for event in by_text] == [event.token for event in by_stage]
+    for a, b in zip(by_text, by_stage, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+def test_a_text_is_the_same_each_time_in_any_number_of_launches():
+    weights = weights_of(WIDE)
+    _, first = events_of(WIDE, 1400, weights=weights)  # chunks of more than one pass
+    assert len(first) == 1400
+    assert events_of(WIDE, 1400, weights=weights)[1] == first
+    assert events_of(WIDE, 100, weights=weights)[1][:99] == first[:99]
+
+
+def launched(kernel, config, packed, n, timeout_ns=2_000_000_000, poison=0.0):
+    memory = Memory.of(config, packed, 1, config.max_seq_len)
+    for cache in (memory.keys, memory.values):
+        cache.fill_(poison)
+    text = Text(kernel, memory.keys, memory.values, timeout_ns)
+    text.launch(0, 3, 0, n)
+    torch.cuda.synchronize()
+    return text.result(), memory
+
+
+@pytest.mark.parametrize("ctas", [1, 2, 7, 50, 131])
+def test_any_grid_writes_the_same(ctas):
+    engine = CudaEngine(WIDE, weights_of(WIDE), "cuda", "float32")
+    packed = engine._pack()
+    full, memory = launched(TextKernel(WIDE, packed), WIDE, packed, 200)
+    part, other = launched(TextKernel(WIDE, packed, ctas=ctas), WIDE, packed, 200, poison=float("nan"))
+    assert part[0] == full[0]
+    # of what it has written: what stood in the cache behind it had no effect
+    assert other.keys[:, 0, :, :200].isfinite().all()
+    torch.testing.assert_close(other.values[:, 0, :, :200], memory.values[:, 0, :, :200])
+
+
+def test_keys_and_values_are_exact():
+    config = preset("stories15m").with_(n_layers=2, max_seq_len=64)
+    weights = weights_of(config)
+    packed = CudaEngine(config, weights, "cuda", "float32")._pack()
+    (tokens, _, _), memory = launched(TextKernel(config, packed), config, packed, 60)
+    ids = torch.tensor([[3, *tokens[:-1]]])
+    exact = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
+    got = memory.values[0, 0, :, :60].transpose(0, 1).flatten(1).double().cpu()
+    names = ("layers.0.input_layernorm.weight", "layers.0.self_attn.v_proj.weight")
+    norm, v_proj = (weights[name].double() for name in names)
+    x = weights["embed_tokens.weight"].double()[ids[0]]
+    values = torch.nn.functional.rms_norm(x, (config.dim,), norm, config.norm_eps) @ v_proj.T
+    assert (got - values).norm() <= 1e-5 * values.norm()
+    with torch.no_grad():
+        logits = torch.nn.functional.linear(exact.hidden(ids), exact.head_weight())
+    assert logits[0].argmax(-1).tolist() == tokens
+
+
+def test_a_wait_that_does_not_end_times_out():
+    engine = CudaEngine(WIDE, weights_of(WIDE), "cuda")
+    packed = engine._pack()
+    kernel = TextKernel(WIDE, packed, ctas=2)
+    memory = Memory.of(WIDE, packed, 1, WIDE.max_seq_len)
+    text = Text(kernel, memory.keys, memory.values, 20_000_000)
+    expected = launched(kernel, WIDE, packed, 30)[0]
+    kernel.ctas = 1  # the other half of every stage never comes
+    text.launch(0, 3, 0, 30)
+    torch.cuda.synchronize()
+    with pytest.raises(EngineTimeout, match="timed out"):
+        text.result()
+    kernel.ctas = 2
+    text.launch(0, 3, 0, 30)
+    torch.cuda.synchronize()
+    assert text.result() == expected
+
+
+def test_ten_thousand_texts_are_the_same():
+    engine = CudaEngine(SMALL, weights_of(SMALL), "cuda")
+    packed = engine._pack()
+    memory = Memory.of(SMALL, packed, 1, SMALL.max_seq_len)
+    text = Text(TextKernel(SMALL, packed), memory.keys, memory.values)
+    expected = None
+    for _ in range(10_000):
+        text.launch(0, 3, 0, 8)
+        torch.cuda.current_stream().synchronize()
+        result = text.result()
+        assert expected is None or result == expected
+        expected = result
+
+
+def test_a_stop_id_ends_it_at_once():
+    tokens = [event.token for event in events_of(WIDE, 60)[1]]
+    stop = tokens[40]
+    _, ended = events_of(WIDE, 60, stop_ids=(stop,))
+    assert [event.token for event in ended] == [*tokens[: tokens.index(stop)], None]
+    assert ended[-1].finish == "stop"
+
+
+def test_who_asks_for_it_is_told_why_it_is_not_there():
+    config = SMALL.with_(hidden_dim=SMALL.hidden_dim + 1)
+    engine = CudaEngine(config, weights_of(config), "cuda", fusion_depth="text")
+    with pytest.raises(BadInput, match="widths"):
+        engine.session(1)
+
+
+@pytest.mark.skipif(not (WEIGHTS / "stories260K.bin").exists(), reason="no trained model here")
+def test_a_known_text():
+    loaded = load(str(WEIGHTS / "stories260K.bin"))
+    expected = [int(i) for i in (WEIGHTS / "stories260K_greedy_ids_n256.txt").read_text().split()]
+    engine = CudaEngine(loaded.config, loaded.weights, "cuda", "float32", "text")
+    assert generate_ids(engine, [[1]], 256, Sampling()) == [expected]
