@@ -81,3 +81,16 @@ def test_memory_goes_at_close():
     before = torch.cuda.memory_allocated()
     first.close()
     assert torch.cuda.memory_allocated() < before - 64 * 400 * LONGER.kv_dim
+
+
+def test_memory_of_a_text_goes_at_close():
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda")
+    first = engine.session(1, 400)
+    first.submit(Request(0, [1, 2], 3))
+    while not first.step():
+        pass
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    first.close()
+    cache = 2 * LONGER.n_layers * 400 * LONGER.kv_dim * 2
+    assert torch.cuda.memory_allocated() <= before - cache

@@ -102,8 +102,7 @@ def launched(kernel, config, packed, n, timeout_ns=2_000_000_000, poison=0.0):
         cache.fill_(poison)
     text = Text(kernel, memory.keys, memory.values, timeout_ns)
     text.launch(0, 3, 0, n)
-    torch.cuda.synchronize()
-    return text.result(), memory
+    return text.finish(), memory
 
 
 @pytest.mark.parametrize("ctas", [1, 2, 7, 50, 131])
@@ -111,7 +110,9 @@ def test_any_grid_writes_the_same(ctas):
     engine = CudaEngine(WIDE, weights_of(WIDE), "cuda", "float32")
     packed = engine._pack()
     full, memory = launched(TextKernel(WIDE, packed), WIDE, packed, 200)
-    part, other = launched(TextKernel(WIDE, packed, ctas=ctas), WIDE, packed, 200, poison=float("nan"))
+    part, other = launched(
+        TextKernel(WIDE, packed, ctas=ctas), WIDE, packed, 200, poison=float("nan")
+    )
     assert part[0] == full[0]
     # of what it has written: what stood in the cache behind it had no effect
     assert other.keys[:, 0, :, :200].isfinite().all()
@@ -145,13 +146,11 @@ def test_a_wait_that_does_not_end_times_out():
     expected = launched(kernel, WIDE, packed, 30)[0]
     kernel.ctas = 1  # the other half of every stage never comes
     text.launch(0, 3, 0, 30)
-    torch.cuda.synchronize()
     with pytest.raises(EngineTimeout, match="timed out"):
-        text.result()
+        text.finish()
     kernel.ctas = 2
     text.launch(0, 3, 0, 30)
-    torch.cuda.synchronize()
-    assert text.result() == expected
+    assert text.finish() == expected
 
 
 def test_ten_thousand_texts_are_the_same():
@@ -162,10 +161,24 @@ def test_ten_thousand_texts_are_the_same():
     expected = None
     for _ in range(10_000):
         text.launch(0, 3, 0, 8)
-        torch.cuda.current_stream().synchronize()
-        result = text.result()
+        result = text.finish()
         assert expected is None or result == expected
         expected = result
+
+
+def test_tokens_are_there_as_they_come():
+    engine = CudaEngine(WIDE, weights_of(WIDE), "cuda")
+    packed = engine._pack()
+    memory = Memory.of(WIDE, packed, 1, WIDE.max_seq_len)
+    text = Text(TextKernel(WIDE, packed), memory.keys, memory.values)
+    text.launch(0, 3, 0, 1000)
+    text.wait_for_one()
+    early, _ = text.arrived()
+    tokens, logprobs, _ = text.finish()
+    assert 1 <= len(early) < len(tokens) == 1000
+    assert tokens[: len(early)] == early
+    assert text.arrived(990) == (tokens[990:], logprobs[990:])
+    text.close()
 
 
 def test_a_stop_id_ends_it_at_once():

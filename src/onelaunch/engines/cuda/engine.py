@@ -181,10 +181,20 @@ class CudaEngine:
         packed = self._pack()
         if self._prompts is None:
             self._prompts = Prompts(self.config, packed)
-        text = partial(self._text_kernel, packed) if max_batch == 1 and self._writes_texts() else None
-        return CudaSession(
-            self.config, packed, self._prompts, text, self._alone, max_batch, length, self._log
-        )
+        many = partial(
+            CudaSession,
+            self.config, packed, self._prompts, self._alone, max_batch, length, self._log,
+        )  # fmt: skip
+        if max_batch > 1 or not self._writes_texts():
+            return many()
+        from onelaunch.engines.cuda.decoding.text_session import OnGPU, TextSession
+
+        c = self.config
+        shape = (c.n_layers, 1, c.n_kv_heads, length, c.head_dim)
+        cache = partial(_two, shape, packed.embedding)
+        kernel = partial(self._text_kernel, packed)
+        source = OnGPU(self._prompts, kernel, cache, self._log)
+        return TextSession(c, source, many, self._alone, length, self.dtype)
 
     def _writes_texts(self) -> bool:
         """Whether one launch writes a text."""
@@ -507,3 +517,8 @@ def _wait_for(used: torch.cuda.Event) -> None:
 def _bytes_of(tensors: object) -> int:
     """The bytes of all tensors among an object's fields."""
     return sum(t.nbytes for t in vars(tensors).values() if isinstance(t, Tensor))
+
+
+def _two(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors of a shape, with anything in them."""
+    return like.new_empty(shape), like.new_empty(shape)

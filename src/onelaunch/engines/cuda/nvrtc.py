@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,10 +16,14 @@ from onelaunch.errors import RunFailed
 def why_not() -> str | None:
     """Why nothing can be compiled here; None where it can."""
     try:
-        there = find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:
-        there = False
-    return None if there else "the package cuda-bindings is not installed"
+        from cuda.bindings import nvrtc
+
+        _checked(nvrtc.nvrtcVersion())
+    except ImportError:
+        return "the package cuda-bindings is not installed"
+    except Exception as error:  # whatever a library that cannot be loaded raises
+        return f"NVRTC cannot be used: {error}"
+    return None
 
 
 def compiled(
@@ -65,7 +68,7 @@ class Function:
 
         self.device, self.shared_bytes = device, shared_bytes
         with torch.cuda.device(device):
-            torch.cuda.synchronize()  # in a new thread the device has no context before its first call
+            torch.cuda.synchronize()  # a new thread has no context before its first call
             self._module = _checked(driver.cuModuleLoadData(code))
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
             attribute = driver.CUfunction_attribute

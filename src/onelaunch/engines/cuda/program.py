@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,9 +141,12 @@ class BoundForward:
         last = [number * longest + n - 1 for number, n in enumerate(lengths)]
         self.buffers.of.copy_(torch.tensor(last, dtype=torch.int32))
 
-    def run(self) -> None:
-        """Launch it on its device's current stream."""
-        self._launch_all(self.calls)
+    def run(self, with_logits: bool = True) -> None:
+        """Launch it on its device's current stream, without logits all but its last stage."""
+        self._launch_all(self._called(with_logits))
+
+    def _called(self, with_logits: bool) -> Sequence[Call | CallAndProduct]:
+        return self.calls if with_logits else self.calls[:-1]
 
     def launch(self, ids_N: Tensor, logits: Tensor) -> None:
         """Launch it on the current stream, with a caller's ids, (N,), int64, and into a caller's
@@ -195,16 +198,16 @@ class BoundForward:
     def check(self) -> None:
         """Wait for the device; raise EngineTimeout where the forward timed out."""
 
-    def captured(self) -> torch.cuda.CUDAGraph:
-        """The forward as a CUDA graph, which reads and writes the same buffers."""
+    def captured(self, with_logits: bool = True) -> torch.cuda.CUDAGraph:
+        """The forward as a CUDA graph, which reads and writes the same buffers; as `run`."""
         device = self.buffers.x.device
         # the stream that is the current one stays it where capturing fails, too
         with on(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            for call in self.calls:
+            for call in self._called(with_logits):
                 prefer_shared_memory(call.load())
-            self.run()
+            self.run(with_logits)
             torch.cuda.synchronize(device)
-            return captured(self.run, device)
+            return captured(partial(self.run, with_logits), device)
 
     # ---- the chain
 

@@ -1,18 +1,13 @@
-"""A session of the CUDA engine: sequences grow by a few milliseconds of tokens at once, without the
-host between one token and the next.
-
-Where there is one sequence and its tokens are the most likely ones, a single launch writes them
-(text.py); otherwise graphs of the kernels of a few tokens (chain.py).
-"""
+"""A session of the CUDA engine: sequences grow in graphs of a few tokens, without the host between
+one token and the next."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +26,6 @@ from onelaunch.engines.cuda.decoding.chain import (
     bucket,
 )
 from onelaunch.engines.cuda.decoding.prefill import Prompts
-from onelaunch.engines.cuda.decoding.text import Text, TextKernel
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import BoundForward
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
@@ -57,11 +51,6 @@ class Growing:
     new: list[int] = field(default_factory=list)
 
     @property
-    def by_text(self) -> bool:
-        """Whether its tokens are such as one launch chooses."""
-        return self.request.sampling.greedy
-
-    @property
     def position(self) -> int:
         """Of its last token."""
         return len(self.request.prompt_ids) + len(self.new) - 1
@@ -69,22 +58,20 @@ class Growing:
 
 class CudaSession:
     """A `Session` of up to `max_batch` sequences at once, MAX_ROWS at most, and `max_len` positions
-    of each. `alone` is held during a step. `text` makes the kernel that writes in one launch, or is
-    None where there is none: of one sequence at once."""
+    of each. `alone` is held during a step."""
 
     def __init__(
         self,
         config: ModelConfig,
         packed: PackedModel,
         prompts: Prompts,
-        text: Callable[[], TextKernel] | None,
         alone: Callable[[], AbstractContextManager[None]],
         max_batch: int,
         max_len: int,
         log: Callable[[str], None],
     ) -> None:
         self._config, self._packed, self._prompts = config, packed, prompts
-        self._text_kernel, self._alone, self._log = text, alone, log
+        self._alone, self._log = alone, log
         self._device = packed.embedding.device
         self._max_batch, self._max_len = min(max_batch, MAX_ROWS), max_len
         self._waiting: deque[Request] = deque()
@@ -94,8 +81,7 @@ class CudaSession:
         self._chains: dict[tuple[int, int], TokenChain] = {}
         self._forward: BoundForward | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._text: Text | None = None
-        self._compiled: set[bool] = set()  # whether by one launch
+        self._compiled = False
         self._rows_on_host: list[Tensor] = []
         self._rows: list[int] = []  # the slots that the device has in its rows
         self._token_seconds = MAX_SECONDS / GRAPH_TOKENS  # as far as is known
@@ -111,7 +97,7 @@ class CudaSession:
             with self._alone():
                 others = bool(self._growing)
                 joined = self._join()
-                # a first token waits for none of the same text, and for one graph of the others'
+                # a first token waits for one graph of the others, and for none of its own
                 if self._growing and (others or not joined):
                     self._grow(0.0 if joined else seconds)
         events, self._events = self._events, []
@@ -132,7 +118,7 @@ class CudaSession:
         self._events.clear()
         self._graphs.clear()
         self._chains.clear()
-        self._memory = self._forward = self._text = None
+        self._memory = self._forward = None
 
     # ---- requests that join
 
@@ -172,10 +158,7 @@ class CudaSession:
         if uniforms_N is not None:
             memory.uniforms[slot, : each.limit].copy_(uniforms_N)
         memory.positions[slot] = len(request.prompt_ids) - 1
-        by_text = self._text_kernel is not None and each.by_text
-        self._compile(len(request.prompt_ids), by_text)
-        if by_text:
-            self._bound_text().stop_at(request.stop_ids)
+        self._compile(len(request.prompt_ids))
         keys, values = memory.keys[:, slot], memory.values[:, slot]
         logits_1V = self._prompts.read(request.prompt_ids, keys, values)
         memory.logits[:1].copy_(logits_1V)
@@ -187,34 +170,6 @@ class CudaSession:
     # ---- sequences that grow
 
     def _grow(self, seconds: float) -> None:
-        if self._text_kernel is not None and self._growing[0].by_text:
-            self._write(self._growing[0], seconds)
-        else:
-            self._run_graphs(seconds)
-
-    def _write(self, each: Growing, seconds: float) -> None:
-        """Let one sequence grow in one launch."""
-        text = self._bound_text()
-        tokens = max(1, int(min(seconds, MAX_SECONDS) / self._token_seconds))
-        tokens = min(tokens, each.limit - len(each.new))
-        start = time.perf_counter()
-        text.launch(each.slot, each.new[-1], each.position, tokens)
-        self._wait()
-        self._token_seconds = (time.perf_counter() - start) / tokens
-        new, logprobs, how = text.result()
-        if how == sampling.FULL and len(each.new) + len(new) < each.limit:
-            how = sampling.GROWING
-        if self._take(each, new, logprobs, how):
-            self._growing.remove(each)
-
-    def _bound_text(self) -> Text:
-        if self._text is None:
-            assert self._text_kernel is not None
-            memory = self._state()
-            self._text = Text(self._text_kernel(), memory.keys, memory.values)
-        return self._text
-
-    def _run_graphs(self, seconds: float) -> None:
         longest = max(each.position for each in self._growing)
         tokens = max(1, int(min(seconds, MAX_SECONDS) / self._token_seconds))
         tokens = min(tokens, max(each.limit - len(each.new) for each in self._growing))
@@ -237,27 +192,15 @@ class CudaSession:
         rows = bucket(self._max_batch)
         return rows if self._many else min(ROWS, rows)
 
-    def _compile(self, prompt: int, by_text: bool) -> None:
+    def _compile(self, prompt: int) -> None:
         """Compile all kernels before the first request's prompt, and say so where it takes long."""
-        if by_text in self._compiled or self._device.type != "cuda":
+        if self._compiled or self._device.type != "cuda":
             return
-        layers = self._config.n_layers
-        chain = self._chain(1 if by_text else self._least_rows(), FIRST_CONTEXT)
-        of_token = [chain.sample] if by_text else chain.distinct
-        of_prompt = self._prompts.forward(prompt).calls
-        each = len(of_prompt[1:-1]) // layers
-        line = "compiling the kernels that generate; they are kept for the next time"
-        timer = threading.Timer(SILENT_SECONDS, self._log, [line])
-        timer.start()
-        try:
-            with ThreadPoolExecutor(1) as pool:
-                text = pool.submit(self._text_kernel) if by_text and self._text_kernel else None
-                compile_together([*of_token, *of_prompt[: 1 + each], of_prompt[-1]])
-                if text is not None:
-                    text.result()
-        finally:
-            timer.cancel()
-        self._compiled.add(by_text)
+        self._compiled = True
+        of_token = self._chain(self._least_rows(), FIRST_CONTEXT).distinct
+        of_prompt = self._prompts.calls(prompt, with_logits=True)
+        with notice(self._log):
+            compile_together([*of_token, *of_prompt])
 
     def _place(self, rows: int) -> None:
         """The sequences in their rows, each with its last token's row of the embedding."""
@@ -349,28 +292,42 @@ class CudaSession:
             count, how = memory.progress[each.slot].tolist()
             tokens = memory.tokens[each.slot, before:count].tolist()
             logprobs = memory.logprobs[each.slot, before:count].tolist()
-            if self._take(each, tokens, logprobs, how):
+            events = take(each, tokens, logprobs, how, self._packed.embedding.dtype)
+            self._events += events
+            if events and events[-1].finish is not None:
                 ended.add(each.slot)
         self._growing = [each for each in self._growing if each.slot not in ended]
 
-    def _take(
-        self, each: Growing, tokens: Sequence[int], logprobs: Sequence[float], how: int
-    ) -> bool:
-        """The events of new tokens of a sequence, and of `how` it ended; whether it has."""
-        request, finish = each.request, FINISH.get(how)
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if token in request.stop_ids:  # one of more than the device knows
-                finish = "stop"
-                break
-            each.new.append(token)
-            shown = logprob if request.logprobs else None
-            self._events.append(TokenEvent(request.id, token, shown))
-        if how == sampling.NOT_FINITE:
-            dtype = str(self._packed.embedding.dtype).removeprefix("torch.")
-            error = not_finite(each.position, dtype)
-            self._events.append(TokenEvent(request.id, None, None, "error", error))
-        elif finish == "length":
-            self._events[-1] = self._events[-1]._replace(finish=finish)
-        elif finish is not None:
-            self._events.append(TokenEvent(request.id, None, None, finish))
-        return finish is not None or how == sampling.NOT_FINITE
+
+def take(
+    each: Growing, tokens: Sequence[int], logprobs: Sequence[float], how: int, dtype: torch.dtype
+) -> list[TokenEvent]:
+    """The events of new tokens of a sequence, and of how it ended (sampling.py) where it has."""
+    request, finish = each.request, FINISH.get(how)
+    events = []
+    for token, logprob in zip(tokens, logprobs, strict=True):
+        if token in request.stop_ids:  # one of more than the device knows
+            finish = "stop"
+            break
+        each.new.append(token)
+        events.append(TokenEvent(request.id, token, logprob if request.logprobs else None))
+    if how == sampling.NOT_FINITE:
+        error = not_finite(each.position, str(dtype).removeprefix("torch."))
+        events.append(TokenEvent(request.id, None, None, "error", error))
+    elif finish == "length":
+        events[-1] = events[-1]._replace(finish=finish)
+    elif finish is not None:
+        events.append(TokenEvent(request.id, None, None, finish))
+    return events
+
+
+@contextmanager
+def notice(log: Callable[[str], None]) -> Iterator[None]:
+    """Say that kernels are compiled where it takes long."""
+    line = "compiling the kernels that generate; they are kept for the next time"
+    timer = threading.Timer(SILENT_SECONDS, log, [line])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

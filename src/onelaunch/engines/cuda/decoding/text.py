@@ -88,6 +88,28 @@ def source() -> str:
     return (Path(__file__).parent / "text.cu").read_text(encoding="utf-8")
 
 
+class Mailbox:
+    """What a launch writes into, free again when it has ended: words of `stride` numbers a copy, on
+    the device; on the host, pinned, `written` (max_len,) and `ending` (2,)."""
+
+    def __init__(self, stride: int, max_len: int, device: torch.device) -> None:
+        self.stride, self.max_len = stride, max_len
+        self.words = torch.zeros(REPLICAS * stride, dtype=torch.int64, device=device)
+        self.status = torch.zeros(1, dtype=torch.int32, device=device)
+        self.stop = torch.full((STOP_IDS,), -1, dtype=torch.int32, device=device)
+        self.written = torch.zeros(max_len, dtype=torch.int64, pin_memory=True)
+        self.ending = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self.started = torch.cuda.Event(enable_timing=True)
+        self.ended = torch.cuda.Event(enable_timing=True)
+        self.epoch = 1
+
+    def clear(self) -> None:
+        """No word has an epoch."""
+        self.words.zero_()
+        self.status.zero_()
+        self.epoch = 1
+
+
 class TextKernel:
     """The kernel of a model's shape for a device, of `ctas` CTAs, by default one a
     multiprocessor."""
@@ -115,80 +137,125 @@ class TextKernel:
         p = packed
         weights = (p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin)
         self.model = _pointers(weights, device)
+        self.token_seconds: float | None = None  # that the last launch took
+        self._free: list[Mailbox] = []
+
+    def take_mailbox(self, max_len: int) -> Mailbox:
+        """One that no launch writes into, for texts of up to `max_len` positions."""
+        for mailbox in self._free:
+            if mailbox.max_len >= max_len:
+                self._free.remove(mailbox)
+                return mailbox
+        c = self.config
+        chunks = -(-max_len // (16 * WARPS * _passes(max_len)))
+        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 6 * self.ctas
+        words += chunks * (c.q_dim + c.n_heads)
+        return Mailbox(-(-words // 16) * 16, max_len, self.packed.embedding.device)
+
+    def give_back(self, mailbox: Mailbox) -> None:
+        """Its launches have ended."""
+        self._free.append(mailbox)
+
+
+def _passes(max_len: int) -> int:
+    """How often a CTA takes 16 positions a warp of its chunk."""
+    return -(-max_len // (16 * WARPS * CHUNKS))
 
 
 class Text:
-    """Writes into a session's cache: keys and values, (L, S, K, context, E) each."""
+    """Writes into a session's cache: keys and values, (L, S, K, context, E) each. One launch at a
+    time; its tokens are there as they come."""
 
     def __init__(
-        self,
-        kernel: TextKernel,
-        keys: Tensor,
-        values: Tensor,
-        timeout_ns: int = TIMEOUT_NS,
+        self, kernel: TextKernel, keys: Tensor, values: Tensor, timeout_ns: int = TIMEOUT_NS
     ) -> None:
-        c, device = kernel.config, keys.device
         self._kernel, self._slots, self._max_len = kernel, keys.shape[1], keys.shape[3]
-        self._timeout_ns = timeout_ns
-        self._passes = -(-self._max_len // (16 * WARPS * CHUNKS))
-        chunks = -(-self._max_len // (16 * WARPS * self._passes))
-        n_words = (
-            c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 6 * kernel.ctas
-            + chunks * (c.q_dim + c.n_heads)
-        )  # fmt: skip
-        self._stride = -(-n_words // 16) * 16
-        self._words = torch.zeros(REPLICAS * self._stride, dtype=torch.int64, device=device)
-        self._status = torch.zeros(1, dtype=torch.int32, device=device)
-        self._stop = torch.full((STOP_IDS,), -1, dtype=torch.int32, device=device)
-        self._written = torch.zeros(self._max_len, dtype=torch.int64, pin_memory=True)
-        self._ending = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self._timeout_ns, self._passes = timeout_ns, _passes(keys.shape[3])
+        self._cache = keys, values
+        self._mailbox: Mailbox | None = kernel.take_mailbox(self._max_len)
+        m = self._mailbox
+        tensors = (keys, values, m.words, m.status, m.written, m.ending, m.stop)
+        self._memory = _pointers(tensors, keys.device)
+        self._written: np.ndarray = m.written.numpy()
         self.marks = torch.zeros(
-            kernel.ctas * max(1, kernel.trace), dtype=torch.int64, device=device
+            kernel.ctas * max(1, kernel.trace), dtype=torch.int64, device=keys.device
         )
-        self._keep = (keys, values)
-        tensors = (keys, values, self._words, self._status, self._written, self._ending, self._stop)
-        self._memory = _pointers(tensors, device)
-        self._epoch = 1
 
     def stop_at(self, ids: Sequence[int]) -> None:
         """Set the ids that end a text: the first STOP_IDS of these."""
         row = list(ids[:STOP_IDS])
         row += [-1] * (STOP_IDS - len(row))
-        self._stop.copy_(torch.tensor(row, dtype=torch.int32))
+        self._box.stop.copy_(torch.tensor(row, dtype=torch.int32))
 
     def launch(self, slot: int, token: int, position: int, n: int) -> None:
-        """Begin to write `n` tokens after one at a position."""
-        layers = self._kernel.config.n_layers
-        if self._epoch + (n + 1) * layers >= 1 << 31:
-            self._words.zero_()
-            self._epoch = 1
+        """Begin to write `n` tokens after one at a position; the launch before has ended."""
+        box, layers = self._box, self._kernel.config.n_layers
+        if box.epoch + (n + 1) * layers >= 1 << 31:
+            box.clear()
+        self._written[:n] = _ABSENT
         arguments = [
             (self._kernel.model.data_ptr(), nvrtc.POINTER),
             (self._memory.data_ptr(), nvrtc.POINTER),
             (slot, nvrtc.INT), (self._slots, nvrtc.INT), (self._max_len, nvrtc.INT),
             (token, nvrtc.INT), (position, nvrtc.INT), (n, nvrtc.INT), (self._passes, nvrtc.INT),
-            (self._stride, nvrtc.INT),
-            (self._epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
+            (box.stride, nvrtc.INT), (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
         ]  # fmt: skip
         if self._kernel.trace:
             arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
-        self._epoch += (n + 1) * layers
-        threads = 32 * (WARPS + 1)
-        self._kernel.function.launch(self._kernel.ctas, threads, arguments)
+        box.epoch += (n + 1) * layers
+        box.started.record()
+        self._kernel.function.launch(self._kernel.ctas, 32 * (WARPS + 1), arguments)
+        box.ended.record()
 
-    def result(self) -> tuple[list[int], list[float], int]:
-        """The tokens of the last launch, which has ended, their logprobs, and what ended it.
-        Raises EngineTimeout where a wait timed out."""
-        count, ending = self._ending.tolist()
+    def wait_for_one(self) -> None:
+        """Until the launch has written a token, or has ended without one."""
+        while self._written[0] == _ABSENT and not self._box.ended.query():
+            pass
+
+    def arrived(self, first: int = 0) -> tuple[list[int], list[float]]:
+        """The tokens that the launch has written, from number `first` on, and their logprobs."""
+        words = self._written[first:].copy()
+        (absent,) = (words == _ABSENT).nonzero()
+        return _unpacked(words[: absent[0]] if len(absent) else words)
+
+    def finish(self, first: int = 0) -> tuple[list[int], list[float], int]:
+        """Wait for the launch to end: its tokens from number `first` on, their logprobs, and what
+        ended it. Raises EngineTimeout where a wait timed out."""
+        box = self._box
+        box.ended.synchronize()
+        count, ending = box.ending.tolist()
         if ending < 0:
-            where = int(self._status)
-            self._status.zero_()
-            self._words.zero_()
+            where = int(box.status)
+            box.clear()
             raise EngineTimeout(f"a text timed out after {count} tokens, at {where:#x}")
-        words = self._written[:count].numpy()
-        tokens = (words & 0xFFFFFFFF).astype(np.int64).tolist()
-        logprobs = (words >> 32).astype(np.int32).view(np.float32).tolist()
-        return tokens, logprobs, ending
+        self._kernel.token_seconds = box.started.elapsed_time(box.ended) / 1e3 / max(1, count)
+        return *_unpacked(self._written[first:count]), ending
+
+    def close(self) -> None:
+        """Wait for the launch to end, and let go of its memory."""
+        if self._mailbox is not None:
+            self._mailbox.ended.synchronize()
+            self._kernel.give_back(self._mailbox)
+            self._mailbox = None
+
+    @property
+    def token_seconds(self) -> float | None:
+        """That a token of the last launch took."""
+        return self._kernel.token_seconds
+
+    @property
+    def _box(self) -> Mailbox:
+        assert self._mailbox is not None, "closed"
+        return self._mailbox
+
+
+_ABSENT = -1
+
+
+def _unpacked(words: np.ndarray) -> tuple[list[int], list[float]]:
+    tokens: list[int] = (words & 0xFFFFFFFF).tolist()
+    logprobs: list[float] = (words >> 32).astype(np.int32).view(np.float32).tolist()
+    return tokens, logprobs
 
 
 def _pointers(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:

@@ -1,0 +1,211 @@
+"""A session that writes in launches, over a writer that runs on the host: what it hands on, and
+when."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
+from onelaunch.engines.engine import Request, Sampling, TokenEvent
+from onelaunch.errors import EngineTimeout
+from tests.engines.suite import SMALL
+
+LONG = SMALL.with_(max_seq_len=200)
+
+
+def following(token):
+    return (7 * token + 3) % LONG.vocab_size
+
+
+class HostWriter:
+    """Its launches write at once all but the last of their tokens; that comes with the end."""
+
+    def __init__(self, token_seconds=None, fails_at=None):
+        self.token_seconds, self.fails_at = token_seconds, fails_at
+        self.stop, self.launches, self.flying, self.closed = (), [], None, False
+
+    def stop_at(self, ids):
+        self.stop = ids
+
+    def launch(self, slot, token, position, n):
+        assert self.flying is None, "a launch is under way"
+        self.launches.append((token, position, n))
+        tokens, how = [], sampling.FULL
+        for _ in range(n):
+            token = following(token)
+            if token in self.stop:
+                how = sampling.STOPPED
+                break
+            tokens.append(token)
+        self.flying = tokens, how
+
+    def wait_for_one(self):
+        assert self.flying is not None
+
+    def arrived(self, first=0):
+        tokens = self.flying[0][first:-1]
+        return tokens, [-0.5] * len(tokens)
+
+    def finish(self, first=0):
+        (tokens, how), self.flying = self.flying, None
+        if self.fails_at == len(self.launches):
+            raise EngineTimeout("a text timed out")
+        return tokens[first:], [-0.5] * len(tokens[first:]), how
+
+    def close(self):
+        self.closed = True
+
+
+class HostSource:
+    def __init__(self, writer):
+        self.kept, self.made = [], writer
+
+    def writer(self, prompt):
+        return self.made
+
+    def keep(self, prompt_ids):
+        self.kept.append(prompt_ids)
+
+    def close(self):
+        self.kept = None
+
+
+class Others:
+    """Answers a request with one token."""
+
+    def __init__(self):
+        self.events = []
+
+    def submit(self, request):
+        self.events.append(TokenEvent(request.id, 5, None, "length"))
+
+    def step(self, seconds):
+        events, self.events = self.events, []
+        return events
+
+    def cancel(self, id):
+        self.events = [TokenEvent(id, None, None, "cancelled")]
+
+    def close(self):
+        pass
+
+
+def session_of(writer, max_len=200):
+    source = HostSource(writer)
+    return TextSession(LONG, source, Others, nullcontext, max_len, torch.bfloat16), source.kept
+
+
+def expected(prompt, n):
+    tokens = [prompt[-1]]
+    for _ in range(n):
+        tokens.append(following(tokens[-1]))
+    return tokens[1:]
+
+
+def all_of(session, steps=100):
+    events = []
+    for _ in range(steps):
+        events += session.step()
+        if events and events[-1].finish is not None:
+            return events
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("token_seconds", [None, 1e-3, 1e-5])
+@pytest.mark.parametrize("new", [1, 2, FIRST_TOKENS, 40, 120])
+def test_tokens_come_in_order_however_many_a_launch_writes(new, token_seconds):
+    writer = HostWriter(token_seconds)
+    session, kept = session_of(writer)
+    prompt = [4, 9, 2]
+    session.submit(Request(0, prompt, new, logprobs=True))
+    events = all_of(session)
+    assert [event.token for event in events] == expected(prompt, new)
+    assert [event.finish for event in events] == [None] * (new - 1) + ["length"]
+    assert all(event.logprob == -0.5 for event in events)
+    assert kept == [prompt[:-1]]
+    assert sum(n for _, _, n in writer.launches) == new
+    # each goes on where the one before ended
+    at = 0
+    for token, position, n in writer.launches:
+        assert (token, position) == ([*prompt, *expected(prompt, new)][2 + at], 2 + at)
+        at += n
+    assert session.step() == []
+
+
+def test_the_first_token_does_not_wait_for_its_launch():
+    writer = HostWriter()
+    session, _ = session_of(writer)
+    session.submit(Request(0, [1], 50))
+    assert len(session.step()) == FIRST_TOKENS - 1
+    assert writer.flying is not None
+    # the next launch is under way before the tokens of the last are handed on
+    assert len(session.step()) == 1
+    assert writer.flying is not None
+
+
+@pytest.mark.parametrize("ids", [1, 40])
+def test_a_stop_id_ends_it(ids):
+    prompt, stop = [8], expected([8], 11)[10]
+    more = [i for i in range(LONG.vocab_size) if i not in expected([8], 11)]
+    writer = HostWriter()
+    session, _ = session_of(writer)
+    writer.stop_at = lambda given: setattr(writer, "stop", given[: sampling.STOP_IDS])
+    session.submit(Request(0, prompt, 60, stop_ids=(*more[: ids - 1], stop)))
+    events = all_of(session)
+    assert [event.token for event in events] == [*expected(prompt, 10), None]
+    assert events[-1].finish == "stop"
+    session.submit(Request(1, prompt, 3))
+    assert [event.token for event in all_of(session)] == expected(prompt, 3)
+
+
+def test_requests_follow_one_another_and_drawn_ones_go_elsewhere():
+    session, _ = session_of(HostWriter(1e-3))
+    session.submit(Request(0, [1], 20))
+    session.submit(Request(1, [2], 4, Sampling(1.0)))
+    session.submit(Request(2, [3], 20))
+    session.submit(Request(3, [3], 0))
+    events = []
+    while {event.id for event in events if event.finish} != {0, 1, 2, 3}:
+        events += session.step()
+    assert [event.token for event in events if event.id == 0] == expected([1], 20)
+    assert [event for event in events if event.id == 1] == [TokenEvent(1, 5, None, "length")]
+    assert [event.token for event in events if event.id == 2] == expected([3], 20)
+    assert [event.id for event in events if event.finish] == [0, 1, 2, 3]
+
+
+def test_one_that_is_cancelled_makes_room_at_once():
+    writer = HostWriter()
+    session, _ = session_of(writer)
+    session.submit(Request(0, [1], 50))
+    session.submit(Request(1, [2], 5))
+    session.submit(Request(2, [2], 5))
+    session.step()
+    session.cancel(0)
+    session.cancel(2)
+    session.cancel(7)
+    events = all_of(session)
+    assert [event for event in events if event.id == 0] == [TokenEvent(0, None, None, "cancelled")]
+    assert [event.token for event in events if event.id == 1] == expected([2], 5)
+    assert [event.finish for event in events if event.id == 2] == ["cancelled"]
+    session.close()
+    assert writer.closed
+
+
+def test_a_prompt_that_fills_the_context_has_one_token_more():
+    session, _ = session_of(HostWriter(), max_len=10)
+    session.submit(Request(0, list(range(1, 11)), 50))
+    assert len(all_of(session)) == 1
+
+
+def test_a_wait_that_timed_out_is_raised():
+    session, _ = session_of(HostWriter(fails_at=2))
+    session.submit(Request(0, [1], 50))
+    with pytest.raises(EngineTimeout):
+        all_of(session)
+    session.close()
