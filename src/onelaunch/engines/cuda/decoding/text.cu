@@ -14,9 +14,6 @@
 // Shapes (macros): D model width, H heads, KV heads of keys and values, E head width, F hidden
 // width, V vocabulary, LAYERS; GRID CTAs of WARPS warps and the producer. C chunks of the context.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 constexpr int LANES = 32;
 constexpr int THREADS = WARPS * LANES;  // without the producer
 constexpr int N_QKV = (H + 2 * KV) * E, Q = H * E, GROUP = H / KV;
@@ -34,45 +31,32 @@ constexpr float LOG2E = 1.4426950408889634f;
 #if DTYPE == 2
 typedef float Stored;
 constexpr int VECTOR = 4;
-__device__ __forceinline__ float as_float(Stored x) { return x; }
-__device__ __forceinline__ Stored as_stored(float x) { return x; }
+DEVICE float as_float(Stored x) { return x; }
+DEVICE Stored as_stored(float x) { return x; }
 #else
-typedef unsigned short Stored;
+typedef u16 Stored;
 constexpr int VECTOR = 8;
-__device__ __forceinline__ float as_float(Stored x) {
 #if DTYPE == 0
-    return __uint_as_float((u32)x << 16);
+DEVICE float as_float(Stored x) { return __uint_as_float((u32)x << 16); }
+DEVICE Stored as_stored(float x) { return to_bf16(x); }
 #else
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
+DEVICE float as_float(Stored x) { return from_f16(x); }
+DEVICE Stored as_stored(float x) { return to_f16(x); }
 #endif
-}
-__device__ __forceinline__ Stored as_stored(float x) {
-    Stored y;
-#if DTYPE == 0
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-    return y;
-}
 #endif
 
 // Two numbers as the value of a word: rounded as they are stored, or, in float32, the first alone.
 constexpr int PER = DTYPE == 2 ? 1 : 2;
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 both;
+DEVICE u32 packed(float low, float high) {
 #if DTYPE == 2
-    both = __float_as_uint(low);
+    return __float_as_uint(low);
 #elif DTYPE == 0
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return to_bf16(low, high);
 #else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return to_f16(low, high);
 #endif
-    return both;
 }
-__device__ __forceinline__ void unpack(u32 both, float* to) {  // to PER numbers
+DEVICE void unpack(u32 both, float* to) {  // to PER numbers
 #if DTYPE == 2
     *to = __uint_as_float(both);
 #elif DTYPE == 0
@@ -89,7 +73,7 @@ struct Raw {
     static constexpr int WORDS = N < PER_WORD ? 1 : N / PER_WORD;
     u32 of[WORDS];
 
-    __device__ __forceinline__ float operator[](int i) const {
+    DEVICE float operator[](int i) const {
 #if DTYPE == 2
         return __uint_as_float(of[i]);
 #elif DTYPE == 0
@@ -98,7 +82,7 @@ struct Raw {
         return as_float((Stored)(i % 2 ? of[i / 2] >> 16 : of[i / 2]));
 #endif
     }
-    __device__ __forceinline__ void from_shared(const Stored* at) {
+    DEVICE void from_shared(const Stored* at) {
         if constexpr (N * sizeof(Stored) == 16) {
             const uint4 v = *(const uint4*)at;
             of[0] = v.x, of[1] = v.y, of[2] = v.z, of[3] = v.w;
@@ -111,20 +95,20 @@ struct Raw {
             of[0] = *(const unsigned short*)at;
         }
     }
-    __device__ __forceinline__ void from_cache(const Stored* at) {  // past the L1
+    DEVICE void from_cache(const Stored* at) {  // past the L1
         if constexpr (N * sizeof(Stored) == 16) {
-            const uint4 v = __ldcg((const uint4*)at);
+            const uint4 v = load_past_l1((const uint4*)at);
             of[0] = v.x, of[1] = v.y, of[2] = v.z, of[3] = v.w;
         } else if constexpr (N * sizeof(Stored) == 8) {
-            const uint2 v = __ldcg((const uint2*)at);
+            const uint2 v = load_past_l1((const uint2*)at);
             of[0] = v.x, of[1] = v.y;
         } else if constexpr (N * sizeof(Stored) == 4) {
-            of[0] = __ldcg((const u32*)at);
+            of[0] = load_past_l1((const u32*)at);
         } else {
-            of[0] = __ldcg((const unsigned short*)at);
+            of[0] = load_past_l1((const unsigned short*)at);
         }
     }
-    __device__ __forceinline__ void clear() {
+    DEVICE void clear() {
 #pragma unroll
         for (int i = 0; i < WORDS; i++) of[i] = 0;
     }
@@ -149,17 +133,9 @@ enum { GROWING, STOPPED, FULL, NOT_FINITE };
 
 // ---- words: a value and its epoch
 
-__device__ __forceinline__ u64 load_word(const u64* at) {
-    u64 word;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
-    return word;
-}
-__device__ __forceinline__ void store_word(u64* at, u32 value, u32 epoch) {
-    u64 word = (u64)epoch << 32 | value;
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
-}
-__device__ __forceinline__ u32 epoch_of(u64 word) { return (u32)(word >> 32); }
-__device__ __forceinline__ float value_of(u64 word) { return __uint_as_float((u32)word); }
+DEVICE void store_word(u64* at, u32 value, u32 epoch) { store_word(at, (u64)epoch << 32 | value); }
+DEVICE u32 epoch_of(u64 word) { return (u32)(word >> 32); }
+DEVICE float value_of(u64 word) { return __uint_as_float((u32)word); }
 
 // Where the words of a stage lie.
 struct Words {
@@ -173,18 +149,12 @@ struct Words {
 
 // Every word is there REPLICAS times, so that not all CTAs look at the same line. Lanes of a warp
 // that all have the value write them, each into its own copy of all words.
-__device__ __forceinline__ void publish(u64* copy, int at, u32 value, u32 epoch, int lane) {
+DEVICE void publish(u64* copy, int at, u32 value, u32 epoch, int lane) {
     if (lane < REPLICAS) store_word(copy + at, value, epoch);
 }
 
-__device__ __forceinline__ u64 now() {
-    u64 time;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-    return time;
-}
-
 // The time of a wait's first look at the clock, kept by the caller; 0 where there is no more waiting.
-__device__ __forceinline__ u64 look_around(u32* status, u64 since, u64 timeout_ns, u32 where) {
+DEVICE u64 look_around(u32* status, u64 since, u64 timeout_ns, u32 where) {
     if (*(volatile u32*)status != 0) return 0;
     u64 time = now();
     if (since == 0) return time;
@@ -199,7 +169,8 @@ struct Patience {
     u64 timeout_ns, since = 0;
     u32 looks = 0;
 
-    __device__ __forceinline__ bool waits(u32 where) {
+    DEVICE bool waits(u32 where) {
+        look_again();
         if ((++looks & 255u) != 0) return true;
         u64 still = look_around(status, since, timeout_ns, where);
         since = still;
@@ -208,17 +179,6 @@ struct Patience {
 };
 
 // ---- the ring of weights
-
-__device__ __forceinline__ u32 shared_address(const void* at) {
-    return (u32)__cvta_generic_to_shared(at);
-}
-__device__ __forceinline__ bool has_come(u32 barrier, u32 parity) {
-    u32 done;
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    return done != 0;
-}
 
 // How the rows of a stage lie in the ring. A CTA has whole units of rows, which make copies of 16
 // bytes; a tile has whole groups, of which each is one warp's.
@@ -281,7 +241,7 @@ static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
 static_assert((D + GRID - 1) / GRID + 8 <= THREADS, "a thread has a row of x at most");
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
-__device__ __forceinline__ void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
+DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
     u32 tile = 0;
     bool open = true;  // until the text has ended
     const int steps = n_tokens * (4 * LAYERS + 1);
@@ -310,13 +270,7 @@ __device__ __forceinline__ void produce(Shared& s, const Model& model, int n_tok
             if (!open) break;
             if (lane == 0) {
                 const u32 bytes = (left < of_tile ? left : of_tile) * kw * sizeof(Stored), slot = tile % SLOTS;
-                const u32 barrier = shared_address(&s.full[slot]);
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                             ::"r"(barrier), "r"(bytes) : "memory");
-                asm volatile(
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                    ::"r"(shared_address(s.ring[slot])), "l"(from), "r"(bytes), "r"(barrier)
-                    : "memory");
+                copy(s.ring[slot], from, bytes, &s.full[slot]);
                 *(volatile u32*)&s.issued = tile + 1;
             }
             tile++;
@@ -325,7 +279,7 @@ __device__ __forceinline__ void produce(Shared& s, const Model& model, int n_tok
     // no copy is under way when the CTA ends
 #pragma unroll 1
     for (u32 which = tile > SLOTS ? tile - SLOTS : 0; which < tile; which++)
-        while (!has_come(shared_address(&s.full[which % SLOTS]), which / SLOTS & 1)) {}
+        while (!has_come(&s.full[which % SLOTS], which / SLOTS & 1)) {}
 }
 
 // ---- products of rows in shared memory
@@ -349,7 +303,7 @@ __host__ __device__ constexpr int words_of() {
     else return 1;
 }
 template <int KW, int WORDS, int POS = 0, int AT = 0, int VEC = width_of(KW)>
-__device__ __forceinline__ void load_row(u32 (&words)[WORDS], const Stored* row, int lane) {
+DEVICE void load_row(u32 (&words)[WORDS], const Stored* row, int lane) {
     if constexpr (POS < KW) {
         if constexpr (KW - POS >= LANES * VEC) {
             Raw<VEC> raw;
@@ -368,7 +322,7 @@ __device__ __forceinline__ void load_row(u32 (&words)[WORDS], const Stored* row,
     }
 }
 template <int KW, int WORDS, int POS = 0, int AT = 0, int N = 0, int VEC = width_of(KW)>
-__device__ __forceinline__ void as_floats(float (&x)[per_lane(KW)], const u32 (&words)[WORDS]) {
+DEVICE void as_floats(float (&x)[per_lane(KW)], const u32 (&words)[WORDS]) {
     if constexpr (POS < KW) {
         if constexpr (KW - POS >= LANES * VEC) {
             Raw<VEC> raw;
@@ -385,7 +339,7 @@ __device__ __forceinline__ void as_floats(float (&x)[per_lane(KW)], const u32 (&
     }
 }
 template <int KW, int WORDS, int POS = 0, int AT = 0, int N = 0, int VEC = width_of(KW)>
-__device__ __forceinline__ void add_row(
+DEVICE void add_row(
     float (&sum)[2], const u32 (&words)[WORDS], const float (&x)[per_lane(KW)], int lane) {
     if constexpr (POS < KW) {
         if constexpr (KW - POS >= LANES * VEC) {
@@ -404,34 +358,26 @@ __device__ __forceinline__ void add_row(
     }
 }
 
-__device__ __forceinline__ float sum_of_warp(float x) {
+DEVICE float sum_of_warp(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
-__device__ __forceinline__ float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Floats as whole numbers of the same order.
-__device__ __forceinline__ u32 ordered(float x) {
+DEVICE u32 ordered(float x) {
     const int bits = __float_as_int(x);
     return (u32)(bits ^ (bits >> 31 | (int)0x80000000));
 }
-__device__ __forceinline__ float value_of_ordered(u32 y) {
+DEVICE float value_of_ordered(u32 y) {
     return __uint_as_float(y & 0x80000000u ? y ^ 0x80000000u : ~y);
 }
 
-__device__ __forceinline__ float rstd_of(float squares) {  // of each lane's part
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(sum_of_warp(squares), 1.0f / D, EPS)));
-    return y;
+DEVICE float rstd_of(float squares) {  // of each lane's part
+    return reciprocal_root(fmaf(sum_of_warp(squares), 1.0f / D, EPS));
 }
 
-__device__ __forceinline__ void barrier() {  // of the threads without the producer
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+DEVICE void barrier() {  // of the threads without the producer
+    wait_for_threads<THREADS>();
 }
 
 struct Consumer {
@@ -441,14 +387,14 @@ struct Consumer {
     u32 tile;  // the first of the next stage
 
     // A tile is there; none before it is needed: what was read of those has been computed with.
-    __device__ __forceinline__ const Stored* wait_for(u32 which) {
+    DEVICE const Stored* wait_for(u32 which) {
         __syncwarp();
         if (lane == 0) *(volatile u32*)&s.progress[warp] = which;
-        const u32 slot = which % SLOTS, full = shared_address(&s.full[slot]);
+        const u32 slot = which % SLOTS;
         // a barrier tells odd from even tiles alone: the one before in this slot must have been used
         Patience still = patience;
         while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
-        while (!has_come(full, which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
+        while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
         __syncwarp();
         return (const Stored*)s.ring[slot];
     }
@@ -458,7 +404,7 @@ struct Consumer {
 // each group's first row and each lane's part of its rows' sums and, of a norm, of x's squares. What
 // does not need the input comes before `fetch`.
 template <int STAGE, bool NORM, class Fetch, class Body>
-__device__ __forceinline__ void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Body body) {
+DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Body body) {
     constexpr Rows R = ROWS_OF(STAGE);
     constexpr int KW = R.kw, N = R.group, GROUPS = R.tile / N, WORDS = words_of<KW>();
     constexpr bool HOLDS = in_registers(KW), AHEAD = HOLDS && N * WORDS <= 32;
@@ -559,14 +505,8 @@ __device__ __forceinline__ void run_stage(Consumer& c, int rows, const Stored* f
 
 // The head's products on tensor cores: `body(row, logit)` on every fourth lane. Of the eight columns of an mma one is used. Which k of an mma is which column of the
 // weight is free, as long as both sides agree: here each lane's numbers stand side by side.
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 template <class Fetch, class Body>
-__device__ __forceinline__ void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
+DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
     constexpr Rows R = ROWS_OF(HEAD);
     constexpr int N = HEAD_GROUP, GROUPS = R.tile / N;
     const int groups = (rows + N - 1) / N, row = c.lane / 4, quad = c.lane % 4;
@@ -622,7 +562,7 @@ __device__ __forceinline__ void run_head(Consumer& c, int rows, Fetch fetch, Bod
 
 // `take(i, value)` for each of N words, of which word i lies at `place(i)`.
 template <int N, class Take, class Place>
-__device__ __forceinline__ void gather(
+DEVICE void gather(
     const u64* words, u32 epoch, int thread, Patience patience, u32 where, Take take, Place place) {
     constexpr int AT_ONCE = least(8, (N + THREADS - 1) / THREADS);
 #pragma unroll 1
@@ -651,7 +591,7 @@ __device__ __forceinline__ void gather(
 }
 
 // What attention gives, of `chunks` chunks, into `to`.
-__device__ __forceinline__ void gather_attention(
+DEVICE void gather_attention(
     const u64* words, int chunks, u32 epoch, int thread, Patience patience, u32 where, Stored* to) {
     constexpr int N = Q / PER, EACH = least(4, (N + THREADS - 1) / THREADS);
 #pragma unroll 1
@@ -708,7 +648,7 @@ __device__ __forceinline__ void gather_attention(
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (base + i * THREADS < N)
-                *(u32*)&to[PER * element[i]] = packed(__fdividef(sum[i][0], l[i]), __fdividef(sum[i][PER - 1], l[i]));
+                *(u32*)&to[PER * element[i]] = packed(quotient(sum[i][0], l[i]), quotient(sum[i][PER - 1], l[i]));
     }
 }
 
@@ -727,7 +667,7 @@ struct Positions {  // of a warp: keys of a position on two lanes, values pair b
     Raw<2> values[CHUNK_OF_WARP / STRIPES][LANE_PAIRS];
 
     // Those from `first` on, before `position`.
-    __device__ __forceinline__ void load(const Stored* k, const Stored* v, int first, int position, int lane) {
+    DEVICE void load(const Stored* k, const Stored* v, int first, int position, int lane) {
         const int at = first + lane / 2;
         const Stored* key = k + (long long)at * E + lane % 2 * HALF;
 #pragma unroll
@@ -750,7 +690,7 @@ struct Positions {  // of a warp: keys of a position on two lanes, values pair b
 // ---- the kernel
 
 #if TRACE
-#define MARK(point) if (thread == 0) { trace[(long long)cta * TRACE + marks % TRACE] = (u64)clock64() << 8 | (point); marks++; }
+#define MARK(point) if (thread == 0) { trace[(long long)cta * TRACE + marks % TRACE] = ticks() << 8 | (point); marks++; }
 #else
 #define MARK(point)
 #endif
@@ -762,7 +702,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     , u64* trace
 #endif
 ) {
-    extern __shared__ unsigned char bytes[];
+    SHARED_MEMORY(bytes);
     Shared& s = *(Shared*)bytes;
     const Model model = *model_at;
     const Memory memory = *memory_at;
@@ -770,7 +710,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     Patience patience{memory.status, timeout_ns};
 
     if (thread < SLOTS)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&s.full[thread])) : "memory");
+        make_barrier(&s.full[thread]);
     if (thread < WARPS) s.progress[thread] = 0;
     if (thread < STAGES) {
         const int units = ROWS[thread].rows / ROWS[thread].unit;
@@ -779,7 +719,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         s.count[thread] = (end - first) * ROWS[thread].unit;
     }
     if (thread == 0) s.issued = s.ended = 0;
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    show_to_copies();
     __syncthreads();
 
     if (warp == WARPS) {
@@ -886,7 +826,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                         a[j] = pair < PAIRS ? both.x : 0.0f, b[j] = pair < PAIRS ? both.y : 0.0f;
                         squares += a[j] * a[j] + b[j] * b[j];
                     }
-                    const float scale = QK_NORM ? rsqrtf(sum_of_warp(squares) * (1.0f / E) + EPS) : 1.0f;
+                    const float scale = QK_NORM ? reciprocal_root(sum_of_warp(squares) * (1.0f / E) + EPS) : 1.0f;
 #pragma unroll
                     for (int j = 0; j < LANE_PAIRS; j++) {
                         if (QK_NORM) a[j] *= scale * norms[which][j][0], b[j] *= scale * norms[which][j][1];
@@ -990,8 +930,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                         for (int k = 0; k < PER; k++)  // what is not there may be anything
                             out[k] = fmaf(scale, scale > 0.0f ? parts[w][e + k] : 0.0f, out[k]);
                     }
-                    const u32 value = packed(__fdividef(out[0], l), __fdividef(out[PER - 1], l));
-                    const u32 lse = __float_as_uint(m + __log2f(l));
+                    const u32 value = packed(quotient(out[0], l), quotient(out[PER - 1], l));
+                    const u32 lse = __float_as_uint(m + log_2(l));
 #pragma unroll
                     for (int r = 0; r < REPLICAS / SPLIT; r++) {
                         u64* copy = to + (long long)(i / WORDS + r * SPLIT) * stride;
@@ -1062,7 +1002,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 sum *= rstd;
                 // lanes without bit 3 have the gate, and those with it the up
                 const float up = __shfl_xor_sync(~0u, sum, 8);
-                const float hidden = __fdividef(sum, 1.0f + power_of_2(-LOG2E * sum)) * up;
+                const float hidden = quotient(sum, 1.0f + power_of_2(-LOG2E * sum)) * up;
                 const float next = __shfl_xor_sync(~0u, hidden, 16);
                 const int at = (hidden_first + first / 2) / PER;
                 publish(copy, Words::hidden + at, packed(hidden, next), here, lane);
@@ -1143,7 +1083,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
             if (id < V)  // whichever is the next token, its row is in the L2
 #pragma unroll 1
                 for (int i = lane * 64; i < D; i += LANES * 64)
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(model.embedding + (long long)id * D + i));
+                    prefetch(model.embedding + (long long)id * D + i);
         }
         gather<3 * GRID>(words + records, of_best, thread, patience, 4u << 28 | 1,
                          [&](int i, u32 value) { s.records[i] = __uint_as_float(value); }, straight);
@@ -1168,9 +1108,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
 #pragma unroll 1
                 for (int i = lane; i < GRID; i += LANES) total += s.records[3 * i + 2] * power_of_2((s.records[3 * i] - best) * LOG2E);
                 total = sum_of_warp(total);
-                const u64 word = (u64)__float_as_uint(-__logf(total)) << 32 | (u32)token;
-                if (lane == 0)
-                    asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(memory.written + count), "l"(word) : "memory");
+                const u64 word = (u64)__float_as_uint(-log_2(total) / LOG2E) << 32 | (u32)token;
+                if (lane == 0) store_to_host(memory.written + count, word);
             }
             count++;
             if (count == n_tokens) ending = FULL;

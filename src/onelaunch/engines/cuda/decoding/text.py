@@ -18,6 +18,7 @@ from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
 from onelaunch.errors import EngineTimeout
 
+SOURCES = ("device.cu", "text.cu")
 WARPS = 8
 SLOT_BYTES = 16384
 MIN_SLOTS, MAX_SLOTS = 4, 32
@@ -85,7 +86,8 @@ def macros(
 @cache
 def source() -> str:
     """The kernel's source."""
-    return (Path(__file__).parent / "text.cu").read_text(encoding="utf-8")
+    folder = Path(__file__).parent
+    return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
 class Mailbox:

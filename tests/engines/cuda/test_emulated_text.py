@@ -1,0 +1,125 @@
+"""The kernel of a whole text on a CPU: its threads are fibers that run in a random order
+(emulator.h), so that what waits for too little shows. Against PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+COMPILER = shutil.which("g++")
+if COMPILER is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+from onelaunch.engines.cuda.blocking import H200
+from onelaunch.engines.cuda.decoding import sampling, text
+from onelaunch.engines.cuda.pack import pack
+from onelaunch.model import Model
+from tests.engines.suite import SHAPES, SMALL, exact_logits, weights_of
+
+HERE = Path(__file__).parent
+OPTIONS = (
+    "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w",
+    f"-I{HERE}", f"-I{Path(text.__file__).parent}",
+)  # fmt: skip
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+GROUPED = SMALL.with_(dim=64, n_kv_heads=2, head_dim=24, hidden_dim=84, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """By macros, each compiled once."""
+    folder, libraries = tmp_path_factory.mktemp("emulated"), {}
+
+    def library(macros):
+        key = tuple(sorted(macros.items()))
+        if key not in libraries:
+            path = folder / f"{len(libraries)}.so"
+            defined = [f"-D{name}={value}" for name, value in macros.items()]
+            source = HERE / "emulated_text.cpp"
+            subprocess.run([COMPILER, *OPTIONS, *defined, "-o", path, source], check=True)
+            libraries[key] = ctypes.CDLL(path)
+        return libraries[key]
+
+    return library
+
+
+def pointers(*tensors):
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.int64)
+
+
+class Emulated:
+    """Launches of one cache, whose numbers are NaN until they are written."""
+
+    def __init__(self, compiled, config, weights, dtype, ctas, timeout_ns=10**11, **changed):
+        c = config
+        self.config, self.ctas, self.timeout_ns = config, ctas, timeout_ns
+        macros = text.macros(config, dtype, ctas, H200.shared_bytes) | changed
+        self.library = compiled(macros)
+        p = self.packed = pack(config, weights, dtype, torch.device("cpu"))
+        self.model = pointers(
+            p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin
+        )
+        shape = (c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim)
+        self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
+        self.stride = 16 * c.dim + 64 * ctas + 8 * (c.q_dim + c.n_heads + c.hidden_dim)
+        self.words = torch.zeros(text.REPLICAS * self.stride, dtype=torch.int64)
+        self.status = torch.zeros(1, dtype=torch.int32)
+        self.written = torch.full((c.max_seq_len,), -1)
+        self.ending = torch.zeros(2, dtype=torch.int32)
+        self.stop = torch.full((sampling.STOP_IDS,), -1, dtype=torch.int32)
+        self.memory = pointers(
+            self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop
+        )
+        self.epoch = 1
+
+    def write(self, token, position, n, passes=1, seed=0):
+        at = [array.ctypes.data_as(ctypes.c_void_p) for array in (self.model, self.memory)]
+        self.library.run_text(
+            *at, 0, 1, self.config.max_seq_len, token, position, n, passes, self.stride,
+            ctypes.c_uint(self.epoch), ctypes.c_ulonglong(self.timeout_ns), self.ctas,
+            ctypes.c_uint(seed),
+        )  # fmt: skip
+        self.epoch += (n + 1) * self.config.n_layers
+        count, ending = self.ending.tolist()
+        words = self.written[:count].numpy()
+        logprobs = (words >> 32).astype(np.int32).view(np.float32)
+        return (words & 0xFFFFFFFF).tolist(), logprobs.tolist(), ending
+
+
+def check(emulated, weights, tokens, logprobs, first=3):
+    """The most likely tokens of the model, and their logprobs, in float32 exactly; keys and values
+    are there up to the last token."""
+    config = emulated.config
+    ids = torch.tensor([[first, *tokens[:-1]]])
+    exact = exact_logits(config, weights, ids)[0].log_softmax(-1)
+    got = torch.tensor(logprobs).double()
+    chosen = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    if emulated.packed.embedding.dtype == FLOAT32:
+        assert exact.argmax(-1).tolist() == tokens
+        torch.testing.assert_close(got, chosen, atol=1e-4, rtol=1e-4)
+    else:
+        narrow = Model.from_weights(config, {name: w.bfloat16() for name, w in weights.items()})
+        with torch.no_grad():
+            plain = F.linear(narrow.hidden(ids), narrow.head_weight())[0].double().log_softmax(-1)
+        allowed = 1.5 * (plain - exact).norm() / exact.shape[1] ** 0.5
+        assert (got - chosen).norm() <= max(allowed, 0.02 * len(tokens) ** 0.5)
+    for cache in (emulated.keys, emulated.values):
+        assert cache[:, 0, :, : len(tokens)].isfinite().all()
+        assert cache[:, 0, :, len(tokens) :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_text_is_the_models(compiled, dtype):
+    weights = weights_of(SMALL)
+    emulated = Emulated(compiled, SMALL, weights, dtype, 2)
+    tokens, logprobs, ending = emulated.write(3, 0, 20)
+    assert len(tokens) == 20 and ending == sampling.FULL
+    check(emulated, weights, tokens, logprobs)
