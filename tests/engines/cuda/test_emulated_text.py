@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-COMPILER = shutil.which("g++")
-if COMPILER is None:
-    pytest.skip("needs g++", allow_module_level=True)
 
 from onelaunch.engines.cuda.blocking import H200
 from onelaunch.engines.cuda.decoding import sampling, text
@@ -24,6 +21,8 @@ from onelaunch.engines.cuda.pack import pack
 from onelaunch.model import Model
 from tests.engines.suite import SHAPES, SMALL, exact_logits, weights_of
 
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 HERE = Path(__file__).parent
 OPTIONS = (
     "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w",
@@ -116,10 +115,80 @@ def check(emulated, weights, tokens, logprobs, first=3):
         assert cache[:, 0, :, len(tokens) :].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_a_text_is_the_models(compiled, dtype):
-    weights = weights_of(SMALL)
-    emulated = Emulated(compiled, SMALL, weights, dtype, 2)
-    tokens, logprobs, ending = emulated.write(3, 0, 20)
-    assert len(tokens) == 20 and ending == sampling.FULL
+FEW = {"WARPS": 2}  # whose CTAs are quick, and have not all rows of every stage
+
+
+def test_a_text_is_the_models(compiled):
+    weights = weights_of(GROUPED)
+    emulated = Emulated(compiled, GROUPED, weights, BFLOAT16, 5, **FEW)
+    tokens, logprobs, ending = emulated.write(3, 0, 12)
+    assert len(tokens) == 12
+    assert ending == sampling.FULL
     check(emulated, weights, tokens, logprobs)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, torch.float16])
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_text_of_every_shape(compiled, config, dtype):
+    weights = weights_of(config)
+    emulated = Emulated(compiled, config, weights, dtype, 3, **FEW)
+    tokens, logprobs, _ = emulated.write(3, 0, 20)
+    assert len(tokens) == 20
+    check(emulated, weights, tokens, logprobs)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("ctas", "changed"),
+    [(1, {}), (2, {}), (7, FEW), (4, FEW | {"SLOTS": 2}), (3, FEW | {"REPLICAS": 1})],
+)
+def test_any_grid_and_any_order_write_the_same(compiled, ctas, changed, seed):
+    weights = weights_of(GROUPED)
+    emulated = Emulated(compiled, GROUPED, weights, FLOAT32, ctas, **changed)
+    tokens, logprobs, _ = emulated.write(3, 0, 10, seed=seed)
+    check(emulated, weights, tokens, logprobs)
+    # it goes on where it stopped
+    more, _, _ = emulated.write(tokens[-1], 10, 5, seed=seed)
+    check(emulated, weights, [*tokens, *more], [*logprobs, *emulated_logprobs(emulated, 5)])
+
+
+def emulated_logprobs(emulated, n):
+    words = emulated.written[:n].numpy()
+    return (words >> 32).astype(np.int32).view(np.float32).tolist()
+
+
+@pytest.mark.extended
+def test_chunks_of_several_passes(compiled):
+    config = SMALL.with_(max_seq_len=160, n_layers=1)
+    weights = weights_of(config)
+    emulated = Emulated(compiled, config, weights, FLOAT32, 2, **FEW)
+    # 16 positions a warp and pass: chunks of 64
+    tokens, logprobs, _ = emulated.write(3, 0, 150, passes=2)
+    assert len(tokens) == 150
+    check(emulated, weights, tokens, logprobs)
+
+
+@pytest.mark.extended
+def test_what_ends_a_text(compiled):
+    weights = weights_of(SMALL)
+    emulated = Emulated(compiled, SMALL, weights, FLOAT32, 2, **FEW)
+    tokens, _, _ = emulated.write(3, 0, 15)
+    stop = tokens[9]
+    emulated.stop[5] = stop
+    first = tokens.index(stop)
+    assert emulated.write(3, 0, 15)[::2] == (tokens[:first], sampling.STOPPED)
+    emulated.stop[5] = -1
+    assert emulated.write(3, 0, 15)[::2] == (tokens, sampling.FULL)
+    emulated.packed.down[1] *= float("inf")
+    assert emulated.write(3, 0, 15)[::2] == ([], sampling.NOT_FINITE)
+
+
+@pytest.mark.extended
+def test_a_wait_that_does_not_end_times_out(compiled):
+    weights = weights_of(SMALL)
+    emulated = Emulated(compiled, SMALL, weights, FLOAT32, 2, timeout_ns=10**7, **FEW)
+    emulated.ctas = 1  # the other half of every stage never comes
+    assert emulated.write(3, 0, 2)[2] == -1
+    assert emulated.status.item() != 0

@@ -180,14 +180,14 @@ struct Patience {
 
 // ---- the ring of weights
 
-// How the rows of a stage lie in the ring. A CTA has whole units of rows, which make copies of 16
-// bytes; a tile has whole groups, of which each is one warp's.
+// How the rows of a stage lie: `ctas` CTAs from `offset` on have them, in whole units, which make
+// copies of 16 bytes and words; a tile of the ring has whole groups, of which each is one warp's.
 struct Rows {
     int kw;     // numbers of a row
-    int rows, unit, group;
+    int rows, unit, group, ctas, offset;
     int tile;   // rows of a tile
-    __host__ __device__ constexpr Rows(int kw, int rows, int unit, int group)
-        : kw(kw), rows(rows), unit(unit), group(group),
+    __host__ __device__ constexpr Rows(int kw, int rows, int unit, int group, int ctas, int offset)
+        : kw(kw), rows(rows), unit(unit), group(group), ctas(ctas), offset(offset % GRID),
           tile(SLOT_BYTES / (kw * (int)sizeof(Stored)) / both() * both()) {}
     __host__ __device__ constexpr int both() const {  // rows that are whole units and groups
         int step = unit;
@@ -197,28 +197,52 @@ struct Rows {
     __host__ __device__ constexpr bool fits() const {
         return tile > 0 && rows % unit == 0 && unit * kw * (int)sizeof(Stored) % 16 == 0;
     }
+    __host__ __device__ constexpr int first(int cta) const {
+        const int place = (cta - offset + GRID) % GRID;
+        return (int)((long long)least_of(place, ctas) * (rows / unit) / ctas) * unit;
+    }
+    __host__ __device__ constexpr int end(int cta) const {
+        const int place = (cta - offset + GRID) % GRID;
+        return (int)((long long)least_of(place + 1, ctas) * (rows / unit) / ctas) * unit;
+    }
+    static __host__ __device__ constexpr int least_of(int a, int b) { return a < b ? a : b; }
 };
+__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int unit_of(int kw) {
     int unit = 1;
     while (kw * (int)sizeof(Stored) * unit % 16 != 0) unit *= 2;
     return unit;
 }
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
-// How many rows a warp takes at once: all of its rows of a stage, up to four.
+// How many rows a warp takes at once: all of its rows of a stage, up to four. No more CTAs have rows
+// than it takes to give every warp of theirs some: whoever has none does not read what they read.
 __host__ __device__ constexpr int group_of(int rows, int unit) {
     const int of_cta = (rows / unit + GRID - 1) / GRID * unit, of_warp = (of_cta + WARPS - 1) / WARPS;
     return of_warp > 4 ? 4 : (of_warp + PER - 1) / PER * PER;
+}
+__host__ __device__ constexpr int ctas_of(int rows, int unit, int group) {
+    const int of_cta = most(WARPS * group / unit, 1), ctas = (rows / unit + of_cta - 1) / of_cta;
+    return ctas < GRID ? ctas : GRID;
 }
 constexpr bool HEAD_BY_TENSOR_CORES = DTYPE == 0 && D % 32 == 0;
 constexpr int HEAD_GROUP = HEAD_BY_TENSOR_CORES && 16 * D * (int)sizeof(Stored) <= SLOT_BYTES ? 16 : 8;
 constexpr int X_UNIT = most(PER, most(unit_of(Q), unit_of(F)));  // out_proj and down have the same rows of x
 constexpr int QKV_UNIT = most(PER, unit_of(D)), QKV_GROUP = group_of(N_QKV, QKV_UNIT), X_GROUP = group_of(D, X_UNIT);
-#define ROWS_OF(stage) Rows(stage == OUT ? Q : stage == DOWN ? F : D, \
-    stage == QKV ? N_QKV : stage == GATE_UP ? 2 * F : stage == HEAD ? V : D, \
-    stage == GATE_UP ? 4 : stage == OUT || stage == DOWN ? X_UNIT : stage == QKV ? QKV_UNIT : unit_of(D), \
-    stage == QKV ? QKV_GROUP : stage == GATE_UP ? 4 : stage == HEAD ? HEAD_GROUP : X_GROUP)
+constexpr int QKV_CTAS = ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
+constexpr int GATE_UP_CTAS = ctas_of(2 * F, 4, 4);
+constexpr int X_ROWS = (D / X_UNIT + X_CTAS - 1) / X_CTAS * X_UNIT;  // of a CTA at most
+// one stage's CTAs follow another's
+constexpr int GATE_UP_OFFSET = QKV_CTAS + X_CTAS, ATTENTION_OFFSET = (GATE_UP_OFFSET + GATE_UP_CTAS) % GRID;
+__host__ __device__ constexpr Rows rows_of(int stage) {
+    switch (stage) {
+        case QKV: return Rows(D, N_QKV, QKV_UNIT, QKV_GROUP, QKV_CTAS, 0);
+        case OUT: return Rows(Q, D, X_UNIT, X_GROUP, X_CTAS, QKV_CTAS);
+        case GATE_UP: return Rows(D, 2 * F, 4, 4, GATE_UP_CTAS, GATE_UP_OFFSET);
+        case DOWN: return Rows(F, D, X_UNIT, X_GROUP, X_CTAS, QKV_CTAS);
+        default: return Rows(D, V, unit_of(D), HEAD_GROUP, GRID, 0);
+    }
+}
 __constant__ constexpr Rows ROWS[STAGES] = {
-    ROWS_OF(QKV), ROWS_OF(OUT), ROWS_OF(GATE_UP), ROWS_OF(DOWN), ROWS_OF(HEAD)};
+    rows_of(QKV), rows_of(OUT), rows_of(GATE_UP), rows_of(DOWN), rows_of(HEAD)};
 static_assert(ROWS[QKV].fits() && ROWS[OUT].fits() && ROWS[GATE_UP].fits() && ROWS[DOWN].fits() && ROWS[HEAD].fits(), "tiles");
 
 struct Shared {
@@ -228,7 +252,7 @@ struct Shared {
     alignas(16) float raw[3 * E];                     // what attention reads: a query, its key and value
     alignas(16) float rotated[WARPS][E];
     alignas(16) float partial[WARPS + 1][E + 2];
-    float kept[(D + GRID - 1) / GRID + 8];            // this CTA's rows of x
+    float kept[X_ROWS];                               // this CTA's rows of x
     float best[3 * WARPS], records[3 * GRID];        // of the warps, of the CTAs
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                 // rows
@@ -238,7 +262,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
-static_assert((D + GRID - 1) / GRID + 8 <= THREADS, "a thread has a row of x at most");
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
 DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
@@ -405,7 +428,7 @@ struct Consumer {
 // does not need the input comes before `fetch`.
 template <int STAGE, bool NORM, class Fetch, class Body>
 DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Body body) {
-    constexpr Rows R = ROWS_OF(STAGE);
+    constexpr Rows R = rows_of(STAGE);
     constexpr int KW = R.kw, N = R.group, GROUPS = R.tile / N, WORDS = words_of<KW>();
     constexpr bool HOLDS = in_registers(KW), AHEAD = HOLDS && N * WORDS <= 32;
     const int groups = (rows + N - 1) / N;
@@ -507,7 +530,7 @@ DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Bo
 // weight is free, as long as both sides agree: here each lane's numbers stand side by side.
 template <class Fetch, class Body>
 DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
-    constexpr Rows R = ROWS_OF(HEAD);
+    constexpr Rows R = rows_of(HEAD);
     constexpr int N = HEAD_GROUP, GROUPS = R.tile / N;
     const int groups = (rows + N - 1) / N, row = c.lane / 4, quad = c.lane % 4;
     u32 which = c.tile + c.warp / GROUPS;
@@ -713,10 +736,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         make_barrier(&s.full[thread]);
     if (thread < WARPS) s.progress[thread] = 0;
     if (thread < STAGES) {
-        const int units = ROWS[thread].rows / ROWS[thread].unit;
-        const int first = (int)((long long)cta * units / GRID), end = (int)((long long)(cta + 1) * units / GRID);
-        s.first[thread] = first * ROWS[thread].unit;
-        s.count[thread] = (end - first) * ROWS[thread].unit;
+        s.first[thread] = ROWS[thread].first(cta);
+        s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
     }
     if (thread == 0) s.issued = s.ended = 0;
     show_to_copies();
@@ -764,6 +785,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                     for (int i = 0; i < EACH; i++)
                         if (thread + i * THREADS < D) s.narrow[thread + i * THREADS] = all[i];
                     if (thread < x_rows) s.kept[thread] = own;
+#pragma unroll 1
+                    for (int i = thread + THREADS; i < x_rows; i += THREADS) s.kept[i] = as_float(row[x_first + i]);
                 } else if (qkv_rows > 0) {
                     gather<D / PER>(words + Words::x, here - 1, thread, patience, where, take_x, straight);
                 }
@@ -782,8 +805,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
             MARK(2)
 
             // attention
+            const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
 #pragma unroll 1
-            for (int task = cta; task < active * H; task += GRID) {
+            for (int task = first_task; task < active * H; task += GRID) {
                 const int of_chunk = task / H, head = task % H, kv = head / GROUP, begin = of_chunk * chunk;
                 const long long of_cache = (((long long)layer * n_slots + slot) * KV + kv) * max_len * E;
                 const Stored *keys = memory.keys + of_cache, *values = memory.values + of_cache;
@@ -800,7 +824,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                         for (int k = 0; k < 4; k++)
                             norms[k / 2][j][k % 2] = as_float(model.norms[((long long)layer * 2 + k / 2) * E + 2 * pair + k % 2]);
                 }
-                if (task != cta) barrier();
+                if (task != first_task) barrier();
                 // its queries, key and value
                 constexpr int OF_HEAD = E / PER;  // words
                 gather<3 * OF_HEAD>(

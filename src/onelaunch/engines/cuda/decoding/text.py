@@ -60,7 +60,8 @@ def _slots(config: ModelConfig, dtype: torch.dtype, ctas: int, shared_bytes: int
     floats = (
         (3 + WARPS) * c.head_dim
         + (WARPS + 1) * (c.head_dim + 2)
-        + -(-c.dim // ctas)
+        + max(16, -(-c.dim // ctas))
+        + 8
         + 3 * (ctas + WARPS)
     )
     taken = numbers * dtype.itemsize + 4 * floats + 1024  # alignment, barriers and counters
