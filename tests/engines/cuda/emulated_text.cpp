@@ -1,6 +1,7 @@
 // text.cu on a CPU, for tests: `run_text` is a launch.
 
 #include "emulator.h"
+#include "parts.cu"
 #include "text.cu"
 
 static struct {

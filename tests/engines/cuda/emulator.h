@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -67,6 +68,7 @@ static Fiber* current;
 static ucontext_t scheduler;
 static std::mt19937 random_number;
 static std::vector<Copy> copies;
+static std::map<u64*, u32> expected;  // bytes that have not come, by barrier
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -111,7 +113,7 @@ inline void end_copies() {
     for (size_t i = 0; i < copies.size();) {
         if (--copies[i].steps > 0) { i++; continue; }
         memcpy(copies[i].to, copies[i].from, copies[i].bytes);
-        (*copies[i].barrier)++;  // one phase more has ended
+        if ((expected[copies[i].barrier] -= copies[i].bytes) == 0) (*copies[i].barrier)++;  // its phase ends
         copies.erase(copies.begin() + i);
     }
 }
@@ -120,6 +122,7 @@ inline void run(void (*kernel)(), int ctas, int threads, int named, size_t share
     entry = kernel;
     random_number.seed(seed);
     copies.clear();
+    expected.clear();
     std::vector<Cta> all(ctas);
     std::vector<Fiber> fibers(ctas * threads);
     for (int c = 0; c < ctas; c++) {
@@ -217,16 +220,18 @@ inline void look_again() { emulator::yield(); }
 
 inline void make_barrier(u64* barrier) { *barrier = 0; }
 inline void show_to_copies() {}
+inline void expect(u64* barrier, u32 bytes) {
+    if (emulator::expected[barrier] != 0) {
+        fprintf(stderr, "a barrier expects bytes before the last ones have come\n");
+        abort();
+    }
+    emulator::expected[barrier] = bytes;
+}
 inline void copy(void* to, const void* from, u32 bytes, u64* barrier) {
     if (((uintptr_t)to | (uintptr_t)from | bytes) % 16 != 0) {
         fprintf(stderr, "a copy of %u bytes is not aligned\n", bytes);
         abort();
     }
-    for (auto& other : emulator::copies)
-        if (other.barrier == barrier) {
-            fprintf(stderr, "a copy begins before the last one of its barrier has ended\n");
-            abort();
-        }
     memset(to, 0xff, bytes);
     emulator::copies.push_back({to, from, bytes, barrier, 1 + (int)(emulator::random_number() % 20)});
 }
@@ -263,7 +268,11 @@ inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(w.fragments[lane], mine, sizeof mine);
     emulator::exchange(0);
+#if DTYPE == 1
+    auto half = [](u32 word, int k) { return from_f16((u16)(k % 2 ? word >> 16 : word)); };
+#else
     auto half = [](u32 word, int k) { return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16); };
+#endif
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         for (int k = 0; k < 16; k++) {

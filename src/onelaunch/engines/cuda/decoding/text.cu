@@ -14,112 +14,6 @@
 // Shapes (macros): D model width, H heads, KV heads of keys and values, E head width, F hidden
 // width, V vocabulary, LAYERS; GRID CTAs of WARPS warps and the producer. C chunks of the context.
 
-constexpr int LANES = 32;
-constexpr int THREADS = WARPS * LANES;  // without the producer
-constexpr int N_QKV = (H + 2 * KV) * E, Q = H * E, GROUP = H / KV;
-constexpr int WORDS_OF_CHUNK = Q + H;   // at most: outputs, and of each head the logarithm of its normalizer
-constexpr int PAIRS = E / 2;
-constexpr int CHUNK_OF_WARP = 16;       // positions, two lanes each
-enum { QKV, OUT, GATE_UP, DOWN, HEAD, STAGES };  // of the weights, as they are read
-constexpr int CHUNK_STEP = WARPS * CHUNK_OF_WARP;
-constexpr float LOG2E = 1.4426950408889634f;
-#define INFINITE __int_as_float(0x7f800000)
-#define LOWEST (-3.0e38f)               // of a maximum that nothing has joined
-
-// ---- numbers as they are stored
-
-#if DTYPE == 2
-typedef float Stored;
-constexpr int VECTOR = 4;
-DEVICE float as_float(Stored x) { return x; }
-DEVICE Stored as_stored(float x) { return x; }
-#else
-typedef u16 Stored;
-constexpr int VECTOR = 8;
-#if DTYPE == 0
-DEVICE float as_float(Stored x) { return __uint_as_float((u32)x << 16); }
-DEVICE Stored as_stored(float x) { return to_bf16(x); }
-#else
-DEVICE float as_float(Stored x) { return from_f16(x); }
-DEVICE Stored as_stored(float x) { return to_f16(x); }
-#endif
-#endif
-
-// Two numbers as the value of a word: rounded as they are stored, or, in float32, the first alone.
-constexpr int PER = DTYPE == 2 ? 1 : 2;
-DEVICE u32 packed(float low, float high) {
-#if DTYPE == 2
-    return __float_as_uint(low);
-#elif DTYPE == 0
-    return to_bf16(low, high);
-#else
-    return to_f16(low, high);
-#endif
-}
-DEVICE void unpack(u32 both, float* to) {  // to PER numbers
-#if DTYPE == 2
-    *to = __uint_as_float(both);
-#elif DTYPE == 0
-    *(float2*)to = float2{__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
-#else
-    *(float2*)to = float2{as_float((Stored)both), as_float((Stored)(both >> 16))};
-#endif
-}
-
-// N consecutive stored numbers as one load of 2 to 16 bytes, in registers of 32 bits.
-constexpr int PER_WORD = 4 / (int)sizeof(Stored);
-template <int N>
-struct Raw {
-    static constexpr int WORDS = N < PER_WORD ? 1 : N / PER_WORD;
-    u32 of[WORDS];
-
-    DEVICE float operator[](int i) const {
-#if DTYPE == 2
-        return __uint_as_float(of[i]);
-#elif DTYPE == 0
-        return __uint_as_float(i % 2 ? of[i / 2] & 0xffff0000u : of[i / 2] << 16);
-#else
-        return as_float((Stored)(i % 2 ? of[i / 2] >> 16 : of[i / 2]));
-#endif
-    }
-    DEVICE void from_shared(const Stored* at) {
-        if constexpr (N * sizeof(Stored) == 16) {
-            const uint4 v = *(const uint4*)at;
-            of[0] = v.x, of[1] = v.y, of[2] = v.z, of[3] = v.w;
-        } else if constexpr (N * sizeof(Stored) == 8) {
-            const uint2 v = *(const uint2*)at;
-            of[0] = v.x, of[1] = v.y;
-        } else if constexpr (N * sizeof(Stored) == 4) {
-            of[0] = *(const u32*)at;
-        } else {
-            of[0] = *(const unsigned short*)at;
-        }
-    }
-    DEVICE void from_cache(const Stored* at) {  // past the L1
-        if constexpr (N * sizeof(Stored) == 16) {
-            const uint4 v = load_past_l1((const uint4*)at);
-            of[0] = v.x, of[1] = v.y, of[2] = v.z, of[3] = v.w;
-        } else if constexpr (N * sizeof(Stored) == 8) {
-            const uint2 v = load_past_l1((const uint2*)at);
-            of[0] = v.x, of[1] = v.y;
-        } else if constexpr (N * sizeof(Stored) == 4) {
-            of[0] = load_past_l1((const u32*)at);
-        } else {
-            of[0] = load_past_l1((const unsigned short*)at);
-        }
-    }
-    DEVICE void clear() {
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) of[i] = 0;
-    }
-};
-
-// ---- what a launch is given
-
-struct Model {
-    const Stored *embedding, *qkv, *norms, *out, *gate_up, *down, *head;
-    const float *cos, *sin;
-};
 struct Memory {
     Stored *keys, *values;  // (LAYERS, slots, KV, max_len, E)
     u64* words;             // of the stages, as in `Words`
@@ -128,14 +22,6 @@ struct Memory {
     int* ending;            // (2,) on the host: how many tokens, and what ended the text
     const int* stop_ids;    // (LANES,), -1 where there is none
 };
-
-enum { GROWING, STOPPED, FULL, NOT_FINITE };
-
-// ---- words: a value and its epoch
-
-DEVICE void store_word(u64* at, u32 value, u32 epoch) { store_word(at, (u64)epoch << 32 | value); }
-DEVICE u32 epoch_of(u64 word) { return (u32)(word >> 32); }
-DEVICE float value_of(u64 word) { return __uint_as_float((u32)word); }
 
 // Where the words of a stage lie.
 struct Words {
@@ -147,82 +33,8 @@ struct Words {
     static constexpr int attention = best + 2 * 3 * GRID;
 };
 
-// Every word is there REPLICAS times, so that not all CTAs look at the same line. Lanes of a warp
-// that all have the value write them, each into its own copy of all words.
-DEVICE void publish(u64* copy, int at, u32 value, u32 epoch, int lane) {
-    if (lane < REPLICAS) store_word(copy + at, value, epoch);
-}
-
-// The time of a wait's first look at the clock, kept by the caller; 0 where there is no more waiting.
-DEVICE u64 look_around(u32* status, u64 since, u64 timeout_ns, u32 where) {
-    if (*(volatile u32*)status != 0) return 0;
-    u64 time = now();
-    if (since == 0) return time;
-    if (time - since < timeout_ns) return since;
-    atomicCAS(status, 0u, where);
-    return 0;
-}
-
-// Looks that found nothing; `waits` is false once there is no more waiting.
-struct Patience {
-    u32* status;
-    u64 timeout_ns, since = 0;
-    u32 looks = 0;
-
-    DEVICE bool waits(u32 where) {
-        look_again();
-        if ((++looks & 255u) != 0) return true;
-        u64 still = look_around(status, since, timeout_ns, where);
-        since = still;
-        return still != 0;
-    }
-};
-
 // ---- the ring of weights
 
-// How the rows of a stage lie: `ctas` CTAs from `offset` on have them, in whole units, which make
-// copies of 16 bytes and words; a tile of the ring has whole groups, of which each is one warp's.
-struct Rows {
-    int kw;     // numbers of a row
-    int rows, unit, group, ctas, offset;
-    int tile;   // rows of a tile
-    __host__ __device__ constexpr Rows(int kw, int rows, int unit, int group, int ctas, int offset)
-        : kw(kw), rows(rows), unit(unit), group(group), ctas(ctas), offset(offset % GRID),
-          tile(SLOT_BYTES / (kw * (int)sizeof(Stored)) / both() * both()) {}
-    __host__ __device__ constexpr int both() const {  // rows that are whole units and groups
-        int step = unit;
-        while (step % group != 0) step += unit;
-        return step;
-    }
-    __host__ __device__ constexpr bool fits() const {
-        return tile > 0 && rows % unit == 0 && unit * kw * (int)sizeof(Stored) % 16 == 0;
-    }
-    __host__ __device__ constexpr int first(int cta) const {
-        const int place = (cta - offset + GRID) % GRID;
-        return (int)((long long)least_of(place, ctas) * (rows / unit) / ctas) * unit;
-    }
-    __host__ __device__ constexpr int end(int cta) const {
-        const int place = (cta - offset + GRID) % GRID;
-        return (int)((long long)least_of(place + 1, ctas) * (rows / unit) / ctas) * unit;
-    }
-    static __host__ __device__ constexpr int least_of(int a, int b) { return a < b ? a : b; }
-};
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
-__host__ __device__ constexpr int unit_of(int kw) {
-    int unit = 1;
-    while (kw * (int)sizeof(Stored) * unit % 16 != 0) unit *= 2;
-    return unit;
-}
-// How many rows a warp takes at once: all of its rows of a stage, up to four. No more CTAs have rows
-// than it takes to give every warp of theirs some: whoever has none does not read what they read.
-__host__ __device__ constexpr int group_of(int rows, int unit) {
-    const int of_cta = (rows / unit + GRID - 1) / GRID * unit, of_warp = (of_cta + WARPS - 1) / WARPS;
-    return of_warp > 4 ? 4 : (of_warp + PER - 1) / PER * PER;
-}
-__host__ __device__ constexpr int ctas_of(int rows, int unit, int group) {
-    const int of_cta = most(WARPS * group / unit, 1), ctas = (rows / unit + of_cta - 1) / of_cta;
-    return ctas < GRID ? ctas : GRID;
-}
 constexpr bool HEAD_BY_TENSOR_CORES = DTYPE == 0 && D % 32 == 0;
 constexpr int HEAD_GROUP = HEAD_BY_TENSOR_CORES && 16 * D * (int)sizeof(Stored) <= SLOT_BYTES ? 16 : 8;
 constexpr int X_UNIT = most(PER, most(unit_of(Q), unit_of(F)));  // out_proj and down have the same rows of x
@@ -293,6 +105,7 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
             if (!open) break;
             if (lane == 0) {
                 const u32 bytes = (left < of_tile ? left : of_tile) * kw * sizeof(Stored), slot = tile % SLOTS;
+                expect(&s.full[slot], bytes);
                 copy(s.ring[slot], from, bytes, &s.full[slot]);
                 *(volatile u32*)&s.issued = tile + 1;
             }
@@ -307,13 +120,6 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
 
 // ---- products of rows in shared memory
 
-// What each lane has of a row of KW numbers: blocks of 32 loads, as wide ones as rows are aligned.
-__host__ __device__ constexpr int width_of(int kw) {
-    int vector = VECTOR;
-    while (kw % vector != 0) vector /= 2;
-    return vector;
-}
-__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int per_lane(int kw) { return (kw + LANES - 1) / LANES; }
 __host__ __device__ constexpr bool in_registers(int kw) { return kw <= 1024; }
 
@@ -379,28 +185,6 @@ DEVICE void add_row(
             sum[1] = fmaf(raw[0], x[N], sum[1]);
         }
     }
-}
-
-DEVICE float sum_of_warp(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-// Floats as whole numbers of the same order.
-DEVICE u32 ordered(float x) {
-    const int bits = __float_as_int(x);
-    return (u32)(bits ^ (bits >> 31 | (int)0x80000000));
-}
-DEVICE float value_of_ordered(u32 y) {
-    return __uint_as_float(y & 0x80000000u ? y ^ 0x80000000u : ~y);
-}
-
-DEVICE float rstd_of(float squares) {  // of each lane's part
-    return reciprocal_root(fmaf(sum_of_warp(squares), 1.0f / D, EPS));
-}
-
-DEVICE void barrier() {  // of the threads without the producer
-    wait_for_threads<THREADS>();
 }
 
 struct Consumer {
@@ -581,38 +365,6 @@ DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
     if (c.lane == 0) *(volatile u32*)&c.s.progress[c.warp] = c.tile;
 }
 
-// ---- words that a whole CTA reads
-
-// `take(i, value)` for each of N words, of which word i lies at `place(i)`.
-template <int N, class Take, class Place>
-DEVICE void gather(
-    const u64* words, u32 epoch, int thread, Patience patience, u32 where, Take take, Place place) {
-    constexpr int AT_ONCE = least(8, (N + THREADS - 1) / THREADS);
-#pragma unroll 1
-    for (int base = thread; base - thread < N; base += AT_ONCE * THREADS) {
-        u64 word[AT_ONCE];
-        const u64* at[AT_ONCE];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            const int i = base + j * THREADS;
-            at[j] = words + place(i < N ? i : N - 1);
-            word[j] = load_word(at[j]);
-        }
-        while (true) {
-            bool all = true;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || !patience.waits(where)) break;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                if (epoch_of(word[j]) != epoch) word[j] = load_word(at[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++)
-            if (base + j * THREADS < N) take(base + j * THREADS, (u32)word[j]);
-    }
-}
-
 // What attention gives, of `chunks` chunks, into `to`.
 DEVICE void gather_attention(
     const u64* words, int chunks, u32 epoch, int thread, Patience patience, u32 where, Stored* to) {
@@ -674,41 +426,6 @@ DEVICE void gather_attention(
                 *(u32*)&to[PER * element[i]] = packed(quotient(sum[i][0], l[i]), quotient(sum[i][PER - 1], l[i]));
     }
 }
-
-// ---- attention of one head of keys and values over one chunk
-
-constexpr int HALF = E / 2;                               // numbers of a lane's half of a position
-constexpr int HALF_VEC = width_of(HALF);
-constexpr int LANE_PAIRS = (PAIRS + LANES - 1) / LANES;   // pairs of each lane, of a whole head
-__host__ __device__ constexpr int pow2_from(int n) { int p = 1; while (p < n) p *= 2; return p; }
-__host__ __device__ constexpr int pow2_to(int n) { int p = 1; while (2 * p <= n) p *= 2; return p; }
-constexpr int STRIPES = PAIRS >= LANES ? 1 : LANES / pow2_from(PAIRS);  // lanes that share a pair
-constexpr int WIDE = LANES / STRIPES;
-
-struct Positions {  // of a warp: keys of a position on two lanes, values pair by pair
-    Raw<HALF_VEC> keys[HALF / HALF_VEC];
-    Raw<2> values[CHUNK_OF_WARP / STRIPES][LANE_PAIRS];
-
-    // Those from `first` on, before `position`.
-    DEVICE void load(const Stored* k, const Stored* v, int first, int position, int lane) {
-        const int at = first + lane / 2;
-        const Stored* key = k + (long long)at * E + lane % 2 * HALF;
-#pragma unroll
-        for (int i = 0; i < HALF / HALF_VEC; i++) {
-            keys[i].clear();
-            if (at < position) keys[i].from_cache(key + i * HALF_VEC);
-        }
-        const Stored* value = v + (long long)(first + lane / WIDE) * E + 2 * (lane % WIDE);
-#pragma unroll
-        for (int i = 0; i < CHUNK_OF_WARP / STRIPES; i++)
-#pragma unroll
-            for (int j = 0; j < LANE_PAIRS; j++) {
-                values[i][j].clear();
-                if (first + i * STRIPES + lane / WIDE < position && j * LANES + lane % WIDE < PAIRS)
-                    values[i][j].from_cache(value + i * STRIPES * E + 2 * j * LANES);
-            }
-    }
-};
 
 // ---- the kernel
 
@@ -808,177 +525,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
             const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
 #pragma unroll 1
             for (int task = first_task; task < active * H; task += GRID) {
-                const int of_chunk = task / H, head = task % H, kv = head / GROUP, begin = of_chunk * chunk;
-                const long long of_cache = (((long long)layer * n_slots + slot) * KV + kv) * max_len * E;
-                const Stored *keys = memory.keys + of_cache, *values = memory.values + of_cache;
-                Positions held;
-                held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane);
-                float cos[LANE_PAIRS], sin[LANE_PAIRS], norms[2][LANE_PAIRS][2];
-#pragma unroll
-                for (int j = 0; j < LANE_PAIRS; j++) {
-                    const int pair = j * LANES + lane < PAIRS ? j * LANES + lane : 0;
-                    cos[j] = model.cos[(long long)position * PAIRS + pair];
-                    sin[j] = model.sin[(long long)position * PAIRS + pair];
-                    if (QK_NORM)
-#pragma unroll
-                        for (int k = 0; k < 4; k++)
-                            norms[k / 2][j][k % 2] = as_float(model.norms[((long long)layer * 2 + k / 2) * E + 2 * pair + k % 2]);
-                }
+                const int of_chunk = task / H, head = task % H, begin = of_chunk * chunk;
+                const long long of_cache = (((long long)layer * n_slots + slot) * KV + head / GROUP) * max_len * E;
                 if (task != first_task) barrier();
-                // its queries, key and value
-                constexpr int OF_HEAD = E / PER;  // words
-                gather<3 * OF_HEAD>(
-                    words + Words::qkv, here, thread, patience, where | 1,
-                    [&](int i, u32 value) { unpack(value, s.raw + PER * i); },
-                    [&](int i) {
-                        return i < OF_HEAD ? head * OF_HEAD + i
-                               : i < 2 * OF_HEAD ? (H + kv - 1) * OF_HEAD + i
-                                                 : (H + KV + kv - 2) * OF_HEAD + i;
-                    });
-                barrier();
-                MARK(3)
-                // the key and the query, normalized and rotated, as the cache has them
-                const bool has_newest = position - begin < chunk;  // in this chunk
-                float turned[2][LANE_PAIRS][2];
-#pragma unroll
-                for (int which = 0; which < 2; which++) {
-                    float a[LANE_PAIRS], b[LANE_PAIRS], squares = 0.0f;
-#pragma unroll
-                    for (int j = 0; j < LANE_PAIRS; j++) {
-                        const int pair = j * LANES + lane;
-                        const float2 both = *(const float2*)&s.raw[which * E + 2 * (pair < PAIRS ? pair : 0)];
-                        a[j] = pair < PAIRS ? both.x : 0.0f, b[j] = pair < PAIRS ? both.y : 0.0f;
-                        squares += a[j] * a[j] + b[j] * b[j];
-                    }
-                    const float scale = QK_NORM ? reciprocal_root(sum_of_warp(squares) * (1.0f / E) + EPS) : 1.0f;
-#pragma unroll
-                    for (int j = 0; j < LANE_PAIRS; j++) {
-                        if (QK_NORM) a[j] *= scale * norms[which][j][0], b[j] *= scale * norms[which][j][1];
-                        alignas(8) float both[2] = {a[j] * cos[j] - b[j] * sin[j], b[j] * cos[j] + a[j] * sin[j]};
-                        if (PER == 2) unpack(packed(both[0], both[1]), both);
-                        turned[which][j][0] = both[0], turned[which][j][1] = both[1];
-                        const int pair = j * LANES + lane;
-                        if (which == 0 && pair < PAIRS) *(float2*)&s.rotated[warp][2 * pair] = float2{both[0], both[1]};
-                    }
-                }
-                if (warp == WARPS - 1) {
-                    // the newest position is a part of its own
-                    float* part = s.partial[WARPS];
-                    float score = 0.0f;
-#pragma unroll
-                    for (int j = 0; j < LANE_PAIRS; j++) {
-                        score += turned[0][j][0] * turned[1][j][0] + turned[0][j][1] * turned[1][j][1];
-                        const int pair = j * LANES + lane;
-                        if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&s.raw[2 * E + 2 * pair];
-                    }
-                    score = sum_of_warp(score) * (SCALE * LOG2E);
-                    if (lane == 0) part[E] = has_newest ? score : LOWEST, part[E + 1] = has_newest ? 1.0f : 0.0f;
-                }
-                __syncwarp();
-#pragma unroll 1
-                for (int pass = 0; pass < passes; pass++) {
-                    const int first = begin + pass * CHUNK_STEP + warp * CHUNK_OF_WARP;
-                    float* part = s.partial[warp];
-                    if (first >= position) {
-                        if (pass == 0 && lane == 0) part[E] = LOWEST, part[E + 1] = 0.0f;
-                        break;
-                    }
-                    if (pass > 0) held.load(keys, values, first, position, lane);
-                    const bool seen = first + lane / 2 < position;
-                    const float* q = s.rotated[warp] + lane % 2 * HALF;
-                    float even = 0.0f, odd = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < HALF; i += 2) {
-                        even = fmaf(held.keys[i / HALF_VEC][i % HALF_VEC], q[i], even);
-                        odd = fmaf(held.keys[i / HALF_VEC][i % HALF_VEC + 1], q[i + 1], odd);
-                    }
-                    float score = even + odd;
-                    score += __shfl_xor_sync(~0u, score, 1);
-                    score = seen ? score * (SCALE * LOG2E) : LOWEST;
-                    float m = value_of_ordered(__reduce_max_sync(~0u, ordered(score)));
-                    if (pass > 0) m = fmaxf(m, part[E]);
-                    const float p = seen ? power_of_2(score - m) : 0.0f;
-                    float l = p, sum[LANE_PAIRS][2];
-#pragma unroll
-                    for (int j = 0; j < LANE_PAIRS; j++) sum[j][0] = sum[j][1] = 0.0f;
-#pragma unroll
-                    for (int to = 16; to > 1; to /= 2) l += __shfl_xor_sync(~0u, l, to);
-#pragma unroll
-                    for (int i = 0; i < CHUNK_OF_WARP / STRIPES; i++) {
-                        const float weight = __shfl_sync(~0u, p, 2 * (i * STRIPES + lane / WIDE));
-#pragma unroll
-                        for (int j = 0; j < LANE_PAIRS; j++) {
-                            sum[j][0] = fmaf(weight, held.values[i][j][0], sum[j][0]);
-                            sum[j][1] = fmaf(weight, held.values[i][j][1], sum[j][1]);
-                        }
-                    }
-                    const float old = pass > 0 ? power_of_2(part[E] - m) : 0.0f;
-#pragma unroll
-                    for (int j = 0; j < LANE_PAIRS; j++) {
-#pragma unroll
-                        for (int to = WIDE; to < LANES; to *= 2) {
-                            sum[j][0] += __shfl_xor_sync(~0u, sum[j][0], to);
-                            sum[j][1] += __shfl_xor_sync(~0u, sum[j][1], to);
-                        }
-                        const int pair = j * LANES + lane;
-                        if (pair < PAIRS) {
-                            float2* to = (float2*)&part[2 * pair];
-                            if (pass > 0) sum[j][0] += to->x * old, sum[j][1] += to->y * old;
-                            *to = float2{sum[j][0], sum[j][1]};
-                        }
-                    }
-                    if (pass > 0) l += part[E + 1] * old;
-                    __syncwarp();
-                    if (lane == 0) part[E] = m, part[E + 1] = l;
-                    __syncwarp();
-                }
-                barrier();
-                // the parts
-                // each word by a thread, or some of its copies
-                constexpr int WORDS = E / PER, SPLIT = least(REPLICAS, pow2_to(THREADS / WORDS));
-                u64* to = memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK;
-#pragma unroll 1
-                for (int i = thread; i < WORDS * SPLIT; i += THREADS) {
-                    const int e = i % WORDS * PER;
-                    float m = LOWEST, l = 0.0f, out[PER];
-#pragma unroll
-                    for (int k = 0; k < PER; k++) out[k] = 0.0f;
-                    const float(*parts)[E + 2] = s.partial;
-#pragma unroll
-                    for (int w = 0; w <= WARPS; w++) m = fmaxf(m, parts[w][E]);
-#pragma unroll
-                    for (int w = 0; w <= WARPS; w++) {
-                        const float scale = power_of_2(parts[w][E] - m);
-                        l = fmaf(scale, parts[w][E + 1], l);
-#pragma unroll
-                        for (int k = 0; k < PER; k++)  // what is not there may be anything
-                            out[k] = fmaf(scale, scale > 0.0f ? parts[w][e + k] : 0.0f, out[k]);
-                    }
-                    const u32 value = packed(quotient(out[0], l), quotient(out[PER - 1], l));
-                    const u32 lse = __float_as_uint(m + log_2(l));
-#pragma unroll
-                    for (int r = 0; r < REPLICAS / SPLIT; r++) {
-                        u64* copy = to + (long long)(i / WORDS + r * SPLIT) * stride;
-                        store_word(copy + (head * E + e) / PER, value, here);
-                        if (e == 0) store_word(copy + Q / PER + head, lse, here);
-                    }
-                }
-                // Other tokens read it, in this CTA; and in those of the other queries of the group,
-                // which write the same numbers.
-                if (warp == WARPS - 1 && has_newest) {
-                    Stored* to_key = memory.keys + of_cache + (long long)position * E;
-                    Stored* to_value = memory.values + of_cache + (long long)position * E;
-#pragma unroll
-                    for (int j = 0; j < LANE_PAIRS; j++) {
-                        const int pair = j * LANES + lane;
-                        if (pair < PAIRS)
-#pragma unroll
-                            for (int k = 0; k < 2; k++) {
-                                to_key[2 * pair + k] = as_stored(turned[1][j][k]);
-                                to_value[2 * pair + k] = as_stored(s.raw[2 * E + 2 * pair + k]);
-                            }
-                    }
-                }
+                attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv,
+                       memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
+                       begin, chunk, passes, position, here, thread, patience, where | 1);
             }
             MARK(4)
 

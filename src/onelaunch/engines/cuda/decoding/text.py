@@ -18,7 +18,7 @@ from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
 from onelaunch.errors import EngineTimeout
 
-SOURCES = ("device.cu", "text.cu")
+SOURCES = ("device.cu", "parts.cu", "text.cu")
 WARPS = 8
 SLOT_BYTES = 16384
 MIN_SLOTS, MAX_SLOTS = 4, 32
