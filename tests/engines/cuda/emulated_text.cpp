@@ -1,26 +1,35 @@
-// text.cu on a CPU, for tests: `run_text` is a launch.
+// text.cu, or texts.cu where SEQUENCES is defined, on a CPU, for tests: `run_text` is a launch.
 
 #include "emulator.h"
 #include "parts.cu"
+
+#ifdef SEQUENCES
+#include "texts.cu"
+#else
 #include "text.cu"
+#endif
 
 static struct {
     const Model* model;
     const Memory* memory;
-    int slot, n_slots, max_len, token, position, n_tokens, passes, stride;
+    int numbers[8];
     u32 epoch;
     u64 timeout_ns;
 } given;
 
 static void kernel() {
-    write_text(given.model, given.memory, given.slot, given.n_slots, given.max_len, given.token,
-               given.position, given.n_tokens, given.passes, given.stride, given.epoch, given.timeout_ns);
+    const int* i = given.numbers;
+#ifdef SEQUENCES
+    write_texts(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], given.epoch, given.timeout_ns);
+#else
+    write_text(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns);
+#endif
 }
 
+// `numbers` are the kernel's own between its pointers and the epoch.
 extern "C" void run_text(
-    const Model* model, const Memory* memory, int slot, int n_slots, int max_len, int token,
-    int position, int n_tokens, int passes, int stride, u32 epoch, u64 timeout_ns, int ctas,
-    unsigned seed) {
-    given = {model, memory, slot, n_slots, max_len, token, position, n_tokens, passes, stride, epoch, timeout_ns};
+    const Model* model, const Memory* memory, const int* numbers, u32 epoch, u64 timeout_ns, int ctas, unsigned seed) {
+    given.model = model, given.memory = memory, given.epoch = epoch, given.timeout_ns = timeout_ns;
+    for (int i = 0; i < 8; i++) given.numbers[i] = numbers[i];
     emulator::run(kernel, ctas, (WARPS + 1) * LANES, THREADS, SHARED_BYTES, seed);
 }

@@ -79,16 +79,23 @@ class Emulated:
         )
         self.epoch = 1
 
-    def write(self, token, position, n, passes=1, seed=0):
+    def launch(self, numbers, n, seed):
         at = [array.ctypes.data_as(ctypes.c_void_p) for array in (self.model, self.memory)]
         self.library.run_text(
-            *at, 0, 1, self.config.max_seq_len, token, position, n, passes, self.stride,
-            ctypes.c_uint(self.epoch), ctypes.c_ulonglong(self.timeout_ns), self.ctas,
-            ctypes.c_uint(seed),
+            *at, (ctypes.c_int * 8)(*numbers), ctypes.c_uint(self.epoch),
+            ctypes.c_ulonglong(self.timeout_ns), self.ctas, ctypes.c_uint(seed),
         )  # fmt: skip
         self.epoch += (n + 1) * self.config.n_layers
-        count, ending = self.ending.tolist()
-        words = self.written[:count].numpy()
+
+    def write(self, token, position, n, passes=1, seed=0):
+        context = self.config.max_seq_len
+        self.launch([0, 1, context, token, position, n, passes, self.stride], n, seed)
+        return self.result(self.written, self.ending)
+
+    @staticmethod
+    def result(written, ended):
+        count, ending = ended.tolist()
+        words = written[:count].numpy()
         logprobs = (words >> 32).astype(np.int32).view(np.float32)
         return (words & 0xFFFFFFFF).tolist(), logprobs.tolist(), ending
 

@@ -251,6 +251,31 @@ DEVICE void gather(
     }
 }
 
+// The same for n words in a row.
+template <class Take>
+DEVICE void gather_some(const u64* words, int n, u32 epoch, int thread, Patience patience, u32 where, Take take) {
+    constexpr int AT_ONCE = 8;
+#pragma unroll 1
+    for (int base = thread; base - thread < n; base += AT_ONCE * THREADS) {
+        u64 word[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            word[j] = base + j * THREADS < n ? load_word(words + base + j * THREADS) : (u64)epoch << 32;
+        while (true) {
+            bool all = true;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
+            if (__all_sync(~0u, all) || !patience.waits(where)) break;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            if (base + j * THREADS < n) take(base + j * THREADS, (u32)word[j]);
+    }
+}
+
 // ---- attention of one head of keys and values over one chunk
 
 constexpr int HALF = E / 2;                               // numbers of a lane's half of a position

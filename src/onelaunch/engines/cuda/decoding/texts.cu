@@ -1,0 +1,574 @@
+// One launch that writes many tokens of up to SEQUENCES sequences at once; see text.cu for how CTAs
+// hand numbers on, and weights come.
+//
+// Products are on tensor cores: 16 rows of a weight, 8 columns of which each is a sequence. The warps
+// of a CTA share the columns of a weight's 16 rows; their sums meet in shared memory, in a fixed
+// order. A column does not depend on the others, so that a sequence's numbers are the same with any
+// others. One that has ended stays where it is until all have, and what it still does is not read.
+//
+// Shapes (macros) as in text.cu; D, H E and F in multiples of 32, numbers of 16 bits.
+
+struct Memory {
+    Stored *keys, *values;  // (LAYERS, slots, KV, max_len, E)
+    u64* words;             // of the stages, as in `Words`
+    u32* status;            // 0, or where a wait timed out
+    u64* written;           // (SEQUENCES, n) on the host: tokens and logprobs; all bits set before
+    int* ending;            // (SEQUENCES, 2) on the host: how many tokens, and what ended the text
+    const int* stop_ids;    // (SEQUENCES, LANES), -1 where there is none
+    const int* sequences;   // (SEQUENCES, 4): slot, last token, its position, how many tokens
+};
+
+constexpr int R = SEQUENCES;
+static_assert(R == 8 && WARPS >= R && PER == 2 && D % 32 == 0 && Q % 32 == 0 && F % 32 == 0, "shapes");
+
+// Where the words of a stage lie: those of a sequence follow those of another.
+struct Words {
+    static constexpr int qkv = 0;
+    static constexpr int mid = qkv + R * N_QKV / 2;  // x after attention
+    static constexpr int hidden = mid + R * D / 2;
+    static constexpr int x = hidden + R * F / 2;
+    static constexpr int best = x + R * D / 2;       // of two tokens in turn, 3 of each CTA
+    static constexpr int attention = best + 2 * R * 3 * GRID;
+};
+
+// ---- the ring of weights: tiles of 16 rows and some columns
+
+constexpr int QKV_UNIT = 2, X_UNIT = 2;
+constexpr int QKV_GROUP = group_of(N_QKV, QKV_UNIT), X_GROUP = group_of(D, X_UNIT);
+constexpr int QKV_CTAS = ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
+constexpr int GATE_UP_CTAS = ctas_of(2 * F, 4, 4);
+constexpr int GATE_UP_OFFSET = QKV_CTAS + X_CTAS, ATTENTION_OFFSET = (GATE_UP_OFFSET + GATE_UP_CTAS) % GRID;
+__host__ __device__ constexpr Rows rows_of(int stage) {
+    switch (stage) {
+        case QKV: return Rows(D, N_QKV, QKV_UNIT, 16, QKV_CTAS, 0);
+        case OUT: return Rows(Q, D, X_UNIT, 16, X_CTAS, QKV_CTAS);
+        case GATE_UP: return Rows(D, 2 * F, 4, 16, GATE_UP_CTAS, GATE_UP_OFFSET);
+        case DOWN: return Rows(F, D, X_UNIT, 16, X_CTAS, QKV_CTAS);
+        default: return Rows(D, V, 1, 16, GRID, 0);
+    }
+}
+__constant__ constexpr Rows ROWS[STAGES] = {
+    rows_of(QKV), rows_of(OUT), rows_of(GATE_UP), rows_of(DOWN), rows_of(HEAD)};
+
+// Rows of 64 bytes more than a multiple of 128: eight lanes read two of them without a conflict.
+__host__ __device__ constexpr int pitch_of(int columns) { return columns + (32 - columns % 64 + 64) % 64; }
+// How a stage's products are shared: rows of a CTA in blocks of 16, of which `at_once` are computed at
+// once, each by `parts` warps; columns of a block in `tiles`.
+struct Columns {
+    int of_tile, tiles, pitch, blocks, parts, at_once;
+    __host__ __device__ constexpr Columns(Rows row, bool head) : of_tile(0), tiles(0), pitch(0), blocks(0), parts(0), at_once(0) {
+        const int kw = row.kw;
+        const int most_columns = (SLOT_BYTES / 32 - 32) / 32 * 32;
+        tiles = (kw + most_columns - 1) / most_columns;
+        of_tile = ((kw + tiles - 1) / tiles + 31) / 32 * 32;
+        pitch = pitch_of(of_tile);
+        blocks = ((row.rows / row.unit + row.ctas - 1) / row.ctas * row.unit + 15) / 16;
+        parts = head ? 1 : most(1, WARPS / pow2_from(blocks));
+        at_once = head ? 1 : WARPS / parts;
+    }
+};
+__host__ __device__ constexpr Columns columns_of(int stage) { return Columns(rows_of(stage), stage == HEAD); }
+__constant__ constexpr Columns COLUMNS[STAGES] = {
+    columns_of(QKV), columns_of(OUT), columns_of(GATE_UP), columns_of(DOWN), columns_of(HEAD)};
+__host__ __device__ constexpr int sums_of(int stage) { return columns_of(stage).blocks * columns_of(stage).parts; }
+constexpr int SUMS = most(WARPS, most(most(sums_of(QKV), sums_of(OUT)), most(sums_of(GATE_UP), sums_of(DOWN))));
+constexpr int X_ROWS = (D / X_UNIT + X_CTAS - 1) / X_CTAS * X_UNIT;  // of a CTA at most
+
+struct Shared {
+    alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
+    alignas(16) Stored narrow[R][pitch_of(D)];            // what qkv, gate_up and head read
+    alignas(16) Stored wide[R][pitch_of(Q > F ? Q : F)];  // what out_proj and down read
+    alignas(16) float raw[3 * E];                         // what attention reads: a query, its key and value
+    alignas(16) float rotated[WARPS][E];
+    alignas(16) float partial[WARPS + 1][E + 2];
+    alignas(16) float sums[SUMS * 16][R];                 // of the warps' parts of products
+    float kept[2][X_ROWS][R];                             // this CTA's rows of x, before and after attention
+    float rstd[R];
+    float best[WARPS][R][3], records[R][3 * GRID];        // of the warps, of the CTAs
+    alignas(8) u64 full[SLOTS];
+    int first[STAGES], count[STAGES];                     // rows
+    int slot[R], token[R], position[R], ending[R];
+    u32 progress[WARPS];                                  // no tile before it is needed
+    u32 issued;                                           // tiles whose copies are under way, or there
+    u32 ended;
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
+
+// The producer: tiles in the order in which they are read, as far ahead as there is room: of the blocks
+// that are computed at once first all first columns.
+DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
+    u32 tile = 0;
+    bool open = true;  // until all texts have ended
+    const int steps = n_tokens * (4 * LAYERS + 1);
+    int of_token = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps && open; step++) {
+        const int layer = of_token / 4, stage = of_token == 4 * LAYERS ? HEAD : of_token % 4;
+        of_token = of_token == 4 * LAYERS ? 0 : of_token + 1;
+        const Stored* weight = stage == QKV ? model.qkv : stage == OUT ? model.out
+                               : stage == GATE_UP ? model.gate_up : stage == DOWN ? model.down : model.head;
+        const int kw = ROWS[stage].kw, rows = s.count[stage], blocks = (rows + 15) / 16;
+        const int of_tile = COLUMNS[stage].of_tile, across = COLUMNS[stage].tiles, pitch = COLUMNS[stage].pitch;
+        const int at_once = COLUMNS[stage].at_once;
+        weight += ((stage == HEAD ? 0 : (long long)layer * ROWS[stage].rows) + s.first[stage]) * kw;
+#pragma unroll 1
+        for (int i = 0; i < blocks * across && open; i++) {
+            const int begin = i / (at_once * across) * at_once, together = least(at_once, blocks - begin);
+            const int in_all = i - begin * across, block = begin + in_all % together, column = in_all / together * of_tile;
+            Patience still = patience;
+#pragma unroll 1
+            while (open) {
+                u32 needed = tile + 1, end = 0;
+                if (lane < WARPS) needed = *(volatile u32*)&s.progress[lane];
+                if (lane == WARPS) end = *(volatile u32*)&s.ended;
+                if (__any_sync(~0u, end)) open = false;
+                if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
+                if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
+            }
+            if (!open) break;
+            const int there = least(16, rows - 16 * block);
+            const u32 bytes = least(of_tile, kw - column) * sizeof(Stored), slot = tile % SLOTS;
+            if (lane == 0) expect(&s.full[slot], there * bytes);
+            __syncwarp();
+            if (lane < there)
+                copy(s.ring[slot] + lane * pitch * sizeof(Stored), weight + (long long)(16 * block + lane) * kw + column,
+                     bytes, &s.full[slot]);
+            if (lane == 0) *(volatile u32*)&s.issued = tile + 1;
+            tile++;
+        }
+    }
+    // no copy is under way when the CTA ends
+#pragma unroll 1
+    for (u32 which = tile > SLOTS ? tile - SLOTS : 0; which < tile; which++)
+        while (!has_come(&s.full[which % SLOTS], which / SLOTS & 1)) {}
+}
+
+struct Consumer {
+    Shared& s;
+    int warp, lane;
+    Patience patience;
+    u32 tile;  // the first of the next stage
+
+    // A tile is there; none before it is needed: what was read of those has been computed with.
+    DEVICE const Stored* wait_for(u32 which) {
+        __syncwarp();
+        if (lane == 0) *(volatile u32*)&s.progress[warp] = which;
+        const u32 slot = which % SLOTS;
+        // a barrier tells odd from even tiles alone: the one before in this slot must have been used
+        Patience still = patience;
+        while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
+        while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
+        __syncwarp();
+        return (const Stored*)s.ring[slot];
+    }
+};
+
+// 16 rows of a tile times 8 sequences' x, of the columns of blocks of 32 from `part` on, of `parts`.
+// Which k of an mma is which column is free, as long as both sides agree: each lane's stand side by side.
+DEVICE void add_block(
+    float (&even)[4], float (&odd)[4], const Stored* tile, int pitch, const Stored* x, int x_pitch, int columns,
+    int part, int parts, int lane) {
+    const int row = lane / 4, at = lane % 4 * 8;
+    const Stored *lower = tile + row * pitch + at, *upper = lower + 8 * pitch, *b = x + row * x_pitch + at;
+#pragma unroll 2
+    for (int k = part * 32; k < columns; k += parts * 32) {
+        const uint4 u = *(const uint4*)(lower + k), v = *(const uint4*)(upper + k), y = *(const uint4*)(b + k);
+        multiply(even, u.x, v.x, u.y, v.y, y.x, y.y);
+        multiply(odd, u.z, v.z, u.w, v.w, y.z, y.w);
+    }
+}
+
+// The 1 / rms of each sequence's x.
+DEVICE void find_rstd(Shared& s, int warp, int lane) {
+    if (warp < R) {
+        float squares = 0.0f;
+#pragma unroll 4
+        for (int i = 2 * lane; i < D; i += 2 * LANES) {
+            Raw<2> x;
+            x.from_shared(s.narrow[warp] + i);
+            squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
+        }
+        const float rstd = rstd_of(squares);
+        if (lane == 0) s.rstd[warp] = rstd;
+    }
+}
+
+// The sum of a row's parts, in their order.
+template <int STAGE>
+DEVICE float sum_of(const Shared& s, int row, int sequence) {
+    constexpr int PARTS = columns_of(STAGE).parts;
+    float sum = 0.0f;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) sum += s.sums[(row / 16 * PARTS + part) * 16 + row % 16][sequence];
+    return sum;
+}
+
+// A stage's products: `fetch` brings what it reads into `from`; `sum_of` gives them, afterwards.
+template <int STAGE, bool NORM, class Fetch>
+DEVICE void run_stage(Consumer& c, int rows, const Stored* from, int from_pitch, Fetch fetch) {
+    constexpr Columns COLUMN = columns_of(STAGE);
+    constexpr int KW = rows_of(STAGE).kw, PARTS = COLUMN.parts, AT_ONCE = COLUMN.at_once;
+    const int part = c.warp % PARTS, blocks = (rows + 15) / 16, own = c.warp / PARTS;
+    const u32 base = c.tile;
+    // of the tiles that may come before this stage has used one
+    const bool ahead = own < blocks && own < SLOTS;
+    const Stored* tile = nullptr;
+    if (ahead) tile = c.wait_for(base + own);
+    c.tile += blocks * COLUMN.tiles;
+    fetch();
+    barrier();
+#pragma unroll 1
+    for (int block = own, begin = 0; block < blocks; block += AT_ONCE, begin += AT_ONCE) {
+        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+        const int together = least(AT_ONCE, blocks - begin);
+        u32 which = base + begin * COLUMN.tiles + own;
+#pragma unroll 1
+        for (int column = 0; column < KW; column += COLUMN.of_tile, which += together) {
+            if (begin > 0 || column > 0 || !ahead) tile = c.wait_for(which);
+            add_block(even, odd, tile, COLUMN.pitch, from + column, from_pitch, least(COLUMN.of_tile, KW - column),
+                      part, PARTS, c.lane);
+        }
+        float(*to)[R] = c.s.sums + (block * PARTS + part) * 16;
+        const int row = c.lane / 4, sequence = c.lane % 4 * 2;
+        to[row][sequence] = even[0] + odd[0], to[row][sequence + 1] = even[1] + odd[1];
+        to[row + 8][sequence] = even[2] + odd[2], to[row + 8][sequence + 1] = even[3] + odd[3];
+    }
+    if (NORM) find_rstd(c.s, c.warp, c.lane);
+    __syncwarp();
+    if (c.lane == 0) *(volatile u32*)&c.s.progress[c.warp] = c.tile;
+    barrier();
+}
+
+// Words 0 to `count` of each of n sequences, each by a thread, or some of its copies: `value(word,
+// sequence, of the first copy, at)` gives it and sets where in `words` it lies.
+template <class Value>
+DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int thread, Value value) {
+    const int all = count * n;
+    int split = REPLICAS;
+    while (split > 1 && all * split > THREADS) split /= 2;
+#pragma unroll 1
+    for (int i = thread; i < all * split; i += THREADS) {
+        const int word = i % all, copy = i / all;
+        int at;
+        const u32 of = value(word % count, word / count, copy == 0, at);
+#pragma unroll 1
+        for (int r = copy; r < REPLICAS; r += split) store_word(words + (long long)r * stride + at, of, epoch);
+    }
+}
+
+// What attention gives each sequence, of its chunks, into `to`.
+DEVICE void gather_attention(
+    const u64* words, int n, int chunk, const int* positions, u32 epoch, int thread, Patience patience, u32 where,
+    Stored* to, int pitch) {
+    constexpr int N = Q / 2, EACH = least(5, (R * N + THREADS - 1) / THREADS);
+#pragma unroll 1
+    for (int base = thread; base - thread < n * N; base += EACH * THREADS) {
+        float m[EACH], l[EACH], sum[EACH][2];
+        int element[EACH], sequence[EACH], chunks[EACH], most_chunks = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int at = least(base + i * THREADS, n * N - 1);
+            sequence[i] = at / N, element[i] = at % N;
+            chunks[i] = positions[sequence[i]] / chunk + 1;
+            most_chunks = most(most_chunks, chunks[i]);
+            m[i] = LOWEST, l[i] = sum[i][0] = sum[i][1] = 0.0f;
+        }
+        most_chunks = (int)__reduce_max_sync(~0u, (u32)most_chunks);
+#pragma unroll 1
+        for (int c = 0; c < most_chunks; c++) {
+            u64 out[EACH], lse[EACH];
+            const u64* of[EACH];
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                of[i] = words + ((long long)least(c, chunks[i] - 1) * R + sequence[i]) * WORDS_OF_CHUNK;
+                out[i] = load_word(of[i] + element[i]), lse[i] = load_word(of[i] + N + element[i] * 2 / E);
+            }
+            while (true) {
+                bool all = true;
+#pragma unroll
+                for (int i = 0; i < EACH; i++) all &= epoch_of(out[i]) == epoch && epoch_of(lse[i]) == epoch;
+                if (__all_sync(~0u, all) || !patience.waits(where)) break;
+#pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    if (epoch_of(out[i]) != epoch) out[i] = load_word(of[i] + element[i]);
+                    if (epoch_of(lse[i]) != epoch) lse[i] = load_word(of[i] + N + element[i] * 2 / E);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const float one = c < chunks[i] ? value_of(lse[i]) : LOWEST, larger = fmaxf(m[i], one);
+                const float old = power_of_2(m[i] - larger), p = c < chunks[i] ? power_of_2(one - larger) : 0.0f;
+                alignas(8) float both[2];
+                unpack((u32)out[i], both);
+                sum[i][0] = sum[i][0] * old + both[0] * p, sum[i][1] = sum[i][1] * old + both[1] * p;
+                l[i] = l[i] * old + p;
+                m[i] = larger;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (base + i * THREADS < n * N)
+                *(u32*)&to[sequence[i] * pitch + 2 * element[i]] = packed(quotient(sum[i][0], l[i]), quotient(sum[i][1], l[i]));
+    }
+}
+
+// ---- the kernel
+
+extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts(
+    const Model* model_at, const Memory* memory_at, int n, int n_slots, int max_len, int n_tokens, int passes,
+    int stride, u32 epoch, u64 timeout_ns
+) {
+    SHARED_MEMORY(bytes);
+    Shared& s = *(Shared*)bytes;
+    const Model model = *model_at;
+    const Memory memory = *memory_at;
+    const int cta = blockIdx.x, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
+    Patience patience{memory.status, timeout_ns};
+
+    if (thread < SLOTS) make_barrier(&s.full[thread]);
+    if (thread < WARPS) s.progress[thread] = 0;
+    if (thread < STAGES) {
+        s.first[thread] = ROWS[thread].first(cta);
+        s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
+    }
+    if (thread < R) {
+        const int* sequence = memory.sequences + 4 * thread;
+        s.slot[thread] = sequence[0], s.token[thread] = sequence[1], s.position[thread] = sequence[2];
+        s.ending[thread] = GROWING;
+    }
+    if (thread == 0) s.issued = s.ended = 0;
+    show_to_copies();
+    __syncthreads();
+
+    if (warp == WARPS) {
+        produce(s, model, n_tokens, lane, patience);
+        return;
+    }
+
+    const int chunk = passes * CHUNK_STEP;
+    const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
+    u64* copy = memory.words + (long long)(lane % REPLICAS) * stride;        // that this lane writes
+    Consumer consumer{s, warp, lane, patience, 0};
+    const int qkv_rows = s.count[QKV], qkv_first = s.first[QKV], x_rows = s.count[OUT], x_first = s.first[OUT];
+    const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
+    const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
+    // of the sequence that is this warp's when tokens are chosen
+    const int own = warp < n ? warp : 0;
+    const int stop_id = memory.stop_ids[own * LANES + lane], limit = memory.sequences[4 * own + 3];
+    int count = 0;
+    bool all_ended = false;
+
+#pragma unroll 1
+    for (int t = 0; t < n_tokens && !all_ended; t++) {
+        u32 here = epoch + (u32)t * LAYERS;  // of a layer's words
+        int longest = 0;
+        for (int r = 0; r < n; r++) longest = most(longest, s.position[r]);
+        const int tasks = (longest / chunk + 1) * n * H;
+
+#pragma unroll 1
+        for (int layer = 0; layer < LAYERS; layer++, here++) {
+            const u32 where = 3u << 28 | (u32)layer << 4;
+            auto take_x = [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; };
+            run_stage<QKV, true>(consumer, qkv_rows, s.narrow[0], pitch_of(D), [&]() {
+                if (layer == 0) {
+#pragma unroll 4
+                    for (int i = thread; i < n * D / 2; i += THREADS) {
+                        const int r = i / (D / 2), at = i % (D / 2) * 2;
+                        *(u32*)&s.narrow[r][at] = *(const u32*)(model.embedding + (long long)s.token[r] * D + at);
+                    }
+                    for (int i = thread; i < n * x_rows; i += THREADS)
+                        s.kept[0][i / n][i % n] = as_float(model.embedding[(long long)s.token[i % n] * D + x_first + i / n]);
+                } else if (qkv_rows > 0) {
+                    gather_some(words + Words::x, n * D / 2, here - 1, thread, patience, where, take_x);
+                }
+            });
+            publish_all(memory.words + Words::qkv, stride, qkv_rows / 2, n, here, thread,
+                        [&](int word, int r, bool, int& at) {
+                            at = r * (N_QKV / 2) + qkv_first / 2 + word;
+                            return packed(sum_of<QKV>(s, 2 * word, r) * s.rstd[r], sum_of<QKV>(s, 2 * word + 1, r) * s.rstd[r]);
+                        });
+
+            // attention
+            const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
+            bool another = false;
+#pragma unroll 1
+            for (int task = first_task; task < tasks; task += GRID) {
+                const int of_chunk = task / (n * H), r = task % (n * H) / H, head = task % H;
+                const int begin = of_chunk * chunk, position = s.position[r];
+                if (begin > position) continue;
+                if (another) barrier();
+                another = true;
+                const long long of_cache = (((long long)layer * n_slots + s.slot[r]) * KV + head / GROUP) * max_len * E;
+                attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv + r * (N_QKV / 2),
+                       memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK, stride, layer,
+                       head, begin, chunk, passes, position, here, thread, patience, where | 1);
+            }
+
+            run_stage<OUT, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
+                if (x_rows > 0)
+                    gather_attention(words + Words::attention, n, chunk, s.position, here, thread, patience, where | 2,
+                                     s.wide[0], pitch_of(Q > F ? Q : F));
+            });
+            auto add_to_x = [&](auto sum, int from, int words_at) {
+                publish_all(memory.words + words_at, stride, x_rows / 2, n, here, thread,
+                            [&](int word, int r, bool first_copy, int& at) {
+                                at = r * (D / 2) + x_first / 2 + word;
+                                float x[2];
+#pragma unroll
+                                for (int k = 0; k < 2; k++) {
+                                    x[k] = s.kept[from][2 * word + k][r] + sum(2 * word + k, r);
+                                    if (first_copy) s.kept[1 - from][2 * word + k][r] = x[k];
+                                }
+                                return packed(x[0], x[1]);
+                            });
+            };
+            add_to_x([&](int row, int r) { return sum_of<OUT>(s, row, r); }, 0, Words::mid);
+
+            run_stage<GATE_UP, true>(consumer, hidden_rows, s.narrow[0], pitch_of(D), [&]() {
+                if (hidden_rows > 0) gather_some(words + Words::mid, n * D / 2, here, thread, patience, where | 3, take_x);
+            });
+            publish_all(memory.words + Words::hidden, stride, hidden_rows / 4, n, here, thread,
+                        [&](int word, int r, bool, int& at) {
+                            at = r * (F / 2) + hidden_first / 2 + word;
+                            float hidden[2];
+#pragma unroll
+                            for (int k = 0; k < 2; k++) {
+                                const float gate = sum_of<GATE_UP>(s, 4 * word + 2 * k, r) * s.rstd[r];
+                                const float up = sum_of<GATE_UP>(s, 4 * word + 2 * k + 1, r) * s.rstd[r];
+                                hidden[k] = quotient(gate, 1.0f + power_of_2(-LOG2E * gate)) * up;
+                            }
+                            return packed(hidden[0], hidden[1]);
+                        });
+
+            run_stage<DOWN, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
+                if (x_rows > 0)
+                    gather_some(words + Words::hidden, n * F / 2, here, thread, patience, where | 4,
+                                [&](int i, u32 value) { *(u32*)&s.wide[i / (F / 2)][i % (F / 2) * 2] = value; });
+            });
+            add_to_x([&](int row, int r) { return sum_of<DOWN>(s, row, r); }, 1, Words::x);
+        }
+
+        // head: of each lane the best of its rows for two sequences, and the sums of exp(logit - best)
+        float best[2] = {LOWEST, LOWEST}, total[2] = {0.0f, 0.0f};
+        int id[2] = {V, V};
+        {
+            constexpr Columns COLUMN = columns_of(HEAD);
+            const int groups = (head_rows + 15) / 16, row = lane / 4;
+            const u32 base = consumer.tile;
+            const bool ahead = warp < groups && warp * COLUMN.tiles < SLOTS;
+            const Stored* tile = ahead ? consumer.wait_for(base + warp * COLUMN.tiles) : nullptr;
+            consumer.tile += groups * COLUMN.tiles;
+            gather_some(words + Words::x, n * D / 2, here - 1, thread, patience, 4u << 28,
+                        [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; });
+            barrier();
+            find_rstd(s, warp, lane);
+            barrier();
+            const float rstd[2] = {s.rstd[lane % 4 * 2], s.rstd[lane % 4 * 2 + 1]};
+            auto add_logit = [&](int row, int k, float logit) {
+                if (row >= head_rows) return;
+                if (!(logit == logit)) logit = INFINITE;  // a NaN is the best
+                const float larger = fmaxf(best[k], logit);
+                total[k] = total[k] * power_of_2((best[k] - larger) * LOG2E) + power_of_2((logit - larger) * LOG2E);
+                if (logit > best[k]) id[k] = head_first + row;
+                best[k] = larger;
+            };
+#pragma unroll 1
+            for (int group = warp; group < groups; group += WARPS) {
+                float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+#pragma unroll 1
+                for (int j = 0; j < COLUMN.tiles; j++) {
+                    if (group > warp || j > 0 || !ahead) tile = consumer.wait_for(base + group * COLUMN.tiles + j);
+                    const int column = j * COLUMN.of_tile;
+                    add_block(even, odd, tile, COLUMN.pitch, s.narrow[0] + column, pitch_of(D),
+                              least(COLUMN.of_tile, D - column), 0, 1, lane);
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    add_logit(16 * group + row + k / 2 * 8, k % 2, (even[k] + odd[k]) * rstd[k % 2]);
+            }
+            __syncwarp();
+            if (lane == 0) *(volatile u32*)&s.progress[warp] = consumer.tile;
+        }
+        // of two records the better one, and of equal ones that of the lower id
+        auto join = [&](float& best, int& id, float& total, int step) {
+            const float other = __shfl_xor_sync(~0u, best, step), other_total = __shfl_xor_sync(~0u, total, step);
+            const int other_id = __shfl_xor_sync(~0u, id, step);
+            const float larger = fmaxf(best, other);
+            total = total * power_of_2((best - larger) * LOG2E) + other_total * power_of_2((other - larger) * LOG2E);
+            if (other > best || (other == best && other_id < id)) id = other_id;
+            best = larger;
+        };
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+#pragma unroll
+            for (int step = 4; step < LANES; step *= 2) join(best[k], id[k], total[k], step);
+            if (lane < 4) {
+                float* to = s.best[warp][2 * lane + k];
+                to[0] = best[k], to[1] = __int_as_float(id[k]), to[2] = total[k];
+            }
+        }
+        barrier();
+        const u32 of_best = epoch + (u32)t;
+        const int records = Words::best + (of_best & 1) * R * 3 * GRID;
+        if (warp < n) {
+            const float* mine = s.best[lane % WARPS][warp];
+            float of_cta = mine[0], sum = mine[2];
+            int its_id = __float_as_int(mine[1]);
+#pragma unroll
+            for (int step = 1; step < WARPS; step *= 2) join(of_cta, its_id, sum, step);
+            const int at = records + warp * 3 * GRID + 3 * cta;
+            publish(copy, at, __float_as_uint(of_cta), of_best, lane);
+            publish(copy, at + 1, (u32)its_id, of_best, lane);
+            publish(copy, at + 2, __float_as_uint(sum), of_best, lane);
+            if (its_id < V)  // whichever is the next token, its row is in the L2
+#pragma unroll 1
+                for (int i = lane * 64; i < D; i += LANES * 64) prefetch(model.embedding + (long long)its_id * D + i);
+        }
+        gather_some(words + records, n * 3 * GRID, of_best, thread, patience, 4u << 28 | 1,
+                    [&](int i, u32 value) { s.records[i / (3 * GRID)][i % (3 * GRID)] = __uint_as_float(value); });
+        barrier();
+        if (warp < n && s.ending[warp] == GROWING) {
+            const float* mine = s.records[warp];
+            float largest = LOWEST;
+            int its_id = V;
+#pragma unroll
+            for (int j = 0; j < (GRID + LANES - 1) / LANES; j++) {
+                const int i = j * LANES + lane;
+                if (i < GRID && mine[3 * i] > largest) largest = mine[3 * i], its_id = __float_as_int(mine[3 * i + 1]);
+            }
+            const u32 all = __reduce_max_sync(~0u, ordered(largest));
+            const int token = __reduce_min_sync(~0u, ordered(largest) == all ? its_id : V);
+            largest = value_of_ordered(all);
+            int ending = GROWING;
+            if (!(largest < INFINITE && largest > LOWEST)) {
+                ending = NOT_FINITE;
+            } else if (__any_sync(~0u, stop_id == token)) {
+                ending = STOPPED;
+            } else {
+                if (cta == 0) {
+                    float sum = 0.0f;
+#pragma unroll 1
+                    for (int i = lane; i < GRID; i += LANES) sum += mine[3 * i + 2] * power_of_2((mine[3 * i] - largest) * LOG2E);
+                    sum = sum_of_warp(sum);
+                    const u64 word = (u64)__float_as_uint(-log_2(sum) / LOG2E) << 32 | (u32)token;
+                    if (lane == 0) store_to_host(memory.written + (long long)warp * max_len + count, word);
+                }
+                count++;
+                if (count == limit) ending = FULL;
+            }
+            __syncwarp();
+            if (lane == 0) {
+                s.ending[warp] = ending;
+                if (ending == GROWING) s.token[warp] = token, s.position[warp]++;
+            }
+        }
+        barrier();
+        all_ended = true;
+        for (int r = 0; r < n; r++) all_ended &= s.ending[r] != GROWING;
+    }
+    if (thread == 0) *(volatile u32*)&s.ended = 1;
+    if (cta == 0 && warp < n && lane == 0) {
+        memory.ending[2 * warp] = count;
+        memory.ending[2 * warp + 1] = *(volatile u32*)memory.status != 0 ? -1 : s.ending[warp];
+    }
+}
