@@ -14,7 +14,7 @@ from onelaunch.engines.engine import Request, Sampling
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model
-from tests.engines.suite import SHAPES, SMALL, exact_logits, weights_of
+from tests.engines.suite import SHAPES, SMALL, exact_logits, run, weights_of
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -22,7 +22,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a GPU of compute capability 9.0", allow_module_level=True)
 
 from onelaunch.engines.cuda.decoding.chain import Memory
-from onelaunch.engines.cuda.decoding.text import Text, TextKernel, why_not
+from onelaunch.engines.cuda.decoding.text import SEVERAL, Row, Text, TextKernel, why_not
 from onelaunch.engines.cuda.engine import CudaEngine
 
 WEIGHTS = Path(__file__).parents[2] / ".." / "shared" / "weights"
@@ -59,6 +59,11 @@ def test_logprobs_are_as_exact_as_pytorchs(config):
     config = config.with_(max_seq_len=128)
     weights = weights_of(config)
     prompt, events = events_of(config, 80, weights=weights)
+    assert_as_exact(config, weights, prompt, events)
+
+
+def assert_as_exact(config, weights, prompt, events):
+    """The logprobs of a text are nearly as exact as those of PyTorch in bfloat16."""
     new = [event.token for event in events]
     tokens = torch.tensor([prompt + new[:-1]])
     narrow = Model.from_weights(config, {name: w.bfloat16() for name, w in weights.items()})
@@ -101,8 +106,8 @@ def launched(kernel, config, packed, n, timeout_ns=2_000_000_000, poison=0.0):
     for cache in (memory.keys, memory.values):
         cache.fill_(poison)
     text = Text(kernel, memory.keys, memory.values, timeout_ns)
-    text.launch(0, 3, 0, n)
-    return text.finish(), memory
+    text.launch([Row(0, 3, 0, n)])
+    return text.finish([0])[0], memory
 
 
 @pytest.mark.parametrize("ctas", [1, 2, 7, 50, 131])
@@ -145,12 +150,12 @@ def test_a_wait_that_does_not_end_times_out():
     text = Text(kernel, memory.keys, memory.values, 20_000_000)
     expected = launched(kernel, WIDE, packed, 30)[0]
     kernel.ctas = 1  # the other half of every stage never comes
-    text.launch(0, 3, 0, 30)
+    text.launch([Row(0, 3, 0, 30)])
     with pytest.raises(EngineTimeout, match="timed out"):
-        text.finish()
+        text.finish([0])
     kernel.ctas = 2
-    text.launch(0, 3, 0, 30)
-    assert text.finish() == expected
+    text.launch([Row(0, 3, 0, 30)])
+    assert text.finish([0]) == [expected]
 
 
 def test_ten_thousand_texts_are_the_same():
@@ -160,8 +165,8 @@ def test_ten_thousand_texts_are_the_same():
     text = Text(TextKernel(SMALL, packed), memory.keys, memory.values)
     expected = None
     for _ in range(10_000):
-        text.launch(0, 3, 0, 8)
-        result = text.finish()
+        text.launch([Row(0, 3, 0, 8)])
+        result = text.finish([0])
         assert expected is None or result == expected
         expected = result
 
@@ -171,13 +176,13 @@ def test_tokens_are_there_as_they_come():
     packed = engine._pack()
     memory = Memory.of(WIDE, packed, 1, WIDE.max_seq_len)
     text = Text(TextKernel(WIDE, packed), memory.keys, memory.values)
-    text.launch(0, 3, 0, 1000)
-    text.wait_for_one()
-    early, _ = text.arrived()
-    tokens, logprobs, _ = text.finish()
+    text.launch([Row(0, 3, 0, 1000)])
+    text.wait_for_one([0])
+    early, _ = text.arrived(0)
+    ((tokens, logprobs, _),) = text.finish([0])
     assert 1 <= len(early) < len(tokens) == 1000
     assert tokens[: len(early)] == early
-    assert text.arrived(990) == (tokens[990:], logprobs[990:])
+    assert text.arrived(0, 990) == (tokens[990:], logprobs[990:])
     text.close()
 
 
@@ -187,6 +192,48 @@ def test_a_stop_id_ends_it_at_once():
     _, ended = events_of(WIDE, 60, stop_ids=(stop,))
     assert [event.token for event in ended] == [*tokens[: tokens.index(stop)], None]
     assert ended[-1].finish == "stop"
+
+
+SEVERAL_SHAPES = {
+    name: config
+    for name, config in CONFIGS.items()
+    if why_not(config, torch.device("cuda"), torch.bfloat16, SEVERAL) is None
+}
+
+
+@pytest.mark.parametrize("config", SEVERAL_SHAPES.values(), ids=SEVERAL_SHAPES)
+def test_several_texts_are_the_same_alone_and_among_others(config):
+    config = config.with_(max_seq_len=300)
+    engine = CudaEngine(config, weights_of(config), "cuda", fusion_depth="text")
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(config.vocab_size, (11, 30), generator=generator).tolist()
+    requests = [
+        Request(i, prompt[: 1 + 2 * i], 40 + 20 * i, Sampling(), logprobs=True)
+        for i, prompt in enumerate(prompts)
+    ]
+    together = run(engine, requests, SEVERAL)  # three wait
+    assert run(engine, requests, SEVERAL) == together
+    for request in requests[::4]:
+        assert run(engine, [request], SEVERAL)[request.id] == together[request.id]
+    assert run(engine, requests[:3], 3) == {i: together[i] for i in range(3)}
+
+
+@pytest.mark.parametrize("config", SEVERAL_SHAPES.values(), ids=SEVERAL_SHAPES)
+def test_logprobs_of_several_are_as_exact_as_pytorchs(config):
+    config = config.with_(max_seq_len=128)
+    weights = weights_of(config)
+    engine = CudaEngine(config, weights, "cuda", fusion_depth="text")
+    session = engine.session(SEVERAL)
+    generator = torch.Generator().manual_seed(4)
+    prompts = torch.randint(config.vocab_size, (SEVERAL, 20), generator=generator).tolist()
+    for i, prompt in enumerate(prompts):
+        session.submit(Request(i, prompt, 60, Sampling(), logprobs=True))
+    events = []
+    while sum(event.finish is not None for event in events) < SEVERAL:
+        events += session.step()
+    session.close()
+    for i, prompt in enumerate(prompts):
+        assert_as_exact(config, weights, prompt, [event for event in events if event.id == i])
 
 
 def test_who_asks_for_it_is_told_why_it_is_not_there():

@@ -57,10 +57,12 @@ def pointers(*tensors):
 class Emulated:
     """Launches of one cache, whose numbers are NaN until they are written."""
 
+    sequences = 1
+
     def __init__(self, compiled, config, weights, dtype, ctas, timeout_ns=10**11, **changed):
         c = config
         self.config, self.ctas, self.timeout_ns = config, ctas, timeout_ns
-        macros = text.macros(config, dtype, ctas, H200.shared_bytes) | changed
+        macros = text.macros(config, dtype, ctas, H200.shared_bytes, self.sequences) | changed
         self.library = compiled(macros)
         p = self.packed = pack(config, weights, dtype, torch.device("cpu"))
         self.model = pointers(

@@ -7,14 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding import sampling, text
 from tests.engines.cuda.test_emulated_text import BFLOAT16, Emulated, check, pointers
 from tests.engines.cuda.test_emulated_text import compiled as compiled
 from tests.engines.cuda.test_emulated_text import pytestmark as pytestmark
 from tests.engines.suite import SMALL, weights_of
 
-SEQUENCES = 8
-MANY = {"SEQUENCES": SEQUENCES}
+SEQUENCES = text.SEVERAL
 CONFIG = SMALL.with_(
     dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160, vocab_size=200, max_seq_len=40
 )
@@ -22,8 +21,10 @@ SLOT_BYTES = 16 * 2 * 96 + 1024  # less than a row of `down`: its columns come i
 
 
 class Several(Emulated):
+    sequences = SEQUENCES
+
     def __init__(self, compiled, config, weights, dtype, ctas, **changed):
-        super().__init__(compiled, config, weights, dtype, ctas, **MANY, **changed)
+        super().__init__(compiled, config, weights, dtype, ctas, **changed)
         c = config
         shape = (c.n_layers, SEQUENCES + 1, c.n_kv_heads, c.max_seq_len, c.head_dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
@@ -62,13 +63,13 @@ def one(several, slot):
 )
 def test_each_text_is_the_models_and_the_same_alone(compiled, ctas, seed):
     weights = weights_of(CONFIG)
-    several = Several(compiled, CONFIG, weights, BFLOAT16, ctas, SLOT_BYTES=SLOT_BYTES, SLOTS=5)
+    several = Several(compiled, CONFIG, weights, BFLOAT16, ctas, SLOT_BYTES=SLOT_BYTES)
     rows = [(5, 3, 0, 7), (0, 9, 0, 4), (2, 60, 0, 9)]
     together = several.write_all(rows, seed)
     for (slot, first, _, n), (tokens, logprobs, ending) in zip(rows, together, strict=True):
         assert ending == sampling.FULL
         assert len(tokens) == n
-        alone = Several(compiled, CONFIG, weights, BFLOAT16, ctas, SLOT_BYTES=SLOT_BYTES, SLOTS=5)
+        alone = Several(compiled, CONFIG, weights, BFLOAT16, ctas, SLOT_BYTES=SLOT_BYTES)
         assert alone.write_all([(slot, first, 0, n)], seed + 7) == [(tokens, logprobs, ending)]
         check(one(alone, slot), weights, tokens, logprobs, first)
 
@@ -94,7 +95,7 @@ def test_they_go_on_from_where_they_are(compiled, dtype):
 @pytest.mark.extended
 def test_what_ends_one_of_them(compiled):
     weights = weights_of(CONFIG)
-    several = Several(compiled, CONFIG, weights, BFLOAT16, 2, SLOT_BYTES=SLOT_BYTES, SLOTS=5)
+    several = Several(compiled, CONFIG, weights, BFLOAT16, 2, SLOT_BYTES=SLOT_BYTES)
     rows = [(0, 3, 0, 10), (1, 9, 0, 10)]
     (tokens, _, _), (others, _, _) = whole = several.write_all(rows)
     stop = tokens[6]

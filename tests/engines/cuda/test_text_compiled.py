@@ -21,9 +21,10 @@ pytest.importorskip("cuda.bindings.nvrtc")
 NAMES = ("stories260k", "stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
 
 
-def compiled(name, dtype, ctas):
-    macros = text.macros(preset(name), dtype, ctas, H200.shared_bytes)
-    return nvrtc.compiled(text.source(), macros, "sm_90")
+def compiled(name, dtype, ctas, sequences=1):
+    macros = text.macros(preset(name), dtype, ctas, H200.shared_bytes, sequences)
+    assert macros["SLOTS"] >= text.MIN_SLOTS
+    return nvrtc.compiled(text.source(sequences), macros, "sm_90")
 
 
 def stack_bytes(code, tmp_path):
@@ -40,6 +41,13 @@ def stack_bytes(code, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_stays_in_registers(name, tmp_path):
     assert stack_bytes(compiled(name, torch.bfloat16, 132), tmp_path) <= 64
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b"])
+def test_several_texts_stay_in_registers(name, dtype, tmp_path):
+    assert stack_bytes(compiled(name, dtype, 132, text.SEVERAL), tmp_path) <= 192
 
 
 @pytest.mark.extended

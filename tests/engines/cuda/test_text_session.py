@@ -24,39 +24,45 @@ def following(token):
 
 
 class HostWriter:
-    """Its launches write at once all but the last of their tokens; that comes with the end."""
+    """Its launches write at once all but the last of each row's tokens; that comes with the end."""
 
     def __init__(self, token_seconds=None, fails_at=None):
         self.token_seconds, self.fails_at = token_seconds, fails_at
-        self.stop, self.launches, self.flying, self.closed = (), [], None, False
+        self.stop, self.launches, self.flying, self.closed = {}, [], None, False
 
-    def stop_at(self, ids):
-        self.stop = ids
+    def stop_at(self, row, ids):
+        self.stop[row] = ids[: sampling.STOP_IDS]
 
-    def launch(self, slot, token, position, n):
+    def launch(self, rows):
         assert self.flying is None, "a launch is under way"
-        self.launches.append((token, position, n))
-        tokens, how = [], sampling.FULL
-        for _ in range(n):
-            token = following(token)
-            if token in self.stop:
-                how = sampling.STOPPED
-                break
-            tokens.append(token)
-        self.flying = tokens, how
+        assert len({row.slot for row in rows}) == len(rows)
+        self.launches.append(list(rows))
+        self.flying = [self.written(i, row) for i, row in enumerate(rows)]
 
-    def wait_for_one(self):
+    def written(self, i, row):
+        token, tokens = row.token, []
+        for _ in range(row.n):
+            token = following(token)
+            if token in self.stop.get(i, ()):
+                return tokens, sampling.STOPPED
+            tokens.append(token)
+        return tokens, sampling.FULL
+
+    def wait_for_one(self, rows):
         assert self.flying is not None
 
-    def arrived(self, first=0):
-        tokens = self.flying[0][first:-1]
+    def arrived(self, row, first=0):
+        tokens = self.flying[row][0][first:-1]
         return tokens, [-0.5] * len(tokens)
 
-    def finish(self, first=0):
-        (tokens, how), self.flying = self.flying, None
+    def finish(self, firsts):
+        flying, self.flying = self.flying, None
         if self.fails_at == len(self.launches):
             raise EngineTimeout("a text timed out")
-        return tokens[first:], [-0.5] * len(tokens[first:]), how
+        return [
+            (tokens[first:], [-0.5] * len(tokens[first:]), how)
+            for first, (tokens, how) in zip(firsts, flying, strict=True)
+        ]
 
     def close(self):
         self.closed = True
@@ -69,7 +75,7 @@ class HostSource:
     def writer(self, prompt):
         return self.made
 
-    def keep(self, prompt_ids):
+    def keep(self, prompt_ids, slot):
         self.kept.append(prompt_ids)
 
     def close(self):
@@ -96,9 +102,12 @@ class Others:
         pass
 
 
-def session_of(writer, max_len=200):
+def session_of(writer, max_len=200, max_batch=1):
     source = HostSource(writer)
-    return TextSession(LONG, source, Others, nullcontext, max_len, torch.bfloat16), source.kept
+    session = TextSession(
+        LONG, source, Others, nullcontext, max_batch, max_len, torch.bfloat16
+    )  # fmt: skip
+    return session, source.kept
 
 
 def expected(prompt, n):
@@ -129,12 +138,12 @@ def test_tokens_come_in_order_however_many_a_launch_writes(new, token_seconds):
     assert [event.finish for event in events] == [None] * (new - 1) + ["length"]
     assert all(event.logprob == -0.5 for event in events)
     assert kept == [prompt[:-1]]
-    assert sum(n for _, _, n in writer.launches) == new
+    assert sum(row.n for (row,) in writer.launches) == new
     # each goes on where the one before ended
     at = 0
-    for token, position, n in writer.launches:
-        assert (token, position) == ([*prompt, *expected(prompt, new)][2 + at], 2 + at)
-        at += n
+    for (row,) in writer.launches:
+        assert (row.token, row.position) == ([*prompt, *expected(prompt, new)][2 + at], 2 + at)
+        at += row.n
     assert session.step() == []
 
 
@@ -155,7 +164,6 @@ def test_a_stop_id_ends_it(ids):
     more = [i for i in range(LONG.vocab_size) if i not in expected([8], 11)]
     writer = HostWriter()
     session, _ = session_of(writer)
-    writer.stop_at = lambda given: setattr(writer, "stop", given[: sampling.STOP_IDS])
     session.submit(Request(0, prompt, 60, stop_ids=(*more[: ids - 1], stop)))
     events = all_of(session)
     assert [event.token for event in events] == [*expected(prompt, 10), None]
@@ -176,7 +184,8 @@ def test_requests_follow_one_another_and_drawn_ones_go_elsewhere():
     assert [event.token for event in events if event.id == 0] == expected([1], 20)
     assert [event for event in events if event.id == 1] == [TokenEvent(1, 5, None, "length")]
     assert [event.token for event in events if event.id == 2] == expected([3], 20)
-    assert [event.id for event in events if event.finish] == [0, 1, 2, 3]
+    # what is drawn does not wait for the others
+    assert [event.id for event in events if event.finish][:2] == [1, 0]
 
 
 def test_one_that_is_cancelled_makes_room_at_once():
@@ -189,7 +198,9 @@ def test_one_that_is_cancelled_makes_room_at_once():
     session.cancel(0)
     session.cancel(2)
     session.cancel(7)
-    events = all_of(session)
+    events = []
+    while not any(event.id == 1 and event.finish for event in events):
+        events += session.step()
     assert [event for event in events if event.id == 0] == [TokenEvent(0, None, None, "cancelled")]
     assert [event.token for event in events if event.id == 1] == expected([2], 5)
     assert [event.finish for event in events if event.id == 2] == ["cancelled"]
@@ -209,3 +220,40 @@ def test_a_wait_that_timed_out_is_raised():
     with pytest.raises(EngineTimeout):
         all_of(session)
     session.close()
+
+
+@pytest.mark.parametrize("token_seconds", [None, 1e-3, 1e-4])
+def test_several_join_and_leave(token_seconds):
+    writer = HostWriter(token_seconds)
+    session, _ = session_of(writer, max_batch=3)
+    lengths = {0: 30, 1: 3, 2: 11, 3: 25, 4: 1, 5: 8}
+    prompts = {i: [1, 5 * i + 2] for i in lengths}
+    for i in (0, 1, 2, 3):
+        session.submit(Request(i, prompts[i], lengths[i]))
+    events = session.step()
+    assert {event.id for event in events} == {0, 1, 2}  # there is room for three
+    for i in (4, 5):
+        session.submit(Request(i, prompts[i], lengths[i]))
+    while sum(event.finish is not None for event in events) < len(lengths):
+        events += session.step()
+    for i, n in lengths.items():
+        tokens = [event.token for event in events if event.id == i]
+        assert tokens == expected(prompts[i], n)
+    assert max(len(rows) for rows in writer.launches) == 3
+    assert session.step() == []
+
+
+def test_one_of_several_is_cancelled_while_a_launch_goes_on():
+    writer = HostWriter()
+    session, _ = session_of(writer, max_batch=2)
+    for i in (0, 1, 2):
+        session.submit(Request(i, [i + 1], 20))
+    events = session.step()
+    session.cancel(0)
+    while sum(event.finish is not None for event in events) < 3:
+        events += session.step()
+    assert [event.token for event in events if event.id == 1] == expected([2], 20)
+    assert [event.token for event in events if event.id == 2] == expected([3], 20)
+    cancelled = [event for event in events if event.id == 0]
+    assert cancelled[-1] == TokenEvent(0, None, None, "cancelled")
+    assert [event.token for event in cancelled[:-1]] == expected([1], 20)[: len(cancelled) - 1]

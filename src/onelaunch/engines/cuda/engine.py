@@ -109,7 +109,7 @@ class CudaEngine:
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
         self._prompts: Prompts | None = None
-        self._text: TextKernel | None = None
+        self._texts: dict[int, TextKernel] = {}  # by how many sequences
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._disabled: dict[str, str] = {}
@@ -166,9 +166,9 @@ class CudaEngine:
         Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
         sequence's tokens are the same alone and among others. Where `max_batch` is 1 and the tokens
         are the most likely ones, a single launch writes some hundred of them, unless the fusion
-        depth is another. Sessions of more than MAX_SEQUENCE positions, and those on AMD's GPUs,
-        are the reference engine's. Raises BadInput where the fusion depth is "text" and the model
-        does not fit.
+        depth is another; with the depth "text" of up to 8 sequences. Sessions of more than
+        MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference engine's. Raises BadInput
+        where the fusion depth is "text" and the model or `max_batch` does not fit.
         """
         length = check_session(max_batch, max_len, self.config)
         if length > MAX_SEQUENCE or not self._generates():
@@ -185,32 +185,39 @@ class CudaEngine:
             CudaSession,
             self.config, packed, self._prompts, self._alone, max_batch, length, self._log,
         )  # fmt: skip
-        if max_batch > 1 or not self._writes_texts():
+        sequences = self._sequences_of_a_launch(max_batch)
+        if sequences == 0:
             return many()
         from onelaunch.engines.cuda.decoding.text_session import OnGPU, TextSession
 
         c = self.config
-        shape = (c.n_layers, 1, c.n_kv_heads, length, c.head_dim)
+        shape = (c.n_layers, max_batch, c.n_kv_heads, length, c.head_dim)
         cache = partial(_two, shape, packed.embedding)
-        kernel = partial(self._text_kernel, packed)
+        kernel = partial(self._text_kernel, packed, sequences)
         source = OnGPU(self._prompts, kernel, cache, self._log)
-        return TextSession(c, source, many, self._alone, length, self.dtype)
+        return TextSession(c, source, many, self._alone, max_batch, length, self.dtype)
 
-    def _writes_texts(self) -> bool:
-        """Whether one launch writes a text."""
+    def _sequences_of_a_launch(self, max_batch: int) -> int:
+        """Of the kernel that writes a session's texts in one launch; 0 where there is none."""
         from onelaunch.engines.cuda.decoding import text
 
-        reason = text.why_not(self.config, self.device, self.dtype)
+        if self.fusion_depth not in ("auto", TEXT):
+            return 0
+        sequences = 1 if max_batch == 1 else text.SEVERAL
+        reason = text.why_not(self.config, self.device, self.dtype, sequences)
+        if max_batch > text.SEVERAL:
+            reason = f"one launch writes at most {text.SEVERAL} texts"
         if reason and self.fusion_depth == TEXT:
             raise BadInput(f"fusion_depth={TEXT!r}: {reason}")
-        return reason is None and self.fusion_depth in ("auto", TEXT)
+        by_itself = max_batch == 1 or self.fusion_depth == TEXT
+        return sequences if reason is None and by_itself else 0
 
-    def _text_kernel(self, packed: PackedModel) -> TextKernel:
+    def _text_kernel(self, packed: PackedModel, sequences: int) -> TextKernel:
         from onelaunch.engines.cuda.decoding.text import TextKernel
 
-        if self._text is None:
-            self._text = TextKernel(self.config, packed, self._store)
-        return self._text
+        if sequences not in self._texts:
+            self._texts[sequences] = TextKernel(self.config, packed, self._store, sequences)
+        return self._texts[sequences]
 
     def _generates(self) -> bool:
         """Whether its own kernels generate: on NVIDIA's GPUs."""

@@ -1,10 +1,12 @@
-"""One launch that writes many tokens of one sequence (text.cu), bound to a session's cache."""
+"""Kernels that write many tokens of one sequence, or of several, in one launch (text.cu, texts.cu),
+bound to a session's cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,95 +15,137 @@ from torch import Tensor
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import nvrtc
+from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.decoding.sampling import STOP_IDS
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
 from onelaunch.errors import EngineTimeout
 
-SOURCES = ("device.cu", "parts.cu", "text.cu")
+SEVERAL = 8
+"""Sequences of the kernel for several."""
 WARPS = 8
-SLOT_BYTES = 16384
-MIN_SLOTS, MAX_SLOTS = 4, 32
 REPLICAS = 8
+SLOT_BYTES = {1: 16384, SEVERAL: 18432}
+"""Of a slot of the ring at least; of the kernel for several, that is 16 rows of 544 numbers."""
+MIN_SLOTS, MAX_SLOTS = 4, 32
 CHUNKS = 8
 """Of a sequence's context, about, at most."""
+_SOURCES = {1: "text.cu", SEVERAL: "texts.cu"}
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ABSENT = -1  # a word that no token has been written into
 
 
-def why_not(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model's texts cannot be written in one launch; None where they can."""
+class Row(NamedTuple):
+    """A sequence of a launch: where its cache is, its last token and its position, and how many new
+    tokens it is to have at most."""
+
+    slot: int
+    token: int
+    position: int
+    n: int
+
+
+def why_not(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, sequences: int = 1
+) -> str | None:
+    """Why texts of a model cannot be written in one launch; None where they can."""
     c = config
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device)[0] < 9:
         return "it needs compute capability 9.0"
+    if sequences > 1:
+        if dtype == torch.float32:
+            return "several sequences at once are of 16-bit numbers"
+        if c.dim % 32 or c.q_dim % 32 or c.hidden_dim % 32:
+            return "its widths are not multiples of 32"
     if c.dim % 8 or c.head_dim % 8 or c.hidden_dim % 4:
-        return "its widths are not of multiples of 8"
+        return "its widths are not multiples of 8"
     limits = limits_of(device)
-    if _slots(c, dtype, limits.multiprocessors, limits.shared_bytes) < MIN_SLOTS:
+    if _slots(c, dtype, limits.multiprocessors, limits.shared_bytes, sequences) < MIN_SLOTS:
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
 
-def _slot_bytes(config: ModelConfig, itemsize: int, ctas: int) -> int:
-    """Of a slot of the ring: 16 rows of the head or some more, or eight of a wide one; and the rows
-    that a warp takes at once of the other weights."""
-    c = config
+def _slot_bytes(config: ModelConfig, itemsize: int, ctas: int, sequences: int) -> int:
+    """Of a slot of the ring. For one sequence, 16 rows of the head or some more, or eight of a wide
+    one; and the rows that a warp takes at once of the other weights."""
+    c, least = config, SLOT_BYTES[sequences]
+    if sequences > 1:
+        return least
     rows = 16 * c.dim * itemsize
-    rows = -(-SLOT_BYTES // rows) * rows if rows <= 1.5 * SLOT_BYTES else rows // 2
+    rows = -(-least // rows) * rows if rows <= 1.5 * least else rows // 2
     of_warp = -(-c.dim // (ctas * WARPS))
     return max(rows, min(4, of_warp + of_warp % 2) * max(c.hidden_dim, c.q_dim) * itemsize)
 
 
-def _slots(config: ModelConfig, dtype: torch.dtype, ctas: int, shared_bytes: int) -> int:
-    """Slots of the ring that a CTA has room for."""
-    c = config
-    numbers = c.dim + max(c.q_dim, c.hidden_dim)
+def _slots(
+    config: ModelConfig, dtype: torch.dtype, ctas: int, shared_bytes: int, sequences: int
+) -> int:
+    """Slots of the ring that a CTA has room for, beside the rest of `Shared`."""
+    c, n = config, sequences
+    numbers = n * (c.dim + max(c.q_dim, c.hidden_dim))
+    of_cta = max(16, -(-c.dim // ctas)) + 8  # rows of x
     floats = (
         (3 + WARPS) * c.head_dim
         + (WARPS + 1) * (c.head_dim + 2)
-        + max(16, -(-c.dim // ctas))
-        + 8
-        + 3 * (ctas + WARPS)
+        + n * (of_cta + 3 * (ctas + WARPS))
     )
-    taken = numbers * dtype.itemsize + 4 * floats + 1024  # alignment, barriers and counters
-    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, ctas))
+    if n > 1:
+        numbers += n * 2 * 64  # rows are apart
+        widest = max(c.q_dim + 2 * c.kv_dim, 2 * c.hidden_dim)
+        blocks = -(-(-(-widest // ctas) + 32) // 16)
+        floats += n * of_cta + 16 * n * max(WARPS, padded(blocks)) + n
+    taken = numbers * dtype.itemsize + 4 * floats + 2048  # alignment, barriers and counters
+    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, ctas, n))
 
 
 def macros(
-    config: ModelConfig, dtype: torch.dtype, ctas: int, shared_bytes: int, trace: int = 0
+    config: ModelConfig,
+    dtype: torch.dtype,
+    ctas: int,
+    shared_bytes: int,
+    sequences: int = 1,
+    trace: int = 0,
 ) -> dict[str, object]:
-    """What text.cu is compiled with. `trace`: marks of a CTA, none where it is 0."""
+    """What a kernel is compiled with. `trace`: marks of a CTA, none where it is 0."""
     c = config
-    return {
+    shape = {
         "D": c.dim, "H": c.n_heads, "KV": c.n_kv_heads, "E": c.head_dim, "F": c.hidden_dim,
         "V": c.vocab_size, "LAYERS": c.n_layers, "GRID": ctas, "WARPS": WARPS,
-        "SLOT_BYTES": _slot_bytes(c, dtype.itemsize, ctas),
-        "SLOTS": _slots(c, dtype, ctas, shared_bytes),
+        "SLOT_BYTES": _slot_bytes(c, dtype.itemsize, ctas, sequences),
+        "SLOTS": _slots(c, dtype, ctas, shared_bytes, sequences),
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
-        "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "TRACE": trace,
-        "REPLICAS": REPLICAS,
+        "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": REPLICAS,
     }  # fmt: skip
+    return shape | ({"TRACE": trace} if sequences == 1 else {"SEQUENCES": sequences})
 
 
 @cache
-def source() -> str:
-    """The kernel's source."""
-    folder = Path(__file__).parent
-    return "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+def source(sequences: int = 1) -> str:
+    """A kernel's source."""
+    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", _SOURCES[sequences])
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 class Mailbox:
-    """What a launch writes into, free again when it has ended: words of `stride` numbers a copy, on
-    the device; on the host, pinned, `written` (max_len,) and `ending` (2,)."""
+    """What launches read and write, free again when they have ended: on the device words, `stride`
+    of them a copy, and of each sequence its stop ids; on the host, pinned, `written` (sequences,
+    max_len), `ending` (sequences, 2) and `rows` (sequences, 4)."""
 
-    def __init__(self, stride: int, max_len: int, device: torch.device) -> None:
+    def __init__(self, stride: int, sequences: int, max_len: int, device: torch.device) -> None:
+        def on_device(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        def on_host(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+
         self.stride, self.max_len = stride, max_len
-        self.words = torch.zeros(REPLICAS * stride, dtype=torch.int64, device=device)
-        self.status = torch.zeros(1, dtype=torch.int32, device=device)
-        self.stop = torch.full((STOP_IDS,), -1, dtype=torch.int32, device=device)
-        self.written = torch.zeros(max_len, dtype=torch.int64, pin_memory=True)
-        self.ending = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self.words = on_device(REPLICAS * stride, dtype=torch.int64)
+        self.status, self.rows_there = on_device(1), on_device(sequences, len(Row._fields))
+        self.stop = on_device(sequences, STOP_IDS).fill_(-1)
+        self.written = on_host(sequences, max_len, dtype=torch.int64)
+        self.ending, self.rows = on_host(sequences, 2), on_host(sequences, len(Row._fields))
         self.started = torch.cuda.Event(enable_timing=True)
         self.ended = torch.cuda.Event(enable_timing=True)
         self.epoch = 1
@@ -114,50 +158,54 @@ class Mailbox:
 
 
 class TextKernel:
-    """The kernel of a model's shape for a device, of `ctas` CTAs, by default one a
-    multiprocessor."""
+    """The kernel of a model's shape for one sequence, or for SEVERAL, and for a device, of `ctas`
+    CTAs, by default one a multiprocessor."""
 
     def __init__(
         self,
         config: ModelConfig,
         packed: PackedModel,
         store: Store | None = None,
+        sequences: int = 1,
         ctas: int | None = None,
         trace: int = 0,
     ) -> None:
         device, dtype = packed.embedding.device, packed.embedding.dtype
-        self.config, self.packed, self.trace = config, packed, trace
+        self.config, self.packed, self.sequences, self.trace = config, packed, sequences, trace
         limits = limits_of(device)
         self.ctas, shared_bytes = ctas or limits.multiprocessors, limits.shared_bytes
         major, minor = torch.cuda.get_device_capability(device)
         code = nvrtc.compiled(
-            source(),
-            macros(config, dtype, self.ctas, shared_bytes, trace),
+            source(sequences),
+            macros(config, dtype, self.ctas, shared_bytes, sequences, trace),
             f"sm_{major}{minor}",
             store,
         )
-        self.function = nvrtc.Function(code, "write_text", device, shared_bytes)
+        name = "write_text" if sequences == 1 else "write_texts"
+        self.function = nvrtc.Function(code, name, device, shared_bytes)
         p = packed
         weights = (p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin)
         self.model = _pointers(weights, device)
-        self.token_seconds: float | None = None  # that the last launch took
+        self.token_seconds: float | None = None  # of the last launch
         self._free: list[Mailbox] = []
 
     def take_mailbox(self, max_len: int) -> Mailbox:
         """One that no launch writes into, for texts of up to `max_len` positions."""
         for mailbox in self._free:
-            if mailbox.max_len >= max_len:
+            if mailbox.max_len == max_len:
                 self._free.remove(mailbox)
                 return mailbox
         c = self.config
         chunks = -(-max_len // (16 * WARPS * _passes(max_len)))
         words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 6 * self.ctas
-        words += chunks * (c.q_dim + c.n_heads)
-        return Mailbox(-(-words // 16) * 16, max_len, self.packed.embedding.device)
+        words = self.sequences * (words + chunks * (c.q_dim + c.n_heads))
+        device = self.packed.embedding.device
+        return Mailbox(-(-words // 16) * 16, self.sequences, max_len, device)
 
     def give_back(self, mailbox: Mailbox) -> None:
         """Its launches have ended."""
         self._free.append(mailbox)
+        del self._free[:-4]
 
 
 def _passes(max_len: int) -> int:
@@ -177,31 +225,46 @@ class Text:
         self._cache = keys, values
         self._mailbox: Mailbox | None = kernel.take_mailbox(self._max_len)
         m = self._mailbox
-        tensors = (keys, values, m.words, m.status, m.written, m.ending, m.stop)
+        tensors = (
+            keys, values, m.words, m.status, m.written, m.ending, m.stop, m.rows_there,
+        )  # fmt: skip
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
+        self._ending: np.ndarray = m.ending.numpy()
         self.marks = torch.zeros(
             kernel.ctas * max(1, kernel.trace), dtype=torch.int64, device=keys.device
         )
 
-    def stop_at(self, ids: Sequence[int]) -> None:
-        """Set the ids that end a text: the first STOP_IDS of these."""
-        row = list(ids[:STOP_IDS])
-        row += [-1] * (STOP_IDS - len(row))
-        self._box.stop.copy_(torch.tensor(row, dtype=torch.int32))
+    @property
+    def sequences(self) -> int:
+        """Of one launch at most."""
+        return self._kernel.sequences
 
-    def launch(self, slot: int, token: int, position: int, n: int) -> None:
-        """Begin to write `n` tokens after one at a position; the launch before has ended."""
+    @property
+    def token_seconds(self) -> float | None:
+        """That a token of each sequence took in the last launch; None before the first."""
+        return self._kernel.token_seconds
+
+    def stop_at(self, row: int, ids: Sequence[int]) -> None:
+        """Set the ids that end the text of a row of the launches to come: the first STOP_IDS of
+        these."""
+        first = list(ids[:STOP_IDS])
+        first += [-1] * (STOP_IDS - len(first))
+        self._box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
+
+    def launch(self, rows: Sequence[Row]) -> None:
+        """Begin to write; the launch before has ended."""
         box, layers = self._box, self._kernel.config.n_layers
+        n = max(row.n for row in rows)
         if box.epoch + (n + 1) * layers >= 1 << 31:
             box.clear()
-        self._written[:n] = _ABSENT
+        self._written[: len(rows), :n] = _ABSENT
+        numbers = self._numbers(rows, n)
         arguments = [
             (self._kernel.model.data_ptr(), nvrtc.POINTER),
             (self._memory.data_ptr(), nvrtc.POINTER),
-            (slot, nvrtc.INT), (self._slots, nvrtc.INT), (self._max_len, nvrtc.INT),
-            (token, nvrtc.INT), (position, nvrtc.INT), (n, nvrtc.INT), (self._passes, nvrtc.INT),
-            (box.stride, nvrtc.INT), (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
+            *((number, nvrtc.INT) for number in numbers),
+            (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
         ]  # fmt: skip
         if self._kernel.trace:
             arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
@@ -210,29 +273,45 @@ class Text:
         self._kernel.function.launch(self._kernel.ctas, 32 * (WARPS + 1), arguments)
         box.ended.record()
 
-    def wait_for_one(self) -> None:
-        """Until the launch has written a token, or has ended without one."""
-        while self._written[0] == _ABSENT and not self._box.ended.query():
-            pass
+    def _numbers(self, rows: Sequence[Row], n: int) -> list[int]:
+        """The kernel's arguments between its pointers and the epoch."""
+        box = self._box
+        if self.sequences == 1:
+            (row,) = rows
+            one = [row.slot, self._slots, self._max_len, row.token, row.position, n]
+            return [*one, self._passes, box.stride]
+        box.rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        box.rows_there.copy_(box.rows, non_blocking=True)
+        return [len(rows), self._slots, self._max_len, n, self._passes, box.stride]
 
-    def arrived(self, first: int = 0) -> tuple[list[int], list[float]]:
-        """The tokens that the launch has written, from number `first` on, and their logprobs."""
-        words = self._written[first:].copy()
+    def wait_for_one(self, rows: Sequence[int]) -> None:
+        """Until the launch has written a token of each of some rows, or has ended."""
+        while any(self._written[row, 0] == _ABSENT for row in rows):
+            if self._box.ended.query():
+                return
+
+    def arrived(self, row: int, first: int = 0) -> tuple[list[int], list[float]]:
+        """The tokens that the launch has written of a row, from number `first` on, and their
+        logprobs."""
+        words = self._written[row, first:].copy()
         (absent,) = (words == _ABSENT).nonzero()
         return _unpacked(words[: absent[0]] if len(absent) else words)
 
-    def finish(self, first: int = 0) -> tuple[list[int], list[float], int]:
-        """Wait for the launch to end: its tokens from number `first` on, their logprobs, and what
-        ended it. Raises EngineTimeout where a wait timed out."""
+    def finish(self, firsts: Sequence[int]) -> list[tuple[list[int], list[float], int]]:
+        """Wait for the launch to end. Of each row its tokens from such a number on, their logprobs,
+        and what ended it. Raises EngineTimeout where a wait timed out."""
         box = self._box
         box.ended.synchronize()
-        count, ending = box.ending.tolist()
-        if ending < 0:
+        counts, endings = self._ending[: len(firsts)].T.tolist()
+        if min(endings) < 0:
             where = int(box.status)
             box.clear()
-            raise EngineTimeout(f"a text timed out after {count} tokens, at {where:#x}")
-        self._kernel.token_seconds = box.started.elapsed_time(box.ended) / 1e3 / max(1, count)
-        return *_unpacked(self._written[first:count]), ending
+            raise EngineTimeout(f"a text timed out after {max(counts)} tokens, at {where:#x}")
+        self._kernel.token_seconds = box.started.elapsed_time(box.ended) / 1e3 / max(1, *counts)
+        return [
+            (*_unpacked(self._written[row, first:count]), how)
+            for row, (first, count, how) in enumerate(zip(firsts, counts, endings, strict=True))
+        ]
 
     def close(self) -> None:
         """Wait for the launch to end, and let go of its memory."""
@@ -242,17 +321,9 @@ class Text:
             self._mailbox = None
 
     @property
-    def token_seconds(self) -> float | None:
-        """That a token of the last launch took."""
-        return self._kernel.token_seconds
-
-    @property
     def _box(self) -> Mailbox:
         assert self._mailbox is not None, "closed"
         return self._mailbox
-
-
-_ABSENT = -1
 
 
 def _unpacked(words: np.ndarray) -> tuple[list[int], list[float]]:
@@ -261,7 +332,7 @@ def _unpacked(words: np.ndarray) -> tuple[list[int], list[float]]:
     return tokens, logprobs
 
 
-def _pointers(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
+def _pointers(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Addresses of tensors, on the device."""
-    at = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    at: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     return torch.tensor(at, dtype=torch.int64).to(device)

@@ -1,4 +1,4 @@
-"""A session of the CUDA engine for one sequence at once, whose tokens one launch writes."""
+"""A session of the CUDA engine for a few sequences, whose tokens one launch writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from onelaunch.engines.cuda.calls import compile_together
 from onelaunch.engines.cuda.decoding import sampling
 from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, notice, take
-from onelaunch.engines.cuda.decoding.text import Text, TextKernel
+from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 from onelaunch.engines.session import new_tokens
 
@@ -25,27 +26,36 @@ FIRST_TOKENS = 8
 """Of a kernel's first launch, when it is not known how long a token takes."""
 
 
+@dataclass(slots=True, eq=False)
+class Written(Growing):
+    """A text in a slot. `ahead`: tokens that no event has handed on, but which the launch under way
+    goes on from. `left`: what else is written of it is of no interest."""
+
+    ahead: list[int] = field(default_factory=list)
+    left: bool = False
+
+
 class Writer(Protocol):
-    """What writes one sequence's tokens, one launch at a time: `Text`."""
+    """What writes sequences' tokens, one launch at a time: `Text`."""
 
     @property
     def token_seconds(self) -> float | None:
-        """That a token of the last launch took."""
+        """That a token of each sequence took in the last launch."""
 
-    def stop_at(self, ids: Sequence[int]) -> None:
-        """Set the ids that end a text."""
+    def stop_at(self, row: int, ids: Sequence[int]) -> None:
+        """Set the ids that end the text of a row of the launches to come."""
 
-    def launch(self, slot: int, token: int, position: int, n: int) -> None:
-        """Begin to write `n` tokens after one at a position."""
+    def launch(self, rows: Sequence[Row]) -> None:
+        """Begin to write."""
 
-    def wait_for_one(self) -> None:
-        """Until there is a token, or the launch has ended."""
+    def wait_for_one(self, rows: Sequence[int]) -> None:
+        """Until there is a token of each of these, or the launch has ended."""
 
-    def arrived(self, first: int = 0) -> tuple[list[int], list[float]]:
-        """Tokens so far and their logprobs, from number `first` on."""
+    def arrived(self, row: int, first: int = 0) -> tuple[list[int], list[float]]:
+        """A row's tokens so far and their logprobs, from number `first` on."""
 
-    def finish(self, first: int = 0) -> tuple[list[int], list[float], int]:
-        """Wait for the end: the rest of them, and what ended the launch."""
+    def finish(self, firsts: Sequence[int]) -> list[tuple[list[int], list[float], int]]:
+        """Wait for the end: the rest of each row's, and what ended it."""
 
     def close(self) -> None:
         """Wait for the end."""
@@ -57,7 +67,7 @@ class Source(Protocol):
     def writer(self, prompt: int) -> Writer:
         """What writes; `prompt` is how many tokens the first prompt has."""
 
-    def keep(self, prompt_ids: Sequence[int]) -> None:
+    def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
         """Read a prompt's keys and values into the cache."""
 
     def close(self) -> None:
@@ -65,8 +75,9 @@ class Source(Protocol):
 
 
 class TextSession:
-    """A `Session` of one sequence at once: greedy texts by a writer, in launches of MAX_SECONDS,
-    the next one under way while the last one's tokens are handed on; drawn ones by `others`."""
+    """A `Session` of up to `max_batch` sequences at once: greedy texts by a writer, in launches of
+    MAX_SECONDS, the next one under way while the last one's tokens are handed on; drawn ones by
+    `others`."""
 
     def __init__(
         self,
@@ -74,52 +85,60 @@ class TextSession:
         source: Source,
         others: Callable[[], Session],
         alone: Callable[[], AbstractContextManager[None]],
+        max_batch: int,
         max_len: int,
         dtype: torch.dtype,
     ) -> None:
         self._config, self._source = config, source
         self._make_others, self._alone = others, alone
-        self._max_len, self._dtype = max_len, dtype
+        self._max_batch, self._max_len, self._dtype = max_batch, max_len, dtype
         self._waiting: deque[Request] = deque()
-        self._growing: Growing | None = None
-        self._drawn: int | None = None  # the request that `others` has
+        self._growing: list[Written] = []
+        self._drawn: set[int] = set()  # requests that `others` has
         self._events: list[TokenEvent] = []
         self._writer: Writer | None = None
         self._others: Session | None = None
-        self._launched = self._reported = 0  # tokens of the launch under way
+        # the launch under way: its sequences, and how many of its tokens of each are handed on
+        self._launched: list[Written] = []
+        self._handed: list[int] = []
+        self._stop_ids: dict[int, Sequence[int]] = {}  # that the writer has, by row
 
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
-        self._waiting.append(request)
+        if request.sampling.greedy:
+            self._waiting.append(request)
+            return
+        if self._others is None:
+            self._others = self._make_others()
+        self._others.submit(request)
+        self._drawn.add(request.id)
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
-        """Go on for so many seconds, and let the next request begin; see `Session`."""
-        if self._growing is None and self._drawn is None and self._waiting:
-            self._begin(self._waiting.popleft())
-        if self._growing is not None:
+        """Go on for so many seconds, and let those join that wait; see `Session`."""
+        if self._waiting or self._growing:
             with self._alone():
-                self._go_on(self._growing, seconds)
-        elif self._drawn is not None:
+                self._go_on(seconds)
+        if self._drawn:
             assert self._others is not None
             events = self._others.step(seconds)
-            if any(event.finish is not None for event in events):
-                self._drawn = None
+            self._drawn -= {event.id for event in events if event.finish is not None}
             self._events += events
         events, self._events = self._events, []
         return events
 
     def cancel(self, id: int) -> None:
         """End a request; see `Session`."""
-        if self._drawn == id:
+        if id in self._drawn:
             assert self._others is not None
             self._others.cancel(id)
             return
         waiting = [request for request in self._waiting if request.id != id]
-        growing = self._growing is not None and self._growing.request.id == id
+        growing = [each for each in self._growing if each.request.id == id]
         if growing or len(waiting) < len(self._waiting):
             self._waiting = deque(waiting)
-            self._growing = None if growing else self._growing
+            for each in growing:
+                self._leave(each)
             self._events.append(TokenEvent(id, None, None, "cancelled"))
 
     def close(self) -> None:
@@ -130,77 +149,98 @@ class TextSession:
             self._writer.close()
         self._source.close()
         self._waiting.clear()
+        self._growing.clear()
+        self._drawn.clear()
         self._events.clear()
-        self._growing = self._drawn = self._writer = self._others = None
+        self._launched = []
+        self._writer = self._others = None
 
-    def _begin(self, request: Request) -> None:
-        """Read all of a prompt but its last token, from which the text goes on."""
-        if not request.sampling.greedy:
-            if self._others is None:
-                self._others = self._make_others()
-            self._others.submit(request)
-            self._drawn = request.id
+    def _go_on(self, seconds: float) -> None:
+        if not self._launched:
+            self._join()
+            self._launch(seconds)
+        writer = self._writer
+        if writer is None or not self._launched:
             return
-        limit = new_tokens(self._config, request, self._max_len)
-        if not limit:
-            self._events.append(TokenEvent(request.id, None, None, "length"))
-            return
-        with self._alone():
+        fresh = [
+            row for row, each in enumerate(self._launched) if not (each.new or each.left)
+        ]  # fmt: skip
+        if fresh:
+            # first tokens are handed on at once, while the launch goes on
+            writer.wait_for_one(fresh)
+            before = len(self._events)
+            for row, each in enumerate(self._launched):
+                tokens, logprobs = writer.arrived(row, self._handed[row])
+                self._handed[row] += len(tokens)
+                full = len(each.new) + len(tokens) >= each.limit
+                self._take(each, tokens, logprobs, sampling.FULL if full else sampling.GROWING)
+            if len(self._events) > before:
+                return
+        rows, ends = self._launched, writer.finish(self._handed)
+        self._launched, self._growing = [], []
+        for each, (tokens, _, how) in zip(rows, ends, strict=True):
+            if how == sampling.FULL and len(each.new) + len(tokens) < each.limit and not each.left:
+                each.ahead = tokens
+                self._growing.append(each)
+        self._join()
+        self._launch(seconds)
+        for each, (tokens, logprobs, how) in zip(rows, ends, strict=True):
+            each.ahead = []
+            self._take(each, tokens, logprobs, sampling.GROWING if each in self._growing else how)
+
+    def _join(self) -> None:
+        """Read all of each prompt but its last token, from which its text goes on."""
+        while self._waiting and len(self._growing) < self._max_batch:
+            request = self._waiting.popleft()
+            limit = new_tokens(self._config, request, self._max_len)
+            if not limit:
+                self._events.append(TokenEvent(request.id, None, None, "length"))
+                continue
             if self._writer is None:
                 self._writer = self._source.writer(len(request.prompt_ids))
-            elif self._launched:  # of a text that was cancelled
-                self._finish(self._writer)
-            self._writer.stop_at(request.stop_ids)
-            self._source.keep(request.prompt_ids[:-1])
-            self._growing = Growing(request, 0, limit)
+            used = {each.slot for each in self._growing}
+            slot = next(i for i in range(self._max_batch) if i not in used)
+            self._source.keep(request.prompt_ids[:-1], slot)
+            self._growing.append(Written(request, slot, limit))
 
-    def _go_on(self, each: Growing, seconds: float) -> None:
+    def _launch(self, seconds: float) -> None:
+        """Begin to write after each one's last token, for as long as one launch may take."""
         writer = self._writer
-        assert writer is not None
-        if not self._launched:
-            self._launch(writer, each, seconds)
-        if not each.new:
-            # it is handed on at once, while the launch goes on
-            writer.wait_for_one()
-            tokens, logprobs = writer.arrived()
-            if tokens:
-                self._reported = len(tokens)
-                how = sampling.FULL if len(tokens) >= each.limit else sampling.GROWING
-                self._take(each, tokens, logprobs, how)
-                return
-        tokens, logprobs, how = self._finish(writer)
-        if how == sampling.FULL and len(each.new) + len(tokens) < each.limit:
-            how = sampling.GROWING
-            after = Growing(each.request, each.slot, each.limit, [*each.new, *tokens])
-            self._launch(writer, after, seconds)
-        self._take(each, tokens, logprobs, how)
-
-    def _launch(self, writer: Writer, each: Growing, seconds: float) -> None:
-        """Begin to write after its last token, for as long as one launch may take."""
+        if writer is None or not self._growing:
+            return
         tokens = FIRST_TOKENS
         if writer.token_seconds is not None:
             tokens = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
-        tokens = min(tokens, each.limit - len(each.new))
-        last = each.new[-1] if each.new else each.request.prompt_ids[-1]
-        writer.launch(each.slot, last, each.position, tokens)
-        self._launched, self._reported = tokens, 0
-
-    def _finish(self, writer: Writer) -> tuple[list[int], list[float], int]:
-        """What no step has handed on of the launch under way, when it has ended."""
-        first, self._launched, self._reported = self._reported, 0, 0
-        return writer.finish(first)
+        rows = []
+        for row, each in enumerate(self._growing):
+            if self._stop_ids.get(row) != each.request.stop_ids:
+                writer.stop_at(row, each.request.stop_ids)
+                self._stop_ids[row] = each.request.stop_ids
+            new = [*each.new, *each.ahead]
+            last = new[-1] if new else each.request.prompt_ids[-1]
+            position = len(each.request.prompt_ids) + len(new) - 1
+            rows.append(Row(each.slot, last, position, min(tokens, each.limit - len(new))))
+        writer.launch(rows)
+        self._launched, self._handed = list(self._growing), [0] * len(rows)
 
     def _take(
-        self, each: Growing, tokens: Sequence[int], logprobs: Sequence[float], how: int
+        self, each: Written, tokens: Sequence[int], logprobs: Sequence[float], how: int
     ) -> None:
+        """Hand on tokens of a text, and its end."""
+        if each.left:
+            return
         events = take(each, tokens, logprobs, how, self._dtype)
         self._events += events
         if events and events[-1].finish is not None:
-            self._growing = None
+            self._leave(each)
+
+    def _leave(self, each: Written) -> None:
+        each.left = True
+        self._growing = [other for other in self._growing if other is not each]
 
 
 class OnGPU:
-    """A `Source`: a cache, (L, 1, K, context, E) each of keys and values, made, and kernels,
+    """A `Source`: a cache, (L, slots, K, context, E) each of keys and values, made, and kernels,
     compiled, when the first text begins."""
 
     def __init__(
@@ -223,11 +263,11 @@ class OnGPU:
                 compile_together(self._prompts.calls(prompt - 1, with_logits=False))
             return Text(made.result(), *self._cache)
 
-    def keep(self, prompt_ids: Sequence[int]) -> None:
+    def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
         """A prompt's keys and values into the cache."""
         assert self._cache is not None
         keys, values = self._cache
-        self._prompts.keep(prompt_ids, keys[:, 0], values[:, 0])
+        self._prompts.keep(prompt_ids, keys[:, slot], values[:, slot])
 
     def close(self) -> None:
         """Let go of the cache."""
