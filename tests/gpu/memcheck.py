@@ -1,5 +1,5 @@
-"""Both forms of a small forward, each tensor an allocation of its own, for compute-sanitizer to
-watch: `make memcheck` on a machine with a GPU.
+"""Both forms of a small forward, and texts in one launch, each tensor an allocation of its own, for
+compute-sanitizer to watch: `make memcheck` on a machine with a GPU.
 
 The sanitizer makes everything slow: there are two programs, and a wait has all the time it wants.
 """
@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, padded
+from onelaunch.engines.cuda.decoding.text import SEVERAL, Row, Text, TextKernel
+from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.program import FusedForward, Shape
 from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
@@ -65,5 +67,27 @@ def main() -> None:
                 print(f"{name}, {depth}{', traced and delayed' if watched else ''}: right")
 
 
+def texts() -> None:
+    """A few tokens of one sequence and of three, on two CTAs."""
+    device = torch.device("cuda", 0)
+    config = SMALL.with_(dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160)
+    packed = pack(config, weights_of(config), torch.bfloat16, device)
+    for sequences in (1, SEVERAL):
+        rows = [Row(i, 3 + i, 0, 6) for i in range(1 if sequences == 1 else 3)]
+        shape = (config.n_layers, len(rows), config.n_kv_heads, config.max_seq_len, config.head_dim)
+        keys, values = (packed.embedding.new_zeros(shape) for _ in range(2))
+        kernel = TextKernel(config, packed, sequences=sequences, ctas=2)
+        text = Text(kernel, keys, values, HOUR)
+        written = []
+        for _ in range(2):
+            text.launch(rows)
+            written.append(text.finish([0] * len(rows)))
+        assert written[0] == written[1]
+        assert all(len(tokens) == 6 for tokens, _, _ in written[0])
+        print(f"{len(rows)} texts in one launch: the same twice")
+        text.close()
+
+
 if __name__ == "__main__":
     main()
+    texts()

@@ -23,6 +23,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
 
 from onelaunch.engines.cuda.decoding.chain import Memory
 from onelaunch.engines.cuda.decoding.text import SEVERAL, Row, Text, TextKernel, why_not
+from onelaunch.engines.cuda.decoding.text_trace import trace_text
 from onelaunch.engines.cuda.engine import CudaEngine
 
 WEIGHTS = Path(__file__).parents[2] / ".." / "shared" / "weights"
@@ -184,6 +185,32 @@ def test_tokens_are_there_as_they_come():
     assert tokens[: len(early)] == early
     assert text.arrived(0, 990) == (tokens[990:], logprobs[990:])
     text.close()
+
+
+def test_a_text_takes_few_launches():
+    engine = CudaEngine(WIDE, weights_of(WIDE), "cuda")
+    requests = [Request(0, [1, 2, 3], 200)]
+    for _ in range(3):  # kernels, graphs and a token's time are known
+        run(engine, requests, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(engine, requests, 1)
+    kernels = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    assert 1 <= sum("write_text" in name for name in kernels) <= 8
+    # the prompt's forward, and copies
+    assert len(kernels) <= 8 + 7 * WIDE.n_layers + 20, kernels
+
+
+def test_a_token_has_a_timeline():
+    config = preset("stories15m").with_(n_layers=2)
+    spans = trace_text(config, weights_of(config), [1, 2, 3], torch.bfloat16, torch.device("cuda"))
+    assert {span.layer for span in spans if span.kind == "down"} == {0, 1}
+    assert all(span.began <= span.ready <= span.ended for span in spans)
+    took = max(span.ended for span in spans) - min(span.began for span in spans)
+    assert 1_000 < took < 1_000_000
 
 
 def test_a_stop_id_ends_it_at_once():

@@ -118,7 +118,7 @@ def generate(
             metavar="FILE",
             help="On an NVIDIA GPU, write when each tile of one forward ran, for ui.perfetto.dev: "
             "of the prompts, or without one of a whole context, in one launch unless "
-            "--fusion-depth says how many.",
+            "--fusion-depth says how many; with --fusion-depth text, of a token.",
         ),
     ] = None,
     ids: Annotated[

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from onelaunch.checkpoints.weights import LoadedModel
 
-MAX_RANDOM_TOKENS = 2048
+MAX_RANDOM_TOKENS, RANDOM_PROMPT = 2048, 32
 
 
 def traced_device(name: str) -> torch.device:
@@ -37,7 +37,8 @@ def write_timeline(
     depth: str,
 ) -> str:
     """Run a forward of the prompts, or without any of random tokens, as many as the context has but
-    MAX_RANDOM_TOKENS at most, and write its timeline. Returns a summary."""
+    MAX_RANDOM_TOKENS at most, and write its timeline; with the depth "text" that of a token after
+    the first prompt, or after RANDOM_PROMPT random tokens. Returns a summary."""
     import torch
 
     from onelaunch.engines.checks import check_prompts
@@ -46,6 +47,8 @@ def write_timeline(
     from onelaunch.engines.reference import resolve_dtype
 
     config = loaded.config
+    if depth == "text":
+        return _write_token(path, loaded, prompts, device, resolve_dtype(dtype, device))
     if prompts:
         check_prompts(config, prompts)
         longest = max(map(len, prompts))
@@ -66,3 +69,28 @@ def write_timeline(
     name = f"forward of {batch}x{sequence} tokens, launches: {len(timeline.launches)}"
     write(timeline, path, name)
     return f"{path}: {name}\n{format_summary(summary(timeline))}"
+
+
+def _write_token(
+    path: Path,
+    loaded: LoadedModel,
+    prompts: list[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    import torch
+
+    from onelaunch.engines.checks import check_prompts
+    from onelaunch.engines.cuda.decoding.text_trace import format_token, trace_text, write_token
+
+    config = loaded.config
+    if prompts:
+        check_prompts(config, prompts)
+        prompt = list(prompts[0])
+    else:
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(config.vocab_size, (RANDOM_PROMPT,), generator=generator).tolist()
+    spans = trace_text(config, loaded.weights, prompt, dtype, device)
+    name = f"a token after {len(prompt)} and some, in one launch for all of them"
+    write_token(spans, path, name)
+    return f"{path}: {name}\n{format_token(spans)}"

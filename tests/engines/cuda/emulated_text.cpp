@@ -15,6 +15,7 @@ static struct {
     int numbers[8];
     u32 epoch;
     u64 timeout_ns;
+    u64* trace;
 } given;
 
 static void kernel() {
@@ -22,14 +23,19 @@ static void kernel() {
 #ifdef SEQUENCES
     write_texts(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], given.epoch, given.timeout_ns);
 #else
-    write_text(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns);
+    write_text(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns
+#if TRACE
+               , given.trace
+#endif
+    );
 #endif
 }
 
 // `numbers` are the kernel's own between its pointers and the epoch.
 extern "C" void run_text(
-    const Model* model, const Memory* memory, const int* numbers, u32 epoch, u64 timeout_ns, int ctas, unsigned seed) {
-    given.model = model, given.memory = memory, given.epoch = epoch, given.timeout_ns = timeout_ns;
+    const Model* model, const Memory* memory, const int* numbers, u32 epoch, u64 timeout_ns, int ctas, unsigned seed,
+    u64* trace) {
+    given.model = model, given.memory = memory, given.epoch = epoch, given.timeout_ns = timeout_ns, given.trace = trace;
     for (int i = 0; i < 8; i++) given.numbers[i] = numbers[i];
     emulator::run(kernel, ctas, (WARPS + 1) * LANES, THREADS, SHARED_BYTES, seed);
 }

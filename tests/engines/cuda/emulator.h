@@ -215,7 +215,6 @@ inline u64 now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
                std::chrono::steady_clock::now().time_since_epoch()).count();
 }
-inline u64 ticks() { return now(); }
 inline void look_again() { emulator::yield(); }
 
 inline void make_barrier(u64* barrier) { *barrier = 0; }

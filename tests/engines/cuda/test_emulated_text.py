@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,11 @@ pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.blocking import H200
 from onelaunch.engines.cuda.decoding import sampling, text
+from onelaunch.engines.cuda.decoding.text_trace import (
+    format_token,
+    spans_of_last_token,
+    token_events,
+)
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.model import Model
 from tests.engines.suite import SHAPES, SMALL, exact_logits, weights_of
@@ -79,6 +85,7 @@ class Emulated:
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop
         )
+        self.marks = torch.zeros(ctas, max(1, changed.get("TRACE", 0)), dtype=torch.int64)
         self.epoch = 1
 
     def launch(self, numbers, n, seed):
@@ -86,6 +93,7 @@ class Emulated:
         self.library.run_text(
             *at, (ctypes.c_int * 8)(*numbers), ctypes.c_uint(self.epoch),
             ctypes.c_ulonglong(self.timeout_ns), self.ctas, ctypes.c_uint(seed),
+            ctypes.c_void_p(self.marks.data_ptr()),
         )  # fmt: skip
         self.epoch += (n + 1) * self.config.n_layers
 
@@ -201,3 +209,22 @@ def test_a_wait_that_does_not_end_times_out(compiled):
     emulated.ctas = 1  # the other half of every stage never comes
     assert emulated.write(3, 0, 2)[2] == -1
     assert emulated.status.item() != 0
+
+
+@pytest.mark.extended
+def test_marks_make_a_timeline(compiled):
+    weights = weights_of(SMALL)
+    emulated = Emulated(compiled, SMALL, weights, FLOAT32, 3, TRACE=200, **FEW)
+    emulated.write(3, 0, 4)
+    spans = spans_of_last_token(emulated.marks, SMALL.n_layers)
+    for cta in range(3):
+        own = [span for span in spans if span.cta == cta]
+        assert [span.began for span in own] == sorted(span.began for span in own)
+        assert all(span.began <= span.ready <= span.ended for span in own)
+    kinds = [span.kind for span in spans]
+    assert kinds.count("head") == 3
+    for kind in ("qkv", "attention", "out_proj", "gate_up", "down"):
+        layers = {span.layer for span in spans if span.kind == kind}
+        assert layers == set(range(SMALL.n_layers))
+    assert "head" in format_token(spans)
+    json.dumps(token_events(spans, "a token"))

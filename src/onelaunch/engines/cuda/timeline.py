@@ -167,11 +167,11 @@ def perfetto(timeline: Timeline, name: str) -> dict[str, Any]:
     one of work."""
     start = timeline.began
     tracks = _tracks(timeline.spans)
-    events = [_named("process_name", 0, name), _named("thread_name", 0, "critical path")]
+    events = [named("process_name", 0, name), named("thread_name", 0, "critical path")]
     for number, (multiprocessor, lane) in enumerate(sorted(set(tracks.values())), 1):
         lane_name = f"multiprocessor {multiprocessor}" + (f", {lane + 1}" if lane else "")
-        events.append(_named("thread_name", number, lane_name))
-        events.append(_named("thread_sort_index", number, number))
+        events.append(named("thread_name", number, lane_name))
+        events.append(named("thread_sort_index", number, number))
     numbers = {track: i for i, track in enumerate(sorted(set(tracks.values())), 1)}
     for span in timeline.spans:
         track = numbers[tracks[span]]
@@ -196,7 +196,8 @@ def _tracks(spans: Iterable[Span]) -> dict[Span, tuple[int, int]]:
     return tracks
 
 
-def _named(what: str, track: int, name: str | int) -> dict[str, Any]:
+def named(what: str, track: int, name: str | int) -> dict[str, Any]:
+    """The event that names a process or a track."""
     value = {"sort_index": name} if what.endswith("sort_index") else {"name": name}
     return {"ph": "M", "name": what, "pid": 0, "tid": track, "args": value}
 

@@ -29,7 +29,6 @@ DEVICE u64 now() {  // in nanoseconds
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
     return time;
 }
-DEVICE u64 ticks() { return (u64)clock64(); }
 DEVICE void look_again() {}  // in a loop that waits
 
 // ---- copies into shared memory, and barriers that wait for their bytes

@@ -313,10 +313,12 @@ struct Positions {  // of a warp: keys of a position on two lanes, values pair b
 
 // Attention of a query head over the chunk of positions from `begin` on, and the newest key and value
 // into the cache, of (max_len, E). `qkv` are the sequence's words, `to` those of the chunk's output.
-template <class S>
+// `ready` is called when what it reads is there.
+template <class S, class Ready>
 DEVICE void attend(
     S& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
-    int head, int begin, int chunk, int passes, int position, u32 here, int thread, Patience patience, u32 where) {
+    int head, int begin, int chunk, int passes, int position, u32 here, int thread, Patience patience, u32 where,
+    Ready ready) {
     const int warp = thread / LANES, lane = thread % LANES, kv = head / GROUP;
     Positions held;
     held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane);
@@ -342,6 +344,7 @@ DEVICE void attend(
                                      : (H + KV + kv - 2) * OF_HEAD + i;
         });
     barrier();
+    ready();
     // the key and the query, normalized and rotated, as the cache has them
     const bool has_newest = position - begin < chunk;  // in this chunk
     float turned[2][LANE_PAIRS][2];

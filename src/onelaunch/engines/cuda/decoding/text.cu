@@ -429,10 +429,12 @@ DEVICE void gather_attention(
 
 // ---- the kernel
 
+// Marks for a timeline: when a token begins, and of each stage that a CTA has a part in when what it
+// reads was there, and when the part was done (text_trace.py). The first thread's.
 #if TRACE
-#define MARK(point) if (thread == 0) { trace[(long long)cta * TRACE + marks % TRACE] = ticks() << 8 | (point); marks++; }
+#define MARK(point, there) if (thread == 0 && (there)) { trace[(long long)cta * TRACE + marks % TRACE] = now() << 8 | (point); marks++; }
 #else
-#define MARK(point)
+#define MARK(point, there)
 #endif
 
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
@@ -481,7 +483,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
 
 #pragma unroll 1
     for (int t = 0; t < n_tokens && ending == GROWING; t++, position++) {
-        MARK(0)
+        MARK(0, true)
         const Stored* row = model.embedding + (long long)token * D;
         const int active = position / chunk + 1;  // chunks
         u32 here = epoch + (u32)t * LAYERS;       // of a layer's words
@@ -507,7 +509,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 } else if (qkv_rows > 0) {
                     gather<D / PER>(words + Words::x, here - 1, thread, patience, where, take_x, straight);
                 }
-                MARK(1)
+                MARK(1, qkv_rows > 0)
             }, [&](int first, auto& sums, float squares) {
                 constexpr int N = QKV_GROUP;
                 const float rstd = rstd_of(squares);
@@ -519,7 +521,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                         publish(copy, Words::qkv + (qkv_first + first + r) / PER,
                                 packed(sums[r], sums[r + PER - 1]), here, lane);
             });
-            MARK(2)
+            MARK(2, qkv_rows > 0)
 
             // attention
             const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
@@ -530,9 +532,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 if (task != first_task) barrier();
                 attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv,
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
-                       begin, chunk, passes, position, here, thread, patience, where | 1);
+                       begin, chunk, passes, position, here, thread, patience, where | 1, [&]() { MARK(3, true) });
+                MARK(4, true)
             }
-            MARK(4)
 
             auto add_to_x = [&](int first, auto& parts, int to) {
                 float old[X_GROUP], sum[X_GROUP];
@@ -557,13 +559,13 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
             run_stage<OUT, false>(consumer, x_rows, s.wide, [&]() {
                 if (x_rows > 0)
                     gather_attention(words + Words::attention, active, here, thread, patience, where | 2, s.wide);
-                MARK(5)
+                MARK(5, x_rows > 0)
             }, [&](int first, auto& sums, float) { add_to_x(first, sums, Words::mid); });
-            MARK(6)
+            MARK(6, x_rows > 0)
 
             run_stage<GATE_UP, true>(consumer, hidden_rows, s.narrow, [&]() {
                 if (hidden_rows > 0) gather<D / PER>(words + Words::mid, here, thread, patience, where | 3, take_x, straight);
-                MARK(7)
+                MARK(7, hidden_rows > 0)
             }, [&](int first, auto& sums, float squares) {
                 // four sums in six exchanges: a lane's row is its bits 4 and 3
                 const float rstd = rstd_of(squares);
@@ -584,15 +586,15 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 publish(copy, Words::hidden + at, packed(hidden, next), here, lane);
                 if (PER == 1) publish(copy, Words::hidden + at + 1, packed(next, next), here, lane);
             });
-            MARK(8)
+            MARK(8, hidden_rows > 0)
 
             run_stage<DOWN, false>(consumer, x_rows, s.wide, [&]() {
                 if (x_rows > 0)
                     gather<F / PER>(words + Words::hidden, here, thread, patience, where | 4,
                                     [&](int i, u32 value) { *(u32*)&s.wide[PER * i] = value; }, straight);
-                MARK(9)
+                MARK(9, x_rows > 0)
             }, [&](int first, auto& sums, float) { add_to_x(first, sums, Words::x); });
-            MARK(10)
+            MARK(10, x_rows > 0)
         }
 
         // of each lane the best of its rows of the head, and the sum of exp(logit - best)
@@ -601,7 +603,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         auto fetch_x = [&]() {
             gather<D / PER>(words + Words::x, here - 1, thread, patience, 4u << 28,
                       [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; }, straight);
-            MARK(11)
+            MARK(11, true)
         };
         auto add_logit = [&](int row, float logit) {
             if (row >= head_rows) return;
@@ -632,7 +634,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 if (lane % (LANES / N) == 0) add_logit(first + lane / (LANES / N), logit * rstd);
             });
         }
-        MARK(12)
+        MARK(12, true)
         // of equal ones the lower id
         auto best_of_warp = [&]() {
             const u32 mine = ordered(best), all = __reduce_max_sync(~0u, mine);
@@ -664,7 +666,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         gather<3 * GRID>(words + records, of_best, thread, patience, 4u << 28 | 1,
                          [&](int i, u32 value) { s.records[i] = __uint_as_float(value); }, straight);
         barrier();
-        MARK(13)
+        MARK(13, true)
         best = LOWEST, id = V, total = 0.0f;
 #pragma unroll
         for (int j = 0; j < (GRID + LANES - 1) / LANES; j++) {

@@ -148,6 +148,7 @@ class Mailbox:
         self.ending, self.rows = on_host(sequences, 2), on_host(sequences, len(Row._fields))
         self.started = torch.cuda.Event(enable_timing=True)
         self.ended = torch.cuda.Event(enable_timing=True)
+        self.stop_ids = [(-1,) * STOP_IDS] * sequences  # that `stop` has
         self.epoch = 1
 
     def clear(self) -> None:
@@ -231,9 +232,9 @@ class Text:
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
         self._ending: np.ndarray = m.ending.numpy()
-        self.marks = torch.zeros(
-            kernel.ctas * max(1, kernel.trace), dtype=torch.int64, device=keys.device
-        )
+        self.marks = torch.empty(0, dtype=torch.int64)
+        if kernel.trace:
+            self.marks = torch.zeros(kernel.ctas, kernel.trace, dtype=torch.int64).to(keys.device)
 
     @property
     def sequences(self) -> int:
@@ -248,9 +249,11 @@ class Text:
     def stop_at(self, row: int, ids: Sequence[int]) -> None:
         """Set the ids that end the text of a row of the launches to come: the first STOP_IDS of
         these."""
-        first = list(ids[:STOP_IDS])
-        first += [-1] * (STOP_IDS - len(first))
-        self._box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
+        box, first = self._box, tuple(ids[:STOP_IDS])
+        first += (-1,) * (STOP_IDS - len(first))
+        if first != box.stop_ids[row]:
+            box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
+            box.stop_ids[row] = first
 
     def launch(self, rows: Sequence[Row]) -> None:
         """Begin to write; the launch before has ended."""

@@ -101,7 +101,6 @@ class TextSession:
         # the launch under way: its sequences, and how many of its tokens of each are handed on
         self._launched: list[Written] = []
         self._handed: list[int] = []
-        self._stop_ids: dict[int, Sequence[int]] = {}  # that the writer has, by row
 
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
@@ -213,9 +212,7 @@ class TextSession:
             tokens = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
         rows = []
         for row, each in enumerate(self._growing):
-            if self._stop_ids.get(row) != each.request.stop_ids:
-                writer.stop_at(row, each.request.stop_ids)
-                self._stop_ids[row] = each.request.stop_ids
+            writer.stop_at(row, each.request.stop_ids)
             new = [*each.new, *each.ahead]
             last = new[-1] if new else each.request.prompt_ids[-1]
             position = len(each.request.prompt_ids) + len(new) - 1
