@@ -155,6 +155,22 @@ def test_a_text_of_every_shape(compiled, config, dtype):
     check(emulated, weights, tokens, logprobs)
 
 
+WIDE_HEADS = SMALL.with_(dim=64, n_heads=3, n_kv_heads=1, head_dim=48, hidden_dim=64)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("fused", [0, 1])
+@pytest.mark.parametrize(
+    ("ctas", "changed"), [(2, FEW), (5, FEW | {"SLOTS": 3, "SLOT_BYTES": 4096}), (1, {})]
+)
+def test_attention_that_computes_its_queries_keys_and_values(compiled, fused, ctas, changed):
+    weights = weights_of(WIDE_HEADS)
+    changed = changed | {"FUSED_QKV": fused}
+    emulated = Emulated(compiled, WIDE_HEADS, weights, BFLOAT16, ctas, **changed)
+    tokens, logprobs, _ = emulated.write(3, 0, 20)
+    check(emulated, weights, tokens, logprobs)
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(

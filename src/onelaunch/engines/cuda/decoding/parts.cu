@@ -311,15 +311,28 @@ struct Positions {  // of a warp: keys of a position on two lanes, values pair b
     }
 };
 
+// A head's query, key and value into s.raw, from a sequence's words.
+template <class S>
+DEVICE void gather_head(S& s, const u64* qkv, int head, u32 here, int thread, Patience patience, u32 where) {
+    constexpr int OF_HEAD = E / PER;  // words
+    const int kv = head / GROUP;
+    gather<3 * OF_HEAD>(
+        qkv, here, thread, patience, where, [&](int i, u32 value) { unpack(value, s.raw + PER * i); },
+        [&](int i) {
+            return i < OF_HEAD ? head * OF_HEAD + i
+                   : i < 2 * OF_HEAD ? (H + kv - 1) * OF_HEAD + i
+                                     : (H + KV + kv - 2) * OF_HEAD + i;
+        });
+}
+
 // Attention of a query head over the chunk of positions from `begin` on, and the newest key and value
-// into the cache, of (max_len, E). `qkv` are the sequence's words, `to` those of the chunk's output.
-// `ready` is called when what it reads is there.
-template <class S, class Ready>
+// into the cache, of (max_len, E). `bring` leaves the head's query, key and value in s.raw; the chunk's
+// output is words from `to` on. `ready` is called when what it reads is there.
+template <class S, class Bring, class Ready>
 DEVICE void attend(
-    S& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
-    int head, int begin, int chunk, int passes, int position, u32 here, int thread, Patience patience, u32 where,
-    Ready ready) {
-    const int warp = thread / LANES, lane = thread % LANES, kv = head / GROUP;
+    S& s, const Model& model, Stored* keys, Stored* values, Bring bring, u64* to, int stride, int layer, int head,
+    int begin, int chunk, int passes, int position, u32 here, int thread, Ready ready) {
+    const int warp = thread / LANES, lane = thread % LANES;
     Positions held;
     held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane);
     float cos[LANE_PAIRS], sin[LANE_PAIRS], norms[2][LANE_PAIRS][2];
@@ -333,16 +346,7 @@ DEVICE void attend(
             for (int k = 0; k < 4; k++)
                 norms[k / 2][j][k % 2] = as_float(model.norms[((long long)layer * 2 + k / 2) * E + 2 * pair + k % 2]);
     }
-    // its queries, key and value
-    constexpr int OF_HEAD = E / PER;  // words
-    gather<3 * OF_HEAD>(
-        qkv, here, thread, patience, where,
-        [&](int i, u32 value) { unpack(value, s.raw + PER * i); },
-        [&](int i) {
-            return i < OF_HEAD ? head * OF_HEAD + i
-                   : i < 2 * OF_HEAD ? (H + kv - 1) * OF_HEAD + i
-                                     : (H + KV + kv - 2) * OF_HEAD + i;
-        });
+    bring();
     barrier();
     ready();
     // the key and the query, normalized and rotated, as the cache has them

@@ -39,20 +39,24 @@ constexpr bool HEAD_BY_TENSOR_CORES = DTYPE == 0 && D % 32 == 0;
 constexpr int HEAD_GROUP = HEAD_BY_TENSOR_CORES && 16 * D * (int)sizeof(Stored) <= SLOT_BYTES ? 16 : 8;
 constexpr int X_UNIT = most(PER, most(unit_of(Q), unit_of(F)));  // out_proj and down have the same rows of x
 constexpr int QKV_UNIT = most(PER, unit_of(D)), QKV_GROUP = group_of(N_QKV, QKV_UNIT), X_GROUP = group_of(D, X_UNIT);
-constexpr int QKV_CTAS = ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
+constexpr int QKV_CTAS = FUSED_QKV ? 0 : ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
 constexpr int GATE_UP_CTAS = ctas_of(2 * F, 4, 4);
 constexpr int X_ROWS = (D / X_UNIT + X_CTAS - 1) / X_CTAS * X_UNIT;  // of a CTA at most
 // one stage's CTAs follow another's
 constexpr int GATE_UP_OFFSET = QKV_CTAS + X_CTAS, ATTENTION_OFFSET = (GATE_UP_OFFSET + GATE_UP_CTAS) % GRID;
 __host__ __device__ constexpr Rows rows_of(int stage) {
     switch (stage) {
-        case QKV: return Rows(D, N_QKV, QKV_UNIT, QKV_GROUP, QKV_CTAS, 0);
+        case QKV: return Rows(D, FUSED_QKV ? 0 : N_QKV, QKV_UNIT, QKV_GROUP, most(QKV_CTAS, 1), 0);
         case OUT: return Rows(Q, D, X_UNIT, X_GROUP, X_CTAS, QKV_CTAS);
         case GATE_UP: return Rows(D, 2 * F, 4, 4, GATE_UP_CTAS, GATE_UP_OFFSET);
         case DOWN: return Rows(F, D, X_UNIT, X_GROUP, X_CTAS, QKV_CTAS);
         default: return Rows(D, V, unit_of(D), HEAD_GROUP, GRID, 0);
     }
 }
+// Where FUSED_QKV is set, attention has no words to wait for: each of its CTAs computes its head's query,
+// key and value, rows of three places of the weight.
+constexpr int HEAD_TILE = SLOT_BYTES / (D * (int)sizeof(Stored)) / 16 * 16, HEAD_TILES = FUSED_QKV ? (E + HEAD_TILE - 1) / HEAD_TILE : 0;
+static_assert(!FUSED_QKV || (DTYPE == 0 && D % 32 == 0 && E % 16 == 0 && HEAD_TILE > 0), "a head's rows on tensor cores");
 __constant__ constexpr Rows ROWS[STAGES] = {
     rows_of(QKV), rows_of(OUT), rows_of(GATE_UP), rows_of(DOWN), rows_of(HEAD)};
 static_assert(ROWS[QKV].fits() && ROWS[OUT].fits() && ROWS[GATE_UP].fits() && ROWS[DOWN].fits() && ROWS[HEAD].fits(), "tiles");
@@ -76,41 +80,58 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
-DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
+DEVICE void produce(
+    Shared& s, const Model& model, int cta, int position, int chunk, int n_tokens, int lane, Patience patience) {
     u32 tile = 0;
     bool open = true;  // until the text has ended
+    auto put = [&](const Stored* from, u32 bytes) {
+        Patience still = patience;
+#pragma unroll 1
+        while (open) {
+            u32 needed = tile + 1, end = 0;
+            if (lane < WARPS) needed = *(volatile u32*)&s.progress[lane];
+            if (lane == WARPS) end = *(volatile u32*)&s.ended;
+            if (__any_sync(~0u, end)) open = false;
+            if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
+            if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
+        }
+        if (!open) return;
+        if (lane == 0) {
+            const u32 slot = tile % SLOTS;
+            expect(&s.full[slot], bytes);
+            copy(s.ring[slot], from, bytes, &s.full[slot]);
+            *(volatile u32*)&s.issued = tile + 1;
+        }
+        tile++;
+    };
     const int steps = n_tokens * (4 * LAYERS + 1);
     int of_token = 0;
 #pragma unroll 1
     for (int step = 0; step < steps && open; step++) {
         const int layer = of_token / 4, stage = of_token == 4 * LAYERS ? HEAD : of_token % 4;
         of_token = of_token == 4 * LAYERS ? 0 : of_token + 1;
+        if (FUSED_QKV && stage == QKV) {
+            const int tasks = (position / chunk + 1) * H;
+#pragma unroll 1
+            for (int task = (cta - ATTENTION_OFFSET + GRID) % GRID; task < tasks && open; task += GRID) {
+                const int head = task % H, kv = head / GROUP;
+#pragma unroll 1
+                for (int i = 0; i < 3 * HEAD_TILES && open; i++) {
+                    const int of = i / HEAD_TILES, row = i % HEAD_TILES * HEAD_TILE;
+                    const int first = (of == 0 ? head : of == 1 ? H + kv : H + KV + kv) * E + row;
+                    put(model.qkv + ((long long)layer * N_QKV + first) * D, least(HEAD_TILE, E - row) * D * sizeof(Stored));
+                }
+            }
+            continue;
+        }
         const Stored* weight = stage == QKV ? model.qkv : stage == OUT ? model.out
                                : stage == GATE_UP ? model.gate_up : stage == DOWN ? model.down : model.head;
         const int kw = ROWS[stage].kw, all = ROWS[stage].rows, of_tile = ROWS[stage].tile;
         int left = s.count[stage];
         const Stored* from = weight + ((stage == HEAD ? 0 : (long long)layer * all) + s.first[stage]) * kw;
 #pragma unroll 1
-        for (; left > 0 && open; left -= of_tile, from += of_tile * kw) {
-            Patience still = patience;
-#pragma unroll 1
-            while (open) {
-                u32 needed = tile + 1, end = 0;
-                if (lane < WARPS) needed = *(volatile u32*)&s.progress[lane];
-                if (lane == WARPS) end = *(volatile u32*)&s.ended;
-                if (__any_sync(~0u, end)) open = false;
-                if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
-                if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
-            }
-            if (!open) break;
-            if (lane == 0) {
-                const u32 bytes = (left < of_tile ? left : of_tile) * kw * sizeof(Stored), slot = tile % SLOTS;
-                expect(&s.full[slot], bytes);
-                copy(s.ring[slot], from, bytes, &s.full[slot]);
-                *(volatile u32*)&s.issued = tile + 1;
-            }
-            tile++;
-        }
+        for (; left > 0 && open; left -= of_tile, from += of_tile * kw) put(from, least(left, of_tile) * kw * sizeof(Stored));
+        if (stage == HEAD) position++;
     }
     // no copy is under way when the CTA ends
 #pragma unroll 1
@@ -310,8 +331,67 @@ DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Bo
     if (c.lane == 0) *(volatile u32*)&c.s.progress[c.warp] = c.tile;
 }
 
-// The head's products on tensor cores: `body(row, logit)` on every fourth lane. Of the eight columns of an mma one is used. Which k of an mma is which column of the
-// weight is free, as long as both sides agree: here each lane's numbers stand side by side.
+// 16 rows of D numbers, or eight, times x, on tensor cores: on every fourth lane the sums of row lane / 4
+// and of that eight on. Of the eight columns of an mma one is used. Which k of an mma is which column of
+// the weight is free, as long as both sides agree: here each lane's numbers stand side by side.
+template <bool SIXTEEN>
+DEVICE float2 multiply_rows(const Stored* lower, const Stored* upper, const Stored* x, int lane) {
+    const int at = lane % 4 * 8;
+    float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+#pragma unroll 3
+    for (int k = at; k < D; k += 32) {
+        const uint4 a = *(const uint4*)(lower + k);
+        uint4 b = {0, 0, 0, 0}, y = {0, 0, 0, 0};
+        if (SIXTEEN) b = *(const uint4*)(upper + k);
+        if (lane < 4) y = *(const uint4*)(x + k);
+        multiply(even, a.x, b.x, a.y, b.y, y.x, y.y);
+        multiply(odd, a.z, b.z, a.w, b.w, y.z, y.w);
+    }
+    return float2{even[0] + odd[0], even[2] + odd[2]};
+}
+DEVICE float rstd_of_narrow(const Shared& s, int lane) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D; i += 2 * LANES) {
+        Raw<2> x;
+        x.clear();
+        if (i + 2 * lane < D) x.from_shared(s.narrow + i + 2 * lane);
+        squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
+    }
+    return rstd_of(squares);
+}
+
+// A head's query, key and value into s.raw, from x, which `fetch` brings.
+template <class Fetch>
+DEVICE void project_head(Consumer& c, Fetch fetch) {
+    constexpr int BLOCKS = E / 16;  // of the query
+    const u32 base = c.tile;
+    auto tile_of = [&](int block) {
+        return base + block / BLOCKS * HEAD_TILES + block % BLOCKS * 16 / most(HEAD_TILE, 1);
+    };
+    u32 which = tile_of(c.warp);
+    const bool works = c.warp < 3 * BLOCKS, ahead = works && which < base + SLOTS;
+    const Stored* tile = nullptr;
+    if (ahead) tile = c.wait_for(which);
+    c.tile += 3 * HEAD_TILES;
+    fetch();
+    barrier();
+    const float rstd = rstd_of_narrow(c.s, c.lane);
+#pragma unroll 1
+    for (int block = c.warp; block < 3 * BLOCKS; block += WARPS) {
+        if (block != c.warp || !ahead) tile = c.wait_for(tile_of(block));
+        const Stored* lower = tile + (block % BLOCKS * 16 % most(HEAD_TILE, 1) + c.lane / 4) * D;
+        const float2 sums = multiply_rows<true>(lower, lower + 8 * D, c.s.narrow, c.lane);
+        if (c.lane % 4 == 0) {
+            float* to = c.s.raw + block * 16 + c.lane / 4;
+            to[0] = sums.x * rstd, to[8] = sums.y * rstd;
+        }
+    }
+    __syncwarp();
+    if (c.lane == 0) *(volatile u32*)&c.s.progress[c.warp] = c.tile;
+}
+
+// The head's products: `body(row, logit)` on every fourth lane.
 template <class Fetch, class Body>
 DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
     constexpr Rows R = rows_of(HEAD);
@@ -325,31 +405,14 @@ DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
     c.tile += (rows + R.tile - 1) / R.tile;
     fetch();
     barrier();
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < D; i += 2 * LANES) {
-        Raw<2> x;
-        x.clear();
-        if (i + 2 * c.lane < D) x.from_shared(c.s.narrow + i + 2 * c.lane);
-        squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
-    }
-    const float rstd = rstd_of(squares);
+    const float rstd = rstd_of_narrow(c.s, c.lane);
     if (!ahead && c.warp < groups) tile = c.wait_for(which);
 #pragma unroll 1
     for (int group = c.warp; group < groups; group += WARPS) {
         const int first = group * N;
-        const Stored* lower = tile + (in_tile * N + (first + row < rows ? row : 0)) * D + quad * 8;
-        const Stored* upper = tile + (in_tile * N + (first + row + 8 < rows ? row + 8 : 0)) * D + quad * 8;
-        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-#pragma unroll 3
-        for (int k = 0; k < D; k += 32) {
-            const uint4 a = *(const uint4*)(lower + k);
-            uint4 b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
-            if (N == 16) b = *(const uint4*)(upper + k);
-            if (row == 0) x = *(const uint4*)(c.s.narrow + k + quad * 8);
-            multiply(even, a.x, b.x, a.y, b.y, x.x, x.y);
-            multiply(odd, a.z, b.z, a.w, b.w, x.z, x.w);
-        }
+        const Stored* lower = tile + (in_tile * N + (first + row < rows ? row : 0)) * D;
+        const Stored* upper = tile + (in_tile * N + (first + row + 8 < rows ? row + 8 : 0)) * D;
+        const float2 sums = multiply_rows<N == 16>(lower, upper, c.s.narrow, c.lane);
         in_tile += WARPS;
         if (group + WARPS < groups) {
             u32 next = which;
@@ -357,8 +420,8 @@ DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
             if (next != which) tile = c.wait_for(which = next);
         }
         if (quad == 0) {
-            body(first + row, (even[0] + odd[0]) * rstd);
-            if (N == 16) body(first + row + 8, (even[2] + odd[2]) * rstd);
+            body(first + row, sums.x * rstd);
+            if (N == 16) body(first + row + 8, sums.y * rstd);
         }
     }
     __syncwarp();
@@ -463,7 +526,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     __syncthreads();
 
     if (warp == WARPS) {
-        produce(s, model, n_tokens, lane, patience);
+        produce(s, model, cta, position, passes * CHUNK_STEP, n_tokens, lane, patience);
         return;
     }
 
@@ -485,6 +548,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     for (int t = 0; t < n_tokens && ending == GROWING; t++, position++) {
         MARK(0, true)
         const Stored* row = model.embedding + (long long)token * D;
+#pragma unroll 1
+        for (int i = thread; i < x_rows; i += THREADS) s.kept[i] = as_float(row[x_first + i]);
         const int active = position / chunk + 1;  // chunks
         u32 here = epoch + (u32)t * LAYERS;       // of a layer's words
 
@@ -492,36 +557,36 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         for (int layer = 0; layer < LAYERS; layer++, here++) {
             const u32 where = 3u << 28 | (u32)layer << 4;
             auto take_x = [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; };
-            run_stage<QKV, true>(consumer, qkv_rows, s.narrow, [&]() {
+            auto fetch_x = [&]() {
                 if (layer == 0) {
                     constexpr int EACH = (D + THREADS - 1) / THREADS;
                     Stored all[EACH];
-                    float own = 0.0f;
 #pragma unroll
                     for (int i = 0; i < EACH; i++) all[i] = thread + i * THREADS < D ? row[thread + i * THREADS] : (Stored)0;
-                    if (thread < x_rows) own = as_float(row[x_first + thread]);
 #pragma unroll
                     for (int i = 0; i < EACH; i++)
                         if (thread + i * THREADS < D) s.narrow[thread + i * THREADS] = all[i];
-                    if (thread < x_rows) s.kept[thread] = own;
-#pragma unroll 1
-                    for (int i = thread + THREADS; i < x_rows; i += THREADS) s.kept[i] = as_float(row[x_first + i]);
-                } else if (qkv_rows > 0) {
+                } else {
                     gather<D / PER>(words + Words::x, here - 1, thread, patience, where, take_x, straight);
                 }
-                MARK(1, qkv_rows > 0)
-            }, [&](int first, auto& sums, float squares) {
-                constexpr int N = QKV_GROUP;
-                const float rstd = rstd_of(squares);
+            };
+            if constexpr (!FUSED_QKV) {
+                run_stage<QKV, true>(consumer, qkv_rows, s.narrow, [&]() {
+                    if (qkv_rows > 0) fetch_x();
+                    MARK(1, qkv_rows > 0)
+                }, [&](int first, auto& sums, float squares) {
+                    constexpr int N = QKV_GROUP;
+                    const float rstd = rstd_of(squares);
 #pragma unroll
-                for (int r = 0; r < N; r++) sums[r] = sum_of_warp(sums[r]) * rstd;
+                    for (int r = 0; r < N; r++) sums[r] = sum_of_warp(sums[r]) * rstd;
 #pragma unroll
-                for (int r = 0; r < N; r += PER)
-                    if (first + r < qkv_rows)
-                        publish(copy, Words::qkv + (qkv_first + first + r) / PER,
-                                packed(sums[r], sums[r + PER - 1]), here, lane);
-            });
-            MARK(2, qkv_rows > 0)
+                    for (int r = 0; r < N; r += PER)
+                        if (first + r < qkv_rows)
+                            publish(copy, Words::qkv + (qkv_first + first + r) / PER,
+                                    packed(sums[r], sums[r + PER - 1]), here, lane);
+                });
+                MARK(2, qkv_rows > 0)
+            }
 
             // attention
             const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
@@ -530,9 +595,15 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 const int of_chunk = task / H, head = task % H, begin = of_chunk * chunk;
                 const long long of_cache = (((long long)layer * n_slots + slot) * KV + head / GROUP) * max_len * E;
                 if (task != first_task) barrier();
-                attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv,
+                auto bring = [&]() {
+                    if constexpr (FUSED_QKV)
+                        project_head(consumer, [&]() { if (task == first_task) fetch_x(); });
+                    else
+                        gather_head(s, words + Words::qkv, head, here, thread, patience, where | 1);
+                };
+                attend(s, model, memory.keys + of_cache, memory.values + of_cache, bring,
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
-                       begin, chunk, passes, position, here, thread, patience, where | 1, [&]() { MARK(3, true) });
+                       begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
                 MARK(4, true)
             }
 

@@ -30,6 +30,8 @@ SLOT_BYTES = {1: 16384, SEVERAL: 18432}
 MIN_SLOTS, MAX_SLOTS = 4, 32
 CHUNKS = 8
 """Of a sequence's context, about, at most."""
+FUSED_BYTES = 224 << 10
+"""Of a head's rows of qkv, at most, for which attention computes them itself."""
 _SOURCES = {1: "text.cu", SEVERAL: "texts.cu"}
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ABSENT = -1  # a word that no token has been written into
@@ -118,7 +120,12 @@ def macros(
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
         "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": REPLICAS,
     }  # fmt: skip
-    return shape | ({"TRACE": trace} if sequences == 1 else {"SEQUENCES": sequences})
+    if sequences > 1:
+        return shape | {"SEQUENCES": sequences}
+    of_head = 3 * c.head_dim * c.dim * dtype.itemsize
+    on_tensor_cores = dtype == torch.bfloat16 and c.dim % 32 == c.head_dim % 16 == 0
+    fused = on_tensor_cores and of_head <= FUSED_BYTES
+    return shape | {"TRACE": trace, "FUSED_QKV": int(fused)}
 
 
 @cache

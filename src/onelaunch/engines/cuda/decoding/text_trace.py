@@ -100,6 +100,8 @@ def format_token(spans: Sequence[Span]) -> str:
     lines = [f"{'us':<10}{'CTAs':>7}{'wait':>8}{'work':>8}{'stage':>8}"]
     for kind in KINDS:
         own = [span for span in spans if span.kind == kind]
+        if not own:  # attention computes qkv
+            continue
         layers: dict[int | None, list[Span]] = defaultdict(list)
         for span in own:
             layers[span.layer].append(span)

@@ -399,9 +399,11 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                 if (another) barrier();
                 another = true;
                 const long long of_cache = (((long long)layer * n_slots + s.slot[r]) * KV + head / GROUP) * max_len * E;
-                attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv + r * (N_QKV / 2),
+                const u64* qkv = words + Words::qkv + r * (N_QKV / 2);
+                attend(s, model, memory.keys + of_cache, memory.values + of_cache,
+                       [&]() { gather_head(s, qkv, head, here, thread, patience, where | 1); },
                        memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK, stride, layer,
-                       head, begin, chunk, passes, position, here, thread, patience, where | 1, []() {});
+                       head, begin, chunk, passes, position, here, thread, []() {});
             }
 
             run_stage<OUT, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
