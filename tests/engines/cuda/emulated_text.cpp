@@ -6,15 +6,17 @@
 #ifdef SEQUENCES
 #include "texts.cu"
 #else
+#include "draw.cu"
 #include "text.cu"
 #endif
 
 static struct {
     const Model* model;
     const Memory* memory;
-    int numbers[8];
+    int numbers[10];
     u32 epoch;
     u64 timeout_ns;
+    float fractions[3];
     u64* trace;
 } given;
 
@@ -24,6 +26,9 @@ static void kernel() {
     write_texts(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], given.epoch, given.timeout_ns);
 #else
     write_text(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns
+#if DRAWS
+               , i[8], i[9], given.fractions[0], given.fractions[1], given.fractions[2]
+#endif
 #if TRACE
                , given.trace
 #endif
@@ -33,9 +38,10 @@ static void kernel() {
 
 // `numbers` are the kernel's own between its pointers and the epoch.
 extern "C" void run_text(
-    const Model* model, const Memory* memory, const int* numbers, u32 epoch, u64 timeout_ns, int ctas, unsigned seed,
+    const Model* model, const Memory* memory, const int* numbers, const float* fractions, u32 epoch, u64 timeout_ns, int ctas, unsigned seed,
     u64* trace) {
     given.model = model, given.memory = memory, given.epoch = epoch, given.timeout_ns = timeout_ns, given.trace = trace;
-    for (int i = 0; i < 8; i++) given.numbers[i] = numbers[i];
+    for (int i = 0; i < 10; i++) given.numbers[i] = numbers[i];
+    for (int i = 0; i < 3; i++) given.fractions[i] = fractions[i];
     emulator::run(kernel, ctas, (WARPS + 1) * LANES, THREADS, SHARED_BYTES, seed);
 }

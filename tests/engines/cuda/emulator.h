@@ -196,6 +196,24 @@ inline int __reduce_min_sync(unsigned, int x) {
     for (int i = 1; i < 32; i++) least = (int)(u32)all[i] < least ? (int)(u32)all[i] : least;
     return least;
 }
+template <class T>
+inline T __shfl_up_sync(unsigned, T x, int by) {
+    const int lane = emulator::current->thread % 32;
+    return emulator::from_bits<T>(emulator::exchange(emulator::bits(x))[lane >= by ? lane - by : lane]);
+}
+inline u32 __ballot_sync(unsigned, bool x) {
+    const u64* all = emulator::exchange(x);
+    u32 votes = 0;
+    for (int i = 0; i < 32; i++) votes |= (u32)all[i] << i;
+    return votes;
+}
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
+inline u32 atomicAdd(u32* at, u32 x) {
+    const u32 was = *at;
+    *at += x;
+    return was;
+}
 inline float __uint_as_float(u32 x) { return emulator::from_bits<float>(x); }
 inline float __int_as_float(int x) { return emulator::from_bits<float>((u32)x); }
 inline u32 __float_as_uint(float x) { return (u32)emulator::bits(x); }
@@ -211,6 +229,9 @@ inline u32 atomicCAS(u32* at, u32 old, u32 fresh) {
 inline u64 load_word(const u64* at) { return *(const volatile u64*)at; }
 inline void store_word(u64* at, u64 word) { *(volatile u64*)at = word; }
 inline void store_to_host(u64* at, u64 word) { *(volatile u64*)at = word; }
+inline void add_to(u64* sum, u64 x) { *sum += x; }
+inline void add_one(u64* count) { ++*count; }
+inline u64 count_so_far(const u64* count) { return *(const volatile u64*)count; }
 inline u64 now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
                std::chrono::steady_clock::now().time_since_epoch()).count();

@@ -24,6 +24,7 @@ from onelaunch.engines.cuda.decoding.text_trace import (
     token_events,
 )
 from onelaunch.engines.cuda.pack import pack
+from onelaunch.engines.engine import Sampling
 from onelaunch.model import Model
 from tests.engines.suite import SHAPES, SMALL, exact_logits, weights_of
 
@@ -79,27 +80,35 @@ class Emulated:
         self.stride = 16 * c.dim + 64 * ctas + 8 * (c.q_dim + c.n_heads + c.hidden_dim)
         self.words = torch.zeros(text.REPLICAS * self.stride, dtype=torch.int64)
         self.status = torch.zeros(1, dtype=torch.int32)
+        self.sums = torch.randint(0, 1 << 40, (8, text._SUMS))  # whatever it is
+        self.uniforms = torch.rand(c.max_seq_len)
         self.written = torch.full((c.max_seq_len,), -1)
         self.ending = torch.zeros(2, dtype=torch.int32)
         self.stop = torch.full((sampling.STOP_IDS,), -1, dtype=torch.int32)
         self.memory = pointers(
-            self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop
-        )
+            self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,
+            self.sums, self.uniforms,
+        )  # fmt: skip
         self.marks = torch.zeros(ctas, max(1, changed.get("TRACE", 0)), dtype=torch.int64)
         self.epoch = 1
 
-    def launch(self, numbers, n, seed):
+    def launch(self, numbers, n, seed, fractions=(0.0, 1.0, 0.0)):
         at = [array.ctypes.data_as(ctypes.c_void_p) for array in (self.model, self.memory)]
         self.library.run_text(
-            *at, (ctypes.c_int * 8)(*numbers), ctypes.c_uint(self.epoch),
+            *at, (ctypes.c_int * 10)(*numbers), (ctypes.c_float * 3)(*fractions),
+            ctypes.c_uint(self.epoch),
             ctypes.c_ulonglong(self.timeout_ns), self.ctas, ctypes.c_uint(seed),
             ctypes.c_void_p(self.marks.data_ptr()),
         )  # fmt: skip
         self.epoch += (n + 1) * self.config.n_layers
 
-    def write(self, token, position, n, passes=1, seed=0):
-        context = self.config.max_seq_len
-        self.launch([0, 1, context, token, position, n, passes, self.stride], n, seed)
+    def write(self, token, position, n, passes=1, seed=0, first=0, drawn=None):
+        numbers = [0, 1, self.config.max_seq_len, token, position, n, passes, self.stride]
+        if drawn is None:
+            self.launch(numbers, n, seed)
+        else:
+            fractions = drawn.temperature, drawn.top_p, drawn.min_p
+            self.launch([*numbers, drawn.top_k, first], n, seed, fractions)
         return self.result(self.written, self.ending)
 
     @staticmethod
@@ -244,3 +253,67 @@ def test_marks_make_a_timeline(compiled):
         assert layers == set(range(SMALL.n_layers))
     assert "head" in format_token(spans)
     json.dumps(token_events(spans, "a token"))
+
+
+FILTERS = {
+    "none": Sampling(0.9),
+    "top-k": Sampling(1.2, top_k=7),
+    "top-p": Sampling(1.1, top_p=0.8),
+    "min-p": Sampling(1.3, min_p=0.1),
+    "one": Sampling(1.0, top_k=1),
+    "little": Sampling(1.0, top_p=1e-6),
+    "all": Sampling(0.7, top_k=40, top_p=0.7, min_p=0.02),
+    "cold": Sampling(1e-4),
+}
+
+
+def kept(logits_V, sampling):
+    """The probability of each token, float64, by the definition."""
+    weights = ((logits_V - logits_V.max()) / sampling.temperature).exp()
+    order = weights.argsort(descending=True, stable=True)
+    keep = torch.zeros_like(weights, dtype=torch.bool)
+    keep[order[: sampling.top_k or len(order)]] = True
+    keep &= weights >= sampling.min_p
+    weights = torch.where(keep, weights, 0.0)
+    before = weights[order].cumsum(0) - weights[order]
+    keep[order] &= before < sampling.top_p * weights.sum()
+    return torch.where(keep, weights, 0.0) / torch.where(keep, weights, 0.0).sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "ctas"),
+    [
+        ("all", 3),
+        *(pytest.param(name, 3, marks=pytest.mark.extended) for name in FILTERS if name != "all"),
+        *(pytest.param("all", ctas, marks=pytest.mark.extended) for ctas in (1, 7)),
+    ],
+)
+def test_tokens_are_drawn_from_what_the_filters_leave(compiled, name, ctas):
+    """Each by its random number, from the distribution over ids in their order."""
+    sampling, weights, n = FILTERS[name], weights_of(SMALL), 20
+    emulated = Emulated(compiled, SMALL, weights, FLOAT32, ctas, DRAWS=1, SLOTS=6, **FEW)
+    tokens, logprobs, _ = emulated.write(3, 0, n, first=2, drawn=sampling)
+    assert len(tokens) == n
+    logits = exact_logits(SMALL, weights, torch.tensor([[3, *tokens[:-1]]]))[0]
+    for i, token in enumerate(tokens):
+        probabilities = kept(logits[i], sampling)
+        up_to = probabilities.cumsum(0)
+        uniform = emulated.uniforms[2 + i].double()
+        assert probabilities[token] > 0
+        assert up_to[token] - probabilities[token] - 1e-4 <= uniform <= up_to[token] + 1e-4
+    exact = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(logprobs).double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.extended
+def test_ties_at_the_bound_are_kept_from_the_lowest_id_on(compiled):
+    """With a head of equal rows every token is as likely: of top_k of them those of the lowest ids
+    are left."""
+    weights = weights_of(SMALL.with_(tied_embeddings=False))
+    weights["lm_head.weight"][:] = weights["lm_head.weight"][0]
+    config = SMALL.with_(tied_embeddings=False)
+    emulated = Emulated(compiled, config, weights, FLOAT32, 3, DRAWS=1, SLOTS=6, **FEW)
+    tokens, _, _ = emulated.write(3, 0, 20, drawn=Sampling(1.0, top_k=10))
+    assert tokens == [int(u * 10) for u in emulated.uniforms[:20].tolist()]
+    tokens, _, _ = emulated.write(3, 0, 20, drawn=Sampling(1.0, top_k=10, top_p=0.45))
+    assert tokens == [int(u * 5) for u in emulated.uniforms[:20].tolist()]

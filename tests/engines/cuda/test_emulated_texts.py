@@ -44,7 +44,7 @@ class Several(Emulated):
         self.sequences[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
         longest = max(row[3] for row in rows)
         context = self.config.max_seq_len
-        numbers = [len(rows), SEQUENCES + 1, context, longest, 1, self.stride, 0, 0]
+        numbers = [len(rows), SEQUENCES + 1, context, longest, 1, self.stride, 0, 0, 0, 0]
         self.launch(numbers, longest, seed)
         return [self.result(self.written[i], self.ending[i]) for i in range(len(rows))]
 

@@ -22,6 +22,20 @@ DEVICE void store_to_host(u64* at, u64 word) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
 }
 
+// ---- sums that all CTAs add to, and counts of those that have
+
+DEVICE void add_to(u64* sum, u64 x) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sum), "l"(x) : "memory");
+}
+DEVICE void add_one(u64* count) {  // what the CTA has added is seen before, after a barrier of its threads
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(count) : "memory");
+}
+DEVICE u64 count_so_far(const u64* count) {
+    u64 x;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(count) : "memory");
+    return x;
+}
+
 // ---- time
 
 DEVICE u64 now() {  // in nanoseconds

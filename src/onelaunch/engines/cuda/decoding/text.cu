@@ -21,6 +21,9 @@ struct Memory {
     u64* written;           // (n,) on the host: the token and its logprob; all bits set before
     int* ending;            // (2,) on the host: how many tokens, and what ended the text
     const int* stop_ids;    // (LANES,), -1 where there is none
+    // where tokens are drawn (DRAWS)
+    u64* sums;              // (2 DIGITS, SUMS), whatever they are
+    const float* uniforms;  // (n,), from 0 to below 1
 };
 
 // Where the words of a stage lie.
@@ -30,7 +33,9 @@ struct Words {
     static constexpr int hidden = mid + D / PER;
     static constexpr int x = hidden + F / PER;
     static constexpr int best = x + D / PER;       // of two tokens in turn, 3 of each CTA
-    static constexpr int attention = best + 2 * 3 * GRID;
+    static constexpr int drawn = best + 2 * 3 * GRID;  // 3 of each CTA
+    static constexpr int chosen = drawn + 3 * GRID;
+    static constexpr int attention = chosen + 2;
 };
 
 // ---- the ring of weights
@@ -72,6 +77,9 @@ struct Shared {
     float best[3 * WARPS], records[3 * GRID];        // of the warps, of the CTAs
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                 // rows
+#if DRAWS
+    Drawn drawn;
+#endif
     u32 progress[WARPS];                              // no tile before it is needed
     u32 issued;                                       // tiles whose copies are under way, or there
     u32 ended;
@@ -503,6 +511,9 @@ DEVICE void gather_attention(
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     const Model* model_at, const Memory* memory_at, int slot, int n_slots, int max_len, int token,
     int position, int n_tokens, int passes, int stride, u32 epoch, u64 timeout_ns
+#if DRAWS
+    , int top_k, int first, float temperature, float top_p, float min_p
+#endif
 #if TRACE
     , u64* trace
 #endif
@@ -538,6 +549,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     const int qkv_rows = s.count[QKV], qkv_first = s.first[QKV], x_rows = s.count[OUT], x_first = s.first[OUT];
     const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
     const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
+#if DRAWS
+    const Drawing how{temperature, top_p, min_p, top_k, first};
+#endif
     int ending = GROWING, count = 0;
 #if TRACE
     int marks = 0;
@@ -678,6 +692,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         };
         auto add_logit = [&](int row, float logit) {
             if (row >= head_rows) return;
+#if DRAWS
+            s.drawn.logits[row] = logit;
+#endif
             if (!(logit == logit)) logit = INFINITE;  // a NaN is the best
             const float larger = fmaxf(best, logit);
             total = total * power_of_2((best - larger) * LOG2E) + power_of_2((logit - larger) * LOG2E);
@@ -716,6 +733,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         };
         best_of_warp();
         total = sum_of_warp(total);
+#if DRAWS
+        remember_sums(s.drawn, memory.sums, how, thread);
+        const float uniform = memory.uniforms[how.first + t];
+#endif
         if (lane == 0) s.best[3 * warp] = best, s.best[3 * warp + 1] = __int_as_float(id), s.best[3 * warp + 2] = total;
         barrier();
         const u32 of_best = epoch + (u32)t;
@@ -747,7 +768,17 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         best_of_warp();
         token = id < V ? id : 0;
 
-        if (!(best < INFINITE && best > LOWEST)) {
+        const bool finite = best < INFINITE && best > LOWEST;
+        float logit = best;
+#if DRAWS
+        if (finite) {
+            token = draw(s.drawn, memory.sums, words, copy, Words::drawn, Words::chosen, how, uniform, best, head_first,
+                         head_rows, of_best, cta, thread, patience, 5u << 28);
+            token = (u32)token < V ? token : 0;  // where a wait has timed out
+            logit = __uint_as_float(s.drawn.chosen[1]);
+        }
+#endif
+        if (!finite) {
             ending = NOT_FINITE;
         } else if (__any_sync(~0u, stop_id == token)) {
             ending = STOPPED;
@@ -757,7 +788,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
 #pragma unroll 1
                 for (int i = lane; i < GRID; i += LANES) total += s.records[3 * i + 2] * power_of_2((s.records[3 * i] - best) * LOG2E);
                 total = sum_of_warp(total);
-                const u64 word = (u64)__float_as_uint(-log_2(total) / LOG2E) << 32 | (u32)token;
+                const u64 word = (u64)__float_as_uint(logit - best - log_2(total) / LOG2E) << 32 | (u32)token;
                 if (lane == 0) store_to_host(memory.written + count, word);
             }
             count++;

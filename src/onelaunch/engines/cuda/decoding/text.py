@@ -32,8 +32,9 @@ CHUNKS = 8
 """Of a sequence's context, about, at most."""
 FUSED_BYTES = 224 << 10
 """Of a head's rows of qkv, at most, for which attention computes them itself."""
-_SOURCES = {1: "text.cu", SEVERAL: "texts.cu"}
+_SOURCES = {1: ("draw.cu", "text.cu"), SEVERAL: ("texts.cu",)}
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_DIGITS, _BINS, _SUMS = 4, 256, 272  # of draw.cu
 _ABSENT = -1  # a word that no token has been written into
 
 
@@ -64,7 +65,9 @@ def why_not(
     if c.dim % 8 or c.head_dim % 8 or c.hidden_dim % 4:
         return "its widths are not multiples of 8"
     limits = limits_of(device)
-    if _slots(c, dtype, limits.multiprocessors, limits.shared_bytes, sequences) < MIN_SLOTS:
+    draws = sequences == 1  # which needs more
+    ctas, shared_bytes = limits.multiprocessors, limits.shared_bytes
+    if _slots(c, dtype, ctas, shared_bytes, sequences, draws) < MIN_SLOTS:
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
@@ -82,7 +85,12 @@ def _slot_bytes(config: ModelConfig, itemsize: int, ctas: int, sequences: int) -
 
 
 def _slots(
-    config: ModelConfig, dtype: torch.dtype, ctas: int, shared_bytes: int, sequences: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    ctas: int,
+    shared_bytes: int,
+    sequences: int,
+    draws: bool,
 ) -> int:
     """Slots of the ring that a CTA has room for, beside the rest of `Shared`."""
     c, n = config, sequences
@@ -93,6 +101,8 @@ def _slots(
         + (WARPS + 1) * (c.head_dim + 2)
         + n * (of_cta + 3 * (ctas + WARPS))
     )
+    if draws:
+        floats += -(-c.vocab_size // ctas) + 2 + 2 * 2 * _DIGITS * _BINS + 3 * _BINS + 3 * ctas + 64
     if n > 1:
         numbers += n * 2 * 64  # rows are apart
         widest = max(c.q_dim + 2 * c.kv_dim, 2 * c.hidden_dim)
@@ -108,15 +118,17 @@ def macros(
     ctas: int,
     shared_bytes: int,
     sequences: int = 1,
+    draws: bool = False,
     trace: int = 0,
 ) -> dict[str, object]:
-    """What a kernel is compiled with. `trace`: marks of a CTA, none where it is 0."""
+    """What a kernel is compiled with. `draws`: of one sequence, whether tokens are drawn. `trace`:
+    marks of a CTA, none where it is 0."""
     c = config
     shape = {
         "D": c.dim, "H": c.n_heads, "KV": c.n_kv_heads, "E": c.head_dim, "F": c.hidden_dim,
         "V": c.vocab_size, "LAYERS": c.n_layers, "GRID": ctas, "WARPS": WARPS,
         "SLOT_BYTES": _slot_bytes(c, dtype.itemsize, ctas, sequences),
-        "SLOTS": _slots(c, dtype, ctas, shared_bytes, sequences),
+        "SLOTS": _slots(c, dtype, ctas, shared_bytes, sequences, draws),
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
         "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": REPLICAS,
     }  # fmt: skip
@@ -125,13 +137,13 @@ def macros(
     of_head = 3 * c.head_dim * c.dim * dtype.itemsize
     on_tensor_cores = dtype == torch.bfloat16 and c.dim % 32 == c.head_dim % 16 == 0
     fused = on_tensor_cores and of_head <= FUSED_BYTES
-    return shape | {"TRACE": trace, "FUSED_QKV": int(fused)}
+    return shape | {"TRACE": trace, "FUSED_QKV": int(fused), "DRAWS": int(draws)}
 
 
 @cache
 def source(sequences: int = 1) -> str:
     """A kernel's source."""
-    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", _SOURCES[sequences])
+    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", *_SOURCES[sequences])
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -185,7 +197,7 @@ class TextKernel:
         major, minor = torch.cuda.get_device_capability(device)
         code = nvrtc.compiled(
             source(sequences),
-            macros(config, dtype, self.ctas, shared_bytes, sequences, trace),
+            macros(config, dtype, self.ctas, shared_bytes, sequences, trace=trace),
             f"sm_{major}{minor}",
             store,
         )
