@@ -3,6 +3,7 @@ end. The engines' shared suite has it in float32 (test_cuda_engine.py)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from onelaunch.engines.engine import Request, Sampling
 from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model
+from tests.engines.cuda.test_emulated_text import kept
 from tests.engines.suite import SHAPES, SMALL, exact_logits, run, weights_of
 
 pytest.importorskip("triton")
@@ -268,6 +270,52 @@ def test_who_asks_for_it_is_told_why_it_is_not_there():
     engine = CudaEngine(config, weights_of(config), "cuda", fusion_depth="text")
     with pytest.raises(BadInput, match="widths"):
         engine.session(1)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.8, seed=3),
+        Sampling(1.1, top_p=0.9),
+        Sampling(1.2, 20, 0.9, 0.01),
+        Sampling(1.0, 5),
+    ],
+)
+def test_drawn_texts_are_those_of_the_reference(sampling):
+    """In float32, where both draw by the same random numbers; a weight is rounded to 2^-28."""
+    weights = weights_of(WIDE)
+    engine = CudaEngine(WIDE, weights, "cuda", "float32", "text")
+    request = Request(0, [1, 2, 3], 200, sampling, logprobs=True)
+    drawn = run(engine, [request], 1)
+    assert run(engine, [request], 1) == drawn
+    reference = run(engine._by_pytorch(), [request], 1)
+    tokens, expected = drawn[0][0], reference[0][0]
+    assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 150
+
+
+def test_drawn_tokens_have_the_references_distribution():
+    """A chi-square test of first tokens: 4,000 texts of different seeds."""
+    config = SMALL.with_(vocab_size=32)
+    weights = weights_of(config)
+    engine = CudaEngine(config, weights, "cuda", fusion_depth="text")
+    sampling = Sampling(1.5, top_k=12, top_p=0.95)
+    counts = torch.zeros(config.vocab_size, dtype=torch.float64)
+    session = engine.session(1)
+    for seed in range(4000):
+        session.submit(Request(seed, [1, 2], 1, replace(sampling, seed=seed)))
+    done = 0
+    while done < 4000:
+        for event in session.step():
+            counts[event.token] += 1
+            done += 1
+    session.close()
+    logits = exact_logits(config, weights, torch.tensor([[1, 2]]))[0, -1]
+    expected = 4000 * kept(logits, sampling)
+    assert counts[expected == 0].sum() == 0
+    seen = expected > 0
+    chi_square = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+    freedom = int(seen.sum()) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # some five standard deviations
 
 
 @pytest.mark.skipif(not (WEIGHTS / "stories260K.bin").exists(), reason="no trained model here")

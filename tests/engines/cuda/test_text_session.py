@@ -29,11 +29,13 @@ class HostWriter:
     def __init__(self, token_seconds=None, fails_at=None):
         self.token_seconds, self.fails_at = token_seconds, fails_at
         self.stop, self.launches, self.flying, self.closed = {}, [], None, False
+        self.firsts = []  # tokens that were there before each launch
 
-    def stop_at(self, row, ids):
-        self.stop[row] = ids[: sampling.STOP_IDS]
+    def prepare(self, row, request, limit):
+        self.stop[row] = request.stop_ids[: sampling.STOP_IDS]
 
-    def launch(self, rows):
+    def launch(self, rows, first=0):
+        self.firsts.append(first)
         assert self.flying is None, "a launch is under way"
         assert len({row.slot for row in rows}) == len(rows)
         self.launches.append(list(rows))
@@ -70,9 +72,10 @@ class HostWriter:
 
 class HostSource:
     def __init__(self, writer):
-        self.kept, self.made = [], writer
+        self.kept, self.drew, self.made = [], [], writer
 
-    def writer(self, prompt):
+    def writer(self, draws, prompt):
+        self.drew.append(draws)
         return self.made
 
     def keep(self, prompt_ids, slot):
@@ -172,8 +175,8 @@ def test_a_stop_id_ends_it(ids):
     assert [event.token for event in all_of(session)] == expected(prompt, 3)
 
 
-def test_requests_follow_one_another_and_drawn_ones_go_elsewhere():
-    session, _ = session_of(HostWriter(1e-3))
+def test_drawn_ones_of_several_go_elsewhere():
+    session, _ = session_of(HostWriter(1e-3), max_batch=2)
     session.submit(Request(0, [1], 20))
     session.submit(Request(1, [2], 4, Sampling(1.0)))
     session.submit(Request(2, [3], 20))
@@ -184,8 +187,24 @@ def test_requests_follow_one_another_and_drawn_ones_go_elsewhere():
     assert [event.token for event in events if event.id == 0] == expected([1], 20)
     assert [event for event in events if event.id == 1] == [TokenEvent(1, 5, None, "length")]
     assert [event.token for event in events if event.id == 2] == expected([3], 20)
-    # what is drawn does not wait for the others
-    assert [event.id for event in events if event.finish][:2] == [1, 0]
+
+
+def test_texts_follow_one_another_each_by_its_writer():
+    writer = HostWriter(1e-3)
+    session, _ = session_of(writer)
+    for i, how in enumerate((Sampling(), Sampling(1.0), Sampling(), Sampling(0.5))):
+        session.submit(Request(i, [1, i + 1], 12, how))
+    events = []
+    while sum(event.finish is not None for event in events) < 4:
+        events += session.step()
+    for i in range(4):
+        assert [event.token for event in events if event.id == i] == expected([1, i + 1], 12)
+    assert session._source.drew == [False, True]
+    # a text's random numbers go on where the launch before stopped
+    before = 0
+    for (row,), first in zip(writer.launches, writer.firsts, strict=True):
+        assert first == before % 12
+        before += row.n
 
 
 def test_one_that_is_cancelled_makes_room_at_once():

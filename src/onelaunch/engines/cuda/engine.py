@@ -109,7 +109,7 @@ class CudaEngine:
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
         self._prompts: Prompts | None = None
-        self._texts: dict[int, TextKernel] = {}  # by how many sequences
+        self._texts: dict[tuple[int, bool], TextKernel] = {}
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._disabled: dict[str, str] = {}
@@ -164,9 +164,9 @@ class CudaEngine:
         """Begin to generate; see `Engine`.
 
         Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
-        sequence's tokens are the same alone and among others. Where `max_batch` is 1 and the tokens
-        are the most likely ones, a single launch writes some hundred of them, unless the fusion
-        depth is another; with the depth "text" of up to 8 sequences. Sessions of more than
+        sequence's tokens are the same alone and among others. Where `max_batch` is 1, a single
+        launch writes some hundred tokens, unless the fusion depth is another; with the depth "text"
+        of up to 8 sequences, whose tokens are the most likely ones. Sessions of more than
         MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference engine's. Raises BadInput
         where the fusion depth is "text" and the model or `max_batch` does not fit.
         """
@@ -212,12 +212,13 @@ class CudaEngine:
         by_itself = max_batch == 1 or self.fusion_depth == TEXT
         return sequences if reason is None and by_itself else 0
 
-    def _text_kernel(self, packed: PackedModel, sequences: int) -> TextKernel:
+    def _text_kernel(self, packed: PackedModel, sequences: int, draws: bool) -> TextKernel:
         from onelaunch.engines.cuda.decoding.text import TextKernel
 
-        if sequences not in self._texts:
-            self._texts[sequences] = TextKernel(self.config, packed, self._store, sequences)
-        return self._texts[sequences]
+        key = sequences, draws
+        if key not in self._texts:
+            self._texts[key] = TextKernel(self.config, packed, self._store, sequences, draws)
+        return self._texts[key]
 
     def _generates(self) -> bool:
         """Whether its own kernels generate: on NVIDIA's GPUs."""

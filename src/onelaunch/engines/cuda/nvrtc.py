@@ -92,7 +92,8 @@ class Function:
             )  # fmt: skip
 
 
-POINTER, INT, UINT, LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64
+POINTER, INT, UINT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
+LONG, FLOAT = ctypes.c_uint64, ctypes.c_float
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -19,6 +19,8 @@ from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.decoding.sampling import STOP_IDS
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
+from onelaunch.engines.engine import Request
+from onelaunch.engines.sampling import request_uniforms
 from onelaunch.errors import EngineTimeout
 
 SEVERAL = 8
@@ -168,6 +170,10 @@ class Mailbox:
         self.started = torch.cuda.Event(enable_timing=True)
         self.ended = torch.cuda.Event(enable_timing=True)
         self.stop_ids = [(-1,) * STOP_IDS] * sequences  # that `stop` has
+        # of drawing: sums that only grow, and a request's random numbers
+        self.sums = on_device(2 * _DIGITS, _SUMS, dtype=torch.int64)
+        self.uniforms = on_device(max_len, dtype=torch.float32)
+        self.drawn: Request | None = None  # whose they are
         self.epoch = 1
 
     def clear(self) -> None:
@@ -178,8 +184,8 @@ class Mailbox:
 
 
 class TextKernel:
-    """The kernel of a model's shape for one sequence, or for SEVERAL, and for a device, of `ctas`
-    CTAs, by default one a multiprocessor."""
+    """The kernel of a model's shape for one sequence, whose tokens are the most likely ones or are
+    drawn, or for SEVERAL, and for a device, of `ctas` CTAs, by default one a multiprocessor."""
 
     def __init__(
         self,
@@ -187,17 +193,19 @@ class TextKernel:
         packed: PackedModel,
         store: Store | None = None,
         sequences: int = 1,
+        draws: bool = False,
         ctas: int | None = None,
         trace: int = 0,
     ) -> None:
         device, dtype = packed.embedding.device, packed.embedding.dtype
-        self.config, self.packed, self.sequences, self.trace = config, packed, sequences, trace
+        self.config, self.packed, self.trace = config, packed, trace
+        self.sequences, self.draws = sequences, draws
         limits = limits_of(device)
         self.ctas, shared_bytes = ctas or limits.multiprocessors, limits.shared_bytes
         major, minor = torch.cuda.get_device_capability(device)
         code = nvrtc.compiled(
             source(sequences),
-            macros(config, dtype, self.ctas, shared_bytes, sequences, trace=trace),
+            macros(config, dtype, self.ctas, shared_bytes, sequences, draws, trace),
             f"sm_{major}{minor}",
             store,
         )
@@ -217,7 +225,7 @@ class TextKernel:
                 return mailbox
         c = self.config
         chunks = -(-max_len // (16 * WARPS * _passes(max_len)))
-        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 6 * self.ctas
+        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 9 * self.ctas + 2
         words = self.sequences * (words + chunks * (c.q_dim + c.n_heads))
         device = self.packed.embedding.device
         return Mailbox(-(-words // 16) * 16, self.sequences, max_len, device)
@@ -245,9 +253,8 @@ class Text:
         self._cache = keys, values
         self._mailbox: Mailbox | None = kernel.take_mailbox(self._max_len)
         m = self._mailbox
-        tensors = (
-            keys, values, m.words, m.status, m.written, m.ending, m.stop, m.rows_there,
-        )  # fmt: skip
+        last = (m.rows_there,) if kernel.sequences > 1 else (m.sums, m.uniforms)
+        tensors = (keys, values, m.words, m.status, m.written, m.ending, m.stop, *last)
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
         self._ending: np.ndarray = m.ending.numpy()
@@ -265,29 +272,40 @@ class Text:
         """That a token of each sequence took in the last launch; None before the first."""
         return self._kernel.token_seconds
 
-    def stop_at(self, row: int, ids: Sequence[int]) -> None:
-        """Set the ids that end the text of a row of the launches to come: the first STOP_IDS of
-        these."""
-        box, first = self._box, tuple(ids[:STOP_IDS])
+    def prepare(self, row: int, request: Request, limit: int) -> None:
+        """Set the ids that end the text of a row of the launches to come, the first STOP_IDS of
+        them, and how up to `limit` tokens of a request are drawn."""
+        box, first = self._box, tuple(request.stop_ids[:STOP_IDS])
         first += (-1,) * (STOP_IDS - len(first))
         if first != box.stop_ids[row]:
             box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
             box.stop_ids[row] = first
+        if self._kernel.draws and box.drawn is not request:
+            uniforms_N = request_uniforms(request, limit)
+            assert uniforms_N is not None, "a greedy request has a kernel of its own"
+            box.uniforms[:limit].copy_(uniforms_N)
+            box.drawn = request
 
-    def launch(self, rows: Sequence[Row]) -> None:
-        """Begin to write; the launch before has ended."""
+    def launch(self, rows: Sequence[Row], first: int = 0) -> None:
+        """Begin to write; the launch before has ended. `first`: how many tokens of a drawn text
+        there are."""
         box, layers = self._box, self._kernel.config.n_layers
         n = max(row.n for row in rows)
         if box.epoch + (n + 1) * layers >= 1 << 31:
             box.clear()
         self._written[: len(rows), :n] = _ABSENT
         numbers = self._numbers(rows, n)
-        arguments = [
+        arguments: list[tuple[Any, Any]] = [
             (self._kernel.model.data_ptr(), nvrtc.POINTER),
             (self._memory.data_ptr(), nvrtc.POINTER),
             *((number, nvrtc.INT) for number in numbers),
             (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
         ]  # fmt: skip
+        if self._kernel.draws:
+            assert box.drawn is not None, "prepare comes first"
+            by = box.drawn.sampling
+            arguments += [(by.top_k, nvrtc.INT), (first, nvrtc.INT)]
+            arguments += [(x, nvrtc.FLOAT) for x in (by.temperature, by.top_p, by.min_p)]
         if self._kernel.trace:
             arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
         box.epoch += (n + 1) * layers

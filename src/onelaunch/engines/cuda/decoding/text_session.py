@@ -42,11 +42,12 @@ class Writer(Protocol):
     def token_seconds(self) -> float | None:
         """That a token of each sequence took in the last launch."""
 
-    def stop_at(self, row: int, ids: Sequence[int]) -> None:
-        """Set the ids that end the text of a row of the launches to come."""
+    def prepare(self, row: int, request: Request, limit: int) -> None:
+        """Set the ids that end the text of a row of the launches to come, and how up to `limit`
+        tokens are drawn."""
 
-    def launch(self, rows: Sequence[Row]) -> None:
-        """Begin to write."""
+    def launch(self, rows: Sequence[Row], first: int = 0) -> None:
+        """Begin to write; `first`: how many tokens of a drawn text there are."""
 
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until there is a token of each of these, or the launch has ended."""
@@ -64,8 +65,9 @@ class Writer(Protocol):
 class Source(Protocol):
     """Where a session's writer and its cache come from: `OnGPU`."""
 
-    def writer(self, prompt: int) -> Writer:
-        """What writes; `prompt` is how many tokens the first prompt has."""
+    def writer(self, draws: bool, prompt: int) -> Writer:
+        """What writes the most likely tokens, or draws them; `prompt` is how many tokens the first
+        prompt has."""
 
     def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
         """Read a prompt's keys and values into the cache."""
@@ -75,9 +77,9 @@ class Source(Protocol):
 
 
 class TextSession:
-    """A `Session` of up to `max_batch` sequences at once: greedy texts by a writer, in launches of
-    MAX_SECONDS, the next one under way while the last one's tokens are handed on; drawn ones by
-    `others`."""
+    """A `Session` of up to `max_batch` sequences at once, by a writer in launches of MAX_SECONDS,
+    the next one under way while the last one's tokens are handed on. Where there are several,
+    drawn ones are those of `others`."""
 
     def __init__(
         self,
@@ -96,7 +98,8 @@ class TextSession:
         self._growing: list[Written] = []
         self._drawn: set[int] = set()  # requests that `others` has
         self._events: list[TokenEvent] = []
-        self._writer: Writer | None = None
+        self._writers: dict[bool, Writer] = {}  # by whether they draw
+        self._writer: Writer | None = None  # of the launch under way, or the last one
         self._others: Session | None = None
         # the launch under way: its sequences, and how many of its tokens of each are handed on
         self._launched: list[Written] = []
@@ -105,7 +108,7 @@ class TextSession:
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
-        if request.sampling.greedy:
+        if request.sampling.greedy or self._max_batch == 1:
             self._waiting.append(request)
             return
         if self._others is None:
@@ -144,9 +147,10 @@ class TextSession:
         """End all requests."""
         if self._others is not None:
             self._others.close()
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
         self._source.close()
+        self._writers.clear()
         self._waiting.clear()
         self._growing.clear()
         self._drawn.clear()
@@ -195,8 +199,10 @@ class TextSession:
             if not limit:
                 self._events.append(TokenEvent(request.id, None, None, "length"))
                 continue
-            if self._writer is None:
-                self._writer = self._source.writer(len(request.prompt_ids))
+            draws = not request.sampling.greedy
+            if draws not in self._writers:
+                self._writers[draws] = self._source.writer(draws, len(request.prompt_ids))
+            self._writer = self._writers[draws]
             used = {each.slot for each in self._growing}
             slot = next(i for i in range(self._max_batch) if i not in used)
             self._source.keep(request.prompt_ids[:-1], slot)
@@ -212,12 +218,12 @@ class TextSession:
             tokens = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
         rows = []
         for row, each in enumerate(self._growing):
-            writer.stop_at(row, each.request.stop_ids)
+            writer.prepare(row, each.request, each.limit)
             new = [*each.new, *each.ahead]
             last = new[-1] if new else each.request.prompt_ids[-1]
             position = len(each.request.prompt_ids) + len(new) - 1
             rows.append(Row(each.slot, last, position, min(tokens, each.limit - len(new))))
-        writer.launch(rows)
+        writer.launch(rows, rows[0].position + 1 - len(self._growing[0].request.prompt_ids))
         self._launched, self._handed = list(self._growing), [0] * len(rows)
 
     def _take(
@@ -243,7 +249,7 @@ class OnGPU:
     def __init__(
         self,
         prompts: Prompts,
-        kernel: Callable[[], TextKernel],
+        kernel: Callable[[bool], TextKernel],
         cache: Callable[[], tuple[Tensor, Tensor]],
         log: Callable[[str], None],
     ) -> None:
@@ -251,11 +257,12 @@ class OnGPU:
         self._cache: tuple[Tensor, Tensor] | None = None
         self._log = log
 
-    def writer(self, prompt: int) -> Text:
+    def writer(self, draws: bool, prompt: int) -> Text:
         """What writes into the cache."""
-        self._cache = self._make_cache()
+        if self._cache is None:
+            self._cache = self._make_cache()
         with notice(self._log), ThreadPoolExecutor(1) as pool:
-            made = pool.submit(self._kernel)  # one compiler beside the other
+            made = pool.submit(self._kernel, draws)  # one compiler beside the other
             if prompt > 1:
                 compile_together(self._prompts.calls(prompt - 1, with_logits=False))
             return Text(made.result(), *self._cache)
