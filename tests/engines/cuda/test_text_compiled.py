@@ -40,7 +40,7 @@ def stack_bytes(code, tmp_path):
 @pytest.mark.extended
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_stays_in_registers(name, tmp_path):
-    assert stack_bytes(compiled(name, torch.bfloat16, 132), tmp_path) <= 64
+    assert stack_bytes(compiled(name, torch.bfloat16, 132), tmp_path) <= 128
 
 
 @pytest.mark.extended
