@@ -4,6 +4,7 @@ fed back on the device, so that a step can be compiled and captured as a CUDA gr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import util
 from typing import Any
 
 import torch
@@ -91,3 +92,38 @@ class BareDecoding:
             step()
         first = prompts_BS.shape[1]
         return self.written_BS[:, first : first + n].cpu()
+
+
+def transformers_generate(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, prompts_BS: Tensor
+) -> Callable[[int], Any] | None:
+    """What writes `n` new tokens of each prompt by the `generate` of transformers, greedy, with a
+    model of the same shape and random weights of its own; None where it is not installed."""
+    if util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    kind = transformers.Qwen3Config if config.qk_norm else transformers.LlamaConfig
+    shape = kind(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_seq_len,
+        tie_word_embeddings=config.tied_embeddings,
+        rms_norm_eps=config.norm_eps,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(shape).to(device=device, dtype=dtype)
+    model.eval()
+    attended = torch.ones_like(prompts_BS)
+
+    def generate(n: int) -> Any:
+        return model.generate(
+            prompts_BS, attention_mask=attended, max_new_tokens=n, min_new_tokens=n,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+
+    return generate

@@ -1,5 +1,6 @@
 """Tokens a second of the CUDA engine, compared with PyTorch's generation with a static cache:
-eager, eager as a CUDA graph, and through torch.compile as a CUDA graph.
+eager, eager as a CUDA graph, and through torch.compile as a CUDA graph; and with the `generate` of
+transformers, where that is installed.
 
 Greedy, random weights of the presets' shapes in bfloat16, prompts of 32 tokens, 256 new ones. A
 rate is of all new tokens over the whole call, the prompt's reading and the host included: what a
@@ -21,7 +22,7 @@ from torch import Tensor
 from onelaunch.bench.core.gpu_forwards import captured, random_weights
 from onelaunch.bench.core.record import Log, Row, rounded
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
-from onelaunch.bench.peers.decoding import BareDecoding
+from onelaunch.bench.peers.decoding import BareDecoding, transformers_generate
 from onelaunch.config import preset
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.engine import Request, Sampling
@@ -36,7 +37,7 @@ CASES = (
 QUICK_CASES = CASES[1:2]
 PROMPT, NEW, SLOPE = 32, 256, (16, 272)
 CONTEXT = PROMPT + SLOPE[1]
-ROUNDS, QUICK_ROUNDS, EAGER_ROUNDS = 9, 3, 3
+ROUNDS, QUICK_ROUNDS, EAGER_ROUNDS, WARM = 9, 3, 2, 8
 DTYPE = torch.bfloat16
 
 Generate = Callable[[int], Any]
@@ -76,8 +77,14 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
         **{peer_: partial(_rate, run_, batch) for peer_, run_ in peers.items() if peer_ != "eager"},
     }
     samples = in_rounds(contestants, rounds)
-    # it takes as long as all the others, and is launched from Python
-    samples["eager"] = [_rate(peers["eager"], batch) for _ in range(EAGER_ROUNDS)]
+    # what is launched from Python takes as long as all the others
+    slow = {"eager": peers["eager"]}
+    generate = transformers_generate(config, DTYPE, device, prompts.to(device))
+    if generate is not None:
+        generate(WARM)
+        slow["transformers"] = generate
+    for name_, run_ in slow.items():
+        samples[name_] = [_rate(run_, batch) for _ in range(EAGER_ROUNDS)]
     slopes = [_slope_us(ours) for _ in range(rounds)]
     firsts = [_first_ms(engine, prompts.tolist()) for _ in range(rounds)]
     medians = {peer_: statistics.median(values) for peer_, values in samples.items()}
@@ -85,7 +92,7 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
     ratios = {
         peer_: rounded(ratio(rates, samples[peer_])) for peer_ in contestants if peer_ != "ours"
     }
-    ratios["eager"] = rounded(medians["ours"] / medians["eager"])
+    ratios |= {name_: rounded(medians["ours"] / medians[name_]) for name_ in slow}
     notes = {
         "kind": "gpu",
         "us_per_token": rounded(batch / statistics.median(rates) * 1e6),

@@ -64,7 +64,7 @@ SECTIONS = {
             "tokens/s": CASE, "ours": OURS, "p20-p80": spread,
             "a token, us": figure("slope_us", "median"),
             "first token, ms": figure("first_token_ms", "median"),
-            **_of_peers("torch.compile + graph", "eager + graph", "eager"),
+            **_of_peers("torch.compile + graph", "eager + graph", "eager", "transformers"),
         },
         "Greedy, prompts of 32 tokens, 256 new ones, bfloat16. `a token`: the slope between 16 and "
         "272 new tokens. Peers have a static cache, and their graphs one token each.",
