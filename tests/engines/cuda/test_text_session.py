@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from onelaunch.engines.cuda.decoding import sampling
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
 from onelaunch.engines.engine import Request, Sampling, TokenEvent
-from onelaunch.errors import EngineTimeout
+from onelaunch.errors import EngineTimeout, RunFailed
 from tests.engines.suite import SMALL
 
 LONG = SMALL.with_(max_seq_len=200)
@@ -75,6 +75,8 @@ class HostSource:
         self.kept, self.drew, self.made = [], [], writer
 
     def writer(self, draws, prompt):
+        if self.made is None:
+            raise RunFailed("no compiler")
         self.drew.append(draws)
         return self.made
 
@@ -105,10 +107,10 @@ class Others:
         pass
 
 
-def session_of(writer, max_len=200, max_batch=1):
+def session_of(writer, max_len=200, max_batch=1, failed=None):
     source = HostSource(writer)
     session = TextSession(
-        LONG, source, Others, nullcontext, max_batch, max_len, torch.bfloat16
+        LONG, source, Others, nullcontext, max_batch, max_len, torch.bfloat16, failed
     )  # fmt: skip
     return session, source.kept
 
@@ -276,3 +278,25 @@ def test_one_of_several_is_cancelled_while_a_launch_goes_on():
     cancelled = [event for event in events if event.id == 0]
     assert cancelled[-1] == TokenEvent(0, None, None, "cancelled")
     assert [event.token for event in cancelled[:-1]] == expected([1], 20)[: len(cancelled) - 1]
+
+
+def test_where_no_writer_can_be_made_the_others_write():
+    errors = []
+    session, _ = session_of(None, failed=errors.append)
+    for i, how in enumerate((Sampling(), Sampling(1.0))):
+        session.submit(Request(i, [1], 5, how))
+    events = session.step()
+    assert {event.id: event.token for event in events} == {0: 5, 1: 5}
+    session.submit(Request(2, [1], 5))
+    assert [event.token for event in session.step()] == [5]
+    assert [str(error) for error in errors] == ["no compiler"]
+
+
+def test_who_asks_for_one_launch_gets_the_error():
+    def failed(error):
+        raise error
+
+    session, _ = session_of(None, failed=failed)
+    session.submit(Request(0, [1], 5))
+    with pytest.raises(RunFailed, match="no compiler"):
+        session.step()

@@ -110,6 +110,7 @@ class CudaEngine:
         self._reference: ReferenceEngine | None = None
         self._prompts: Prompts | None = None
         self._texts: dict[tuple[int, bool], TextKernel] = {}
+        self._no_texts: str | None = None  # why no such kernel could be made
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._disabled: dict[str, str] = {}
@@ -195,7 +196,16 @@ class CudaEngine:
         cache = partial(_two, shape, packed.embedding)
         kernel = partial(self._text_kernel, packed, sequences)
         source = OnGPU(self._prompts, kernel, cache, self._log)
-        return TextSession(c, source, many, self._alone, max_batch, length, self.dtype)
+        return TextSession(
+            c, source, many, self._alone, max_batch, length, self.dtype, self._text_failed
+        )
+
+    def _text_failed(self, error: RunFailed) -> None:
+        """One launch cannot write a text, though nothing said so before."""
+        self._no_texts = str(error)
+        if self.fusion_depth == TEXT:
+            raise error
+        self._log(f"one launch cannot write texts here, one kernel per stage does: {error}")
 
     def _sequences_of_a_launch(self, max_batch: int) -> int:
         """Of the kernel that writes a session's texts in one launch; 0 where there is none."""
@@ -204,7 +214,9 @@ class CudaEngine:
         if self.fusion_depth not in ("auto", TEXT):
             return 0
         sequences = 1 if max_batch == 1 else text.SEVERAL
-        reason = text.why_not(self.config, self.device, self.dtype, sequences)
+        reason = self._no_texts or text.why_not(
+            self.config, self.device, self.dtype, sequences
+        )  # fmt: skip
         if max_batch > text.SEVERAL:
             reason = f"one launch writes at most {text.SEVERAL} texts"
         if reason and self.fusion_depth == TEXT:

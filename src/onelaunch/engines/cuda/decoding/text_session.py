@@ -21,6 +21,7 @@ from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, notice
 from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 from onelaunch.engines.session import new_tokens
+from onelaunch.errors import RunFailed
 
 FIRST_TOKENS = 8
 """Of a kernel's first launch, when it is not known how long a token takes."""
@@ -79,7 +80,8 @@ class Source(Protocol):
 class TextSession:
     """A `Session` of up to `max_batch` sequences at once, by a writer in launches of MAX_SECONDS,
     the next one under way while the last one's tokens are handed on. Where there are several,
-    drawn ones are those of `others`."""
+    drawn ones are those of `others`; so are all where no writer can be made: `failed` gets the
+    error, and may raise it."""
 
     def __init__(
         self,
@@ -90,14 +92,16 @@ class TextSession:
         max_batch: int,
         max_len: int,
         dtype: torch.dtype,
+        failed: Callable[[RunFailed], None],
     ) -> None:
-        self._config, self._source = config, source
+        self._config, self._source, self._failed = config, source, failed
         self._make_others, self._alone = others, alone
         self._max_batch, self._max_len, self._dtype = max_batch, max_len, dtype
         self._waiting: deque[Request] = deque()
         self._growing: list[Written] = []
-        self._drawn: set[int] = set()  # requests that `others` has
+        self._away: set[int] = set()  # requests that `others` has
         self._events: list[TokenEvent] = []
+        self._writes = True  # until no writer could be made
         self._writers: dict[bool, Writer] = {}  # by whether they draw
         self._writer: Writer | None = None  # of the launch under way, or the last one
         self._others: Session | None = None
@@ -108,30 +112,27 @@ class TextSession:
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
-        if request.sampling.greedy or self._max_batch == 1:
+        if self._writes and (request.sampling.greedy or self._max_batch == 1):
             self._waiting.append(request)
-            return
-        if self._others is None:
-            self._others = self._make_others()
-        self._others.submit(request)
-        self._drawn.add(request.id)
+        else:
+            self._give_away(request)
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on for so many seconds, and let those join that wait; see `Session`."""
         if self._waiting or self._growing:
             with self._alone():
                 self._go_on(seconds)
-        if self._drawn:
+        if self._away:
             assert self._others is not None
             events = self._others.step(seconds)
-            self._drawn -= {event.id for event in events if event.finish is not None}
+            self._away -= {event.id for event in events if event.finish is not None}
             self._events += events
         events, self._events = self._events, []
         return events
 
     def cancel(self, id: int) -> None:
         """End a request; see `Session`."""
-        if id in self._drawn:
+        if id in self._away:
             assert self._others is not None
             self._others.cancel(id)
             return
@@ -153,7 +154,7 @@ class TextSession:
         self._writers.clear()
         self._waiting.clear()
         self._growing.clear()
-        self._drawn.clear()
+        self._away.clear()
         self._events.clear()
         self._launched = []
         self._writer = self._others = None
@@ -201,12 +202,26 @@ class TextSession:
                 continue
             draws = not request.sampling.greedy
             if draws not in self._writers:
-                self._writers[draws] = self._source.writer(draws, len(request.prompt_ids))
+                try:
+                    self._writers[draws] = self._source.writer(draws, len(request.prompt_ids))
+                except RunFailed as error:
+                    self._failed(error)
+                    self._writes = False
+                    for each in (request, *self._waiting):
+                        self._give_away(each)
+                    self._waiting.clear()
+                    return
             self._writer = self._writers[draws]
             used = {each.slot for each in self._growing}
             slot = next(i for i in range(self._max_batch) if i not in used)
             self._source.keep(request.prompt_ids[:-1], slot)
             self._growing.append(Written(request, slot, limit))
+
+    def _give_away(self, request: Request) -> None:
+        if self._others is None:
+            self._others = self._make_others()
+        self._others.submit(request)
+        self._away.add(request.id)
 
     def _launch(self, seconds: float) -> None:
         """Begin to write after each one's last token, for as long as one launch may take."""
