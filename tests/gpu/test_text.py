@@ -104,6 +104,19 @@ def test_a_text_is_the_same_each_time_in_any_number_of_launches():
     assert events_of(WIDE, 100, weights=weights)[1][:99] == first[:99]
 
 
+def test_a_context_beyond_the_forwards():
+    config = SMALL.with_(max_seq_len=8192)
+    weights = weights_of(config)
+    engine = CudaEngine(config, weights, "cuda", "float32", "text")
+    prompt = torch.randint(config.vocab_size, (1900,), generator=torch.manual_seed(1)).tolist()
+    requests = [Request(0, prompt, 2500)]
+    tokens, finish = run(engine, requests, 1)[0]
+    assert (len(tokens), finish) == (2500, "length")
+    ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    best = exact_logits(config, weights, ids)[0, len(prompt) - 1 :].argmax(-1)
+    assert (best == torch.tensor(tokens)).double().mean() > 0.99  # but for ties
+
+
 def launched(kernel, config, packed, n, timeout_ns=2_000_000_000, poison=0.0):
     memory = Memory.of(config, packed, 1, config.max_seq_len)
     for cache in (memory.keys, memory.values):

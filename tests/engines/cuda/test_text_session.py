@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
 from onelaunch.engines.engine import Request, Sampling, TokenEvent
 from onelaunch.errors import EngineTimeout, RunFailed
@@ -300,3 +301,14 @@ def test_who_asks_for_one_launch_gets_the_error():
     session.submit(Request(0, [1], 5))
     with pytest.raises(RunFailed, match="no compiler"):
         session.step()
+
+
+def test_long_prompts_are_those_of_the_others():
+    config = LONG.with_(max_seq_len=MAX_PROMPT + 10)
+    for n, given in ((MAX_PROMPT + 1, False), (MAX_PROMPT + 2, True)):
+        source = HostSource(HostWriter())
+        session = TextSession(
+            config, source, Others, nullcontext, 1, MAX_PROMPT + 10, torch.bfloat16, None
+        )  # fmt: skip
+        session.submit(Request(0, [1] * n, 1))
+        assert session.step()[0].token == (5 if given else following(1))

@@ -53,6 +53,8 @@ kernels or capture a graph at once, not even on two devices, nor use one form's 
 else there is to do is some microseconds of Python, which runs in one thread at a time anyway."""
 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
+MAX_TEXT = 8192
+"""Positions of a text that one launch writes."""
 TEXT = "text"
 """The fusion depth of a whole text in one launch; a forward's form is then as with "auto"."""
 MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
@@ -167,14 +169,16 @@ class CudaEngine:
         Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
         sequence's tokens are the same alone and among others. Where `max_batch` is 1, a single
         launch writes some hundred tokens, unless the fusion depth is another; with the depth "text"
-        of up to 8 sequences, whose tokens are the most likely ones. Sessions of more than
-        MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference engine's. Raises BadInput
-        where the fusion depth is "text" and the model or `max_batch` does not fit.
+        of up to 8 sequences, whose tokens are the most likely ones.
+
+        Texts of up to MAX_TEXT positions are written so, but of prompts of MAX_SEQUENCE. Other
+        sessions of more than MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference
+        engine's. Raises BadInput where the fusion depth is "text" and the model or `max_batch` does
+        not fit.
         """
         length = check_session(max_batch, max_len, self.config)
-        if length > MAX_SEQUENCE or not self._generates():
-            self._log("PyTorch generates, one operator a launch")
-            return self._by_pytorch().session(max_batch, max_len)
+        if length > MAX_TEXT or not self._generates():
+            return self._session_of_pytorch(max_batch, length)
         # these import Triton
         from onelaunch.engines.cuda.decoding.prefill import Prompts
         from onelaunch.engines.cuda.decoding.session import CudaSession
@@ -182,10 +186,12 @@ class CudaEngine:
         packed = self._pack()
         if self._prompts is None:
             self._prompts = Prompts(self.config, packed)
-        many = partial(
+        many: Callable[[], Session] = partial(
             CudaSession,
             self.config, packed, self._prompts, self._alone, max_batch, length, self._log,
         )  # fmt: skip
+        if length > MAX_SEQUENCE:
+            many = partial(self._session_of_pytorch, max_batch, length)
         sequences = self._sequences_of_a_launch(max_batch)
         if sequences == 0:
             return many()
@@ -199,6 +205,10 @@ class CudaEngine:
         return TextSession(
             c, source, many, self._alone, max_batch, length, self.dtype, self._text_failed
         )
+
+    def _session_of_pytorch(self, max_batch: int, length: int) -> Session:
+        self._log("PyTorch generates, one operator a launch")
+        return self._by_pytorch().session(max_batch, length)
 
     def _text_failed(self, error: RunFailed) -> None:
         """One launch cannot write a text, though nothing said so before."""

@@ -16,7 +16,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request
 from onelaunch.engines.cuda.calls import compile_together
 from onelaunch.engines.cuda.decoding import sampling
-from onelaunch.engines.cuda.decoding.prefill import Prompts
+from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT, Prompts
 from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, notice, take
 from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
@@ -80,8 +80,8 @@ class Source(Protocol):
 class TextSession:
     """A `Session` of up to `max_batch` sequences at once, by a writer in launches of MAX_SECONDS,
     the next one under way while the last one's tokens are handed on. Where there are several,
-    drawn ones are those of `others`; so are all where no writer can be made: `failed` gets the
-    error, and may raise it."""
+    drawn ones are those of `others`; so are those of long prompts, and all where no writer can be
+    made: `failed` gets the error, and may raise it."""
 
     def __init__(
         self,
@@ -112,7 +112,8 @@ class TextSession:
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
-        if self._writes and (request.sampling.greedy or self._max_batch == 1):
+        known = request.sampling.greedy or self._max_batch == 1
+        if self._writes and known and len(request.prompt_ids) <= MAX_PROMPT + 1:
             self._waiting.append(request)
         else:
             self._give_away(request)
