@@ -264,6 +264,7 @@ FILTERS = {
     "little": Sampling(1.0, top_p=1e-6),
     "all": Sampling(0.7, top_k=40, top_p=0.7, min_p=0.02),
     "cold": Sampling(1e-4),
+    "more than there are": Sampling(0.3, top_k=1000, min_p=2e-8),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import sampling
 from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT
+from onelaunch.engines.cuda.decoding.text import Text
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
 from onelaunch.engines.engine import Request, Sampling, TokenEvent
 from onelaunch.errors import EngineTimeout, RunFailed
@@ -312,3 +314,15 @@ def test_long_prompts_are_those_of_the_others():
         )  # fmt: skip
         session.submit(Request(0, [1] * n, 1))
         assert session.step()[0].token == (5 if given else following(1))
+
+
+def test_what_has_arrived_ends_where_the_launch_does():
+    """Behind a launch's last word there may be anything."""
+    text = object.__new__(Text)
+    text._written = np.array([[5, 6, -1, 9, 0, 0], [7, 0, 0, 0, 0, 0]])
+    text._limits = [4, 1]
+    assert text.arrived(0)[0] == [5, 6]
+    assert text.arrived(0, 1)[0] == [6]
+    assert text.arrived(0, 2)[0] == []
+    assert text.arrived(1)[0] == [7]
+    assert text.arrived(1, 1)[0] == []

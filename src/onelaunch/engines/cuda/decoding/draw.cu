@@ -93,7 +93,9 @@ DEVICE void find_digit(
             const u32 room = most_tokens - at_number;
             u32 ties = needed < here_number ? (u32)needed : here_number;
             ties = ties < room ? ties : room;
-            d.bound = prefix, d.ties = ties, d.done = 1;
+            // none of them: then whatever was looked at is kept
+            d.bound = ties > 0 || prefix >= least_weight ? prefix : least_weight - 1;
+            d.ties = ties, d.done = 1;
             d.total = at_mass + (u64)ties * prefix;
         } else if (here_number <= 1) {
             // it is at the bound, and whatever is below has no part
@@ -122,7 +124,7 @@ DEVICE int draw(
     int round = 0;
 #pragma unroll 1
     for (int by_mass = 0; by_mass < 2; by_mass++) {
-        if (by_mass ? how.top_p >= 1.0f : how.top_k == 0) continue;
+        if (by_mass ? !(how.top_p < 1.0f) : !(how.top_k > 0)) continue;
         const u32 most_tokens = how.top_k > 0 ? (u32)how.top_k : 0xffffffffu;
         // after the first search all at its bound are looked at again: no more than top_k come of it
         if (thread == 0) d.above = d.above_number = d.prefix = d.done = 0, d.goal = 0;

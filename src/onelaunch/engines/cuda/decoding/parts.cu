@@ -240,7 +240,7 @@ DEVICE void gather(
             bool all = true;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || !patience.waits(where)) break;
+            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
                 if (epoch_of(word[j]) != epoch) word[j] = load_word(at[j]);
@@ -265,7 +265,7 @@ DEVICE void gather_some(const u64* words, int n, u32 epoch, int thread, Patience
             bool all = true;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || !patience.waits(where)) break;
+            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
                 if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);

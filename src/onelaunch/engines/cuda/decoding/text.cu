@@ -469,7 +469,7 @@ DEVICE void gather_attention(
                 for (int i = 0; i < EACH; i++)
                     all &= epoch_of(out[0][i]) == epoch && epoch_of(lse[0][i]) == epoch &&
                            epoch_of(out[1][i]) == epoch && epoch_of(lse[1][i]) == epoch;
-                if (__all_sync(~0u, all) || !patience.waits(where)) break;
+                if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
 #pragma unroll
                 for (int i = 0; i < EACH; i++) {
                     if (epoch_of(out[0][i]) != epoch) out[0][i] = load_word(of + element[i]);

@@ -257,6 +257,7 @@ class Text:
         tensors = (keys, values, m.words, m.status, m.written, m.ending, m.stop, *last)
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
+        self._limits: list[int] = []  # tokens of each row of the launch at most
         self._ending: np.ndarray = m.ending.numpy()
         self.marks = torch.empty(0, dtype=torch.int64)
         if kernel.trace:
@@ -294,6 +295,7 @@ class Text:
         if box.epoch + (n + 1) * layers >= 1 << 31:
             box.clear()
         self._written[: len(rows), :n] = _ABSENT
+        self._limits = [row.n for row in rows]
         numbers = self._numbers(rows, n)
         arguments: list[tuple[Any, Any]] = [
             (self._kernel.model.data_ptr(), nvrtc.POINTER),
@@ -304,7 +306,8 @@ class Text:
         if self._kernel.draws:
             assert box.drawn is not None, "prepare comes first"
             by = box.drawn.sampling
-            arguments += [(by.top_k, nvrtc.INT), (first, nvrtc.INT)]
+            top_k = min(by.top_k, self._kernel.config.vocab_size)
+            arguments += [(top_k, nvrtc.INT), (first, nvrtc.INT)]
             arguments += [(x, nvrtc.FLOAT) for x in (by.temperature, by.top_p, by.min_p)]
         if self._kernel.trace:
             arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
@@ -333,7 +336,7 @@ class Text:
     def arrived(self, row: int, first: int = 0) -> tuple[list[int], list[float]]:
         """The tokens that the launch has written of a row, from number `first` on, and their
         logprobs."""
-        words = self._written[row, first:].copy()
+        words = self._written[row, first : self._limits[row]].copy()
         (absent,) = (words == _ABSENT).nonzero()
         return _unpacked(words[: absent[0]] if len(absent) else words)
 
@@ -357,6 +360,8 @@ class Text:
         """Wait for the launch to end, and let go of its memory."""
         if self._mailbox is not None:
             self._mailbox.ended.synchronize()
+            if self._limits and self._ending.min() < 0:  # nobody has read that a wait timed out
+                self._mailbox.clear()
             self._kernel.give_back(self._mailbox)
             self._mailbox = None
 

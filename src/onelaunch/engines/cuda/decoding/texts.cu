@@ -287,7 +287,7 @@ DEVICE void gather_attention(
                 bool all = true;
 #pragma unroll
                 for (int i = 0; i < EACH; i++) all &= epoch_of(out[i]) == epoch && epoch_of(lse[i]) == epoch;
-                if (__all_sync(~0u, all) || !patience.waits(where)) break;
+                if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
 #pragma unroll
                 for (int i = 0; i < EACH; i++) {
                     if (epoch_of(out[i]) != epoch) out[i] = load_word(of[i] + element[i]);
