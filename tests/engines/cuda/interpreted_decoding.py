@@ -116,8 +116,8 @@ def test_a_uniform_number_draws_from_the_kept_tokens(filters, block, monkeypatch
     """Each kept token for as much of 0 to 1 as its share, in the order of ids; of equal ones the
     lower ids are kept."""
     monkeypatch.setattr(chain, "SAMPLE_BLOCK", block)
-    V, n = TINY.vocab_size, 24
-    rows = Rows(TINY, torch.float32, n, 4)
+    V, n, at_once = TINY.vocab_size, 24, chain.ROWS  # more rows have the forward's logits
+    rows = Rows(TINY, torch.float32, at_once, 4)
     memory, generator = rows.memory, torch.Generator().manual_seed(3)
     logits_V = 2 * torch.randn(V, generator=generator)
     logits_V[[5, 9, 20, 33]] = logits_V.sort().values[-3]  # ties
@@ -130,21 +130,25 @@ def test_a_uniform_number_draws_from_the_kept_tokens(filters, block, monkeypatch
     uniforms = (torch.arange(n) + 0.5) / n
     expected = torch.searchsorted(reached, uniforms.double(), right=True)
     clear = (reached[None] - uniforms[:, None].double()).abs().min(1).values > 1e-6
-    memory.logits[:n] = logits_V
-    memory.whole[:, sampling.FINISH] = sampling.GROWING
-    memory.whole[:, sampling.LIMIT] = 9
-    memory.whole[:, sampling.DRAWN] = 1
-    memory.whole[:, sampling.TOP_K] = filters.top_k
-    for column, value in enumerate((filters.temperature, filters.top_p, filters.min_p)):
-        memory.fraction[:, column] = value
-    slots = memory.slots[:n].long()
-    memory.uniforms[slots, 0] = uniforms
-    rows.chain.sample()
-    got = memory.tokens[slots, 0]
-    assert torch.equal(got[clear], expected.int()[clear])
-    logprobs = logits_V.log_softmax(-1)[got.long()]
-    assert torch.allclose(memory.logprobs[slots, 0], logprobs, atol=1e-5)
-    assert torch.equal(memory.x[:n], rows.packed.embedding[got.long()])
+    for first in range(0, n, at_once):
+        these = slice(first, first + at_once)
+        memory.logits[:] = logits_V
+        memory.whole[:, sampling.COUNT] = 0
+        memory.whole[:, sampling.FINISH] = sampling.GROWING
+        memory.whole[:, sampling.LIMIT] = 9
+        memory.whole[:, sampling.DRAWN] = 1
+        memory.whole[:, sampling.TOP_K] = filters.top_k
+        for column, value in enumerate((filters.temperature, filters.top_p, filters.min_p)):
+            memory.fraction[:, column] = value
+        memory.positions.zero_()
+        slots = memory.slots[:at_once].long()
+        memory.uniforms[slots, 0] = uniforms[these]
+        rows.chain.sample()
+        got = memory.tokens[slots, 0]
+        assert torch.equal(got[clear[these]], expected.int()[these][clear[these]])
+        logprobs = logits_V.log_softmax(-1)[got.long()]
+        assert torch.allclose(memory.logprobs[slots, 0], logprobs, atol=1e-5)
+        assert torch.equal(memory.x[:at_once], rows.packed.embedding[got.long()])
 
 
 @pytest.mark.parametrize(
