@@ -168,7 +168,7 @@ class CudaEngine:
 
         Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
         sequence's tokens are the same alone and among others. Where `max_batch` is 1, a single
-        launch writes some hundred tokens, unless the fusion depth is another; with the depth "text"
+        launch writes some 5 ms of tokens, unless the fusion depth is another; with the depth "text"
         of up to 8 sequences, whose tokens are the most likely ones.
 
         Texts of up to MAX_TEXT positions are written so, but of prompts of MAX_SEQUENCE. Other
@@ -211,7 +211,7 @@ class CudaEngine:
         return self._by_pytorch().session(max_batch, length)
 
     def _text_failed(self, error: RunFailed) -> None:
-        """One launch cannot write a text, though nothing said so before."""
+        """No kernel could be made that writes a text in one launch."""
         self._no_texts = str(error)
         if self.fusion_depth == TEXT:
             raise error

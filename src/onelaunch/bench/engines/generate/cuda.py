@@ -4,7 +4,7 @@ transformers, where that is installed.
 
 Greedy, random weights of the presets' shapes in bfloat16, prompts of 32 tokens, 256 new ones. A
 rate is of all new tokens over the whole call, the prompt's reading and the host included: what a
-user gets. Beside it the time of a token alone, the slope between 16 and 272 new tokens.
+user gets. Also the time of a token alone, the slope between 16 and 272 new tokens.
 """
 
 from __future__ import annotations

@@ -53,12 +53,7 @@ DEVICE void find_digit(
         mass[i] = sum & ((1ull << MASS_BITS) - 1), number[i] = (u32)(sum >> MASS_BITS);
         all += mass[i], all_number += number[i];
     }
-    u64 up_to = all, number_up_to = all_number;
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        const u64 a = __shfl_up_sync(~0u, up_to, step), b = __shfl_up_sync(~0u, number_up_to, step);
-        if (lane >= step) up_to += a, number_up_to += b;
-    }
+    const u64 up_to = sum_up_to(all, lane), number_up_to = sum_up_to(all_number, lane);
     const u64 whole = __shfl_sync(~0u, up_to, LANES - 1);
     u64 goal = d.goal;
     if (digit == 0 && has_goal) {
@@ -211,13 +206,7 @@ DEVICE int draw(
         tie[i] = of < GRID ? d.records[3 * of + 2] : 0;
         own_ties += tie[i];
     }
-    u32 ties_before = own_ties;
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        const u32 a = __shfl_up_sync(~0u, ties_before, step);
-        if (lane >= step) ties_before += a;
-    }
-    ties_before -= own_ties;
+    u32 ties_before = sum_up_to(own_ties, lane) - own_ties;
     u32 ties_here[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
@@ -227,12 +216,7 @@ DEVICE int draw(
         ties_before += tie[i];
         own += sums[i];
     }
-    u64 before = own;
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        const u64 a = __shfl_up_sync(~0u, before, step);
-        if (lane >= step) before += a;
-    }
+    u64 before = sum_up_to(own, lane);
     const u64 whole = __shfl_sync(~0u, before, LANES - 1), target = (u64)((double)uniform * (double)whole);
     before -= own;
     int it = GRID;
@@ -269,12 +253,7 @@ DEVICE int draw(
                 const u32 tied = __ballot_sync(~0u, is_tie);
                 const u32 rank = seen + __popc(tied & ((1u << lane) - 1));
                 const u64 kept = i < end && (q > bound || (is_tie && rank < ties)) ? q : 0;
-                u64 up_to = kept;
-#pragma unroll
-                for (int step = 1; step < LANES; step *= 2) {
-                    const u64 a = __shfl_up_sync(~0u, up_to, step);
-                    if (lane >= step) up_to += a;
-                }
+                const u64 up_to = sum_up_to(kept, lane);
                 const u32 passed = __ballot_sync(~0u, up_to > left);
                 if (passed != 0) {
                     const int at = base + __ffs(passed) - 1;

@@ -202,6 +202,15 @@ DEVICE float sum_of_warp(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
+template <class T>
+DEVICE T sum_up_to(T x, int lane) {  // of the lanes up to this one
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) {
+        const T before = __shfl_up_sync(~0u, x, step);
+        if (lane >= step) x += before;
+    }
+    return x;
+}
 // Floats as whole numbers of the same order.
 DEVICE u32 ordered(float x) {
     const int bits = __float_as_int(x);
@@ -218,6 +227,50 @@ DEVICE float rstd_of(float squares) {  // of each lane's part
 DEVICE void barrier() {  // of the threads without the producer
     wait_for_threads<THREADS>();
 }
+
+// ---- the ring of weights
+
+// Wait until a tile of the ring may be filled; `open` is false once the text has ended, or a wait timed out.
+template <class S>
+DEVICE void wait_for_room(const S& s, u32 tile, int lane, bool& open, Patience still) {
+#pragma unroll 1
+    while (open) {
+        u32 needed = tile + 1, end = 0;
+        if (lane < WARPS) needed = *(volatile u32*)&s.progress[lane];
+        if (lane == WARPS) end = *(volatile u32*)&s.ended;
+        if (__any_sync(~0u, end)) open = false;
+        if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
+        if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
+    }
+}
+// No copy is under way when the CTA ends; `tile` is how many there were.
+template <class S>
+DEVICE void wait_for_copies(S& s, u32 tile) {
+#pragma unroll 1
+    for (u32 which = tile > SLOTS ? tile - SLOTS : 0; which < tile; which++)
+        while (!has_come(&s.full[which % SLOTS], which / SLOTS & 1)) {}
+}
+
+template <class S>
+struct Reader {
+    S& s;
+    int warp, lane;
+    Patience patience;
+    u32 tile;  // the first of the next stage
+
+    // A tile is there; none before it is needed: what was read of those has been computed with.
+    DEVICE const Stored* wait_for(u32 which) {
+        __syncwarp();
+        if (lane == 0) *(volatile u32*)&s.progress[warp] = which;
+        const u32 slot = which % SLOTS;
+        // a barrier tells odd from even tiles alone: the one before in this slot must have been used
+        Patience still = patience;
+        while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
+        while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
+        __syncwarp();
+        return (const Stored*)s.ring[slot];
+    }
+};
 
 // ---- words that a whole CTA reads
 

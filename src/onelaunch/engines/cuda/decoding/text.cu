@@ -85,6 +85,7 @@ struct Shared {
     u32 ended;
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
+using Consumer = Reader<Shared>;
 static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
@@ -93,16 +94,7 @@ DEVICE void produce(
     u32 tile = 0;
     bool open = true;  // until the text has ended
     auto put = [&](const Stored* from, u32 bytes) {
-        Patience still = patience;
-#pragma unroll 1
-        while (open) {
-            u32 needed = tile + 1, end = 0;
-            if (lane < WARPS) needed = *(volatile u32*)&s.progress[lane];
-            if (lane == WARPS) end = *(volatile u32*)&s.ended;
-            if (__any_sync(~0u, end)) open = false;
-            if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
-            if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
-        }
+        wait_for_room(s, tile, lane, open, patience);
         if (!open) return;
         if (lane == 0) {
             const u32 slot = tile % SLOTS;
@@ -141,10 +133,7 @@ DEVICE void produce(
         for (; left > 0 && open; left -= of_tile, from += of_tile * kw) put(from, least(left, of_tile) * kw * sizeof(Stored));
         if (stage == HEAD) position++;
     }
-    // no copy is under way when the CTA ends
-#pragma unroll 1
-    for (u32 which = tile > SLOTS ? tile - SLOTS : 0; which < tile; which++)
-        while (!has_come(&s.full[which % SLOTS], which / SLOTS & 1)) {}
+    wait_for_copies(s, tile);
 }
 
 // ---- products of rows in shared memory
@@ -216,27 +205,7 @@ DEVICE void add_row(
     }
 }
 
-struct Consumer {
-    Shared& s;
-    int warp, lane;
-    Patience patience;
-    u32 tile;  // the first of the next stage
-
-    // A tile is there; none before it is needed: what was read of those has been computed with.
-    DEVICE const Stored* wait_for(u32 which) {
-        __syncwarp();
-        if (lane == 0) *(volatile u32*)&s.progress[warp] = which;
-        const u32 slot = which % SLOTS;
-        // a barrier tells odd from even tiles alone: the one before in this slot must have been used
-        Patience still = patience;
-        while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
-        while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
-        __syncwarp();
-        return (const Stored*)s.ring[slot];
-    }
-};
-
-// A stage's products: `fetch` brings what it reads into `from`, and `body(first, sums, rstd)` takes
+// A stage's products: `fetch` brings what it reads into `from`, and `body(first, sums, squares)` takes
 // each group's first row and each lane's part of its rows' sums and, of a norm, of x's squares. What
 // does not need the input comes before `fetch`.
 template <int STAGE, bool NORM, class Fetch, class Body>

@@ -94,7 +94,7 @@ def _slots(
     sequences: int,
     draws: bool,
 ) -> int:
-    """Slots of the ring that a CTA has room for, beside the rest of `Shared`."""
+    """Slots of the ring that a CTA has room for, with the rest of `Shared`."""
     c, n = config, sequences
     numbers = n * (c.dim + max(c.q_dim, c.hidden_dim))
     of_cta = max(16, -(-c.dim // ctas)) + 8  # rows of x
@@ -360,7 +360,9 @@ class Text:
         """Wait for the launch to end, and let go of its memory."""
         if self._mailbox is not None:
             self._mailbox.ended.synchronize()
-            if self._limits and self._ending.min() < 0:  # nobody has read that a wait timed out
+            if (
+                self._limits and self._ending.min() < 0
+            ):  # no `finish` has reported that a wait timed out
                 self._mailbox.clear()
             self._kernel.give_back(self._mailbox)
             self._mailbox = None

@@ -278,7 +278,7 @@ class OnGPU:
         if self._cache is None:
             self._cache = self._make_cache()
         with notice(self._log), ThreadPoolExecutor(1) as pool:
-            made = pool.submit(self._kernel, draws)  # one compiler beside the other
+            made = pool.submit(self._kernel, draws)  # both compilers at once
             if prompt > 1:
                 compile_together(self._prompts.calls(prompt - 1, with_logits=False))
             return Text(made.result(), *self._cache)

@@ -93,6 +93,7 @@ struct Shared {
     u32 ended;
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
+using Consumer = Reader<Shared>;
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room: of the blocks
 // that are computed at once first all first columns.
@@ -115,16 +116,7 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
         for (int i = 0; i < blocks * across && open; i++) {
             const int begin = i / (at_once * across) * at_once, together = least(at_once, blocks - begin);
             const int in_all = i - begin * across, block = begin + in_all % together, column = in_all / together * of_tile;
-            Patience still = patience;
-#pragma unroll 1
-            while (open) {
-                u32 needed = tile + 1, end = 0;
-                if (lane < WARPS) needed = *(volatile u32*)&s.progress[lane];
-                if (lane == WARPS) end = *(volatile u32*)&s.ended;
-                if (__any_sync(~0u, end)) open = false;
-                if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
-                if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
-            }
+            wait_for_room(s, tile, lane, open, patience);
             if (!open) break;
             const int there = least(16, rows - 16 * block);
             const u32 bytes = least(of_tile, kw - column) * sizeof(Stored), slot = tile % SLOTS;
@@ -137,31 +129,8 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
             tile++;
         }
     }
-    // no copy is under way when the CTA ends
-#pragma unroll 1
-    for (u32 which = tile > SLOTS ? tile - SLOTS : 0; which < tile; which++)
-        while (!has_come(&s.full[which % SLOTS], which / SLOTS & 1)) {}
+    wait_for_copies(s, tile);
 }
-
-struct Consumer {
-    Shared& s;
-    int warp, lane;
-    Patience patience;
-    u32 tile;  // the first of the next stage
-
-    // A tile is there; none before it is needed: what was read of those has been computed with.
-    DEVICE const Stored* wait_for(u32 which) {
-        __syncwarp();
-        if (lane == 0) *(volatile u32*)&s.progress[warp] = which;
-        const u32 slot = which % SLOTS;
-        // a barrier tells odd from even tiles alone: the one before in this slot must have been used
-        Patience still = patience;
-        while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
-        while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
-        __syncwarp();
-        return (const Stored*)s.ring[slot];
-    }
-};
 
 // 16 rows of a tile times 8 sequences' x, of the columns of blocks of 32 from `part` on, of `parts`.
 // Which k of an mma is which column is free, as long as both sides agree: each lane's stand side by side.
