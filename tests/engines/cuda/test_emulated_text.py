@@ -17,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.blocking import H200
-from onelaunch.engines.cuda.decoding import sampling, text
+from onelaunch.engines.cuda.decoding import STOP_IDS, sampling, text
 from onelaunch.engines.cuda.decoding.text_trace import (
     format_token,
     spans_of_last_token,
@@ -84,7 +84,7 @@ class Emulated:
         self.uniforms = torch.rand(c.max_seq_len)
         self.written = torch.full((c.max_seq_len,), -1)
         self.ending = torch.zeros(2, dtype=torch.int32)
-        self.stop = torch.full((sampling.STOP_IDS,), -1, dtype=torch.int32)
+        self.stop = torch.full((STOP_IDS,), -1, dtype=torch.int32)
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,
             self.sums, self.uniforms,

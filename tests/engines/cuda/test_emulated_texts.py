@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from onelaunch.engines.cuda.decoding import sampling, text
+from onelaunch.engines.cuda.decoding import STOP_IDS, sampling, text
 from tests.engines.cuda.test_emulated_text import BFLOAT16, Emulated, check, pointers
 from tests.engines.cuda.test_emulated_text import compiled as compiled
 from tests.engines.cuda.test_emulated_text import pytestmark as pytestmark
@@ -32,7 +32,7 @@ class Several(Emulated):
         self.words = torch.zeros(16 * self.stride, dtype=torch.int64)
         self.written = torch.full((SEQUENCES, c.max_seq_len), -1)
         self.ending = torch.zeros(SEQUENCES, 2, dtype=torch.int32)
-        self.stop = torch.full((SEQUENCES, sampling.STOP_IDS), -1, dtype=torch.int32)
+        self.stop = torch.full((SEQUENCES, STOP_IDS), -1, dtype=torch.int32)
         self.sequences = torch.zeros(SEQUENCES, 4, dtype=torch.int32)
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,

@@ -15,7 +15,6 @@ from onelaunch.engines.cuda.blocking import H200
 from onelaunch.engines.cuda.decoding import text
 from onelaunch.errors import RunFailed
 
-pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.nvrtc")
 
 NAMES = ("stories260k", "stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
@@ -28,8 +27,7 @@ def compiled(name, dtype, ctas, sequences=1):
 
 
 def stack_bytes(code, tmp_path):
-    import triton
-
+    triton = pytest.importorskip("triton")
     path = tmp_path / "text.cubin"
     path.write_bytes(code)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

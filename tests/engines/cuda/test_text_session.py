@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding import STOP_IDS, sampling
 from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT
 from onelaunch.engines.cuda.decoding.text import Text
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
@@ -35,7 +35,7 @@ class HostWriter:
         self.firsts = []  # tokens that were there before each launch
 
     def prepare(self, row, request, limit):
-        self.stop[row] = request.stop_ids[: sampling.STOP_IDS]
+        self.stop[row] = request.stop_ids[:STOP_IDS]
 
     def launch(self, rows, first=0):
         self.firsts.append(first)

@@ -4,3 +4,6 @@ A row is a sequence of the batch, its slot the place of its keys, values and sta
 computes does not depend on the others, nor on how many there are: every row has its own sums, in an
 order that the tiles alone fix.
 """
+
+STOP_IDS = 32
+"""That end a sequence's text, at most."""

@@ -14,7 +14,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import sync
 from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.calls import Call
-from onelaunch.engines.cuda.decoding import kernels, sampling
+from onelaunch.engines.cuda.decoding import STOP_IDS, kernels, sampling
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import BoundForward, Shape, limits_of
 from onelaunch.operators.handles import dependent_launch
@@ -98,7 +98,7 @@ class Memory:
             whole=whole,
             fraction=zeros(slots, sampling.FRACTIONS),
             stop=torch.full(
-                (slots, sampling.STOP_IDS), -1, dtype=torch.int32, device=device
+                (slots, STOP_IDS), -1, dtype=torch.int32, device=device
             ),
             uniforms=zeros(slots, max_len),
             tokens=on_host(slots, max_len),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from onelaunch.engines.cuda.decoding import STOP_IDS
 from onelaunch.engines.cuda.decoding.kernels import wait
 
 # Columns of a slot's whole numbers, and of its fractions.
@@ -21,7 +22,6 @@ COUNT, LIMIT, FINISH, TOP_K, DRAWN = range(5)
 WHOLE_NUMBERS = 8
 TEMPERATURE, TOP_P, MIN_P = range(3)
 FRACTIONS = 4
-STOP_IDS = 32
 # What ended a slot's sequence.
 GROWING, STOPPED, FULL, NOT_FINITE = range(4)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.cuda.calls import captured, compile_together, prefer_shared_memory
-from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding import STOP_IDS, sampling
 from onelaunch.engines.cuda.decoding.chain import (
     MAX_ROWS,
     ROWS,
@@ -143,13 +143,13 @@ class CudaSession:
     def _begin(self, each: Growing) -> None:
         """Read a prompt into a slot, and choose its first token."""
         memory, request, slot = self._state(), each.request, each.slot
-        sampled, stop = request.sampling, list(request.stop_ids)[: sampling.STOP_IDS]
+        sampled, stop = request.sampling, list(request.stop_ids)[:STOP_IDS]
         whole = [0] * sampling.WHOLE_NUMBERS
         whole[sampling.LIMIT] = each.limit
         whole[sampling.TOP_K] = sampled.top_k
         whole[sampling.DRAWN] = int(not sampled.greedy)
         fraction = [sampled.temperature, sampled.top_p, sampled.min_p, 0.0]
-        stop += [-1] * (sampling.STOP_IDS - len(stop))
+        stop += [-1] * (STOP_IDS - len(stop))
         rows = ((memory.whole, whole), (memory.stop, stop), (memory.fraction, fraction))
         for (table, row), pinned in zip(rows, self._pinned(), strict=True):
             pinned.copy_(torch.tensor(row, dtype=table.dtype))

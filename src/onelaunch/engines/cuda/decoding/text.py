@@ -16,7 +16,7 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import nvrtc
 from onelaunch.engines.cuda.blocking import padded
-from onelaunch.engines.cuda.decoding.sampling import STOP_IDS
+from onelaunch.engines.cuda.decoding import STOP_IDS
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
 from onelaunch.engines.engine import Request
