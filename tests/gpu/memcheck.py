@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, padded
-from onelaunch.engines.cuda.decoding.text import SEVERAL, Row, Text, TextKernel
+from onelaunch.engines.cuda.decoding.text import FEW, MANY, Grid, Row, Text, TextKernel
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.program import FusedForward, Shape
 from tests.engines.cuda.staged_forward import StagedForward
@@ -68,15 +68,15 @@ def main() -> None:
 
 
 def texts() -> None:
-    """A few tokens of one sequence and of three, on two CTAs."""
+    """A few tokens of one sequence, and of three in one group of two CTAs or in two."""
     device = torch.device("cuda", 0)
     config = SMALL.with_(dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160)
     packed = pack(config, weights_of(config), torch.bfloat16, device)
-    for sequences in (1, SEVERAL):
-        rows = [Row(i, 3 + i, 0, 6) for i in range(1 if sequences == 1 else 3)]
+    for grid in (Grid(1, 2), Grid(FEW, 2), Grid(MANY, 2, 2)):
+        rows = [Row(i, 3 + i, 0, 6) for i in range(1 if grid.sequences == 1 else 3)]
         shape = (config.n_layers, len(rows), config.n_kv_heads, config.max_seq_len, config.head_dim)
         keys, values = (packed.embedding.new_zeros(shape) for _ in range(2))
-        kernel = TextKernel(config, packed, sequences=sequences, ctas=2)
+        kernel = TextKernel(config, packed, grid=grid)
         text = Text(kernel, keys, values, HOUR)
         written = []
         for _ in range(2):

@@ -30,7 +30,7 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct Index { unsigned x; };
-static Index blockIdx, threadIdx;
+static Index blockIdx, threadIdx, gridDim;
 
 namespace emulator {
 
@@ -120,6 +120,7 @@ inline void end_copies() {
 
 inline void run(void (*kernel)(), int ctas, int threads, int named, size_t shared_bytes, unsigned seed) {
     entry = kernel;
+    gridDim.x = ctas;
     random_number.seed(seed);
     copies.clear();
     expected.clear();

@@ -64,12 +64,13 @@ def pointers(*tensors):
 class Emulated:
     """Launches of one cache, whose numbers are NaN until they are written."""
 
-    sequences = 1
+    sequences, groups = 1, 1
 
     def __init__(self, compiled, config, weights, dtype, ctas, timeout_ns=10**11, **changed):
         c = config
         self.config, self.ctas, self.timeout_ns = config, ctas, timeout_ns
-        macros = text.macros(config, dtype, ctas, H200.shared_bytes, self.sequences) | changed
+        grid = text.Grid(self.sequences, ctas, self.groups)
+        macros = text.macros(config, dtype, grid, H200.shared_bytes) | changed
         self.library = compiled(macros)
         p = self.packed = pack(config, weights, dtype, torch.device("cpu"))
         self.model = pointers(
@@ -97,7 +98,7 @@ class Emulated:
         self.library.run_text(
             *at, (ctypes.c_int * 10)(*numbers), (ctypes.c_float * 3)(*fractions),
             ctypes.c_uint(self.epoch),
-            ctypes.c_ulonglong(self.timeout_ns), self.ctas, ctypes.c_uint(seed),
+            ctypes.c_ulonglong(self.timeout_ns), self.groups * self.ctas, ctypes.c_uint(seed),
             ctypes.c_void_p(self.marks.data_ptr()),
         )  # fmt: skip
         self.epoch += (n + 1) * self.config.n_layers

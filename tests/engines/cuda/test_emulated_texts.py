@@ -13,38 +13,39 @@ from tests.engines.cuda.test_emulated_text import compiled as compiled
 from tests.engines.cuda.test_emulated_text import pytestmark as pytestmark
 from tests.engines.suite import SMALL, weights_of
 
-SEQUENCES = text.SEVERAL
 CONFIG = SMALL.with_(
     dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160, vocab_size=200, max_seq_len=40
 )
 SLOT_BYTES = 16 * 2 * 96 + 1024  # less than a row of `down`: its columns come in two tiles
+NARROW = {"SLOT_BYTES": SLOT_BYTES, "SLOTS": 4}
+ONE_GROUP, TWO_GROUPS, THREE_GROUPS = text.Grid(8, 3), text.Grid(16, 2, 2), text.Grid(8, 1, 3)
 
 
 class Several(Emulated):
-    sequences = SEQUENCES
-
-    def __init__(self, compiled, config, weights, dtype, ctas, **changed):
-        super().__init__(compiled, config, weights, dtype, ctas, **changed)
-        c = config
-        shape = (c.n_layers, SEQUENCES + 1, c.n_kv_heads, c.max_seq_len, c.head_dim)
+    def __init__(self, compiled, config, weights, dtype, grid, slots=16, **changed):
+        self.sequences, self.groups = grid.sequences, grid.groups
+        super().__init__(compiled, config, weights, dtype, grid.ctas, **changed)
+        c, sequences = config, grid.sequences * grid.groups
+        shape = (c.n_layers, slots, c.n_kv_heads, c.max_seq_len, c.head_dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
-        self.stride *= SEQUENCES
-        self.words = torch.zeros(16 * self.stride, dtype=torch.int64)
-        self.written = torch.full((SEQUENCES, c.max_seq_len), -1)
-        self.ending = torch.zeros(SEQUENCES, 2, dtype=torch.int32)
-        self.stop = torch.full((SEQUENCES, STOP_IDS), -1, dtype=torch.int32)
-        self.sequences = torch.zeros(SEQUENCES, 4, dtype=torch.int32)
+        self.slots = slots
+        self.stride *= grid.sequences
+        self.words = torch.zeros(16 * grid.groups * self.stride, dtype=torch.int64)
+        self.written = torch.full((sequences, c.max_seq_len), -1)
+        self.ending = torch.zeros(sequences, 2, dtype=torch.int32)
+        self.stop = torch.full((sequences, STOP_IDS), -1, dtype=torch.int32)
+        self.rows = torch.zeros(sequences, 4, dtype=torch.int32)
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,
-            self.sequences,
+            self.rows,
         )  # fmt: skip
 
-    def write_all(self, rows, seed=0):
+    def write_all(self, rows, seed=0, passes=1):
         """Rows of slot, token, position and number of tokens."""
-        self.sequences[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        self.rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
         longest = max(row[3] for row in rows)
         context = self.config.max_seq_len
-        numbers = [len(rows), SEQUENCES + 1, context, longest, 1, self.stride, 0, 0, 0, 0]
+        numbers = [len(rows), self.slots, context, longest, passes, self.stride, 0, 0, 0, 0]
         self.launch(numbers, longest, seed)
         return [self.result(self.written[i], self.ending[i]) for i in range(len(rows))]
 
@@ -58,31 +59,43 @@ def one(several, slot):
 
 
 @pytest.mark.parametrize(
-    ("ctas", "seed"),
-    [(3, 0), *(pytest.param(ctas, 1, marks=pytest.mark.extended) for ctas in (1, 2, 5))],
+    ("grid", "alone"),
+    [
+        (ONE_GROUP, 0),
+        *(
+            pytest.param(grid, alone, marks=pytest.mark.extended)
+            for grid in (ONE_GROUP, TWO_GROUPS, THREE_GROUPS, text.Grid(16, 5))
+            for alone in (0, 1)
+            if (grid, alone) != (ONE_GROUP, 0)
+        ),
+    ],
 )
-def test_each_text_is_the_models_and_the_same_alone(compiled, ctas, seed):
+def test_each_text_is_the_models_and_the_same_alone(compiled, grid, alone):
     weights = weights_of(CONFIG)
-    several = Several(compiled, CONFIG, weights, BFLOAT16, ctas, SLOT_BYTES=SLOT_BYTES)
+    options = {"SLOT_BYTES": SLOT_BYTES, "ALONE": alone}
+    several = Several(compiled, CONFIG, weights, BFLOAT16, grid, **options)
     rows = [(5, 3, 0, 7), (0, 9, 0, 4), (2, 60, 0, 9)]
-    together = several.write_all(rows, seed)
+    together = several.write_all(rows, 1)
     for (slot, first, _, n), (tokens, logprobs, ending) in zip(rows, together, strict=True):
         assert ending == sampling.FULL
         assert len(tokens) == n
-        alone = Several(compiled, CONFIG, weights, BFLOAT16, ctas, SLOT_BYTES=SLOT_BYTES)
-        assert alone.write_all([(slot, first, 0, n)], seed + 7) == [(tokens, logprobs, ending)]
-        check(one(alone, slot), weights, tokens, logprobs, first)
+        lone = Several(compiled, CONFIG, weights, BFLOAT16, grid, **options)
+        assert lone.write_all([(slot, first, 0, n)], 8) == [(tokens, logprobs, ending)]
+        check(one(lone, slot), weights, tokens, logprobs, first)
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
-def test_they_go_on_from_where_they_are(compiled, dtype):
+@pytest.mark.parametrize(
+    ("grid", "alone"), [(text.Grid(8, 2), 0), (text.Grid(8, 2), 1), (TWO_GROUPS, 1)]
+)
+def test_they_go_on_from_where_they_are(compiled, dtype, grid, alone):
     weights = weights_of(CONFIG)
-    options = {"SLOT_BYTES": SLOT_BYTES, "SLOTS": 4}
-    several = Several(compiled, CONFIG, weights, dtype, 2, **options)
-    rows = [(i, 11 * i + 1, 0, 12) for i in range(SEQUENCES)]
+    options = NARROW | {"ALONE": alone}
+    several = Several(compiled, CONFIG, weights, dtype, grid, **options)
+    rows = [(i, 11 * i + 1, 0, 12) for i in range(8)]
     whole = several.write_all(rows)
-    other = Several(compiled, CONFIG, weights, dtype, 2, **options)
+    other = Several(compiled, CONFIG, weights, dtype, grid, **options)
     first = other.write_all([(slot, token, 0, 5) for slot, token, _, _ in rows])
     # in another order, and one of them has left
     order = [6, 0, 3, 1, 7, 2, 5]
@@ -93,9 +106,38 @@ def test_they_go_on_from_where_they_are(compiled, dtype):
 
 
 @pytest.mark.extended
+def test_as_many_as_there_is_room_for(compiled):
+    """More than 8 columns, and all of them: of two groups, 32 sequences."""
+    weights = weights_of(CONFIG)
+    several = Several(compiled, CONFIG, weights, BFLOAT16, TWO_GROUPS, slots=32, **NARROW)
+    rows = [(31 - i, 6 * i + 1, 0, 3 + i % 3) for i in range(32)]
+    together = several.write_all(rows)
+    lone = Several(compiled, CONFIG, weights, BFLOAT16, TWO_GROUPS, slots=32, **NARROW)
+    for i in (0, 7, 8, 15, 16, 31):
+        assert lone.write_all([rows[i]], i) == [together[i]]
+        check(one(lone, 31 - i), weights, *together[i][:2], rows[i][1])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("head_dim", [8, 48, 64, 128])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_warps_that_attend_alone(compiled, head_dim, qk_norm):
+    """Over a chunk's end, with as many positions as several turns of a warp."""
+    config = SMALL.with_(
+        dim=64, n_heads=4, head_dim=head_dim, n_kv_heads=2, hidden_dim=64, vocab_size=80,
+        max_seq_len=150, qk_norm=qk_norm, n_layers=1,
+    )  # fmt: skip
+    weights, grid = weights_of(config), text.Grid(8, 2)
+    several = Several(compiled, config, weights, BFLOAT16, grid, ALONE=1)
+    together = several.write_all([(3, 7, 0, 140), (1, 9, 0, 30)], 5)
+    for (slot, first), (tokens, logprobs, _) in zip(((3, 7), (1, 9)), together, strict=True):
+        check(one(several, slot), weights, tokens, logprobs, first)
+
+
+@pytest.mark.extended
 def test_what_ends_one_of_them(compiled):
     weights = weights_of(CONFIG)
-    several = Several(compiled, CONFIG, weights, BFLOAT16, 2, SLOT_BYTES=SLOT_BYTES)
+    several = Several(compiled, CONFIG, weights, BFLOAT16, text.Grid(8, 2), SLOT_BYTES=SLOT_BYTES)
     rows = [(0, 3, 0, 10), (1, 9, 0, 10)]
     (tokens, _, _), (others, _, _) = whole = several.write_all(rows)
     stop = tokens[6]

@@ -20,10 +20,10 @@ pytest.importorskip("cuda.bindings.nvrtc")
 NAMES = ("stories260k", "stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
 
 
-def compiled(name, dtype, ctas, sequences=1):
-    macros = text.macros(preset(name), dtype, ctas, H200.shared_bytes, sequences)
+def compiled(name, dtype, grid):
+    macros = text.macros(preset(name), dtype, grid, H200.shared_bytes)
     assert macros["SLOTS"] >= text.MIN_SLOTS
-    return nvrtc.compiled(text.source(sequences), macros, "sm_90")
+    return nvrtc.compiled(text.source(grid.sequences > 1), macros, "sm_90")
 
 
 def stack_bytes(code, tmp_path):
@@ -38,21 +38,22 @@ def stack_bytes(code, tmp_path):
 @pytest.mark.extended
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_stays_in_registers(name, tmp_path):
-    assert stack_bytes(compiled(name, torch.bfloat16, 132), tmp_path) <= 128
+    assert stack_bytes(compiled(name, torch.bfloat16, text.Grid(1, 132)), tmp_path) <= 128
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("max_batch", [8, 64])
 @pytest.mark.parametrize("name", ["stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b"])
-def test_several_texts_stay_in_registers(name, dtype, tmp_path):
-    assert stack_bytes(compiled(name, dtype, 132, text.SEVERAL), tmp_path) <= 192
+def test_several_texts_stay_in_registers(name, max_batch, dtype, tmp_path):
+    assert stack_bytes(compiled(name, dtype, text.grid_for(max_batch, 132)), tmp_path) <= 192
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("ctas", [1, 78, 132])
 def test_every_dtype_and_any_number_of_multiprocessors_compile(dtype, ctas):
-    assert compiled("stories260k", dtype, ctas)
+    assert compiled("stories260k", dtype, text.Grid(1, ctas))
 
 
 def test_what_does_not_compile_is_said():

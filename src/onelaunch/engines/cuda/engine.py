@@ -28,7 +28,7 @@ from onelaunch.engines.checks import (
 from onelaunch.engines.cuda import DTYPES, why_not
 from onelaunch.engines.cuda.forms import STAGED, Form, bind
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.program import BoundForward, Shape
+from onelaunch.engines.cuda.program import BoundForward, Shape, limits_of
 from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staging import Staging
 from onelaunch.engines.cuda.tuning.search import Progress, ignore_progress
@@ -43,7 +43,7 @@ from onelaunch.plan import Depth, parse_depth
 
 if TYPE_CHECKING:
     from onelaunch.engines.cuda.decoding.prefill import Prompts
-    from onelaunch.engines.cuda.decoding.text import TextKernel
+    from onelaunch.engines.cuda.decoding.text import Grid, TextKernel
 
 set_grad_enabled = torch._C._set_grad_enabled  # torch.set_grad_enabled makes an object: 1.5 us
 
@@ -111,7 +111,7 @@ class CudaEngine:
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
         self._prompts: Prompts | None = None
-        self._texts: dict[tuple[int, bool], TextKernel] = {}
+        self._texts: dict[tuple[Grid, bool], TextKernel] = {}
         self._no_texts: str | None = None  # why no such kernel could be made
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
@@ -169,7 +169,7 @@ class CudaEngine:
         Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
         sequence's tokens are the same alone and among others. Where `max_batch` is 1, a single
         launch writes some 5 ms of tokens, unless the fusion depth is another; with the depth "text"
-        of up to 8 sequences, whose tokens are the most likely ones.
+        of up to 64 sequences, whose tokens are the most likely ones.
 
         Texts of up to MAX_TEXT positions are written so, but of prompts of MAX_SEQUENCE. Other
         sessions of more than MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference
@@ -192,15 +192,15 @@ class CudaEngine:
         )  # fmt: skip
         if length > MAX_SEQUENCE:
             many = partial(self._session_of_pytorch, max_batch, length)
-        sequences = self._sequences_of_a_launch(max_batch)
-        if sequences == 0:
+        grid = self._grid_of_a_launch(max_batch)
+        if grid is None:
             return many()
         from onelaunch.engines.cuda.decoding.text_session import OnGPU, TextSession
 
         c = self.config
         shape = (c.n_layers, max_batch, c.n_kv_heads, length, c.head_dim)
         cache = partial(_two, shape, packed.embedding)
-        kernel = partial(self._text_kernel, packed, sequences)
+        kernel = partial(self._text_kernel, packed, grid)
         source = OnGPU(self._prompts, kernel, cache, self._log)
         return TextSession(
             c, source, many, self._alone, max_batch, length, self.dtype, self._text_failed
@@ -217,29 +217,26 @@ class CudaEngine:
             raise error
         self._log(f"one launch cannot write texts here, one kernel per stage does: {error}")
 
-    def _sequences_of_a_launch(self, max_batch: int) -> int:
-        """Of the kernel that writes a session's texts in one launch; 0 where there is none."""
+    def _grid_of_a_launch(self, max_batch: int) -> Grid | None:
+        """Of the launches that write a session's texts; None where others write them."""
         from onelaunch.engines.cuda.decoding import text
 
         if self.fusion_depth not in ("auto", TEXT):
-            return 0
-        sequences = 1 if max_batch == 1 else text.SEVERAL
-        reason = self._no_texts or text.why_not(
-            self.config, self.device, self.dtype, sequences
-        )  # fmt: skip
-        if max_batch > text.SEVERAL:
-            reason = f"one launch writes at most {text.SEVERAL} texts"
+            return None
+        reason = self._no_texts or text.why_not(self.config, self.device, self.dtype, max_batch)
         if reason and self.fusion_depth == TEXT:
             raise BadInput(f"fusion_depth={TEXT!r}: {reason}")
         by_itself = max_batch == 1 or self.fusion_depth == TEXT
-        return sequences if reason is None and by_itself else 0
+        if reason or not by_itself:
+            return None
+        return text.grid_for(max_batch, limits_of(self.device).multiprocessors)
 
-    def _text_kernel(self, packed: PackedModel, sequences: int, draws: bool) -> TextKernel:
+    def _text_kernel(self, packed: PackedModel, grid: Grid, draws: bool) -> TextKernel:
         from onelaunch.engines.cuda.decoding.text import TextKernel
 
-        key = sequences, draws
+        key = grid, draws
         if key not in self._texts:
-            self._texts[key] = TextKernel(self.config, packed, self._store, sequences, draws)
+            self._texts[key] = TextKernel(self.config, packed, self._store, grid, draws)
         return self._texts[key]
 
     def _generates(self) -> bool:

@@ -274,18 +274,18 @@ struct Reader {
 
 // ---- words that a whole CTA reads
 
-// `take(i, value)` for each of N words, of which word i lies at `place(i)`.
-template <int N, class Take, class Place>
+// `take(i, value)` for each of N words, of which word i lies at `place(i)`, by so many threads.
+template <int N, int BY = THREADS, class Take, class Place>
 DEVICE void gather(
     const u64* words, u32 epoch, int thread, Patience patience, u32 where, Take take, Place place) {
-    constexpr int AT_ONCE = least(8, (N + THREADS - 1) / THREADS);
+    constexpr int AT_ONCE = least(8, (N + BY - 1) / BY);
 #pragma unroll 1
-    for (int base = thread; base - thread < N; base += AT_ONCE * THREADS) {
+    for (int base = thread; base - thread < N; base += AT_ONCE * BY) {
         u64 word[AT_ONCE];
         const u64* at[AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
-            const int i = base + j * THREADS;
+            const int i = base + j * BY;
             at[j] = words + place(i < N ? i : N - 1);
             word[j] = load_word(at[j]);
         }
@@ -300,32 +300,7 @@ DEVICE void gather(
         }
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++)
-            if (base + j * THREADS < N) take(base + j * THREADS, (u32)word[j]);
-    }
-}
-
-// The same for n words in a row.
-template <class Take>
-DEVICE void gather_some(const u64* words, int n, u32 epoch, int thread, Patience patience, u32 where, Take take) {
-    constexpr int AT_ONCE = 8;
-#pragma unroll 1
-    for (int base = thread; base - thread < n; base += AT_ONCE * THREADS) {
-        u64 word[AT_ONCE];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++)
-            word[j] = base + j * THREADS < n ? load_word(words + base + j * THREADS) : (u64)epoch << 32;
-        while (true) {
-            bool all = true;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++)
-            if (base + j * THREADS < n) take(base + j * THREADS, (u32)word[j]);
+            if (base + j * BY < N) take(base + j * BY, (u32)word[j]);
     }
 }
 
@@ -364,13 +339,14 @@ struct Positions {  // of a warp: keys of a position on two lanes, values pair b
     }
 };
 
-// A head's query, key and value into s.raw, from a sequence's words.
-template <class S>
-DEVICE void gather_head(S& s, const u64* qkv, int head, u32 here, int thread, Patience patience, u32 where) {
+// A head's query, key and value into `raw`, from a sequence's words, by so many threads.
+template <int BY>
+DEVICE void gather_head(
+    float* raw, const u64* qkv, int head, u32 here, int thread, Patience patience, u32 where) {
     constexpr int OF_HEAD = E / PER;  // words
     const int kv = head / GROUP;
-    gather<3 * OF_HEAD>(
-        qkv, here, thread, patience, where, [&](int i, u32 value) { unpack(value, s.raw + PER * i); },
+    gather<3 * OF_HEAD, BY>(
+        qkv, here, thread, patience, where, [&](int i, u32 value) { unpack(value, raw + PER * i); },
         [&](int i) {
             return i < OF_HEAD ? head * OF_HEAD + i
                    : i < 2 * OF_HEAD ? (H + kv - 1) * OF_HEAD + i
@@ -378,40 +354,30 @@ DEVICE void gather_head(S& s, const u64* qkv, int head, u32 here, int thread, Pa
         });
 }
 
-// Attention of a query head over the chunk of positions from `begin` on, and the newest key and value
-// into the cache, of (max_len, E). `bring` leaves the head's query, key and value in s.raw; the chunk's
-// output is words from `to` on. `ready` is called when what it reads is there.
-template <class S, class Bring, class Ready>
-DEVICE void attend(
-    S& s, const Model& model, Stored* keys, Stored* values, Bring bring, u64* to, int stride, int layer, int head,
-    int begin, int chunk, int passes, int position, u32 here, int thread, Ready ready) {
-    const int warp = thread / LANES, lane = thread % LANES;
-    Positions held;
-    held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane);
+// A head's query and key, normalized and rotated, as the cache has them, pair by pair on the lanes.
+struct Turned {
     float cos[LANE_PAIRS], sin[LANE_PAIRS], norms[2][LANE_PAIRS][2];
+    float query[LANE_PAIRS][2], key[LANE_PAIRS][2];
+
+    // What of them the position has, which does not wait.
+    DEVICE void prepare(const Model& model, int layer, int position, int lane) {
 #pragma unroll
-    for (int j = 0; j < LANE_PAIRS; j++) {
-        const int pair = j * LANES + lane < PAIRS ? j * LANES + lane : 0;
-        cos[j] = model.cos[(long long)position * PAIRS + pair];
-        sin[j] = model.sin[(long long)position * PAIRS + pair];
-        if (QK_NORM)
+        for (int j = 0; j < LANE_PAIRS; j++) {
+            const int pair = j * LANES + lane < PAIRS ? j * LANES + lane : 0;
+            cos[j] = model.cos[(long long)position * PAIRS + pair];
+            sin[j] = model.sin[(long long)position * PAIRS + pair];
+            if (QK_NORM)
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                norms[k / 2][j][k % 2] = as_float(model.norms[((long long)layer * 2 + k / 2) * E + 2 * pair + k % 2]);
+                for (int k = 0; k < 4; k++)
+                    norms[k / 2][j][k % 2] = as_float(model.norms[((long long)layer * 2 + k / 2) * E + 2 * pair + k % 2]);
+        }
     }
-    bring();
-    barrier();
-    ready();
-    // the key and the query, normalized and rotated, as the cache has them
-    const bool has_newest = position - begin < chunk;  // in this chunk
-    float turned[2][LANE_PAIRS][2];
-#pragma unroll
-    for (int which = 0; which < 2; which++) {
+    DEVICE void turn(const float* raw, int which, float (&to)[LANE_PAIRS][2], int lane) {
         float a[LANE_PAIRS], b[LANE_PAIRS], squares = 0.0f;
 #pragma unroll
         for (int j = 0; j < LANE_PAIRS; j++) {
             const int pair = j * LANES + lane;
-            const float2 both = *(const float2*)&s.raw[which * E + 2 * (pair < PAIRS ? pair : 0)];
+            const float2 both = *(const float2*)&raw[which * E + 2 * (pair < PAIRS ? pair : 0)];
             a[j] = pair < PAIRS ? both.x : 0.0f, b[j] = pair < PAIRS ? both.y : 0.0f;
             squares += a[j] * a[j] + b[j] * b[j];
         }
@@ -421,36 +387,50 @@ DEVICE void attend(
             if (QK_NORM) a[j] *= scale * norms[which][j][0], b[j] *= scale * norms[which][j][1];
             alignas(8) float both[2] = {a[j] * cos[j] - b[j] * sin[j], b[j] * cos[j] + a[j] * sin[j]};
             if (PER == 2) unpack(packed(both[0], both[1]), both);
-            turned[which][j][0] = both[0], turned[which][j][1] = both[1];
-            const int pair = j * LANES + lane;
-            if (which == 0 && pair < PAIRS) *(float2*)&s.rotated[warp][2 * pair] = float2{both[0], both[1]};
+            to[j][0] = both[0], to[j][1] = both[1];
         }
     }
-    if (warp == WARPS - 1) {
-        // the newest position is a part of its own
-        float* part = s.partial[WARPS];
-        float score = 0.0f;
+    // Both of a query, its key and value; the query into `rotated`, too.
+    DEVICE void turn(const float* raw, float* rotated, int lane) {
+        turn(raw, 0, query, lane), turn(raw, 1, key, lane);
 #pragma unroll
         for (int j = 0; j < LANE_PAIRS; j++) {
-            score += turned[0][j][0] * turned[1][j][0] + turned[0][j][1] * turned[1][j][1];
             const int pair = j * LANES + lane;
-            if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&s.raw[2 * E + 2 * pair];
+            if (pair < PAIRS) *(float2*)&rotated[2 * pair] = float2{query[j][0], query[j][1]};
         }
-        score = sum_of_warp(score) * (SCALE * LOG2E);
-        if (lane == 0) part[E] = has_newest ? score : LOWEST, part[E + 1] = has_newest ? 1.0f : 0.0f;
     }
-    __syncwarp();
-#pragma unroll 1
-    for (int pass = 0; pass < passes; pass++) {
-        const int first = begin + pass * CHUNK_STEP + warp * CHUNK_OF_WARP;
-        float* part = s.partial[warp];
-        if (first >= position) {
-            if (pass == 0 && lane == 0) part[E] = LOWEST, part[E + 1] = 0.0f;
-            break;
+    DEVICE float score() const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < LANE_PAIRS; j++) sum += query[j][0] * key[j][0] + query[j][1] * key[j][1];
+        return sum_of_warp(sum) * (SCALE * LOG2E);
+    }
+    // The key and the value into the cache, of (max_len, E).
+    DEVICE void store(Stored* keys, Stored* values, const float* raw, int position, int lane) const {
+        Stored* to_key = keys + (long long)position * E;
+        Stored* to_value = values + (long long)position * E;
+#pragma unroll
+        for (int j = 0; j < LANE_PAIRS; j++) {
+            const int pair = j * LANES + lane;
+            if (pair < PAIRS)
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    to_key[2 * pair + k] = as_stored(key[j][k]);
+                    to_value[2 * pair + k] = as_stored(raw[2 * E + 2 * pair + k]);
+                }
         }
-        if (pass > 0) held.load(keys, values, first, position, lane);
-        const bool seen = first + lane / 2 < position;
-        const float* q = s.rotated[warp] + lane % 2 * HALF;
+    }
+};
+
+// What a warp has attended to: the maximum of its scores, and sums of exp2(score - maximum), alone and
+// times the values, pair by pair.
+struct Attended {
+    float m = LOWEST, l = 0.0f, sum[LANE_PAIRS][2] = {};
+
+    // Positions from `first` on, before `end`, of which there is one at least.
+    DEVICE void add(const Positions& held, const float* rotated, int first, int end, int lane) {
+        const bool seen = first + lane / 2 < end;
+        const float* q = rotated + lane % 2 * HALF;
         float even = 0.0f, odd = 0.0f;
 #pragma unroll
         for (int i = 0; i < HALF; i += 2) {
@@ -460,43 +440,92 @@ DEVICE void attend(
         float score = even + odd;
         score += __shfl_xor_sync(~0u, score, 1);
         score = seen ? score * (SCALE * LOG2E) : LOWEST;
-        float m = value_of_ordered(__reduce_max_sync(~0u, ordered(score)));
-        if (pass > 0) m = fmaxf(m, part[E]);
-        const float p = seen ? power_of_2(score - m) : 0.0f;
-        float l = p, sum[LANE_PAIRS][2];
+        const float larger = fmaxf(m, value_of_ordered(__reduce_max_sync(~0u, ordered(score))));
+        const float p = seen ? power_of_2(score - larger) : 0.0f, old = power_of_2(m - larger);
+        float here = p, more[LANE_PAIRS][2];
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) sum[j][0] = sum[j][1] = 0.0f;
+        for (int j = 0; j < LANE_PAIRS; j++) more[j][0] = more[j][1] = 0.0f;
 #pragma unroll
-        for (int to = 16; to > 1; to /= 2) l += __shfl_xor_sync(~0u, l, to);
+        for (int to = 16; to > 1; to /= 2) here += __shfl_xor_sync(~0u, here, to);
 #pragma unroll
         for (int i = 0; i < CHUNK_OF_WARP / STRIPES; i++) {
             const float weight = __shfl_sync(~0u, p, 2 * (i * STRIPES + lane / WIDE));
 #pragma unroll
             for (int j = 0; j < LANE_PAIRS; j++) {
-                sum[j][0] = fmaf(weight, held.values[i][j][0], sum[j][0]);
-                sum[j][1] = fmaf(weight, held.values[i][j][1], sum[j][1]);
+                more[j][0] = fmaf(weight, held.values[i][j][0], more[j][0]);
+                more[j][1] = fmaf(weight, held.values[i][j][1], more[j][1]);
             }
         }
-        const float old = pass > 0 ? power_of_2(part[E] - m) : 0.0f;
 #pragma unroll
         for (int j = 0; j < LANE_PAIRS; j++) {
 #pragma unroll
             for (int to = WIDE; to < LANES; to *= 2) {
-                sum[j][0] += __shfl_xor_sync(~0u, sum[j][0], to);
-                sum[j][1] += __shfl_xor_sync(~0u, sum[j][1], to);
+                more[j][0] += __shfl_xor_sync(~0u, more[j][0], to);
+                more[j][1] += __shfl_xor_sync(~0u, more[j][1], to);
             }
-            const int pair = j * LANES + lane;
-            if (pair < PAIRS) {
-                float2* to = (float2*)&part[2 * pair];
-                if (pass > 0) sum[j][0] += to->x * old, sum[j][1] += to->y * old;
-                *to = float2{sum[j][0], sum[j][1]};
-            }
+            sum[j][0] = more[j][0] + sum[j][0] * old, sum[j][1] = more[j][1] + sum[j][1] * old;
         }
-        if (pass > 0) l += part[E + 1] * old;
-        __syncwarp();
-        if (lane == 0) part[E] = m, part[E + 1] = l;
-        __syncwarp();
+        l = here + l * old;
+        m = larger;
     }
+    // One position more, of some score; of its value the pair on this lane.
+    DEVICE void add_one(float score, const float* value, int lane) {
+        const float larger = fmaxf(m, score), old = power_of_2(m - larger), p = power_of_2(score - larger);
+#pragma unroll
+        for (int j = 0; j < LANE_PAIRS; j++) {
+            const int pair = j * LANES + lane % WIDE;
+            const float2 both = *(const float2*)&value[2 * (pair < PAIRS ? pair : 0)];
+            sum[j][0] = both.x * p + sum[j][0] * old, sum[j][1] = both.y * p + sum[j][1] * old;
+        }
+        l = p + l * old;
+        m = larger;
+    }
+};
+
+// Attention of a query head over the chunk of positions from `begin` on, and the newest key and value
+// into the cache, of (max_len, E). `bring` leaves the head's query, key and value in `raw`; the chunk's
+// output is words from `to` on. `ready` is called when what it reads is there.
+template <class S, class Bring, class Ready>
+DEVICE void attend(
+    S& s, float* raw, const Model& model, Stored* keys, Stored* values, Bring bring, u64* to, int stride, int layer,
+    int head, int begin, int chunk, int passes, int position, u32 here, int thread, Ready ready) {
+    const int warp = thread / LANES, lane = thread % LANES;
+    Positions held;
+    held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane);
+    Turned turned;
+    turned.prepare(model, layer, position, lane);
+    bring();
+    barrier();
+    ready();
+    turned.turn(raw, s.rotated[warp], lane);
+    const bool has_newest = position - begin < chunk;  // in this chunk
+    if (warp == WARPS - 1) {
+        // the newest position is a part of its own
+        float* part = s.partial[WARPS];
+        const float score = turned.score();
+#pragma unroll
+        for (int j = 0; j < LANE_PAIRS; j++) {
+            const int pair = j * LANES + lane;
+            if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&raw[2 * E + 2 * pair];
+        }
+        if (lane == 0) part[E] = has_newest ? score : LOWEST, part[E + 1] = has_newest ? 1.0f : 0.0f;
+    }
+    __syncwarp();
+    Attended own;
+#pragma unroll 1
+    for (int pass = 0; pass < passes; pass++) {
+        const int first = begin + pass * CHUNK_STEP + warp * CHUNK_OF_WARP;
+        if (first >= position) break;
+        if (pass > 0) held.load(keys, values, first, position, lane);
+        own.add(held, s.rotated[warp], first, position, lane);
+    }
+    float* part = s.partial[warp];
+#pragma unroll
+    for (int j = 0; j < LANE_PAIRS; j++) {
+        const int pair = j * LANES + lane;
+        if (pair < PAIRS) *(float2*)&part[2 * pair] = float2{own.sum[j][0], own.sum[j][1]};
+    }
+    if (lane == 0) part[E] = own.m, part[E + 1] = own.l;
     barrier();
     // the parts
     // each word by a thread, or some of its copies
@@ -529,19 +558,5 @@ DEVICE void attend(
     }
     // Other tokens read it, in this CTA; and in those of the other queries of the group,
     // which write the same numbers.
-    if (warp == WARPS - 1 && has_newest) {
-        Stored* to_key = keys + (long long)position * E;
-        Stored* to_value = values + (long long)position * E;
-#pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane;
-            if (pair < PAIRS)
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    to_key[2 * pair + k] = as_stored(turned[1][j][k]);
-                    to_value[2 * pair + k] = as_stored(s.raw[2 * E + 2 * pair + k]);
-                }
-        }
-    }
+    if (warp == WARPS - 1 && has_newest) turned.store(keys, values, raw, position, lane);
 }
-

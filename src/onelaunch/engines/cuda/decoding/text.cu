@@ -582,9 +582,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                     if constexpr (FUSED_QKV)
                         project_head(consumer, [&]() { if (task == first_task) fetch_x(); });
                     else
-                        gather_head(s, words + Words::qkv, head, here, thread, patience, where | 1);
+                        gather_head<THREADS>(s.raw, words + Words::qkv, head, here, thread, patience, where | 1);
                 };
-                attend(s, model, memory.keys + of_cache, memory.values + of_cache, bring,
+                attend(s, s.raw, model, memory.keys + of_cache, memory.values + of_cache, bring,
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
                        begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
                 MARK(4, true)

@@ -23,18 +23,20 @@ from onelaunch.engines.engine import Request
 from onelaunch.engines.sampling import request_uniforms
 from onelaunch.errors import EngineTimeout
 
-SEVERAL = 8
-"""Sequences of the kernel for several."""
+MAX_TEXTS = 64
+"""Sequences of a launch."""
+FEW, MANY = 8, 16
+"""Sequences of a group of CTAs, where there is one group, and where there may be more."""
 WARPS = 8
 REPLICAS = 8
-SLOT_BYTES = {1: 16384, SEVERAL: 18432}
+"""Of each word, where all multiprocessors read it."""
+SLOT_BYTES, WIDE_SLOT_BYTES = 16384, 18432
 """Of a slot of the ring at least; of the kernel for several, that is 16 rows of 544 numbers."""
 MIN_SLOTS, MAX_SLOTS = 4, 32
 CHUNKS = 8
 """Of a sequence's context, about, at most."""
 FUSED_BYTES = 224 << 10
 """Of a head's rows of qkv, at most, for which attention computes them itself."""
-_SOURCES = {1: ("draw.cu", "text.cu"), SEVERAL: ("texts.cu",)}
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _DIGITS, _BINS, _SUMS = 4, 256, 272  # of draw.cu
 _ABSENT = -1  # a word that no token has been written into
@@ -50,16 +52,54 @@ class Row(NamedTuple):
     n: int
 
 
+class Grid(NamedTuple):
+    """Of a launch: sequences of a group, and its CTAs; how many groups there are."""
+
+    sequences: int
+    ctas: int
+    groups: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Of each word of a group."""
+        share = max(1, REPLICAS // self.groups)
+        return 1 << (share.bit_length() - 1)
+
+    def alone(self, config: ModelConfig) -> bool:
+        """Whether a warp attends alone: where all of a CTA together would have too many turns."""
+        return self.sequences > 1 and self.sequences * config.n_heads > 2 * self.ctas
+
+    def chunks(self, config: ModelConfig) -> int:
+        """Of a sequence's context, about, at most."""
+        if not self.alone(config):
+            return CHUNKS
+        return max(1, min(CHUNKS, WARPS * self.ctas // (self.sequences * config.n_heads)))
+
+    def passes(self, config: ModelConfig, max_len: int) -> int:
+        """The length of a chunk: how often a CTA's warps take 16 positions each."""
+        return -(-max_len // (16 * WARPS * self.chunks(config)))
+
+
+def grid_for(max_batch: int, multiprocessors: int) -> Grid:
+    """For so many sequences at once."""
+    if max_batch <= FEW:
+        return Grid(1 if max_batch == 1 else FEW, multiprocessors)
+    groups = -(-max_batch // MANY)
+    return Grid(MANY, multiprocessors // groups, groups)
+
+
 def why_not(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, sequences: int = 1
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, max_batch: int = 1
 ) -> str | None:
-    """Why texts of a model cannot be written in one launch; None where they can."""
+    """Why so many texts of a model cannot be written in one launch; None where they can."""
     c = config
+    if max_batch > MAX_TEXTS:
+        return f"one launch writes at most {MAX_TEXTS} texts"
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device)[0] < 9:
         return "it needs compute capability 9.0"
-    if sequences > 1:
+    if max_batch > 1:
         if dtype == torch.float32:
             return "several sequences at once are of 16-bit numbers"
         if c.dim % 32 or c.q_dim % 32 or c.hidden_dim % 32:
@@ -67,35 +107,34 @@ def why_not(
     if c.dim % 8 or c.head_dim % 8 or c.hidden_dim % 4:
         return "its widths are not multiples of 8"
     limits = limits_of(device)
-    draws = sequences == 1  # which needs more
-    ctas, shared_bytes = limits.multiprocessors, limits.shared_bytes
-    if _slots(c, dtype, ctas, shared_bytes, sequences, draws) < MIN_SLOTS:
+    draws = max_batch == 1  # which needs more
+    grid = grid_for(max_batch, limits.multiprocessors)
+    if _slots(c, dtype, grid, limits.shared_bytes, draws) < MIN_SLOTS:
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
 
-def _slot_bytes(config: ModelConfig, itemsize: int, ctas: int, sequences: int) -> int:
+def _slot_bytes(config: ModelConfig, itemsize: int, grid: Grid) -> int:
     """Of a slot of the ring. For one sequence, 16 rows of the head or some more, or eight of a wide
     one; and the rows that a warp takes at once of the other weights."""
-    c, least = config, SLOT_BYTES[sequences]
-    if sequences > 1:
-        return least
+    c = config
+    if grid.sequences > 1:
+        return WIDE_SLOT_BYTES
     rows = 16 * c.dim * itemsize
-    rows = -(-least // rows) * rows if rows <= 1.5 * least else rows // 2
-    of_warp = -(-c.dim // (ctas * WARPS))
+    rows = -(-SLOT_BYTES // rows) * rows if rows <= 1.5 * SLOT_BYTES else rows // 2
+    of_warp = -(-c.dim // (grid.ctas * WARPS))
     return max(rows, min(4, of_warp + of_warp % 2) * max(c.hidden_dim, c.q_dim) * itemsize)
 
 
 def _slots(
     config: ModelConfig,
     dtype: torch.dtype,
-    ctas: int,
+    grid: Grid,
     shared_bytes: int,
-    sequences: int,
     draws: bool,
 ) -> int:
     """Slots of the ring that a CTA has room for, with the rest of `Shared`."""
-    c, n = config, sequences
+    c, n, ctas = config, grid.sequences, grid.ctas
     numbers = n * (c.dim + max(c.q_dim, c.hidden_dim))
     of_cta = max(16, -(-c.dim // ctas)) + 8  # rows of x
     floats = (
@@ -110,16 +149,16 @@ def _slots(
         widest = max(c.q_dim + 2 * c.kv_dim, 2 * c.hidden_dim)
         blocks = -(-(-(-widest // ctas) + 32) // 16)
         floats += n * of_cta + 16 * n * max(WARPS, padded(blocks)) + n
+        floats += 3 * (WARPS - 1) * c.head_dim if grid.alone(c) else 0
     taken = numbers * dtype.itemsize + 4 * floats + 2048  # alignment, barriers and counters
-    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, ctas, n))
+    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
 
 
 def macros(
     config: ModelConfig,
     dtype: torch.dtype,
-    ctas: int,
+    grid: Grid,
     shared_bytes: int,
-    sequences: int = 1,
     draws: bool = False,
     trace: int = 0,
 ) -> dict[str, object]:
@@ -128,14 +167,14 @@ def macros(
     c = config
     shape = {
         "D": c.dim, "H": c.n_heads, "KV": c.n_kv_heads, "E": c.head_dim, "F": c.hidden_dim,
-        "V": c.vocab_size, "LAYERS": c.n_layers, "GRID": ctas, "WARPS": WARPS,
-        "SLOT_BYTES": _slot_bytes(c, dtype.itemsize, ctas, sequences),
-        "SLOTS": _slots(c, dtype, ctas, shared_bytes, sequences, draws),
+        "V": c.vocab_size, "LAYERS": c.n_layers, "GRID": grid.ctas, "WARPS": WARPS,
+        "SLOT_BYTES": _slot_bytes(c, dtype.itemsize, grid),
+        "SLOTS": _slots(c, dtype, grid, shared_bytes, draws),
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
-        "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": REPLICAS,
+        "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": grid.replicas,
     }  # fmt: skip
-    if sequences > 1:
-        return shape | {"SEQUENCES": sequences}
+    if grid.sequences > 1:
+        return shape | {"SEQUENCES": grid.sequences, "ALONE": int(grid.alone(c))}
     of_head = 3 * c.head_dim * c.dim * dtype.itemsize
     on_tensor_cores = dtype == torch.bfloat16 and c.dim % 32 == c.head_dim % 16 == 0
     fused = on_tensor_cores and of_head <= FUSED_BYTES
@@ -143,18 +182,21 @@ def macros(
 
 
 @cache
-def source(sequences: int = 1) -> str:
+def source(several: bool = False) -> str:
     """A kernel's source."""
-    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", *_SOURCES[sequences])
+    own = ("texts.cu",) if several else ("draw.cu", "text.cu")
+    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", *own)
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 class Mailbox:
-    """What launches read and write, free again when they have ended: on the device words, `stride`
-    of them a copy, and of each sequence its stop ids; on the host, pinned, `written` (sequences,
+    """What launches read and write, free again when they have ended: on the device words, `copies`
+    of `stride` each, and of each sequence its stop ids; on the host, pinned, `written` (sequences,
     max_len), `ending` (sequences, 2) and `rows` (sequences, 4)."""
 
-    def __init__(self, stride: int, sequences: int, max_len: int, device: torch.device) -> None:
+    def __init__(
+        self, copies: int, stride: int, sequences: int, max_len: int, device: torch.device
+    ) -> None:
         def on_device(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -162,7 +204,7 @@ class Mailbox:
             return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
         self.stride, self.max_len = stride, max_len
-        self.words = on_device(REPLICAS * stride, dtype=torch.int64)
+        self.words = on_device(copies * stride, dtype=torch.int64)
         self.status, self.rows_there = on_device(1), on_device(sequences, len(Row._fields))
         self.stop = on_device(sequences, STOP_IDS).fill_(-1)
         self.written = on_host(sequences, max_len, dtype=torch.int64)
@@ -185,31 +227,33 @@ class Mailbox:
 
 class TextKernel:
     """The kernel of a model's shape for one sequence, whose tokens are the most likely ones or are
-    drawn, or for SEVERAL, and for a device, of `ctas` CTAs, by default one a multiprocessor."""
+    drawn, or for several, and for a device. `grid` is by default that of one sequence."""
 
     def __init__(
         self,
         config: ModelConfig,
         packed: PackedModel,
         store: Store | None = None,
-        sequences: int = 1,
+        grid: Grid | None = None,
         draws: bool = False,
-        ctas: int | None = None,
         trace: int = 0,
     ) -> None:
         device, dtype = packed.embedding.device, packed.embedding.dtype
         self.config, self.packed, self.trace = config, packed, trace
-        self.sequences, self.draws = sequences, draws
         limits = limits_of(device)
-        self.ctas, shared_bytes = ctas or limits.multiprocessors, limits.shared_bytes
+        self.grid = grid or grid_for(1, limits.multiprocessors)
+        self.draws, shared_bytes = draws, limits.shared_bytes
+        self.sequences = self.grid.groups * self.grid.sequences
+        self.ctas = self.grid.groups * self.grid.ctas
+        several = self.grid.sequences > 1
         major, minor = torch.cuda.get_device_capability(device)
         code = nvrtc.compiled(
-            source(sequences),
-            macros(config, dtype, self.ctas, shared_bytes, sequences, draws, trace),
+            source(several),
+            macros(config, dtype, self.grid, shared_bytes, draws, trace),
             f"sm_{major}{minor}",
             store,
         )
-        name = "write_text" if sequences == 1 else "write_texts"
+        name = "write_texts" if several else "write_text"
         self.function = nvrtc.Function(code, name, device, shared_bytes)
         p = packed
         weights = (p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin)
@@ -223,22 +267,17 @@ class TextKernel:
             if mailbox.max_len == max_len:
                 self._free.remove(mailbox)
                 return mailbox
-        c = self.config
-        chunks = -(-max_len // (16 * WARPS * _passes(max_len)))
-        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 9 * self.ctas + 2
-        words = self.sequences * (words + chunks * (c.q_dim + c.n_heads))
-        device = self.packed.embedding.device
-        return Mailbox(-(-words // 16) * 16, self.sequences, max_len, device)
+        c, grid = self.config, self.grid
+        chunks = -(-max_len // (16 * WARPS * grid.passes(c, max_len)))
+        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 9 * grid.ctas + 2
+        words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads))
+        device, copies = self.packed.embedding.device, grid.groups * grid.replicas
+        return Mailbox(copies, -(-words // 16) * 16, self.sequences, max_len, device)
 
     def give_back(self, mailbox: Mailbox) -> None:
         """Its launches have ended."""
         self._free.append(mailbox)
         del self._free[:-4]
-
-
-def _passes(max_len: int) -> int:
-    """How often a CTA takes 16 positions a warp of its chunk."""
-    return -(-max_len // (16 * WARPS * CHUNKS))
 
 
 class Text:
@@ -249,11 +288,12 @@ class Text:
         self, kernel: TextKernel, keys: Tensor, values: Tensor, timeout_ns: int = TIMEOUT_NS
     ) -> None:
         self._kernel, self._slots, self._max_len = kernel, keys.shape[1], keys.shape[3]
-        self._timeout_ns, self._passes = timeout_ns, _passes(keys.shape[3])
+        self._timeout_ns = timeout_ns
+        self._passes = kernel.grid.passes(kernel.config, self._max_len)
         self._cache = keys, values
         self._mailbox: Mailbox | None = kernel.take_mailbox(self._max_len)
         m = self._mailbox
-        last = (m.rows_there,) if kernel.sequences > 1 else (m.sums, m.uniforms)
+        last = (m.rows_there,) if kernel.grid.sequences > 1 else (m.sums, m.uniforms)
         tensors = (keys, values, m.words, m.status, m.written, m.ending, m.stop, *last)
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
@@ -319,7 +359,7 @@ class Text:
     def _numbers(self, rows: Sequence[Row], n: int) -> list[int]:
         """The kernel's arguments between its pointers and the epoch."""
         box = self._box
-        if self.sequences == 1:
+        if self._kernel.grid.sequences == 1:
             (row,) = rows
             one = [row.slot, self._slots, self._max_len, row.token, row.position, n]
             return [*one, self._passes, box.stride]

@@ -1,25 +1,30 @@
-// One launch that writes many tokens of up to SEQUENCES sequences at once; see text.cu for how CTAs
-// hand numbers on, and weights come.
+// One launch that writes many tokens of several sequences at once; see text.cu for how CTAs hand
+// numbers on, and weights come.
+//
+// The launch has one or more groups of GRID CTAs, each with up to SEQUENCES sequences, which it writes
+// by itself: more groups read the weights more often, and each waits for fewer CTAs.
 //
 // Products are on tensor cores: 16 rows of a weight, 8 columns of which each is a sequence. The warps
 // of a CTA share the columns of a weight's 16 rows; their sums meet in shared memory, in a fixed
 // order. A column does not depend on the others, so that a sequence's numbers are the same with any
 // others. One that has ended stays where it is until all have, and what it still does is not read.
 //
-// Shapes (macros) as in text.cu; D, H E and F in multiples of 32, numbers of 16 bits.
+// Shapes (macros) as in text.cu; D, H E and F in multiples of 32, numbers of 16 bits. ALONE: whether a
+// warp attends alone, for where there are many sequences, or all of a CTA together.
 
 struct Memory {
     Stored *keys, *values;  // (LAYERS, slots, KV, max_len, E)
-    u64* words;             // of the stages, as in `Words`
+    u64* words;             // of each group REPLICAS of those of the stages, as in `Words`
     u32* status;            // 0, or where a wait timed out
-    u64* written;           // (SEQUENCES, n) on the host: tokens and logprobs; all bits set before
-    int* ending;            // (SEQUENCES, 2) on the host: how many tokens, and what ended the text
-    const int* stop_ids;    // (SEQUENCES, LANES), -1 where there is none
-    const int* sequences;   // (SEQUENCES, 4): slot, last token, its position, how many tokens
+    u64* written;           // (sequences, max_len) on the host: tokens and logprobs; all bits set before
+    int* ending;            // (sequences, 2) on the host: how many tokens, and what ended the text
+    const int* stop_ids;    // (sequences, LANES), -1 where there is none
+    const int* sequences;   // (sequences, 4): slot, last token, its position, how many tokens
 };
 
-constexpr int R = SEQUENCES;
-static_assert(R == 8 && WARPS >= R && PER == 2 && D % 32 == 0 && Q % 32 == 0 && F % 32 == 0, "shapes");
+constexpr int R = SEQUENCES, BLOCKS = R / 8;  // of columns
+constexpr int OWN = R / WARPS;                // sequences of a warp, when tokens are chosen: every WARPS-th
+static_assert(R % 8 == 0 && R % WARPS == 0 && PER == 2 && D % 32 == 0 && Q % 32 == 0 && F % 32 == 0, "shapes");
 
 // Where the words of a stage lie: those of a sequence follow those of another.
 struct Words {
@@ -78,9 +83,9 @@ struct Shared {
     alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
     alignas(16) Stored narrow[R][pitch_of(D)];            // what qkv, gate_up and head read
     alignas(16) Stored wide[R][pitch_of(Q > F ? Q : F)];  // what out_proj and down read
-    alignas(16) float raw[3 * E];                         // what attention reads: a query, its key and value
+    alignas(16) float raw[ALONE ? WARPS : 1][3 * E];      // what attention reads: a query, its key and value
     alignas(16) float rotated[WARPS][E];
-    alignas(16) float partial[WARPS + 1][E + 2];
+    alignas(16) float partial[ALONE ? 1 : WARPS + 1][E + 2];
     alignas(16) float sums[SUMS * 16][R];                 // of the warps' parts of products
     float kept[2][X_ROWS][R];                             // this CTA's rows of x, before and after attention
     float rstd[R];
@@ -122,9 +127,12 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
             const u32 bytes = least(of_tile, kw - column) * sizeof(Stored), slot = tile % SLOTS;
             if (lane == 0) expect(&s.full[slot], there * bytes);
             __syncwarp();
-            if (lane < there)
-                copy(s.ring[slot] + lane * pitch * sizeof(Stored), weight + (long long)(16 * block + lane) * kw + column,
-                     bytes, &s.full[slot]);
+            const Stored* from = weight + (long long)16 * block * kw;
+            if (across == 1 && pitch == kw) {
+                if (lane == 0) copy(s.ring[slot], from, there * bytes, &s.full[slot]);
+            } else if (lane < there) {
+                copy(s.ring[slot] + lane * pitch * sizeof(Stored), from + lane * kw + column, bytes, &s.full[slot]);
+            }
             if (lane == 0) *(volatile u32*)&s.issued = tile + 1;
             tile++;
         }
@@ -132,33 +140,43 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
     wait_for_copies(s, tile);
 }
 
-// 16 rows of a tile times 8 sequences' x, of the columns of blocks of 32 from `part` on, of `parts`.
+// 16 rows of a tile times the sequences' x, of the columns of blocks of 32 from `part` on, of `parts`.
 // Which k of an mma is which column is free, as long as both sides agree: each lane's stand side by side.
-DEVICE void add_block(
-    float (&even)[4], float (&odd)[4], const Stored* tile, int pitch, const Stored* x, int x_pitch, int columns,
-    int part, int parts, int lane) {
-    const int row = lane / 4, at = lane % 4 * 8;
-    const Stored *lower = tile + row * pitch + at, *upper = lower + 8 * pitch, *b = x + row * x_pitch + at;
+struct Products {
+    float even[BLOCKS][4] = {}, odd[BLOCKS][4] = {};
+
+    DEVICE void add(
+        const Stored* tile, int pitch, const Stored* x, int x_pitch, int columns, int part, int parts, int lane) {
+        const int row = lane / 4, at = lane % 4 * 8;
+        const Stored *lower = tile + row * pitch + at, *upper = lower + 8 * pitch, *b = x + row * x_pitch + at;
 #pragma unroll 2
-    for (int k = part * 32; k < columns; k += parts * 32) {
-        const uint4 u = *(const uint4*)(lower + k), v = *(const uint4*)(upper + k), y = *(const uint4*)(b + k);
-        multiply(even, u.x, v.x, u.y, v.y, y.x, y.y);
-        multiply(odd, u.z, v.z, u.w, v.w, y.z, y.w);
+        for (int k = part * 32; k < columns; k += parts * 32) {
+            const uint4 u = *(const uint4*)(lower + k), v = *(const uint4*)(upper + k);
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) {
+                const uint4 y = *(const uint4*)(b + 8 * i * x_pitch + k);
+                multiply(even[i], u.x, v.x, u.y, v.y, y.x, y.y);
+                multiply(odd[i], u.z, v.z, u.w, v.w, y.z, y.w);
+            }
+        }
     }
-}
+    // Of rows lane / 4 (k < 2) and of that eight on, sequences 8 i + 2 (lane % 4) and the next.
+    DEVICE float of(int i, int k) const { return even[i][k] + odd[i][k]; }
+};
 
 // The 1 / rms of each sequence's x.
 DEVICE void find_rstd(Shared& s, int warp, int lane) {
-    if (warp < R) {
+#pragma unroll 1
+    for (int r = warp; r < R; r += WARPS) {
         float squares = 0.0f;
 #pragma unroll 4
         for (int i = 2 * lane; i < D; i += 2 * LANES) {
             Raw<2> x;
-            x.from_shared(s.narrow[warp] + i);
+            x.from_shared(s.narrow[r] + i);
             squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
         }
         const float rstd = rstd_of(squares);
-        if (lane == 0) s.rstd[warp] = rstd;
+        if (lane == 0) s.rstd[r] = rstd;
     }
 }
 
@@ -188,19 +206,20 @@ DEVICE void run_stage(Consumer& c, int rows, const Stored* from, int from_pitch,
     barrier();
 #pragma unroll 1
     for (int block = own, begin = 0; block < blocks; block += AT_ONCE, begin += AT_ONCE) {
-        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+        Products products;
         const int together = least(AT_ONCE, blocks - begin);
         u32 which = base + begin * COLUMN.tiles + own;
 #pragma unroll 1
         for (int column = 0; column < KW; column += COLUMN.of_tile, which += together) {
             if (begin > 0 || column > 0 || !ahead) tile = c.wait_for(which);
-            add_block(even, odd, tile, COLUMN.pitch, from + column, from_pitch, least(COLUMN.of_tile, KW - column),
-                      part, PARTS, c.lane);
+            products.add(tile, COLUMN.pitch, from + column, from_pitch, least(COLUMN.of_tile, KW - column), part,
+                         PARTS, c.lane);
         }
-        float(*to)[R] = c.s.sums + (block * PARTS + part) * 16;
-        const int row = c.lane / 4, sequence = c.lane % 4 * 2;
-        to[row][sequence] = even[0] + odd[0], to[row][sequence + 1] = even[1] + odd[1];
-        to[row + 8][sequence] = even[2] + odd[2], to[row + 8][sequence + 1] = even[3] + odd[3];
+        float(*to)[R] = c.s.sums + (block * PARTS + part) * 16 + c.lane / 4;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) to[k / 2 * 8][8 * i + c.lane % 4 * 2 + k % 2] = products.of(i, k);
     }
     if (NORM) find_rstd(c.s, c.warp, c.lane);
     __syncwarp();
@@ -222,6 +241,73 @@ DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int
         const u32 of = value(word % count, word / count, copy == 0, at);
 #pragma unroll 1
         for (int r = copy; r < REPLICAS; r += split) store_word(words + (long long)r * stride + at, of, epoch);
+    }
+}
+
+// `gather` (parts.cu) of n words in a row, MOST at most.
+template <int MOST, class Take>
+DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Patience patience, u32 where, Take take) {
+    constexpr int EACH = (MOST + THREADS - 1) / THREADS, ROUNDS = (EACH + 11) / 12, AT_ONCE = (EACH + ROUNDS - 1) / ROUNDS;
+#pragma unroll 1
+    for (int base = thread; base - thread < n; base += AT_ONCE * THREADS) {
+        u64 word[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            word[j] = base + j * THREADS < n ? load_word(words + base + j * THREADS) : (u64)epoch << 32;
+        while (true) {
+            bool all = true;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
+            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            if (base + j * THREADS < n) take(base + j * THREADS, (u32)word[j]);
+    }
+}
+
+// `attend` (parts.cu) by one warp.
+DEVICE void attend_alone(
+    Shared& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
+    int head, int begin, int chunk, int position, u32 here, int warp, int lane, Patience patience, u32 where) {
+    const int end = least(position, begin + chunk);
+    Positions held, next;
+    held.load(keys, values, begin, end, lane);
+    Turned turned;
+    turned.prepare(model, layer, position, lane);
+    float* raw = s.raw[warp];
+    __syncwarp();  // all are done with the head before
+    gather_head<LANES>(raw, qkv, head, here, lane, patience, where);
+    __syncwarp();
+    turned.turn(raw, s.rotated[warp], lane);
+    __syncwarp();
+    Attended all;
+#pragma unroll 1
+    for (int first = begin; first < end; first += 2 * CHUNK_OF_WARP) {
+        next.load(keys, values, first + CHUNK_OF_WARP, end, lane);
+        all.add(held, s.rotated[warp], first, end, lane);
+        held.load(keys, values, first + 2 * CHUNK_OF_WARP, end, lane);
+        if (first + CHUNK_OF_WARP < end) all.add(next, s.rotated[warp], first + CHUNK_OF_WARP, end, lane);
+    }
+    const bool has_newest = position - begin < chunk;
+    if (has_newest) {
+        all.add_one(turned.score(), raw + 2 * E, lane);
+        turned.store(keys, values, raw, position, lane);
+    }
+    const u32 lse = __float_as_uint(all.m + log_2(all.l));
+#pragma unroll 1
+    for (int r = lane / WIDE; r < REPLICAS; r += STRIPES) {
+        u64* copy = to + (long long)r * stride;
+#pragma unroll
+        for (int j = 0; j < LANE_PAIRS; j++) {
+            const int pair = j * LANES + lane % WIDE;
+            if (pair < PAIRS)
+                store_word(copy + head * PAIRS + pair, packed(quotient(all.sum[j][0], all.l), quotient(all.sum[j][1], all.l)), here);
+        }
+        if (lane % WIDE == 0) store_word(copy + Q / 2 + head, lse, here);
     }
 }
 
@@ -284,14 +370,22 @@ DEVICE void gather_attention(
 // ---- the kernel
 
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts(
-    const Model* model_at, const Memory* memory_at, int n, int n_slots, int max_len, int n_tokens, int passes,
+    const Model* model_at, const Memory* memory_at, int all_n, int n_slots, int max_len, int n_tokens, int passes,
     int stride, u32 epoch, u64 timeout_ns
 ) {
+    // the sequences of a group are neighbours
+    const int groups = gridDim.x / GRID, group = blockIdx.x / GRID;
+    const int first_sequence = group * all_n / groups, n = (group + 1) * all_n / groups - first_sequence;
+    if (n == 0) return;
+
     SHARED_MEMORY(bytes);
     Shared& s = *(Shared*)bytes;
     const Model model = *model_at;
-    const Memory memory = *memory_at;
-    const int cta = blockIdx.x, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
+    Memory memory = *memory_at;
+    memory.words += (long long)group * REPLICAS * stride;
+    memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
+    memory.stop_ids += first_sequence * LANES, memory.sequences += 4 * first_sequence;
+    const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
     Patience patience{memory.status, timeout_ns};
 
     if (thread < SLOTS) make_barrier(&s.full[thread]);
@@ -300,7 +394,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
         s.first[thread] = ROWS[thread].first(cta);
         s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
     }
-    if (thread < R) {
+    if (thread < n) {
         const int* sequence = memory.sequences + 4 * thread;
         s.slot[thread] = sequence[0], s.token[thread] = sequence[1], s.position[thread] = sequence[2];
         s.ending[thread] = GROWING;
@@ -321,10 +415,13 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
     const int qkv_rows = s.count[QKV], qkv_first = s.first[QKV], x_rows = s.count[OUT], x_first = s.first[OUT];
     const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
     const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
-    // of the sequence that is this warp's when tokens are chosen
-    const int own = warp < n ? warp : 0;
-    const int stop_id = memory.stop_ids[own * LANES + lane], limit = memory.sequences[4 * own + 3];
-    int count = 0;
+    int stop_id[OWN], limit[OWN], count[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int own = warp + i * WARPS < n ? warp + i * WARPS : 0;
+        stop_id[i] = memory.stop_ids[own * LANES + lane], limit[i] = memory.sequences[4 * own + 3];
+        count[i] = 0;
+    }
     bool all_ended = false;
 
 #pragma unroll 1
@@ -348,7 +445,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                     for (int i = thread; i < n * x_rows; i += THREADS)
                         s.kept[0][i / n][i % n] = as_float(model.embedding[(long long)s.token[i % n] * D + x_first + i / n]);
                 } else if (qkv_rows > 0) {
-                    gather_some(words + Words::x, n * D / 2, here - 1, thread, patience, where, take_x);
+                    gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, patience, where, take_x);
                 }
             });
             publish_all(memory.words + Words::qkv, stride, qkv_rows / 2, n, here, thread,
@@ -358,21 +455,26 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                         });
 
             // attention
-            const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
+            const int place = (cta - ATTENTION_OFFSET + GRID) % GRID;
             bool another = false;
 #pragma unroll 1
-            for (int task = first_task; task < tasks; task += GRID) {
+            for (int task = ALONE ? warp * GRID + place : place; task < tasks; task += ALONE ? WARPS * GRID : GRID) {
                 const int of_chunk = task / (n * H), r = task % (n * H) / H, head = task % H;
                 const int begin = of_chunk * chunk, position = s.position[r];
                 if (begin > position) continue;
-                if (another) barrier();
-                another = true;
                 const long long of_cache = (((long long)layer * n_slots + s.slot[r]) * KV + head / GROUP) * max_len * E;
                 const u64* qkv = words + Words::qkv + r * (N_QKV / 2);
-                attend(s, model, memory.keys + of_cache, memory.values + of_cache,
-                       [&]() { gather_head(s, qkv, head, here, thread, patience, where | 1); },
-                       memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK, stride, layer,
-                       head, begin, chunk, passes, position, here, thread, []() {});
+                u64* to = memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK;
+                if constexpr (ALONE) {
+                    attend_alone(s, model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head,
+                                 begin, chunk, position, here, warp, lane, patience, where | 1);
+                } else {
+                    if (another) barrier();
+                    another = true;
+                    attend(s, s.raw[0], model, memory.keys + of_cache, memory.values + of_cache,
+                           [&]() { gather_head<THREADS>(s.raw[0], qkv, head, here, thread, patience, where | 1); }, to,
+                           stride, layer, head, begin, chunk, passes, position, here, thread, []() {});
+                }
             }
 
             run_stage<OUT, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
@@ -396,7 +498,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
             add_to_x([&](int row, int r) { return sum_of<OUT>(s, row, r); }, 0, Words::mid);
 
             run_stage<GATE_UP, true>(consumer, hidden_rows, s.narrow[0], pitch_of(D), [&]() {
-                if (hidden_rows > 0) gather_some(words + Words::mid, n * D / 2, here, thread, patience, where | 3, take_x);
+                if (hidden_rows > 0) gather_row<R * D / 2>(words + Words::mid, n * D / 2, here, thread, patience, where | 3, take_x);
             });
             publish_all(memory.words + Words::hidden, stride, hidden_rows / 4, n, here, thread,
                         [&](int word, int r, bool, int& at) {
@@ -413,28 +515,32 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
 
             run_stage<DOWN, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
                 if (x_rows > 0)
-                    gather_some(words + Words::hidden, n * F / 2, here, thread, patience, where | 4,
+                    gather_row<R * F / 2>(words + Words::hidden, n * F / 2, here, thread, patience, where | 4,
                                 [&](int i, u32 value) { *(u32*)&s.wide[i / (F / 2)][i % (F / 2) * 2] = value; });
             });
             add_to_x([&](int row, int r) { return sum_of<DOWN>(s, row, r); }, 1, Words::x);
         }
 
-        // head: of each lane the best of its rows for two sequences, and the sums of exp(logit - best)
-        float best[2] = {LOWEST, LOWEST}, total[2] = {0.0f, 0.0f};
-        int id[2] = {V, V};
+        // head: of each lane the best of its rows for its columns, and the sums of exp(logit - best)
+        float best[2 * BLOCKS], total[2 * BLOCKS];
+        int id[2 * BLOCKS];
+#pragma unroll
+        for (int k = 0; k < 2 * BLOCKS; k++) best[k] = LOWEST, total[k] = 0.0f, id[k] = V;
         {
             constexpr Columns COLUMN = columns_of(HEAD);
-            const int groups = (head_rows + 15) / 16, row = lane / 4;
+            const int blocks = (head_rows + 15) / 16, row = lane / 4;
             const u32 base = consumer.tile;
-            const bool ahead = warp < groups && warp * COLUMN.tiles < SLOTS;
+            const bool ahead = warp < blocks && warp * COLUMN.tiles < SLOTS;
             const Stored* tile = ahead ? consumer.wait_for(base + warp * COLUMN.tiles) : nullptr;
-            consumer.tile += groups * COLUMN.tiles;
-            gather_some(words + Words::x, n * D / 2, here - 1, thread, patience, 4u << 28,
+            consumer.tile += blocks * COLUMN.tiles;
+            gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, patience, 4u << 28,
                         [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; });
             barrier();
             find_rstd(s, warp, lane);
             barrier();
-            const float rstd[2] = {s.rstd[lane % 4 * 2], s.rstd[lane % 4 * 2 + 1]};
+            float rstd[2 * BLOCKS];
+#pragma unroll
+            for (int k = 0; k < 2 * BLOCKS; k++) rstd[k] = s.rstd[k / 2 * 8 + lane % 4 * 2 + k % 2];
             auto add_logit = [&](int row, int k, float logit) {
                 if (row >= head_rows) return;
                 if (!(logit == logit)) logit = INFINITE;  // a NaN is the best
@@ -444,18 +550,22 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                 best[k] = larger;
             };
 #pragma unroll 1
-            for (int group = warp; group < groups; group += WARPS) {
-                float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+            for (int block = warp; block < blocks; block += WARPS) {
+                Products products;
 #pragma unroll 1
                 for (int j = 0; j < COLUMN.tiles; j++) {
-                    if (group > warp || j > 0 || !ahead) tile = consumer.wait_for(base + group * COLUMN.tiles + j);
+                    if (block > warp || j > 0 || !ahead) tile = consumer.wait_for(base + block * COLUMN.tiles + j);
                     const int column = j * COLUMN.of_tile;
-                    add_block(even, odd, tile, COLUMN.pitch, s.narrow[0] + column, pitch_of(D),
-                              least(COLUMN.of_tile, D - column), 0, 1, lane);
+                    products.add(tile, COLUMN.pitch, s.narrow[0] + column, pitch_of(D), least(COLUMN.of_tile, D - column),
+                                 0, 1, lane);
                 }
 #pragma unroll
-                for (int k = 0; k < 4; k++)
-                    add_logit(16 * group + row + k / 2 * 8, k % 2, (even[k] + odd[k]) * rstd[k % 2]);
+                for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const int column = 2 * i + k % 2;
+                        add_logit(16 * block + row + k / 2 * 8, column, products.of(i, k) * rstd[column]);
+                    }
             }
             __syncwarp();
             if (lane == 0) *(volatile u32*)&s.progress[warp] = consumer.tile;
@@ -470,24 +580,25 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
             best = larger;
         };
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
+        for (int k = 0; k < 2 * BLOCKS; k++) {
 #pragma unroll
             for (int step = 4; step < LANES; step *= 2) join(best[k], id[k], total[k], step);
             if (lane < 4) {
-                float* to = s.best[warp][2 * lane + k];
+                float* to = s.best[warp][k / 2 * 8 + 2 * lane + k % 2];
                 to[0] = best[k], to[1] = __int_as_float(id[k]), to[2] = total[k];
             }
         }
         barrier();
         const u32 of_best = epoch + (u32)t;
         const int records = Words::best + (of_best & 1) * R * 3 * GRID;
-        if (warp < n) {
-            const float* mine = s.best[lane % WARPS][warp];
+#pragma unroll 1
+        for (int r = warp; r < n; r += WARPS) {
+            const float* mine = s.best[lane % WARPS][r];
             float of_cta = mine[0], sum = mine[2];
             int its_id = __float_as_int(mine[1]);
 #pragma unroll
             for (int step = 1; step < WARPS; step *= 2) join(of_cta, its_id, sum, step);
-            const int at = records + warp * 3 * GRID + 3 * cta;
+            const int at = records + r * 3 * GRID + 3 * cta;
             publish(copy, at, __float_as_uint(of_cta), of_best, lane);
             publish(copy, at + 1, (u32)its_id, of_best, lane);
             publish(copy, at + 2, __float_as_uint(sum), of_best, lane);
@@ -495,11 +606,14 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
 #pragma unroll 1
                 for (int i = lane * 64; i < D; i += LANES * 64) prefetch(model.embedding + (long long)its_id * D + i);
         }
-        gather_some(words + records, n * 3 * GRID, of_best, thread, patience, 4u << 28 | 1,
+        gather_row<R * 3 * GRID>(words + records, n * 3 * GRID, of_best, thread, patience, 4u << 28 | 1,
                     [&](int i, u32 value) { s.records[i / (3 * GRID)][i % (3 * GRID)] = __uint_as_float(value); });
         barrier();
-        if (warp < n && s.ending[warp] == GROWING) {
-            const float* mine = s.records[warp];
+#pragma unroll
+        for (int own = 0; own < OWN; own++) {
+            const int r = warp + own * WARPS;
+            if (r >= n || s.ending[r] != GROWING) continue;
+            const float* mine = s.records[r];
             float largest = LOWEST;
             int its_id = V;
 #pragma unroll
@@ -513,7 +627,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
             int ending = GROWING;
             if (!(largest < INFINITE && largest > LOWEST)) {
                 ending = NOT_FINITE;
-            } else if (__any_sync(~0u, stop_id == token)) {
+            } else if (__any_sync(~0u, stop_id[own] == token)) {
                 ending = STOPPED;
             } else {
                 if (cta == 0) {
@@ -522,15 +636,15 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                     for (int i = lane; i < GRID; i += LANES) sum += mine[3 * i + 2] * power_of_2((mine[3 * i] - largest) * LOG2E);
                     sum = sum_of_warp(sum);
                     const u64 word = (u64)__float_as_uint(-log_2(sum) / LOG2E) << 32 | (u32)token;
-                    if (lane == 0) store_to_host(memory.written + (long long)warp * max_len + count, word);
+                    if (lane == 0) store_to_host(memory.written + (long long)r * max_len + count[own], word);
                 }
-                count++;
-                if (count == limit) ending = FULL;
+                count[own]++;
+                if (count[own] == limit[own]) ending = FULL;
             }
             __syncwarp();
             if (lane == 0) {
-                s.ending[warp] = ending;
-                if (ending == GROWING) s.token[warp] = token, s.position[warp]++;
+                s.ending[r] = ending;
+                if (ending == GROWING) s.token[r] = token, s.position[r]++;
             }
         }
         barrier();
@@ -538,8 +652,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
         for (int r = 0; r < n; r++) all_ended &= s.ending[r] != GROWING;
     }
     if (thread == 0) *(volatile u32*)&s.ended = 1;
-    if (cta == 0 && warp < n && lane == 0) {
-        memory.ending[2 * warp] = count;
-        memory.ending[2 * warp + 1] = *(volatile u32*)memory.status != 0 ? -1 : s.ending[warp];
-    }
+    if (cta == 0 && lane == 0)
+#pragma unroll
+        for (int own = 0; own < OWN; own++) {
+            const int r = warp + own * WARPS;
+            if (r >= n) break;
+            memory.ending[2 * r] = count[own];
+            memory.ending[2 * r + 1] = *(volatile u32*)memory.status != 0 ? -1 : s.ending[r];
+        }
 }
