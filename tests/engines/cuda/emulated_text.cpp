@@ -3,7 +3,9 @@
 #include "emulator.h"
 #include "parts.cu"
 
+#include "search.cu"
 #ifdef SEQUENCES
+#include "draws.cu"
 #include "texts.cu"
 #else
 #include "draw.cu"
@@ -16,7 +18,7 @@ static struct {
     int numbers[10];
     u32 epoch;
     u64 timeout_ns;
-    float fractions[3];
+    float fractions[4];
     u64* trace;
 } given;
 
@@ -27,7 +29,7 @@ static void kernel() {
 #else
     write_text(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns
 #if DRAWS
-               , i[8], i[9], given.fractions[0], given.fractions[1], given.fractions[2]
+               , i[8], i[9], given.fractions[0], given.fractions[1], given.fractions[2], given.fractions[3]
 #endif
 #if TRACE
                , given.trace
@@ -42,6 +44,6 @@ extern "C" void run_text(
     u64* trace) {
     given.model = model, given.memory = memory, given.epoch = epoch, given.timeout_ns = timeout_ns, given.trace = trace;
     for (int i = 0; i < 10; i++) given.numbers[i] = numbers[i];
-    for (int i = 0; i < 3; i++) given.fractions[i] = fractions[i];
+    for (int i = 0; i < 4; i++) given.fractions[i] = fractions[i];
     emulator::run(kernel, ctas, (WARPS + 1) * LANES, THREADS, SHARED_BYTES, seed);
 }

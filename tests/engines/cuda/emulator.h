@@ -210,6 +210,11 @@ inline u32 __ballot_sync(unsigned, bool x) {
 }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
+inline u32 atomicOr(u32* at, u32 x) {
+    const u32 old = *at;
+    *at |= x;
+    return old;
+}
 inline u32 atomicAdd(u32* at, u32 x) {
     const u32 was = *at;
     *at += x;

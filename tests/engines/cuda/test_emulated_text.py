@@ -81,34 +81,35 @@ class Emulated:
         self.stride = 16 * c.dim + 64 * ctas + 8 * (c.q_dim + c.n_heads + c.hidden_dim)
         self.words = torch.zeros(text.REPLICAS * self.stride, dtype=torch.int64)
         self.status = torch.zeros(1, dtype=torch.int32)
-        self.sums = torch.randint(0, 1 << 40, (8, text._SUMS))  # whatever it is
+        self.sums = torch.randint(0, 1 << 40, (8, 272))  # whatever it is
+        self.history = torch.full((c.max_seq_len,), -1, dtype=torch.int32)
         self.uniforms = torch.rand(c.max_seq_len)
         self.written = torch.full((c.max_seq_len,), -1)
         self.ending = torch.zeros(2, dtype=torch.int32)
         self.stop = torch.full((STOP_IDS,), -1, dtype=torch.int32)
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,
-            self.sums, self.uniforms,
+            self.sums, self.uniforms, self.history,
         )  # fmt: skip
         self.marks = torch.zeros(ctas, max(1, changed.get("TRACE", 0)), dtype=torch.int64)
         self.epoch = 1
 
-    def launch(self, numbers, n, seed, fractions=(0.0, 1.0, 0.0)):
+    def launch(self, numbers, n, seed, fractions=(0.0, 1.0, 0.0, 1.0)):
         at = [array.ctypes.data_as(ctypes.c_void_p) for array in (self.model, self.memory)]
         self.library.run_text(
-            *at, (ctypes.c_int * 10)(*numbers), (ctypes.c_float * 3)(*fractions),
+            *at, (ctypes.c_int * 10)(*numbers), (ctypes.c_float * 4)(*fractions),
             ctypes.c_uint(self.epoch),
             ctypes.c_ulonglong(self.timeout_ns), self.groups * self.ctas, ctypes.c_uint(seed),
             ctypes.c_void_p(self.marks.data_ptr()),
         )  # fmt: skip
         self.epoch += (n + 1) * self.config.n_layers
 
-    def write(self, token, position, n, passes=1, seed=0, first=0, drawn=None):
+    def write(self, token, position, n, passes=1, seed=0, first=0, drawn=None, penalty=1.0):
         numbers = [0, 1, self.config.max_seq_len, token, position, n, passes, self.stride]
         if drawn is None:
             self.launch(numbers, n, seed)
         else:
-            fractions = drawn.temperature, drawn.top_p, drawn.min_p
+            fractions = drawn.temperature, drawn.top_p, drawn.min_p, penalty
             self.launch([*numbers, drawn.top_k, first], n, seed, fractions)
         return self.result(self.written, self.ending)
 
@@ -269,6 +270,30 @@ FILTERS = {
 }
 
 
+def penalised(logits_V, ids, penalty):
+    """By the definition: each token that the text has is made less likely, or more."""
+    changed = logits_V.clone()
+    for id in set(ids):
+        changed[id] = logits_V[id] / penalty if logits_V[id] > 0 else logits_V[id] * penalty
+    return changed
+
+
+def check_drawn(logits_NV, ids, tokens, logprobs, uniforms, sampling, penalty):
+    """Tokens after `ids`, whose logits are those of `logits_NV`: each by its random number, from
+    the distribution over ids in their order; or the most likely one."""
+    for i, token in enumerate(tokens):
+        logits = penalised(logits_NV[i], [*ids, *tokens[:i]], penalty)
+        if sampling.greedy:
+            assert logits[token] >= logits.max() - 1e-5
+            continue
+        probabilities = kept(logits, sampling)
+        up_to, uniform = probabilities.cumsum(0), float(uniforms[i])
+        assert probabilities[token] > 0
+        assert up_to[token] - probabilities[token] - 1e-4 <= uniform <= up_to[token] + 1e-4
+    exact = logits_NV.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(logprobs).double(), exact, atol=1e-4, rtol=1e-4)
+
+
 def kept(logits_V, sampling):
     """The probability of each token, float64, by the definition."""
     weights = ((logits_V - logits_V.max()) / sampling.temperature).exp()
@@ -297,14 +322,29 @@ def test_tokens_are_drawn_from_what_the_filters_leave(compiled, name, ctas):
     tokens, logprobs, _ = emulated.write(3, 0, n, first=2, drawn=sampling)
     assert len(tokens) == n
     logits = exact_logits(SMALL, weights, torch.tensor([[3, *tokens[:-1]]]))[0]
-    for i, token in enumerate(tokens):
-        probabilities = kept(logits[i], sampling)
-        up_to = probabilities.cumsum(0)
-        uniform = emulated.uniforms[2 + i].double()
-        assert probabilities[token] > 0
-        assert up_to[token] - probabilities[token] - 1e-4 <= uniform <= up_to[token] + 1e-4
-    exact = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(logprobs).double(), exact, atol=1e-4, rtol=1e-4)
+    check_drawn(logits, [3], tokens, logprobs, emulated.uniforms[2:], sampling, 1.0)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("penalty", [1.5, 0.6])
+@pytest.mark.parametrize("sampling", [Sampling(), FILTERS["all"], FILTERS["top-p"]])
+def test_tokens_that_the_text_has_are_penalised(compiled, sampling, penalty):
+    """Those of the prompt and those of the launches before, too."""
+    weights, before, n = weights_of(SMALL), [9, 40, 3], 12
+    emulated = Emulated(compiled, SMALL, weights, FLOAT32, 3, DRAWS=1, SLOTS=6, **FEW)
+    emulated.history[: len(before)] = torch.tensor(before, dtype=torch.int32)
+    for position, token in enumerate(before[:-1]):
+        emulated.write(token, position, 1, drawn=Sampling())  # its keys and values
+    options = {"drawn": sampling, "penalty": penalty}
+    emulated.history[len(before) :] = -1
+    tokens, logprobs, _ = emulated.write(3, 2, 5, **options)
+    more = emulated.write(tokens[-1], 7, n - 5, first=5, **options)
+    tokens, logprobs = tokens + more[0], logprobs + more[1]
+    assert emulated.history[: 3 + n].tolist() == [*before, *tokens]
+    logits = exact_logits(SMALL, weights, torch.tensor([[*before, *tokens[:-1]]]))[0, 2:]
+    check_drawn(logits, before, tokens, logprobs, emulated.uniforms, sampling, penalty)
+    if sampling.greedy:
+        assert tokens != emulated.write(3, 2, n, drawn=Sampling())[0]
 
 
 @pytest.mark.extended

@@ -8,10 +8,19 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import STOP_IDS, sampling, text
-from tests.engines.cuda.test_emulated_text import BFLOAT16, Emulated, check, pointers
+from onelaunch.engines.engine import Sampling
+from tests.engines.cuda.test_emulated_text import (
+    BFLOAT16,
+    FILTERS,
+    Emulated,
+    check,
+    kept,
+    penalised,
+    pointers,
+)
 from tests.engines.cuda.test_emulated_text import compiled as compiled
 from tests.engines.cuda.test_emulated_text import pytestmark as pytestmark
-from tests.engines.suite import SMALL, weights_of
+from tests.engines.suite import SMALL, exact_logits, weights_of
 
 CONFIG = SMALL.with_(
     dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160, vocab_size=200, max_seq_len=40
@@ -34,15 +43,23 @@ class Several(Emulated):
         self.written = torch.full((sequences, c.max_seq_len), -1)
         self.ending = torch.zeros(sequences, 2, dtype=torch.int32)
         self.stop = torch.full((sequences, STOP_IDS), -1, dtype=torch.int32)
-        self.rows = torch.zeros(sequences, 4, dtype=torch.int32)
+        self.rows = torch.zeros(sequences, 10, dtype=torch.int32)
+        self.sums = torch.zeros(grid.groups, 2, 8, 256 * grid.sequences + 16, dtype=torch.int64)
+        self.uniforms = torch.rand(slots, c.max_seq_len)
+        self.history = torch.full((slots, c.max_seq_len), -1, dtype=torch.int32)
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,
-            self.rows,
+            self.rows, self.sums, self.uniforms, self.history,
         )  # fmt: skip
 
-    def write_all(self, rows, seed=0, passes=1):
-        """Rows of slot, token, position and number of tokens."""
-        self.rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+    def write_all(self, rows, seed=0, passes=1, drawn=()):
+        """Rows of slot, token, position and number of tokens. `drawn`: of each how many tokens
+        there are, by what it is drawn, and its penalty."""
+        self.rows[: len(rows), :4] = torch.tensor(rows, dtype=torch.int32)
+        for i, (first, by, penalty) in enumerate(drawn):
+            self.rows[i, 4:6] = torch.tensor([first, by.top_k])
+            fractions = torch.tensor([by.temperature, by.top_p, by.min_p, penalty])
+            self.rows[i, 6:] = fractions.view(torch.int32)
         longest = max(row[3] for row in rows)
         context = self.config.max_seq_len
         numbers = [len(rows), self.slots, context, longest, passes, self.stride, 0, 0, 0, 0]
@@ -151,3 +168,92 @@ def test_what_ends_one_of_them(compiled):
     assert again[1][::2] == (others[: others.index(others[2]) + 1], sampling.NOT_FINITE)
     if others[2] not in [3, *tokens]:
         assert again[0] == whole[0]
+
+
+BY = [
+    (Sampling(), 1.0),
+    (FILTERS["all"], 1.0),
+    (FILTERS["top-p"], 1.3),
+    (Sampling(), 1.4),
+    (FILTERS["cold"], 1.0),
+    (FILTERS["min-p"], 0.8),
+    (FILTERS["one"], 1.0),
+    (Sampling(1.2), 1.0),
+    (FILTERS["top-p"], 1.0),
+    (FILTERS["all"], 1.2),
+]
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    ("grid", "texts"), [(text.Grid(8, 3), 8), (text.Grid(8, 2, 2), 10), (text.Grid(16, 2), 10)]
+)
+def test_each_is_drawn_by_its_own_filters(compiled, grid, texts):
+    """Beside others that are not, and after those that have ended; in two launches as in one; alone
+    as among others; and the sums are zero again."""
+    weights, options = weights_of(CONFIG), NARROW | {"DRAWS": 1}
+    rows = [(i, 5 * i + 1, 0, 14 if i % 3 else 5) for i in range(texts)]
+
+    def several():
+        made = Several(compiled, CONFIG, weights, BFLOAT16, grid, **options)
+        made.uniforms = torch.rand(made.slots, 40, generator=torch.Generator().manual_seed(3))
+        made.memory[9] = made.uniforms.data_ptr()
+        made.history[:, 0] = torch.tensor([5 * i + 1 for i in range(made.slots)])
+        return made
+
+    whole = several()
+    together = whole.write_all(rows, 2, drawn=[(0, *by) for by in BY[:texts]])
+    assert not whole.sums.any()
+    other = several()
+    first = other.write_all([(*row[:3], 4) for row in rows], 5, drawn=[(0, *b) for b in BY[:texts]])
+    left = [i for i in range(texts) if rows[i][3] > 4]
+    second = other.write_all(
+        [(i, first[i][0][-1], 4, rows[i][3] - 4) for i in left],
+        6,
+        drawn=[(4, *BY[i]) for i in left],
+    )
+    for i, (tokens, logprobs, ending) in zip(left, second, strict=True):
+        assert together[i] == ([*first[i][0], *tokens], [*first[i][1], *logprobs], ending)
+    for i in (0, 1, 2, 5):
+        assert several().write_all([rows[i]], drawn=[(0, *BY[i])]) == [together[i]]
+    differ = 0
+    for i, (tokens, logprobs, ending) in enumerate(together):
+        assert ending == sampling.FULL
+        assert len(tokens) == rows[i][3]
+        ids = torch.tensor([[rows[i][1], *tokens[:-1]]])
+        logits = exact_logits(CONFIG, weights, ids)[0]
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (torch.tensor(logprobs).double() - exact).norm() < 0.1 * len(tokens) ** 0.5
+        differ += tokens != together[0][0][: len(tokens)]
+    assert differ >= texts - 2
+
+
+@pytest.mark.extended
+def test_what_several_draw_is_what_one_draws(compiled):
+    """By the same logits: the distribution of each token is the filters'."""
+    config = CONFIG.with_(n_layers=1)
+    weights = weights_of(config)
+    weights = {name: w.bfloat16().float() for name, w in weights.items()}
+    several = Several(compiled, config, weights, BFLOAT16, text.Grid(8, 3), **NARROW, DRAWS=1)
+    rows = [(i, 7 * i + 2, 0, 1) for i in range(8)]
+    drawn = [(0, *by) for by in BY[:8]]
+    for i in range(8):
+        several.history[i, 0] = 7 * i + 2
+    for turn in range(6):
+        several.uniforms[:, 0] = torch.rand(several.slots)
+        for i, (tokens, _, _) in enumerate(several.write_all(rows, turn, drawn=drawn)):
+            logits = exact_logits(config, weights, torch.tensor([[7 * i + 2]]))[0]
+            by, penalty = BY[i]
+            if by.greedy or by.temperature > 0.1:
+                close_to_drawn(logits, [7 * i + 2], tokens[0], several.uniforms[i, 0], by, penalty)
+
+
+def close_to_drawn(logits_1V, ids, token, uniform, by, penalty):
+    """As `check_drawn`, with the error of bfloat16."""
+    logits = penalised(logits_1V[0], ids, penalty)
+    if by.greedy:
+        assert logits[token] >= logits.max() - 0.05
+        return
+    probabilities = kept(logits, by)
+    up_to = probabilities.cumsum(0)
+    assert up_to[token] - probabilities[token] - 0.03 <= uniform <= up_to[token] + 0.03

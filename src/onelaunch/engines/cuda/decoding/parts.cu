@@ -9,6 +9,9 @@ constexpr int CHUNK_OF_WARP = 16;       // positions, two lanes each
 enum { QKV, OUT, GATE_UP, DOWN, HEAD, STAGES };  // of the weights, as they are read
 constexpr int CHUNK_STEP = WARPS * CHUNK_OF_WARP;
 constexpr float LOG2E = 1.4426950408889634f;
+// What is best in a CTA: what it is chosen by and its id, a sum of exp(logit - the largest logit), and that
+// logit where it is not the same.
+constexpr int RECORD = DRAWS ? 4 : 3;
 #define INFINITE __int_as_float(0x7f800000)
 #define LOWEST (-3.0e38f)               // of a maximum that nothing has joined
 
@@ -304,6 +307,31 @@ DEVICE void gather(
     }
 }
 
+// The same for n words in a row, MOST at most.
+template <int MOST, class Take>
+DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Patience patience, u32 where, Take take) {
+    constexpr int EACH = (MOST + THREADS - 1) / THREADS, ROUNDS = (EACH + 11) / 12, AT_ONCE = (EACH + ROUNDS - 1) / ROUNDS;
+#pragma unroll 1
+    for (int base = thread; base - thread < n; base += AT_ONCE * THREADS) {
+        u64 word[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            word[j] = base + j * THREADS < n ? load_word(words + base + j * THREADS) : (u64)epoch << 32;
+        while (true) {
+            bool all = true;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
+            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            if (base + j * THREADS < n) take(base + j * THREADS, (u32)word[j]);
+    }
+}
+
 // ---- attention of one head of keys and values over one chunk
 
 constexpr int HALF = E / 2;                               // numbers of a lane's half of a position
@@ -560,3 +588,83 @@ DEVICE void attend(
     // which write the same numbers.
     if (warp == WARPS - 1 && has_newest) turned.store(keys, values, raw, position, lane);
 }
+
+// ---- the best of the head's rows
+
+// What is best: what it is chosen by and its id, and the sum of exp(logit - the largest logit). What
+// tokens are chosen by and their logits are the same but where tokens are drawn.
+struct Best {
+    float by = LOWEST, raw = LOWEST, total = 0.0f;
+    int id = V;
+
+    DEVICE void add(float its, int its_id, float logit) {
+        const float larger = fmaxf(raw, logit);
+        total = total * power_of_2((raw - larger) * LOG2E) + power_of_2((logit - larger) * LOG2E);
+        if (its > by) id = its_id;
+        raw = larger, by = DRAWS ? fmaxf(by, its) : larger;
+    }
+    DEVICE void join(float its, int its_id, float logit, float its_total) {  // of equal ones the lower id
+        const float larger = fmaxf(raw, logit);
+        total = total * power_of_2((raw - larger) * LOG2E) + its_total * power_of_2((logit - larger) * LOG2E);
+        if (its > by || (its == by && its_id < id)) id = its_id;
+        raw = larger, by = DRAWS ? fmaxf(by, its) : larger;
+    }
+    DEVICE void join_lane(int step) {
+        const float its = __shfl_xor_sync(~0u, by, step), its_total = __shfl_xor_sync(~0u, total, step);
+        const int its_id = __shfl_xor_sync(~0u, id, step);
+        join(its, its_id, DRAWS ? __shfl_xor_sync(~0u, raw, step) : its, its_total);
+    }
+    // Of a warp, but for the sum, which is each lane's part.
+    DEVICE void join_warp() {
+        const u32 mine = ordered(by), all = __reduce_max_sync(~0u, mine);
+        id = __reduce_min_sync(~0u, mine == all ? id : V);
+        by = value_of_ordered(all);
+        const float larger = DRAWS ? value_of_ordered(__reduce_max_sync(~0u, ordered(raw))) : by;
+        total *= power_of_2((raw - larger) * LOG2E);
+        raw = larger;
+    }
+    DEVICE void store(float* to) const {
+        to[0] = by, to[1] = __int_as_float(id), to[2] = total;
+        if (RECORD > 3) to[3] = raw;
+    }
+    DEVICE void load(const float* from) {
+        by = from[0], id = __float_as_int(from[1]), total = from[2], raw = RECORD > 3 ? from[3] : by;
+    }
+};
+
+// What the best token of all CTAs' records is chosen by, and its id, the lower of equal ones; 0 where there is
+// none.
+DEVICE float best_of_all(const float* records, int& token, int lane) {
+    float best = LOWEST;
+    int id = V;
+#pragma unroll
+    for (int j = 0; j < (GRID + LANES - 1) / LANES; j++) {
+        const int i = j * LANES + lane;
+        if (i < GRID && records[RECORD * i] > best) best = records[RECORD * i], id = __float_as_int(records[RECORD * i + 1]);
+    }
+    const u32 mine = ordered(best), all = __reduce_max_sync(~0u, mine);
+    id = __reduce_min_sync(~0u, mine == all ? id : V);
+    token = id < V ? id : 0;
+    return value_of_ordered(all);
+}
+
+// What makes logarithms of probabilities of logits, of all CTAs' records. By a warp.
+struct Normalizer {
+    float largest, log;
+
+    DEVICE void find(const float* records, int lane) {
+        constexpr int RAW = RECORD > 3 ? 3 : 0;
+        float total = 0.0f;
+        largest = LOWEST;
+#pragma unroll 1
+        for (int i = lane; i < GRID; i += LANES) largest = fmaxf(largest, records[RECORD * i + RAW]);
+        largest = value_of_ordered(__reduce_max_sync(~0u, ordered(largest)));
+#pragma unroll 1
+        for (int i = lane; i < GRID; i += LANES)
+            total += records[RECORD * i + 2] * power_of_2((records[RECORD * i + RAW] - largest) * LOG2E);
+        log = log_2(sum_of_warp(total)) / LOG2E;
+    }
+    DEVICE u64 word_of(int token, float logit) const {
+        return (u64)__float_as_uint(logit - largest - log) << 32 | (u32)token;
+    }
+};

@@ -22,8 +22,9 @@ struct Memory {
     int* ending;            // (2,) on the host: how many tokens, and what ended the text
     const int* stop_ids;    // (LANES,), -1 where there is none
     // where tokens are drawn (DRAWS)
-    u64* sums;              // (2 DIGITS, SUMS), whatever they are
+    u64* sums;              // (ROUNDS, SUMS), whatever they are
     const float* uniforms;  // (n,), from 0 to below 1
+    int* history;           // (max_len,): the text's tokens, where there is a penalty
 };
 
 // Where the words of a stage lie.
@@ -32,8 +33,8 @@ struct Words {
     static constexpr int mid = qkv + N_QKV / PER;  // x after attention
     static constexpr int hidden = mid + D / PER;
     static constexpr int x = hidden + F / PER;
-    static constexpr int best = x + D / PER;       // of two tokens in turn, 3 of each CTA
-    static constexpr int drawn = best + 2 * 3 * GRID;  // 3 of each CTA
+    static constexpr int best = x + D / PER;       // of two tokens in turn, RECORD of each CTA
+    static constexpr int drawn = best + 2 * RECORD * GRID;  // 3 of each CTA
     static constexpr int chosen = drawn + 3 * GRID;
     static constexpr int attention = chosen + 2;
 };
@@ -74,7 +75,7 @@ struct Shared {
     alignas(16) float rotated[WARPS][E];
     alignas(16) float partial[WARPS + 1][E + 2];
     float kept[X_ROWS];                               // this CTA's rows of x
-    float best[3 * WARPS], records[3 * GRID];        // of the warps, of the CTAs
+    float best[RECORD * WARPS], records[RECORD * GRID];  // of the warps, of the CTAs
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                 // rows
 #if DRAWS
@@ -481,7 +482,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     const Model* model_at, const Memory* memory_at, int slot, int n_slots, int max_len, int token,
     int position, int n_tokens, int passes, int stride, u32 epoch, u64 timeout_ns
 #if DRAWS
-    , int top_k, int first, float temperature, float top_p, float min_p
+    , int top_k, int first, float temperature, float top_p, float min_p, float penalty
 #endif
 #if TRACE
     , u64* trace
@@ -519,7 +520,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
     const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
     const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
 #if DRAWS
-    const Drawing how{temperature, top_p, min_p, top_k, first};
+    const Drawing how{temperature, top_p, min_p, penalty, top_k};
+    if (penalty != 1.0f) see_all(s.drawn, memory.history, position + 1, head_first, head_rows, thread);
 #endif
     int ending = GROWING, count = 0;
 #if TRACE
@@ -652,8 +654,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         }
 
         // of each lane the best of its rows of the head, and the sum of exp(logit - best)
-        float best = LOWEST, total = 0.0f;
-        int id = V;
+        Best own;
         auto fetch_x = [&]() {
             gather<D / PER>(words + Words::x, here - 1, thread, patience, 4u << 28,
                       [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; }, straight);
@@ -661,14 +662,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         };
         auto add_logit = [&](int row, float logit) {
             if (row >= head_rows) return;
-#if DRAWS
-            s.drawn.logits[row] = logit;
-#endif
             if (!(logit == logit)) logit = INFINITE;  // a NaN is the best
-            const float larger = fmaxf(best, logit);
-            total = total * power_of_2((best - larger) * LOG2E) + power_of_2((logit - larger) * LOG2E);
-            if (logit > best) id = head_first + row;
-            best = larger;
+#if DRAWS
+            own.add(s.drawn.keep(row, logit, how), head_first + row, logit);
+#else
+            own.add(logit, head_first + row, logit);
+#endif
         };
         if constexpr (HEAD_BY_TENSOR_CORES) {
             run_head(consumer, head_rows, fetch_x, add_logit);
@@ -692,57 +691,42 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
             });
         }
         MARK(12, true)
-        // of equal ones the lower id
-        auto best_of_warp = [&]() {
-            const u32 mine = ordered(best), all = __reduce_max_sync(~0u, mine);
-            id = __reduce_min_sync(~0u, mine == all ? id : V);
-            const float larger = value_of_ordered(all);
-            total *= power_of_2((best - larger) * LOG2E);
-            best = larger;
-        };
-        best_of_warp();
-        total = sum_of_warp(total);
+        own.join_warp();
+        own.total = sum_of_warp(own.total);
 #if DRAWS
         remember_sums(s.drawn, memory.sums, how, thread);
-        const float uniform = memory.uniforms[how.first + t];
+        const float uniform = how.temperature > 0.0f ? memory.uniforms[first + t] : 0.0f;
 #endif
-        if (lane == 0) s.best[3 * warp] = best, s.best[3 * warp + 1] = __int_as_float(id), s.best[3 * warp + 2] = total;
+        if (lane == 0) own.store(s.best + RECORD * warp);
         barrier();
         const u32 of_best = epoch + (u32)t;
-        const int records = Words::best + (of_best & 1) * 3 * GRID;
+        const int records = Words::best + (of_best & 1) * RECORD * GRID;
         if (warp == 0) {
-            const int one = lane % WARPS;
-            best = s.best[3 * one], id = __float_as_int(s.best[3 * one + 1]);
-            total = lane < WARPS ? s.best[3 * one + 2] : 0.0f;
-            best_of_warp();
-            total = sum_of_warp(total);
-            publish(copy, records + 3 * cta, __float_as_uint(best), of_best, lane);
-            publish(copy, records + 3 * cta + 1, (u32)id, of_best, lane);
-            publish(copy, records + 3 * cta + 2, __float_as_uint(total), of_best, lane);
-            if (id < V)  // whichever is the next token, its row is in the L2
+            own.load(s.best + RECORD * (lane % WARPS));
+            if (lane >= WARPS) own.total = 0.0f;
+            own.join_warp();
+            own.total = sum_of_warp(own.total);
+            float record[RECORD];
+            own.store(record);
+#pragma unroll
+            for (int i = 0; i < RECORD; i++) publish(copy, records + RECORD * cta + i, __float_as_uint(record[i]), of_best, lane);
+            if (own.id < V)  // whichever is the next token, its row is in the L2
 #pragma unroll 1
                 for (int i = lane * 64; i < D; i += LANES * 64)
-                    prefetch(model.embedding + (long long)id * D + i);
+                    prefetch(model.embedding + (long long)own.id * D + i);
         }
-        gather<3 * GRID>(words + records, of_best, thread, patience, 4u << 28 | 1,
-                         [&](int i, u32 value) { s.records[i] = __uint_as_float(value); }, straight);
+        gather<RECORD * GRID>(words + records, of_best, thread, patience, 4u << 28 | 1,
+                              [&](int i, u32 value) { s.records[i] = __uint_as_float(value); }, straight);
         barrier();
         MARK(13, true)
-        best = LOWEST, id = V, total = 0.0f;
-#pragma unroll
-        for (int j = 0; j < (GRID + LANES - 1) / LANES; j++) {
-            const int i = j * LANES + lane;
-            if (i < GRID && s.records[3 * i] > best) best = s.records[3 * i], id = __float_as_int(s.records[3 * i + 1]);
-        }
-        best_of_warp();
-        token = id < V ? id : 0;
+        const float best = best_of_all(s.records, token, lane);
 
         const bool finite = best < INFINITE && best > LOWEST;
         float logit = best;
 #if DRAWS
         if (finite) {
-            token = draw(s.drawn, memory.sums, words, copy, Words::drawn, Words::chosen, how, uniform, best, head_first,
-                         head_rows, of_best, cta, thread, patience, 5u << 28);
+            token = draw(s.drawn, memory.sums, words, copy, Words::drawn, Words::chosen, how, uniform, best, token,
+                         head_first, head_rows, of_best, cta, thread, patience, 5u << 28);
             token = (u32)token < V ? token : 0;  // where a wait has timed out
             logit = __uint_as_float(s.drawn.chosen[1]);
         }
@@ -753,13 +737,16 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
             ending = STOPPED;
         } else {
             if (cta == 0 && warp == WARPS - 1) {
-                total = 0.0f;
-#pragma unroll 1
-                for (int i = lane; i < GRID; i += LANES) total += s.records[3 * i + 2] * power_of_2((s.records[3 * i] - best) * LOG2E);
-                total = sum_of_warp(total);
-                const u64 word = (u64)__float_as_uint(logit - best - log_2(total) / LOG2E) << 32 | (u32)token;
-                if (lane == 0) store_to_host(memory.written + count, word);
+                Normalizer normalizer;
+                normalizer.find(s.records, lane);
+                if (lane == 0) store_to_host(memory.written + count, normalizer.word_of(token, logit));
             }
+#if DRAWS
+            if (penalty != 1.0f && thread == 0) {
+                see(s.drawn.seen, token, head_first, head_rows);
+                if (cta == 0 && position + 1 < max_len) memory.history[position + 1] = token;
+            }
+#endif
             count++;
             if (count == n_tokens) ending = FULL;
         }

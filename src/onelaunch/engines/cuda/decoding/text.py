@@ -38,7 +38,7 @@ CHUNKS = 8
 FUSED_BYTES = 224 << 10
 """Of a head's rows of qkv, at most, for which attention computes them itself."""
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_DIGITS, _BINS, _SUMS = 4, 256, 272  # of draw.cu
+_ROUNDS, _BINS = 8, 256  # of search.cu
 _ABSENT = -1  # a word that no token has been written into
 
 
@@ -143,7 +143,9 @@ def _slots(
         + n * (of_cta + 3 * (ctas + WARPS))
     )
     if draws:
-        floats += -(-c.vocab_size // ctas) + 2 + 2 * 2 * _DIGITS * _BINS + 3 * _BINS + 3 * ctas + 64
+        of_head = -(-c.vocab_size // ctas) + 2  # rows, and a bit of each
+        floats += n * (of_head + -(-of_head // 32) + ctas + WARPS) + 3 * _BINS
+        floats += 2 * _ROUNDS * _BINS + 3 * ctas + 64 if n == 1 else 3 * _BINS * WARPS + 26 * n
     if n > 1:
         numbers += n * 2 * 64  # rows are apart
         widest = max(c.q_dim + 2 * c.kv_dim, 2 * c.hidden_dim)
@@ -174,7 +176,8 @@ def macros(
         "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": grid.replicas,
     }  # fmt: skip
     if grid.sequences > 1:
-        return shape | {"SEQUENCES": grid.sequences, "ALONE": int(grid.alone(c))}
+        alone = int(grid.alone(c))
+        return shape | {"SEQUENCES": grid.sequences, "ALONE": alone, "DRAWS": int(draws)}
     of_head = 3 * c.head_dim * c.dim * dtype.itemsize
     on_tensor_cores = dtype == torch.bfloat16 and c.dim % 32 == c.head_dim % 16 == 0
     fused = on_tensor_cores and of_head <= FUSED_BYTES
@@ -184,8 +187,8 @@ def macros(
 @cache
 def source(several: bool = False) -> str:
     """A kernel's source."""
-    own = ("texts.cu",) if several else ("draw.cu", "text.cu")
-    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", *own)
+    own = ("draws.cu", "texts.cu") if several else ("draw.cu", "text.cu")
+    folder, names = Path(__file__).parent, ("device.cu", "parts.cu", "search.cu", *own)
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 

@@ -19,8 +19,13 @@ struct Memory {
     u64* written;           // (sequences, max_len) on the host: tokens and logprobs; all bits set before
     int* ending;            // (sequences, 2) on the host: how many tokens, and what ended the text
     const int* stop_ids;    // (sequences, LANES), -1 where there is none
-    const int* sequences;   // (sequences, 4): slot, last token, its position, how many tokens
+    const int* sequences;   // (sequences, SEQUENCE_INTS): slot, last token, its position, how many tokens;
+                            // where tokens are drawn, how many there are, and what they are drawn by
+    u64* sums;              // of each group SUMS_OF_GROUP, all zero
+    const float* uniforms;  // (slots, max_len), from 0 to below 1
+    int* history;           // (slots, max_len): the texts' tokens, where there is a penalty
 };
+constexpr int SEQUENCE_INTS = 10;
 
 constexpr int R = SEQUENCES, BLOCKS = R / 8;  // of columns
 constexpr int OWN = R / WARPS;                // sequences of a warp, when tokens are chosen: every WARPS-th
@@ -32,8 +37,10 @@ struct Words {
     static constexpr int mid = qkv + R * N_QKV / 2;  // x after attention
     static constexpr int hidden = mid + R * D / 2;
     static constexpr int x = hidden + R * F / 2;
-    static constexpr int best = x + R * D / 2;       // of two tokens in turn, 3 of each CTA
-    static constexpr int attention = best + 2 * R * 3 * GRID;
+    static constexpr int best = x + R * D / 2;       // of two tokens in turn, RECORD of each CTA
+    static constexpr int drawn = best + 2 * R * RECORD * GRID;  // 3 of each CTA
+    static constexpr int chosen = drawn + R * 3 * GRID;
+    static constexpr int attention = chosen + R * 2;
 };
 
 // ---- the ring of weights: tiles of 16 rows and some columns
@@ -89,7 +96,10 @@ struct Shared {
     alignas(16) float sums[SUMS * 16][R];                 // of the warps' parts of products
     float kept[2][X_ROWS][R];                             // this CTA's rows of x, before and after attention
     float rstd[R];
-    float best[WARPS][R][3], records[R][3 * GRID];        // of the warps, of the CTAs
+    float best[WARPS][R][RECORD], records[R][RECORD * GRID];  // of the warps, of the CTAs
+#if DRAWS
+    DrawnTexts drawn;
+#endif
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                     // rows
     int slot[R], token[R], position[R], ending[R];
@@ -244,31 +254,6 @@ DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int
     }
 }
 
-// `gather` (parts.cu) of n words in a row, MOST at most.
-template <int MOST, class Take>
-DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Patience patience, u32 where, Take take) {
-    constexpr int EACH = (MOST + THREADS - 1) / THREADS, ROUNDS = (EACH + 11) / 12, AT_ONCE = (EACH + ROUNDS - 1) / ROUNDS;
-#pragma unroll 1
-    for (int base = thread; base - thread < n; base += AT_ONCE * THREADS) {
-        u64 word[AT_ONCE];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++)
-            word[j] = base + j * THREADS < n ? load_word(words + base + j * THREADS) : (u64)epoch << 32;
-        while (true) {
-            bool all = true;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++)
-            if (base + j * THREADS < n) take(base + j * THREADS, (u32)word[j]);
-    }
-}
-
 // `attend` (parts.cu) by one warp.
 DEVICE void attend_alone(
     Shared& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
@@ -384,7 +369,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
     Memory memory = *memory_at;
     memory.words += (long long)group * REPLICAS * stride;
     memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
-    memory.stop_ids += first_sequence * LANES, memory.sequences += 4 * first_sequence;
+    memory.stop_ids += first_sequence * LANES, memory.sequences += SEQUENCE_INTS * first_sequence;
     const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
     Patience patience{memory.status, timeout_ns};
 
@@ -395,9 +380,13 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
         s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
     }
     if (thread < n) {
-        const int* sequence = memory.sequences + 4 * thread;
+        const int* sequence = memory.sequences + SEQUENCE_INTS * thread;
         s.slot[thread] = sequence[0], s.token[thread] = sequence[1], s.position[thread] = sequence[2];
         s.ending[thread] = GROWING;
+#if DRAWS
+        s.drawn.how[thread] = {__int_as_float(sequence[6]), __int_as_float(sequence[7]), __int_as_float(sequence[8]),
+                               __int_as_float(sequence[9]), sequence[5]};
+#endif
     }
     if (thread == 0) s.issued = s.ended = 0;
     show_to_copies();
@@ -419,10 +408,29 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         const int own = warp + i * WARPS < n ? warp + i * WARPS : 0;
-        stop_id[i] = memory.stop_ids[own * LANES + lane], limit[i] = memory.sequences[4 * own + 3];
+        stop_id[i] = memory.stop_ids[own * LANES + lane], limit[i] = memory.sequences[SEQUENCE_INTS * own + 3];
         count[i] = 0;
     }
     bool all_ended = false;
+#if DRAWS
+    // which tokens each text has
+#pragma unroll 1
+    for (int r = warp; r < n; r += WARPS) {
+        if (s.drawn.how[r].penalty == 1.0f) continue;
+        for (int i = lane; i < SEEN_WORDS; i += LANES) s.drawn.seen[r][i] = 0;
+        __syncwarp();
+        const int* history = memory.history + (long long)s.slot[r] * max_len;
+#pragma unroll 1
+        for (int i = lane; i <= s.position[r]; i += LANES) see(s.drawn.seen[r], history[i], head_first, head_rows);
+    }
+    u64* sums = memory.sums + (long long)group * SUMS_OF_GROUP;
+    auto uniform = [&](int r) {
+        const int* sequence = memory.sequences + SEQUENCE_INTS * r;
+        // of how many tokens there were, and have come since
+        return memory.uniforms[(long long)sequence[0] * max_len + sequence[4] + s.position[r] - sequence[2]];
+    };
+    barrier();
+#endif
 
 #pragma unroll 1
     for (int t = 0; t < n_tokens && !all_ended; t++) {
@@ -521,11 +529,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
             add_to_x([&](int row, int r) { return sum_of<DOWN>(s, row, r); }, 1, Words::x);
         }
 
-        // head: of each lane the best of its rows for its columns, and the sums of exp(logit - best)
-        float best[2 * BLOCKS], total[2 * BLOCKS];
-        int id[2 * BLOCKS];
-#pragma unroll
-        for (int k = 0; k < 2 * BLOCKS; k++) best[k] = LOWEST, total[k] = 0.0f, id[k] = V;
+        // head: of each lane the best of its rows for its columns
+        Best best[2 * BLOCKS];
         {
             constexpr Columns COLUMN = columns_of(HEAD);
             const int blocks = (head_rows + 15) / 16, row = lane / 4;
@@ -544,10 +549,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
             auto add_logit = [&](int row, int k, float logit) {
                 if (row >= head_rows) return;
                 if (!(logit == logit)) logit = INFINITE;  // a NaN is the best
-                const float larger = fmaxf(best[k], logit);
-                total[k] = total[k] * power_of_2((best[k] - larger) * LOG2E) + power_of_2((logit - larger) * LOG2E);
-                if (logit > best[k]) id[k] = head_first + row;
-                best[k] = larger;
+#if DRAWS
+                const int r = k / 2 * 8 + lane % 4 * 2 + k % 2;
+                if (r < n) best[k].add(s.drawn.keep(r, row, logit), head_first + row, logit);
+#else
+                best[k].add(logit, head_first + row, logit);
+#endif
             };
 #pragma unroll 1
             for (int block = warp; block < blocks; block += WARPS) {
@@ -570,81 +577,85 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
             __syncwarp();
             if (lane == 0) *(volatile u32*)&s.progress[warp] = consumer.tile;
         }
-        // of two records the better one, and of equal ones that of the lower id
-        auto join = [&](float& best, int& id, float& total, int step) {
-            const float other = __shfl_xor_sync(~0u, best, step), other_total = __shfl_xor_sync(~0u, total, step);
-            const int other_id = __shfl_xor_sync(~0u, id, step);
-            const float larger = fmaxf(best, other);
-            total = total * power_of_2((best - larger) * LOG2E) + other_total * power_of_2((other - larger) * LOG2E);
-            if (other > best || (other == best && other_id < id)) id = other_id;
-            best = larger;
-        };
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; k++) {
 #pragma unroll
-            for (int step = 4; step < LANES; step *= 2) join(best[k], id[k], total[k], step);
-            if (lane < 4) {
-                float* to = s.best[warp][k / 2 * 8 + 2 * lane + k % 2];
-                to[0] = best[k], to[1] = __int_as_float(id[k]), to[2] = total[k];
-            }
+            for (int step = 4; step < LANES; step *= 2) best[k].join_lane(step);
+            if (lane < 4) best[k].store(s.best[warp][k / 2 * 8 + 2 * lane + k % 2]);
         }
         barrier();
         const u32 of_best = epoch + (u32)t;
-        const int records = Words::best + (of_best & 1) * R * 3 * GRID;
+        const int records = Words::best + (of_best & 1) * R * RECORD * GRID;
 #pragma unroll 1
         for (int r = warp; r < n; r += WARPS) {
-            const float* mine = s.best[lane % WARPS][r];
-            float of_cta = mine[0], sum = mine[2];
-            int its_id = __float_as_int(mine[1]);
+            Best of_cta;
+            of_cta.load(s.best[lane % WARPS][r]);
 #pragma unroll
-            for (int step = 1; step < WARPS; step *= 2) join(of_cta, its_id, sum, step);
-            const int at = records + r * 3 * GRID + 3 * cta;
-            publish(copy, at, __float_as_uint(of_cta), of_best, lane);
-            publish(copy, at + 1, (u32)its_id, of_best, lane);
-            publish(copy, at + 2, __float_as_uint(sum), of_best, lane);
-            if (its_id < V)  // whichever is the next token, its row is in the L2
+            for (int step = 1; step < WARPS; step *= 2) of_cta.join_lane(step);
+            float record[RECORD];
+            of_cta.store(record);
+            const int at = records + (r * GRID + cta) * RECORD;
+#pragma unroll
+            for (int i = 0; i < RECORD; i++) publish(copy, at + i, __float_as_uint(record[i]), of_best, lane);
+            if (of_cta.id < V)  // whichever is the next token, its row is in the L2
 #pragma unroll 1
-                for (int i = lane * 64; i < D; i += LANES * 64) prefetch(model.embedding + (long long)its_id * D + i);
+                for (int i = lane * 64; i < D; i += LANES * 64) prefetch(model.embedding + (long long)of_cta.id * D + i);
         }
-        gather_row<R * 3 * GRID>(words + records, n * 3 * GRID, of_best, thread, patience, 4u << 28 | 1,
-                    [&](int i, u32 value) { s.records[i / (3 * GRID)][i % (3 * GRID)] = __uint_as_float(value); });
+        gather_row<R * RECORD * GRID>(words + records, n * RECORD * GRID, of_best, thread, patience, 4u << 28 | 1,
+                                      [&](int i, u32 value) { s.records[0][i] = __uint_as_float(value); });
         barrier();
+        int token[OWN];
+        float logit[OWN];
+        Normalizer normalizer[OWN];
+        bool finite[OWN];
+#pragma unroll
+        for (int own = 0; own < OWN; own++) {
+            const int r = warp + own * WARPS;
+            if (r >= n) continue;
+            logit[own] = best_of_all(s.records[r], token[own], lane);
+            finite[own] = logit[own] < INFINITE && logit[own] > LOWEST;
+            if (cta == 0) normalizer[own].find(s.records[r], lane);
+#if DRAWS
+            s.drawn.best[r] = logit[own], s.drawn.id[r] = finite[own] && s.ending[r] == GROWING ? token[own] : V;
+#endif
+        }
+#if DRAWS
+        barrier();
+        // the records of what is best have been read: there is room for those of what is kept
+        draw_all(s.drawn, (u32*)s.records[0], sums, words, copy, Words::drawn, Words::chosen, uniform, n, head_first,
+                 head_rows, of_best, cta, thread, patience, 5u << 28);
+#endif
 #pragma unroll
         for (int own = 0; own < OWN; own++) {
             const int r = warp + own * WARPS;
             if (r >= n || s.ending[r] != GROWING) continue;
-            const float* mine = s.records[r];
-            float largest = LOWEST;
-            int its_id = V;
-#pragma unroll
-            for (int j = 0; j < (GRID + LANES - 1) / LANES; j++) {
-                const int i = j * LANES + lane;
-                if (i < GRID && mine[3 * i] > largest) largest = mine[3 * i], its_id = __float_as_int(mine[3 * i + 1]);
-            }
-            const u32 all = __reduce_max_sync(~0u, ordered(largest));
-            const int token = __reduce_min_sync(~0u, ordered(largest) == all ? its_id : V);
-            largest = value_of_ordered(all);
+#if DRAWS
+            token[own] = (int)s.drawn.chosen[2 * r], logit[own] = __uint_as_float(s.drawn.chosen[2 * r + 1]);
+            token[own] = (u32)token[own] < V ? token[own] : 0;  // where a wait has timed out
+#endif
             int ending = GROWING;
-            if (!(largest < INFINITE && largest > LOWEST)) {
+            if (!finite[own]) {
                 ending = NOT_FINITE;
-            } else if (__any_sync(~0u, stop_id[own] == token)) {
+            } else if (__any_sync(~0u, stop_id[own] == token[own])) {
                 ending = STOPPED;
             } else {
-                if (cta == 0) {
-                    float sum = 0.0f;
-#pragma unroll 1
-                    for (int i = lane; i < GRID; i += LANES) sum += mine[3 * i + 2] * power_of_2((mine[3 * i] - largest) * LOG2E);
-                    sum = sum_of_warp(sum);
-                    const u64 word = (u64)__float_as_uint(-log_2(sum) / LOG2E) << 32 | (u32)token;
-                    if (lane == 0) store_to_host(memory.written + (long long)r * max_len + count[own], word);
-                }
+                if (cta == 0 && lane == 0)
+                    store_to_host(memory.written + (long long)r * max_len + count[own],
+                                  normalizer[own].word_of(token[own], logit[own]));
                 count[own]++;
                 if (count[own] == limit[own]) ending = FULL;
+#if DRAWS
+                if (s.drawn.how[r].penalty != 1.0f && lane == 0) {
+                    see(s.drawn.seen[r], token[own], head_first, head_rows);
+                    const int next = s.position[r] + 1;
+                    if (cta == 0 && next < max_len) memory.history[(long long)s.slot[r] * max_len + next] = token[own];
+                }
+#endif
             }
             __syncwarp();
             if (lane == 0) {
                 s.ending[r] = ending;
-                if (ending == GROWING) s.token[r] = token, s.position[r]++;
+                if (ending == GROWING) s.token[r] = token[own], s.position[r]++;
             }
         }
         barrier();
