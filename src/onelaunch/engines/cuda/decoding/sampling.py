@@ -41,10 +41,11 @@ _LARGEST = tl.constexpr(LARGEST_FLOAT)
 
 
 class Row(NamedTuple):
-    """A row's logits, (V,), float32; where it has a penalty, 1 for the tokens that it is for, (V,),
-    int32, else None. Of as many bytes as a logit: with fewer, Triton would give more tokens to a
-    thread, also where there is no penalty, and every sum had another order. To be built where it is
-    passed: bound to a name, None becomes a tensor."""
+    """A row's logits, (V,), float32, and its penalty: `seen`, (V,), int32, is 1 for the tokens that
+    it is for. None, both, without one. To be built where it is passed, like stages.common.Run.
+
+    `seen` has as many bytes a token as the logits: with one byte Triton gives each thread four
+    times as many tokens, in rows without a penalty too, and every sum gets another order."""
 
     logits: Any
     seen: Any
