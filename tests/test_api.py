@@ -63,6 +63,15 @@ def test_a_text_is_what_the_command_line_writes(model, path):
     assert written == text + "\n"
 
 
+def test_a_repetition_penalty_reaches_the_engine(model):
+    how = {"max_new_tokens": 12, "temperature": 0.7, "repetition_penalty": 0.3, "seed": 5}
+    sampling = Sampling(0.7, 0, 0.9, 0.0, 5, 0.3)
+    text = model.generate("Once upon", **how)
+    assert [text] == expected(model, ["Once upon"], 12, sampling)
+    assert text == "".join(model.stream("Once upon", **how))
+    assert text != model.generate("Once upon", **{**how, "repetition_penalty": 1.0})
+
+
 def test_a_list_gives_a_list(model):
     prompts = ["Once", "One day", "Once"]
     texts = model.generate(prompts, max_new_tokens=8, temperature=1.0, seed=2)

@@ -144,6 +144,7 @@ class LanguageModel:
         top_k: int = ...,
         top_p: float = ...,
         min_p: float = ...,
+        repetition_penalty: float = ...,
         seed: int = ...,
         stop: str | Sequence[str] = ...,
         stop_ids: Sequence[int] = ...,
@@ -159,6 +160,7 @@ class LanguageModel:
         top_k: int = ...,
         top_p: float = ...,
         min_p: float = ...,
+        repetition_penalty: float = ...,
         seed: int = ...,
         stop: str | Sequence[str] = ...,
         stop_ids: Sequence[int] = ...,
@@ -173,6 +175,7 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 0.9,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
@@ -181,8 +184,8 @@ class LanguageModel:
 
         max_new_tokens: a text ends after so many tokens, or before, where the model's context is
             full or at one of the model's own stop ids.
-        temperature, top_k, top_p, min_p, seed: how tokens are drawn, see `Sampling`; temperature 0
-            takes the most likely token each time.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, see
+            `Sampling`; temperature 0 takes the most likely token each time.
         stop: a string that ends a text, or several; it does not come back.
         stop_ids: further token ids that end it.
         Without a prompt a text begins at BOS.
@@ -192,7 +195,8 @@ class LanguageModel:
         """
         decoding = self.decode(
             prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_ids=stop_ids,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+            stop_ids=stop_ids,
         )  # fmt: skip
         texts = [completion.text or "" for completion in decoding.finish()]
         return texts[0] if isinstance(prompt, str) else texts
@@ -206,6 +210,7 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 0.9,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
@@ -215,7 +220,8 @@ class LanguageModel:
         for other things meanwhile."""
         decoding = self.decode(
             prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_ids=stop_ids,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+            stop_ids=stop_ids,
         )  # fmt: skip
 
         def pieces() -> Iterator[str]:
@@ -235,6 +241,7 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 0.9,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
@@ -254,7 +261,7 @@ class LanguageModel:
         texts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
             raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
         tokenizer = self._tokenizer_for(texts, ids_only)
         ends = {*self.checkpoint.stop_ids, *(tokenizer.stop_ids if tokenizer else ()), *stop_ids}
         known = sorted(i for i in ends if i < self.config.vocab_size)

@@ -55,6 +55,7 @@ RANDOM = ["generate", "stories260k", "--random", "--ids"]
         ([*RANDOM, "--top-k", "-1"], "--top-k -1: must be"),
         ([*RANDOM, "--top-p", "0"], "--top-p 0.0: must be"),
         ([*RANDOM, "--min-p", "2"], "--min-p 2.0: must be"),
+        ([*RANDOM, "--repetition-penalty", "0"], "--repetition-penalty 0.0: must be"),
         (["generate", ""], "MODEL is empty"),
         (
             ["generate", "stories15m"],

@@ -28,8 +28,8 @@ eval MODEL --data DIR [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--jso
     [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
     [--max-new-tokens N] [--stop TEXT...] [--temperature T] [--top-k K] [--top-p P] [--min-p P]
-    [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--fusion-depth
-    DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
+    [--repetition-penalty X] [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE]
+    [--threads N] [--fusion-depth DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
 tune MODEL [--batch N] [--seq N] [--random] [--device DEVICE] [--dtype DTYPE] [--json] [--quiet]
     [--debug]
 export MODEL OUT --format FORMAT [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]

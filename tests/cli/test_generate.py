@@ -130,6 +130,13 @@ def test_the_defaults_are_llama2cs(model, onelaunch):
     assert onelaunch("generate", model, "--temperature", "0")[1] != plain
 
 
+def test_a_repetition_penalty_keeps_tokens_from_coming_again(model, written):
+    options = (model, "--temperature", "0", "--max-new-tokens", "30", "--ids", "--no-echo")
+    ids = ids_of(written(*options, "--prompt", "ab", "--repetition-penalty", "1e9"))
+    assert len({100, 101, *ids}) == 2 + len(ids)
+    assert written(*options, "--repetition-penalty", "1") == written(*options)
+
+
 def test_ids_are_those_of_the_text(model, written):
     options = (model, "--max-new-tokens", "6", "--seed", "3")
     alone = ids_of(written(*options, "--prompt", "ab", "--ids", "--no-echo"))
@@ -273,6 +280,7 @@ def test_bad_input_is_one_line_and_exit_2(model, onelaunch, tmp_path):
         (("--top-p", "0"), "top-p"),
         (("--top-k", "-1"), "top-k"),
         (("--min-p", "2"), "min-p"),
+        (("--repetition-penalty", "nan"), "repetition-penalty"),
         (("--threads", "0"), "--threads"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
     ]:

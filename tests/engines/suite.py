@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.engines.engine import Engine, Request, Sampling, Session, TokenEvent
+from onelaunch.engines.sampling import uniforms
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.generation.decode import generate_ids
 from onelaunch.model import (
@@ -94,6 +95,15 @@ def greedy_by_recomputing(
     for _ in range(n):
         ids.append(int(exact_logits(config, weights, torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def penalised_exactly(logits_V: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
+    """The logits with the repetition penalty of the tokens `ids`, by its definition."""
+    changed_V = logits_V.double().clone()
+    for token in set(ids):
+        z = changed_V[token].item()
+        changed_V[token] = z / penalty if z > 0 else z * penalty
+    return changed_V
 
 
 def rows_of_tokens(
@@ -220,6 +230,34 @@ class EngineSuite:
         assert text(5) == text(5)
         assert len({tuple(text(seed)) for seed in (0, 1, -1, 2**70)}) == 4
 
+    @pytest.mark.parametrize("penalty", [1.3, 0.7])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_a_repetition_penalty_is_that_of_the_definition(self, engine, temperature, penalty):
+        """Each new token, by exact logits of the prompt and the tokens before it: the best one, or
+        the one that the random number draws, as far as the engine's logits are exact."""
+        prompt, error = [5, 17, 3, 17], 2 * self.logprob_error
+        sampling = Sampling(temperature, seed=3, repetition_penalty=penalty)
+        (new,) = generate_ids(engine, [prompt], 12, sampling)
+        assert len(new) == 12
+        assert [new] != generate_ids(engine, [prompt], 12, Sampling(temperature, seed=3))
+        tokens = torch.tensor([[*prompt, *new[:-1]]])
+        exact_SV = exact_logits(SMALL, self.held(weights_of(SMALL)), tokens)[0, len(prompt) - 1 :]
+        for n, u in enumerate(uniforms(3, prompt, 0, 12).tolist()):
+            z_V = penalised_exactly(exact_SV[n], [*prompt, *new[:n]], penalty)
+            if temperature == 0:
+                assert z_V[new[n]] >= z_V.max() - error
+            else:
+                reached = z_V.softmax(-1)[: new[n] + 1].cumsum(0)
+                before = reached[-2].item() if new[n] else 0.0
+                assert before - error <= u <= reached[-1] + error
+
+    def test_a_large_repetition_penalty_lets_no_token_come_again(self, engine):
+        """While there is another one with a positive logit."""
+        prompts = [[5, 17, 3], [9], [7, 60, 7, 2]]
+        sampling = Sampling(repetition_penalty=1e9)
+        for prompt, new in zip(prompts, generate_ids(engine, prompts, 12, sampling), strict=True):
+            assert len({*prompt, *new}) == len(set(prompt)) + 12
+
     def test_sampling_leaves_the_global_random_state_alone(self, engine):
         before = torch.get_rng_state()
         generate_ids(engine, [[1]], 4, Sampling(temperature=1.0))
@@ -240,12 +278,16 @@ class EngineSuite:
             Request(3, [7] * 11, 0),
             Request(4, [60, 0], 12, Sampling(1.2, top_p=0.8, min_p=0.01)),
             Request(5, [4, 9, 2, 33], 9, Sampling(1.0, seed=3)),
+            Request(6, [7] * 11, 12, Sampling(repetition_penalty=1.3)),
+            Request(7, [7] * 11, 12, Sampling(1.0, seed=4, repetition_penalty=0.7)),
+            Request(8, [7] * 11, 12),
         ]
         alone = {}
         for request in requests:
             alone |= run(engine, [request])
         assert alone[3] == ([], "length")
         assert len(alone[2][0]) == 5
+        assert alone[6] != alone[8]
         assert run(engine, requests, max_batch=3) == alone
         assert run(engine, requests, max_batch=16) == alone
         session = engine.session(4)
@@ -279,7 +321,12 @@ class EngineSuite:
         assert len(found[1][0]) == 1
 
     def test_logprobs_are_those_of_the_definition(self, engine):
-        for sampling in (Sampling(), Sampling(1.5, top_k=7, seed=2)):
+        for sampling in (
+            Sampling(),
+            Sampling(1.5, top_k=7, seed=2),
+            Sampling(repetition_penalty=1.3),
+            Sampling(1.5, seed=2, repetition_penalty=0.7),
+        ):
             session = engine.session(2)
             session.submit(Request(0, [5, 17, 3], 8, sampling, logprobs=True))
             session.submit(Request(1, [5, 17, 3], 8, sampling))
@@ -479,14 +526,16 @@ class EngineSuite:
         with pytest.raises(BadInput, match="context of 24"):
             engine.logits(torch.zeros(1, SMALL.max_seq_len + 1, dtype=torch.int64))
 
+    @pytest.mark.parametrize("penalty", [1.0, 1.3])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_logits_that_are_not_finite_stop_the_run(self, value, temperature):
+    def test_logits_that_are_not_finite_stop_the_run(self, value, temperature, penalty):
         weights = dict(weights_of(SMALL))
         weights["norm.weight"] = weights["norm.weight"].clone()
         weights["norm.weight"][0] = value
+        sampling = Sampling(temperature, repetition_penalty=penalty)
         with pytest.raises(RunFailed, match="not finite"):
-            generate_ids(self.make(SMALL, weights), [[1]], 3, Sampling(temperature))
+            generate_ids(self.make(SMALL, weights), [[1]], 3, sampling)
 
     def test_a_request_that_is_not_finite_ends_and_the_others_go_on(self):
         weights = dict(weights_of(SMALL))

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from onelaunch.engines.engine import Sampling
-from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, sample_numbers, uniforms
+from onelaunch.engines.sampling import (
+    LARGEST_FLOAT,
+    LARGEST_UNIFORM,
+    draw,
+    penalised,
+    sample_numbers,
+    uniforms,
+)
 from onelaunch.errors import BadInput
 
 
@@ -130,6 +137,54 @@ def test_the_largest_number_never_falls_off_the_end():
         assert draw(logits, Sampling(1.0), largest).item() < 97
 
 
+@pytest.mark.parametrize("penalty", [1.3, 0.7, 1.0, 2.0, 1e-3, 1e4])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_repetition_penalty_is_transformers(penalty, seed):
+    transformers = pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = 4 * torch.randn(300, generator=generator)
+    logits_V[[7, 8]] = 0.0
+    ids = [7, *torch.randint(300, (50,), generator=generator).tolist(), 7]
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    expected_1V = theirs(torch.tensor([ids]), logits_V[None].clone())
+    assert torch.equal(penalised(logits_V, ids, penalty), expected_1V[0])
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_repetition_penalty_of_each_token_once(penalty, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = torch.randn(40, generator=generator)
+    before_V = logits_V.clone()
+    ids = torch.randint(40, (25,), generator=generator).tolist()
+    found_V = penalised(logits_V, [*ids, *ids[:9]], penalty)
+    assert torch.equal(logits_V, before_V)
+    for token, (z, found) in enumerate(zip(before_V.double(), found_V.double(), strict=True)):
+        expected = z if token not in ids else z / penalty if z > 0 else z * penalty
+        assert found == pytest.approx(float(expected), rel=3e-7)
+        assert token in ids or found == z
+        assert token not in ids or (found < z) == (penalty > 1)
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-40, 1e-30, 1e30, 1e39, 1.7e308])
+def test_the_repetition_penalty_leaves_numbers_finite_and_others_alone(penalty):
+    inf, nan = float("inf"), float("nan")
+    logits_V = torch.tensor([0.0, 3e38, -3e38, 2.0, -2.0, inf, -inf, nan, 1.0])
+    found = penalised(logits_V, range(8), penalty).tolist()
+    assert found[0] == 0.0
+    assert all(abs(z) <= LARGEST_FLOAT for z in found[:5])
+    assert all(a >= 0 >= b for a, b in ((found[1], found[2]), (found[3], found[4])))
+    assert found[5:7] == [inf, -inf]
+    assert np.isnan(found[7])
+    assert found[8] == 1.0
+    if penalty > 1:
+        assert found[1] < 1e9
+        assert found[2] == -LARGEST_FLOAT
+    else:
+        assert found[1] == LARGEST_FLOAT
+        assert found[2] > -1e9
+
+
 def test_copies_of_a_prompt_are_numbered():
     assert sample_numbers([[1], [2, 1], [1], (2, 1), [1], [2]]) == [0, 0, 1, 1, 2, 0]
 
@@ -160,6 +215,10 @@ def test_uniforms_depend_on_seed_prompt_and_copy_alone():
         {"min_p": -0.1},
         {"min_p": 1.1},
         {"min_p": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.3},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": float("nan")},
     ],
     ids=str,
 )

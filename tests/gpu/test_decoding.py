@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,6 +41,55 @@ def test_a_text_is_the_same_each_time_alone_and_among_others(sampling, max_batch
         assert run(engine, [request], max_batch)[request.id] == together[request.id]
     # with less room: the others wait
     assert run(engine, requests, 2) == run(engine, requests[::-1], 2)
+
+
+@pytest.mark.parametrize("max_batch", [1, 8, 16, 64])
+@pytest.mark.parametrize("temperature", [0.0, 1.1])
+def test_a_repetition_penalty_alone_and_among_others(temperature, max_batch):
+    """A request's tokens are the same where others have a penalty, or none, and where some leave:
+    graphs of both kinds follow one another."""
+    engine = CudaEngine(LONGER, weights_of(LONGER), "cuda")
+    plain = requests_of(6, 40, 300, Sampling(temperature, top_k=30, seed=1))
+    requests = [
+        replace(
+            each,
+            max_new_tokens=40 + 50 * each.id,
+            sampling=replace(each.sampling, repetition_penalty=penalty),
+        )
+        for each, penalty in zip(plain, [1.0, 1.3, 1.0, 0.7, 1.3, 1.0], strict=True)
+    ]
+    together = run(engine, requests, max_batch)
+    assert run(engine, requests, max_batch) == together
+    assert run(engine, requests[::-1], max_batch) == together
+    for request in requests:
+        alone = run(engine, [request], max_batch)[request.id]
+        assert alone == together[request.id]
+        free = replace(request, sampling=replace(request.sampling, repetition_penalty=1.0))
+        same = run(engine, [free], max_batch)[request.id] == alone
+        assert same == (not request.sampling.penalises)
+    # room for one at a time: a slot's table is that of its sequence alone
+    assert run(engine, requests, 1) == run(engine, requests[::-1], 1)
+
+
+def test_rows_without_a_penalty_have_the_same_bits_among_rows_with_one():
+    """Tokens and logprobs, drawn with filters, of vocabularies that one block holds or does not."""
+    for vocab_size in (4096, 40_000):
+        config = SMALL.with_(vocab_size=vocab_size, max_seq_len=64)
+        engine = CudaEngine(config, weights_of(config), "cuda")
+        sampling = Sampling(1.2, top_k=300, top_p=0.95, seed=2)
+        requests = [Request(i, [i + 1], 60, sampling, logprobs=True) for i in range(4)]
+        other = Request(9, [3], 60, replace(sampling, repetition_penalty=1.3))
+        events = []
+        for batch in (requests, [other, *requests]):
+            session = engine.session(8)
+            for request in batch:
+                session.submit(request)
+            found = []
+            while sum(event.finish is not None for event in found) < len(batch):
+                found += session.step()
+            session.close()
+            events.append([[e for e in found if e.id == request.id] for request in requests])
+        assert events[0] == events[1]
 
 
 @pytest.mark.parametrize("max_batch", [1, 16])

@@ -63,6 +63,15 @@ def generate(
             "--min-p", metavar="P", help="Draw among those P times as likely as the best; 0: all."
         ),
     ] = 0.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="X",
+            help="Above 1, tokens of the prompt and of the text so far become less likely, "
+            "below 1 more likely; 1: neither.",
+        ),
+    ] = 1.0,
     seed: Annotated[
         int,
         typer.Option(
@@ -144,7 +153,8 @@ def generate(
     with LanguageModel(loaded, engine, how, tokenizer, out.notice) as opened:
         decoding = opened.decode(
             texts or [""], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, seed=seed, stop=stop or (), ids_only=ids,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
+            stop=stop or (), ids_only=ids,
         )  # fmt: skip
         if trace is not None and traced is not None:
             written = [each.prompt.ids for each in decoding.completions] if texts else []

@@ -29,12 +29,19 @@ STEP_SECONDS = 0.02
 class Sampling:
     """How the next token is chosen from its logits.
 
+    First the logit of each token that is in the prompt or among the new tokens so far is divided by
+    `repetition_penalty` where it is positive, and multiplied by it where it is negative: above 1
+    such tokens become less likely, below 1 more likely, 1 changes nothing (Keskar et al. 2019,
+    CTRL).
+
     temperature 0 takes the most likely token. Otherwise the logits are divided by it, then
     `top_k` keeps the k most likely (0: all), `min_p` those at least `min_p` times as likely as
     the best (0: all), `top_p` the smallest set whose probability reaches it (1: all), and one of
     what is left is drawn. The same seed draws the same tokens on the same engine: a request's
     random numbers depend on the seed, its prompt and its sample number alone, not on what else is
     generated with it.
+
+    Raises BadInput for a number out of range.
     """
 
     temperature: float = 0.0
@@ -42,6 +49,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -52,10 +60,20 @@ class Sampling:
             raise BadInput(f"top_p={self.top_p}: must be above 0 and at most 1")
         if not 0.0 <= self.min_p <= 1.0:
             raise BadInput(f"min_p={self.min_p}: must be from 0 to 1")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise BadInput(
+                f"repetition_penalty={self.repetition_penalty}: must be positive and finite; "
+                "1 is none"
+            )
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether there is a repetition penalty."""
+        return self.repetition_penalty != 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +106,8 @@ class TokenEvent(NamedTuple):
 
     id: the request's.
     token: the new token; None where the request ends without one.
-    logprob: the natural logarithm of the token's probability before temperature and filters, where
-        it was requested.
+    logprob: the natural logarithm of the token's probability before penalty, temperature and
+        filters, where it was requested.
     finish: why the request ended; None where it goes on. The last event of a request has one.
     error: what went wrong, where finish is "error".
     """

@@ -1,4 +1,4 @@
-"""Drawing one token from logits, in PyTorch. V vocabulary, C candidates left by the filters."""
+"""Choosing one token by its logits, in PyTorch. V vocabulary, C candidates left by the filters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from onelaunch.engines.engine import Request, Sampling
 
 # Below this a float32 quotient overflows for every logit but the best: it is greedy already.
 _SMALLEST_TEMPERATURE = 1e-30
+
+SMALLEST_PENALTY, LARGEST_FLOAT = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 """The float32 before 1; times any total it rounds to less than the total."""
@@ -49,6 +51,26 @@ def uniforms(seed: int, prompt: Sequence[int], sample: int, n: int) -> Tensor:
     # 17 million times. The bound undoes the rounding up to 1.
     fine = torch.rand(n, generator=generator, dtype=torch.float64)
     return fine.float().clamp_(max=LARGEST_UNIFORM)
+
+
+def float32_penalty(penalty: float) -> float:
+    """A repetition penalty within the range of float32: neither 0 nor infinite there."""
+    return min(max(penalty, SMALLEST_PENALTY), LARGEST_FLOAT)
+
+
+def penalised(logits_V: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
+    """The float32 logits with the repetition penalty of the tokens `ids`, once for each, however
+    often it is there: z / penalty where z > 0, else z * penalty.
+
+    A finite logit stays finite, at most LARGEST_FLOAT; others stay as they are. `logits_V` is not
+    changed.
+    """
+    penalty = float32_penalty(penalty)
+    seen_N = torch.tensor(ids, device=logits_V.device)
+    z_N = logits_V[seen_N]
+    changed_N = torch.where(z_N > 0, z_N / penalty, z_N * penalty)
+    changed_N = changed_N.clamp(-LARGEST_FLOAT, LARGEST_FLOAT)
+    return logits_V.index_put((seen_N,), torch.where(z_N.isinf(), z_N, changed_N))
 
 
 def draw(logits_V: Tensor, sampling: Sampling, uniform_1: Tensor) -> Tensor:

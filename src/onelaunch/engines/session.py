@@ -14,7 +14,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
-from onelaunch.engines.sampling import draw, request_uniforms
+from onelaunch.engines.sampling import draw, penalised, request_uniforms
 
 
 class Rows(Protocol):
@@ -39,6 +39,18 @@ class Growing:
     limit: int
     uniforms_N: Tensor | None
     new: list[int] = field(default_factory=list)
+
+
+def choose(each: Growing, logits_V: Tensor) -> int:
+    """The next token of a request, whose largest logit is finite."""
+    request, n = each.request, len(each.new)
+    sampling = request.sampling
+    if sampling.penalises:
+        ids = [*request.prompt_ids, *each.new]
+        logits_V = penalised(logits_V, ids, sampling.repetition_penalty)
+    if each.uniforms_N is None:
+        return int(logits_V.argmax())
+    return int(draw(logits_V, sampling, each.uniforms_N[n : n + 1]))
 
 
 def new_tokens(config: ModelConfig, request: Request, max_len: int) -> int:
@@ -128,10 +140,8 @@ class RowSession:
                 ended.append(row)
                 continue
             token = chosen[i]
-            if each.uniforms_N is not None:
-                n = len(each.new)
-                token = int(draw(logits_BV[i], request.sampling, each.uniforms_N[n : n + 1]))
-                as_chosen = False
+            if each.uniforms_N is not None or request.sampling.penalises:
+                token, as_chosen = choose(each, logits_BV[i]), False
             if token in request.stop_ids:
                 self._end(request.id, "stop")
                 ended.append(row)

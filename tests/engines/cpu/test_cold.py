@@ -56,7 +56,13 @@ def held(compiled_program, monkeypatch):
 
 
 PROMPTS = [[5, 17, 3], [9], [1, 2, 3, 4, 5, 6, 7]]
-SAMPLINGS = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_k=20, top_p=0.9, seed=1)]
+SAMPLINGS = [
+    Sampling(),
+    Sampling(1.0, seed=3),
+    Sampling(0.8, top_k=20, top_p=0.9, seed=1),
+    Sampling(repetition_penalty=1.3),
+    Sampling(1.0, seed=3, repetition_penalty=0.7),
+]
 
 
 def test_an_empty_store_keeps_nobody_waiting(held):

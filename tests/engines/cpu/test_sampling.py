@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.layout import Operation, Seq, State
 from onelaunch.engines.cpu.runtime import CachedSequence, Runtime
 from onelaunch.engines.engine import Sampling
-from onelaunch.engines.sampling import LARGEST_UNIFORM, draw
+from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, penalised
 from tests.engines.cpu.making import floats_at, make_runtime
 from tests.engines.suite import weights_of
 
@@ -35,12 +36,15 @@ class Drawer:
         self.runtime: Runtime = make_runtime(code, config, weights_of(config))
         self.vocab = vocab
 
-    def __call__(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:
+    def __call__(
+        self, logits: Tensor, sampling: Sampling, uniform: float, ids: Sequence[int] = (0, 0)
+    ) -> int:
+        """`ids`: a prompt and the first new token."""
         runtime = self.runtime
         # the second new token of its text: the first number is not for it
         uniforms = torch.tensor([float("nan"), uniform])
-        texts = [CachedSequence(runtime, [0], 2, sampling, uniforms) for _ in range(ROW + 1)]
-        texts[ROW].size = 2
+        texts = [CachedSequence(runtime, ids[:-1], 2, sampling, uniforms) for _ in range(ROW + 1)]
+        texts[ROW].resume(ids[-1:], 0)
         runtime._lay_out(texts)
         runtime._need_logits(len(texts), not sampling.greedy)
         runtime._sequences[ROW * Seq.LENGTH + Seq.ROW] = ROW
@@ -115,6 +119,36 @@ def test_the_program_draws_what_pytorch_draws(compiled_program, vocab):
                 if token != expected:
                     assert may_be(token, logits, sampling, uniform), (sampling, uniform)
     assert same >= 0.99 * total
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7, 5e-324, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab", [2, 15, 16, 17, 300])
+def test_the_program_penalises_what_pytorch_does(compiled_program, vocab, temperature, penalty):
+    """With every token of the text, often one of them twice; the logits themselves stay."""
+    drawer = Drawer(compiled_program, vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    sampling = Sampling(temperature, repetition_penalty=penalty)
+    plain = Sampling(temperature)
+    same = changed = 0
+    for _ in range(40):
+        logits = 3 * torch.randn(vocab, generator=generator)
+        ids = torch.randint(vocab, (1 + vocab // 2,), generator=generator).tolist()
+        ids = [*ids, ids[0], int(logits.argmax())]
+        uniform = torch.rand(1, generator=generator).clamp_(max=BELOW_ONE).item()
+        token = drawer(logits, sampling, uniform, ids)
+        scores = penalised(logits, ids, penalty)
+        changed += token != drawer(logits, plain, uniform, ids)
+        if temperature == 0:
+            expected = int(scores.argmax())
+            assert token == expected
+        else:
+            expected = int(draw(scores, sampling, torch.tensor([uniform])))
+            assert token == expected or may_be(token, scores, sampling, uniform)
+        same += token == expected
+    assert same >= 39
+    if vocab > 2 and (penalty > 1 or temperature):
+        assert changed
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-46, 1e-38, 1e-30, 1e-3])

@@ -49,7 +49,16 @@ def many_prompts(n: int) -> list[list[int]]:
     return [torch.randint(0, 61, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=30, seed=4)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(1.0, top_k=30, seed=4),
+        Sampling(repetition_penalty=1.3),
+        Sampling(1.0, top_k=30, seed=4, repetition_penalty=0.7),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 40])
 def test_any_number_of_prompts(engine, n, sampling):
     prompts = many_prompts(max(n, 4))[:n]

@@ -20,7 +20,7 @@ from onelaunch.engines.cuda.decoding.session import CudaSession  # noqa: E402
 from onelaunch.engines.cuda.pack import pack  # noqa: E402
 from onelaunch.engines.engine import Request, Sampling  # noqa: E402
 from onelaunch.engines.reference import ReferenceEngine  # noqa: E402
-from onelaunch.engines.sampling import _keep_likely  # noqa: E402
+from onelaunch.engines.sampling import _keep_likely, float32_penalty, penalised  # noqa: E402
 from onelaunch.generation.decode import generate_ids  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
     SMALL,
@@ -39,10 +39,11 @@ mend_loop_bounds()
 class Rows:
     """Sequences that are read a token at a time, in slots that are not their rows."""
 
-    def __init__(self, config, dtype, n, length, context=None):
+    def __init__(self, config, dtype, n, length, context=None, seen=None):
         self.packed = pack(config, weights_of(config), dtype, CPU)
         self.memory = Memory.of(config, self.packed, n, context or config.max_seq_len)
-        self.chain = TokenChain(config, self.packed, self.memory, len(self.memory.slots), length)
+        rows = len(self.memory.slots)
+        self.chain = TokenChain(config, self.packed, self.memory, rows, length, seen)
         self.memory.slots[:n] = torch.arange(n).flip(0)
         for cache in (self.memory.keys, self.memory.values):
             cache.fill_(float("nan"))  # what is not written is not read
@@ -110,6 +111,19 @@ FILTERS = [
 ]
 
 
+def drawn(logits_V, sampling, uniforms):
+    """The tokens that numbers draw, in the order of ids, and where they are far from another."""
+    weights = torch.zeros(len(logits_V))
+    ids_C, weights_C = _keep_likely(
+        torch.exp((logits_V - logits_V.max()) / sampling.temperature), sampling
+    )
+    weights[ids_C] = weights_C
+    reached = torch.cumsum(weights.double() / weights.double().sum(), 0)
+    expected = torch.searchsorted(reached, uniforms.double(), right=True)
+    clear = (reached[None] - uniforms[:, None].double()).abs().min(1).values > 1e-6
+    return expected, clear
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("block", [16, 64])
 def test_a_uniform_number_draws_from_the_kept_tokens(filters, block, monkeypatch):
@@ -121,15 +135,8 @@ def test_a_uniform_number_draws_from_the_kept_tokens(filters, block, monkeypatch
     memory, generator = rows.memory, torch.Generator().manual_seed(3)
     logits_V = 2 * torch.randn(V, generator=generator)
     logits_V[[5, 9, 20, 33]] = logits_V.sort().values[-3]  # ties
-    weights = torch.zeros(V)
-    ids_C, weights_C = _keep_likely(
-        torch.exp((logits_V - logits_V.max()) / filters.temperature), filters
-    )
-    weights[ids_C] = weights_C
-    reached = torch.cumsum(weights.double() / weights.double().sum(), 0)
     uniforms = (torch.arange(n) + 0.5) / n
-    expected = torch.searchsorted(reached, uniforms.double(), right=True)
-    clear = (reached[None] - uniforms[:, None].double()).abs().min(1).values > 1e-6
+    expected, clear = drawn(logits_V, filters, uniforms)
     for first in range(0, n, at_once):
         these = slice(first, first + at_once)
         memory.logits[:] = logits_V
@@ -149,6 +156,56 @@ def test_a_uniform_number_draws_from_the_kept_tokens(filters, block, monkeypatch
         logprobs = logits_V.log_softmax(-1)[got.long()]
         assert torch.allclose(memory.logprobs[slots, 0], logprobs, atol=1e-5)
         assert torch.equal(memory.x[:at_once], rows.packed.embedding[got.long()])
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("how", [Sampling(), Sampling(1.2, top_k=9)], ids=str)
+def test_a_repetition_penalty_is_for_the_rows_that_have_one(how, block, monkeypatch):
+    """A penalty in every other slot. The others' tokens and logprobs have the same bits as without
+    a table of what was seen; the chosen ones are seen from then on."""
+    monkeypatch.setattr(chain, "SAMPLE_BLOCK", block)
+    V, penalties = TINY.vocab_size, [3.0, 1.0, 1e-40, 1.0]
+    n = len(penalties)
+    generator = torch.Generator().manual_seed(4)
+    logits_BV = 2 * torch.randn(n, V, generator=generator)
+    logits_BV[:, 11] = 0.0
+    before = (torch.rand(n + 1, V, generator=generator) < 0.4).to(torch.int32)
+    before[torch.arange(n).flip(0), logits_BV.argmax(1)] = 1  # by slots, which are not the rows
+    uniforms = torch.rand(n, generator=generator)
+    found, seen = [], before.clone()
+    for table in (None, seen):
+        rows = Rows(TINY, torch.float32, n, 4, seen=table)
+        memory = rows.memory
+        memory.logits[:] = logits_BV
+        memory.whole[:n, sampling.FINISH] = sampling.GROWING
+        memory.whole[:, sampling.LIMIT] = 9
+        memory.whole[:, sampling.DRAWN] = int(not how.greedy)
+        memory.whole[:, sampling.TOP_K] = how.top_k
+        for slot, penalty in enumerate(penalties):
+            numbers = how.temperature, how.top_p, how.min_p, float32_penalty(penalty)
+            memory.fraction[slot] = torch.tensor(numbers)
+        memory.uniforms[:n, 0] = uniforms
+        rows.chain.sample()
+        assert torch.equal(memory.logits, logits_BV)
+        found.append((memory.tokens[:n, 0].clone(), memory.logprobs[:n, 0].clone()))
+    slots = rows.memory.slots[:n].tolist()
+    (plain_tokens, plain_logprobs), (tokens, logprobs) = found
+    changed = 0
+    for row, slot in enumerate(slots):
+        token, penalty = tokens[slot].item(), penalties[slot]
+        if penalty == 1.0:
+            assert token == plain_tokens[slot]
+            assert logprobs[slot] == plain_logprobs[slot]
+        scores_V = penalised(logits_BV[row], before[slot].nonzero().flatten().tolist(), penalty)
+        expected, clear = scores_V.argmax(), True
+        if not how.greedy:
+            (expected,), (clear,) = drawn(scores_V, how, uniforms[slot : slot + 1])
+        assert token == expected or not clear
+        assert torch.allclose(logprobs[slot], logits_BV[row].log_softmax(-1)[token], atol=1e-5)
+        changed += token != plain_tokens[slot].item()
+        before[slot, token] = 1
+    assert changed
+    assert torch.equal(seen, before)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +238,8 @@ def test_how_a_sequence_ends(limit, stop, value, finish, count):
 
 @pytest.mark.parametrize("max_batch", [2, 9])
 def test_a_session_writes_what_the_reference_engine_does(max_batch):
-    """Three requests, of which two or all have room; one ends at a stop id, one where its slot is
-    full."""
+    """Seven requests, of which two or all have room; one ends at a stop id, one where its slot is
+    full; some have a repetition penalty."""
     weights, max_len = weights_of(TINY), 12
     packed = pack(TINY, weights, torch.float32, CPU)
     reference = ReferenceEngine(TINY, weights, "cpu")
@@ -192,6 +249,10 @@ def test_a_session_writes_what_the_reference_engine_does(max_batch):
         Request(0, prompts[0], 5, stop_ids=[plain[0][3]], logprobs=True),
         Request(1, prompts[1], 99),
         Request(2, prompts[2], 2),
+        Request(3, prompts[0], 6, Sampling(repetition_penalty=1.5), logprobs=True),
+        Request(4, prompts[1], 4),
+        Request(5, prompts[1], 6, Sampling(1.0, seed=2, repetition_penalty=0.6)),
+        Request(6, prompts[2], 6, Sampling(repetition_penalty=1e9)),
     ]
     ends = []
     for session in (
@@ -202,10 +263,12 @@ def test_a_session_writes_what_the_reference_engine_does(max_batch):
     ):
         for request in requests:
             session.submit(request)
-        ends.append(finished(session, 3))
+        ends.append(finished(session, len(requests)))
         session.close()
     assert ends[1] == ends[0]
     assert ends[0][1][1] == "length"
+    assert len({*prompts[2], *ends[0][6][0]}) == len({*prompts[2]}) + 6
+    assert ends[0][3][0] != generate_ids(reference, prompts[:1], 6, Sampling())[0]
 
 
 def test_requests_that_keep_joining_do_not_stop_the_others():

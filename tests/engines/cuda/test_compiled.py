@@ -4,6 +4,7 @@ and keep their tiles in registers but for some bytes. Nothing runs, so nothing e
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,36 @@ def test_the_stages_of_a_token_stay_in_registers(target, name, rows, monkeypatch
         spills[compiled.metadata.name] = spilled(triton, compiled, tmp_path)
     assert len(spills) == 7
     assert max(spills.values()) <= 128, spills
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("vocab_size", [4096, 49152])
+def test_a_penalty_leaves_the_sums_of_rows_without_one_as_they_are(
+    target, vocab_size, monkeypatch, tmp_path, triton
+):
+    """Each thread adds up as many logits, of the same ids, in both kernels that choose a token."""
+    from triton.runtime import driver
+
+    from onelaunch.engines.cuda.decoding import chain
+
+    monkeypatch.setattr(driver, "_active", absent(target))
+    monkeypatch.setattr(chain, "limits_of", lambda device: LIMITS[target])
+    monkeypatch.setattr(chain, "dependent_launch", lambda device: target == "sm_90")
+    config = preset("stories15m").with_(n_layers=1, vocab_size=vocab_size, max_seq_len=256)
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    memory = chain.Memory.of(config, packed, 4, 256)
+    layouts, spills = [], []
+    for seen in (None, torch.zeros(5, vocab_size, dtype=torch.int32)):
+        compiled = chain.TokenChain(config, packed, memory, 4, 256, seen).sample.compile()
+        spills.append(spilled(triton, compiled, tmp_path))
+        layout = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)", compiled.asm["ttgir"], re.M))
+        sums = re.findall(r": \((tensor<\w+), (#\w+)>\) -> f32", compiled.asm["ttgir"])
+        assert len(sums) >= 5
+        layouts.append({(shape, layout[name]) for shape, name in sums})
+    assert layouts[0] == layouts[1]
+    assert len(layouts[0]) == 1
+    assert spills[1] <= spills[0] + 128
 
 
 @pytest.mark.extended

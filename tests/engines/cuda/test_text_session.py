@@ -194,6 +194,19 @@ def test_drawn_ones_of_several_go_elsewhere():
     assert [event.token for event in events if event.id == 2] == expected([3], 20)
 
 
+def test_those_with_a_repetition_penalty_go_elsewhere():
+    session, _ = session_of(HostWriter(1e-3))
+    session.submit(Request(0, [1], 4, Sampling(repetition_penalty=1.3)))
+    session.submit(Request(1, [2], 4, Sampling(1.0, repetition_penalty=0.7)))
+    session.submit(Request(2, [3], 4))
+    events = []
+    while {event.id for event in events if event.finish} != {0, 1, 2}:
+        events += session.step()
+    for id in (0, 1):
+        assert [event for event in events if event.id == id] == [TokenEvent(id, 5, None, "length")]
+    assert [event.token for event in events if event.id == 2] == expected([3], 4)
+
+
 def test_texts_follow_one_another_each_by_its_writer():
     writer = HostWriter(1e-3)
     session, _ = session_of(writer)

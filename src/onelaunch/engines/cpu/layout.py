@@ -143,6 +143,8 @@ class Seq(IntEnum):
     N_STOPS = 16
     LOGPROBS = 17  # for each new token its logit and the sum of all exponentials, both relative to
     # the largest logit, in float32; 0: not wanted
+    PENALTY = 18  # of tokens among IDS
+    PENALISED = 19  # room for the float32 logits with it; 0: there is no penalty
     LENGTH = 24
 
 

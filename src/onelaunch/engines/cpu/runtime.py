@@ -33,6 +33,7 @@ from onelaunch.engines.cpu.prefetch import NONE, Prefetch
 from onelaunch.engines.cpu.program import Program
 from onelaunch.engines.cpu.tables import Table
 from onelaunch.engines.engine import STEP_SECONDS, Sampling
+from onelaunch.engines.sampling import float32_penalty
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import rope_tables
 from onelaunch.plan import Plan
@@ -80,6 +81,7 @@ class CachedSequence:
         for i, token in enumerate(stop_ids):
             self.stops[i] = token
         self.logprobs_N2 = torch.zeros(n, 2) if logprobs else None
+        self.penalised_V = torch.empty(config.vocab_size) if sampling.penalises else None
 
     @property
     def new(self) -> list[int]:
@@ -289,6 +291,7 @@ class Runtime:
                 Seq.STOPS: seq.stops.address,
                 Seq.N_STOPS: seq.n_stops,
                 Seq.LOGPROBS: 0 if seq.logprobs_N2 is None else seq.logprobs_N2.data_ptr(),
+                Seq.PENALISED: 0 if seq.penalised_V is None else seq.penalised_V.data_ptr(),
             }.items():
                 self._sequences[at + index] = value
             temperature = min(sampling.temperature, 3e38)
@@ -298,6 +301,8 @@ class Runtime:
                 self._sequences.set_float(at + Seq.TEMPERATURE, 1e-30)
             self._sequences.set_float(at + Seq.TOP_P, sampling.top_p)
             self._sequences.set_float(at + Seq.MIN_P, sampling.min_p)
+            penalty = float32_penalty(sampling.repetition_penalty)
+            self._sequences.set_float(at + Seq.PENALTY, penalty)
         self.state[State.N_SEQUENCES] = len(sequences)
 
     def generate(

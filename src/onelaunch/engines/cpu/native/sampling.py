@@ -1,4 +1,4 @@
-"""Drawing the next token from its row of logits: `onelaunch.engines.sampling`, compiled."""
+"""Choosing the next token from its row of logits: `onelaunch.engines.sampling`, compiled."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from onelaunch.engines.cpu.native.vectors import (
 
 NOT_FINITE = -2
 _SMALLEST_TEMPERATURE = 1e-30
+_LARGEST_FLOAT = np.finfo(np.float32).max
 
 
 @compiled
 def sample(state, seq):
-    """Put the drawn id in NEXT; NOT_FINITE where the largest logit is no number."""
+    """Put the chosen id in NEXT; NOT_FINITE where the largest logit is no number."""
     vocab = field(state, State.VOCAB)
     row = field(seq, Seq.ROW)
     logits = field(state, State.LOGITS) + field(state, State.LOGITS_ROW) * row
@@ -43,17 +44,43 @@ def sample(state, seq):
     chosen = NOT_FINITE
     if not bad:
         new = field(seq, Seq.SIZE) - field(seq, Seq.PROMPT)
+        scores, best = logits, top
+        if field(seq, Seq.PENALISED) != 0:
+            scores = _penalise(seq, logits, vocab)
+            best, bad = _largest(scores, vocab)
         if get_f32(seq + 8 * Seq.TEMPERATURE) == 0.0:
-            chosen = _first_equal(logits, vocab, top)
+            chosen = _first_equal(scores, vocab, best)
         else:
             uniform = get_f32(field(seq, Seq.UNIFORMS) + 4 * new)
             buffer = field(state, State.CANDIDATES) + row * candidate_bytes(vocab)
-            chosen = _draw(seq, logits, vocab, top, uniform, buffer)
+            chosen = _draw(seq, scores, vocab, best, uniform, buffer)
         logprobs = field(seq, Seq.LOGPROBS)
         if logprobs != 0:
             put_f32(logprobs + 8 * new, get_f32(logits + 4 * chosen) - top)
             put_f32(logprobs + 8 * new + 4, _sum_of_exponentials(logits, vocab, top))
     put_i64(seq + 8 * Seq.NEXT, chosen)
+
+
+@compiled
+def _penalise(seq, logits, vocab):
+    """A copy of the logits, which are finite, with the repetition penalty, finite as well; its
+    address."""
+    to, ids = field(seq, Seq.PENALISED), field(seq, Seq.IDS)
+    penalty = get_f32(seq + 8 * Seq.PENALTY)
+    whole = vocab // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(to + 4 * i, load(logits + 4 * i))
+    for i in range(whole, vocab):
+        put_f32(to + 4 * i, get_f32(logits + 4 * i))
+    for i in range(field(seq, Seq.SIZE)):
+        token = np.int64(get_i32(ids + 4 * i))
+        value = get_f32(logits + 4 * token)
+        if value > 0.0:
+            value = min(value / penalty, _LARGEST_FLOAT)
+        else:
+            value = max(value * penalty, -_LARGEST_FLOAT)
+        put_f32(to + 4 * token, value)
+    return to
 
 
 @compiled

@@ -132,12 +132,19 @@ def tile_rows(n_rows: int, width: int, multiprocessors: int, held: int) -> int:
 
 class TokenChain:
     """One token of `rows` sequences, whose contexts have up to `context` positions: `calls` in
-    order."""
+    order. `seen`, (S, V), int32, has the tokens of each slot so far: without it no sequence has a
+    repetition penalty."""
 
     def __init__(
-        self, config: ModelConfig, packed: PackedModel, memory: Memory, rows: int, context: int
+        self,
+        config: ModelConfig,
+        packed: PackedModel,
+        memory: Memory,
+        rows: int,
+        context: int,
+        seen: Tensor | None = None,
     ) -> None:
-        self._config, self._packed, self._memory = config, packed, memory
+        self._config, self._packed, self._memory, self._seen = config, packed, memory, seen
         self._rows, self._chunks = rows, -(-context // chunk_of(config))
         self._cta_rows = min(ROWS, rows)
         self._multiprocessors = limits_of(packed.embedding.device).multiprocessors
@@ -252,14 +259,15 @@ class TokenChain:
     @cached_property
     def sample(self) -> Call:
         """Tokens of the logits."""
-        return self._sample(self._memory.logits, None, None)
+        return self._sample(self._memory.logits, None)
 
-    def _sample(self, logits: Tensor, ids: Tensor | None, positions: Tensor | None) -> Call:
+    def _sample(self, logits: Tensor, following: tuple[Tensor, Tensor] | None) -> Call:
         c, m = self._config, self._memory
         block = min(padded(c.vocab_size), SAMPLE_BLOCK)
         arguments = (
             logits, m.slots, m.positions, m.whole, m.fraction, m.stop, m.uniforms, m.tokens,
-            m.logprobs, m.progress, self._packed.embedding, m.x, ids, positions, m.tokens.shape[1],
+            m.logprobs, m.progress, self._packed.embedding, m.x, following, self._seen,
+            m.tokens.shape[1],
         )  # fmt: skip
         return self._call(
             sampling.sample_kernel, self._rows, arguments, min(32, max(4, block // 1024)),
@@ -278,8 +286,9 @@ class ManyRows(TokenChain):
         memory: Memory,
         forward: BoundForward,
         context: int,
+        seen: Tensor | None = None,
     ) -> None:
-        super().__init__(config, packed, memory, len(forward.buffers.tokens), context)
+        super().__init__(config, packed, memory, len(forward.buffers.tokens), context, seen)
         self._forward = forward
 
     @staticmethod
@@ -301,7 +310,8 @@ class ManyRows(TokenChain):
             arguments = (m.acc, m.m_l, b.attn_out, m.slots, m.positions, self._chunks)
             ctas = self._rows * self._config.n_heads
             calls.append(self._call(kernels.merge_kernel, ctas, arguments, 1, **self._heads))
-        return [*calls, self._sample(b.logits, b.tokens, b.positions)]
+        assert b.positions is not None
+        return [*calls, self._sample(b.logits, (b.tokens, b.positions))]
 
     @property
     def distinct(self) -> list[Any]:

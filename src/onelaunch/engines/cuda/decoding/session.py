@@ -29,7 +29,7 @@ from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import BoundForward
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
-from onelaunch.engines.sampling import request_uniforms
+from onelaunch.engines.sampling import float32_penalty, request_uniforms
 from onelaunch.engines.session import new_tokens
 
 GRAPH_TOKENS = 8
@@ -78,10 +78,11 @@ class CudaSession:
         self._growing: list[Growing] = []
         self._events: list[TokenEvent] = []
         self._memory: Memory | None = None
-        self._chains: dict[tuple[int, int], TokenChain] = {}
+        self._seen: Tensor | None = None  # (S, V): the tokens of sequences with a penalty
+        self._chains: dict[tuple[int, int, bool], TokenChain] = {}
         self._forward: BoundForward | None = None
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._compiled = False
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._compiled: set[bool] = set()  # with a penalty, and without
         self._rows_on_host: list[Tensor] = []
         self._rows: list[int] = []  # the slots that the device has in its rows
         self._token_seconds = MAX_SECONDS / GRAPH_TOKENS  # as far as is known
@@ -118,7 +119,7 @@ class CudaSession:
         self._events.clear()
         self._graphs.clear()
         self._chains.clear()
-        self._memory = self._forward = None
+        self._memory = self._forward = self._seen = None
 
     # ---- requests that join
 
@@ -148,7 +149,8 @@ class CudaSession:
         whole[sampling.LIMIT] = each.limit
         whole[sampling.TOP_K] = sampled.top_k
         whole[sampling.DRAWN] = int(not sampled.greedy)
-        fraction = [sampled.temperature, sampled.top_p, sampled.min_p, 0.0]
+        penalty = float32_penalty(sampled.repetition_penalty)
+        fraction = [sampled.temperature, sampled.top_p, sampled.min_p, penalty]
         stop += [-1] * (STOP_IDS - len(stop))
         rows = ((memory.whole, whole), (memory.stop, stop), (memory.fraction, fraction))
         for (table, row), pinned in zip(rows, self._pinned(), strict=True):
@@ -157,15 +159,26 @@ class CudaSession:
         uniforms_N = request_uniforms(request, each.limit)
         if uniforms_N is not None:
             memory.uniforms[slot, : each.limit].copy_(uniforms_N)
+        if sampled.penalises:
+            self._mark(slot, request.prompt_ids)
         memory.positions[slot] = len(request.prompt_ids) - 1
-        self._compile(len(request.prompt_ids))
+        self._compile(len(request.prompt_ids), sampled.penalises)
         keys, values = memory.keys[:, slot], memory.values[:, slot]
         logits_1V = self._prompts.read(request.prompt_ids, keys, values)
         memory.logits[:1].copy_(logits_1V)
         memory.slots[:1] = slot
         self._rows = []
-        self._chain(1, FIRST_CONTEXT).sample()
+        self._chain(1, FIRST_CONTEXT, sampled.penalises).sample()
         self._wait()
+
+    def _mark(self, slot: int, ids: Sequence[int]) -> None:
+        """Have the tokens of a slot's sequence so far penalised. The table is made for the first
+        one, and stays where it is: CUDA graphs have its address."""
+        if self._seen is None:
+            shape = self._max_batch + 1, self._config.vocab_size
+            self._seen = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        self._seen[slot] = 0
+        self._seen[slot].index_fill_(0, torch.tensor(ids, device=self._device), 1)
 
     # ---- sequences that grow
 
@@ -178,7 +191,8 @@ class CudaSession:
         rows = max(self._least_rows(), bucket(len(self._growing)))
         context = min(self._max_len, max(FIRST_CONTEXT, bucket(reached)))
         self._place(rows)
-        run = self._run(rows, context)
+        penalised = any(each.request.sampling.penalises for each in self._growing)
+        run = self._run(rows, context, penalised)
         start = time.perf_counter()
         for _ in range(graphs):
             run()
@@ -192,12 +206,12 @@ class CudaSession:
         rows = bucket(self._max_batch)
         return rows if self._many else min(ROWS, rows)
 
-    def _compile(self, prompt: int) -> None:
+    def _compile(self, prompt: int, penalised: bool) -> None:
         """Compile all kernels before the first request's prompt, and say so where it takes long."""
-        if self._compiled or self._device.type != "cuda":
+        if penalised in self._compiled or self._device.type != "cuda":
             return
-        self._compiled = True
-        of_token = self._chain(self._least_rows(), FIRST_CONTEXT).distinct
+        self._compiled.add(penalised)
+        of_token = self._chain(self._least_rows(), FIRST_CONTEXT, penalised).distinct
         of_prompt = self._prompts.calls(prompt, with_logits=True)
         with notice(self._log):
             compile_together([*of_token, *of_prompt])
@@ -222,9 +236,9 @@ class CudaSession:
             torch.index_select(self._packed.embedding, 0, ids, out=memory.x[:rows])
         self._rows = slots
 
-    def _run(self, rows: int, context: int) -> Callable[[], None]:
+    def _run(self, rows: int, context: int, penalised: bool) -> Callable[[], None]:
         """What lets so many rows grow by GRAPH_TOKENS tokens."""
-        calls = self._chain(rows, context).calls
+        calls = self._chain(rows, context, penalised).calls
 
         def launch() -> None:
             for _ in range(GRAPH_TOKENS):
@@ -233,7 +247,7 @@ class CudaSession:
 
         if self._device.type != "cuda":
             return launch
-        key = (rows, context)
+        key = (rows, context, penalised)
         if key not in self._graphs:
             for call in calls:
                 prefer_shared_memory(call.load())
@@ -241,15 +255,16 @@ class CudaSession:
             self._graphs[key] = captured(launch, self._device)
         return self._graphs[key].replay
 
-    def _chain(self, rows: int, context: int) -> TokenChain:
-        key, memory = (rows, context), self._state()
+    def _chain(self, rows: int, context: int, penalised: bool) -> TokenChain:
+        key, memory = (rows, context, penalised), self._state()
+        seen = self._seen if penalised else None
         if key not in self._chains:
             if self._many and rows > 1:
                 chain: TokenChain = ManyRows(
-                    self._config, self._packed, memory, self._many_rows(), context
+                    self._config, self._packed, memory, self._many_rows(), context, seen
                 )
             else:
-                chain = TokenChain(self._config, self._packed, memory, rows, context)
+                chain = TokenChain(self._config, self._packed, memory, rows, context, seen)
             self._chains[key] = chain
         return self._chains[key]
 

@@ -80,8 +80,8 @@ class Source(Protocol):
 class TextSession:
     """A `Session` of up to `max_batch` sequences at once, by a writer in launches of MAX_SECONDS,
     the next one under way while the last one's tokens are handed on. Where there are several,
-    drawn ones are those of `others`; so are those of long prompts, and all where no writer can be
-    made: `failed` gets the error, and may raise it."""
+    drawn ones are those of `others`; so are those with a repetition penalty, those of long prompts,
+    and all where no writer can be made: `failed` gets the error, and may raise it."""
 
     def __init__(
         self,
@@ -113,6 +113,7 @@ class TextSession:
         """Add a request; see `Session`."""
         check_request(self._config, request)
         known = request.sampling.greedy or self._max_batch == 1
+        known = known and not request.sampling.penalises
         if self._writes and known and len(request.prompt_ids) <= MAX_PROMPT + 1:
             self._waiting.append(request)
         else:
