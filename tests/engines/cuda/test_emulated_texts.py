@@ -46,10 +46,11 @@ class Several(Emulated):
         self.rows = torch.zeros(sequences, 10, dtype=torch.int32)
         self.sums = torch.zeros(grid.groups, 2, 8, 256 * grid.sequences + 16, dtype=torch.int64)
         self.uniforms = torch.rand(slots, c.max_seq_len)
+        self.logits = torch.full((sequences, c.vocab_size), float("nan"))
         self.history = torch.full((slots, c.max_seq_len), -1, dtype=torch.int32)
         self.memory = pointers(
             self.keys, self.values, self.words, self.status, self.written, self.ending, self.stop,
-            self.rows, self.sums, self.uniforms, self.history,
+            self.rows, self.sums, self.uniforms, self.history, self.logits,
         )  # fmt: skip
 
     def write_all(self, rows, seed=0, passes=1, drawn=()):

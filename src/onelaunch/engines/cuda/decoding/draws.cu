@@ -9,7 +9,7 @@ constexpr int SUMS_OF_ROUND = SEQUENCES * BINS + 16;  // and how many CTAs have 
 constexpr int SUMS_OF_GROUP = 2 * ROUNDS * SUMS_OF_ROUND;
 
 struct DrawnTexts {
-    float logits[SEQUENCES][HEAD_MOST];
+    float* logits;          // of each sequence, V apart, from this CTA's first row on
     u32 seen[SEQUENCES][SEEN_WORDS];
     u32 low[WARPS][BINS], high[WARPS][BINS], number[WARPS][BINS];
     Search search[SEQUENCES];
@@ -22,12 +22,12 @@ struct DrawnTexts {
     // Keep a row's logit, and give what the token is chosen by.
     DEVICE float keep(int r, int row, float logit) {
         if (how[r].penalty != 1.0f && is_seen(seen[r], row)) logit = how[r].penalised(logit);
-        return logits[r][row] = logit;
+        return logits[(long long)r * V + row] = logit;
     }
     // The token and its logit, without the penalty, from the CTA that has its row. A warp's.
     DEVICE void publish_row(u64* copy, int chosen_at, int r, int row, int first_row, u32 epoch, int lane) {
         const bool changed = how[r].penalty != 1.0f && is_seen(seen[r], row);
-        const float logit = changed ? how[r].restored(logits[r][row]) : logits[r][row];
+        const float its = logits[(long long)r * V + row], logit = changed ? how[r].restored(its) : its;
         publish(copy, chosen_at + 2 * r, (u32)(first_row + row), epoch, lane);
         publish(copy, chosen_at + 2 * r + 1, __float_as_uint(logit), epoch, lane);
     }
@@ -65,9 +65,9 @@ DEVICE void draw_all(
             for (int i = lane; i < BINS; i += LANES) low[i] = high[i] = number[i] = 0;
             __syncwarp();
             const float scale = d.how[r].scale(), best = d.best[r];
-#pragma unroll 1
+#pragma unroll 4
             for (int i = lane; i < rows; i += LANES) {
-                const u32 q = weight_of(d.logits[r][i], best, scale);
+                const u32 q = weight_of(d.logits[(long long)r * V + i], best, scale);
                 if (search.looks_at(q)) {
                     const int bin = search.bin_of(q);
                     atomicAdd(&low[bin], q & 0xffffu), atomicAdd(&high[bin], q >> 16), atomicAdd(&number[bin], 1u);
@@ -102,9 +102,9 @@ DEVICE void draw_all(
         if (d.draws(r)) {
             const u32 bound = d.search[r].bound, ties = d.search[r].ties;
             const float scale = d.how[r].scale(), best = d.best[r];
-#pragma unroll 1
+#pragma unroll 4
             for (int i = lane; i < rows; i += LANES) {
-                const u32 q = weight_of(d.logits[r][i], best, scale);
+                const u32 q = weight_of(d.logits[(long long)r * V + i], best, scale);
                 mass += q > bound ? q : 0;
                 at_bound += ties > 0 && q == bound;
             }
@@ -131,7 +131,7 @@ DEVICE void draw_all(
             Owner owner;
             owner.find(their_records + r * GRID * 3, bound, ties, uniform(r), lane);
             if (cta == owner.cta)
-                row = row_of([&](int i) { return weight_of(d.logits[r][i], best, scale); }, 0, rows, bound, ties, owner.left,
+                row = row_of([&](int i) { return weight_of(d.logits[(long long)r * V + i], best, scale); }, 0, rows, bound, ties, owner.left,
                              owner.ties, lane);
         } else if (d.id[r] < V) {
             row = d.id[r] - first_row;

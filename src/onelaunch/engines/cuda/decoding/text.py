@@ -19,8 +19,8 @@ from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.decoding import STOP_IDS
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
-from onelaunch.engines.engine import Request
-from onelaunch.engines.sampling import request_uniforms
+from onelaunch.engines.engine import Request, Sampling
+from onelaunch.engines.sampling import float32_penalty, request_uniforms
 from onelaunch.errors import EngineTimeout
 
 MAX_TEXTS = 64
@@ -39,17 +39,19 @@ FUSED_BYTES = 224 << 10
 """Of a head's rows of qkv, at most, for which attention computes them itself."""
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ROUNDS, _BINS = 8, 256  # of search.cu
+_ROW_INTS = 10  # a row, and what it is drawn by
 _ABSENT = -1  # a word that no token has been written into
 
 
 class Row(NamedTuple):
-    """A sequence of a launch: where its cache is, its last token and its position, and how many new
-    tokens it is to have at most."""
+    """A sequence of a launch: where its cache is, its last token and its position, how many new
+    tokens it is to have at most, and how many it has."""
 
     slot: int
     token: int
     position: int
     n: int
+    first: int = 0
 
 
 class Grid(NamedTuple):
@@ -107,9 +109,8 @@ def why_not(
     if c.dim % 8 or c.head_dim % 8 or c.hidden_dim % 4:
         return "its widths are not multiples of 8"
     limits = limits_of(device)
-    draws = max_batch == 1  # which needs more
     grid = grid_for(max_batch, limits.multiprocessors)
-    if _slots(c, dtype, grid, limits.shared_bytes, draws) < MIN_SLOTS:
+    if _slots(c, dtype, grid, limits.shared_bytes, draws=True) < MIN_SLOTS:  # it needs more
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
@@ -144,8 +145,8 @@ def _slots(
     )
     if draws:
         of_head = -(-c.vocab_size // ctas) + 2  # rows, and a bit of each
-        floats += n * (of_head + -(-of_head // 32) + ctas + WARPS) + 3 * _BINS
-        floats += 2 * _ROUNDS * _BINS + 3 * ctas + 64 if n == 1 else 3 * _BINS * WARPS + 26 * n
+        floats += n * (-(-of_head // 32) + ctas + WARPS + 26)
+        floats += 3 * _BINS * WARPS if n > 1 else of_head + (2 * _ROUNDS + 3) * _BINS + 3 * ctas
     if n > 1:
         numbers += n * 2 * 64  # rows are apart
         widest = max(c.q_dim + 2 * c.kv_dim, 2 * c.hidden_dim)
@@ -195,11 +196,14 @@ def source(several: bool = False) -> str:
 class Mailbox:
     """What launches read and write, free again when they have ended: on the device words, `copies`
     of `stride` each, and of each sequence its stop ids; on the host, pinned, `written` (sequences,
-    max_len), `ending` (sequences, 2) and `rows` (sequences, 4)."""
+    max_len), `ending` (sequences, 2) and `rows` (sequences, 10). Where tokens are drawn, too, on
+    the device: `sums`, of each slot random numbers and the text's tokens, and `n_logits`."""
 
     def __init__(
-        self, copies: int, stride: int, sequences: int, max_len: int, device: torch.device
+        self, grid: Grid, stride: int, n_logits: int, max_len: int, device: torch.device
     ) -> None:
+        sequences = grid.groups * grid.sequences
+
         def on_device(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -207,23 +211,27 @@ class Mailbox:
             return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
         self.stride, self.max_len = stride, max_len
-        self.words = on_device(copies * stride, dtype=torch.int64)
-        self.status, self.rows_there = on_device(1), on_device(sequences, len(Row._fields))
+        self.words = on_device(grid.groups * grid.replicas * stride, dtype=torch.int64)
+        self.status, self.rows_there = on_device(1), on_device(sequences, _ROW_INTS)
         self.stop = on_device(sequences, STOP_IDS).fill_(-1)
         self.written = on_host(sequences, max_len, dtype=torch.int64)
-        self.ending, self.rows = on_host(sequences, 2), on_host(sequences, len(Row._fields))
+        self.ending, self.rows = on_host(sequences, 2), on_host(sequences, _ROW_INTS)
         self.started = torch.cuda.Event(enable_timing=True)
         self.ended = torch.cuda.Event(enable_timing=True)
         self.stop_ids = [(-1,) * STOP_IDS] * sequences  # that `stop` has
-        # of drawing: sums that only grow, and a request's random numbers
-        self.sums = on_device(2 * _DIGITS, _SUMS, dtype=torch.int64)
-        self.uniforms = on_device(max_len, dtype=torch.float32)
-        self.drawn: Request | None = None  # whose they are
+        kept = sequences if n_logits else 0
+        rounds = _ROUNDS if grid.sequences == 1 else 2 * _ROUNDS * grid.groups
+        self.sums = on_device(rounds * (_BINS * grid.sequences + 16), dtype=torch.int64)
+        self.uniforms = on_device(kept, max_len, dtype=torch.float32)
+        self.history = on_device(kept, max_len)
+        self.logits = on_device(kept, n_logits, dtype=torch.float32)
+        self.drawn: list[Request | None] = [None] * sequences  # whose they are, by slot
         self.epoch = 1
 
     def clear(self) -> None:
         """No word has an epoch."""
         self.words.zero_()
+        self.sums.zero_()
         self.status.zero_()
         self.epoch = 1
 
@@ -272,10 +280,10 @@ class TextKernel:
                 return mailbox
         c, grid = self.config, self.grid
         chunks = -(-max_len // (16 * WARPS * grid.passes(c, max_len)))
-        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 9 * grid.ctas + 2
+        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 11 * grid.ctas + 2
         words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads))
-        device, copies = self.packed.embedding.device, grid.groups * grid.replicas
-        return Mailbox(copies, -(-words // 16) * 16, self.sequences, max_len, device)
+        device, n_logits = self.packed.embedding.device, c.vocab_size if self.draws else 0
+        return Mailbox(grid, -(-words // 16) * 16, n_logits, max_len, device)
 
     def give_back(self, mailbox: Mailbox) -> None:
         """Its launches have ended."""
@@ -296,11 +304,15 @@ class Text:
         self._cache = keys, values
         self._mailbox: Mailbox | None = kernel.take_mailbox(self._max_len)
         m = self._mailbox
-        last = (m.rows_there,) if kernel.grid.sequences > 1 else (m.sums, m.uniforms)
-        tensors = (keys, values, m.words, m.status, m.written, m.ending, m.stop, *last)
+        rows = (m.rows_there,) if kernel.grid.sequences > 1 else ()
+        tensors = (
+            keys, values, m.words, m.status, m.written, m.ending, m.stop, *rows, m.sums, m.uniforms,
+            m.history, m.logits,
+        )  # fmt: skip
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
         self._limits: list[int] = []  # tokens of each row of the launch at most
+        self._by = [Sampling()] * kernel.sequences  # of each row
         self._ending: np.ndarray = m.ending.numpy()
         self.marks = torch.empty(0, dtype=torch.int64)
         if kernel.trace:
@@ -316,23 +328,26 @@ class Text:
         """That a token of each sequence took in the last launch; None before the first."""
         return self._kernel.token_seconds
 
-    def prepare(self, row: int, request: Request, limit: int) -> None:
+    def prepare(self, row: int, slot: int, request: Request, limit: int) -> None:
         """Set the ids that end the text of a row of the launches to come, the first STOP_IDS of
-        them, and how up to `limit` tokens of a request are drawn."""
+        them, and by what up to `limit` tokens of a request are drawn."""
         box, first = self._box, tuple(request.stop_ids[:STOP_IDS])
         first += (-1,) * (STOP_IDS - len(first))
         if first != box.stop_ids[row]:
             box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
             box.stop_ids[row] = first
-        if self._kernel.draws and box.drawn is not request:
+        self._by[row] = request.sampling
+        if self._kernel.draws and box.drawn[slot] is not request:
             uniforms_N = request_uniforms(request, limit)
-            assert uniforms_N is not None, "a greedy request has a kernel of its own"
-            box.uniforms[:limit].copy_(uniforms_N)
-            box.drawn = request
+            if uniforms_N is not None:
+                box.uniforms[slot, :limit].copy_(uniforms_N)
+            if request.sampling.penalises:
+                prompt = torch.tensor(request.prompt_ids, dtype=torch.int32)
+                box.history[slot, : len(prompt)].copy_(prompt)
+            box.drawn[slot] = request
 
-    def launch(self, rows: Sequence[Row], first: int = 0) -> None:
-        """Begin to write; the launch before has ended. `first`: how many tokens of a drawn text
-        there are."""
+    def launch(self, rows: Sequence[Row]) -> None:
+        """Begin to write; the launch before has ended, and each row is prepared."""
         box, layers = self._box, self._kernel.config.n_layers
         n = max(row.n for row in rows)
         if box.epoch + (n + 1) * layers >= 1 << 31:
@@ -346,12 +361,10 @@ class Text:
             *((number, nvrtc.INT) for number in numbers),
             (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
         ]  # fmt: skip
-        if self._kernel.draws:
-            assert box.drawn is not None, "prepare comes first"
-            by = box.drawn.sampling
-            top_k = min(by.top_k, self._kernel.config.vocab_size)
-            arguments += [(top_k, nvrtc.INT), (first, nvrtc.INT)]
-            arguments += [(x, nvrtc.FLOAT) for x in (by.temperature, by.top_p, by.min_p)]
+        if self._kernel.draws and self._kernel.grid.sequences == 1:
+            top_k, *fractions = self._drawing(0)
+            arguments += [(top_k, nvrtc.INT), (rows[0].first, nvrtc.INT)]
+            arguments += [(x, nvrtc.FLOAT) for x in fractions]
         if self._kernel.trace:
             arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
         box.epoch += (n + 1) * layers
@@ -366,9 +379,18 @@ class Text:
             (row,) = rows
             one = [row.slot, self._slots, self._max_len, row.token, row.position, n]
             return [*one, self._passes, box.stride]
-        box.rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        drawn = [self._drawing(i) for i in range(len(rows))]
+        numbers = torch.tensor([[*row, by[0]] for row, by in zip(rows, drawn, strict=True)])
+        box.rows[: len(rows), :6] = numbers.int()
+        box.rows[: len(rows), 6:] = torch.tensor([by[1:] for by in drawn]).view(torch.int32)
         box.rows_there.copy_(box.rows, non_blocking=True)
         return [len(rows), self._slots, self._max_len, n, self._passes, box.stride]
+
+    def _drawing(self, row: int) -> tuple[int, float, float, float, float]:
+        """By what a row's tokens are drawn, as the kernels have it."""
+        by, most = self._by[row], self._kernel.config.vocab_size
+        penalty = float32_penalty(by.repetition_penalty)
+        return min(by.top_k, most), by.temperature, by.top_p, by.min_p, penalty
 
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until the launch has written a token of each of some rows, or has ended."""

@@ -24,6 +24,7 @@ struct Memory {
     u64* sums;              // of each group SUMS_OF_GROUP, all zero
     const float* uniforms;  // (slots, max_len), from 0 to below 1
     int* history;           // (slots, max_len): the texts' tokens, where there is a penalty
+    float* logits;          // (sequences, V), whatever they are
 };
 constexpr int SEQUENCE_INTS = 10;
 
@@ -389,6 +390,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
 #endif
     }
     if (thread == 0) s.issued = s.ended = 0;
+#if DRAWS
+    if (thread == 0) s.drawn.logits = memory.logits + (long long)first_sequence * V + ROWS[HEAD].first(cta);
+#endif
     show_to_copies();
     __syncthreads();
 
