@@ -16,15 +16,16 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request
 from onelaunch.engines.cuda.calls import compile_together
 from onelaunch.engines.cuda.decoding import sampling
-from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT, Prompts
-from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, notice, take
+from onelaunch.engines.cuda.decoding.prefill import Prompts, Reading
+from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, in_turn, notice, take
 from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 from onelaunch.engines.session import new_tokens
 from onelaunch.errors import RunFailed
 
 FIRST_TOKENS = 8
-"""Of a kernel's first launch, when it is not known how long a token takes."""
+"""Of a kernel's first launch, when it is not known how long a token takes, and at most of one
+between two chunks of a prompt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,8 +71,8 @@ class Source(Protocol):
         """What writes the most likely tokens, or draws them; `prompt` is how many tokens the first
         prompt has."""
 
-    def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
-        """Read a prompt's keys and values into the cache."""
+    def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
+        """A prompt whose keys and values are to be read into the cache."""
 
     def close(self) -> None:
         """Let go of the cache."""
@@ -80,8 +81,8 @@ class Source(Protocol):
 class TextSession:
     """A `Session` of up to `max_batch` sequences at once, by a writer in launches of MAX_SECONDS,
     the next one under way while the last one's tokens are handed on. Where there are several,
-    drawn ones are those of `others`; so are those of long prompts, and all where no writer can be
-    made: `failed` gets the error, and may raise it."""
+    drawn ones are those of `others`; so are all where no writer can be made: `failed` gets the
+    error, and may raise it."""
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class TextSession:
         self._make_others, self._alone = others, alone
         self._max_batch, self._max_len, self._dtype = max_batch, max_len, dtype
         self._waiting: deque[Request] = deque()
+        self._joining: deque[Written] = deque()
         self._growing: list[Written] = []
         self._away: set[int] = set()  # requests that `others` has
         self._events: list[TokenEvent] = []
@@ -113,14 +115,14 @@ class TextSession:
         """Add a request; see `Session`."""
         check_request(self._config, request)
         known = request.sampling.greedy or self._max_batch == 1
-        if self._writes and known and len(request.prompt_ids) <= MAX_PROMPT + 1:
+        if self._writes and known:
             self._waiting.append(request)
         else:
             self._give_away(request)
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on for so many seconds, and let those join that wait; see `Session`."""
-        if self._waiting or self._growing:
+        if self._waiting or self._joining or self._growing:
             with self._alone():
                 self._go_on(seconds)
         if self._away:
@@ -138,9 +140,11 @@ class TextSession:
             self._others.cancel(id)
             return
         waiting = [request for request in self._waiting if request.id != id]
+        joining = [each for each in self._joining if each.request.id != id]
         growing = [each for each in self._growing if each.request.id == id]
-        if growing or len(waiting) < len(self._waiting):
-            self._waiting = deque(waiting)
+        known = len(self._waiting) + len(self._joining)
+        if growing or len(waiting) + len(joining) < known:
+            self._waiting, self._joining = deque(waiting), deque(joining)
             for each in growing:
                 self._leave(each)
             self._events.append(TokenEvent(id, None, None, "cancelled"))
@@ -154,6 +158,7 @@ class TextSession:
         self._source.close()
         self._writers.clear()
         self._waiting.clear()
+        self._joining.clear()
         self._growing.clear()
         self._away.clear()
         self._events.clear()
@@ -163,6 +168,7 @@ class TextSession:
     def _go_on(self, seconds: float) -> None:
         if not self._launched:
             self._join()
+            self._read(seconds)
             self._launch(seconds)
         writer = self._writer
         if writer is None or not self._launched:
@@ -188,14 +194,15 @@ class TextSession:
                 each.ahead = tokens
                 self._growing.append(each)
         self._join()
+        self._read(0.0)  # the last launch's tokens are to be handed on
         self._launch(seconds)
         for each, (tokens, logprobs, how) in zip(rows, ends, strict=True):
             each.ahead = []
             self._take(each, tokens, logprobs, sampling.GROWING if each in self._growing else how)
 
     def _join(self) -> None:
-        """Read all of each prompt but its last token, from which its text goes on."""
-        while self._waiting and len(self._growing) < self._max_batch:
+        """Give a slot to each request that there is room for."""
+        while self._waiting and len(self._joining) + len(self._growing) < self._max_batch:
             request = self._waiting.popleft()
             limit = new_tokens(self._config, request, self._max_len)
             if not limit:
@@ -213,10 +220,15 @@ class TextSession:
                     self._waiting.clear()
                     return
             self._writer = self._writers[draws]
-            used = {each.slot for each in self._growing}
+            used = {each.slot for each in (*self._joining, *self._growing)}
             slot = next(i for i in range(self._max_batch) if i not in used)
-            self._source.keep(request.prompt_ids[:-1], slot)
-            self._growing.append(Written(request, slot, limit))
+            # its text goes on from its last token
+            reading = self._source.begin(request.prompt_ids[:-1], slot)
+            self._joining.append(Written(request, slot, limit, reading))
+
+    def _read(self, seconds: float) -> None:
+        """Go on to read prompts; those that are read grow from now on."""
+        self._growing += in_turn(self._joining, bool(self._growing), seconds)
 
     def _give_away(self, request: Request) -> None:
         if self._others is None:
@@ -231,7 +243,8 @@ class TextSession:
             return
         tokens = FIRST_TOKENS
         if writer.token_seconds is not None:
-            tokens = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
+            timed = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
+            tokens = min(timed, FIRST_TOKENS) if self._joining else timed
         rows = []
         for row, each in enumerate(self._growing):
             writer.prepare(row, each.request, each.limit)
@@ -283,11 +296,11 @@ class OnGPU:
                 compile_together(self._prompts.calls(prompt - 1, with_logits=False))
             return Text(made.result(), *self._cache)
 
-    def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
-        """A prompt's keys and values into the cache."""
+    def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
+        """A prompt whose keys and values are to be read into the cache."""
         assert self._cache is not None
         keys, values = self._cache
-        self._prompts.keep(prompt_ids, keys[:, slot], values[:, slot])
+        return self._prompts.begin(prompt_ids, keys[:, slot], values[:, slot], with_logits=False)
 
     def close(self) -> None:
         """Let go of the cache."""
