@@ -159,8 +159,8 @@ def test_short_prompts_join_together_where_none_grows(session_of, monkeypatch):
 @pytest.mark.parametrize(
     ("max_seconds", "reads"),
     [
-        (60.0, [[50, 20, 21], [50], [50]]),  # a chunk of each
-        (0.0, [[50], [20], [21], [50], [50]]),  # one chunk, then the others' turn
+        (60.0, [[50], [20, 21, 50], [50]]),  # no more than one chunk of a long prompt
+        (0.0, [[50], [20], [21], [50], [50]]),  # no more than one chunk
     ],
 )
 def test_those_that_join_take_turns_for_so_long(session_of, monkeypatch, max_seconds, reads):

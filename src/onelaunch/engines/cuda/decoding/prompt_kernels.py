@@ -113,7 +113,7 @@ def attention_kernel(
         l_i = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, PADDED], tl.float32)
         last = tl.max(positions, 0) + 1
-        seen = (first + 1) // BN * BN
+        seen = first // BN * BN
         for start in tl.range(0, seen, BN, num_stages=NUM_STAGES):
             m_i, l_i, acc = _attend(
                 q, keys_ptr, values_ptr, start, last, positions, scale_log2, m_i, l_i, acc,

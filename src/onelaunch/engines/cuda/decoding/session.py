@@ -197,7 +197,8 @@ class CudaSession:
             run()
         self._wait()
         took = (time.perf_counter() - start) / (graphs * GRAPH_TOKENS)
-        self._token_seconds = took
+        if not self._joining:  # or a chunk of a prompt is in it
+            self._token_seconds = took
         self._report(self._growing)
 
     def _least_rows(self) -> int:
@@ -341,20 +342,20 @@ T = TypeVar("T", bound=Growing)
 def in_turn(joining: deque[T], others: bool, seconds: float) -> Iterator[T]:
     """Read the prompts of requests, and yield each that is read, and is no longer in `joining`.
 
-    While `others` grow, each may read one chunk, all together for MAX_SECONDS; the next call goes
-    on with the rest. While none grows, the first prompt is read for `seconds`, and each of the
-    others may read one chunk."""
+    While any grows, it ends with the first chunk that is not a prompt's last; while `others` do, it
+    ends after MAX_SECONDS, too. While none grows, a prompt is read for `seconds`. The next call
+    goes on with the prompts whose turn it was not."""
     start, grows = time.perf_counter(), others
     for _ in range(len(joining)):
         each = joining.popleft()
         read = each.reading.step()
         while not (read or grows) and time.perf_counter() - start < seconds:
             read = each.reading.step()
-        if read:
-            grows = True
-            yield each
-        else:
+        if not read:
             joining.append(each)
+            return
+        grows = True
+        yield each
         if others and time.perf_counter() - start >= MAX_SECONDS:
             return
 
