@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import sampling
 from onelaunch.engines.cuda.decoding import session as session_module
+from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.decoding.session import GRAPH_TOKENS, CudaSession
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.engine import Request, TokenEvent
@@ -210,3 +211,16 @@ def test_none_is_read_after_the_end(session_of):
     session.close()
     assert session.step() == []
     assert prompts.read == [50]
+
+
+def test_the_kernels_of_a_prompt_are_compiled_when_its_length_is_new():
+    packed = pack(LONG, weights_of(LONG), torch.float32, torch.device("cpu"))
+    prompts = Prompts(LONG, packed, chunk=32)
+    first, later = 6, 7  # which stores keys and values by a kernel of its own
+    assert len(prompts.calls(32, with_logits=True)) == first + 1
+    assert prompts.calls(32, with_logits=True) == []
+    assert len(prompts.calls(3, with_logits=False)) == first
+    # chunks of 32, 32 and 32 positions, and of 32, 32 and 16
+    assert len(prompts.calls(96, with_logits=False)) == later
+    assert len(prompts.calls(80, with_logits=True)) == later + 1
+    assert prompts.calls(0, with_logits=False) == []

@@ -52,14 +52,16 @@ class Prompts:
         return Reading(self, prompt_ids, keys, values, with_logits)
 
     def calls(self, n: int, with_logits: bool) -> list[Any]:
-        """Calls that read a prompt of n tokens, of which each has another kernel."""
-        chunks = range(0, n, self.chunk)
-        forwards = [self._forward(min(self.chunk, n - first), first > 0) for first in chunks]
+        """Calls of the forwards that no prompt so far has had and one of n tokens has, of which
+        each has another kernel."""
+        known = len(self._forwards)
         calls: list[Any] = []
-        for forward in dict.fromkeys(forwards):
+        for first in range(0, n, self.chunk):
+            self._forward(min(self.chunk, n - first), first > 0)
+        for forward in list(self._forwards.values())[known:]:
             each = len(forward.calls[1:-1]) // self._config.n_layers
             calls += forward.calls[: 1 + each]
-        return [*calls, *forwards[-1].calls[-1:]] if with_logits else calls
+        return [*calls, *forward.calls[-1:]] if calls and with_logits else calls
 
     def read(
         self,

@@ -207,14 +207,16 @@ class CudaSession:
         return rows if self._many else min(ROWS, rows)
 
     def _compile(self, prompt: int) -> None:
-        """Compile all kernels before the first request's prompt, and say so where it takes long."""
-        if self._compiled or self._device.type != "cuda":
+        """Compile a prompt's kernels, before the first one all, and say so where it takes long."""
+        if self._device.type != "cuda":
             return
-        self._compiled = True
-        of_token = self._chain(self._least_rows(), FIRST_CONTEXT).distinct
-        of_prompt = self._prompts.calls(prompt, with_logits=True)
-        with notice(self._log):
-            compile_together([*of_token, *of_prompt])
+        calls = self._prompts.calls(prompt, with_logits=True)
+        if not self._compiled:
+            self._compiled = True
+            calls += self._chain(self._least_rows(), FIRST_CONTEXT).distinct
+        if calls:
+            with notice(self._log):
+                compile_together(calls)
 
     def _place(self, rows: int) -> None:
         """The sequences in their rows, each with its last token's row of the embedding."""

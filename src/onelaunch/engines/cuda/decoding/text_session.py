@@ -292,14 +292,16 @@ class OnGPU:
             self._cache = self._make_cache()
         with notice(self._log), ThreadPoolExecutor(1) as pool:
             made = pool.submit(self._kernel, draws)  # both compilers at once
-            if prompt > 1:
-                compile_together(self._prompts.calls(prompt - 1, with_logits=False))
+            compile_together(self._prompts.calls(prompt - 1, with_logits=False))
             return Text(made.result(), *self._cache)
 
     def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
         """A prompt whose keys and values are to be read into the cache."""
         assert self._cache is not None
         keys, values = self._cache
+        if calls := self._prompts.calls(len(prompt_ids), with_logits=False):
+            with notice(self._log):
+                compile_together(calls)
         return self._prompts.begin(prompt_ids, keys[:, slot], values[:, slot], with_logits=False)
 
     def close(self) -> None:
