@@ -7,18 +7,44 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from onelaunch.config import preset
 from onelaunch.engines.engine import Request, Sampling
-from onelaunch.model import Model
-from tests.engines.suite import SHAPES, SMALL, exact_logits, run, weights_of
+from onelaunch.model import KVCache, Model
+from tests.engines.suite import (
+    SHAPES,
+    SMALL,
+    by_request,
+    exact_logits,
+    relative_error,
+    run,
+    weights_of,
+)
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from onelaunch.engines.cuda.decoding import text
+from onelaunch.engines.cuda.decoding.prefill import CHUNK, Prompts
 from onelaunch.engines.cuda.engine import CudaEngine
+from onelaunch.engines.cuda.pack import pack
 
+CUDA = torch.device("cuda", 0)
 LONGER = SMALL.with_(max_seq_len=400)
+LONGEST = SMALL.with_(max_seq_len=8192, hidden_dim=64)  # several in one launch have widths of 32
+PROMPTS = {
+    **SHAPES,
+    "heads of 48": preset("stories15m").with_(n_layers=2),
+    "grouped heads of 64": preset("llama-3.2-1b").with_(
+        n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=4100
+    ),
+    "norms of heads of 128": preset("qwen3-0.6b").with_(
+        n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=4100
+    ),
+}
+LENGTHS = (CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 1, 5000)
 
 
 def requests_of(n, length, new, sampling):
@@ -145,3 +171,186 @@ def test_memory_of_a_text_goes_at_close():
     first.close()
     cache = 2 * LONGER.n_layers * 400 * LONGER.kv_dim * 2
     assert torch.cuda.memory_allocated() <= before - cache
+
+
+def ids_of(config, n, seed=1):
+    generator = torch.Generator().manual_seed(1000 * seed + n)
+    return torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def by_pytorch(config, weights, ids, dtype):
+    """The last position's logits, (V,), and keys and values, (L, K, N, E), as the cache has them:
+    the elements of a rotary pair are neighbours."""
+    model = Model.from_weights(config, {name: w.to(dtype) for name, w in weights.items()})
+    device = model.norm.weight.device
+    cache = KVCache(config, 1, len(ids), device, dtype)
+    hidden_1ND = model.hidden(torch.tensor([ids], device=device), cache)
+    keys, values = (torch.cat(each) for each in (cache.keys, cache.values))
+    if config.rope_layout == "half":
+        keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return F.linear(hidden_1ND[0, -1], model.head_weight()), keys, values
+
+
+def in_cache(config, prompts, dtype, ids, slot, context):
+    """The same of a prompt that is read in chunks, into a slot of a cache that is NaN elsewhere."""
+    shape = (config.n_layers, 3, config.n_kv_heads, context, config.head_dim)
+    caches = [torch.full(shape, float("nan"), dtype=dtype, device=CUDA) for _ in range(2)]
+    keys, values = (cache[:, slot] for cache in caches)
+    reading, steps = prompts.begin(ids, keys, values, with_logits=True), 1
+    while not reading.step():
+        steps += 1
+    assert steps == -(-len(ids) // prompts.chunk)
+    logits_V = reading.logits[0].clone()
+    for cache in caches:
+        written = torch.zeros(cache.shape, dtype=torch.bool, device=CUDA)
+        written[:, slot, :, : len(ids)] = True
+        assert torch.equal(cache.isnan(), ~written)
+    return logits_V, keys[:, :, : len(ids)], values[:, :, : len(ids)]
+
+
+def longer(config):
+    return config.with_(max_seq_len=8192)
+
+
+@pytest.mark.parametrize("config", map(longer, PROMPTS.values()), ids=PROMPTS)
+def test_prompts_are_as_exact_as_pytorchs_in_any_number_of_chunks(config):
+    """Their logits, keys and values: launched, captured and replayed they have the same bits."""
+    weights = {name: w.cuda() for name, w in weights_of(config).items()}
+    prompts = Prompts(config, pack(config, weights, torch.bfloat16, CUDA))
+    squares = torch.zeros(2, dtype=torch.float64)
+    for n in LENGTHS:
+        ids = ids_of(config, n)
+        exact = by_pytorch(config, weights, ids, torch.float64)
+        plain = by_pytorch(config, weights, ids, torch.bfloat16)
+        got = in_cache(config, prompts, torch.bfloat16, ids, 1, n)
+        for slot, context in ((0, n + 1), (2, 8192)):
+            again = in_cache(config, prompts, torch.bfloat16, ids, slot, context)
+            assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
+        for kind, *each in zip(("keys", "values"), got[1:], plain[1:], exact[1:], strict=True):
+            error, allowed = (relative_error(tensor, each[2]) for tensor in each[:2])
+            assert error <= 1.5 * allowed, (n, kind)
+        squares += torch.tensor(
+            [relative_error(tensor[0], exact[0]) ** 2 for tensor in (got, plain)]
+        )
+    # one row of each prompt: the error of so few is within a factor of two, not of 1.5
+    assert squares[0] <= 4 * squares[1]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", ["plain", "qk-norm-wide-heads", "heads of 48"])
+def test_float32_prompts_are_exact_in_any_number_of_chunks(name, n):
+    config = longer(PROMPTS[name])
+    weights = {name: w.cuda() for name, w in weights_of(config).items()}
+    prompts = Prompts(config, pack(config, weights, torch.float32, CUDA))
+    ids = ids_of(config, n)
+    exact = by_pytorch(config, weights, ids, torch.float64)
+    got = in_cache(config, prompts, torch.float32, ids, 0, n)
+    for tensor, expected in zip(got, exact, strict=True):
+        assert relative_error(tensor, expected) < 2e-5
+
+
+def test_prompts_that_take_turns_have_the_same_bits_as_alone():
+    config = longer(SMALL)
+    packed = pack(config, weights_of(config), torch.bfloat16, CUDA)
+    prompts = Prompts(config, packed)
+    both = [ids_of(config, n) for n in (3000, 1100)]
+    alone = [in_cache(config, prompts, torch.bfloat16, ids, 0, 3000) for ids in both]
+    shape = (config.n_layers, 2, config.n_kv_heads, 3001, config.head_dim)
+    keys, values = (torch.full(shape, float("nan")).bfloat16().cuda() for _ in range(2))
+    readings = [
+        prompts.begin(ids, keys[:, slot], values[:, slot], with_logits=True)
+        for slot, ids in enumerate(both)
+    ]
+    ended = {}
+    while len(ended) < 2:
+        for slot, reading in enumerate(readings):
+            if slot not in ended and reading.step():
+                ended[slot] = reading.logits[0].clone()
+    for slot, ids in enumerate(both):
+        assert torch.equal(ended[slot], alone[slot][0])
+        assert torch.equal(keys[:, slot, :, : len(ids)], alone[slot][1])
+        assert torch.equal(values[:, slot, :, : len(ids)], alone[slot][2])
+
+
+def engine_of(depth, max_batch, dtype="bfloat16"):
+    """One whose sessions of so many sequences are of a form; skips where there is none."""
+    sequences = 1 if max_batch == 1 else text.SEVERAL
+    reason = text.why_not(LONGEST, CUDA, getattr(torch, dtype), sequences)
+    if depth == "text" and reason:
+        pytest.skip(reason)
+    return CudaEngine(LONGEST, weights_of(LONGEST), "cuda", dtype, depth)
+
+
+@pytest.mark.parametrize(
+    ("depth", "max_batch"), [("stage", 4), ("stage", 16), ("text", 4)], ids=str
+)
+def test_a_long_prompt_beside_a_sequence_that_grows(depth, max_batch):
+    """The others' tokens and logprobs do not change, and come between its chunks."""
+    engine = engine_of(depth, max_batch)
+    requests = [
+        Request(0, ids_of(LONGEST, 9), 1500, logprobs=True),
+        Request(1, ids_of(LONGEST, 5000), 60, logprobs=True),
+        Request(2, ids_of(LONGEST, 1300), 60, logprobs=True),
+        Request(3, ids_of(LONGEST, 40), 60, logprobs=True),
+    ]
+
+    def submitted(requests):
+        session = engine.session(max_batch)
+        session.submit(requests[0])
+        events = session.step()
+        while not events:
+            events += session.step()
+        for request in requests[1:]:
+            session.submit(request)
+        between = 0
+        while len(by_request(events)) < len(requests):
+            first = any(event.id == 1 for event in events)
+            events += (more := session.step())
+            between += not first and any(event.id == 0 for event in more)
+        session.close()
+        return [[event for event in events if event.id == each.id] for each in requests], between
+
+    together, between = submitted(requests)
+    assert between >= 5000 // CHUNK
+    for request, events in zip(requests, together, strict=True):
+        assert submitted([request])[0] == [events]
+    assert submitted(requests)[0] == together
+
+
+@pytest.mark.parametrize(("depth", "max_batch"), [("text", 1), ("stage", 1), ("stage", 16)])
+def test_texts_of_long_prompts_are_the_most_likely_ones(depth, max_batch):
+    """In float32, of as many positions as a session has at most."""
+    engine = engine_of(depth, max_batch, "float32")
+    prompt = ids_of(LONGEST, 5000)
+    new = 8192 - len(prompt) + 1
+    tokens, finish = run(engine, [Request(0, prompt, 9999)], max_batch)[0]
+    assert (len(tokens), finish) == (new, "length")
+    weights = {name: w.cuda() for name, w in weights_of(LONGEST).items()}
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=CUDA)
+    with torch.no_grad():
+        best = exact_logits(LONGEST, weights, ids)[0, len(prompt) - 1 :].argmax(-1)
+    assert (best.cpu() == torch.tensor(tokens)).double().mean() > 0.99  # but for ties
+
+
+@pytest.mark.parametrize(("depth", "max_batch"), [("stage", 2), ("text", 2)])
+def test_a_request_leaves_in_mid_prompt_and_its_slot_is_free(depth, max_batch):
+    engine = engine_of(depth, max_batch)
+    first, third = Request(0, [1, 2], 900), Request(2, ids_of(LONGEST, 700), 30)
+    expected = run(engine, [first], max_batch) | run(engine, [third], max_batch)
+    session = engine.session(max_batch)
+    session.submit(first)
+    events = session.step()
+    while not events:
+        events += session.step()
+    session.submit(Request(1, ids_of(LONGEST, 8000), 30))
+    session.submit(third)
+    for _ in range(3):  # of sixteen chunks some are read
+        events += session.step()
+    session.cancel(1)
+    while len(by_request(events)) < 3:
+        events += session.step()
+    session.close()
+    found = by_request(events)
+    assert found.pop(1) == ([], "cancelled")
+    assert found == expected

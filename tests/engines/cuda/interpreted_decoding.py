@@ -1,5 +1,5 @@
-"""One more token, stage by stage, through Triton's interpreter on CPU tensors. Run by
-test_interpreter.py in a process of its own."""
+"""Prompts in chunks, and one more token, stage by stage, through Triton's interpreter on CPU
+tensors. Run by test_interpreter.py in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from onelaunch.engines.cuda.decoding import chain, sampling  # noqa: E402
+from onelaunch.engines.cuda import sync  # noqa: E402
+from onelaunch.engines.cuda.blocking import padded  # noqa: E402
+from onelaunch.engines.cuda.decoding import chain, prompt_kernels, sampling  # noqa: E402
 from onelaunch.engines.cuda.decoding.chain import Memory, TokenChain  # noqa: E402
 from onelaunch.engines.cuda.decoding.prefill import Prompts  # noqa: E402
 from onelaunch.engines.cuda.decoding.session import CudaSession  # noqa: E402
@@ -24,6 +26,7 @@ from onelaunch.engines.sampling import _keep_likely, float32_penalty, penalised 
 from onelaunch.generation.decode import generate_ids  # noqa: E402
 from tests.engines.suite import (  # noqa: E402
     SMALL,
+    by_request,
     exact_logits,
     finished,
     relative_error,
@@ -281,3 +284,154 @@ def test_requests_that_keep_joining_do_not_stop_the_others():
         session.submit(Request(number, [number], 1))
         events += session.step()
     assert [event.finish for event in events if event.id == 0][5:] == ["length"]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 64)], ids=str)
+@pytest.mark.parametrize(("first", "n"), [(16, 16), (16, 1), (48, 33), (32, 17)])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        ((4, 2, 8), torch.float32),
+        ((3, 1, 12), torch.float16),
+        ((2, 2, 128), torch.float16),
+    ],
+    ids=str,
+)
+def test_attention_of_a_chunk_over_the_cache(heads, dtype, first, n, tile):
+    """Of a slot's last layer, everything else in the cache being NaN."""
+    H, K, E = heads
+    BM, BN = tile
+    length, context = max(16, chain.bucket(n)), 96
+    generator = torch.Generator().manual_seed(first + n)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    qkv = random(length, (H + 2 * K) * E)
+    qkv[n:] = NAN
+    keys, values = (torch.full((2, 3, K, context, E), NAN, dtype=dtype) for _ in range(2))
+    for cache in (keys, values):
+        cache[1, 1, :, :first] = random(K, first, E)
+    k, v = keys[:, 1], values[:, 1]
+    before = [cache.clone() for cache in (keys, values)]
+    positions = torch.arange(first, first + length, dtype=torch.int32).clamp_(max=first + n - 1)
+    vectors = [k.stride(0) // E, k.stride(1) // E]
+    place = torch.tensor([k.data_ptr(), v.data_ptr(), *vectors])
+    attn_out = torch.full((length, H * E), NAN, dtype=dtype)
+    options = {"H": H, "K": K, "E": E, "PADDED": padded(E), "MODE": sync.AFTER.value}
+    grid = (K * -(-length // 16),)
+    prompt_kernels.store_kernel[grid](qkv, positions, place, 1, length, BM=16, **options)
+    grid, tiles = (H * -(-length // BM),), {"BM": BM, "BN": BN, "NUM_STAGES": 2}
+    prompt_kernels.attention_kernel[grid](
+        qkv, attn_out, positions, place, 1, length, E**-0.5, **tiles, **options
+    )
+    end = first + n
+    q, new_k, new_v = qkv[:n].split([H * E, K * E, K * E], -1)
+    for cache, new in zip(before, (new_k, new_v), strict=True):
+        cache[1, 1, :, first:end] = new.unflatten(-1, (K, E)).transpose(0, 1)
+    for cache, exact in zip((keys, values), before, strict=True):
+        assert torch.equal(cache.nan_to_num(99.0), exact.nan_to_num(99.0))
+    q_HNE = q.unflatten(-1, (H, E)).transpose(0, 1).double()
+    k_HNE, v_HNE = (
+        cache[1, :, :end].double().repeat_interleave(H // K, 0) for cache in (k, v)
+    )  # fmt: skip
+    seen = torch.arange(end) <= torch.arange(first, end)[:, None]
+    scores = (q_HNE @ k_HNE.mT * E**-0.5).masked_fill(~seen, float("-inf"))
+    exact = (scores.softmax(-1) @ v_HNE).transpose(0, 1).flatten(1)
+    assert relative_error(attn_out[:n], exact) < (5e-7 if dtype == torch.float32 else 5e-4)
+
+
+def cache_of(config, slots=2, context=None):
+    shape = (config.n_layers, slots, config.n_kv_heads, context or config.max_seq_len)
+    return [torch.full((*shape, config.head_dim), NAN) for _ in range(2)]
+
+
+def read_whole(prompts, ids, cache, slot=0, with_logits=True):
+    reading = prompts.begin(ids, *(each[:, slot] for each in cache), with_logits=with_logits)
+    steps = 1
+    while not reading.step():
+        steps += 1
+    assert steps == -(-len(ids) // prompts.chunk)
+    return reading.logits.clone() if with_logits else None
+
+
+@pytest.mark.parametrize(
+    "config", [each.with_(max_seq_len=44) for each in KINDS.values()], ids=KINDS
+)
+def test_a_prompt_in_chunks_is_the_whole_prompt(config):
+    """Its logits, and its keys and values, those of the last chunk beside the context's end."""
+    packed = pack(config, weights_of(config), torch.float32, CPU)
+    tokens = tokens_of(config, 1, 44)
+    exact = exact_logits(config, weights_of(config), tokens)[0]
+    ids = tokens[0].tolist()
+    whole, chunks = Prompts(config, packed, 64), Prompts(config, packed, 16)
+    expected = cache_of(config)
+    read_whole(whole, ids, expected)
+    for n in (15, 16, 17, 32, 33, 44):
+        cache = cache_of(config)
+        logits_1V = read_whole(chunks, ids[:n], cache, slot=1)
+        assert relative_error(logits_1V[0], exact[n - 1]) < 5e-6
+        for got, of_whole in zip(cache, expected, strict=True):
+            assert relative_error(got[:, 1, :, :n], of_whole[:, 0, :, :n]) < 5e-6
+            assert got[:, 1, :, n:].isnan().all()
+            assert got[:, 0].isnan().all()
+
+
+def test_a_prompts_bits_do_not_depend_on_what_else_is_read():
+    """Two that take turns, in one slot each of caches of two contexts, and the same ones alone."""
+    config = TINY.with_(max_seq_len=64)
+    packed = pack(config, weights_of(config), torch.float16, CPU)
+    prompts = Prompts(config, packed, 16)
+    both = tokens_of(config, 2, 40).tolist()
+    both[1] = both[1][:37]
+    caches = [[each.half() for each in cache_of(config, 2, context)] for context in (64, 41)]
+    readings = [
+        prompts.begin(ids, *(each[:, slot] for each in cache), with_logits=True)
+        for slot, (ids, cache) in enumerate(zip(both, caches, strict=True))
+    ]
+    together = [None, None]
+    while None in together:
+        for i, reading in enumerate(readings):
+            if together[i] is None and reading.step():
+                together[i] = reading.logits.clone()
+    for i, (ids, cache) in enumerate(zip(both, caches, strict=True)):
+        alone = [each.half() for each in cache_of(config)]
+        assert torch.equal(read_whole(Prompts(config, packed, 16), ids, alone), together[i])
+        for got, expected in zip(cache, alone, strict=True):
+            assert torch.equal(got[:, i, :, : len(ids)], expected[:, 0, :, : len(ids)])
+    # without logits keys and values are the same
+    kept = [each.half() for each in cache_of(config)]
+    read_whole(prompts, both[0], kept, with_logits=False)
+    assert torch.equal(kept[0][:, 0, :, :40], caches[0][0][:, 0, :, :40])
+
+
+def test_sequences_with_long_prompts_are_the_reference_engines():
+    """They join while another grows, and the other's tokens stay the same."""
+    config = TINY.with_(max_seq_len=64)
+    weights = weights_of(config)
+    packed = pack(config, weights, torch.float32, CPU)
+    prompts = tokens_of(config, 3, 40).tolist()
+    requests = [
+        Request(0, prompts[0][:3], 20),
+        Request(1, prompts[1], 3),
+        Request(2, prompts[2][:35], 2, Sampling(1.0, seed=5)),
+    ]
+    ends = []
+    for session in (
+        ReferenceEngine(config, weights, "cpu").session(2, 44),
+        CudaSession(
+            config, packed, Prompts(config, packed, 16), nullcontext, 2, 44, lambda line: None
+        ),
+    ):
+        session.submit(requests[0])
+        events = session.step()
+        for request in requests[1:]:
+            session.submit(request)
+        while len(by_request(events)) < 3:
+            events += session.step()
+        ends.append(by_request(events))
+        session.close()
+    assert ends[1] == ends[0]

@@ -119,6 +119,35 @@ def test_a_penalty_leaves_the_sums_of_rows_without_one_as_they_are(
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["stories260k", "stories15m", "qwen3-0.6b", "llama-3.2-1b"])
+def test_a_chunk_of_a_prompt_stays_in_registers(target, name, monkeypatch, tmp_path, triton):
+    from triton.runtime import driver
+
+    from onelaunch.engines.cuda.decoding import prefill
+
+    monkeypatch.setattr(driver, "_active", absent(target))
+    for module in (prefill, program):
+        monkeypatch.setattr(module, "limits_of", lambda device: LIMITS[target])
+        monkeypatch.setattr(module, "dependent_launch", lambda device: target == "sm_90")
+    config = preset(name).with_(n_layers=1, vocab_size=512, max_seq_len=2048)
+    packed = StagedForward(config, weights_of(config), BF16, torch.device("cpu")).packed
+    calls = prefill.Prompts(config, packed).calls(1024, with_logits=True)
+    names = ["embed", "qkv", "attention", "out_proj", "gate_up", "down"]
+    later = [*names[:2], "store", *names[2:], "head"]
+    assert len(calls) == len(names) + len(later)
+    for kind, call in zip(later, calls[len(names) :], strict=True):
+        compiled = call.compile()
+        assert compiled.metadata.shared <= LIMITS[target].shared_bytes
+        assert len(call.kernel.arg_names) <= MAX_PARAMETERS
+        assert spilled(triton, compiled, tmp_path) <= 128, kind
+        if kind in ("store", "attention"):
+            assert compiled.metadata.name == f"prompt_{kind}"
+        if kind == "attention" and target != "gfx942":  # whole 16 bytes, from an address in memory
+            assert re.search(r"cp\.async\.cg[^;]*, 0x10", compiled.asm["ptx"])
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("part", ["ffn", "attention"])
 def test_one_block_of_every_layer_compiles(part, monkeypatch, tmp_path, triton):
     from triton.runtime import driver
@@ -215,9 +244,14 @@ def test_no_name_has_two_values_in_the_modules_of_kernels():
     from triton.language import constexpr
 
     from onelaunch.engines.cuda import kernels, sync, tracer
+    from onelaunch.engines.cuda.decoding import kernels as decode_kernels
+    from onelaunch.engines.cuda.decoding import prompt_kernels
     from onelaunch.engines.cuda.stages import attention, common, embed, gate_up, head, qkv
 
-    modules = (kernels, sync, tracer, attention, common, embed, gate_up, head, qkv)
+    modules = (
+        kernels, sync, tracer, attention, common, embed, gate_up, head, qkv, decode_kernels,
+        prompt_kernels,
+    )  # fmt: skip
     values: dict[str, set[object]] = {}
     for module in modules:
         for name, value in vars(module).items():

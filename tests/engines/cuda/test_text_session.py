@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import STOP_IDS, sampling
-from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT
 from onelaunch.engines.cuda.decoding.text import Text
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
 from onelaunch.engines.engine import Request, Sampling, TokenEvent
@@ -32,13 +31,14 @@ class HostWriter:
     def __init__(self, token_seconds=None, fails_at=None):
         self.token_seconds, self.fails_at = token_seconds, fails_at
         self.stop, self.launches, self.flying, self.closed = {}, [], None, False
-        self.firsts = []  # tokens that were there before each launch
+        self.prepared = {}
 
-    def prepare(self, row, request, limit):
+    def prepare(self, row, slot, request, limit):
         self.stop[row] = request.stop_ids[:STOP_IDS]
+        self.prepared[row] = slot
 
-    def launch(self, rows, first=0):
-        self.firsts.append(first)
+    def launch(self, rows):
+        assert [row.slot for row in rows] == [self.prepared[i] for i in range(len(rows))]
         assert self.flying is None, "a launch is under way"
         assert len({row.slot for row in rows}) == len(rows)
         self.launches.append(list(rows))
@@ -73,9 +73,22 @@ class HostWriter:
         self.closed = True
 
 
+class HostReading:
+    """A prompt that is read in chunks; `read` gets the first token of each."""
+
+    def __init__(self, ids, chunk, read):
+        self.chunks, self.read = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], read
+
+    def step(self):
+        if self.chunks:
+            self.read.append(self.chunks.pop(0)[0])
+        return not self.chunks
+
+
 class HostSource:
-    def __init__(self, writer):
-        self.kept, self.drew, self.made = [], [], writer
+    def __init__(self, writer, chunk=512):
+        self.kept, self.drew, self.made, self.chunk = [], [], writer, chunk
+        self.read, self.slots = [], []
 
     def writer(self, draws, prompt):
         if self.made is None:
@@ -83,8 +96,10 @@ class HostSource:
         self.drew.append(draws)
         return self.made
 
-    def keep(self, prompt_ids, slot):
+    def begin(self, prompt_ids, slot):
         self.kept.append(prompt_ids)
+        self.slots.append(slot)
+        return HostReading(prompt_ids, self.chunk, self.read)
 
     def close(self):
         self.kept = None
@@ -110,8 +125,8 @@ class Others:
         pass
 
 
-def session_of(writer, max_len=200, max_batch=1, failed=None):
-    source = HostSource(writer)
+def session_of(writer, max_len=200, max_batch=1, failed=None, chunk=512):
+    source = HostSource(writer, chunk)
     session = TextSession(
         LONG, source, Others, nullcontext, max_batch, max_len, torch.bfloat16, failed
     )  # fmt: skip
@@ -180,31 +195,19 @@ def test_a_stop_id_ends_it(ids):
     assert [event.token for event in all_of(session)] == expected(prompt, 3)
 
 
-def test_drawn_ones_of_several_go_elsewhere():
+def test_drawn_and_penalised_ones_grow_beside_others():
     session, _ = session_of(HostWriter(1e-3), max_batch=2)
     session.submit(Request(0, [1], 20))
     session.submit(Request(1, [2], 4, Sampling(1.0)))
-    session.submit(Request(2, [3], 20))
+    session.submit(Request(2, [3], 20, Sampling(repetition_penalty=1.3)))
     session.submit(Request(3, [3], 0))
     events = []
     while {event.id for event in events if event.finish} != {0, 1, 2, 3}:
         events += session.step()
-    assert [event.token for event in events if event.id == 0] == expected([1], 20)
-    assert [event for event in events if event.id == 1] == [TokenEvent(1, 5, None, "length")]
-    assert [event.token for event in events if event.id == 2] == expected([3], 20)
-
-
-def test_those_with_a_repetition_penalty_go_elsewhere():
-    session, _ = session_of(HostWriter(1e-3))
-    session.submit(Request(0, [1], 4, Sampling(repetition_penalty=1.3)))
-    session.submit(Request(1, [2], 4, Sampling(1.0, repetition_penalty=0.7)))
-    session.submit(Request(2, [3], 4))
-    events = []
-    while {event.id for event in events if event.finish} != {0, 1, 2}:
-        events += session.step()
-    for id in (0, 1):
-        assert [event for event in events if event.id == id] == [TokenEvent(id, 5, None, "length")]
-    assert [event.token for event in events if event.id == 2] == expected([3], 4)
+    for id, n in ((0, 20), (1, 4), (2, 20)):
+        tokens = [event.token for event in events if event.id == id]
+        assert tokens == expected([id + 1], n)
+    assert session._source.drew == [False, True]
 
 
 def test_texts_follow_one_another_each_by_its_writer():
@@ -220,8 +223,8 @@ def test_texts_follow_one_another_each_by_its_writer():
     assert session._source.drew == [False, True]
     # a text's random numbers go on where the launch before stopped
     before = 0
-    for (row,), first in zip(writer.launches, writer.firsts, strict=True):
-        assert first == before % 12
+    for (row,) in writer.launches:
+        assert row.first == before % 12
         before += row.n
 
 
@@ -296,6 +299,79 @@ def test_one_of_several_is_cancelled_while_a_launch_goes_on():
     assert [event.token for event in cancelled[:-1]] == expected([1], 20)[: len(cancelled) - 1]
 
 
+@pytest.mark.parametrize("token_seconds", [None, 1e-5])
+def test_the_others_are_written_between_the_chunks_of_a_prompt(token_seconds):
+    writer = HostWriter(token_seconds)
+    session, _ = session_of(writer, max_batch=2, chunk=10)
+    session.submit(Request(0, [1], 150))
+    events = session.step(1e-4)
+    prompt = list(range(48))  # of which 47 are read
+    session.submit(Request(1, prompt, 20))
+    read, written = session._source.read, []
+    while not any(event.id == 1 for event in events):
+        before, launches = len(read), len(writer.launches)
+        events += session.step()
+        assert len(read) - before <= 1
+        if len(read) > before and len(read) < 5:
+            (launched,) = writer.launches[launches:]
+            written += [row.n for row in launched]
+    assert read == [0, 10, 20, 30, 40]
+    assert len(written) == 4
+    assert 0 < max(written) <= FIRST_TOKENS
+    while sum(event.finish is not None for event in events) < 2:
+        events += session.step()
+    assert [event.token for event in events if event.id == 0] == expected([1], 150)
+    assert [event.token for event in events if event.id == 1] == expected(prompt, 20)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(60.0, 1), (0.0, 5)])
+def test_a_prompt_is_read_for_as_long_as_a_step_may_take_where_none_grows(seconds, steps):
+    session, _ = session_of(HostWriter(), chunk=10)
+    prompt = list(range(48))
+    session.submit(Request(0, prompt, 20))
+    events = []
+    for number in range(1, steps + 1):
+        events += session.step(seconds)
+        assert bool(events) == (number == steps)
+    assert session._source.read == [0, 10, 20, 30, 40]
+    while events[-1].finish is None:
+        events += session.step()
+    assert [event.token for event in events] == expected(prompt, 20)
+
+
+def test_one_that_is_cancelled_while_its_prompt_is_read_leaves_at_once():
+    session, _ = session_of(HostWriter(), max_batch=2, chunk=10)
+    session.submit(Request(0, [1], 150))
+    events = session.step()
+    session.submit(Request(1, list(range(48)), 20))
+    session.submit(Request(2, [2], 20))  # there is no room for it
+    while not session._source.read:
+        events += session.step()
+    session.cancel(1)
+    while sum(event.finish is not None for event in events) < 3:
+        events += session.step()
+    assert session._source.read == [0]
+    assert session._source.slots == [0, 1, 1]
+    assert [event for event in events if event.id == 1] == [TokenEvent(1, None, None, "cancelled")]
+    assert [event.token for event in events if event.id == 0] == expected([1], 150)
+    assert [event.token for event in events if event.id == 2] == expected([2], 20)
+
+
+def test_a_text_that_ends_does_not_wait_for_the_next_prompt():
+    """Its last tokens come before more than one chunk is read."""
+    session, _ = session_of(HostWriter(), chunk=10)
+    session.submit(Request(0, [1], 6))
+    session.submit(Request(1, list(range(48)), 20))
+    events = session.step()
+    while not any(event.finish for event in events):
+        events += session.step()
+    assert [event.token for event in events] == expected([1], 6)
+    assert session._source.read == [0]
+    while sum(event.finish is not None for event in events) < 2:
+        events += session.step()
+    assert [event.token for event in events if event.id == 1] == expected(list(range(48)), 20)
+
+
 def test_where_no_writer_can_be_made_the_others_write():
     errors = []
     session, _ = session_of(None, failed=errors.append)
@@ -316,17 +392,6 @@ def test_who_asks_for_one_launch_gets_the_error():
     session.submit(Request(0, [1], 5))
     with pytest.raises(RunFailed, match="no compiler"):
         session.step()
-
-
-def test_long_prompts_are_those_of_the_others():
-    config = LONG.with_(max_seq_len=MAX_PROMPT + 10)
-    for n, given in ((MAX_PROMPT + 1, False), (MAX_PROMPT + 2, True)):
-        source = HostSource(HostWriter())
-        session = TextSession(
-            config, source, Others, nullcontext, 1, MAX_PROMPT + 10, torch.bfloat16, None
-        )  # fmt: skip
-        session.submit(Request(0, [1] * n, 1))
-        assert session.step()[0].token == (5 if given else following(1))
 
 
 def test_what_has_arrived_ends_where_the_launch_does():

@@ -54,7 +54,7 @@ else there is to do is some microseconds of Python, which runs in one thread at 
 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
 MAX_TEXT = 8192
-"""Positions of a text that one launch writes."""
+"""Positions of a sequence that its own kernels generate, its prompt among them."""
 TEXT = "text"
 """The fusion depth of a whole text in one launch; a forward's form is then as with "auto"."""
 MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
@@ -169,10 +169,10 @@ class CudaEngine:
         Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
         sequence's tokens are the same alone and among others. Where `max_batch` is 1, a single
         launch writes some 5 ms of tokens, unless the fusion depth is another; with the depth "text"
-        of up to 64 sequences, whose tokens are the most likely ones.
+        of up to 64 sequences.
 
-        Texts of up to MAX_TEXT positions are written so, but of prompts of MAX_SEQUENCE. Other
-        sessions of more than MAX_SEQUENCE positions, and those on AMD's GPUs, are the reference
+        A sequence has up to MAX_TEXT positions. Its prompt is read in chunks of 512, between which
+        the others grow. Sessions of more positions, and those on AMD's GPUs, are the reference
         engine's. Raises BadInput where the fusion depth is "text" and the model or `max_batch` does
         not fit.
         """
@@ -190,8 +190,6 @@ class CudaEngine:
             CudaSession,
             self.config, packed, self._prompts, self._alone, max_batch, length, self._log,
         )  # fmt: skip
-        if length > MAX_SEQUENCE:
-            many = partial(self._session_of_pytorch, max_batch, length)
         grid = self._grid_of_a_launch(max_batch)
         if grid is None:
             return many()

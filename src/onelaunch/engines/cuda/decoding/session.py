@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from onelaunch.engines.cuda.decoding.chain import (
     TokenChain,
     bucket,
 )
-from onelaunch.engines.cuda.decoding.prefill import Prompts
+from onelaunch.engines.cuda.decoding.prefill import Prompts, Reading
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import BoundForward
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
@@ -35,7 +36,8 @@ from onelaunch.engines.session import new_tokens
 GRAPH_TOKENS = 8
 """Tokens of each sequence in one graph."""
 MAX_SECONDS = 0.005
-"""Of what is launched at once, so that a request that is cancelled or joins does not wait long."""
+"""Of what is launched at once, so that a request that is cancelled or joins does not wait long, and
+of reading prompts while others grow."""
 FIRST_CONTEXT = 256
 SILENT_SECONDS = 1.0
 FINISH: dict[int, Finish] = {sampling.STOPPED: "stop", sampling.FULL: "length"}
@@ -43,11 +45,13 @@ FINISH: dict[int, Finish] = {sampling.STOPPED: "stop", sampling.FULL: "length"}
 
 @dataclass(slots=True)
 class Growing:
-    """A request in a slot: at most `limit` new tokens, `new` so far."""
+    """A request in a slot, whose prompt is read at first: at most `limit` new tokens, `new` so
+    far."""
 
     request: Request
     slot: int
     limit: int
+    reading: Reading
     new: list[int] = field(default_factory=list)
 
     @property
@@ -75,6 +79,7 @@ class CudaSession:
         self._device = packed.embedding.device
         self._max_batch, self._max_len = min(max_batch, MAX_ROWS), max_len
         self._waiting: deque[Request] = deque()
+        self._joining: deque[Growing] = deque()
         self._growing: list[Growing] = []
         self._events: list[TokenEvent] = []
         self._memory: Memory | None = None
@@ -94,27 +99,33 @@ class CudaSession:
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Let all sequences grow for so many seconds, and those join that wait; see `Session`."""
-        if self._waiting or self._growing:
+        if self._waiting or self._joining or self._growing:
             with self._alone():
                 others = bool(self._growing)
-                joined = self._join()
-                # a first token waits for one graph of the others, and for none of its own
-                if self._growing and (others or not joined):
-                    self._grow(0.0 if joined else seconds)
+                self._join()
+                reads = bool(self._joining)
+                self._read(seconds)
+                # a first token waits for one graph of the others at a time, and for none of its own
+                if self._growing and (others or not reads):
+                    self._grow(0.0 if reads else seconds)
         events, self._events = self._events, []
         return events
 
     def cancel(self, id: int) -> None:
         """End a request; see `Session`."""
         waiting = [request for request in self._waiting if request.id != id]
+        joining = [each for each in self._joining if each.request.id != id]
         growing = [each for each in self._growing if each.request.id != id]
-        if len(waiting) + len(growing) < len(self._waiting) + len(self._growing):
-            self._waiting, self._growing = deque(waiting), growing
+        known = len(self._waiting) + len(self._joining) + len(self._growing)
+        if len(waiting) + len(joining) + len(growing) < known:
+            self._waiting, self._joining = deque(waiting), deque(joining)
+            self._growing = growing
             self._events.append(TokenEvent(id, None, None, "cancelled"))
 
     def close(self) -> None:
         """End all requests."""
         self._waiting.clear()
+        self._joining.clear()
         self._growing.clear()
         self._events.clear()
         self._graphs.clear()
@@ -123,26 +134,31 @@ class CudaSession:
 
     # ---- requests that join
 
-    def _join(self) -> bool:
-        """Read the prompts that there is room for; whether any was."""
-        joined = False
-        while self._waiting and len(self._growing) < self._max_batch:
+    def _join(self) -> None:
+        """Give a slot to each request that there is room for."""
+        while self._waiting and len(self._joining) + len(self._growing) < self._max_batch:
             request = self._waiting.popleft()
             limit = new_tokens(self._config, request, self._max_len)
             if not limit:
                 self._events.append(TokenEvent(request.id, None, None, "length"))
                 continue
-            used = {each.slot for each in self._growing}
+            used = {each.slot for each in (*self._joining, *self._growing)}
             slot = next(i for i in range(self._max_batch) if i not in used)
-            each = Growing(request, slot, limit)
+            memory, prompt = self._state(), request.prompt_ids
+            self._compile(len(prompt), request.sampling.penalises)
+            keys, values = memory.keys[:, slot], memory.values[:, slot]
+            reading = self._prompts.begin(prompt, keys, values, with_logits=True)
+            self._joining.append(Growing(request, slot, limit, reading))
+
+    def _read(self, seconds: float) -> None:
+        """Go on to read prompts; those that are read get their first tokens."""
+        for each in in_turn(self._joining, bool(self._growing), seconds):
             self._begin(each)
             self._growing.append(each)
             self._report([each])
-            joined = True
-        return joined
 
     def _begin(self, each: Growing) -> None:
-        """Read a prompt into a slot, and choose its first token."""
+        """Choose the first token of a sequence whose prompt was read."""
         memory, request, slot = self._state(), each.request, each.slot
         sampled, stop = request.sampling, list(request.stop_ids)[:STOP_IDS]
         whole = [0] * sampling.WHOLE_NUMBERS
@@ -162,10 +178,7 @@ class CudaSession:
         if sampled.penalises:
             self._mark(slot, request.prompt_ids)
         memory.positions[slot] = len(request.prompt_ids) - 1
-        self._compile(len(request.prompt_ids), sampled.penalises)
-        keys, values = memory.keys[:, slot], memory.values[:, slot]
-        logits_1V = self._prompts.read(request.prompt_ids, keys, values)
-        memory.logits[:1].copy_(logits_1V)
+        memory.logits[:1].copy_(each.reading.logits)
         memory.slots[:1] = slot
         self._rows = []
         self._chain(1, FIRST_CONTEXT, sampled.penalises).sample()
@@ -198,7 +211,8 @@ class CudaSession:
             run()
         self._wait()
         took = (time.perf_counter() - start) / (graphs * GRAPH_TOKENS)
-        self._token_seconds = took
+        if not self._joining:  # or a chunk of a prompt is in it
+            self._token_seconds = took
         self._report(self._growing)
 
     def _least_rows(self) -> int:
@@ -207,14 +221,16 @@ class CudaSession:
         return rows if self._many else min(ROWS, rows)
 
     def _compile(self, prompt: int, penalised: bool) -> None:
-        """Compile all kernels before the first request's prompt, and say so where it takes long."""
-        if penalised in self._compiled or self._device.type != "cuda":
+        """Compile a prompt's kernels, before the first one all, and say so where it takes long."""
+        if self._device.type != "cuda":
             return
-        self._compiled.add(penalised)
-        of_token = self._chain(self._least_rows(), FIRST_CONTEXT, penalised).distinct
-        of_prompt = self._prompts.calls(prompt, with_logits=True)
-        with notice(self._log):
-            compile_together([*of_token, *of_prompt])
+        calls = self._prompts.calls(prompt, with_logits=True)
+        if penalised not in self._compiled:
+            self._compiled.add(penalised)
+            calls += self._chain(self._least_rows(), FIRST_CONTEXT, penalised).distinct
+        if calls:
+            with notice(self._log):
+                compile_together(calls)
 
     def _place(self, rows: int) -> None:
         """The sequences in their rows, each with its last token's row of the embedding."""
@@ -285,7 +301,8 @@ class CudaSession:
         return self._memory
 
     def _pinned(self) -> list[Tensor]:
-        """Memory from which a request's numbers are copied, free again when its prompt was read."""
+        """Memory from which a request's numbers are copied, free again when its first token is
+        there."""
         if not self._rows_on_host:
             memory, pinned = self._state(), self._device.type == "cuda"
             self._rows_on_host = [
@@ -334,6 +351,30 @@ def take(
     elif finish is not None:
         events.append(TokenEvent(request.id, None, None, finish))
     return events
+
+
+T = TypeVar("T", bound=Growing)
+
+
+def in_turn(joining: deque[T], others: bool, seconds: float) -> Iterator[T]:
+    """Read the prompts of requests, and yield each that is read, and is no longer in `joining`.
+
+    While any grows, it ends with the first chunk that is not a prompt's last; while `others` do, it
+    ends after MAX_SECONDS, too. While none grows, a prompt is read for `seconds`. The next call
+    goes on with the prompts whose turn it was not."""
+    start, grows = time.perf_counter(), others
+    for _ in range(len(joining)):
+        each = joining.popleft()
+        read = each.reading.step()
+        while not (read or grows) and time.perf_counter() - start < seconds:
+            read = each.reading.step()
+        if not read:
+            joining.append(each)
+            return
+        grows = True
+        yield each
+        if others and time.perf_counter() - start >= MAX_SECONDS:
+            return
 
 
 @contextmanager

@@ -16,15 +16,16 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request
 from onelaunch.engines.cuda.calls import compile_together
 from onelaunch.engines.cuda.decoding import sampling
-from onelaunch.engines.cuda.decoding.prefill import MAX_PROMPT, Prompts
-from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, notice, take
+from onelaunch.engines.cuda.decoding.prefill import Prompts, Reading
+from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, in_turn, notice, take
 from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 from onelaunch.engines.session import new_tokens
 from onelaunch.errors import RunFailed
 
 FIRST_TOKENS = 8
-"""Of a kernel's first launch, when it is not known how long a token takes."""
+"""Of a kernel's first launch, when it is not known how long a token takes, and at most of one
+between two chunks of a prompt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,12 +44,12 @@ class Writer(Protocol):
     def token_seconds(self) -> float | None:
         """That a token of each sequence took in the last launch."""
 
-    def prepare(self, row: int, request: Request, limit: int) -> None:
-        """Set the ids that end the text of a row of the launches to come, and how up to `limit`
+    def prepare(self, row: int, slot: int, request: Request, limit: int) -> None:
+        """Set the ids that end the text of a row of the launches to come, and by what up to `limit`
         tokens are drawn."""
 
-    def launch(self, rows: Sequence[Row], first: int = 0) -> None:
-        """Begin to write; `first`: how many tokens of a drawn text there are."""
+    def launch(self, rows: Sequence[Row]) -> None:
+        """Begin to write; each row is prepared."""
 
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until there is a token of each of these, or the launch has ended."""
@@ -67,11 +68,11 @@ class Source(Protocol):
     """Where a session's writer and its cache come from: `OnGPU`."""
 
     def writer(self, draws: bool, prompt: int) -> Writer:
-        """What writes the most likely tokens, or draws them; `prompt` is how many tokens the first
-        prompt has."""
+        """What writes the most likely tokens alone, or whatever is requested; `prompt` is how many
+        tokens the first prompt has."""
 
-    def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
-        """Read a prompt's keys and values into the cache."""
+    def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
+        """A prompt whose keys and values are to be read into the cache."""
 
     def close(self) -> None:
         """Let go of the cache."""
@@ -79,9 +80,8 @@ class Source(Protocol):
 
 class TextSession:
     """A `Session` of up to `max_batch` sequences at once, by a writer in launches of MAX_SECONDS,
-    the next one under way while the last one's tokens are handed on. Where there are several,
-    drawn ones are those of `others`; so are those with a repetition penalty, those of long prompts,
-    and all where no writer can be made: `failed` gets the error, and may raise it."""
+    the next one under way while the last one's tokens are handed on. Where no writer can be made
+    they are those of `others`: `failed` gets the error, and may raise it."""
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class TextSession:
         self._make_others, self._alone = others, alone
         self._max_batch, self._max_len, self._dtype = max_batch, max_len, dtype
         self._waiting: deque[Request] = deque()
+        self._joining: deque[Written] = deque()
         self._growing: list[Written] = []
         self._away: set[int] = set()  # requests that `others` has
         self._events: list[TokenEvent] = []
@@ -112,16 +113,14 @@ class TextSession:
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
-        known = request.sampling.greedy or self._max_batch == 1
-        known = known and not request.sampling.penalises
-        if self._writes and known and len(request.prompt_ids) <= MAX_PROMPT + 1:
+        if self._writes:
             self._waiting.append(request)
         else:
             self._give_away(request)
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on for so many seconds, and let those join that wait; see `Session`."""
-        if self._waiting or self._growing:
+        if self._waiting or self._joining or self._growing:
             with self._alone():
                 self._go_on(seconds)
         if self._away:
@@ -139,9 +138,11 @@ class TextSession:
             self._others.cancel(id)
             return
         waiting = [request for request in self._waiting if request.id != id]
+        joining = [each for each in self._joining if each.request.id != id]
         growing = [each for each in self._growing if each.request.id == id]
-        if growing or len(waiting) < len(self._waiting):
-            self._waiting = deque(waiting)
+        known = len(self._waiting) + len(self._joining)
+        if growing or len(waiting) + len(joining) < known:
+            self._waiting, self._joining = deque(waiting), deque(joining)
             for each in growing:
                 self._leave(each)
             self._events.append(TokenEvent(id, None, None, "cancelled"))
@@ -155,6 +156,7 @@ class TextSession:
         self._source.close()
         self._writers.clear()
         self._waiting.clear()
+        self._joining.clear()
         self._growing.clear()
         self._away.clear()
         self._events.clear()
@@ -164,6 +166,7 @@ class TextSession:
     def _go_on(self, seconds: float) -> None:
         if not self._launched:
             self._join()
+            self._read(seconds)
             self._launch(seconds)
         writer = self._writer
         if writer is None or not self._launched:
@@ -189,20 +192,21 @@ class TextSession:
                 each.ahead = tokens
                 self._growing.append(each)
         self._join()
+        self._read(0.0)  # the last launch's tokens are to be handed on
         self._launch(seconds)
         for each, (tokens, logprobs, how) in zip(rows, ends, strict=True):
             each.ahead = []
             self._take(each, tokens, logprobs, sampling.GROWING if each in self._growing else how)
 
     def _join(self) -> None:
-        """Read all of each prompt but its last token, from which its text goes on."""
-        while self._waiting and len(self._growing) < self._max_batch:
+        """Give a slot to each request that there is room for."""
+        while self._waiting and len(self._joining) + len(self._growing) < self._max_batch:
             request = self._waiting.popleft()
             limit = new_tokens(self._config, request, self._max_len)
             if not limit:
                 self._events.append(TokenEvent(request.id, None, None, "length"))
                 continue
-            draws = not request.sampling.greedy
+            draws = _draws(request)
             if draws not in self._writers:
                 try:
                     self._writers[draws] = self._source.writer(draws, len(request.prompt_ids))
@@ -213,11 +217,15 @@ class TextSession:
                         self._give_away(each)
                     self._waiting.clear()
                     return
-            self._writer = self._writers[draws]
-            used = {each.slot for each in self._growing}
+            used = {each.slot for each in (*self._joining, *self._growing)}
             slot = next(i for i in range(self._max_batch) if i not in used)
-            self._source.keep(request.prompt_ids[:-1], slot)
-            self._growing.append(Written(request, slot, limit))
+            # its text goes on from its last token
+            reading = self._source.begin(request.prompt_ids[:-1], slot)
+            self._joining.append(Written(request, slot, limit, reading))
+
+    def _read(self, seconds: float) -> None:
+        """Go on to read prompts; those that are read grow from now on."""
+        self._growing += in_turn(self._joining, bool(self._growing), seconds)
 
     def _give_away(self, request: Request) -> None:
         if self._others is None:
@@ -227,20 +235,24 @@ class TextSession:
 
     def _launch(self, seconds: float) -> None:
         """Begin to write after each one's last token, for as long as one launch may take."""
-        writer = self._writer
-        if writer is None or not self._growing:
+        if not self._growing:
             return
+        draws = any(_draws(each.request) for each in self._growing)
+        # one that draws writes the most likely ones, too
+        self._writer = writer = self._writers[draws]
         tokens = FIRST_TOKENS
         if writer.token_seconds is not None:
-            tokens = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
+            timed = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
+            tokens = min(timed, FIRST_TOKENS) if self._joining else timed
         rows = []
         for row, each in enumerate(self._growing):
-            writer.prepare(row, each.request, each.limit)
+            writer.prepare(row, each.slot, each.request, each.limit)
             new = [*each.new, *each.ahead]
             last = new[-1] if new else each.request.prompt_ids[-1]
             position = len(each.request.prompt_ids) + len(new) - 1
-            rows.append(Row(each.slot, last, position, min(tokens, each.limit - len(new))))
-        writer.launch(rows, rows[0].position + 1 - len(self._growing[0].request.prompt_ids))
+            n = min(tokens, each.limit - len(new))
+            rows.append(Row(each.slot, last, position, n, len(new)))
+        writer.launch(rows)
         self._launched, self._handed = list(self._growing), [0] * len(rows)
 
     def _take(
@@ -257,6 +269,11 @@ class TextSession:
     def _leave(self, each: Written) -> None:
         each.left = True
         self._growing = [other for other in self._growing if other is not each]
+
+
+def _draws(request: Request) -> bool:
+    """Whether its tokens are others than the most likely ones."""
+    return not request.sampling.greedy or request.sampling.penalises
 
 
 class OnGPU:
@@ -280,15 +297,17 @@ class OnGPU:
             self._cache = self._make_cache()
         with notice(self._log), ThreadPoolExecutor(1) as pool:
             made = pool.submit(self._kernel, draws)  # both compilers at once
-            if prompt > 1:
-                compile_together(self._prompts.calls(prompt - 1, with_logits=False))
+            compile_together(self._prompts.calls(prompt - 1, with_logits=False))
             return Text(made.result(), *self._cache)
 
-    def keep(self, prompt_ids: Sequence[int], slot: int) -> None:
-        """A prompt's keys and values into the cache."""
+    def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
+        """A prompt whose keys and values are to be read into the cache."""
         assert self._cache is not None
         keys, values = self._cache
-        self._prompts.keep(prompt_ids, keys[:, slot], values[:, slot])
+        if calls := self._prompts.calls(len(prompt_ids), with_logits=False):
+            with notice(self._log):
+                compile_together(calls)
+        return self._prompts.begin(prompt_ids, keys[:, slot], values[:, slot], with_logits=False)
 
     def close(self) -> None:
         """Let go of the cache."""

@@ -84,7 +84,10 @@ def trace_text(
     kernel = TextKernel(config, packed, trace=marks)
     shape = (config.n_layers, 1, config.n_kv_heads, context, config.head_dim)
     keys, values = (packed.embedding.new_zeros(shape) for _ in range(2))
-    Prompts(config, packed).keep(prompt_ids[:-1], keys[:, 0], values[:, 0])
+    cache = keys[:, 0], values[:, 0]
+    reading = Prompts(config, packed).begin(prompt_ids[:-1], *cache, with_logits=False)
+    while not reading.step():
+        pass
     text = Text(kernel, keys, values)
     for _ in range(2):  # the first one warms the caches
         text.launch([Row(0, prompt_ids[-1], len(prompt_ids) - 1, TOKENS)])
