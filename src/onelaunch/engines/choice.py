@@ -49,7 +49,7 @@ def choose(
     if engine == "cuda":
         from onelaunch.engines.cuda.engine import CudaEngine
 
-        return CudaEngine(config, weights, device, dtype, fusion_depth, log)
+        return CudaEngine(config, weights, device, dtype, fusion_depth, log, meanwhile=True)
     if engine == "coreml":
         if device not in ("auto", "cpu"):
             raise BadInput(

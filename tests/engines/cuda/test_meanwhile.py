@@ -3,11 +3,15 @@ engine."""
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from onelaunch.engines.cuda.decoding.meanwhile import Meanwhile
+from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.engine import Request
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput
@@ -112,3 +116,31 @@ def test_bad_requests_compile_nothing(case):
     with pytest.raises(BadInput):
         case.session.submit(Request(0, [], 3))
     assert case.asked == []
+
+
+class Compiles:
+    """A session whose requests need something compiled, or nothing."""
+
+    def __init__(self, compile):
+        self.compile = compile
+
+    def compilation(self, request):
+        return self.compile
+
+
+def test_what_was_begun_before_is_there_first():
+    pytest.importorskip("triton")
+    from onelaunch.engines.cuda.decoding.sessions import Sessions
+
+    packed = pack(SMALL, weights_of(SMALL), torch.float32, torch.device("cpu"))
+    sessions = Sessions(SMALL, packed, nullcontext, None, "auto", None, print, meanwhile=True)
+    go, nothing = threading.Event(), Compiles(None)
+    assert sessions._begin(nothing, REQUESTS[0]).done()
+    first = sessions._begin(Compiles(lambda: go.wait(10)), REQUESTS[0])
+    second = sessions._begin(nothing, REQUESTS[1])
+    assert not first.done()
+    assert not second.done()
+    go.set()
+    second.result(timeout=10)
+    assert first.done()
+    assert sessions._begin(nothing, REQUESTS[2]).done()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from onelaunch.config import ModelConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
+TEXT = "text"
+"""The fusion depth of a whole text in one launch; a forward's form is then as with "auto"."""
 WIDEST_HEAD = 128
 LEAST_CAPABILITY = (8, 0)  # of NVIDIA's: products of bfloat16
 _TRUE = ("1", "true", "yes", "on", "y")

@@ -8,7 +8,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +24,10 @@ from onelaunch.engines.checks import (
     outside_vocabulary,
     token_tensor,
 )
-from onelaunch.engines.cuda import DTYPES, why_not
+from onelaunch.engines.cuda import DTYPES, TEXT, why_not
 from onelaunch.engines.cuda.forms import STAGED, Form, bind
 from onelaunch.engines.cuda.pack import PackedModel, pack
-from onelaunch.engines.cuda.program import BoundForward, Shape, limits_of
+from onelaunch.engines.cuda.program import BoundForward, Shape
 from onelaunch.engines.cuda.replay import Replay
 from onelaunch.engines.cuda.staging import Staging
 from onelaunch.engines.cuda.tuning.search import Progress, ignore_progress
@@ -42,8 +41,7 @@ from onelaunch.operators.handles import current_device, current_stream
 from onelaunch.plan import Depth, parse_depth
 
 if TYPE_CHECKING:
-    from onelaunch.engines.cuda.decoding.prefill import Prompts
-    from onelaunch.engines.cuda.decoding.text import Grid, TextKernel
+    from onelaunch.engines.cuda.decoding.sessions import Sessions
 
 set_grad_enabled = torch._C._set_grad_enabled  # torch.set_grad_enabled makes an object: 1.5 us
 
@@ -55,8 +53,6 @@ else there is to do is some microseconds of Python, which runs in one thread at 
 MAX_BATCH, MAX_SEQUENCE = 64, 2048
 MAX_TEXT = 8192
 """Positions of a sequence that its own kernels generate, its prompt among them."""
-TEXT = "text"
-"""The fusion depth of a whole text in one launch; a forward's form is then as with "auto"."""
 MAX_FORMS, MAX_FORM_BYTES = 16, 2 << 30
 """How many shapes keep their buffers and graphs, and bytes of these; the latest always does."""
 
@@ -72,8 +68,9 @@ class CudaEngine:
     GPU and `store` keeps, else the rule's: one kernel per stage. "stage", "half", a number of
     layers or "all" are a form by hand; "text" is one of generation (`session`). float32, which is
     for checking, and AMD's GPUs have one kernel per stage and nothing to tune. `dtype` is one of
-    DTYPES, bfloat16 by default. `log` gets lines for people. Raises BadInput for what is not
-    supported.
+    DTYPES, bfloat16 by default. `log` gets lines for people. With `meanwhile` and the depth "auto"
+    PyTorch writes the texts that begin before their kernels are compiled. Raises BadInput for what
+    is not supported.
 
     Engines may be used from several threads; one at a time is served. At the second use of a shape
     a CUDA graph is captured, and in these milliseconds whatever waits for the whole device in
@@ -89,6 +86,7 @@ class CudaEngine:
         fusion_depth: str | int = "auto",
         log: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
+        meanwhile: bool = False,
     ) -> None:
         self.config = config
         self.device = resolve_device(device)
@@ -110,9 +108,8 @@ class CudaEngine:
         self._weights = dict(weights)
         self._packed: PackedModel | None = None
         self._reference: ReferenceEngine | None = None
-        self._prompts: Prompts | None = None
-        self._texts: dict[tuple[Grid, bool], TextKernel] = {}
-        self._no_texts: str | None = None  # why no such kernel could be made
+        self._sessions: Sessions | None = None
+        self._meanwhile = meanwhile
         self._store, self._log = store or Store(), log
         self._choices: dict[str, Choice] = {}
         self._disabled: dict[str, str] = {}
@@ -179,63 +176,24 @@ class CudaEngine:
         length = check_session(max_batch, max_len, self.config)
         if length > MAX_TEXT or not self._generates():
             return self._session_of_pytorch(max_batch, length)
-        # these import Triton
-        from onelaunch.engines.cuda.decoding.prefill import Prompts
-        from onelaunch.engines.cuda.decoding.session import CudaSession
+        from onelaunch.engines.cuda.decoding.sessions import Sessions  # imports Triton
 
-        packed = self._pack()
-        if self._prompts is None:
-            self._prompts = Prompts(self.config, packed)
-        many: Callable[[], Session] = partial(
-            CudaSession,
-            self.config, packed, self._prompts, self._alone, max_batch, length, self._log,
-        )  # fmt: skip
-        grid = self._grid_of_a_launch(max_batch)
-        if grid is None:
-            return many()
-        from onelaunch.engines.cuda.decoding.text_session import OnGPU, TextSession
-
-        c = self.config
-        shape = (c.n_layers, max_batch, c.n_kv_heads, length, c.head_dim)
-        cache = partial(_two, shape, packed.embedding)
-        kernel = partial(self._text_kernel, packed, grid)
-        source = OnGPU(self._prompts, kernel, cache, self._log)
-        return TextSession(
-            c, source, many, self._alone, max_batch, length, self.dtype, self._text_failed
-        )
+        if self._sessions is None:
+            self._sessions = Sessions(
+                self.config,
+                self._pack(),
+                self._alone,
+                self._session_of_pytorch,
+                self.fusion_depth,
+                self._store,
+                self._log,
+                self._meanwhile,
+            )
+        return self._sessions.session(max_batch, length)
 
     def _session_of_pytorch(self, max_batch: int, length: int) -> Session:
         self._log("PyTorch generates, one operator a launch")
         return self._by_pytorch().session(max_batch, length)
-
-    def _text_failed(self, error: RunFailed) -> None:
-        """No kernel could be made that writes a text in one launch."""
-        self._no_texts = str(error)
-        if self.fusion_depth == TEXT:
-            raise error
-        self._log(f"one launch cannot write texts here, one kernel per stage does: {error}")
-
-    def _grid_of_a_launch(self, max_batch: int) -> Grid | None:
-        """Of the launches that write a session's texts; None where others write them."""
-        from onelaunch.engines.cuda.decoding import text
-
-        if self.fusion_depth not in ("auto", TEXT):
-            return None
-        reason = self._no_texts or text.why_not(self.config, self.device, self.dtype, max_batch)
-        if reason and self.fusion_depth == TEXT:
-            raise BadInput(f"fusion_depth={TEXT!r}: {reason}")
-        by_itself = max_batch == 1 or self.fusion_depth == TEXT
-        if reason or not by_itself:
-            return None
-        return text.grid_for(max_batch, limits_of(self.device).multiprocessors)
-
-    def _text_kernel(self, packed: PackedModel, grid: Grid, draws: bool) -> TextKernel:
-        from onelaunch.engines.cuda.decoding.text import TextKernel
-
-        key = grid, draws
-        if key not in self._texts:
-            self._texts[key] = TextKernel(self.config, packed, self._store, grid, draws)
-        return self._texts[key]
 
     def _generates(self) -> bool:
         """Whether its own kernels generate: on NVIDIA's GPUs."""
@@ -542,8 +500,3 @@ def _wait_for(used: torch.cuda.Event) -> None:
 def _bytes_of(tensors: object) -> int:
     """The bytes of all tensors among an object's fields."""
     return sum(t.nbytes for t in vars(tensors).values() if isinstance(t, Tensor))
-
-
-def _two(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Tensors of a shape, with anything in them."""
-    return like.new_empty(shape), like.new_empty(shape)

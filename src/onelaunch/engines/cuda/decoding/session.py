@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -145,7 +146,9 @@ class CudaSession:
             used = {each.slot for each in (*self._joining, *self._growing)}
             slot = next(i for i in range(self._max_batch) if i not in used)
             memory, prompt = self._state(), request.prompt_ids
-            self._compile(len(prompt), request.sampling.penalises)
+            if compile := self.compilation(request):
+                with notice(self._log):
+                    compile()
             keys, values = memory.keys[:, slot], memory.values[:, slot]
             reading = self._prompts.begin(prompt, keys, values, with_logits=True)
             self._joining.append(Growing(request, slot, limit, reading))
@@ -220,17 +223,17 @@ class CudaSession:
         rows = bucket(self._max_batch)
         return rows if self._many else min(ROWS, rows)
 
-    def _compile(self, prompt: int, penalised: bool) -> None:
-        """Compile a prompt's kernels, before the first one all, and say so where it takes long."""
+    def compilation(self, request: Request) -> Callable[[], None] | None:
+        """What compiles what a request needs, before the first one all, in any thread; None where
+        it is there."""
         if self._device.type != "cuda":
-            return
-        calls = self._prompts.calls(prompt, with_logits=True)
+            return None
+        penalised = request.sampling.penalises
+        calls = self._prompts.calls(len(request.prompt_ids), with_logits=True)
         if penalised not in self._compiled:
             self._compiled.add(penalised)
             calls += self._chain(self._least_rows(), FIRST_CONTEXT, penalised).distinct
-        if calls:
-            with notice(self._log):
-                compile_together(calls)
+        return partial(compile_together, calls) if calls else None
 
     def _place(self, rows: int) -> None:
         """The sequences in their rows, each with its last token's row of the embedding."""

@@ -238,7 +238,8 @@ class Mailbox:
 
 class TextKernel:
     """The kernel of a model's shape for one sequence, whose tokens are the most likely ones or are
-    drawn, or for several, and for a device. `grid` is by default that of one sequence."""
+    drawn, or for several, and for a device. `grid` is by default that of one sequence; `code` what
+    `compile` gave."""
 
     def __init__(
         self,
@@ -248,29 +249,39 @@ class TextKernel:
         grid: Grid | None = None,
         draws: bool = False,
         trace: int = 0,
+        code: bytes | None = None,
     ) -> None:
-        device, dtype = packed.embedding.device, packed.embedding.dtype
+        device = packed.embedding.device
         self.config, self.packed, self.trace = config, packed, trace
         limits = limits_of(device)
         self.grid = grid or grid_for(1, limits.multiprocessors)
         self.draws, shared_bytes = draws, limits.shared_bytes
         self.sequences = self.grid.groups * self.grid.sequences
         self.ctas = self.grid.groups * self.grid.ctas
-        several = self.grid.sequences > 1
-        major, minor = torch.cuda.get_device_capability(device)
-        code = nvrtc.compiled(
-            source(several),
-            macros(config, dtype, self.grid, shared_bytes, draws, trace),
-            f"sm_{major}{minor}",
-            store,
-        )
-        name = "write_texts" if several else "write_text"
+        if code is None:
+            code = self.compile(config, packed, store, self.grid, draws, trace)
+        name = "write_texts" if self.grid.sequences > 1 else "write_text"
         self.function = nvrtc.Function(code, name, device, shared_bytes)
         p = packed
         weights = (p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin)
         self.model = _pointers(weights, device)
         self.token_seconds: float | None = None  # of the last launch
         self._free: list[Mailbox] = []
+
+    @staticmethod
+    def compile(
+        config: ModelConfig,
+        packed: PackedModel,
+        store: Store | None,
+        grid: Grid,
+        draws: bool,
+        trace: int = 0,
+    ) -> bytes:
+        """Its machine code. Needs no GPU's context, so that any thread may call it."""
+        device, dtype = packed.embedding.device, packed.embedding.dtype
+        major, minor = torch.cuda.get_device_capability(device)
+        names = macros(config, dtype, grid, limits_of(device).shared_bytes, draws, trace)
+        return nvrtc.compiled(source(grid.sequences > 1), names, f"sm_{major}{minor}", store)
 
     def take_mailbox(self, max_len: int) -> Mailbox:
         """One that no launch writes into, for texts of up to `max_len` positions."""

@@ -74,6 +74,9 @@ class Source(Protocol):
     def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
         """A prompt whose keys and values are to be read into the cache."""
 
+    def compilation(self, draws: bool, prompt: int) -> Callable[[], None] | None:
+        """What compiles what `writer` and `begin` need, in any thread; None where it is there."""
+
     def close(self) -> None:
         """Let go of the cache."""
 
@@ -117,6 +120,10 @@ class TextSession:
             self._waiting.append(request)
         else:
             self._give_away(request)
+
+    def compilation(self, request: Request) -> Callable[[], None] | None:
+        """What compiles what a request needs, in any thread; None where it is there."""
+        return self._source.compilation(_draws(request), len(request.prompt_ids))
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on for so many seconds, and let those join that wait; see `Session`."""
@@ -283,11 +290,13 @@ class OnGPU:
     def __init__(
         self,
         prompts: Prompts,
+        code: Callable[[bool], bytes],
         kernel: Callable[[bool], TextKernel],
         cache: Callable[[], tuple[Tensor, Tensor]],
         log: Callable[[str], None],
     ) -> None:
-        self._prompts, self._kernel, self._make_cache = prompts, kernel, cache
+        self._prompts, self._code, self._kernel, self._make_cache = prompts, code, kernel, cache
+        self._compiled: set[bool] = set()
         self._cache: tuple[Tensor, Tensor] | None = None
         self._log = log
 
@@ -295,10 +304,27 @@ class OnGPU:
         """What writes into the cache."""
         if self._cache is None:
             self._cache = self._make_cache()
-        with notice(self._log), ThreadPoolExecutor(1) as pool:
-            made = pool.submit(self._kernel, draws)  # both compilers at once
-            compile_together(self._prompts.calls(prompt - 1, with_logits=False))
-            return Text(made.result(), *self._cache)
+        if compile := self.compilation(draws, prompt):
+            with notice(self._log):
+                compile()
+        return Text(self._kernel(draws), *self._cache)
+
+    def compilation(self, draws: bool, prompt: int) -> Callable[[], None] | None:
+        """What compiles what `writer` and `begin` need."""
+        calls = self._prompts.calls(prompt - 1, with_logits=False)
+        code = None if draws in self._compiled else self._code
+        self._compiled.add(draws)
+        if not calls and code is None:
+            return None
+
+        def compile() -> None:
+            with ThreadPoolExecutor(1) as pool:  # both compilers at once
+                made = None if code is None else pool.submit(code, draws)
+                compile_together(calls)
+                if made is not None:
+                    made.result()
+
+        return compile
 
     def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
         """A prompt whose keys and values are to be read into the cache."""
