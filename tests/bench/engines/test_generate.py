@@ -310,13 +310,19 @@ def test_rows_of_a_gpu_as_table_and_picture():
         "case": "stories15m bfloat16, batch 1", "ours": 16_000.0, "spread": [15_000.0, 17_000.0],
         "n": 9, "peers": {"torch.compile + graph": 4_000.0, "eager": 500.0}, "floor": None,
         "kind": "gpu", "slope_us": {"median": 61.5}, "first_token_ms": {"median": 0.75},
+        "first_token_512_ms": {"median": 0.91},
         "ratios": {"torch.compile + graph": 4.0, "eager": 32.0},
+    }  # fmt: skip
+    start = {
+        "case": "stories15m, nothing compiled", "ours": 0.29, "spread": [0.28, 0.3], "n": 3,
+        "peers": {}, "floor": None, "kind": "gpu start", "text_seconds": {"median": 0.5},
+        "kernels_seconds": {"median": 6.4}, "by_pytorch": {"median": 1.0},
     }  # fmt: skip
     record = {
         "device": "a GPU", "date": "2026-11-29", "commit": "1234567", "versions": {},
-        "unit": generate.UNIT, "rows": [row],
+        "unit": generate.UNIT, "rows": [row, start],
     }  # fmt: skip
     text = generate.table(record)
-    for cell in ("61.5", "0.75", "4,000 (4.00x)", "500 (32.00x)"):
+    for cell in ("61.5", "0.75", "0.91", "0.29", "6.4", "| yes", "4,000 (4.00x)", "500 (32.00x)"):
         assert cell in text
     assert generate.draw(record) is not None

@@ -254,10 +254,10 @@ class CudaEngine:
             raise outside_vocabulary(self.config, bad_id, "the tokens of an earlier call")
 
     def describe(self) -> dict[str, Any]:
-        """Engine, device, dtype, bytes of weights, what generates, and of each shape in use its
-        form, with what each form took where that was measured, or why nothing was chosen. Waits
-        for the forwards that were launched; raises BadInput where one of them met an id outside
-        the vocabulary."""
+        """Engine, device, dtype, bytes of weights, what generates, whether kernels for it are being
+        compiled, and of each shape in use its form, with what each form took where that was
+        measured, or why nothing was chosen. Waits for the forwards that were launched; raises
+        BadInput where one of them met an id outside the vocabulary."""
         if self._used is not None:
             self._used.synchronize()
         self._check_bad_id()
@@ -268,6 +268,7 @@ class CudaEngine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "weight_bytes": stored if self._packed is None else _bytes_of(self._packed),
             "generates_with": "cuda" if self._generates() else "reference",
+            "compiling": self._sessions is not None and self._sessions.compiling,
             "fusion_depth": self.fusion_depth,
             "forms": {
                 f"{batch}x{sequence}{'' if every else ' last'}": self._about(batch, sequence)

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onelaunch.bench.core.children import run_child
 from onelaunch.bench.core.gpu_forwards import captured, random_weights
 from onelaunch.bench.core.record import Log, Row, rounded
 from onelaunch.bench.core.rounds import digest, in_rounds, ratio
 from onelaunch.bench.peers.decoding import BareDecoding, transformers_generate
+from onelaunch.compilation.environment import child_environment
 from onelaunch.config import preset
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.engine import Request, Sampling
@@ -35,6 +40,8 @@ CASES = (
     ("llama-3.2-1b", 64),
 )  # fmt: skip
 QUICK_CASES = CASES[1:2]
+COLD, COLD_SAMPLES, COLD_SECONDS = "stories15m", 3, 300.0
+LONG_PROMPT = 512
 PROMPT, NEW, SLOPE = 32, 256, (16, 272)
 CONTEXT = PROMPT + SLOPE[1]
 ROUNDS, QUICK_ROUNDS, EAGER_ROUNDS, WARM = 9, 3, 2, 8
@@ -50,6 +57,33 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
         gc.collect()
         torch.cuda.empty_cache()
         yield _case(name, batch, torch.device(device), quick, log)
+    yield from cold_start(device, 1 if quick else COLD_SAMPLES, log)
+
+
+def cold_start(device: str, samples: int, log: Log) -> Iterator[Row]:
+    """The first text of fresh processes, with nothing compiled and with all; no row where that
+    failed."""
+    empty: list[dict[str, float]] = []
+    filled: list[dict[str, float]] = []
+    try:
+        for _ in range(samples):
+            with tempfile.TemporaryDirectory() as folder:
+                empty.append(_first_text(device, folder))
+                filled.append(_first_text(device, folder))
+    except RunFailed as error:
+        log(f"without a row of first texts: {error}")
+        return
+    for what, texts in (("nothing compiled", empty), ("all compiled", filled)):
+        names = ("text_seconds", "kernels_seconds", "by_pytorch")
+        notes = {name: digest([text[name] for text in texts]) for name in names}
+        firsts = [text["first_token_seconds"] for text in texts]
+        yield Row.of(f"{COLD}, {what}", firsts, notes={"kind": "gpu start", "unit": "s", **notes})
+
+
+def _first_text(device: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "onelaunch.bench.engines.generate.cuda_child", COLD, device]
+    caches = {name: str(Path(folder) / name) for name in ("ONELAUNCH_CACHE", "TRITON_CACHE_DIR")}
+    return dict(run_child(command, child_environment(**caches), COLD_SECONDS))
 
 
 @torch.inference_mode()
@@ -87,6 +121,9 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
         samples[name_] = [_rate(run_, batch) for _ in range(EAGER_ROUNDS)]
     slopes = [_slope_us(ours) for _ in range(rounds)]
     firsts = [_first_ms(engine, prompts.tolist()) for _ in range(rounds)]
+    long = torch.randint(2, config.vocab_size, (1, LONG_PROMPT)).tolist()
+    with_room = batch == 1 and config.max_seq_len > LONG_PROMPT
+    long_firsts = [_first_ms(engine, long) for _ in range(rounds + 2)][2:] if with_room else []
     medians = {peer_: statistics.median(values) for peer_, values in samples.items()}
     rates = samples["ours"]
     ratios = {
@@ -98,6 +135,7 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
         "us_per_token": rounded(batch / statistics.median(rates) * 1e6),
         "slope_us": digest(slopes),
         "first_token_ms": digest(firsts),
+        **({"first_token_512_ms": digest(long_firsts)} if long_firsts else {}),
         "first_text_seconds": round(first_seconds, 2),
         "compile_seconds": round(compile_seconds, 2),
         "same_tokens_as_eager": rounded(same),
@@ -155,7 +193,7 @@ def _slope_us(generate: Generate) -> float:
 
 def _first_ms(engine: CudaEngine, prompts: list[list[int]]) -> float:
     """Milliseconds to the first token of a session of all prompts."""
-    session = engine.session(len(prompts), CONTEXT)
+    session = engine.session(len(prompts), len(prompts[0]) + SLOPE[1])
     torch.cuda.synchronize()
     start = time.perf_counter()
     for number, prompt in enumerate(prompts):

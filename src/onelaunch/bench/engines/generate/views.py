@@ -40,6 +40,10 @@ def _of_peers(*names: str) -> dict[str, Cell]:
     return {name: cell_of(name) for name in names}
 
 
+def _yes(value: float) -> str:
+    return "yes" if value else "no"
+
+
 CASE, OURS = figure("case", form=str), figure("ours")
 SECTIONS = {
     "speed": Section(
@@ -64,10 +68,22 @@ SECTIONS = {
             "tokens/s": CASE, "ours": OURS, "p20-p80": spread,
             "a token, us": figure("slope_us", "median"),
             "first token, ms": figure("first_token_ms", "median"),
+            "of 512, ms": figure("first_token_512_ms", "median"),
             **_of_peers("torch.compile + graph", "eager + graph", "eager", "transformers"),
         },
         "Greedy, prompts of 32 tokens, 256 new ones, bfloat16. `a token`: the slope between 16 and "
-        "272 new tokens. Peers have a static cache, and their graphs one token each.",
+        "272 new tokens. `of 512`: the first token after a prompt of 512. Peers have a static cache, "
+        "and their graphs one token each.",
+    ),
+    "gpu start": Section(
+        "The first text of a process, from the imports and the GPU's context on",
+        {
+            "s": CASE, "first token": OURS, "p20-p80": spread,
+            "its last": figure("text_seconds", "median"),
+            "kernels there": figure("kernels_seconds", "median"),
+            "PyTorch wrote it": figure("by_pytorch", "median", form=_yes),
+        },
+        "A prompt of 32 tokens, 64 new ones, bfloat16.",
     ),
     "busy": Section(
         "While another process keeps a core busy",

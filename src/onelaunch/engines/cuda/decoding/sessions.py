@@ -71,6 +71,11 @@ class Sessions:
         )
         return Meanwhile(c, session, others, compiling, self._log)
 
+    @property
+    def compiling(self) -> bool:
+        """Whether kernels are compiled in the background."""
+        return self._compiled is not None and not self._compiled.done()
+
     def _grid(self, max_batch: int) -> Grid | None:
         """Of the launches that write a session's texts; None where they are written by stages."""
         if self._depth not in ("auto", TEXT):
@@ -124,7 +129,7 @@ class Sessions:
     def _begin(self, session: TextSession | CudaSession, request: Request) -> Future[None]:
         """Compile in the background what a request needs, after what was begun before."""
         compile = session.compilation(request)
-        if compile is None and (self._compiled is None or self._compiled.done()):
+        if compile is None and not self.compiling:
             done: Future[None] = Future()
             done.set_result(None)
             return done
