@@ -323,6 +323,6 @@ def test_rows_of_a_gpu_as_table_and_picture():
         "unit": generate.UNIT, "rows": [row, start],
     }  # fmt: skip
     text = generate.table(record)
-    for cell in ("61.5", "0.75", "0.91", "0.29", "6.4", "| yes", "4,000 (4.00x)", "500 (32.00x)"):
+    for cell in ("61.5", "0.75", "0.91", "0.29", "6.4", " yes |", "4,000 (4.00x)", "500 (32.00x)"):
         assert cell in text
     assert generate.draw(record) is not None

@@ -72,8 +72,8 @@ SECTIONS = {
             **_of_peers("torch.compile + graph", "eager + graph", "eager", "transformers"),
         },
         "Greedy, prompts of 32 tokens, 256 new ones, bfloat16. `a token`: the slope between 16 and "
-        "272 new tokens. `of 512`: the first token after a prompt of 512. Peers have a static cache, "
-        "and their graphs one token each.",
+        "272 new tokens. `of 512`: the first token after a prompt of 512. Peers have a static "
+        "cache, and their graphs one token each.",
     ),
     "gpu start": Section(
         "The first text of a process, from the imports and the GPU's context on",
