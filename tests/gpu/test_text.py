@@ -45,6 +45,16 @@ CONFIGS = {
 }
 
 
+MIXED = (
+    Sampling(),
+    Sampling(0.8, seed=3),
+    Sampling(1.1, top_p=0.9, seed=4),
+    Sampling(1.2, 20, 0.9, 0.01, seed=5),
+    Sampling(repetition_penalty=1.4),
+    Sampling(1.0, top_p=0.9, seed=6, repetition_penalty=1.2),
+)
+
+
 def events_of(config, new, dtype="bfloat16", depth="text", weights=None, **options):
     """Of one sequence that is written alone."""
     engine = CudaEngine(config, weights or weights_of(config), "cuda", dtype, depth)
@@ -189,6 +199,36 @@ def test_ten_thousand_texts_are_the_same():
         expected = result
 
 
+@pytest.mark.parametrize("grid", [Grid(1, 132), Grid(FEW, 132), Grid(16, 33, 4)])
+def test_delays_change_no_token(grid):
+    """Each warp sleeps for up to 20 us now and then. Drawn tokens, and of several greedy ones and
+    penalised ones beside them."""
+    config = SMALL.with_(
+        dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160, vocab_size=500, max_seq_len=40
+    )
+    packed = CudaEngine(config, weights_of(config), "cuda")._pack()
+    several = 1 if grid.sequences == 1 else 20 if grid.groups > 1 else 5
+    requests = [
+        Request(i, [3 + i], 30, MIXED[2 if several == 1 else i % 6]) for i in range(several)
+    ]
+    shape = (config.n_layers, several, config.n_kv_heads, 40, config.head_dim)
+
+    def written(kernel, times):
+        keys, values = (packed.embedding.new_zeros(shape) for _ in range(2))
+        text = Text(kernel, keys, values)
+        for _ in range(times):
+            for i, request in enumerate(requests):
+                text.prepare(i, i, request, 30)
+            text.launch([Row(i, 3 + i, 0, 30) for i in range(several)])
+            yield text.finish([0] * several)
+        text.close()
+
+    (expected,) = written(TextKernel(config, packed, grid=grid, draws=True), 1)
+    assert all(len(tokens) == 30 for tokens, _, _ in expected)
+    for result in written(TextKernel(config, packed, None, grid, True, delays_ns=20_000), 30):
+        assert result == expected
+
+
 def test_tokens_are_there_as_they_come():
     engine = CudaEngine(WIDE, weights_of(WIDE), "cuda")
     packed = engine._pack()
@@ -317,16 +357,6 @@ def test_drawn_texts_are_those_of_the_reference(sampling):
     reference = run(engine._by_pytorch(), [request], 1)
     tokens, expected = drawn[0][0], reference[0][0]
     assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 150
-
-
-MIXED = (
-    Sampling(),
-    Sampling(0.8, seed=3),
-    Sampling(1.1, top_p=0.9, seed=4),
-    Sampling(1.2, 20, 0.9, 0.01, seed=5),
-    Sampling(repetition_penalty=1.4),
-    Sampling(1.0, top_p=0.9, seed=6, repetition_penalty=1.2),
-)
 
 
 @pytest.mark.parametrize("at_once", [FEW, 64])

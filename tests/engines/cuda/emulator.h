@@ -210,6 +210,7 @@ inline u32 __ballot_sync(unsigned, bool x) {
 }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
+inline void delay() {}
 inline u32 atomicOr(u32* at, u32 x) {
     const u32 old = *at;
     *at |= x;

@@ -44,6 +44,16 @@ DEVICE u64 now() {  // in nanoseconds
     return time;
 }
 DEVICE void look_again() {}  // in a loop that waits
+// A warp sleeps now and then, for up to DELAYS nanoseconds: what waits for too little shows.
+DEVICE void delay() {
+#if DELAYS
+    u32 x;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(x));
+    x = (__shfl_sync(~0u, x, 0) ^ blockIdx.x * 0x9e3779b9u ^ threadIdx.x / 32 * 0x85ebca6bu) * 0x2c1b3c6du;
+    x ^= x >> 15;
+    if (x % 8 == 0) __nanosleep((x >> 3) % DELAYS);
+#endif
+}
 
 // ---- copies into shared memory, and barriers that wait for their bytes
 

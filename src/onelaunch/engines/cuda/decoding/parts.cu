@@ -228,6 +228,7 @@ DEVICE float rstd_of(float squares) {  // of each lane's part
 }
 
 DEVICE void barrier() {  // of the threads without the producer
+    delay();
     wait_for_threads<THREADS>();
 }
 
@@ -236,6 +237,7 @@ DEVICE void barrier() {  // of the threads without the producer
 // Wait until a tile of the ring may be filled; `open` is false once the text has ended, or a wait timed out.
 template <class S>
 DEVICE void wait_for_room(const S& s, u32 tile, int lane, bool& open, Patience still) {
+    delay();
 #pragma unroll 1
     while (open) {
         u32 needed = tile + 1, end = 0;
@@ -271,6 +273,7 @@ struct Reader {
         while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
         while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
         __syncwarp();
+        delay();
         return (const Stored*)s.ring[slot];
     }
 };

@@ -164,9 +164,11 @@ def macros(
     shared_bytes: int,
     draws: bool = False,
     trace: int = 0,
+    delays_ns: int = 0,
 ) -> dict[str, object]:
-    """What a kernel is compiled with. `draws`: of one sequence, whether tokens are drawn. `trace`:
-    marks of a CTA, none where it is 0."""
+    """What a kernel is compiled with. `draws`: whether tokens are drawn. `trace`: of one sequence,
+    marks of a CTA, none where it is 0. `delays_ns`: how long warps sleep now and then, for
+    tests."""
     c = config
     shape = {
         "D": c.dim, "H": c.n_heads, "KV": c.n_kv_heads, "E": c.head_dim, "F": c.hidden_dim,
@@ -175,6 +177,7 @@ def macros(
         "SLOTS": _slots(c, dtype, grid, shared_bytes, draws),
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
         "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": grid.replicas,
+        "DELAYS": delays_ns,
     }  # fmt: skip
     if grid.sequences > 1:
         alone = int(grid.alone(c))
@@ -249,6 +252,7 @@ class TextKernel:
         grid: Grid | None = None,
         draws: bool = False,
         trace: int = 0,
+        delays_ns: int = 0,
         code: bytes | None = None,
     ) -> None:
         device = packed.embedding.device
@@ -259,7 +263,7 @@ class TextKernel:
         self.sequences = self.grid.groups * self.grid.sequences
         self.ctas = self.grid.groups * self.grid.ctas
         if code is None:
-            code = self.compile(config, packed, store, self.grid, draws, trace)
+            code = self.compile(config, packed, store, self.grid, draws, trace, delays_ns)
         name = "write_texts" if self.grid.sequences > 1 else "write_text"
         self.function = nvrtc.Function(code, name, device, shared_bytes)
         p = packed
@@ -276,11 +280,13 @@ class TextKernel:
         grid: Grid,
         draws: bool,
         trace: int = 0,
+        delays_ns: int = 0,
     ) -> bytes:
         """Its machine code. Needs no GPU's context, so that any thread may call it."""
         device, dtype = packed.embedding.device, packed.embedding.dtype
         major, minor = torch.cuda.get_device_capability(device)
-        names = macros(config, dtype, grid, limits_of(device).shared_bytes, draws, trace)
+        shared_bytes = limits_of(device).shared_bytes
+        names = macros(config, dtype, grid, shared_bytes, draws, trace, delays_ns)
         return nvrtc.compiled(source(grid.sequences > 1), names, f"sm_{major}{minor}", store)
 
     def take_mailbox(self, max_len: int) -> Mailbox:
