@@ -69,6 +69,7 @@ SECTIONS = {
             "a token, us": figure("slope_us", "median"),
             "first token, ms": figure("first_token_ms", "median"),
             "of 512, ms": figure("first_token_512_ms", "median"),
+            "cancelled after, ms": figure("cancel_ms", "median"),
             **_of_peers("torch.compile + graph", "eager + graph", "eager", "transformers"),
         },
         "Greedy, prompts of 32 tokens, 256 new ones, bfloat16. `a token`: the slope between 16 and "
