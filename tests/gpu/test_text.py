@@ -208,7 +208,9 @@ def test_delays_change_no_token(at_once):
         dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160, vocab_size=500, max_seq_len=40
     )
     packed = CudaEngine(config, weights_of(config), "cuda")._pack()
-    grid = grid_for(at_once, limits_of(torch.device("cuda")).multiprocessors)
+    sms = limits_of(torch.device("cuda")).multiprocessors
+    wide = preset("stories110m")  # whose grids have many CTAs
+    grid = grid_for(wide, torch.bfloat16, at_once, sms)
     by = MIXED[2:3] if at_once == 1 else MIXED
     requests = [Request(i, [3 + i], 30, by[i % len(by)]) for i in range(at_once)]
     shape = (config.n_layers, at_once, config.n_kv_heads, 40, config.head_dim)

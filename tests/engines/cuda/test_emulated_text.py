@@ -73,8 +73,9 @@ class Emulated:
         macros = text.macros(config, dtype, grid, H200.shared_bytes) | changed
         self.library = compiled(macros)
         p = self.packed = pack(config, weights, dtype, torch.device("cpu"))
+        self.padded = text.padded_weights(config, p, grid)
         self.model = pointers(
-            p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin
+            p.embedding, p.qkv, p.norms, p.out, *self.padded, p.head, p.cos, p.sin
         )
         shape = (c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from onelaunch.config import preset
 from onelaunch.engines.cuda.decoding import STOP_IDS, sampling, text
 from onelaunch.engines.engine import Sampling
 from tests.engines.cuda.test_emulated_text import (
@@ -258,3 +259,22 @@ def close_to_drawn(logits_1V, ids, token, uniform, by, penalty):
     probabilities = kept(logits, by)
     up_to = probabilities.cumsum(0)
     assert up_to[token] - probabilities[token] - 0.03 <= uniform <= up_to[token] + 0.03
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("context", [1, 130])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_cta_by_itself(compiled, groups, context):
+    """Its words are in shared memory, where anything stood before; hidden numbers are padded."""
+    config = preset("stories260k").with_(n_layers=2, vocab_size=90, max_seq_len=150)
+    weights, grid = weights_of(config), text.Grid(8, 1, groups)
+    assert config.hidden_dim % 32
+    assert text.grid_for(config, BFLOAT16, 8 * groups, 132) == grid
+    several = Several(compiled, config, weights, BFLOAT16, grid)
+    rows = [(3, 7, 0, context + 3), (1, 9, 0, 5), (0, 11, 0, 4)]
+    together = several.write_all(rows, 5, passes=grid.passes(config, 150))
+    for (slot, first, _, n), (tokens, logprobs, _) in zip(rows, together, strict=True):
+        assert len(tokens) == n
+        check(one(several, slot), weights, tokens, logprobs, first)
+    # again, with the words of other launches in shared memory
+    assert several.write_all(rows, 6, passes=grid.passes(config, 150)) == together

@@ -8,15 +8,23 @@ typedef unsigned short u16;
 #define DEVICE __device__ __forceinline__
 #define SHARED_MEMORY(name) extern __shared__ unsigned char name[]
 
-// ---- words between CTAs: 64 bits, whole or not at all
+// ---- words between CTAs: 64 bits, whole or not at all; of a single CTA they may be in shared memory
 
 DEVICE u64 load_word(const u64* at) {
+#if GRID == 1
+    return *(const volatile u64*)at;
+#else
     u64 word;
     asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
     return word;
+#endif
 }
 DEVICE void store_word(u64* at, u64 word) {
+#if GRID == 1
+    *(volatile u64*)at = word;
+#else
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
+#endif
 }
 DEVICE void store_to_host(u64* at, u64 word) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");

@@ -87,7 +87,7 @@ class Sessions:
         by_itself = max_batch == 1 or self._depth == TEXT
         if reason or not by_itself:
             return None
-        return grid_for(max_batch, limits_of(device).multiprocessors)
+        return grid_for(self._config, dtype, max_batch, limits_of(device).multiprocessors)
 
     def _texts(
         self, grid: Grid, max_batch: int, length: int, others: Callable[[], Session]

@@ -33,6 +33,9 @@ REPLICAS = 8
 SLOT_BYTES, WIDE_SLOT_BYTES = 16384, 18432
 """Of a slot of the ring at least; of the kernel for several, that is 16 rows of 544 numbers."""
 MIN_SLOTS, MAX_SLOTS = 4, 32
+ONE_CTA_BYTES = 2 << 20
+"""Of the weights that a token reads, at most, where one CTA writes texts by itself."""
+ONE_CTA_SLOTS = 64
 CHUNKS = 8
 """Of a sequence's context, about, at most."""
 FUSED_BYTES = 224 << 10
@@ -64,7 +67,7 @@ class Grid(NamedTuple):
     @property
     def replicas(self) -> int:
         """Of each word of a group."""
-        share = max(1, REPLICAS // self.groups)
+        share = 1 if self.ctas == 1 else max(1, REPLICAS // self.groups)
         return 1 << (share.bit_length() - 1)
 
     def alone(self, config: ModelConfig) -> bool:
@@ -73,6 +76,8 @@ class Grid(NamedTuple):
 
     def chunks(self, config: ModelConfig) -> int:
         """Of a sequence's context, about, at most."""
+        if self.ctas == 1:
+            return 1
         if not self.alone(config):
             return CHUNKS
         return max(1, min(CHUNKS, WARPS * self.ctas // (self.sequences * config.n_heads)))
@@ -82,12 +87,41 @@ class Grid(NamedTuple):
         return -(-max_len // (16 * WARPS * self.chunks(config)))
 
 
-def grid_for(max_batch: int, multiprocessors: int) -> Grid:
+def grid_for(config: ModelConfig, dtype: torch.dtype, max_batch: int, multiprocessors: int) -> Grid:
     """For so many sequences at once."""
+    if _is_small(config, dtype):
+        return Grid(FEW, 1, -(-max_batch // FEW))
     if max_batch <= FEW:
         return Grid(1 if max_batch == 1 else FEW, multiprocessors)
     groups = -(-max_batch // MANY)
     return Grid(MANY, multiprocessors // groups, groups)
+
+
+def _is_small(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether one CTA reads a model's weights sooner than all of them hand its numbers on."""
+    c = config
+    of_layer = c.dim * (2 * c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim)
+    numbers = c.n_layers * of_layer + c.vocab_size * c.dim
+    fits = dtype != torch.float32 and c.dim % 32 == c.q_dim % 32 == 0
+    return fits and numbers * dtype.itemsize <= ONE_CTA_BYTES
+
+
+def _padded(config: ModelConfig, grid: Grid) -> ModelConfig:
+    """As the kernel for several has the model: hidden numbers in multiples of 32, some of them
+    zero."""
+    if grid.sequences == 1:
+        return config
+    return config.with_(hidden_dim=-(-config.hidden_dim // 32) * 32)
+
+
+def padded_weights(config: ModelConfig, packed: PackedModel, grid: Grid) -> tuple[Tensor, Tensor]:
+    """gate_up, (L, 2 F, D), and down, (L, D, F), as a kernel has them."""
+    more = _padded(config, grid).hidden_dim - config.hidden_dim
+    gate_up, down = packed.gate_up, packed.down
+    if more:
+        gate_up = torch.nn.functional.pad(gate_up, (0, 0, 0, 2 * more))
+        down = torch.nn.functional.pad(down, (0, more))
+    return gate_up, down
 
 
 def why_not(
@@ -95,21 +129,22 @@ def why_not(
 ) -> str | None:
     """Why so many texts of a model cannot be written in one launch; None where they can."""
     c = config
+    several = max_batch > 1 or _is_small(c, dtype)
     if max_batch > MAX_TEXTS:
         return f"one launch writes at most {MAX_TEXTS} texts"
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device)[0] < 9:
         return "it needs compute capability 9.0"
-    if max_batch > 1:
+    if several:
         if dtype == torch.float32:
             return "several sequences at once are of 16-bit numbers"
-        if c.dim % 32 or c.q_dim % 32 or c.hidden_dim % 32:
+        if c.dim % 32 or c.q_dim % 32:
             return "its widths are not multiples of 32"
-    if c.dim % 8 or c.head_dim % 8 or c.hidden_dim % 4:
+    if c.dim % 8 or c.head_dim % 8 or (c.hidden_dim % 4 and not several):
         return "its widths are not multiples of 8"
     limits = limits_of(device)
-    grid = grid_for(max_batch, limits.multiprocessors)
+    grid = grid_for(c, dtype, max_batch, limits.multiprocessors)
     if _slots(c, dtype, grid, limits.shared_bytes, draws=True) < MIN_SLOTS:  # it needs more
         return "it does not fit into shared memory"
     return nvrtc.why_not()
@@ -118,7 +153,9 @@ def why_not(
 def _slot_bytes(config: ModelConfig, itemsize: int, grid: Grid) -> int:
     """Of a slot of the ring. For one sequence, 16 rows of the head or some more, or eight of a wide
     one; and the rows that a warp takes at once of the other weights."""
-    c = config
+    c = _padded(config, grid)
+    if grid.ctas == 1 and grid.sequences > 1:
+        return 16 * max(c.dim, c.q_dim, c.hidden_dim) * itemsize
     if grid.sequences > 1:
         return WIDE_SLOT_BYTES
     rows = 16 * c.dim * itemsize
@@ -135,7 +172,7 @@ def _slots(
     draws: bool,
 ) -> int:
     """Slots of the ring that a CTA has room for, with the rest of `Shared`."""
-    c, n, ctas = config, grid.sequences, grid.ctas
+    c, n, ctas = _padded(config, grid), grid.sequences, grid.ctas
     numbers = n * (c.dim + max(c.q_dim, c.hidden_dim))
     of_cta = max(16, -(-c.dim // ctas)) + 8  # rows of x
     floats = (
@@ -153,8 +190,13 @@ def _slots(
         blocks = -(-(-(-widest // ctas) + 32) // 16)
         floats += n * of_cta + 16 * n * max(WARPS, padded(blocks)) + n
         floats += 3 * (WARPS - 1) * c.head_dim if grid.alone(c) else 0
+    most = MAX_SLOTS
+    if n > 1 and ctas == 1:
+        most = ONE_CTA_SLOTS
+        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + c.q_dim + c.n_heads + 16
+        floats += 2 * n * words
     taken = numbers * dtype.itemsize + 4 * floats + 2048  # alignment, barriers and counters
-    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
+    return min(most, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
 
 
 def macros(
@@ -169,7 +211,7 @@ def macros(
     """What a kernel is compiled with. `draws`: whether tokens are drawn. `trace`: of one sequence,
     marks of a CTA, none where it is 0. `delays_ns`: how long warps sleep now and then, for
     tests."""
-    c = config
+    c = _padded(config, grid)
     shape = {
         "D": c.dim, "H": c.n_heads, "KV": c.n_kv_heads, "E": c.head_dim, "F": c.hidden_dim,
         "V": c.vocab_size, "LAYERS": c.n_layers, "GRID": grid.ctas, "WARPS": WARPS,
@@ -258,7 +300,7 @@ class TextKernel:
         device = packed.embedding.device
         self.config, self.packed, self.trace = config, packed, trace
         limits = limits_of(device)
-        self.grid = grid or grid_for(1, limits.multiprocessors)
+        self.grid = grid or Grid(1, limits.multiprocessors)
         self.draws, shared_bytes = draws, limits.shared_bytes
         self.sequences = self.grid.groups * self.grid.sequences
         self.ctas = self.grid.groups * self.grid.ctas
@@ -266,8 +308,8 @@ class TextKernel:
             code = self.compile(config, packed, store, self.grid, draws, trace, delays_ns)
         name = "write_texts" if self.grid.sequences > 1 else "write_text"
         self.function = nvrtc.Function(code, name, device, shared_bytes)
-        p = packed
-        weights = (p.embedding, p.qkv, p.norms, p.out, p.gate_up, p.down, p.head, p.cos, p.sin)
+        p, self._padded = packed, padded_weights(config, packed, self.grid)
+        weights = (p.embedding, p.qkv, p.norms, p.out, *self._padded, p.head, p.cos, p.sin)
         self.model = _pointers(weights, device)
         self.token_seconds: float | None = None  # of the last launch
         self._free: list[Mailbox] = []
@@ -295,7 +337,7 @@ class TextKernel:
             if mailbox.max_len == max_len:
                 self._free.remove(mailbox)
                 return mailbox
-        c, grid = self.config, self.grid
+        c, grid = _padded(self.config, self.grid), self.grid
         chunks = -(-max_len // (16 * WARPS * grid.passes(c, max_len)))
         words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 11 * grid.ctas + 2
         words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads))

@@ -2,7 +2,9 @@
 // numbers on, and weights come.
 //
 // The launch has one or more groups of GRID CTAs, each with up to SEQUENCES sequences, which it writes
-// by itself: more groups read the weights more often, and each waits for fewer CTAs.
+// by itself: more groups read the weights more often, and each waits for fewer CTAs. Where a group is a
+// single CTA its words are in shared memory, and so near that a small model is written sooner by it than by
+// all: what takes time is then how fast a multiprocessor reads the weights.
 //
 // Products are on tensor cores: 16 rows of a weight, 8 columns of which each is a sequence. The warps
 // of a CTA share the columns of a weight's 16 rows; their sums meet in shared memory, in a fixed
@@ -42,6 +44,7 @@ struct Words {
     static constexpr int drawn = best + 2 * R * RECORD * GRID;  // 3 of each CTA
     static constexpr int chosen = drawn + R * 3 * GRID;
     static constexpr int attention = chosen + R * 2;
+    static constexpr int all = attention + R * WORDS_OF_CHUNK;  // with one chunk
 };
 
 // ---- the ring of weights: tiles of 16 rows and some columns
@@ -71,10 +74,11 @@ struct Columns {
     int of_tile, tiles, pitch, blocks, parts, at_once;
     __host__ __device__ constexpr Columns(Rows row, bool head) : of_tile(0), tiles(0), pitch(0), blocks(0), parts(0), at_once(0) {
         const int kw = row.kw;
-        const int most_columns = (SLOT_BYTES / 32 - 32) / 32 * 32;
+        // a single CTA's tiles are whole copies: of narrow rows it would have too many to issue
+        const int most_columns = GRID == 1 ? SLOT_BYTES / 32 / 32 * 32 : (SLOT_BYTES / 32 - 32) / 32 * 32;
         tiles = (kw + most_columns - 1) / most_columns;
         of_tile = ((kw + tiles - 1) / tiles + 31) / 32 * 32;
-        pitch = pitch_of(of_tile);
+        pitch = GRID == 1 ? of_tile : pitch_of(of_tile);
         blocks = ((row.rows / row.unit + row.ctas - 1) / row.ctas * row.unit + 15) / 16;
         parts = head ? 1 : most(1, WARPS / pow2_from(blocks));
         at_once = head ? 1 : WARPS / parts;
@@ -107,6 +111,9 @@ struct Shared {
     u32 progress[WARPS];                                  // no tile before it is needed
     u32 issued;                                           // tiles whose copies are under way, or there
     u32 ended;
+#if GRID == 1
+    u64 words[Words::all];
+#endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 using Consumer = Reader<Shared>;
@@ -259,9 +266,11 @@ DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int
 DEVICE void attend_alone(
     Shared& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
     int head, int begin, int chunk, int position, u32 here, int warp, int lane, Patience patience, u32 where) {
+    constexpr int AHEAD = E <= 16 ? 4 : 2;  // how many are under way: small ones take less time than they wait
     const int end = least(position, begin + chunk);
-    Positions held, next;
-    held.load(keys, values, begin, end, lane);
+    Positions held[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) held[i].load(keys, values, begin + i * CHUNK_OF_WARP, end, lane);
     Turned turned;
     turned.prepare(model, layer, position, lane);
     float* raw = s.raw[warp];
@@ -272,11 +281,13 @@ DEVICE void attend_alone(
     __syncwarp();
     Attended all;
 #pragma unroll 1
-    for (int first = begin; first < end; first += 2 * CHUNK_OF_WARP) {
-        next.load(keys, values, first + CHUNK_OF_WARP, end, lane);
-        all.add(held, s.rotated[warp], first, end, lane);
-        held.load(keys, values, first + 2 * CHUNK_OF_WARP, end, lane);
-        if (first + CHUNK_OF_WARP < end) all.add(next, s.rotated[warp], first + CHUNK_OF_WARP, end, lane);
+    for (int first = begin; first < end; first += AHEAD * CHUNK_OF_WARP) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int own = first + i * CHUNK_OF_WARP;
+            if (own < end) all.add(held[i], s.rotated[warp], own, end, lane);
+            held[i].load(keys, values, own + AHEAD * CHUNK_OF_WARP, end, lane);
+        }
     }
     const bool has_newest = position - begin < chunk;
     if (has_newest) {
@@ -368,7 +379,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
     Shared& s = *(Shared*)bytes;
     const Model model = *model_at;
     Memory memory = *memory_at;
+#if GRID == 1
+    memory.words = s.words;
+    for (int i = threadIdx.x; i < Words::all; i += (WARPS + 1) * LANES) s.words[i] = 0;  // no epoch
+#else
     memory.words += (long long)group * REPLICAS * stride;
+#endif
     memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
     memory.stop_ids += first_sequence * LANES, memory.sequences += SEQUENCE_INTS * first_sequence;
     const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
