@@ -11,7 +11,6 @@ from onelaunch.engines.engine import Request, Sampling, TokenEvent
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.generation.decode import (
-    MAX_BATCH,
     Completion,
     Decoding,
     Limits,
@@ -32,7 +31,7 @@ class ScriptedEngine:
     """An engine whose session returns scripted tokens: one list per request, `per_step` of each in
     a step."""
 
-    config = CONFIG.with_(vocab_size=300)
+    config, max_batch = CONFIG.with_(vocab_size=300), 16
 
     def __init__(self, *outputs: list[int], per_step: int = 99, finish: str = "length") -> None:
         self.outputs, self.per_step, self.finish = [list(ids) for ids in outputs], per_step, finish
@@ -165,7 +164,7 @@ def test_equal_prompts_are_samples_and_the_session_is_as_large_as_needed():
     assert engine.size == (5, 5)  # the last new token is not read back
     many = ScriptedEngine(*[[7]] * 40)
     Decoding(many, [Prompt("", [1])] * 40, Limits(3)).finish()
-    assert many.size == (MAX_BATCH, 3)
+    assert many.size == (16, 3)
 
 
 @pytest.mark.parametrize("per_step", [1, 2, 99])

@@ -130,13 +130,18 @@ def test_a_context_beyond_the_forwards():
     assert (best == torch.tensor(tokens)).double().mean() > 0.99  # but for ties
 
 
+def ended(text, n):
+    """Of each row its tokens, their logprobs, and what ended it."""
+    return [(*end.unpacked(), end.how) for end in text.finish([0] * n)]
+
+
 def launched(kernel, config, packed, n, timeout_ns=2_000_000_000, poison=0.0):
     memory = Memory.of(config, packed, 1, config.max_seq_len)
     for cache in (memory.keys, memory.values):
         cache.fill_(poison)
     text = Text(kernel, memory.keys, memory.values, timeout_ns)
     text.launch([Row(0, 3, 0, n)])
-    return text.finish([0])[0], memory
+    return ended(text, 1)[0], memory
 
 
 @pytest.mark.parametrize("ctas", [1, 2, 7, 50, 131])
@@ -184,7 +189,7 @@ def test_a_wait_that_does_not_end_times_out():
         text.finish([0])
     kernel.ctas = 2
     text.launch([Row(0, 3, 0, 30)])
-    assert text.finish([0]) == [expected]
+    assert ended(text, 1) == [expected]
 
 
 def test_ten_thousand_texts_are_the_same():
@@ -195,7 +200,7 @@ def test_ten_thousand_texts_are_the_same():
     expected = None
     for _ in range(10_000):
         text.launch([Row(0, 3, 0, 8)])
-        result = text.finish([0])
+        result = ended(text, 1)
         assert expected is None or result == expected
         expected = result
 
@@ -222,7 +227,7 @@ def test_delays_change_no_token(at_once):
             for i, request in enumerate(requests):
                 text.prepare(i, i, request, 30)
             text.launch([Row(i, 3 + i, 0, 30) for i in range(at_once)])
-            yield text.finish([0] * at_once)
+            yield ended(text, at_once)
         text.close()
 
     (expected,) = written(TextKernel(config, packed, grid=grid, draws=True), 1)
@@ -239,7 +244,7 @@ def test_tokens_are_there_as_they_come():
     text.launch([Row(0, 3, 0, 1000)])
     text.wait_for_one([0])
     early, _ = text.arrived(0)
-    ((tokens, logprobs, _),) = text.finish([0])
+    ((tokens, logprobs, _),) = ended(text, 1)
     assert 1 <= len(early) < len(tokens) == 1000
     assert tokens[: len(early)] == early
     assert text.arrived(0, 990) == (tokens[990:], logprobs[990:])

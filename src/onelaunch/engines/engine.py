@@ -182,7 +182,12 @@ class LogitsEngine(Protocol):
 
 
 class Engine(LogitsEngine, Protocol):
-    """Runs one model on one device: logits, and sessions that generate."""
+    """Runs one model on one device: logits, and sessions that generate.
+
+    max_batch: how many sequences may well grow at once.
+    """
+
+    max_batch: int
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
         """Begin to generate. At most `max_batch` requests grow at once, or fewer where the engine

@@ -78,6 +78,8 @@ class ReferenceEngine:
     norm or number of threads that cannot be had.
     """
 
+    max_batch = 16
+
     def __init__(
         self,
         config: ModelConfig,

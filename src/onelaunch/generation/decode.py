@@ -24,7 +24,6 @@ from onelaunch.errors import BadInput
 from onelaunch.generation.prompts import Prompt
 from onelaunch.generation.stops import StopStrings
 
-MAX_BATCH = 16  # sequences generated at once
 UNSTREAMED_STEP_SECONDS = 0.2  # of a step whose text is not streamed
 
 
@@ -76,10 +75,10 @@ class Limits:
 class Decoding:
     """An iterator of the `TextEvent`s of several prompts, as they are generated.
 
-    `completions` has a `Completion` per prompt, which grows with the events. Up to MAX_BATCH
-    prompts are generated at once. `close` ends the generation early. The constructor raises
-    BadInput for an empty prompt, one longer than the model's context, or ids outside its
-    vocabulary; `next` raises RunFailed if logits are not finite.
+    `completions` has a `Completion` per prompt, which grows with the events. As many prompts are
+    generated at once as the engine says (`max_batch`). `close` ends the generation early. The
+    constructor raises BadInput for an empty prompt, one longer than the model's context, or ids
+    outside its vocabulary; `next` raises RunFailed if logits are not finite.
     """
 
     def __init__(
@@ -102,22 +101,32 @@ class Decoding:
         self._detokenizers = [
             _Detokenizer(completion, tokenizer, limits.stop) for completion in self.completions
         ]
+        self._has_text = tokenizer is not None
+        self._running = len(prompts)
+        self._open: Session | None = None
         self._cancelled: set[int] = set()
         self._step_seconds = STEP_SECONDS
-        self._events = self._run()
+        self._steps = self._run()
+        self._events = self._apply()
+        self._looked = False  # at any event
 
     def __iter__(self) -> Iterator[TextEvent]:
         return self
 
     def __next__(self) -> TextEvent:
+        self._looked = True
         return next(self._events)
 
     def finish(self) -> list[Completion]:
         """Generate until every completion has ended; returns them."""
         if not self.limits.stop:  # with stop strings, tokens after one would be wasted
             self._step_seconds = UNSTREAMED_STEP_SECONDS
-        for _ in self._events:
-            pass
+        if self._has_text or self._looked:
+            for _ in self._events:
+                pass
+        else:
+            for events, seconds in self._steps:
+                self._collect(events, seconds)
         return self.completions
 
     def cancel(self, index: int) -> None:
@@ -127,36 +136,59 @@ class Decoding:
     def close(self) -> None:
         """End all completions, without further events."""
         self._events.close()
+        self._steps.close()
 
-    def _run(self) -> Generator[TextEvent, None, None]:
+    def _run(self) -> Generator[tuple[list[TokenEvent], float], None, None]:
+        """The events of each step, and the seconds since the first one began."""
         start = time.perf_counter()
-        running = len(self._detokenizers)
-        if not running:
+        if not self._running:
             return
         with closing(self._session()) as session:
-            while running:
+            self._open = session
+            while self._running:
                 for index in self._cancelled:
                     session.cancel(index)
                 self._cancelled.clear()
                 events = session.step(self._step_seconds)
-                seconds = time.perf_counter() - start
-                for event in events:
-                    detokenizer = self._detokenizers[event.id]
-                    if detokenizer.completion.finish is not None:
-                        continue  # tokens after a stop string
-                    if event.error is not None:
-                        raise event.error
-                    text_event = detokenizer.apply(event, seconds)
-                    if text_event.finish is not None:
-                        running -= 1
-                        if event.finish is None:
-                            session.cancel(event.id)
-                    yield text_event
+                yield events, time.perf_counter() - start
+
+    def _apply(self) -> Generator[TextEvent, None, None]:
+        for events, seconds in self._steps:
+            for event in events:
+                detokenizer = self._detokenizers[event.id]
+                if detokenizer.completion.finish is not None:
+                    continue  # tokens after a stop string
+                if event.error is not None:
+                    self._steps.close()
+                    raise event.error
+                text_event = detokenizer.apply(event, seconds)
+                if text_event.finish is not None:
+                    self._running -= 1
+                    if event.finish is None:
+                        assert self._open is not None
+                        self._open.cancel(event.id)
+                yield text_event
+
+    def _collect(self, events: list[TokenEvent], seconds: float) -> None:
+        """Add a step's events to completions without text; many tokens take little time each."""
+        for index, token, _, finish, error in events:
+            completion = self.completions[index]
+            if error is not None:
+                self._steps.close()
+                raise error
+            if token is not None:
+                completion.ids.append(token)
+                completion.seconds = seconds
+                if completion.first_token_seconds is None:
+                    completion.first_token_seconds = seconds
+            if finish is not None:
+                completion.finish = finish
+                self._running -= 1
 
     def _session(self) -> Session:
         limits, prompts = self.limits, [each.prompt.ids for each in self.completions]
         longest = max(len(ids) for ids in prompts) + max(1, limits.max_new_tokens) - 1
-        session = self._engine.session(min(len(prompts), MAX_BATCH), longest)
+        session = self._engine.session(min(len(prompts), self._engine.max_batch), longest)
         for index, (ids, sample) in enumerate(zip(prompts, sample_numbers(prompts), strict=True)):
             session.submit(
                 Request(index, ids, limits.max_new_tokens, limits.sampling, limits.stop_ids, sample)

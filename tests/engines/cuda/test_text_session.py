@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import STOP_IDS, sampling
-from onelaunch.engines.cuda.decoding.text import Text
+from onelaunch.engines.cuda.decoding.text import Ended, Text
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
 from onelaunch.engines.engine import Request, Sampling, TokenEvent
 from onelaunch.errors import EngineTimeout, RunFailed
@@ -23,6 +23,12 @@ LONG = SMALL.with_(max_seq_len=200)
 
 def following(token):
     return (7 * token + 3) % LONG.vocab_size
+
+
+def words(tokens):
+    """With a logprob of -0.5 each."""
+    bits = int(np.float32(-0.5).view(np.int32))
+    return np.array([bits << 32 | token for token in tokens], dtype=np.int64)
 
 
 class HostWriter:
@@ -65,7 +71,7 @@ class HostWriter:
         if self.fails_at == len(self.launches):
             raise EngineTimeout("a text timed out")
         return [
-            (tokens[first:], [-0.5] * len(tokens[first:]), how)
+            Ended(words(tokens[first:]), how)
             for first, (tokens, how) in zip(firsts, flying, strict=True)
         ]
 

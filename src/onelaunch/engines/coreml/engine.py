@@ -37,6 +37,8 @@ class CoreMLEngine:
     programs. Raises BadInput for what is not supported, MissingExtra without coremltools.
     """
 
+    max_batch = 16
+
     def __init__(
         self,
         config: ModelConfig,

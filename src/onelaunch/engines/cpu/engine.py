@@ -42,6 +42,8 @@ class CpuEngine:
     be had.
     """
 
+    max_batch = MAX_SEQUENCES
+
     def __init__(
         self,
         config: ModelConfig,

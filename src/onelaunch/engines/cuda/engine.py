@@ -77,6 +77,8 @@ class CudaEngine:
     another thread fails, such as torch.cuda.synchronize; to wait for a stream or an event does not.
     """
 
+    max_batch = MAX_BATCH
+
     def __init__(
         self,
         config: ModelConfig,

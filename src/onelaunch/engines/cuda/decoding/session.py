@@ -6,10 +6,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from typing import TypeVar
 
 import torch
@@ -339,13 +340,17 @@ def take(
 ) -> list[TokenEvent]:
     """The events of new tokens of a sequence, and of how it ended (sampling.py) where it has."""
     request, finish = each.request, FINISH.get(how)
-    events = []
-    for token, logprob in zip(tokens, logprobs, strict=True):
-        if token in request.stop_ids:  # one of more than the device knows
-            finish = "stop"
-            break
-        each.new.append(token)
-        events.append(TokenEvent(request.id, token, logprob if request.logprobs else None))
+    if len(request.stop_ids) > STOP_IDS:  # more than the device knows
+        stop = next((i for i, token in enumerate(tokens) if token in request.stop_ids), None)
+        if stop is not None:
+            tokens, logprobs, finish = tokens[:stop], logprobs[:stop], "stop"
+    each.new += tokens
+    id, new = request.id, tuple.__new__  # TokenEvent's own, in Python, takes as long again
+    of_each: Iterable[float | None] = logprobs if request.logprobs else repeat(None)
+    events = [
+        new(TokenEvent, (id, token, logprob, None, None))
+        for token, logprob in zip(tokens, of_each, strict=False)
+    ]
     if how == sampling.NOT_FINITE:
         error = not_finite(each.position, str(dtype).removeprefix("torch."))
         events.append(TokenEvent(request.id, None, None, "error", error))

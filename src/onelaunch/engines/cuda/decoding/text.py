@@ -19,7 +19,7 @@ from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.decoding import STOP_IDS
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
-from onelaunch.engines.engine import Request, Sampling
+from onelaunch.engines.engine import Request
 from onelaunch.engines.sampling import float32_penalty, request_uniforms
 from onelaunch.errors import EngineTimeout
 
@@ -55,6 +55,24 @@ class Row(NamedTuple):
     position: int
     n: int
     first: int = 0
+
+
+class Ended(NamedTuple):
+    """What a launch has written of a row, from some token on, a word each, and how it ended."""
+
+    words: np.ndarray
+    how: int
+
+    @property
+    def last(self) -> int:
+        """Its last token."""
+        return int(self.words[-1] & 0xFFFFFFFF)
+
+    def unpacked(self) -> tuple[list[int], list[float]]:
+        """Its tokens and their logprobs."""
+        tokens: list[int] = (self.words & 0xFFFFFFFF).tolist()
+        logprobs: list[float] = (self.words >> 32).astype(np.int32).view(np.float32).tolist()
+        return tokens, logprobs
 
 
 class Grid(NamedTuple):
@@ -371,7 +389,9 @@ class Text:
         self._memory = _pointers(tensors, keys.device)
         self._written: np.ndarray = m.written.numpy()
         self._limits: list[int] = []  # tokens of each row of the launch at most
-        self._by = [Sampling()] * kernel.sequences  # of each row
+        self._prepared: list[tuple[int, Request] | None] = [None] * kernel.sequences  # by row
+        self._by = [(0, 0.0, 1.0, 0.0, 1.0)] * kernel.sequences  # what each row is drawn by
+        self._rows: np.ndarray = m.rows.numpy()
         self._ending: np.ndarray = m.ending.numpy()
         self.marks = torch.empty(0, dtype=torch.int64)
         if kernel.trace:
@@ -390,12 +410,21 @@ class Text:
     def prepare(self, row: int, slot: int, request: Request, limit: int) -> None:
         """Set the ids that end the text of a row of the launches to come, the first STOP_IDS of
         them, and by what up to `limit` tokens of a request are drawn."""
+        before = self._prepared[row]
+        if before is not None and before[0] == slot and before[1] is request:
+            return
+        self._prepared[row] = slot, request
         box, first = self._box, tuple(request.stop_ids[:STOP_IDS])
         first += (-1,) * (STOP_IDS - len(first))
         if first != box.stop_ids[row]:
             box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
             box.stop_ids[row] = first
-        self._by[row] = request.sampling
+        sampling, most = request.sampling, self._kernel.config.vocab_size
+        penalty = float32_penalty(sampling.repetition_penalty)
+        of_filters = sampling.temperature, sampling.top_p, sampling.min_p, penalty
+        self._by[row] = min(sampling.top_k, most), *of_filters
+        self._rows[row, 5] = self._by[row][0]
+        self._rows[row, 6:] = np.array(of_filters, dtype=np.float32).view(np.int32)
         if self._kernel.draws and box.drawn[slot] is not request:
             uniforms_N = request_uniforms(request, limit)
             if uniforms_N is not None:
@@ -421,7 +450,7 @@ class Text:
             (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
         ]  # fmt: skip
         if self._kernel.draws and self._kernel.grid.sequences == 1:
-            top_k, *fractions = self._drawing(0)
+            top_k, *fractions = self._by[0]
             arguments += [(top_k, nvrtc.INT), (rows[0].first, nvrtc.INT)]
             arguments += [(x, nvrtc.FLOAT) for x in fractions]
         if self._kernel.trace:
@@ -438,18 +467,9 @@ class Text:
             (row,) = rows
             one = [row.slot, self._slots, self._max_len, row.token, row.position, n]
             return [*one, self._passes, box.stride]
-        drawn = [self._drawing(i) for i in range(len(rows))]
-        numbers = torch.tensor([[*row, by[0]] for row, by in zip(rows, drawn, strict=True)])
-        box.rows[: len(rows), :6] = numbers.int()
-        box.rows[: len(rows), 6:] = torch.tensor([by[1:] for by in drawn]).view(torch.int32)
+        self._rows[: len(rows), :5] = rows
         box.rows_there.copy_(box.rows, non_blocking=True)
         return [len(rows), self._slots, self._max_len, n, self._passes, box.stride]
-
-    def _drawing(self, row: int) -> tuple[int, float, float, float, float]:
-        """By what a row's tokens are drawn, as the kernels have it."""
-        by, most = self._by[row], self._kernel.config.vocab_size
-        penalty = float32_penalty(by.repetition_penalty)
-        return min(by.top_k, most), by.temperature, by.top_p, by.min_p, penalty
 
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until the launch has written a token of each of some rows, or has ended."""
@@ -462,11 +482,11 @@ class Text:
         logprobs."""
         words = self._written[row, first : self._limits[row]].copy()
         (absent,) = (words == _ABSENT).nonzero()
-        return _unpacked(words[: absent[0]] if len(absent) else words)
+        return Ended(words[: absent[0]] if len(absent) else words, 0).unpacked()
 
-    def finish(self, firsts: Sequence[int]) -> list[tuple[list[int], list[float], int]]:
-        """Wait for the launch to end. Of each row its tokens from such a number on, their logprobs,
-        and what ended it. Raises EngineTimeout where a wait timed out."""
+    def finish(self, firsts: Sequence[int]) -> list[Ended]:
+        """Wait for the launch to end. Of each row its tokens from such a number on, and what ended
+        it. Raises EngineTimeout where a wait timed out."""
         box = self._box
         box.ended.synchronize()
         counts, endings = self._ending[: len(firsts)].T.tolist()
@@ -475,8 +495,9 @@ class Text:
             box.clear()
             raise EngineTimeout(f"a text timed out after {max(counts)} tokens, at {where:#x}")
         self._kernel.token_seconds = box.started.elapsed_time(box.ended) / 1e3 / max(1, *counts)
+        words = self._written[: len(firsts), : max(counts)].copy()  # the next launch's come there
         return [
-            (*_unpacked(self._written[row, first:count]), how)
+            Ended(words[row, first:count], how)
             for row, (first, count, how) in enumerate(zip(firsts, counts, endings, strict=True))
         ]
 
@@ -495,12 +516,6 @@ class Text:
     def _box(self) -> Mailbox:
         assert self._mailbox is not None, "closed"
         return self._mailbox
-
-
-def _unpacked(words: np.ndarray) -> tuple[list[int], list[float]]:
-    tokens: list[int] = (words & 0xFFFFFFFF).tolist()
-    logprobs: list[float] = (words >> 32).astype(np.int32).view(np.float32).tolist()
-    return tokens, logprobs
 
 
 def _pointers(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:

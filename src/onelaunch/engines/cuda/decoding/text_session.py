@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from onelaunch.engines.cuda.calls import compile_together
 from onelaunch.engines.cuda.decoding import sampling
 from onelaunch.engines.cuda.decoding.prefill import Prompts, Reading
 from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, in_turn, notice, take
-from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
+from onelaunch.engines.cuda.decoding.text import Ended, Row, Text, TextKernel
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 from onelaunch.engines.session import new_tokens
 from onelaunch.errors import RunFailed
@@ -30,10 +30,12 @@ between two chunks of a prompt."""
 
 @dataclass(slots=True, eq=False)
 class Written(Growing):
-    """A text in a slot. `ahead`: tokens that no event has handed on, but which the launch under way
-    goes on from. `left`: what else is written of it is of no interest."""
+    """A text in a slot. `ahead`: how many tokens no event has handed on, but the launch under way
+    goes on from, and `last` the last of them. `left`: what else is written of it is of no
+    interest."""
 
-    ahead: list[int] = field(default_factory=list)
+    ahead: int = 0
+    last: int = 0
     left: bool = False
 
 
@@ -57,7 +59,7 @@ class Writer(Protocol):
     def arrived(self, row: int, first: int = 0) -> tuple[list[int], list[float]]:
         """A row's tokens so far and their logprobs, from number `first` on."""
 
-    def finish(self, firsts: Sequence[int]) -> list[tuple[list[int], list[float], int]]:
+    def finish(self, firsts: Sequence[int]) -> list[Ended]:
         """Wait for the end: the rest of each row's, and what ended it."""
 
     def close(self) -> None:
@@ -194,16 +196,19 @@ class TextSession:
                 return
         rows, ends = self._launched, writer.finish(self._handed)
         self._launched, self._growing = [], []
-        for each, (tokens, _, how) in zip(rows, ends, strict=True):
-            if how == sampling.FULL and len(each.new) + len(tokens) < each.limit and not each.left:
-                each.ahead = tokens
+        for each, end in zip(rows, ends, strict=True):
+            n, full = len(end.words), end.how == sampling.FULL
+            if full and len(each.new) + n < each.limit and not each.left:
+                each.ahead, each.last = n, end.last if n else each.last
                 self._growing.append(each)
         self._join()
         self._read(0.0)  # the last launch's tokens are to be handed on
         self._launch(seconds)
-        for each, (tokens, logprobs, how) in zip(rows, ends, strict=True):
-            each.ahead = []
-            self._take(each, tokens, logprobs, sampling.GROWING if each in self._growing else how)
+        grows = set(map(id, self._growing))
+        for each, end in zip(rows, ends, strict=True):
+            each.ahead = 0
+            how = sampling.GROWING if id(each) in grows else end.how
+            self._take(each, *end.unpacked(), how)
 
     def _join(self) -> None:
         """Give a slot to each request that there is room for."""
@@ -254,11 +259,10 @@ class TextSession:
         rows = []
         for row, each in enumerate(self._growing):
             writer.prepare(row, each.slot, each.request, each.limit)
-            new = [*each.new, *each.ahead]
-            last = new[-1] if new else each.request.prompt_ids[-1]
-            position = len(each.request.prompt_ids) + len(new) - 1
-            n = min(tokens, each.limit - len(new))
-            rows.append(Row(each.slot, last, position, n, len(new)))
+            new, prompt = len(each.new) + each.ahead, each.request.prompt_ids
+            last = each.last if each.ahead else each.new[-1] if each.new else prompt[-1]
+            n = min(tokens, each.limit - new)
+            rows.append(Row(each.slot, last, len(prompt) + new - 1, n, new))
         writer.launch(rows)
         self._launched, self._handed = list(self._growing), [0] * len(rows)
 
