@@ -317,3 +317,20 @@ def test_steps_are_longer_when_text_is_not_streamed(stop, longer):
     decoding.finish()
     assert len(streamed) == 1
     assert (max(engine.seconds) > max(streamed)) == longer
+
+
+@pytest.mark.parametrize("looks", [0, 3, 99])
+@pytest.mark.parametrize("per_step", [1, 4, 99])
+def test_whoever_looks_at_events_gets_the_same(looks, per_step):
+    outputs = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
+    engine = ScriptedEngine(*outputs, per_step=per_step)
+    decoding = Decoding(engine, [Prompt("", [1])] * 3, Limits(9))
+    for _, _event in zip(range(looks), decoding, strict=False):
+        pass
+    completions = decoding.finish()
+    assert [completion.ids for completion in completions] == outputs
+    assert {completion.finish for completion in completions} == {"length"}
+    assert all(
+        0.0 <= completion.first_token_seconds <= completion.seconds for completion in completions
+    )
+    assert engine.closed
