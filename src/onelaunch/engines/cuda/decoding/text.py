@@ -271,7 +271,7 @@ class Mailbox:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         def on_host(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+            return torch.zeros(*shape, dtype=dtype, pin_memory=device.type == "cuda")
 
         self.stride, self.max_len = stride, max_len
         self.words = on_device(grid.groups * grid.replicas * stride, dtype=torch.int64)
