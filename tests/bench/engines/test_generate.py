@@ -14,6 +14,7 @@ from onelaunch.bench.core import runner
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.bench.engines.generate import cell as generate_cell
 from onelaunch.bench.engines.generate import child as generation_child
+from onelaunch.bench.engines.generate import cuda_child
 from onelaunch.bench.engines.generate import experiment as generate
 from onelaunch.bench.engines.generate import life as generate_life
 from onelaunch.bench.engines.generate.cell import AUTO, Cell, bytes_per_token, prompt_of
@@ -21,6 +22,7 @@ from onelaunch.bench.peers.run_c import LETTERS
 from onelaunch.checkpoints import random_model
 from onelaunch.config import preset
 from onelaunch.engines.engine import Sampling, TokenEvent
+from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import RunFailed
 from onelaunch.generation.decode import generate_ids
 
@@ -326,3 +328,22 @@ def test_rows_of_a_gpu_as_table_and_picture():
     for cell in ("61.5", "0.75", "0.91", "0.29", "6.4", " yes |", "4,000 (4.00x)", "500 (32.00x)"):
         assert cell in text
     assert generate.draw(record) is not None
+
+
+def test_a_first_text_on_a_gpu_is_timed_to_its_kernels(monkeypatch):
+    """With the reference engine in the GPU's place, and kernels that are there after two looks."""
+    looks = iter([True, True, False])
+
+    class Compiling(ReferenceEngine):
+        def describe(self):
+            return {"compiling": next(looks)}
+
+    def chosen(name, config, weights, device, dtype, log):
+        log("PyTorch generates, one operator a launch")
+        return Compiling(config, weights)
+
+    monkeypatch.setattr(cuda_child, "choose", chosen)
+    times = cuda_child.first_text("stories260k", "cpu")
+    order = [times[name] for name in ("first_token_seconds", "text_seconds", "kernels_seconds")]
+    assert 0 < order[0] < order[1] < order[2]
+    assert times["by_pytorch"] == 1.0

@@ -16,7 +16,6 @@ import torch
 from onelaunch.bench.core.weights import random_weights
 from onelaunch.config import preset
 from onelaunch.engines.choice import choose
-from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.engine import Request
 from onelaunch.errors import OnelaunchError, RunFailed
 
@@ -34,7 +33,6 @@ def first_text(name: str, device: str) -> dict[str, float]:
     torch.zeros(1, device=device).item()
     began = time.perf_counter()
     engine = choose("cuda", config, weights, device, "bfloat16", log=lines.append)
-    assert isinstance(engine, CudaEngine)
     session = engine.session(1, CONTEXT)
     session.submit(Request(0, prompt, NEW))
     events = session.step()
@@ -44,7 +42,7 @@ def first_text(name: str, device: str) -> dict[str, float]:
     while events[-1].finish is None:
         events += session.step()
     written = time.perf_counter() - began
-    while engine.describe()["compiling"]:
+    while engine.describe().get("compiling"):
         if time.perf_counter() - began > LONGEST_SECONDS:
             raise RunFailed(f"no kernels after {LONGEST_SECONDS:g} s")
         time.sleep(0.005)
