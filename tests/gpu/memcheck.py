@@ -19,10 +19,12 @@ from onelaunch.engines.cuda.blocking import Blocking, padded
 from onelaunch.engines.cuda.decoding.text import FEW, MANY, Grid, Row, Text, TextKernel
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.program import FusedForward, Shape
+from onelaunch.engines.engine import Request, Sampling
 from tests.engines.cuda.staged_forward import StagedForward
 from tests.engines.suite import SMALL, exact_logits, relative_error, weights_of
 from tests.gpu.test_forward_forms import EARLY, OTHERWISE
 
+BY = Sampling(1.0, top_k=40, top_p=0.9, min_p=0.01, seed=3, repetition_penalty=1.2)
 HOUR = 3_600_000_000_000
 CONFIGS = {
     "no power of two": SMALL.with_(dim=40, n_heads=5, n_kv_heads=5, hidden_dim=44, vocab_size=67),
@@ -68,18 +70,23 @@ def main() -> None:
 
 
 def texts() -> None:
-    """A few tokens of one sequence, and of three in one group of two CTAs or in two."""
+    """A few tokens of one sequence, and of three, in one group of CTAs or in two; the most likely
+    ones, and drawn and penalised ones."""
     device = torch.device("cuda", 0)
     config = SMALL.with_(dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160)
     packed = pack(config, weights_of(config), torch.bfloat16, device)
-    for grid in (Grid(1, 2), Grid(FEW, 2), Grid(MANY, 2, 2)):
+    grids = (Grid(1, 2), Grid(FEW, 2), Grid(FEW, 17), Grid(FEW, 1), Grid(MANY, 2, 2))
+    for grid, draws in ((grid, draws) for grid in grids for draws in (False, True)):
         rows = [Row(i, 3 + i, 0, 6) for i in range(1 if grid.sequences == 1 else 3)]
         shape = (config.n_layers, len(rows), config.n_kv_heads, config.max_seq_len, config.head_dim)
         keys, values = (packed.embedding.new_zeros(shape) for _ in range(2))
-        kernel = TextKernel(config, packed, grid=grid)
+        kernel = TextKernel(config, packed, grid=grid, draws=draws)
         text = Text(kernel, keys, values, HOUR)
         written = []
         for _ in range(2):
+            for i, row in enumerate(rows):
+                request = Request(i, [row.token], 6, BY if draws else Sampling())
+                text.prepare(i, row.slot, request, 6)
             text.launch(rows)
             written.append([end.unpacked() for end in text.finish([0] * len(rows))])
         assert written[0] == written[1]

@@ -275,8 +275,7 @@ def test_prompts_that_take_turns_have_the_same_bits_as_alone():
 
 def engine_of(depth, max_batch, dtype="bfloat16"):
     """One whose sessions of so many sequences are of a form; skips where there is none."""
-    sequences = 1 if max_batch == 1 else text.SEVERAL
-    reason = text.why_not(LONGEST, CUDA, getattr(torch, dtype), sequences)
+    reason = text.why_not(LONGEST, CUDA, getattr(torch, dtype), max_batch)
     if depth == "text" and reason:
         pytest.skip(reason)
     return CudaEngine(LONGEST, weights_of(LONGEST), "cuda", dtype, depth)

@@ -103,6 +103,14 @@ class Function:
         self.functions.launches.append(ctas)
 
 
+class Made:
+    def __init__(self, sessions):
+        self.sessions = sessions
+
+    def session(self, max_batch, length):
+        return self.sessions.session(max_batch, length, nullcontext, None)
+
+
 @pytest.fixture
 def made(compiled, monkeypatch):
     """Sessions of an emulated GPU of so many multiprocessors."""
@@ -121,7 +129,7 @@ def made(compiled, monkeypatch):
         monkeypatch.setattr(text, "ONE_CTA_BYTES", 1 << 20 if small else 0)
         weights = weights_of(CONFIG)
         packed = pack(CONFIG, weights, dtype, torch.device("cpu"))
-        return Sessions(CONFIG, packed, nullcontext, None, "text", None, print, meanwhile=False)
+        return Made(Sessions(CONFIG, packed, "text", None, print, meanwhile=False))
 
     make.functions = functions
     return make

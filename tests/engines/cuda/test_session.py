@@ -4,6 +4,7 @@ when."""
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from onelaunch.engines.cuda.decoding import session as session_module
 from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.decoding.session import GRAPH_TOKENS, CudaSession
 from onelaunch.engines.cuda.pack import pack
-from onelaunch.engines.engine import Request, TokenEvent
+from onelaunch.engines.engine import Request, Sampling, TokenEvent
 from tests.engines.suite import SMALL, by_request, weights_of
 
 LONG = SMALL.with_(max_seq_len=200)
@@ -55,6 +56,9 @@ class HostPrompts:
     def __init__(self):
         self.read, self.at = [], []
 
+    def calls(self, n, with_logits):
+        return []
+
     def begin(self, prompt_ids, keys, values, with_logits):
         assert with_logits
         self.at.append(keys.data_ptr())
@@ -82,6 +86,28 @@ class HostChain:
         if whole[sampling.COUNT] >= whole[sampling.LIMIT]:
             whole[sampling.FINISH] = sampling.FULL
         memory.progress[slot] = whole[[sampling.COUNT, sampling.FINISH]]
+
+
+def test_what_is_compiled_first_penalises_what_comes_later(monkeypatch):
+    """A chain that is made before the first prompt is read has the table of that session."""
+    compiled = []
+    monkeypatch.setattr(session_module, "compile_together", compiled.extend)
+    packed = pack(LONG, weights_of(LONG), torch.float32, torch.device("cpu"))
+    session = CudaSession(
+        LONG, packed, HostPrompts(), nullcontext, max_batch=1, max_len=64, log=print
+    )
+    session._state()
+    session._device = torch.device("cuda")  # as far as compiling goes
+    monkeypatch.setattr(torch, "zeros", partial(zeros_on_host, torch.zeros))
+    request = Request(0, [3], 4, Sampling(repetition_penalty=1.3))
+    session.compilation(request)()
+    (sample,) = (c for c in compiled if c.kernel.__name__ == "sample_kernel")
+    assert any(argument is session._seen for argument in sample.arguments)
+    assert session._seen is not None
+
+
+def zeros_on_host(zeros, *shape, device=None, **options):
+    return zeros(*shape, **options)
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ pytest.importorskip("cuda.bindings.nvrtc")
 NAMES = ("stories260k", "stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
 
 
-def compiled(name, dtype, grid):
-    macros = text.macros(preset(name), dtype, grid, H200.shared_bytes)
+def compiled(name, dtype, grid, draws=False):
+    macros = text.macros(preset(name), dtype, grid, H200.shared_bytes, draws)
     assert macros["SLOTS"] >= text.MIN_SLOTS
     return nvrtc.compiled(text.source(grid.sequences > 1), macros, "sm_90")
 

@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,18 +181,14 @@ class CudaEngine:
             return self._session_of_pytorch(max_batch, length)
         from onelaunch.engines.cuda.decoding.sessions import Sessions  # imports Triton
 
-        if self._sessions is None:
-            self._sessions = Sessions(
-                self.config,
-                self._pack(),
-                self._alone,
-                self._session_of_pytorch,
-                self.fusion_depth,
-                self._store,
-                self._log,
-                self._meanwhile,
-            )
-        return self._sessions.session(max_batch, length)
+        with self._alone():
+            if self._sessions is None:
+                self._sessions = Sessions(
+                    self.config, self._pack(), self.fusion_depth, self._store, self._log,
+                    self._meanwhile,
+                )  # fmt: skip
+            pytorchs = partial(self._session_of_pytorch, max_batch, length)
+            return self._sessions.session(max_batch, length, self._alone, pytorchs)
 
     def _session_of_pytorch(self, max_batch: int, length: int) -> Session:
         self._log("PyTorch generates, one operator a launch")

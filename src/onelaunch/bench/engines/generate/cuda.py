@@ -124,7 +124,7 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
     long = torch.randint(2, config.vocab_size, (1, LONG_PROMPT)).tolist()
     with_room = batch == 1 and config.max_seq_len > LONG_PROMPT
     long_firsts = [_first_ms(engine, long) for _ in range(rounds + 2)][2:] if with_room else []
-    cancels = [_cancel_ms(engine, prompts.tolist()) for _ in range(rounds)]
+    cancels = [_after_cancel_ms(engine, prompts.tolist()) for _ in range(rounds)]
     medians = {peer_: statistics.median(values) for peer_, values in samples.items()}
     rates = samples["ours"]
     ratios = {
@@ -136,7 +136,7 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
         "us_per_token": rounded(batch / statistics.median(rates) * 1e6),
         "slope_us": digest(slopes),
         "first_token_ms": digest(firsts),
-        "cancel_ms": digest(cancels),
+        "after_cancel_ms": digest(cancels),
         **({"first_token_512_ms": digest(long_firsts)} if long_firsts else {}),
         "first_text_seconds": round(first_seconds, 2),
         "compile_seconds": round(compile_seconds, 2),
@@ -207,16 +207,18 @@ def _first_ms(engine: CudaEngine, prompts: list[list[int]]) -> float:
     return seconds * 1e3
 
 
-def _cancel_ms(engine: CudaEngine, prompts: list[list[int]]) -> float:
-    """Milliseconds from the cancelling of a request, beside the others, to its end."""
+def _after_cancel_ms(engine: CudaEngine, prompts: list[list[int]]) -> float:
+    """Milliseconds from the cancelling of a request, beside the others, to the first token of one
+    that waits for its place."""
     session = engine.session(len(prompts), len(prompts[0]) + SLOPE[1])
     for number, prompt in enumerate(prompts):
         session.submit(Request(number, prompt, NEW))
     while not any(event.id == 0 for event in session.step()):
         pass
+    session.submit(Request(len(prompts), prompts[0], NEW))
     start = time.perf_counter()
     session.cancel(0)
-    while not any(event.id == 0 and event.finish for event in session.step()):
+    while not any(event.id == len(prompts) for event in session.step()):
         pass
     seconds = time.perf_counter() - start
     session.close()

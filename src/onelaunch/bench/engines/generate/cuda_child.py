@@ -7,6 +7,7 @@ Times are from when Python has imported all and the GPU has a context.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -30,6 +31,8 @@ def first_text(name: str, device: str) -> dict[str, float]:
     weights = random_weights(config)
     prompt = torch.randint(2, config.vocab_size, (PROMPT,), generator=torch.manual_seed(1)).tolist()
     lines: list[str] = []
+    if torch.device(device).type == "cuda":
+        importlib.import_module("onelaunch.engines.cuda.decoding.sessions")  # and Triton
     torch.zeros(1, device=device).item()
     began = time.perf_counter()
     engine = choose("cuda", config, weights, device, "bfloat16", log=lines.append)

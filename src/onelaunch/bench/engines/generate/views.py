@@ -69,12 +69,13 @@ SECTIONS = {
             "a token, us": figure("slope_us", "median"),
             "first token, ms": figure("first_token_ms", "median"),
             "of 512, ms": figure("first_token_512_ms", "median"),
-            "cancelled after, ms": figure("cancel_ms", "median"),
+            "after a cancel, ms": figure("after_cancel_ms", "median"),
             **_of_peers("torch.compile + graph", "eager + graph", "eager", "transformers"),
         },
         "Greedy, prompts of 32 tokens, 256 new ones, bfloat16. `a token`: the slope between 16 and "
-        "272 new tokens. `of 512`: the first token after a prompt of 512. Peers have a static "
-        "cache, and their graphs one token each.",
+        "272 new tokens. `of 512`: the first token after a prompt of 512. `after a "
+        "cancel`: the first token of a sequence that waited for the place of one that was "
+        "cancelled. Peers have a static cache, and their graphs one token each.",
     ),
     "gpu start": Section(
         "The first text of a process, from the imports and the GPU's context on",

@@ -8,7 +8,7 @@
 constexpr int SUMS_OF_ROUND = SEQUENCES * BINS + 16;  // and how many CTAs have added theirs
 constexpr int SUMS_OF_GROUP = 2 * ROUNDS * SUMS_OF_ROUND;
 
-struct DrawnTexts {
+struct DrawnSequences {
     float* logits;          // of each sequence, V apart, from this CTA's first row on
     u32 seen[SEQUENCES][SEEN_WORDS];
     u32 low[WARPS][BINS], high[WARPS][BINS], number[WARPS][BINS];
@@ -38,7 +38,7 @@ struct DrawnTexts {
 // CTAs, which `their_records` is room for; `uniform(r)` a random number; `where` the first of three waits.
 template <class Uniform>
 DEVICE void draw_all(
-    DrawnTexts& d, u32* their_records, u64* sums, const u64* words, u64* copy, int records, int chosen, Uniform uniform,
+    DrawnSequences& d, u32* their_records, u64* sums, const u64* words, u64* copy, int records, int chosen, Uniform uniform,
     int n, int first_row, int rows, u32 epoch, int cta, int thread, Patience patience, u32 where) {
     const int warp = thread / LANES, lane = thread % LANES;
     sums += (epoch & 1) * ROUNDS * SUMS_OF_ROUND;

@@ -9,13 +9,14 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 
-PATIENCE = 0.4
-"""Seconds that a request waits for kernels: those of the store are there by then."""
+TIMEOUT = 0.4
+"""Seconds that a request waits for kernels, so that those of the store have time to be loaded."""
 
 
 class Meanwhile:
-    """A `Session` of requests that are written by `session`, or, where `compiling` says that its
-    kernels are not there PATIENCE after the request, to their end by one of `other`.
+    """A `Session` of requests that are written by `session`, or to their end by one of `other`:
+    where `compiling` says that the kernels of one are not there after `timeout` seconds, it and
+    whatever comes until `other` has none left.
 
     `compiling` starts to compile what a request needs, and returns a future that is done when it
     is there; an error of it is left to `session`.
@@ -28,10 +29,10 @@ class Meanwhile:
         other: Callable[[], Session],
         compiling: Callable[[Request], Future[None]],
         log: Callable[[str], None],
-        patience: float = PATIENCE,
+        timeout: float = TIMEOUT,
     ) -> None:
         self._config, self._session, self._make_other = config, session, other
-        self._compiling, self._log, self._patience = compiling, log, patience
+        self._compiling, self._log, self._timeout = compiling, log, timeout
         self._other: Session | None = None
         self._of_session: set[int] = set()
         self._of_other: set[int] = set()
@@ -40,12 +41,12 @@ class Meanwhile:
         """Add a request; see `Session`."""
         check_request(self._config, request)
         compiled = self._compiling(request)
-        # who waited before has found that it takes long
-        wait([compiled], 0.0 if self._of_other else self._patience)
-        if compiled.done():
-            self._session.submit(request)
-            self._of_session.add(request.id)
-            return
+        if not self._of_other:  # those of one call are all written by one
+            wait([compiled], self._timeout)
+            if compiled.done():
+                self._session.submit(request)
+                self._of_session.add(request.id)
+                return
         if self._other is None:
             self._log("compiling the kernels that generate; they are kept for the next time")
             self._other = self._make_other()

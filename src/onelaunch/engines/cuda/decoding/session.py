@@ -189,13 +189,18 @@ class CudaSession:
         self._wait()
 
     def _mark(self, slot: int, ids: Sequence[int]) -> None:
-        """Have the tokens of a slot's sequence so far penalised. The table is made for the first
+        """Have the tokens of a slot's sequence so far penalised."""
+        seen_V = self._seen_tokens()[slot]
+        seen_V.zero_()
+        seen_V.index_fill_(0, torch.tensor(ids, device=self._device), 1)
+
+    def _seen_tokens(self) -> Tensor:
+        """Which tokens each slot's sequence has, (S, V), where it is penalised. Made for the first
         one, and stays where it is: CUDA graphs have its address."""
         if self._seen is None:
             shape = self._max_batch + 1, self._config.vocab_size
             self._seen = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        self._seen[slot] = 0
-        self._seen[slot].index_fill_(0, torch.tensor(ids, device=self._device), 1)
+        return self._seen
 
     # ---- sequences that grow
 
@@ -277,7 +282,7 @@ class CudaSession:
 
     def _chain(self, rows: int, context: int, penalised: bool) -> TokenChain:
         key, memory = (rows, context, penalised), self._state()
-        seen = self._seen if penalised else None
+        seen = self._seen_tokens() if penalised else None
         if key not in self._chains:
             if self._many and rows > 1:
                 chain: TokenChain = ManyRows(

@@ -12,6 +12,7 @@ from torch import Tensor
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import TEXT
+from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.decoding.meanwhile import Meanwhile
 from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.decoding.session import CudaSession
@@ -27,24 +28,21 @@ from onelaunch.plan import Depth
 class Sessions:
     """Makes sessions, which share their prompts' forwards and their kernels.
 
-    `alone` is held while kernels are launched. With `meanwhile` and the fusion depth "auto" a
-    session of `pytorchs`, for so many sequences of such a length, writes what begins before its
-    kernels are compiled.
+    With `meanwhile` and the fusion depth "auto" PyTorch writes what begins before its kernels are
+    compiled.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         packed: PackedModel,
-        alone: Callable[[], AbstractContextManager[None]],
-        pytorchs: Callable[[int, int], Session],
         fusion_depth: Depth | str,
         store: Store,
         log: Callable[[str], None],
         meanwhile: bool,
     ) -> None:
-        self._config, self._packed, self._alone = config, packed, alone
-        self._pytorchs, self._depth, self._store, self._log = pytorchs, fusion_depth, store, log
+        self._config, self._packed = config, packed
+        self._depth, self._store, self._log = fusion_depth, store, log
         self._meanwhile = meanwhile and fusion_depth == "auto"
         self._prompts = Prompts(config, packed)
         self._kernels: dict[tuple[Grid, bool], TextKernel] = {}
@@ -53,23 +51,34 @@ class Sessions:
         self._compiler: ThreadPoolExecutor | None = None
         self._compiled: Future[None] | None = None  # what was begun last
 
-    def session(self, max_batch: int, length: int) -> Session:
-        """For up to `max_batch` sequences of `length` positions. Raises BadInput where the fusion
+    def session(
+        self,
+        max_batch: int,
+        length: int,
+        alone: Callable[[], AbstractContextManager[None]],
+        pytorchs: Callable[[], Session],
+    ) -> Session:
+        """For up to `max_batch` sequences of `length` positions. `alone` is held while kernels are
+        prepared and launched; `pytorchs` makes PyTorch's session. Raises BadInput where the fusion
         depth is "text" and one launch cannot write them."""
         c = self._config
         by_stage = partial(
             CudaSession,
-            c, self._packed, self._prompts, self._alone, max_batch, length, self._log,
+            c, self._packed, self._prompts, alone, max_batch, length, self._log,
         )  # fmt: skip
         grid = self._grid(max_batch)
-        session = by_stage() if grid is None else self._texts(grid, max_batch, length, by_stage)
+        session: TextSession | CudaSession
+        if grid is None:
+            session = by_stage()
+        else:
+            source = self._source(grid, max_batch, length)
+            dtype = self._packed.embedding.dtype
+            session = TextSession(
+                c, source, by_stage, alone, max_batch, length, dtype, self._failed
+            )
         if not self._meanwhile:
             return session
-        others, compiling = (
-            partial(self._pytorchs, max_batch, length),
-            partial(self._begin, session),
-        )
-        return Meanwhile(c, session, others, compiling, self._log)
+        return Meanwhile(c, session, pytorchs, partial(self._begin, session, alone), self._log)
 
     @property
     def compiling(self) -> bool:
@@ -89,19 +98,16 @@ class Sessions:
             return None
         return grid_for(self._config, dtype, max_batch, limits_of(device).multiprocessors)
 
-    def _texts(
-        self, grid: Grid, max_batch: int, length: int, others: Callable[[], Session]
-    ) -> TextSession:
-        c, dtype = self._config, self._packed.embedding.dtype
+    def _source(self, grid: Grid, max_batch: int, length: int) -> OnGPU:
+        c = self._config
         shape = (c.n_layers, max_batch, c.n_kv_heads, length, c.head_dim)
 
         def cache() -> tuple[Tensor, Tensor]:  # with anything in it
             like = self._packed.embedding
             return like.new_empty(shape), like.new_empty(shape)
 
-        code, kernel = partial(self._code, grid), partial(self._kernel, grid)
-        source = OnGPU(self._prompts, code, kernel, cache, self._log)
-        return TextSession(c, source, others, self._alone, max_batch, length, dtype, self._failed)
+        compilation, kernel = partial(self._compilation, grid), partial(self._kernel, grid)
+        return OnGPU(self._prompts, compilation, kernel, cache, self._log)
 
     def _failed(self, error: RunFailed) -> None:
         """No kernel could be made that writes a text in one launch."""
@@ -109,6 +115,10 @@ class Sessions:
         if self._depth == TEXT:
             raise error
         self._log(f"one launch cannot write texts here, one kernel per stage does: {error}")
+
+    def _compilation(self, grid: Grid, draws: bool) -> Callable[[], object] | None:
+        """What compiles a kernel; None where that is done."""
+        return None if (grid, draws) in self._codes else partial(self._code, grid, draws)
 
     def _code(self, grid: Grid, draws: bool) -> bytes:
         key = grid, draws
@@ -126,14 +136,26 @@ class Sessions:
             )
         return self._kernels[key]
 
-    def _begin(self, session: TextSession | CudaSession, request: Request) -> Future[None]:
+    def _begin(
+        self,
+        session: TextSession | CudaSession,
+        alone: Callable[[], AbstractContextManager[None]],
+        request: Request,
+    ) -> Future[None]:
         """Compile in the background what a request needs, after what was begun before."""
-        compile = session.compilation(request)
+        with alone():  # it may make tensors, which a caller's inference mode must not reach
+            compile = session.compilation(request)
         if compile is None and not self.compiling:
             done: Future[None] = Future()
             done.set_result(None)
             return done
         if self._compiler is None:
             self._compiler = ThreadPoolExecutor(1, thread_name_prefix="onelaunch-compiler")
-        self._compiled = self._compiler.submit(compile or (lambda: None))
+        self._compiled = self._compiler.submit(self._compile_on_device, compile)
         return self._compiled
+
+    def _compile_on_device(self, compile: Callable[[], None] | None) -> None:
+        """A thread's own current device is another one."""
+        with on(self._packed.embedding.device):
+            if compile is not None:
+                compile()

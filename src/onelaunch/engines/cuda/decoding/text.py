@@ -23,8 +23,8 @@ from onelaunch.engines.engine import Request
 from onelaunch.engines.sampling import float32_penalty, request_uniforms
 from onelaunch.errors import EngineTimeout
 
-MAX_TEXTS = 64
-"""Sequences of a launch."""
+MAX_SEQUENCES = 64
+"""Of a launch."""
 FEW, MANY = 8, 16
 """Sequences of a group of CTAs, where there is one group, and where there may be more."""
 WARPS = 8
@@ -148,8 +148,10 @@ def why_not(
     """Why so many texts of a model cannot be written in one launch; None where they can."""
     c = config
     several = max_batch > 1 or _is_small(c, dtype)
-    if max_batch > MAX_TEXTS:
-        return f"one launch writes at most {MAX_TEXTS} texts"
+    if max_batch > MAX_SEQUENCES:
+        return f"one launch writes at most {MAX_SEQUENCES} sequences"
+    if c.vocab_size >= 1 << 18:
+        return "its vocabulary is too large"
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device)[0] < 9:
@@ -287,7 +289,8 @@ class Mailbox:
         self.sums = on_device(rounds * (_BINS * grid.sequences + 16), dtype=torch.int64)
         self.uniforms = on_device(kept, max_len, dtype=torch.float32)
         self.history = on_device(kept, max_len)
-        self.logits = on_device(kept, n_logits, dtype=torch.float32)
+        several = kept if grid.sequences > 1 else 0
+        self.logits = on_device(several, n_logits, dtype=torch.float32)
         self.drawn: list[Request | None] = [None] * sequences  # whose they are, by slot
         self.epoch = 1
 
@@ -505,9 +508,7 @@ class Text:
         """Wait for the launch to end, and let go of its memory."""
         if self._mailbox is not None:
             self._mailbox.ended.synchronize()
-            if (
-                self._limits and self._ending.min() < 0
-            ):  # no `finish` has reported that a wait timed out
+            if self._limits and self._ending.min() < 0:  # a time-out that nobody was told of
                 self._mailbox.clear()
             self._kernel.give_back(self._mailbox)
             self._mailbox = None

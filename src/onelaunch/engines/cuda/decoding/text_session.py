@@ -1,4 +1,4 @@
-"""A session of the CUDA engine for a few sequences, whose tokens one launch writes."""
+"""A session of the CUDA engine for sequences whose tokens one launch writes."""
 
 from __future__ import annotations
 
@@ -289,18 +289,19 @@ def _draws(request: Request) -> bool:
 
 class OnGPU:
     """A `Source`: a cache, (L, slots, K, context, E) each of keys and values, made, and kernels,
-    compiled, when the first text begins."""
+    compiled, when the first text begins. `kernels` says what compiles the kernel that draws, or the
+    one that does not, where that is not done; `kernel` gives it."""
 
     def __init__(
         self,
         prompts: Prompts,
-        code: Callable[[bool], bytes],
+        kernels: Callable[[bool], Callable[[], object] | None],
         kernel: Callable[[bool], TextKernel],
         cache: Callable[[], tuple[Tensor, Tensor]],
         log: Callable[[str], None],
     ) -> None:
-        self._prompts, self._code, self._kernel, self._make_cache = prompts, code, kernel, cache
-        self._compiled: set[bool] = set()
+        self._prompts, self._compiles = prompts, kernels
+        self._kernel, self._make_cache = kernel, cache
         self._cache: tuple[Tensor, Tensor] | None = None
         self._log = log
 
@@ -316,15 +317,15 @@ class OnGPU:
     def compilation(self, draws: bool, prompt: int) -> Callable[[], None] | None:
         """What compiles what `writer` and `begin` need."""
         calls = self._prompts.calls(prompt - 1, with_logits=False)
-        code = None if draws in self._compiled else self._code
-        self._compiled.add(draws)
-        if not calls and code is None:
+        compile_kernel = self._compiles(draws)
+        if not calls and compile_kernel is None:
             return None
 
         def compile() -> None:
             with ThreadPoolExecutor(1) as pool:  # both compilers at once
-                made = None if code is None else pool.submit(code, draws)
-                compile_together(calls)
+                made = None if compile_kernel is None else pool.submit(compile_kernel)
+                if calls:
+                    compile_together(calls)
                 if made is not None:
                     made.result()
 

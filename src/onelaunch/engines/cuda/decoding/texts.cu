@@ -103,7 +103,7 @@ struct Shared {
     float rstd[R];
     float best[WARPS][R][RECORD], records[R][RECORD * GRID];  // of the warps, of the CTAs
 #if DRAWS
-    DrawnTexts drawn;
+    DrawnSequences drawn;
 #endif
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                     // rows
