@@ -134,8 +134,8 @@ class Session(Protocol):
         """Go on, and return what came of it: one or more tokens of each growing request. A request
         that joins gets its first token in a step that ends soon after it. Events of one request
         come in order. Without requests there are none, and there may be none while a long prompt is
-        read. A step takes about `seconds`, or one token's
-        time where an engine writes no more at once: longer ones cost a little less."""
+        read. A step takes about `seconds`, or one token's time where an engine writes no more at
+        once: longer ones cost a little less."""
 
     def cancel(self, id: int) -> None:
         """End a request; its end comes with the next step. One that has ended, or is unknown, is
