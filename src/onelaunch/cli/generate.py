@@ -87,7 +87,7 @@ def generate(
             "--engine",
             metavar="ENGINE",
             help="auto, reference (PyTorch), cpu (compiled: one call for many tokens), "
-            "cuda (several tokens in a CUDA graph) or coreml (ML Programs, by Core ML on a Mac, "
+            "cuda (many tokens a launch) or coreml (ML Programs, by Core ML on a Mac, "
             "elsewhere evaluated, for checking); auto is the device's own.",
         ),
     ] = "auto",
@@ -117,7 +117,7 @@ def generate(
             "--fusion-depth",
             metavar="DEPTH",
             help="What one call holds: auto (many tokens), stage, half, a number of layers, "
-            "all (one forward) or, on a GPU, text (many tokens of one sequence).",
+            "all (one forward) or, on a GPU, text (many tokens).",
         ),
     ] = "auto",
     trace: Annotated[

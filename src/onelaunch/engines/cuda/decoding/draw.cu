@@ -104,11 +104,7 @@ DEVICE int draw(
             mass += q > bound ? q : 0;
             at_bound += ties > 0 && q == bound;
         }
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            mass += __shfl_xor_sync(~0u, mass, step);
-            at_bound += __shfl_xor_sync(~0u, at_bound, step);
-        }
+        mass = sum_of_warp(mass), at_bound = sum_of_warp(at_bound);
         if (lane == 0) d.masses[warp] = mass, d.of_warp[warp] = at_bound;
         barrier();
         if (warp == 0) {

@@ -108,11 +108,7 @@ DEVICE void draw_all(
                 mass += q > bound ? q : 0;
                 at_bound += ties > 0 && q == bound;
             }
-#pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-                mass += __shfl_xor_sync(~0u, mass, step);
-                at_bound += __shfl_xor_sync(~0u, at_bound, step);
-            }
+            mass = sum_of_warp(mass), at_bound = sum_of_warp(at_bound);
         }
         const int at = records + (r * GRID + cta) * 3;
         publish(copy, at, (u32)mass, epoch, lane);
@@ -135,7 +131,7 @@ DEVICE void draw_all(
                              owner.ties, lane);
         } else if (d.id[r] < V) {
             row = d.id[r] - first_row;
-        } else if (cta == 0) {  // it has ended, and nobody reads which
+        } else if (cta == 0) {  // it has ended: which one is not read
             publish(copy, chosen + 2 * r, 0, epoch, lane);
             publish(copy, chosen + 2 * r + 1, 0, epoch, lane);
         }

@@ -200,7 +200,8 @@ __host__ __device__ constexpr int width_of(int kw) {
     return vector;
 }
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
-DEVICE float sum_of_warp(float x) {
+template <class T>
+DEVICE T sum_of_warp(T x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;

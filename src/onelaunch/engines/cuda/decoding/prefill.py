@@ -218,5 +218,5 @@ class Reading:
     def logits(self) -> Tensor:
         """Those of the last position, (1, V), float32: until another chunk is read, of whichever
         prompt."""
-        assert self._logits is not None, "no logits were asked for, or the prompt is not read"
+        assert self._logits is not None, "no logits were requested, or the prompt is not read"
         return self._logits

@@ -86,7 +86,7 @@ class Sessions:
         return self._compiled is not None and not self._compiled.done()
 
     def _grid(self, max_batch: int) -> Grid | None:
-        """Of the launches that write a session's texts; None where they are written by stages."""
+        """Of the launches that write its sequences; None where they are written by stages."""
         if self._depth not in ("auto", TEXT):
             return None
         device, dtype = self._packed.embedding.device, self._packed.embedding.dtype
@@ -114,7 +114,7 @@ class Sessions:
         self._no_texts = str(error)
         if self._depth == TEXT:
             raise error
-        self._log(f"one launch cannot write texts here, one kernel per stage does: {error}")
+        self._log(f"one launch cannot generate here, one kernel per stage does: {error}")
 
     def _compilation(self, grid: Grid, draws: bool) -> Callable[[], object] | None:
         """What compiles a kernel; None where that is done."""

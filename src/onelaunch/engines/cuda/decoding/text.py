@@ -34,7 +34,7 @@ SLOT_BYTES, WIDE_SLOT_BYTES = 16384, 18432
 """Of a slot of the ring at least; of the kernel for several, that is 16 rows of 544 numbers."""
 MIN_SLOTS, MAX_SLOTS = 4, 32
 ONE_CTA_BYTES = 2 << 20
-"""Of the weights that a token reads, at most, where one CTA writes texts by itself."""
+"""Of the weights that a token reads, at most, where one CTA writes sequences by itself."""
 ONE_CTA_SLOTS = 64
 CHUNKS = 8
 """Of a sequence's context, about, at most."""
@@ -145,7 +145,7 @@ def padded_weights(config: ModelConfig, packed: PackedModel, grid: Grid) -> tupl
 def why_not(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, max_batch: int = 1
 ) -> str | None:
-    """Why so many texts of a model cannot be written in one launch; None where they can."""
+    """Why so many sequences of a model cannot be written in one launch; None where they can."""
     c = config
     several = max_batch > 1 or _is_small(c, dtype)
     if max_batch > MAX_SEQUENCES:
@@ -508,7 +508,7 @@ class Text:
         """Wait for the launch to end, and let go of its memory."""
         if self._mailbox is not None:
             self._mailbox.ended.synchronize()
-            if self._limits and self._ending.min() < 0:  # a time-out that nobody was told of
+            if self._limits and self._ending.min() < 0:  # a time-out that was not reported
                 self._mailbox.clear()
             self._kernel.give_back(self._mailbox)
             self._mailbox = None
