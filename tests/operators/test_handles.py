@@ -4,6 +4,7 @@ that records its arguments."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 from types import SimpleNamespace
 
@@ -68,22 +69,31 @@ STREAM, FUNCTION = 77, 1234
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 
 
-@pytest.fixture(scope="module")
+@functools.cache  # of the process: the linker takes the first libcuda.so.1 ever after
+def recording_driver(folder):
+    """The library of DRIVER, in place of libcuda.so.1, made in `folder`."""
+    from triton.backends.nvidia.driver import include_dirs
+
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(DRIVER)
+    command = ["cc", "-shared", "-fPIC", *[f"-I{path}" for path in include_dirs]]
+    command += [str(source), "-o", str(library), "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture
 def driver(tmp_path_factory):
-    """The recording driver, in place of libcuda.so.1, and its folder."""
+    """The recording driver and its folder."""
     triton = pytest.importorskip("triton")
-    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    pytest.importorskip("triton.backends.nvidia.driver")
     if torch.cuda.is_available():
         pytest.skip("this process has a driver of its own")
     if ".".join(triton.__version__.split(".")[:2]) not in handles.KNOWN_LAUNCHERS:
         pytest.skip("of a Triton whose launcher is not called in this way")
-    folder = tmp_path_factory.mktemp("driver")
-    source, library = folder / "driver.c", folder / "libcuda.so.1"
-    source.write_text(DRIVER)
-    command = ["cc", "-shared", "-fPIC", *[f"-I{path}" for path in nvidia.include_dirs]]
-    command += [str(source), "-o", str(library), "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), folder
+    folder = tmp_path_factory.getbasetemp() / "driver"
+    folder.mkdir(exist_ok=True)
+    return recording_driver(folder), folder
 
 
 def recorded(library):
