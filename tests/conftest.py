@@ -44,12 +44,13 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    """Keep this process's share, see interpreting.py. Files that need the compiled program come
+    """Keep this process's share, see interpreting.py. Files that need a compiled program come
     last: one worker makes it while another runs the rest."""
     part, parts = map(int, os.environ.get(SHARE, "0 1").split())
     items[:] = items[part::parts]
     last = {item.path for item in items if "compiled_program" in item.fixturenames}
-    items.sort(key=lambda item: item.path in last)
+    training = {item.path for item in items if "compiled_training" in item.fixturenames}
+    items.sort(key=lambda item: (item.path in last) + 2 * (item.path in training))
 
 
 COMPILER = """
@@ -64,18 +65,33 @@ would take five minutes for half of one."""
 
 @pytest.fixture(scope="session")
 def compiled_program() -> bytes:
-    """The CPU engine's object code, in the run's store too. The first process of the run that wants
-    it compiles it; the others wait for that."""
+    """The object code of the CPU engine that generates, in the run's store too."""
+    from onelaunch.engines.cpu.program import GENERATION
+
+    return compiled(GENERATION)
+
+
+@pytest.fixture(scope="session")
+def compiled_training() -> bytes:
+    """The object code of the CPU engine that trains, in the run's store too."""
+    from onelaunch.engines.cpu.program import TRAINING
+
+    return compiled(TRAINING)
+
+
+def compiled(name: str) -> bytes:
+    """A program of the CPU engine. The first process of the run that wants it compiles it; the
+    others wait for that."""
     from onelaunch.compilation.background import Compilation
-    from onelaunch.compilation.cache import Store, program_key
+    from onelaunch.compilation.cache import Store
     from onelaunch.engines.cpu import program, why_not
 
     if reason := why_not():
         pytest.skip(reason)
-    command = [sys.executable, "-c", COMPILER]
-    key = program_key(program.source(), program.options())
+    command = [sys.executable, "-c", COMPILER, name]
     with open(os.path.join(os.environ[STORE], ".compiling"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        key = program.key(name)
         compilation = Compilation(Store(), key, command, bytes, print, "the program", 1800.0)
         code = compilation.wait()
     assert code is not None, compilation.failed

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from onelaunch.config import PRESETS, ModelConfig
 from onelaunch.errors import BadInput
 from onelaunch.training.recipe import BUILT_IN, MAX_BYTES, SECTIONS, Recipe, toml_value
-from onelaunch.training.sections import TRAIN_WITH_COREML, Key, described_keys
+from onelaunch.training.sections import TRAIN_WITH, Key, described_keys
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs/recipes.md"
@@ -203,7 +203,7 @@ def _number(value: float) -> str:
 
 def _restricted() -> str:
     found = []
-    for key, values in TRAIN_WITH_COREML.items():
+    for key, values in TRAIN_WITH.items():
         found.append(" or ".join(f"`{key} = {toml_value(value)}`" for value in values))
     return "; ".join(found)
 

@@ -90,7 +90,7 @@ def test_a_finished_run_is_not_overwritten(finished):
         (["train", "--data", "nowhere", "--run", "r"], "nowhere"),
         (["train", "--device", "tpu", "--run", "r"], "must be auto, cpu"),
         (["eval", "nowhere", "--data", "stories"], "no such file"),
-        (["bench", "training-spede"], "did you mean training-speed?"),
+        (["bench", "generation-spede"], "did you mean generation-speed?"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd, words, expected):

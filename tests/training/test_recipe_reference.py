@@ -13,7 +13,7 @@ from onelaunch import cli
 from onelaunch.config import PRESETS, ModelConfig
 from onelaunch.errors import BadInput
 from onelaunch.training.recipe import BUILT_IN, SECTIONS, Recipe
-from onelaunch.training.sections import TRAIN_WITH_COREML, Key, described_keys, key
+from onelaunch.training.sections import TRAIN_WITH, Key, described_keys, key
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools/recipe_reference.py"))
@@ -145,14 +145,15 @@ def test_what_the_model_section_says_of_shapes():
     assert f"({', '.join(scaled)})" in about
 
 
-@pytest.mark.parametrize("name", TRAIN_WITH_COREML)
-def test_with_coreml_only_what_is_shown_is_taken(name):
+@pytest.mark.parametrize("engine", ["cpu", "coreml"])
+@pytest.mark.parametrize("name", TRAIN_WITH)
+def test_with_these_engines_only_what_is_shown_is_taken(name, engine):
     other = {"dropout": 0.5, "compile": True, "device": "cuda", "dtype": "bfloat16"}
     other["norm"] = "onelaunch"
-    for value in TRAIN_WITH_COREML[name]:
-        recipe("train.engine", "coreml").with_settings({f"train.{name}": value}, "--set")
-    with pytest.raises(BadInput, match=f"train.{name} = .*: .*coreml"):
-        recipe("train.engine", "coreml").with_settings({f"train.{name}": other[name]}, "--set")
+    for value in TRAIN_WITH[name]:
+        recipe("train.engine", engine).with_settings({f"train.{name}": value}, "--set")
+    with pytest.raises(BadInput, match=f"train.{name} = .*: .*{engine}"):
+        recipe("train.engine", engine).with_settings({f"train.{name}": other[name]}, "--set")
 
 
 def test_an_option_sets_the_key_that_is_shown(monkeypatch, tmp_path):

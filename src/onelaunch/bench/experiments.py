@@ -1,7 +1,8 @@
 """The experiments by name. Pure data, so that listing them imports none."""
 
 EXPERIMENTS = {
-    "training-speed": "the trainer compared with a bare PyTorch loop",
+    "train": "updates of training compared with PyTorch loops, as they are and compiled",
+    "time-to-quality": "seconds to a validation loss, compared with nanoGPT",
     "generation-speed": "the reference engine compared with a bare PyTorch loop with a KV cache",
     "generate": "the device's engine compared with PyTorch, on a CPU with llama2.c and llama.cpp",
     "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
@@ -26,7 +27,8 @@ EXPERIMENTS = {
 }
 
 MODULES = {
-    "training-speed": "engines.training_speed",
+    "train": "engines.train",
+    "time-to-quality": "engines.time_to_quality",
     "generation-speed": "engines.generation_speed",
     "generate": "engines.generate.experiment",
     "fusion-depth": "studies.ane_mega_kernel.fusion_depth",
@@ -57,6 +59,7 @@ NOT_ON_A_GPU = {
     "what it packs anew is in accumulation, and the micro-steps that hide it are one",
     "baked-or-argument": "weights are arguments of a GPU's kernels; what a constant costs there is "
     "in weight-mutability",
+    "time-to-quality": "its budget is nanoGPT's for a CPU",
 }
 """Why an experiment has no form for a GPU."""
 
@@ -64,7 +67,7 @@ NOT_ON_A_GPU = {
 ON_THE_GPU = frozenset(
     name for name in EXPERIMENTS if name == "forward" or name.startswith("rms-norm")
 )
-ON_ANY_DEVICE = frozenset(("training-speed", "generation-speed", "terminal-io")) | frozenset(
+ON_ANY_DEVICE = frozenset(("train", "generation-speed", "terminal-io")) | frozenset(
     name for name in EXPERIMENTS if name.startswith("rms-norm")
 )
 OF_THE_CUDA_ENGINE = frozenset(

@@ -56,8 +56,8 @@ def train(
         typer.Option(
             "--engine",
             metavar="ENGINE",
-            help="reference (PyTorch), or coreml: layers as ML Programs, by Core ML on a Mac, "
-            "elsewhere evaluated.",
+            help="auto, reference (PyTorch), cpu (compiled for this processor), or coreml: layers "
+            "as ML Programs, by Core ML on a Mac, elsewhere evaluated.",
         ),
     ] = None,
     compile_budget: Annotated[

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from onelaunch.errors import BadInput
 
@@ -197,6 +197,27 @@ class Engine(LogitsEngine, Protocol):
         the same time."""
 
 
+class Mark(Protocol):
+    """Called as a part of a step has been issued."""
+
+    def __call__(self, part: str, seconds: float | None = None) -> None:
+        """The time since the last call was spent on `part`; only `seconds` of it where given, and
+        the rest on what is named next."""
+
+
+def no_mark(part: str, seconds: float | None = None) -> None:
+    """A `Mark` for who wants to know of none."""
+
+
+@runtime_checkable
+class LossEngine(Protocol):
+    """Computes losses without logits that anyone sees."""
+
+    def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor) -> float:
+        """The loss in nats, summed over the targets that are not -1; both are (batch, sequence)
+        integers."""
+
+
 class TrainEngine(LogitsEngine, Protocol):
     """Computes gradients: what a training loop drives."""
 
@@ -208,14 +229,15 @@ class TrainEngine(LogitsEngine, Protocol):
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
-        mark: Callable[[str], None] = lambda part: None,
+        mark: Mark = no_mark,
     ) -> Tensor:
         """One micro-step: add `scale` times the gradient of the mean loss to each parameter's
         `.grad`.
 
         tokens_BS, targets_BS: integers, (batch, sequence); a target of -1 does not count.
-        mark: called with "forward" and "backward" as each part has been issued, and with "stall"
-            where the step had to wait for a program to be compiled.
+        mark: called with "forward" and "backward" as each part has been issued, with "loss" where
+            the head, the loss and their backward are a part of their own, and with "stall" where
+            the step had to wait for a program to be compiled.
         Returns the unscaled loss, in nats per token, as a scalar on the device.
         """
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_session, check_tokens, last_positions, logits_dtype
+from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
 from onelaunch.engines.session import RowSession
 from onelaunch.errors import BadInput
@@ -181,7 +182,7 @@ class ReferenceEngine:
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
-        mark: Callable[[str], None] = lambda part: None,
+        mark: Mark = no_mark,
     ) -> Tensor:
         """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`."""
         self._check_trains()

@@ -35,14 +35,15 @@ class StepClock:
             self._events = []
             self._record(None)
 
-    def mark(self, part: str) -> None:
-        """Count the time since the last `mark`, `skip` or `begin` as `part`."""
+    def mark(self, part: str, seconds: float | None = None) -> None:
+        """Count the time since the last `mark`, `skip` or `begin` as `part`; on a CPU only
+        `seconds` of it where given, and the rest as what is marked next."""
         if self._cuda:
             self._record(part)
             return
         if self._device.type == "mps":
             torch.mps.synchronize()
-        now = time.perf_counter()
+        now = time.perf_counter() if seconds is None else self._last + seconds
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now
 

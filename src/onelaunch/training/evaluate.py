@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from onelaunch.checkpoints.tokenizer_compare import same_tokenizer
 from onelaunch.checkpoints.tokenizers import check_ids, find_tokenizer, size_note
 from onelaunch.checkpoints.weights import LoadedModel
-from onelaunch.engines.engine import LogitsEngine
+from onelaunch.engines.engine import LogitsEngine, LossEngine
 from onelaunch.errors import BadInput, MissingExtra
 from onelaunch.training.data import TokenData
 
@@ -44,13 +45,18 @@ def evaluate(
     for tokens_BS, targets_BS in batches:
         if stop():
             return Evaluation(float("nan"), count, whole=False)
-        logits_BSV = engine.logits(torch.from_numpy(tokens_BS))
-        targets = torch.from_numpy(targets_BS).to(logits_BSV.device)
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1), targets.flatten(), reduction="sum")
-        total += loss.item()
-        count += targets.numel()
+        total += _loss_sum(engine, torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS))
+        count += targets_BS.size
         progress(count)
     return Evaluation(total / max(1, count), count)
+
+
+def _loss_sum(engine: LogitsEngine, tokens_BS: Tensor, targets_BS: Tensor) -> float:
+    if isinstance(engine, LossEngine):
+        return engine.loss_sum(tokens_BS, targets_BS)
+    logits_BSV = engine.logits(tokens_BS)
+    targets = targets_BS.to(logits_BSV.device).flatten()
+    return F.cross_entropy(logits_BSV.flatten(0, 1), targets, reduction="sum").item()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from onelaunch.config import PRESETS, ModelConfig, preset
 from onelaunch.errors import BadInput
 from onelaunch.training.sections import (
     MAX_ACCUM,
-    TRAIN_WITH_COREML,
+    TRAIN_WITH,
     CheckpointSection,
     CoreMLSection,
     DataSection,
@@ -55,17 +55,18 @@ class Recipe:
             values = getattr(self, section)
             for each, described in described_keys(values):
                 described.check(f"{section}.{each.name}", getattr(values, each.name))
-        if self.train.engine == "coreml":
-            self._check_programs()
+        if self.train.engine in ("cpu", "coreml"):
+            self._check_engine()
         if self.model.preset and self.model.preset not in PRESETS:
             preset(self.model.preset)
 
-    def _check_programs(self) -> None:
-        for name, allowed in TRAIN_WITH_COREML.items():
+    def _check_engine(self) -> None:
+        for name, allowed in TRAIN_WITH.items():
             value = getattr(self.train, name)
             if value not in allowed:
                 raise BadInput(
-                    f"train.{name} = {value!r}: not supported by train.engine coreml; leave it out"
+                    f"train.{name} = {value!r}: not supported by train.engine "
+                    f"{self.train.engine}; leave it out"
                 )
 
     def model_config(self, data_vocab_size: int) -> ModelConfig:

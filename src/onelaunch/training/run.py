@@ -39,6 +39,7 @@ from onelaunch.training import metrics as telemetry
 from onelaunch.training import state as saved
 from onelaunch.training.data import Sampler, TokenData, open_data
 from onelaunch.training.display import Display, Header
+from onelaunch.training.engines import make_engine
 from onelaunch.training.folders import (
     make_unique_folder,
     path_from_run,
@@ -143,7 +144,13 @@ def resume(
                 f"threads changed from {state.get('threads')} to {torch.get_num_threads()}: the "
                 "last bits may differ from an uninterrupted run"
             )
-        # older checkpoints, without this choice, have no norm
+        # older checkpoints, without these choices, have neither
+        name = setup.engine.describe()["engine"]
+        if (before := state.get("engine", name)) != name:
+            notices.append(
+                f"engine changed from {before} to {name}: results may differ in the last bits; "
+                f"train.engine={before} keeps it"
+            )
         if (norm := state.get("norm", "torch")) != setup.engine.norm:
             notices.append(
                 f"norm changed from {norm} to {setup.engine.norm}: results may differ in the last "
@@ -228,37 +235,9 @@ def _build(
     sampler = data.train(seq_len, train.seed)
     # raises for a validation split that is too short, before the first step
     data.eval_batches("val", seq_len, train.batch_size, recipe.eval.batches)
-    engine = _engine(recipe, config, weights)
+    engine = make_engine(recipe, config, weights)
     optimizer = make_optimizer(engine.parameters(), recipe)
     return _Setup(recipe, run, data, engine, optimizer, sampler, seq_len)
-
-
-def _engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor]) -> ReferenceEngine:
-    train, programs = recipe.train, recipe.coreml
-    if train.engine == "coreml":
-        from onelaunch.compilation.cache import Store
-        from onelaunch.engines.coreml.training import CoreMLTrainer
-
-        return CoreMLTrainer(
-            config,
-            weights,
-            programs.fusion_depth,
-            programs.taps,
-            programs.staleness,
-            programs.dtype,
-            programs.compile_budget,
-            Store(),
-        )
-    return ReferenceEngine(
-        config,
-        weights,
-        device=train.device,
-        dtype=None if train.dtype == "auto" else train.dtype,
-        dropout=train.dropout,
-        compile=train.compile,
-        train=True,
-        norm=train.norm,
-    )
 
 
 def _is_unstarted(run: Path) -> bool:
@@ -409,6 +388,7 @@ def _run_record(setup: _Setup, at: Progress) -> dict[str, Any]:
         "data": setup.data.label,
         "synthetic": setup.data.synthetic,
         "seed": setup.recipe.train.seed,
+        "engine": setup.engine.describe()["engine"],
         "device": str(setup.engine.device),
         "norm": setup.engine.norm,
         "threads": torch.get_num_threads(),
@@ -421,7 +401,9 @@ def _header(setup: _Setup) -> Header:
     train, config, device = setup.recipe.train, setup.engine.config, setup.engine.device
     per_micro = train.batch_size * setup.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    where = f"seed {train.seed}, on {name}, norm {setup.engine.norm}"
+    engine = setup.engine.describe()["engine"]
+    by = f"norm {setup.engine.norm}" if engine == "reference" else f"engine {engine}"
+    where = f"seed {train.seed}, on {name}, {by}"
     return Header(
         title=f"onelaunch train: {setup.run}",
         lines=(

@@ -188,10 +188,12 @@ class TrainSection:
         within=(0, 2**63 - 1),
     )
     engine: str = key(
-        "reference",
-        "What runs the model: PyTorch (reference), or ML Programs for the layers and PyTorch, on "
-        "the CPU in float32, for the rest (coreml, which needs `onelaunch[coreml]`).",
-        choices=("reference", "coreml"),
+        "auto",
+        "What runs the model: PyTorch (reference); code compiled for this processor, in float32 "
+        "(cpu); or ML Programs for the layers and PyTorch, on the CPU in float32, for the rest "
+        "(coreml, which needs `onelaunch[coreml]`). auto: cpu where the device is a CPU and the "
+        "other keys allow it, else reference.",
+        choices=("auto", "reference", "cpu", "coreml"),
     )
     device: str = key(
         "auto",
@@ -341,11 +343,12 @@ class CoreMLSection:
     )
 
 
-TRAIN_WITH_COREML: dict[str, tuple[Any, ...]] = {
+TRAIN_WITH: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0,),
     "compile": (False,),
     "device": ("auto", "cpu"),
     "dtype": ("auto", "float32"),
     "norm": ("auto", "torch"),
 }
-"""The keys of [train] that `train.engine = "coreml"` restricts, and the values that it takes."""
+"""The keys of [train] that `train.engine` restricts where it is cpu or coreml, and the values that
+it takes. With auto another value of any of them has PyTorch train."""

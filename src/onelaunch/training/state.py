@@ -74,6 +74,7 @@ def save(
         "stop_ids": list(data.tokenizer.stop_ids),
         "data": data.fingerprint,
         "sampler": sampler.state_dict(),
+        "engine": engine.describe()["engine"],
         "norm": engine.describe().get("norm"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

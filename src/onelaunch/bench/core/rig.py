@@ -14,9 +14,9 @@ import torch
 
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds
-from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model
 from onelaunch.training.data import open_data
+from onelaunch.training.engines import make_engine
 from onelaunch.training.loop import Trainer
 from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.recipe import Recipe
@@ -60,20 +60,20 @@ def compared_row(
 
 @contextmanager
 def trainer(
-    recipe: Recipe, device: str = "cpu", vocab_size: int | None = None
+    recipe: Recipe, device: str = "cpu", vocab_size: int | None = None, engine: str = "reference"
 ) -> Iterator[Trainer]:
     """The loop as `onelaunch train` makes it, telemetry written to a temporary file.
 
-    `vocab_size` widens the model's vocabulary beyond the data's, to that of a preset.
+    `vocab_size` widens the model's vocabulary beyond the data's, to that of a preset; `engine` is a
+    recipe's `train.engine`.
     """
     data = open_data(recipe.data.path, recipe.train.seed)
     config = recipe.model_config(data.vocab_size)
     config = replace(config, vocab_size=vocab_size or config.vocab_size)
     weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
     how = recipe.train
-    engine = ReferenceEngine(
-        config, weights, device=device, compile=how.compile, train=True, norm=how.norm
-    )
+    where = recipe.with_settings({"train.device": device, "train.engine": engine}, "bench")
+    made = make_engine(where, config, weights)
     seq_len = how.seq_len or config.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsWriter(Path(folder) / "metrics.jsonl")
@@ -81,13 +81,14 @@ def trainer(
             yield Trainer(
                 recipe=recipe,
                 run=Path(folder),
-                engine=engine,
+                engine=made,
                 data=data,
                 sampler=data.train(seq_len, how.seed),
-                optimizer=make_optimizer(engine.parameters(), recipe),
+                optimizer=make_optimizer(made.parameters(), recipe),
                 metrics=metrics,
                 stop=StopSignals(),
                 seq_len=seq_len,
             )
         finally:
+            made.close()
             metrics.close()

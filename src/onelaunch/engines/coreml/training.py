@@ -53,6 +53,7 @@ from onelaunch.engines.coreml.step_clock import (
     Clock,
     no_clock,
 )
+from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.plan import parse_depth
@@ -152,7 +153,7 @@ class CoreMLTrainer(ReferenceEngine):
         tokens_BS: Tensor,
         targets_BS: Tensor,
         scale: float = 1.0,
-        mark: Callable[[str], None] = lambda part: None,
+        mark: Mark = no_mark,
     ) -> Tensor:
         """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`. The
         gradient is of the version that serves."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,9 +82,8 @@ class CpuEngine:
         self._store = store = store or Store()
         key = program.key()
         self._cached = store.contains(key)
-        command = [sys.executable, "-m", "onelaunch.engines.cpu.native.build"]
         self._compilation: Compilation[Runtime] | None = Compilation(
-            store, key, command, self._prepare, log, WHAT
+            store, key, program.compiler(), self._prepare, log, WHAT
         )
         if wait:
             self.wait()

@@ -1,12 +1,14 @@
 """The compiled program: what it is made from, for which processor, and how it is called.
 
-One program serves every model: shapes, depth, dtype and sequences are values in tables. It is plain
-object code, loaded by LLVM: to run it neither Numba nor a compiler is needed.
+There are two, one that generates and one that trains. Each serves every model: shapes, depth, dtype
+and sequences are values in tables. They are plain object code, loaded by LLVM: to run them neither
+Numba nor a compiler is needed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 
 from onelaunch.compilation.cache import program_key
 from onelaunch.engines.cpu.layout import SYMBOL, Operation
+from onelaunch.engines.cpu.training.layout import Call
+
+GENERATION, TRAINING = "generation", "training"
 
 _ENTRY = ctypes.CFUNCTYPE(*[ctypes.c_int64] * 5)  # called without the interpreter's lock
 
@@ -44,19 +49,28 @@ def options() -> dict[str, Any]:
 
 
 @cache
-def source() -> bytes:
-    """The text of everything that is compiled."""
+def source(name: str = GENERATION) -> bytes:
+    """The text of everything that a program is compiled from."""
     here = Path(__file__).parent
-    files = [here / "layout.py", *sorted((here / "native").glob("*.py"))]
+    if name == TRAINING:
+        files = [here / "native" / "vectors.py", here / "training" / "layout.py"]
+        files += sorted((here / "native" / "training").glob("*.py"))
+    else:
+        files = [here / "layout.py", *sorted((here / "native").glob("*.py"))]
     return b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
 
 
-def key() -> str:
+def key(name: str = GENERATION) -> str:
     """The program's key in a store."""
-    return program_key(source(), options())
+    return program_key(source(name), options())
 
 
-class Program:
+def compiler(name: str = GENERATION) -> list[str]:
+    """The command that compiles a program, but for where to."""
+    return [sys.executable, "-m", "onelaunch.engines.cpu.native.build", name]
+
+
+class Loaded:
     """Object code in memory, ready to be called."""
 
     def __init__(self, code: bytes) -> None:
@@ -70,5 +84,20 @@ class Program:
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self.call = _ENTRY(self._engine.get_function_address(SYMBOL))
+
+
+class Program(Loaded):
+    """The program that generates."""
+
+    def __init__(self, code: bytes) -> None:
+        super().__init__(code)
         self.lanes = int(self.call(Operation.SHAPE, 0, 0, 0))
         self.tile = int(self.call(Operation.SHAPE, 0, 1, 0))
+
+
+class TrainingProgram(Loaded):
+    """The program that computes gradients."""
+
+    def __init__(self, code: bytes) -> None:
+        super().__init__(code)
+        self.lanes = int(self.call(Call.SHAPE, 0, 0, 0))

@@ -457,8 +457,8 @@ def test_training_rows_without_spread_have_a_table():
     [
         ("rms-norm", [], "auto"),
         ("rms-norm-training", ["--device", "cpu"], "cpu"),
-        ("training-speed", [], "cpu"),
-        ("training-speed", ["--device", "auto"], "auto"),
+        ("train", [], "cpu"),
+        ("train", ["--device", "auto"], "auto"),
     ],
 )
 def test_norms_are_timed_on_the_gpu_where_there_is_one(monkeypatch, experiment, options, device):

@@ -1,7 +1,7 @@
 """Makes the program's object code: Numba for types and control flow, LLVM once over the whole.
 
-Run as `python -m onelaunch.engines.cpu.native.build DESTINATION`: a process of its own, as the
-compiler holds the interpreter's lock for seconds.
+Run as `python -m onelaunch.engines.cpu.native.build PROGRAM DESTINATION`: a process of its own, as
+the compiler holds the interpreter's lock for seconds.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import os
 import sys
 
 from onelaunch.engines.cpu.layout import SYMBOL
+from onelaunch.engines.cpu.program import GENERATION, TRAINING
 
 
-def build(options: dict[str, object]) -> bytes:
-    """The object code for these options (see `program.options`). Numba reads its settings from the
-    environment when it is imported: call this in a process that has not imported it."""
+def build(options: dict[str, object], program: str = GENERATION) -> bytes:
+    """A program's object code for these options (see `program.options`). Numba reads its settings
+    from the environment when it is imported: call this in a process that has not imported it."""
     # Numba optimizes each function for itself, then all again: here only the whole is, at the end.
     os.environ["NUMBA_OPT"] = "0"
     os.environ["ONELAUNCH_LANES"] = str(options["lanes"])
@@ -22,7 +23,10 @@ def build(options: dict[str, object]) -> bytes:
     import llvmlite.binding as llvm
     from numba.core import types
 
-    from onelaunch.engines.cpu.native.entry import entry
+    if program == TRAINING:
+        from onelaunch.engines.cpu.native.training.entry import entry
+    else:
+        from onelaunch.engines.cpu.native.entry import entry
 
     entry.compile((types.int64,) * 4)
     result = entry.overloads[(types.int64,) * 4]
@@ -69,8 +73,9 @@ def main() -> None:
     from onelaunch.compilation.child import deliver, lower_priority
     from onelaunch.engines.cpu.program import options
 
-    lower_priority()
-    deliver(sys.argv[-1], build(options()))
+    if sys.argv[-2] == GENERATION:  # a slower form answers meanwhile; training waits
+        lower_priority()
+    deliver(sys.argv[-1], build(options(), sys.argv[-2]))
 
 
 if __name__ == "__main__":

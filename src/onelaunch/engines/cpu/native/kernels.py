@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from onelaunch.engines.cpu.layout import PAD, QUERIES, Layer, PrefetchTo, Seq, State, Token
 from onelaunch.engines.cpu.native.tiles import make_tile
@@ -20,6 +19,7 @@ from onelaunch.engines.cpu.native.vectors import (
     LOCALITY_ONCE,
     REGISTERS,
     add,
+    compiled,
     divide,
     exp,
     first_lanes,
@@ -45,14 +45,6 @@ TILE = 16 if REGISTERS >= 32 else 8  # rows of a matrix taken at once
 # Rows of a tile of four tokens: as many accumulators as registers hold.
 FOUR_ROWS = 4 if REGISTERS >= 32 else 2
 ONE = np.float32(1.0)
-
-# everything is compiled for raw addresses: no array, no exception, no reference count
-compiled = njit(
-    error_model="numpy",
-    fastmath={"contract", "nsz"},
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)
 
 _one_f32 = make_tile(TILE, 1)
 _l2_f32 = make_tile(TILE, 1, prefetch_locality=LOCALITY_L2)

@@ -7,10 +7,11 @@ import math
 import numpy as np
 
 from onelaunch.engines.cpu.layout import DIGITS, Seq, State
-from onelaunch.engines.cpu.native.kernels import WIDTH, compiled, field
+from onelaunch.engines.cpu.native.kernels import WIDTH, field
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
     add,
+    compiled,
     exp,
     fma,
     get_f32,

@@ -12,6 +12,7 @@ import platform
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
@@ -28,6 +29,15 @@ _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 VECTOR_IR = ir.VectorType(_F32, LANES)
 _VECTOR_I32 = ir.VectorType(_I32, LANES)
+
+
+# everything is compiled for raw addresses: no array, no exception, no reference count
+compiled = njit(
+    error_model="numpy",
+    fastmath={"contract", "nsz"},
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+)
 
 
 class Vector(types.Type):
@@ -208,6 +218,16 @@ def square_root(typingctx, value):
 
 
 @intrinsic
+def square_roots(typingctx, a):
+    """The square root of each lane."""
+
+    def code(context, builder, sig, args):
+        return call_intrinsic(builder, f"llvm.sqrt.v{LANES}f32", args[0])
+
+    return VECTOR(VECTOR), code
+
+
+@intrinsic
 def splat(typingctx, value):
     """A float in every lane."""
     return VECTOR(types.float32), lambda context, builder, sig, args: broadcast(builder, args[0])
@@ -268,18 +288,61 @@ def largest_lane(typingctx, a):
     return types.float32(VECTOR), code
 
 
+def _lanes_before(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
+    """Which lanes are numbered below n, an int64."""
+    index = _VECTOR_I32(list(range(LANES)))
+    n = builder.trunc(n, _I32)
+    limit = builder.insert_element(ir.Constant(_VECTOR_I32, ir.Undefined), n, _I32(0))
+    limit = builder.shuffle_vector(limit, limit, _VECTOR_I32([0] * LANES))
+    return builder.icmp_signed("<", index, limit)
+
+
 @intrinsic
 def first_lanes(typingctx, a, n):
     """The first n lanes, zero in the others."""
 
     def code(context, builder, sig, args):
-        index = _VECTOR_I32(list(range(LANES)))
-        n = builder.trunc(args[1], _I32)
-        limit = builder.insert_element(ir.Constant(_VECTOR_I32, ir.Undefined), n, _I32(0))
-        limit = builder.shuffle_vector(limit, limit, _VECTOR_I32([0] * LANES))
-        return builder.select(builder.icmp_signed("<", index, limit), args[0], constant(0.0))
+        return builder.select(_lanes_before(builder, args[1]), args[0], constant(0.0))
 
     return VECTOR(VECTOR, types.int64), code
+
+
+@intrinsic
+def lanes_from(typingctx, a, n, other):
+    """The lanes from the n-th on; those of `other` before."""
+
+    def code(context, builder, sig, args):
+        return builder.select(_lanes_before(builder, args[1]), args[2], args[0])
+
+    return VECTOR(VECTOR, types.int64, VECTOR), code
+
+
+@intrinsic
+def transpose(typingctx, source, source_row, to, to_row):
+    """LANES vectors at source + i source_row, stored the other way round at to + i to_row."""
+
+    def code(context, builder, sig, args):
+        source, source_row, to, to_row = args
+        rows = [
+            load_vector(builder, builder.add(source, builder.mul(source_row, _I64(i))))
+            for i in range(LANES)
+        ]
+        # interleaving the first half with the second, log2(LANES) times
+        masks = [
+            _VECTOR_I32([at // 2 + LANES * (at % 2) for at in range(start, start + LANES)])
+            for start in (0, LANES)
+        ]
+        n = LANES
+        while n > 1:
+            pairs = zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True)
+            rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+            n //= 2
+        for i, row in enumerate(rows):
+            at = builder.add(to, builder.mul(to_row, _I64(i)))
+            builder.store(row, pointer(builder, at, VECTOR_IR), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
 
 
 # exp(r) on [-ln 2 / 2, ln 2 / 2]: the polynomial of Cephes' expf (S. Moshier), 2 ulp with its

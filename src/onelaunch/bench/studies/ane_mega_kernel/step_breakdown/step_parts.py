@@ -202,7 +202,9 @@ def pytorch_parts(driver: Driver[ReferenceEngine]) -> Iterator[Callable[[int], S
         for _ in range(k):
             tokens, targets = (each.to(engine.device) for each in driver.next_batch())
             clock.mark(DATA)
-            engine.train_step(tokens, targets, 1 / k, lambda part: clock.mark(MARKS[part]))
+            engine.train_step(
+                tokens, targets, 1 / k, lambda part, seconds=None: clock.mark(MARKS[part])
+            )
         driver.optimizer.step()
         driver.optimizer.zero_grad()
         clock.mark(OPTIMIZER)

@@ -1,0 +1,104 @@
+"""Which engine a recipe trains with, and runs by the compiled one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from onelaunch.checkpoints.run_folder import list_checkpoints
+from onelaunch.engines import cpu
+from onelaunch.engines.cpu.training.engine import CpuTrainer
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput
+from onelaunch.training import engines
+from onelaunch.training.engines import engine_name
+from onelaunch.training.recipe import Recipe
+from onelaunch.training.run import resume, start
+from tests.metrics import read_metrics
+
+TINY = {
+    "model.dim": 32, "model.n_layers": 2, "model.n_heads": 4, "model.hidden_dim": 48,
+    "model.max_seq_len": 32, "train.batch_size": 4, "train.updates": 6, "train.device": "cpu",
+    "train.accum": 2, "eval.every": 3, "eval.batches": 2, "checkpoint.every": 2,
+}  # fmt: skip
+
+
+def recipe(**settings):
+    changed = {key.replace("__", "."): value for key, value in settings.items()}
+    return Recipe().with_settings(TINY | changed, "test")
+
+
+def records(run, kind):
+    return [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"train__dropout": 0.1},
+        {"train__compile": True},
+        {"train__dtype": "bfloat16"},
+        {"train__norm": "onelaunch"},
+        {"train__engine": "reference"},
+    ],
+)
+def test_what_pytorch_trains(setting):
+    assert engine_name(recipe(**setting)) == "reference"
+
+
+def test_auto_is_the_compiled_one_where_it_can_be(monkeypatch):
+    assert engine_name(recipe()) == "cpu"
+    assert engine_name(recipe(train__engine="coreml")) == "coreml"
+    monkeypatch.setattr(cpu, "why_not", lambda: "no compiler")
+    assert engine_name(recipe()) == "reference"
+    monkeypatch.setattr(engines, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(cpu, "why_not", lambda: None)
+    assert engine_name(recipe(train__device="auto")) == "reference"
+
+
+def test_without_a_compiler_asking_for_it_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr("onelaunch.engines.cpu.training.engine.why_not", lambda: "no compiler")
+    with pytest.raises(BadInput, match="no compiler.*reference"):
+        start(recipe(train__engine="cpu"), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.usefixtures("compiled_training")
+class TestRuns:
+    def test_the_losses_are_pytorchs(self, tmp_path):
+        losses = {}
+        for name, kind in (("cpu", CpuTrainer), ("reference", ReferenceEngine)):
+            run = tmp_path / name
+            start(recipe(train__engine=name), run, quiet=True)
+            (begun,) = records(run, "run")
+            assert begun["engine"] == name
+            losses[kind] = [r["loss"] for r in records(run, "update") + records(run, "eval")]
+        assert losses[CpuTrainer] == pytest.approx(losses[ReferenceEngine], rel=2e-5)
+        assert len(losses[CpuTrainer]) == 8
+
+    def test_a_resumed_run_is_the_same_run(self, tmp_path):
+        whole = tmp_path / "whole"
+        start(recipe(), whole, quiet=True)
+        *_, last = list_checkpoints(whole)
+        parts = tmp_path / "parts"
+        shutil.copytree(whole, parts)
+        shutil.rmtree(parts / last.relative_to(whole))
+        resume(parts, {}, quiet=True)
+        again = parts / last.relative_to(whole)
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            assert (again / file).read_bytes() == (last / file).read_bytes()
+
+    def test_another_engine_than_before_is_said(self, tmp_path, capfd):
+        start(recipe(train__engine="reference"), tmp_path / "run", quiet=True)
+        resume(tmp_path / "run", {"train.engine": "auto", "train.updates": 7})
+        assert "engine changed from reference to cpu" in capfd.readouterr().err
+
+    def test_time_on_each_kind_of_work(self, tmp_path):
+        start(recipe(), tmp_path / "run", quiet=True)
+        for update in records(tmp_path / "run", "update"):
+            seconds, spent = update["seconds"], update["thread_seconds"]
+            assert min(seconds["forward"], seconds["loss"], seconds["backward"]) > 0
+            assert spent["weight_gradient"] > 0
+            json.dumps(update)
