@@ -35,6 +35,7 @@ SHAPES = {
     "wide": BASE.with_(
         dim=336, n_heads=6, n_kv_heads=6, head_dim=56, hidden_dim=700, vocab_size=900, n_layers=1
     ),
+    "wide-rows": BASE.with_(dim=520, n_heads=2, n_kv_heads=2, head_dim=16, n_layers=1),
 }
 
 

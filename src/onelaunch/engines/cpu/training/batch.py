@@ -23,6 +23,7 @@ ITEM_TOKENS = 128  # of work on rows: so often a weight is used once it is in th
 LOGITS_BYTES = 128 << 20  # of the logits that are kept at once
 GRADIENT_ROWS = 384  # of a weight, of one item
 PANEL_BLOCKS = 16  # as in native.training.gradients
+PANEL_FLOATS = 321 * 2 * 12  # the most that native.training.products takes
 _ALIGN = 128
 FORWARD = (Kind.FORWARD_ROWS, Kind.FORWARD_ATTENTION)
 BEFORE = (*FORWARD, Kind.LOSS)  # the gradients
@@ -215,7 +216,7 @@ class Batch:
         rows = widest * block * self._item_blocks
         scores = (2 * self.sequence_blocks + 1) * block * block
         panel = (PANEL_BLOCKS + 2) * block * block
-        return max(rows, scores, panel)
+        return max(rows, scores, panel) + PANEL_FLOATS
 
     def _take(self, floats: int) -> int:
         offset = padded(self._size, _ALIGN)

@@ -27,10 +27,14 @@ from onelaunch.engines.cpu.native.vectors import (
     broadcast,
     compiled,
     constant,
+    get_f32,
+    load,
     load_vector,
     multiply_add,
     pointer,
     prefetch,
+    put_f32,
+    store,
 )
 
 WIDTH = 4 * LANES  # bytes of a vector
@@ -38,6 +42,8 @@ BLOCK = 2 * LANES  # tokens
 ROW = 4 * BLOCK  # bytes of a block's feature
 WIDE, NARROW = (12, 4) if REGISTERS >= 32 else (6, 2)  # scalars taken at once
 MOST_TERMS = 320  # of a sum: longer ones are taken in parts, which are then added
+WIDE_ROW = 512  # floats; from here on rows lie on few sets of the nearest cache
+PANEL_FLOATS = (MOST_TERMS + 1) * 2 * WIDE
 CACHE_LINE = 64
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 
@@ -77,10 +83,7 @@ def _make_tile(columns: int, scalar_row: int | None, adds: bool, long_sums: bool
             builder.store(block, scalar_at)
             with cgutils.for_range(builder, n, intp=_I64):
                 here, first = builder.load(at), builder.load(scalar_at)
-                # the scalars of the next tile: they lie too far apart for the processor to foresee
-                if scalar_row == 4:
-                    prefetch(builder, builder.add(first, _I64(CACHE_LINE)), LOCALITY_L1)
-                elif long_sums:
+                if long_sums:  # the scalars of the next tile, too far apart to be foreseen
                     start = builder.load(block_at)
                     into = builder.mul(builder.sub(first, start), _I64(columns))
                     ahead = builder.add(builder.add(start, into), _I64(columns * ROW))
@@ -194,16 +197,36 @@ def weigh(x, x_block, inputs, weight, outputs, out, out_block, blocks, adds):
 
 
 @compiled
-def weigh_back(d_out, d_block, outputs, weight, inputs, d_x, x_block, blocks, adds):
-    """d_x = transposed weight . d_out for each token."""
+def _gather(weight, inputs, columns, terms, last, panel):
+    """Some columns of some rows of a weight, one row behind the other. Whole vectors are copied:
+    what lies behind a row's columns is overwritten by the next. `last`: the rows end where the
+    matrix does, behind which nothing may be read."""
+    whole = terms - 1 if last else terms
+    for i in range(whole):
+        for at in range(0, 4 * WIDE, WIDTH):
+            store(panel + 4 * WIDE * i + at, load(weight + 4 * inputs * i + at))
+    for i in range(whole, terms):
+        for j in range(columns):
+            value = get_f32(weight + 4 * (inputs * i + j))
+            put_f32(panel + 4 * (WIDE * i + j), value)
+
+
+@compiled
+def weigh_back(d_out, d_block, outputs, weight, inputs, d_x, x_block, blocks, adds, panel):
+    """d_x = transposed weight . d_out for each token. `panel` has room for PANEL_FLOATS: a tile's
+    weights lie a row apart; where rows are wide, they go there first, one behind the other."""
     part = _part(outputs)
+    gathers = inputs >= WIDE_ROW
     for first in range(0, outputs, part):
         terms = min(part, outputs - first)
         for j in range(0, inputs, WIDE):
             columns = min(WIDE, inputs - j)
-            scalars = weight + 4 * (first * inputs + j)
+            scalars, scalars_step = weight + 4 * (first * inputs + j), 4 * inputs
+            if gathers:
+                _gather(scalars, inputs, columns, terms, first + terms == outputs, panel)
+                scalars, scalars_step = panel, 4 * WIDE
             for b in range(blocks):
                 side_by_side(
-                    d_out + b * d_block + first * ROW, ROW, scalars, 4, 4 * inputs, terms, 0, 1,
+                    d_out + b * d_block + first * ROW, ROW, scalars, 4, scalars_step, terms, 0, 1,
                     d_x + b * x_block + j * ROW, ROW, columns, adds or first > 0,
                 )  # fmt: skip

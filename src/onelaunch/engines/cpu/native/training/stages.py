@@ -14,6 +14,7 @@ from onelaunch.engines.cpu.native.training import rows
 from onelaunch.engines.cpu.native.training.attention import attend, attend_backward, dot
 from onelaunch.engines.cpu.native.training.products import (
     BLOCK,
+    PANEL_FLOATS,
     ROW,
     WIDTH,
     weigh,
@@ -60,6 +61,12 @@ def q_dim(step):
 @compiled
 def kv_dim(step):
     return field(step, Step.KV_HEADS) * field(step, Step.HEAD_DIM)
+
+
+@compiled
+def panel_of(step, scratch):
+    """Room for `weigh_back` at the end of a thread's scratch."""
+    return scratch + field(step, Step.SCRATCH_SIZE) - 4 * PANEL_FLOATS
 
 
 @compiled
@@ -239,6 +246,7 @@ def backward_attention(step, layer, item, scratch):
 @compiled
 def loss(step, operation, item, scratch):
     """Final norm, head, loss, and their backward, of some blocks."""
+    panel = panel_of(step, scratch)
     dim, vocab = field(step, Step.DIM), field(step, Step.VOCAB)
     size = dim * ROW
     start = field(operation, Operation.FIRST_BLOCK)
@@ -291,7 +299,18 @@ def loss(step, operation, item, scratch):
                 if 0 <= target < count:
                     at = part + b * wide + target * ROW + 4 * t
                     put_f32(at, get_f32(at) - get_f32(weights + b * ROW + 4 * t))
-        weigh_back(part, wide, count, head + 4 * dim * v, dim, scratch, size, n, v > 0)
+        weigh_back(
+            part,
+            wide,
+            count,
+            head + 4 * dim * v,
+            dim,
+            scratch,
+            size,
+            n,
+            v > 0,
+            panel,
+        )
     d_x = block_of(field(step, Step.DX), dim, first)
     row = rows.padded_row(dim)
     for b in range(n):
@@ -343,18 +362,19 @@ def backward_rows(step, layer, item, scratch):
 
 @compiled
 def _back_behind_attention(step, layer, first, n, scratch):
+    panel = panel_of(step, scratch)
     dim, hidden = field(step, Step.DIM), field(step, Step.HIDDEN)
     size, wide = dim * ROW, hidden * ROW
     d_x = block_of(field(step, Step.DX), dim, first)
     down = layer_field(step, layer, Layer.DOWN)
-    weigh_back(d_x, size, dim, down, hidden, scratch, wide, n, False)
+    weigh_back(d_x, size, dim, down, hidden, scratch, wide, n, False, panel)
     gate = block_of(layer_field(step, layer, Layer.GATED), hidden, first)
     up = block_of(layer_field(step, layer, Layer.UPPED), hidden, first)
     activation = block_of(field(step, Step.ACTIVATION), hidden, first)
     rows.swiglu_backward(gate, up, scratch, activation, n * wide)
     w_gate, w_up = layer_field(step, layer, Layer.GATE), layer_field(step, layer, Layer.UP)
-    weigh_back(gate, wide, hidden, w_gate, dim, scratch, size, n, False)
-    weigh_back(up, wide, hidden, w_up, dim, scratch, size, n, True)
+    weigh_back(gate, wide, hidden, w_gate, dim, scratch, size, n, False, panel)
+    weigh_back(up, wide, hidden, w_up, dim, scratch, size, n, True, panel)
     middle = block_of(layer_field(step, layer, Layer.X_MID), dim, first)
     rstd = layer_field(step, layer, Layer.RSTD_MID) + first * ROW
     weight = layer_field(step, layer, Layer.POST_NORM)
@@ -372,7 +392,7 @@ def _back_behind_attention(step, layer, first, n, scratch):
     q = heads * width
     d_attn = block_of(field(step, Step.D_ATTN), q, first)
     w_o = layer_field(step, layer, Layer.O_PROJ)
-    weigh_back(d_middle, size, dim, w_o, q, d_attn, q * ROW, n, False)
+    weigh_back(d_middle, size, dim, w_o, q, d_attn, q * ROW, n, False, panel)
     attn = block_of(layer_field(step, layer, Layer.ATTN), q, first)
     for b in range(n):
         for h in range(heads):
@@ -383,6 +403,7 @@ def _back_behind_attention(step, layer, first, n, scratch):
 
 @compiled
 def _back_before_attention(step, layer, first, n, scratch):
+    panel = panel_of(step, scratch)
     dim, width = field(step, Step.DIM), field(step, Step.HEAD_DIM)
     heads, kv_heads = field(step, Step.HEADS), field(step, Step.KV_HEADS)
     features = (heads + 2 * kv_heads) * width
@@ -399,9 +420,9 @@ def _back_before_attention(step, layer, first, n, scratch):
     d_k, d_v = d_qkv + heads * width * ROW, d_qkv + (heads + kv_heads) * width * ROW
     w_q, w_k = layer_field(step, layer, Layer.Q), layer_field(step, layer, Layer.K)
     w_v = layer_field(step, layer, Layer.V)
-    weigh_back(d_qkv, wide, heads * width, w_q, dim, scratch, size, n, False)
-    weigh_back(d_k, wide, kv_heads * width, w_k, dim, scratch, size, n, True)
-    weigh_back(d_v, wide, kv_heads * width, w_v, dim, scratch, size, n, True)
+    weigh_back(d_qkv, wide, heads * width, w_q, dim, scratch, size, n, False, panel)
+    weigh_back(d_k, wide, kv_heads * width, w_k, dim, scratch, size, n, True, panel)
+    weigh_back(d_v, wide, kv_heads * width, w_v, dim, scratch, size, n, True, panel)
     x = block_of(layer_field(step, layer, Layer.X), dim, first)
     rstd = layer_field(step, layer, Layer.RSTD) + first * ROW
     weight = layer_field(step, layer, Layer.INPUT_NORM)
