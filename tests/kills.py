@@ -35,6 +35,7 @@ SETTINGS = {
     "optimizer.warmup": 5,
     "eval.every": 7,
     "eval.batches": 2,
+    "eval.sample_tokens": 4,
     "checkpoint.every": 5,
     "checkpoint.keep": 2,
 }

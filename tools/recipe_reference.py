@@ -24,6 +24,7 @@ TYPES = {bool: "boolean", int: "integer", float: "float", str: "string"}
 
 OPTIONS = {
     "--preset": "model.preset",
+    "--init": "train.init",
     "--data": "data.path",
     "--accum": "train.accum",
     "--device": "train.device",
@@ -69,6 +70,9 @@ every = 250
 minutes = 5
 keep = 3
 
+[log]
+tensorboard = "charts"    # needs onelaunch[log]
+
 [coreml]                  # read with engine = "coreml" in [train] only
 fusion_depth = "half"
 staleness = 1
@@ -86,7 +90,9 @@ those that differ from their defaults. It is UTF-8, of at most {max_bytes} bytes
     onelaunch train mine.toml --set optimizer.lr=3e-3 --set train.accum=4
     onelaunch train shakespeare-char --data data/shakespeare    # a built-in recipe
     onelaunch train --preset stories15m     # no recipe: every other key has its default
-    onelaunch train                         # neither: the built-in recipe quickstart
+    onelaunch train --init stories15M.bin --data book    # from a model's weights, with its shape
+    onelaunch train mine.toml --plan        # what would run, its memory and time; trains nothing
+    onelaunch train                         # none of these: the built-in recipe quickstart
 
 `--set section.key=value` changes one key and may be repeated. The value is read as TOML, or as a
 string where it is not valid TOML: `--set train.device=cpu` needs no quotes. Some keys have an
@@ -94,8 +100,8 @@ option of their own:
 
 {options}
 
-`--preset` and `--data` override the recipe, `--set` overrides these, and the other options
-override `--set`.
+`--preset`, `--init` and `--data` override the recipe, `--set` overrides these, and the other
+options override `--set`.
 
 An unknown section or key, a value of another type, and a value that is not allowed are refused
 before anything is written, with exit code 2 and one line:

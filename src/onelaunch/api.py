@@ -453,6 +453,7 @@ def train(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     run: str | Path | None = None,
+    init: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     quiet: bool = True,
@@ -460,9 +461,12 @@ def train(
     """Train a model; returns its run folder, which `load` opens.
 
     recipe: a built-in name or a TOML file (docs/recipes.md), the sections as a dict, or a Recipe;
-        by default "quickstart". With `resume` it must describe the run's model.
+        by default "quickstart", and with `init` the defaults of all keys. With `resume` it must
+        describe the run's model.
     run: the run folder, made here; by default a new one in `runs`. With `resume` the one to go
         on with, by its own recipe: by default the newest.
+    init: a model to start from, as `load` takes it; its shape replaces the recipe's, the data must
+        be prepared with its tokenizer. By default the weights are random.
     settings: keys to change, such as {"train.updates": 100}.
     quiet: no progress on the terminal.
 
@@ -473,8 +477,13 @@ def train(
 
     from onelaunch.training.train import train as train_run
 
+    settings = dict(settings or {})
+    if init == "":
+        raise BadInput("init='': is empty; pass a file or a folder")
+    if init is not None:
+        settings["train.init"] = str(init)
     with torch.inference_mode(False), torch.enable_grad():
-        outcome = train_run(recipe, Path(run) if run else None, settings or {}, resume, quiet)
+        outcome = train_run(recipe, Path(run) if run else None, settings, resume, quiet)
     if outcome.restart_requested:  # coreml.compile_budget is spent
         _go_on(outcome.run)
     if outcome.signal is not None:

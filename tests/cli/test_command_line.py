@@ -22,8 +22,9 @@ from onelaunch.errors import BadInput, RunFailed
 LISTING = """\
 onelaunch [--version] [--debug]
 prepare TEXT... --out DIR [--vocab-size N] [--tokenizer FILE] [--quiet] [--debug]
-train [RECIPE] [--preset NAME] [--data DIR] [--run DIR] [--resume] [--accum N] [--device DEVICE]
-    [--engine ENGINE] [--compile-budget N] [--set A.B=C...] [--quiet] [--debug]
+train [RECIPE] [--preset NAME] [--init MODEL] [--data DIR] [--run DIR] [--resume] [--accum N]
+    [--device DEVICE] [--engine ENGINE] [--compile-budget N] [--set A.B=C...] [--plan] [--json]
+    [--quiet] [--debug]
 eval MODEL --data DIR [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--json] [--quiet]
     [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]

@@ -9,15 +9,24 @@ import pytest
 
 from onelaunch.training.clock import PARTS
 from onelaunch.training.display import DRAWS_PER_SECOND, Display, Header, sparkline
+from onelaunch.training.flops import TrainingFlops
 from tests.compilation.children import until
 
-HEADER = Header("onelaunch train: runs/x", ("model  m", "data   d"), 100, 2, 64)
+FLOPS = TrainingFlops(per_token=10**6)
+HEADER = Header("onelaunch train: runs/x", ("model  m", "data   d"), 100, 2, 64, FLOPS)
 SHOW_CURSOR = b"\x1b[?25h"
 
 
 def update_record(update: int) -> dict:
     seconds = dict.fromkeys((*PARTS, "unexplained"), 0.0) | {"wall": 1.0, "forward": 0.75}
-    return {"kind": "update", "update": update, "loss": 2.5, "lr": 1e-3, "seconds": seconds}
+    return {
+        "kind": "update",
+        "update": update,
+        "loss": 2.5,
+        "lr": 1e-3,
+        "grad_norm": 0.75,
+        "seconds": seconds,
+    }
 
 
 @pytest.fixture
@@ -59,7 +68,14 @@ def test_plain_lines_to_a_pipe():
     assert lines[:3] == ["onelaunch train: runs/x", "model  m", "data   d"]
     assert "a notice [bold]as it is[/bold]" in lines
     status = next(line for line in lines if line.startswith("update"))
-    for part in ("update 3/100", "micro-step 1/2", "loss 2.5000", "val 2.2500", "lr 1.00e-03"):
+    for part in (
+        "update 3/100",
+        "micro-step 1/2",
+        "loss 2.5000",
+        "val 2.2500",
+        "lr 1.00e-03",
+        "grad norm 0.75",
+    ):
         assert part in status
 
 

@@ -13,11 +13,13 @@ from onelaunch.bench.studies.ane_mega_kernel.terminal_io import (
     watch,
 )
 from onelaunch.training.display import Display, Header
+from onelaunch.training.flops import TrainingFlops
 from onelaunch.training.recipe import Recipe
 
 pytestmark = pytest.mark.soak
 
-HEADER = Header("onelaunch train: runs/x", ("model  m", "data   d"), 100, 2, 64)
+FLOPS = TrainingFlops(per_token=10**6)
+HEADER = Header("onelaunch train: runs/x", ("model  m", "data   d"), 100, 2, 64, FLOPS)
 SMALL = {
     "model.preset": "stories260k",
     "model.n_layers": 2,

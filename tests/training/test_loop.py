@@ -279,7 +279,7 @@ def test_metrics_are_plain_json_with_a_schema(tmp_path):
     assert records[0]["kind"] == "run"
     assert records[0]["schema"] == 1
     assert records[0]["synthetic"] is True
-    assert {r["kind"] for r in records} == {"run", "update", "eval", "end"}
+    assert {r["kind"] for r in records} == {"run", "update", "eval", "sample", "end"}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def test_an_option_sets_the_key_that_is_shown(monkeypatch, tmp_path):
 
     monkeypatch.setattr("onelaunch.training.train.start", start)
     values = {"--preset": "stories15m", "--data": "folder", "--accum": "7", "--device": "mps"}
-    values |= {"--engine": "coreml", "--compile-budget": "9"}
+    values |= {"--engine": "coreml", "--compile-budget": "9", "--init": "model.bin"}
     assert set(values) == set(TOOL["OPTIONS"])
     for option, value in values.items():
         name, run = TOOL["OPTIONS"][option], str(tmp_path / "run")
@@ -174,10 +174,10 @@ def test_an_option_sets_the_key_that_is_shown(monkeypatch, tmp_path):
         default = Recipe.load("quickstart")
         changed = {name: int(value) if value.isdigit() else value}
         assert started.pop() == default.with_settings(changed, "test")
-        # --set overrides --preset and --data; the other options override it
+        # --set overrides --preset, --init and --data; the other options override it
         other = {"--preset": "stories42m", "--data": "other", "--accum": "8", "--device": "cpu"}
-        other |= {"--engine": "reference", "--compile-budget": "8"}
+        other |= {"--engine": "reference", "--compile-budget": "8", "--init": "other.bin"}
         words = [option, value, "--set", f"{name}={other[option]}"]
         assert cli.run(["train", "quickstart", *words, "--run", run]) == 2
-        wins = other[option] if option in ("--preset", "--data") else value
+        wins = other[option] if option in ("--preset", "--init", "--data") else value
         assert str(getattr(getattr(started.pop(), section), field)) == wins

@@ -8,7 +8,7 @@ import pytest
 from onelaunch.training.display import ASCII_BLOCKS, BLOCKS, Display, Header
 from onelaunch.training.terminal import Block, Line, Terminal
 from tests.training.screens import Screen
-from tests.training.test_display import update_record
+from tests.training.test_display import FLOPS, update_record
 
 HEADER = Header(
     "onelaunch train: runs/quickstart-20261129-120000",
@@ -19,6 +19,7 @@ HEADER = Header(
     updates=1000,
     accum=4,
     tokens_per_micro_step=64,
+    flops=FLOPS,
 )
 
 
@@ -112,11 +113,13 @@ def test_nothing_is_cut_off_in_a_window_that_is_high_enough(display, columns):
     assert any("41.3%" in line for line in lines)
 
 
-def test_a_wide_window_has_the_fields_in_lines_of_five(display):
+def test_a_wide_window_has_the_fields_in_lines_of_six(display):
     lines = [line.plain for line in display.panel(120, 60)]
     assert lines[:3] == [HEADER.title, *HEADER.lines]
     assert lines[4].startswith("update 412/1000   micro-step 3/4   loss 3.1000   val 2.2500   lr ")
-    assert lines[5].startswith("micro-steps/s 5   updates/s 1.25   tokens/s 320   left ")
+    assert lines[4].endswith("   grad norm 0.75")
+    speeds = "micro-steps/s 5   updates/s 1.25   tokens/s 320   compute 320 MFLOP/s   left "
+    assert lines[5].startswith(speeds)
 
 
 @pytest.mark.parametrize("rows", range(1, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json as json_module
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Debug, Quiet, log, program
+from onelaunch.cli.common import Debug, Json, Quiet, log, program
 from onelaunch.config import PRESETS
 from onelaunch.errors import BadInput
 
@@ -25,6 +26,15 @@ def train(
     ] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", metavar="NAME", help="Train this shape.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="MODEL",
+            help="Start from these weights: a .bin file, a Hugging Face folder or a run folder; "
+            "the text is prepared with its tokenizer.",
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -79,11 +89,24 @@ def train(
             "batches; 1337 unless the recipe names it.",
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Show what would run, the memory it needs and about how long; train and write "
+            "nothing.",
+        ),
+    ] = False,
+    json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Train a model, or continue a run."""
+    """Train a model, or continue a run.
+
+    --json is for --plan.
+    """
     from onelaunch.training.recipe import Recipe, parse_setting
+    from onelaunch.training.train import plan as plan_run
     from onelaunch.training.train import train as train_run
 
     settings: dict[str, Any] = {}
@@ -91,6 +114,10 @@ def train(
         if preset not in PRESETS:
             raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
         settings["model.preset"] = preset
+    if init == "":
+        raise BadInput("--init: is empty; give a file or a folder")
+    if init is not None:
+        settings["train.init"] = init
     if data is not None:
         settings["data.path"] = data
     for text in set_ or []:
@@ -107,6 +134,15 @@ def train(
     }
     settings |= {key: value for key, value in options.items() if value is not None}
     named = recipe if recipe is not None or preset is None else Recipe()
+    if json and not plan:
+        raise BadInput("--json: is for --plan; leave it out")
+    if resume and plan:
+        raise BadInput("--plan: shows a new run; leave out --resume")
+    if plan:
+        with _settings_as_options(options):
+            facts = plan_run(named, settings)
+        print(json_module.dumps(facts) if json else _plan_text(facts))
+        return 0
     with _settings_as_options(options):
         outcome = train_run(named, run, settings, resume, quiet, lambda line: log(line, quiet))
     run = outcome.run
@@ -127,6 +163,46 @@ def train(
     log(f"  {program()} eval {folder} --data {shlex.quote(outcome.recipe.data.path)}", quiet)
     log(f"  {program()} export {folder} model.bin --format llama2c", quiet)
     return 0
+
+
+def _plan_text(facts: dict[str, Any]) -> str:
+    """What would run, as aligned lines."""
+    from onelaunch.training.display import format_duration
+    from onelaunch.training.memory import format_bytes
+
+    model, memory, accum = facts["model"], facts["memory"], facts["accum"]
+    size = {name: format_bytes(n) for name, n in memory.items() if n is not None}
+    epochs = "" if facts["epochs"] is None else f", {facts['epochs']:.3g} times the data"
+    free = f" of {size['available_bytes']} free" if "available_bytes" in size else ""
+    rows = {
+        "model": f"{facts['parameters'] / 1e6:.2f} million parameters: dim {model['dim']}, "
+        f"{model['n_layers']} layers, {model['n_heads']} heads, vocabulary {model['vocab_size']}",
+        "weights": facts["init"] or f"random, seed {facts['seed']}",
+        "data": facts["data"],
+        "updates": f"{facts['updates']:,}, each {accum} micro-step{'s' if accum > 1 else ''} of "
+        f"{facts['batch_size']} x {facts['seq_len']} = {facts['tokens_per_update']:,} tokens; "
+        f"{facts['tokens']:,} tokens in all{epochs}",
+        "optimizer": f"{facts['optimizer']}, learning rate {facts['schedule']} from "
+        f"{facts['peak_lr']:g}",
+        "engine": f"{facts['engine']} on {facts['device']}"
+        + (f" in {facts['dtype']}" if facts["dtype"] else ""),
+        "memory": f"at least {size['total_bytes']}{free}: weights {size['weight_bytes']}, "
+        f"gradients {size['gradient_bytes']}, optimizer {size['optimizer_bytes']}, activations of "
+        f"a batch {size['activation_bytes']}",
+        "compute": f"{facts['flops']:.3g} floating-point operations",
+    }
+    if facts["misfit"] is not None:
+        rows["misfit"] = facts["misfit"]
+    elif facts["seconds"] is None:
+        rows["time"] = "not measured: it would compile first"
+    else:
+        rows["time"] = (
+            f"about {format_duration(facts['seconds'])}, {facts['seconds_per_update']:.3g} s an "
+            f"update (measured: {facts['measured_sequences']} sequences), without evaluations and "
+            "checkpoints"
+        )
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
 @contextlib.contextmanager

@@ -218,8 +218,9 @@ class LossEngine(Protocol):
         integers."""
 
 
-class TrainEngine(LogitsEngine, Protocol):
-    """Computes gradients: what a training loop drives."""
+class TrainEngine(Engine, Protocol):
+    """Computes gradients, evaluates and generates by the weights as they are: what a training loop
+    drives."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The float32 tensors to be updated, by canonical name; `.grad` holds their gradient."""

@@ -18,6 +18,7 @@ EXTRAS = {
     "tokenizer": ("sentencepiece",),
     "bench": ("matplotlib",),
     "coreml": ("coremltools",),
+    "log": ("tensorboard", "wandb"),
 }
 
 

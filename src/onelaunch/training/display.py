@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from onelaunch.training.clock import PARTS
+from onelaunch.training.flops import TrainingFlops, format_rate
 from onelaunch.training.terminal import Block, Line, Terminal
 
 DRAWS_PER_SECOND = 4
@@ -22,7 +23,7 @@ PLAIN_SECONDS = 5.0
 NOTICES = 256
 HISTORY = 4096
 MAX_WIDTH = 99
-FIELDS_PER_LINE = 5
+FIELDS_PER_LINE = 6
 BLOCKS = "".join(chr(0x2581 + i) for i in range(8))
 ASCII_BLOCKS = "_.-=+*#@"
 
@@ -36,6 +37,7 @@ class Header:
     updates: int
     accum: int
     tokens_per_micro_step: int
+    flops: TrainingFlops
 
 
 class Display:
@@ -53,7 +55,7 @@ class Display:
         self._val_loss: float | None = None
         self._seconds = dict.fromkeys((*PARTS, "wall"), 0.0)
         # appended by the training thread, removed by this one; the oldest are dropped
-        self._notices: deque[str] = deque(maxlen=NOTICES)
+        self._notices: deque[Line] = deque(maxlen=NOTICES)
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._speed: deque[tuple[float, int]] = deque(maxlen=20 * DRAWS_PER_SECOND)
         self._header: list[Line] = []
@@ -80,12 +82,18 @@ class Display:
                 self._seconds[part] += record["seconds"][part]
         elif record["kind"] == "eval":
             self._val_loss = record["loss"]
+        elif record["kind"] == "sample":
+            text = _printable(f"{record['prompt']}{record['text']}")
+            self._add(Line(((f"sample: {text}", "dim"),)))
 
     def notice(self, text: str) -> None:
         """Show a line that stays on the screen."""
+        self._add(Line(((text, ""),)))
+
+    def _add(self, line: Line) -> None:
         if len(self._notices) == NOTICES:
             self.dropped += 1
-        self._notices.append(text)
+        self._notices.append(line)
 
     def close(self, seconds: float = 2.0) -> None:
         """Draw the last state and end; gives up on a blocked terminal after `seconds`."""
@@ -112,7 +120,7 @@ class Display:
             self._sample_speed()
             due = time.monotonic() >= next_line and self._progress != shown
             while self._notices:
-                self._terminal.write(self._notices.popleft() + "\n")
+                self._terminal.write(self._notices.popleft().plain + "\n")
             if due or (closing and self._record is not None and self._progress != shown):
                 shown = self._progress
                 next_line = time.monotonic() + PLAIN_SECONDS
@@ -129,7 +137,7 @@ class Display:
                 self._sample_speed()
                 notices = []
                 while self._notices:
-                    notices.append(self._notices.popleft())
+                    notices.append(self._notices.popleft().styled())
                 size = self._terminal.size()
                 lines = self.panel(size.columns, size.lines)
                 shown = size, [line.plain for line in lines]
@@ -166,13 +174,18 @@ class Display:
             rows.append(("val", f"{self._val_loss:.4f}"))
         if record is not None:
             rows.append(("lr", f"{record['lr']:.2e}"))
+            rows.append(("grad norm", f"{record['grad_norm']:.3g}"))
         if rate:
+            tokens = rate * header.tokens_per_micro_step
+            flops = tokens * header.flops.per_token
+            peak = header.flops.peak
             left = (header.updates - update) * header.accum - micro
             rows += [
                 ("micro-steps/s", f"{rate:.4g}"),
                 ("updates/s", f"{rate / header.accum:.4g}"),
-                ("tokens/s", f"{rate * header.tokens_per_micro_step:,.0f}"),
-                ("left", _duration(left / rate)),
+                ("tokens/s", f"{tokens:,.0f}"),
+                ("MFU", f"{flops / peak:.1%}") if peak else ("compute", format_rate(flops)),
+                ("left", format_duration(left / rate)),
             ]
         return rows
 
@@ -237,6 +250,11 @@ def _flow(fields: list[Line], width: int, space: str, per_line: int | None = Non
     return lines
 
 
+def _printable(text: str) -> str:
+    """Put a text in one line: white space is one space, control characters are question marks."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 def _encodes(characters: str, encoding: str) -> bool:
     try:
         characters.encode(encoding)
@@ -255,7 +273,8 @@ def sparkline(values: list[float], width: int, blocks: str = BLOCKS) -> str:
     return "".join(blocks[round((mean - low) * scale)] for mean in means)
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Format a time, as in "1:02:03" or "2:03"."""
     hours, rest = divmod(int(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -60,6 +60,13 @@ def with_absolute_data(recipe: Recipe) -> Recipe:
     return recipe.with_settings({"data.path": os.path.abspath(path)}, "data.path")
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Make the paths of a recipe absolute, but for that of the data."""
+    paths = {"train.init": recipe.train.init, "log.tensorboard": recipe.log.tensorboard}
+    absolute = {key: os.path.abspath(path) for key, path in paths.items() if path}
+    return recipe.with_settings(absolute, "paths")
+
+
 def path_from_run(data: str, run: Path) -> str | None:
     """Return the path of data relative to a run folder, for a run that is moved with its data."""
     if data == STORIES:

@@ -32,8 +32,11 @@ from onelaunch.training.clock import StepClock
 from onelaunch.training.data import Sampler, TokenData
 from onelaunch.training.display import Display
 from onelaunch.training.evaluate import evaluate
+from onelaunch.training.flops import training_flops
 from onelaunch.training.metrics import MetricsWriter
+from onelaunch.training.optim import Optimizer
 from onelaunch.training.recipe import Recipe
+from onelaunch.training.samples import draw_sample, encode_prompt
 from onelaunch.training.signals import StopSignals
 from onelaunch.training.state import Progress
 
@@ -62,7 +65,7 @@ class Trainer:
     engine: TrainEngine
     data: TokenData
     sampler: Sampler
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     metrics: MetricsWriter
     stop: StopSignals
     display: Display | None = None
@@ -74,6 +77,8 @@ class Trainer:
         self.parameters = self.engine.parameters()
         self.device = next(iter(self.parameters.values())).device
         self.seq_len = self.seq_len or self.recipe.train.seq_len or self.engine.config.max_seq_len
+        dtype = self.engine.describe()["dtype"]
+        self.flops = training_flops(self.engine.config, self.seq_len, self.device, dtype)
         self._clock = StepClock(self.device)
         self._loss_sum = torch.tensor(self.progress.loss_sum, device=self.device)
         at = (self.progress.update, self.progress.micro)
@@ -110,7 +115,9 @@ class Trainer:
         evaluated_next = due(recipe.eval.every) and progress.evaluated < at
         minutes = (time.monotonic() - self._saved_time) / 60
         overdue = at > 0 and minutes >= recipe.checkpoint.minutes
-        if due(recipe.checkpoint.every) or overdue or evaluated_next:
+        # a resume then needs no file of another model
+        initial = at == 0 and self.checkpoint is None and recipe.train.init != ""
+        if initial or due(recipe.checkpoint.every) or overdue or evaluated_next:
             before = self.checkpoint
             self._save(prune=not evaluated_next)
             if evaluated_next:
@@ -120,7 +127,7 @@ class Trainer:
     def _update(self) -> None:
         """Micro-steps up to the update's last, or to a stop; then the optimizer step."""
         progress, accum = self.progress, self.recipe.train.accum
-        started_at = progress.micro
+        started_at, tokens_before = progress.micro, progress.tokens
         while progress.micro < accum:
             self._micro_step()
             if self.stop.received is not None and progress.micro < accum:
@@ -152,6 +159,7 @@ class Trainer:
             "tokens": progress.tokens,
             "seconds": seconds,
             "time": time.time(),
+            **self.flops.rates(progress.tokens - tokens_before, seconds),
             **self.engine.telemetry(),
         }
         if started_at:
@@ -218,12 +226,32 @@ class Trainer:
             }
         )
         self._notice(f"update {progress.update}: validation loss {result.loss:.4f}")
+        self._sample()
         assert self.checkpoint is not None
         with self._timed("checkpoint"):
             self.metrics.flush()
             saved.save_progress(self.checkpoint, progress)
             if is_best:
                 set_best(self.run, self.checkpoint, progress.update, result.loss)
+
+    def _sample(self) -> None:
+        """Draw a text from the model and record it; none if a stop was requested."""
+        wanted, tokenizer = self.recipe.eval, self.data.tokenizer
+        prompt_ids = encode_prompt(wanted.prompt, tokenizer, self.engine.config)
+        if not wanted.sample_tokens or not prompt_ids:
+            return
+        with self._timed("evaluation"):
+            drawn = draw_sample(
+                self.engine,
+                tokenizer,
+                prompt_ids,
+                wanted.sample_tokens,
+                stop=lambda: self.stop.received is not None,
+            )
+        if drawn is not None:
+            text, n = drawn
+            sample = {"prompt": wanted.prompt, "text": text, "tokens": n}
+            self._record({"kind": "sample", "update": self.progress.update, **sample})
 
     def _save(self, prune: bool = True) -> None:
         """Write a checkpoint of the current state, once; earlier records are flushed first."""

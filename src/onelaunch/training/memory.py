@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput, RunFailed, is_out_of_memory
 from onelaunch.training.engines import engine_name
+from onelaunch.training.optim import state_bytes
 from onelaunch.training.recipe import Recipe
 
 
@@ -25,9 +27,9 @@ from onelaunch.training.recipe import Recipe
 class MemoryEstimate:
     """A lower bound of the bytes that a training step uses at once.
 
-    `fixed` is for any batch: float32 weights and AdamW's two moments. `gradients` add to it at the
-    optimizer step, and in the backward pass if they stay between micro-steps (`gradients_stay`).
-    `sequence` are the bytes per sequence in the backward pass.
+    `fixed` is for any batch: float32 weights and the optimizer's state. `gradients` add to it at
+    the optimizer step, and in the backward pass if they stay between micro-steps
+    (`gradients_stay`). `sequence` are the bytes per sequence in the backward pass.
     """
 
     fixed: int
@@ -79,7 +81,7 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     if name == "cpu":  # it keeps no more than some megabytes of logits
         position = c.n_layers * 4 * (2 * c.dim + attention + 2 * c.hidden_dim)
     return MemoryEstimate(
-        fixed=3 * 4 * parameters,
+        fixed=4 * parameters + state_bytes(recipe.optimizer.name, config),
         gradients=4 * parameters,
         sequence=seq_len * position,
         batch_size=recipe.train.batch_size,
@@ -87,16 +89,23 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     )
 
 
-def check_fits(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.device) -> None:
-    """Raise BadInput, naming the field to change, if a run cannot fit in the memory of a device."""
+class Fit(NamedTuple):
+    """What a run needs and what is `available`, in bytes (None if unknown). `misfit` says why it
+    cannot fit and names the field to change; None if it may fit."""
+
+    needed: MemoryEstimate
+    available: int | None
+    misfit: str | None
+
+
+def fit_in_memory(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.device) -> Fit:
+    """Compare what a run needs with the memory of a device."""
     available = available_bytes(device)
-    if available is None:
-        return
     autocast = device.type == "cuda" if recipe.train.dtype == "auto" else False
     autocast = autocast or recipe.train.dtype == "bfloat16"
     needed = estimate(recipe, config, seq_len, autocast)
-    if needed.total <= available:
-        return
+    if available is None or needed.total <= available:
+        return Fit(needed, available, None)
     batch, fits = needed.batch_size, needed.largest_batch(available)
     if needed.fixed + needed.gradients > available:
         change = "train a smaller model ([model])"
@@ -104,16 +113,26 @@ def check_fits(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.
         change = f"set train.batch_size to {fits} or less"
     else:
         change = "set train.batch_size to 1 and lower train.seq_len"
-    raise BadInput(
-        f"the run needs at least {_gigabytes(needed.total)} of memory "
-        f"({_gigabytes(needed.fixed + needed.gradients)} for the weights, their gradients and "
-        f"AdamW's state, {_gigabytes(batch * needed.sequence)} for a batch of {batch} x {seq_len}) "
-        f"and {device} has {_gigabytes(available)} free: {change}"
+    misfit = (
+        f"the run needs at least {format_bytes(needed.total)} of memory "
+        f"({format_bytes(needed.fixed + needed.gradients)} for the weights, their gradients and "
+        f"the optimizer's state, {format_bytes(batch * needed.sequence)} for a batch of {batch} x "
+        f"{seq_len}) and {device} has {format_bytes(available)} free: {change}"
     )
+    return Fit(needed, available, misfit)
 
 
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.3g} GB"
+def check_fits(recipe: Recipe, config: ModelConfig, seq_len: int, device: torch.device) -> None:
+    """Raise BadInput, naming the field to change, if a run cannot fit in the memory of a device."""
+    misfit = fit_in_memory(recipe, config, seq_len, device).misfit
+    if misfit is not None:
+        raise BadInput(misfit)
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Format bytes, as in "1.23 GB"."""
+    unit, size = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6)
+    return f"{n_bytes / size:.3g} {unit}"
 
 
 def available_bytes(device: torch.device) -> int | None:

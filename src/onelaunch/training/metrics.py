@@ -11,20 +11,21 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from onelaunch.checkpoints.atomic import atomic_file, write_error
 from onelaunch.errors import OnelaunchError
+from onelaunch.training.sinks import Sink
 
 SCHEMA = 1
 QUEUE_RECORDS = 10_000
 
 
 class MetricsWriter:
-    """Appends records to a file from its own thread.
+    """Appends records to a file from its own thread, and passes them to `sinks`.
 
     The queue is bounded: if the disk stalls until it is full, records are dropped and counted in
     `dropped`, and the count is written once the disk responds. If the file is removed or replaced,
@@ -37,6 +38,7 @@ class MetricsWriter:
         self.dropped = 0
         self.error: OnelaunchError | None = None
         self.log: Callable[[str], None] = lambda line: None
+        self.sinks: Sequence[Sink] = ()
         self._run_record: dict[str, Any] | None = None
         self._reported_drops = 0
         self._queue: queue.Queue[dict[str, Any] | threading.Event | None] = queue.Queue(
@@ -55,6 +57,8 @@ class MetricsWriter:
             self._queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
+        for sink in self.sinks:
+            sink.push(record)
 
     def flush(self, seconds: float = 5.0) -> bool:
         """Wait until all queued records are on the disk, at most `seconds`."""
@@ -67,7 +71,9 @@ class MetricsWriter:
         return done.wait(max(0.0, deadline - time.monotonic()))
 
     def close(self, seconds: float = 5.0) -> None:
-        """Write what is queued and end the thread; gives up after `seconds`."""
+        """Write what is queued and end the thread, and the sinks; gives up after `seconds`."""
+        for sink in self.sinks:
+            sink.close()
         self.flush(seconds)
         with suppress(queue.Full):
             self._queue.put(None, timeout=seconds)
@@ -126,11 +132,11 @@ def _open(path: Path) -> int:
 
 
 def drop_after(path: Path, update: int, eval_done: int) -> None:
-    """Remove records of work that a resume repeats: updates after `update`, evaluations after
-    `eval_done`, and an incomplete last line."""
+    """Remove records of work that a resume repeats: updates after `update`, evaluations and samples
+    after `eval_done`, and an incomplete last line."""
     if not path.exists():
         return
-    limits = {"update": update, "eval": eval_done}
+    limits = {"update": update, "eval": eval_done, "sample": eval_done}
     with atomic_file(path) as out, open(path, "rb") as file:
         for line in file:
             try:

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from onelaunch.config import PRESETS, ModelConfig, preset
 from onelaunch.errors import BadInput
+from onelaunch.training.schedules import learning_rate
 from onelaunch.training.sections import (
     MAX_ACCUM,
     TRAIN_WITH,
@@ -22,13 +23,22 @@ from onelaunch.training.sections import (
     CoreMLSection,
     DataSection,
     EvalSection,
+    LogSection,
     ModelSection,
     OptimizerSection,
     TrainSection,
     described_keys,
 )
 
-__all__ = ["BUILT_IN", "MAX_ACCUM", "SECTIONS", "Recipe", "parse_setting", "toml_value"]
+__all__ = [
+    "BUILT_IN",
+    "MAX_ACCUM",
+    "SECTIONS",
+    "Recipe",
+    "differences",
+    "parse_setting",
+    "toml_value",
+]
 
 BUILT_IN = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 20
@@ -47,6 +57,7 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
     coreml: CoreMLSection = field(default_factory=CoreMLSection)
     source: str = field(default="the recipe", compare=False)
 
@@ -69,13 +80,28 @@ class Recipe:
                     f"{self.train.engine}; leave it out"
                 )
 
-    def model_config(self, data_vocab_size: int) -> ModelConfig:
+    def model_config(self, data_vocab_size: int, init: ModelConfig | None = None) -> ModelConfig:
         """Return the shape to train, with the vocabulary of the data unless the recipe sets one.
 
         A larger vocabulary than that of the data is padded. Raises BadInput if the shape is
         incomplete or its vocabulary too small for the data.
+
+        `init` is the shape of the weights that training starts from, which is then returned; raises
+        BadInput if [model] differs from it.
         """
         chosen = {k: v for k, v in asdict(self.model).items() if v is not None and k != "preset"}
+        where = f"{self.source}: [model]"
+        if init is not None:
+            base = init.to_dict()
+            if self.model.preset:
+                base = self._preset(chosen) | {"vocab_size": init.vocab_size}
+            different = differences(ModelConfig.from_dict(base | chosen, where), init)
+            if different:
+                raise BadInput(
+                    f"init={self.train.init!r}: [model] differs from it ({different}); leave out "
+                    "[model] and preset: the shape comes with the weights"
+                )
+            return init
         chosen.setdefault("vocab_size", data_vocab_size)
         if chosen["vocab_size"] < data_vocab_size:
             raise BadInput(
@@ -83,18 +109,21 @@ class Recipe:
                 f"{data_vocab_size} ids of the data's tokenizer; leave it out to use that number"
             )
         if self.model.preset:
-            base = preset(self.model.preset).to_dict()
-            if {"dim", "n_heads"} & set(chosen):
-                # a changed width gets a new head width unless the recipe sets one
-                base.update(head_dim=0, n_kv_heads=0)
-            return ModelConfig.from_dict(base | chosen, f"{self.source}: [model]")
+            return ModelConfig.from_dict(self._preset(chosen) | chosen, where)
         missing = [name for name in ModelConfig.required_fields() if name not in chosen]
         if missing:
             raise BadInput(
                 f"{self.source}: [model] has no {', '.join(missing)}; add them, or a preset, as in "
                 f'preset = "{next(iter(PRESETS))}"'
             )
-        return ModelConfig.from_dict(chosen, f"{self.source}: [model]")
+        return ModelConfig.from_dict(chosen, where)
+
+    def _preset(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        base = preset(self.model.preset).to_dict()
+        if {"dim", "n_heads"} & set(chosen):
+            # a changed width gets a new head width unless the recipe sets one
+            base.update(head_dim=0, n_kv_heads=0)
+        return base
 
     @property
     def lr_scale(self) -> float:
@@ -103,14 +132,9 @@ class Recipe:
         return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[self.optimizer.lr_rule]
 
     def learning_rate(self, update: int) -> float:
-        """Return the rate of update 0, 1, ...: linear warm-up, then cosine (1608.03983)."""
-        o = self.optimizer
-        peak = o.lr * self.lr_scale
-        if update < o.warmup:
-            return peak * (update + 1) / o.warmup
-        progress = (update - o.warmup) / max(1, self.train.updates - o.warmup)
-        low = peak * o.min_lr_ratio
-        return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        """Return the rate of update 0, 1, ..., see `schedules.learning_rate`."""
+        peak = self.optimizer.lr * self.lr_scale
+        return learning_rate(self.optimizer, peak, update, self.train.updates)
 
     def with_settings(self, settings: dict[str, Any], source: str) -> Recipe:
         """Return a copy with settings `{"section.key": value}`; raises BadInput naming `source`."""
@@ -170,6 +194,12 @@ class Recipe:
 
 
 SECTIONS = tuple(section.name for section in fields(Recipe) if section.name != "source")
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> str:
+    """Describe the fields in which two shapes differ, as in "dim 64, not 32"."""
+    old, new = a.to_dict(), b.to_dict()
+    return "; ".join(f"{key} {old[key]}, not {new[key]}" for key in old if old[key] != new[key])
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -39,17 +39,24 @@ from onelaunch.training import metrics as telemetry
 from onelaunch.training import state as saved
 from onelaunch.training.data import Sampler, TokenData, open_data
 from onelaunch.training.display import Display, Header
+from onelaunch.training.dry_run import describe_run, measure_update
 from onelaunch.training.engines import make_engine
+from onelaunch.training.flops import TrainingFlops
 from onelaunch.training.folders import (
     make_unique_folder,
     path_from_run,
     with_absolute_data,
+    with_absolute_paths,
     with_relocated_data,
 )
+from onelaunch.training.initial import load_init
 from onelaunch.training.loop import Outcome, Trainer
-from onelaunch.training.memory import check_fits, explain_out_of_memory
-from onelaunch.training.recipe import Recipe
+from onelaunch.training.memory import check_fits, explain_out_of_memory, fit_in_memory
+from onelaunch.training.optim import Optimizer, make_optimizer
+from onelaunch.training.recipe import Recipe, differences
+from onelaunch.training.samples import encode_prompt
 from onelaunch.training.signals import StopSignals
+from onelaunch.training.sinks import check_installed, start_sinks
 from onelaunch.training.state import Progress
 
 
@@ -61,9 +68,10 @@ class _Setup:
     run: Path
     data: TokenData
     engine: ReferenceEngine
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     sampler: Sampler
     seq_len: int
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ class _Resumed:
 
 
 def start(recipe: Recipe, run: Path, quiet: bool = False, numbered: bool = False) -> Outcome:
-    """Train from random weights into a new run folder; the outcome has its path.
+    """Train into a new run folder, from random weights or those of `train.init`; the outcome has
+    the folder's path.
 
     `numbered` adds -2, -3, ... to the name of the folder if it exists. Raises BadInput if the
     folder is not empty, the recipe does not match its data, or the run cannot fit in memory;
@@ -90,9 +99,7 @@ def start(recipe: Recipe, run: Path, quiet: bool = False, numbered: bool = False
         raise _not_empty(run)
     with StopSignals() as stop, explain_out_of_memory(recipe):
         data = _open_data(recipe)
-        recipe = with_absolute_data(recipe)
-        config = recipe.model_config(data.vocab_size)
-        setup = _initial_setup(recipe, run, config, data)
+        setup = _initial_setup(with_absolute_data(recipe), run, data)
         existed = run.is_dir()
         if numbered:
             setup = replace(setup, run=make_unique_folder(run))
@@ -106,14 +113,19 @@ def resume(
 ) -> Outcome:
     """Continue a run exactly, from its newest valid checkpoint.
 
-    `settings` change the saved recipe, except its model and data. The recipe `expected` must
-    describe the same model; it has no other effect. Raises BadInput if the model or the data
-    differ; the run is then unchanged.
+    `settings` change the saved recipe, except its model, its data and `train.init`. The recipe
+    `expected` must describe the same model; it has no other effect. Raises BadInput if the model or
+    the data differ; the run is then unchanged.
     """
     if not (run / "run.json").is_file():
         raise BadInput(f"{run}: not a run folder (no run.json); nothing to resume")
     saved_recipe = Recipe.load(str(run / "recipe.toml"))
-    recipe = saved_recipe.with_settings(settings, "settings")
+    recipe = with_absolute_paths(saved_recipe.with_settings(settings, "settings"))
+    if recipe.train.init != saved_recipe.train.init:
+        raise BadInput(
+            f"init={settings['train.init']!r}: {run} has weights already, and continues with "
+            "these; leave it out, or start a new run"
+        )
     with StopSignals() as stop, _run_lock(run), explain_out_of_memory(recipe, run):
         run_json = read_run(run)
         if "data.path" in settings:
@@ -124,11 +136,14 @@ def resume(
         data = _open_data(recipe)
         for candidate in (recipe, expected):
             if candidate is not None:
-                _check_same_model(run, config, candidate.model_config(data.vocab_size))
+                init = config if candidate.train.init else None
+                _check_same_model(run, config, candidate.model_config(data.vocab_size, init))
         changed = recipe if recipe != saved_recipe else None
         if not list_checkpoints(run):
             # stopped before its first checkpoint: start again from the recipe
-            return _train(_initial_setup(recipe, run, config, data), stop, quiet, changed=changed)
+            setup = _initial_setup(recipe, run, data)
+            _check_same_model(run, config, setup.engine.config)
+            return _train(setup, stop, quiet, changed=changed)
         checkpoint, state, damaged = newest_valid_checkpoint(run)
         _check_state(run, checkpoint, state, recipe, config, data)
         _check_memory(recipe, config)
@@ -156,11 +171,39 @@ def resume(
                 f"norm changed from {norm} to {setup.engine.norm}: results may differ in the last "
                 f"bits; train.norm={norm} keeps it"
             )
-        if expected is not None and with_absolute_data(expected) != recipe:
+        if expected and with_absolute_paths(with_absolute_data(expected)) != recipe:
             notices.append("the recipe of the run is used; change it by single settings")
         mark_damaged(damaged)
         resumed = _Resumed(checkpoint, state, progress, tuple(notices))
         return _train(setup, stop, quiet, resumed, changed)
+
+
+def dry_run(recipe: Recipe) -> dict[str, Any]:
+    """Describe the run that `start` would begin, see `dry_run.describe_run`; nothing is trained or
+    written. Raises what `start` raises before it writes, except for a run that cannot fit in
+    memory."""
+    with explain_out_of_memory(recipe):
+        data = _open_data(recipe)
+        init = load_init(recipe, data)
+        config = init.config if init else recipe.model_config(data.vocab_size)
+        seq_len = _sequence_length(recipe, config)
+        device = resolve_device(recipe.train.device)
+        fit = fit_in_memory(recipe, config, seq_len, device)
+        if fit.misfit is not None:
+            facts = describe_run(recipe, config, data, seq_len, fit, None)
+            return {**facts, "engine": recipe.train.engine, "device": str(device), "dtype": None}
+        setup = _initial_setup(recipe, Path(), data)
+        engine = setup.engine.describe()
+        seconds = None
+        try:
+            # these compile first, which takes longer
+            if recipe.train.engine != "coreml" and not recipe.train.compile:
+                setup.engine.wait()
+                seconds = measure_update(setup.engine, setup.optimizer, recipe, seq_len)
+        finally:
+            setup.engine.close()
+        facts = describe_run(recipe, config, data, seq_len, fit, seconds)
+        return {**facts, **{key: engine[key] for key in ("engine", "device", "dtype")}}
 
 
 def _open_data(recipe: Recipe) -> TokenData:
@@ -172,11 +215,9 @@ def _open_data(recipe: Recipe) -> TokenData:
 
 def _check_same_model(path: Path, saved_config: ModelConfig, config: ModelConfig) -> None:
     """Raise BadInput naming the fields in which two configurations differ."""
-    old, new = saved_config.to_dict(), config.to_dict()
-    different = [f"{key} {old[key]}, not {new[key]}" for key in old if old[key] != new[key]]
-    if different:
+    if different := differences(saved_config, config):
         raise BadInput(
-            f"{path}: has another model ({'; '.join(different)}); pass another folder, run=DIR, or "
+            f"{path}: has another model ({different}); pass another folder, run=DIR, or "
             "leave out what changes the model"
         )
 
@@ -197,6 +238,12 @@ def _check_state(
         raise BadInput(
             f"{run}: the data {recipe.data.path} has changed; resume needs the same data"
         )
+    # older checkpoints, without this choice, are AdamW's
+    if (name := state.get("optimizer", "adamw")) != recipe.optimizer.name:
+        raise BadInput(
+            f"optimizer.name = {recipe.optimizer.name!r}: {run} has the state of {name}; leave it "
+            "out, or start a new run"
+        )
     if state["micro"] and state.get("accum") != recipe.train.accum:
         raise BadInput(
             f"accum={recipe.train.accum}: {run} stopped after {state['micro']} of "
@@ -204,13 +251,19 @@ def _check_state(
         )
 
 
-def _initial_setup(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData) -> _Setup:
-    """Set up a run from random weights, and seed PyTorch."""
+def _initial_setup(recipe: Recipe, run: Path, data: TokenData) -> _Setup:
+    """Set up a run from the weights of `train.init`, or random ones, and seed PyTorch."""
+    init = load_init(recipe, data)
+    config = init.config if init else recipe.model_config(data.vocab_size)
     _check_memory(recipe, config)
-    weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
+    if init:
+        weights, notices = init.weights, init.notices
+    else:
+        weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
+        notices = ()
     setup = _build(recipe, run, config, weights, data)
     torch.manual_seed(recipe.train.seed)
-    return setup
+    return replace(setup, recipe=with_absolute_paths(recipe), notices=notices)
 
 
 def _sequence_length(recipe: Recipe, config: ModelConfig) -> int:
@@ -231,10 +284,12 @@ def _build(
     recipe: Recipe, run: Path, config: ModelConfig, weights: dict[str, Tensor], data: TokenData
 ) -> _Setup:
     train = recipe.train
+    check_installed(recipe)
     seq_len = _sequence_length(recipe, config)
     sampler = data.train(seq_len, train.seed)
     # raises for a validation split that is too short, before the first step
     data.eval_batches("val", seq_len, train.batch_size, recipe.eval.batches)
+    encode_prompt(recipe.eval.prompt, data.tokenizer, config)  # raises for one that is too long
     engine = make_engine(recipe, config, weights)
     optimizer = make_optimizer(engine.parameters(), recipe)
     return _Setup(recipe, run, data, engine, optimizer, sampler, seq_len)
@@ -291,7 +346,7 @@ def _train(
     """Run the loop, with telemetry. `changed` replaces the recipe of the run."""
     run = setup.run
     progress = resumed.progress if resumed else Progress()
-    notices = list(resumed.notices) if resumed else []
+    notices = [*setup.notices, *(resumed.notices if resumed else ())]
     if resumed and not (run / "metrics.jsonl").exists():
         notices.append("metrics.jsonl is missing: a new one starts here")
     if changed is not None:
@@ -318,12 +373,13 @@ def _train(
         )
         writer.push(_run_record(setup, progress))
         if not quiet:
-            display = Display(_header(setup), (progress.update, progress.micro))
+            display = Display(_header(setup, trainer.flops), (progress.update, progress.micro))
             for line in notices:
                 display.notice(line)
             trainer.display = display
             writer.log = display.notice
             setup.engine.log_to(display.notice)
+        writer.sinks = start_sinks(setup.recipe, run, progress.update, writer.log)
         outcome = trainer.train()
     finally:
         setup.engine.close()
@@ -337,19 +393,6 @@ def _train(
     if writer.error is not None:
         raise writer.error
     return outcome
-
-
-def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Make AdamW (1711.05101), with weight decay on matrices only, fused if supported."""
-    o = recipe.optimizer
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": o.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
 
 
 def _describe(setup: _Setup) -> dict[str, Any]:
@@ -397,18 +440,20 @@ def _run_record(setup: _Setup, at: Progress) -> dict[str, Any]:
     }
 
 
-def _header(setup: _Setup) -> Header:
+def _header(setup: _Setup, flops: TrainingFlops) -> Header:
     train, config, device = setup.recipe.train, setup.engine.config, setup.engine.device
     per_micro = train.batch_size * setup.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     engine = setup.engine.describe()["engine"]
     by = f"norm {setup.engine.norm}" if engine == "reference" else f"engine {engine}"
     where = f"seed {train.seed}, on {name}, {by}"
+    start = f", from {train.init}" if train.init else ""
     return Header(
         title=f"onelaunch train: {setup.run}",
         lines=(
             f"model  {config.n_params / 1e6:.2f} million parameters: dim {config.dim}, "
-            f"{config.n_layers} layers, {config.n_heads} heads, vocabulary {config.vocab_size}",
+            f"{config.n_layers} layers, {config.n_heads} heads, vocabulary {config.vocab_size}"
+            f"{start}",
             f"data   {setup.data.label}",
             f"update {train.accum} micro-step{'s' if train.accum > 1 else ''} of "
             f"{train.batch_size} x {setup.seq_len} = {per_micro * train.accum:,} tokens; {where}",
@@ -416,6 +461,7 @@ def _header(setup: _Setup) -> Header:
         updates=train.updates,
         accum=train.accum,
         tokens_per_micro_step=per_micro,
+        flops=flops,
     )
 
 

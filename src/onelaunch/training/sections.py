@@ -162,6 +162,13 @@ class TrainSection:
     optimizer step on their averaged gradient.
     """
 
+    init: str = key(
+        "",
+        "The model whose weights training starts from: a llama2.c file, a Hugging Face folder or a "
+        "run folder. Its shape comes with it: [model] is empty, or equal to it. The data must be "
+        "prepared with its tokenizer. Empty: random weights.",
+        allowed='`""`, a file, a folder',
+    )
     updates: int = key(1000, "Length of the run.", unit="updates", within=(1, 10**9))
     batch_size: int = key(32, "Sequences of one micro-step.", unit="sequences", within=(1, 10**6))
     seq_len: int = key(
@@ -223,15 +230,27 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW. The learning rate rises linearly for `warmup` updates, then falls along a cosine
-    (arXiv 1608.03983) to `min_lr_ratio` of its peak at the end of the run."""
+    """The optimizer and its learning rate, which rises linearly for `warmup` updates and then
+    follows `schedule`."""
 
+    name: str = key(
+        "adamw",
+        "AdamW (adamw); or Muon for the matrices of the layers and AdamW for the embedding, the "
+        "head and vectors (muon). Muon's updates are scaled to the size of AdamW's, so that `lr` "
+        "and `weight_decay` serve both (arXiv 2502.16982).",
+        choices=("adamw", "muon"),
+    )
     lr: float = key(1e-3, "Peak learning rate, before `lr_rule`.", within=(1e-12, 1e3))
-    beta1: float = key(0.9, "Decay of the running mean of gradients.", within=(0.0, 1.0 - 1e-9))
+    beta1: float = key(
+        0.9, "AdamW's decay of the running mean of gradients.", within=(0.0, 1.0 - 1e-9)
+    )
     beta2: float = key(
-        0.95, "Decay of the running mean of squared gradients.", within=(0.0, 1.0 - 1e-9)
+        0.95, "AdamW's decay of the running mean of squared gradients.", within=(0.0, 1.0 - 1e-9)
     )
     eps: float = key(1e-8, "What AdamW adds to its denominator.", within=(1e-30, 1.0))
+    momentum: float = key(
+        0.95, "Muon's decay of the running mean of gradients.", within=(0.0, 1.0 - 1e-9)
+    )
     weight_decay: float = key(
         0.1,
         "Decoupled weight decay of matrices, the embedding included; norm weights have none.",
@@ -243,8 +262,23 @@ class OptimizerSection:
         within=(0.0, 1e9),
     )
     warmup: int = key(100, "Length of the warm-up.", unit="updates", within=(0, 10**9))
+    schedule: str = key(
+        "cosine",
+        "How the learning rate goes on after the warm-up: down along a cosine to the end of the "
+        "run (cosine, arXiv 1608.03983), at its peak and then linearly down (wsd: warm-up, stable, "
+        "decay; arXiv 2404.06395), or at its peak (constant).",
+        choices=("cosine", "wsd", "constant"),
+    )
+    decay_fraction: float = key(
+        0.2,
+        "Length of the decay at the end of the run, as a fraction of `train.updates`; read with a "
+        "`schedule` of wsd only.",
+        within=(0.0, 1.0),
+    )
     min_lr_ratio: float = key(
-        0.1, "The last learning rate, as a fraction of the peak.", within=(0.0, 1.0)
+        0.1,
+        "What cosine and wsd fall to at the end of the run, as a fraction of the peak.",
+        within=(0.0, 1.0),
     )
     lr_rule: str = key(
         "none",
@@ -278,6 +312,18 @@ class EvalSection:
         unit="batches",
         within=(1, 10**6),
     )
+    sample_tokens: int = key(
+        48,
+        "Length of the text that is drawn from the model after each evaluation, at a temperature "
+        "of 0.8 with the same random numbers each time; the display shows it. 0: none.",
+        unit="tokens",
+        within=(0, 10**6),
+    )
+    prompt: str = key(
+        "",
+        "What that text continues. Empty: BOS, or else EOS; without either there is no text.",
+        allowed="at most as many tokens as the model's context",
+    )
 
 
 @dataclass(frozen=True)
@@ -303,6 +349,26 @@ class CheckpointSection:
         "Newest checkpoints that are kept. The one with the best validation loss is kept as well.",
         unit="checkpoints",
         within=(1, 10**4),
+    )
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """Services that get the numbers and samples of metrics.jsonl as well. A field is named
+    KIND/FIELD, such as update/loss; its step is the update. Needs `onelaunch[log]`. An error there
+    is shown once and does not stop a run."""
+
+    tensorboard: str = key(
+        "",
+        "A folder for the event files of TensorBoard, in a folder of the run's name, relative to "
+        "the working directory. Empty: none.",
+        allowed='`""`, a folder',
+    )
+    wandb: str = key(
+        "",
+        "A project of Weights & Biases, where the run has the name of its folder. WANDB_API_KEY, "
+        "WANDB_MODE=offline and the other variables of wandb have an effect. Empty: none.",
+        allowed='`""`, a name',
     )
 
 

@@ -18,11 +18,16 @@ from onelaunch.checkpoints.run_folder import (
 from onelaunch.engines.engine import TrainEngine
 from onelaunch.errors import BadInput
 from onelaunch.training.data import Sampler, TokenData
+from onelaunch.training.optim import (
+    Optimizer,
+    load_state_tensors,
+    optimizer_name,
+    state_tensors,
+)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 GRADIENTS_FILE = "gradients.safetensors"
 ENGINE_FILE = "engine.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -43,25 +48,20 @@ def save(
     run: Path,
     progress: Progress,
     engine: TrainEngine,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     data: TokenData,
     sampler: Sampler,
     accum: int,
 ) -> Path:
-    """Write a checkpoint: weights, AdamW's moments, gradients of an unfinished update, the state of
-    the engine, random states, the position of the sampler, and the progress."""
+    """Write a checkpoint: weights, the states of optimizer and engine, gradients of an unfinished
+    update, random states, the position of the sampler, and the progress."""
     parameters = engine.parameters()
     device = next(iter(parameters.values())).device
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: dict(parameters)}
     slots: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         slots["rng.cuda"] = torch.cuda.get_rng_state(device)
-    for name, parameter in parameters.items():
-        moments = optimizer.state.get(parameter, {})
-        for key in (*_MOMENTS, "step"):
-            if key in moments:
-                slots[f"{key}.{name}"] = moments[key]
-    files[OPTIMIZER_FILE] = slots
+    files[OPTIMIZER_FILE] = slots | state_tensors(optimizer, parameters)
     if progress.micro:
         files[GRADIENTS_FILE] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     if engine_state := engine.state_dict():
@@ -69,6 +69,7 @@ def save(
     state: dict[str, Any] = {
         **asdict(progress),
         "accum": accum,
+        "optimizer": optimizer_name(optimizer),
         "config": engine.config.to_dict(),
         "bos_id": data.bos_id,
         "stop_ids": list(data.tokenizer.stop_ids),
@@ -108,10 +109,10 @@ def restore(
     checkpoint: Path,
     state: dict[str, Any],
     engine: TrainEngine,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     sampler: Sampler,
 ) -> None:
-    """Restore moments, gradients, random states, the sampler and the state of the engine. Weights
+    """Restore the states of optimizer, random numbers, sampler and engine, and gradients. Weights
     and progress are arguments of the engine and the trainer."""
     parameters = engine.parameters()
     device = next(iter(parameters.values())).device
@@ -121,17 +122,7 @@ def restore(
     if device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
     if state["update"]:
-        for name, parameter in parameters.items():
-            slots: dict[str, Tensor] = {}
-            for key in _MOMENTS:
-                moment = _tensor(tensors, f"{key}.{name}", source).to(parameter.device)
-                if moment.shape != parameter.shape:
-                    raise BadInput(f"{source}: {key}.{name} has the wrong shape")
-                slots[key] = moment
-            step = _tensor(tensors, f"step.{name}", source)
-            fused = optimizer.defaults.get("fused")
-            slots["step"] = step.to(parameter.device) if fused else step
-            optimizer.state[parameter] = slots
+        load_state_tensors(optimizer, parameters, tensors, source)
     if state["micro"]:
         gradients = read_tensors(checkpoint, GRADIENTS_FILE, state)
         for name, parameter in parameters.items():

@@ -10,8 +10,8 @@ from typing import Any
 from onelaunch.training.folders import default_run_folder, newest_run
 from onelaunch.training.loop import Outcome
 from onelaunch.training.recipe import Recipe
+from onelaunch.training.run import dry_run, start
 from onelaunch.training.run import resume as resume_run
-from onelaunch.training.run import start
 
 DEFAULT_RECIPE = "quickstart"
 SETTINGS = "settings"
@@ -31,26 +31,47 @@ def train(
     log: called with a line where something was chosen, such as the newest run.
     Raises what `run.start` and `run.resume` do.
     """
+    recipe, name = _resolve(recipe, settings, resume)
+    if resume:
+        if run is None:
+            run = newest_run()
+            log(f"the newest run is {run}")
+        return resume_run(run, dict(settings), recipe, quiet)
+    assert recipe is not None
+    place = run or default_run_folder(name or recipe.model.preset or "run")
+    return start(recipe, place, quiet, numbered=run is None)
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describe the run that `train` would start, see `run.dry_run`."""
+    resolved, _ = _resolve(recipe, settings, resume=False)
+    assert resolved is not None
+    return dry_run(resolved)
+
+
+def _resolve(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None,
+    settings: Mapping[str, Any],
+    resume: bool,
+) -> tuple[Recipe | None, str]:
+    """Return the recipe with its settings, and a name for the run, which may be empty. None, for a
+    resume by the recipe of its run."""
     settings = dict(settings)
-    Recipe().with_settings(settings, SETTINGS)  # an unknown key is not the recipe's fault
-    if recipe is None and not resume:
-        recipe = DEFAULT_RECIPE
-    name = ""
+    # before the recipe is read: an unknown key is not the recipe's fault
+    init = Recipe().with_settings(settings, SETTINGS).train.init
+    if recipe is None and resume:
+        return None, ""
+    if recipe is None:
+        recipe = Recipe() if init else DEFAULT_RECIPE
+    name = Path(init).stem
     if isinstance(recipe, Mapping):
         recipe = Recipe.from_dict(dict(recipe), "recipe")
     elif isinstance(recipe, str | Path):
         name = Path(recipe).stem
         recipe = Recipe.load(str(recipe))
-    if recipe is not None:
-        recipe = recipe.with_settings(settings, SETTINGS)
-    if resume:
-        if run is None:
-            run = newest_run()
-            log(f"the newest run is {run}")
-        return resume_run(run, settings, recipe, quiet)
-    assert recipe is not None
-    place = run or default_run_folder(name or recipe.model.preset or "run")
-    return start(recipe, place, quiet, numbered=run is None)
+    return recipe.with_settings(settings, SETTINGS), name
 
 
 def resume_command(run: Path, quiet: bool) -> list[str]:

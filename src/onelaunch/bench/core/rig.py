@@ -19,8 +19,8 @@ from onelaunch.training.data import open_data
 from onelaunch.training.engines import make_engine
 from onelaunch.training.loop import Trainer
 from onelaunch.training.metrics import MetricsWriter
+from onelaunch.training.optim import make_optimizer
 from onelaunch.training.recipe import Recipe
-from onelaunch.training.run import make_optimizer
 from onelaunch.training.signals import StopSignals
 
 

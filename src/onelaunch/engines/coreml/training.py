@@ -221,6 +221,10 @@ class CoreMLTrainer(ReferenceEngine):
             if age.isdigit() and 0 < int(age) <= self.staleness:
                 self._snapshots.setdefault(version - int(age), {})[name] = weight.clone()
 
+    def describe(self) -> dict[str, Any]:
+        """As `ReferenceEngine.describe`; the dtype is that of what is not in programs."""
+        return {**super().describe(), "engine": "coreml"}
+
     def telemetry(self) -> dict[str, Any]:
         """Counts since the last call: compilations and their seconds, the wait for
         them, conversions, the wait for products; and how many updates old the programs are."""

@@ -22,8 +22,8 @@ from onelaunch.engines.coreml.training import CoreMLTrainer
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import MissingExtra
 from onelaunch.training.data import open_data
+from onelaunch.training.optim import make_optimizer
 from onelaunch.training.recipe import Recipe
-from onelaunch.training.run import make_optimizer
 
 Engine = TypeVar("Engine", bound=ReferenceEngine)
 

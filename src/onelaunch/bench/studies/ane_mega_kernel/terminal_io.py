@@ -141,7 +141,8 @@ def _block(trainer: Trainer, how: str, updates: int, descriptor: int) -> float:
     """Seconds per update of one block."""
     display = None
     if how == "ours":
-        header = Header("onelaunch train: bench", ("model", "data"), 10**6, 1, 1024)
+        lines = ("model", "data")
+        header = Header("onelaunch train: bench", lines, 10**6, 1, 1024, trainer.flops)
         display = Display(header, (trainer.progress.update, 0), descriptor)
     trainer.display = display
     start = time.perf_counter()

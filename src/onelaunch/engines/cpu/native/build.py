@@ -45,8 +45,9 @@ def build(options: dict[str, object], program: str = GENERATION) -> bytes:
         codemodel="jitdefault",
         jit=True,
     )
-    tuning = llvm.create_pipeline_tuning_options(3)
-    tuning.loop_vectorization = True
+    # training's loops are vectors as written
+    tuning = llvm.create_pipeline_tuning_options(2 if program == TRAINING else 3)
+    tuning.loop_vectorization = program == GENERATION
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)
     module.verify()

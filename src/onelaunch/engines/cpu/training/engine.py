@@ -77,6 +77,9 @@ class CpuTrainer(ReferenceEngine):
     ) -> Tensor:
         """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`."""
         tokens_BS = self._checked(tokens_BS, targets_BS)
+        if self._program is None:
+            self.wait()
+            mark("stall")
         fresh = self._adopt_gradients()
         count = int((targets_BS >= 0).sum())
         batch = self._batch(*tokens_BS.shape)
@@ -92,6 +95,7 @@ class CpuTrainer(ReferenceEngine):
     def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor) -> float:
         """The loss in nats, summed over the targets that are not -1; no gradient is touched."""
         tokens_BS = self._checked(tokens_BS, targets_BS)
+        self.wait()
         batch = self._batch(*tokens_BS.shape)
         batch.begin(tokens_BS, targets_BS, 0.0, False, False)
         self._run(batch)
@@ -135,7 +139,6 @@ class CpuTrainer(ReferenceEngine):
     def _batch(self, sequences: int, length: int) -> Batch:
         key = sequences, length
         if key not in self._batches:
-            self._wait()
             assert self._program is not None
             while len(self._batches) >= MOST_BATCHES:
                 del self._batches[next(iter(self._batches))]
@@ -152,7 +155,8 @@ class CpuTrainer(ReferenceEngine):
             )
         return self._batches[key]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the code is compiled. Raises RunFailed where it cannot be."""
         if self._program is None:
             self._program = self._compilation.wait()
             if self._program is None:
