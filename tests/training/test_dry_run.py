@@ -58,7 +58,7 @@ def test_epochs_are_those_of_prepared_data(tmp_path):
 def test_the_option_writes_nothing_and_shows_all(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = ["train", "--plan", "--preset", "stories260k", *words_of({"train.batch_size": 2})]
-    words += words_of({"train.updates": 7, "train.seq_len": 16})
+    words += words_of({"train.updates": 7, "train.seq_len": 16, "train.engine": "reference"})
     assert cli.run([*words, "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["tokens"] == 7 * 2 * 16
