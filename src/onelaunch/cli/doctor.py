@@ -71,7 +71,9 @@ def _page(facts: dict[str, Any]) -> str:
     if compiled["missing"]:
         rows.append(("engine cpu", f"no: {compiled['missing']}"))
     else:
-        state = "compiled" if compiled["compiled"] else "will be compiled at its first use"
+        there = {True: "compiled", False: "compiled at its first use"}
+        state = f"generation {there[compiled['compiled']]}, "
+        state += f"training {there[compiled['compiled_training']]}"
         processor = f"{compiled['processor']}, vectors of {compiled['vector_bits']} bits"
         rows.append(("engine cpu", f"for {processor}: {state}; prefetch {_prefetch(compiled)}"))
     gpu = facts["engines"]["cuda"]

@@ -92,7 +92,7 @@ def _auto_engine(cuda: bool) -> dict[str, str]:
 
 
 def _cpu_engine() -> dict[str, Any]:
-    """Whether the CPU engine can run, for which processor, and whether its program is there."""
+    """Whether the CPU engine can run, for which processor, and which of its programs are there."""
     from onelaunch.engines import cpu
 
     missing = cpu.why_not()
@@ -107,6 +107,7 @@ def _cpu_engine() -> dict[str, Any]:
         "processor": options["cpu"],
         "vector_bits": 32 * options["lanes"],
         "compiled": store.contains(program.key()),
+        "compiled_training": store.contains(program.key(program.TRAINING)),
         "prefetch": os.environ.get("ONELAUNCH_PREFETCH") or "auto",
         "prefetch_choices": len(prefetch_choice.kept(store)),
     }

@@ -9,6 +9,7 @@ import torch
 
 from onelaunch.config import ModelConfig, RopeScaling
 from onelaunch.engines.cpu.training import batch as batches
+from onelaunch.engines.cpu.training import engine
 from onelaunch.engines.cpu.training.engine import CpuTrainer
 from onelaunch.engines.cpu.training.layout import Kind
 from onelaunch.engines.reference import ReferenceEngine
@@ -48,8 +49,8 @@ def random_batch(config, sequences=2, length=70, seed=1):
     return tokens, targets
 
 
-def gradients(engine):
-    return {name: p.grad.clone() for name, p in engine.parameters().items()}
+def gradients(trainer):
+    return {name: p.grad.clone() for name, p in trainer.parameters().items()}
 
 
 def step(config, weights, batch, scale=1.0, threads=1):
@@ -123,12 +124,16 @@ def test_both_sides_of_a_block(length):
     assert error(found, {n: g for n, g in expected.items() if g.norm() > 1e-9}) < 1e-5
 
 
-def test_bits_do_not_depend_on_threads_or_run():
+def test_bits_do_not_depend_on_threads_or_run(monkeypatch):
+    monkeypatch.setattr(engine, "usable_cores", lambda: 16)
     config = SHAPES["qk-norm"]
     weights, batch = weights_of(config), random_batch(config, 3, 100)
     loss, expected = step(config, weights, batch)
     for threads in (1, 2, 3, 7):
-        again, found = step(config, weights, batch, threads=threads)
+        trainer = CpuTrainer(config, weights, threads)
+        assert trainer.describe()["threads"] == threads
+        again = trainer.train_step(*batch)
+        found = gradients(trainer)
         assert torch.equal(loss, again)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -15,7 +15,7 @@ from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
-from onelaunch.engines.cpu import program, why_not
+from onelaunch.engines.cpu import program, usable_cores, why_not
 from onelaunch.engines.cpu.program import TRAINING, TrainingProgram
 from onelaunch.engines.cpu.training.batch import Batch
 from onelaunch.engines.cpu.training.layout import Call, Kind, Step
@@ -32,8 +32,9 @@ class CpuTrainer(ReferenceEngine):
 
     Logits are PyTorch's. The code is compiled once for each processor and kept; the constructor
     begins with it, and the first step waits for it, so that every step of a run is computed in one
-    way. Gradients do not depend on the number of threads. `threads` None means as many as PyTorch
-    has. `log` gets lines for people. Raises BadInput for what cannot be had.
+    way. Gradients do not depend on the number of threads, which is PyTorch's or `threads`, and at
+    most that of the usable cores. `log` gets lines for people. Raises BadInput for what cannot be
+    had.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class CpuTrainer(ReferenceEngine):
         if reason := why_not():
             raise BadInput(f"engine='cpu': {reason}; use engine='reference'")
         super().__init__(config, weights, "cpu", "float32", threads, train=True)
-        self._threads = torch.get_num_threads()
+        self._threads = min(torch.get_num_threads(), usable_cores())
         self._log = log
         self._program: TrainingProgram | None = None
         self._parameters = {name: p.detach() for name, p in self.parameters().items()}
