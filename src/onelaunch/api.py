@@ -475,6 +475,7 @@ def train(
     """
     import torch
 
+    from onelaunch.training.ranks import joined
     from onelaunch.training.train import train as train_run
 
     settings = dict(settings or {})
@@ -482,8 +483,9 @@ def train(
         raise BadInput("init='': is empty; pass a file or a folder")
     if init is not None:
         settings["train.init"] = str(init)
-    with torch.inference_mode(False), torch.enable_grad():
-        outcome = train_run(recipe, Path(run) if run else None, settings, resume, quiet)
+    folder = Path(run) if run else None
+    with joined() as ranks, torch.inference_mode(False), torch.enable_grad():
+        outcome = train_run(recipe, folder, settings, resume, quiet, ranks=ranks)
     if outcome.restart_requested:  # coreml.compile_budget is spent
         _go_on(outcome.run)
     if outcome.signal is not None:

@@ -10,6 +10,8 @@ class OnelaunchError(Exception):
     to do."""
 
     exit_code = 2
+    elsewhere = False
+    """Whether another process of the same run prints it."""
 
 
 class BadInput(OnelaunchError, ValueError):

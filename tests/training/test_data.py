@@ -142,6 +142,18 @@ def test_a_restored_sampler_goes_on_bit_for_bit(shared_folder, spec, before, siz
 
 
 @pytest.mark.parametrize("spec", ["stories", "files"])
+def test_skipped_batches_are_those_that_another_process_reads(shared_folder, spec):
+    data = open_data("stories" if spec == "stories" else str(shared_folder))
+    all_batches, every_third = data.train(16, 5), data.train(16, 5)
+    for _ in range(4):
+        expected = [all_batches.next(3)[0] for _ in range(3)][1]
+        every_third.skip(3)
+        assert np.array_equal(every_third.next(3)[0], expected)
+        every_third.skip(3)
+    assert every_third.state_dict() == all_batches.state_dict()
+
+
+@pytest.mark.parametrize("spec", ["stories", "files"])
 @pytest.mark.parametrize(
     "damage",
     [

@@ -52,6 +52,19 @@ def screen():
     os.close(master)
 
 
+def test_the_wait_for_gradients_of_several_processes_is_a_part():
+    read, write = os.pipe()
+    display = Display(HEADER, (0, 0), write)
+    for seconds in ({}, {"reduce": 0.25}):
+        record = update_record(3)
+        record["seconds"] |= seconds
+        display.push(record)
+    assert display.parts() == ["forward 75.0%", "reduce 12.5%"]
+    display.close()
+    os.close(write)
+    os.close(read)
+
+
 def test_plain_lines_to_a_pipe():
     read, write = os.pipe()
     display = Display(HEADER, (0, 0), write)

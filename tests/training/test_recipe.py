@@ -104,6 +104,11 @@ def test_the_source_rule_scales_the_rate_with_accumulation():
     assert with_set(*at_100).learning_rate(0) == pytest.approx(3e-4)
     halved = with_set(*at_100, "optimizer.lr_rule=linear", "optimizer.lr_base_accum=200")
     assert halved.learning_rate(0) == pytest.approx(1.5e-4)
+    for rule in ("none", "linear", "sqrt"):  # two processes do twice the micro-steps
+        half, whole = (
+            with_set(f"train.accum={accum}", f"optimizer.lr_rule={rule}") for accum in (7, 14)
+        )
+        assert half.learning_rate(50, ranks=2) == whole.learning_rate(50)
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():

@@ -58,6 +58,8 @@ def run(argv: list[str]) -> int:
     except usage_errors as error:
         topic = f"onelaunch {verb}" if verb in verbs else "onelaunch"
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        if verb == "train" and os.environ.get("RANK", "0") != "0":
+            return 2  # of several processes with the same words, the first prints it
         return _fail(f"{message} (see: {topic} --help)", 2, error)
     except BrokenPipeError:
         # The reader of our standard output left, as `head` does.
@@ -124,6 +126,8 @@ def _flush_or_discard_standard_output() -> None:
 def _fail(message: str, code: int, error: BaseException) -> int:
     from onelaunch.cli import common
 
+    if getattr(error, "elsewhere", False):
+        return code  # another process of the run prints it
     if common.debug:
         traceback.print_exception(error)
     else:

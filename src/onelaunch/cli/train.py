@@ -7,13 +7,16 @@ import json as json_module
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onelaunch.cli.common import Debug, Json, Quiet, log, program
 from onelaunch.config import PRESETS
 from onelaunch.errors import BadInput
+
+if TYPE_CHECKING:
+    from onelaunch.training.loop import Outcome
 
 
 def train(
@@ -105,53 +108,67 @@ def train(
 
     --json is for --plan.
     """
+    from onelaunch.training.ranks import joined
     from onelaunch.training.recipe import Recipe, parse_setting
     from onelaunch.training.train import plan as plan_run
     from onelaunch.training.train import train as train_run
 
-    settings: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in PRESETS:
-            raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        settings["model.preset"] = preset
-    if init == "":
-        raise BadInput("--init: is empty; give a file or a folder")
-    if init is not None:
-        settings["train.init"] = init
-    if data is not None:
-        settings["data.path"] = data
-    for text in set_ or []:
-        try:
-            key, value = parse_setting(text)
-        except BadInput as error:
-            raise BadInput(f"--set {error}") from None
-        settings[key] = value
-    options = {
-        "train.accum": accum,
-        "train.device": device,
-        "train.engine": engine,
-        "coreml.compile_budget": compile_budget,
-    }
-    settings |= {key: value for key, value in options.items() if value is not None}
-    named = recipe if recipe is not None or preset is None else Recipe()
-    if json and not plan:
-        raise BadInput("--json: is for --plan; leave it out")
-    if resume and plan:
-        raise BadInput("--plan: shows a new run; leave out --resume")
-    if plan:
+    with joined() as ranks:
+        quiet = quiet or not ranks.writes
+        settings: dict[str, Any] = {}
+        if preset is not None:
+            if preset not in PRESETS:
+                raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+            settings["model.preset"] = preset
+        if init == "":
+            raise BadInput("--init: is empty; give a file or a folder")
+        if init is not None:
+            settings["train.init"] = init
+        if data is not None:
+            settings["data.path"] = data
+        for text in set_ or []:
+            try:
+                key, value = parse_setting(text)
+            except BadInput as error:
+                raise BadInput(f"--set {error}") from None
+            settings[key] = value
+        options = {
+            "train.accum": accum,
+            "train.device": device,
+            "train.engine": engine,
+            "coreml.compile_budget": compile_budget,
+        }
+        settings |= {key: value for key, value in options.items() if value is not None}
+        named = recipe if recipe is not None or preset is None else Recipe()
+        if json and not plan:
+            raise BadInput("--json: is for --plan; leave it out")
+        if resume and plan:
+            raise BadInput("--plan: shows a new run; leave out --resume")
+        if plan:
+            with _settings_as_options(options):
+                facts = plan_run(named, settings)
+            if ranks.writes:
+                print(json_module.dumps(facts) if json else _plan_text(facts))
+            return 0
         with _settings_as_options(options):
-            facts = plan_run(named, settings)
-        print(json_module.dumps(facts) if json else _plan_text(facts))
-        return 0
-    with _settings_as_options(options):
-        outcome = train_run(named, run, settings, resume, quiet, lambda line: log(line, quiet))
+            outcome = train_run(
+                named, run, settings, resume, quiet, lambda line: log(line, quiet), ranks
+            )
+        return _report(outcome, quiet, silent=not ranks.writes)
+
+
+def _report(outcome: Outcome, quiet: bool, silent: bool) -> int:
+    """Say how a run ended, and what can be done with it; returns the exit code."""
     run = outcome.run
     if outcome.restart_requested:
         _go_on(run, quiet)
     at, folder = outcome.progress, shlex.quote(str(run))
     where = f"update {at.update}" + (f" and {at.micro} micro-steps" if at.micro else "")
     if outcome.signal is not None:
-        log(f"stopped; saved at {where}; continue: {program()} train --resume --run {folder}")
+        log(
+            f"stopped; saved at {where}; continue: {program()} train --resume --run {folder}",
+            silent,
+        )
         return 128 + outcome.signal
     best = ""
     if at.best_val_loss is not None:

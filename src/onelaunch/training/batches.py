@@ -23,6 +23,9 @@ class Sampler(Protocol):
     def next(self, batch_size: int) -> Batch:
         """Return the next (tokens_BS, targets_BS), int64; targets are the tokens shifted by one."""
 
+    def skip(self, batch_size: int) -> None:
+        """Move past the next batch, which another process reads."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream, a small JSON object."""
 

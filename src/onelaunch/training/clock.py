@@ -7,6 +7,8 @@ import time
 import torch
 
 PARTS = ("data", "forward", "backward", "optimizer", "display", "checkpoint", "evaluation")
+REDUCE = "reduce"
+"""A further part, of several processes: the wait for the sums of their gradients."""
 
 
 class StepClock:

@@ -55,7 +55,7 @@ def describe_run(
         "epochs": tokens / data_tokens if data_tokens else None,
         "optimizer": recipe.optimizer.name,
         "schedule": recipe.optimizer.schedule,
-        "peak_lr": recipe.optimizer.lr * recipe.lr_scale,
+        "peak_lr": recipe.optimizer.lr * recipe.lr_scale(),
         "memory": {
             "weight_bytes": 4 * config.n_params,
             "gradient_bytes": fit.needed.gradients,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.engines.engine import LogitsEngine, LossEngine
 from onelaunch.errors import BadInput, MissingExtra
 from onelaunch.training.data import TokenData
+from onelaunch.training.ranks import ALONE, Ranks
 
 # Longer contexts are evaluated in windows of this.
 MAX_WINDOW = 2048
@@ -39,15 +41,23 @@ def evaluate(
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda tokens: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Return the mean loss over (tokens_BS, targets_BS) batches. `stop` is polled before each."""
-    total, count = 0.0, 0
-    for tokens_BS, targets_BS in batches:
-        if stop():
-            return Evaluation(float("nan"), count, whole=False)
+    """Return the mean loss over (tokens_BS, targets_BS) batches. `stop` is polled before each.
+
+    Of several ranks each computes every n-th batch, and all return the same.
+    """
+    total, count, stopped = 0.0, 0, False
+    for tokens_BS, targets_BS in islice(batches, ranks.rank, None, ranks.size):
+        if stopped := stop():
+            break
         total += _loss_sum(engine, torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS))
         count += targets_BS.size
         progress(count)
+    total, n_tokens, n_stopped = ranks.add(total, count, stopped)
+    count = int(n_tokens)
+    if n_stopped:
+        return Evaluation(float("nan"), count, whole=False)
     return Evaluation(total / max(1, count), count)
 
 

@@ -58,11 +58,13 @@ class TrainingFlops:
 
 
 def training_flops(
-    config: ModelConfig, seq_len: int, device: torch.device, dtype: str
+    config: ModelConfig, seq_len: int, device: torch.device, dtype: str, devices: int = 1
 ) -> TrainingFlops:
-    """Return the cost of a model's tokens in sequences of `seq_len`, and the peak of a device."""
+    """Return the cost of a model's tokens in sequences of `seq_len`, and the peak of so many
+    devices."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return TrainingFlops(flops_per_token(config, seq_len), peak_flops(name, dtype))
+    peak = peak_flops(name, dtype)
+    return TrainingFlops(flops_per_token(config, seq_len), peak and devices * peak)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:

@@ -5,9 +5,12 @@ step on their averaged gradient. Between updates come checkpoints and evaluation
 follows a checkpoint, so that no training is lost if it fails. A run stops between micro-steps only:
 it then saves the gradients so far.
 
-The order of all batches is fixed by the recipe, and the gradient of each micro-step is scaled by
-1/accum. So several processes can share the micro-steps of an update: each takes every n-th of them,
-and gradients are summed before the optimizer step.
+The order of all batches is fixed by the recipe. Several processes (ranks.py) share the micro-steps
+of an update, which then are `accum` for each of n ranks: rank r takes the r-th of every n. Each
+micro-step's gradient is scaled by 1 / (n * accum), and gradients are summed over the ranks before
+the optimizer step, which all take alike. So n ranks compute what one process does with n times the
+micro-steps. What depends on time or on signals is agreed with each update, and within an update
+about once in a second.
 """
 
 from __future__ import annotations
@@ -28,17 +31,24 @@ from onelaunch.checkpoints.run_folder import prune_checkpoints, set_best
 from onelaunch.engines.engine import TrainEngine
 from onelaunch.errors import RunFailed
 from onelaunch.training import state as saved
-from onelaunch.training.clock import StepClock
+from onelaunch.training.batches import Batch
+from onelaunch.training.buckets import GradientBuckets
+from onelaunch.training.clock import REDUCE, StepClock
 from onelaunch.training.data import Sampler, TokenData
 from onelaunch.training.display import Display
 from onelaunch.training.evaluate import evaluate
 from onelaunch.training.flops import training_flops
 from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.optim import Optimizer
-from onelaunch.training.recipe import Recipe
+from onelaunch.training.ranks import ALONE, DECISION_NUMBERS, Decision, Ranks, decision_of
+from onelaunch.training.recipe import MAX_ACCUM, Recipe
 from onelaunch.training.samples import draw_sample, encode_prompt
+from onelaunch.training.shuffle import mix64
 from onelaunch.training.signals import StopSignals
 from onelaunch.training.state import Progress
+
+AGREEMENT_SECONDS = 1.0
+"""About how often ranks agree within an update."""
 
 
 @dataclass
@@ -57,7 +67,8 @@ class Outcome:
 class Trainer:
     """One run in one process. `train()` is the loop, the other methods are its steps.
 
-    `checkpoint` is the newest one; None at the start of a new run.
+    `checkpoint` is the newest one; None at the start of a new run. Only the rank that writes has
+    `metrics`.
     """
 
     recipe: Recipe
@@ -66,42 +77,67 @@ class Trainer:
     data: TokenData
     sampler: Sampler
     optimizer: Optimizer
-    metrics: MetricsWriter
+    metrics: MetricsWriter | None
     stop: StopSignals
     display: Display | None = None
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
     seq_len: int = 0
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.parameters = self.engine.parameters()
         self.device = next(iter(self.parameters.values())).device
         self.seq_len = self.seq_len or self.recipe.train.seq_len or self.engine.config.max_seq_len
         dtype = self.engine.describe()["dtype"]
-        self.flops = training_flops(self.engine.config, self.seq_len, self.device, dtype)
+        self.flops = training_flops(
+            self.engine.config, self.seq_len, self.device, dtype, self.ranks.size
+        )
         self._clock = StepClock(self.device)
         self._loss_sum = torch.tensor(self.progress.loss_sum, device=self.device)
         at = (self.progress.update, self.progress.micro)
         self._saved_at = at if self.checkpoint is not None else None
         self._saved_time = time.monotonic()
+        self._agreed = Decision()
+        self._micro_seconds = math.inf
+        self._buckets: GradientBuckets | None = None
+        if self.ranks.size > 1:
+            self._buckets = GradientBuckets(list(self.parameters.values()), 1 + DECISION_NUMBERS)
 
     def train(self) -> Outcome:
         """Run to the recipe's last update, or to a stop signal."""
         progress, total = self.progress, self.recipe.train.updates
         self._clock.begin()
+        self._agree()
         while True:
             if progress.micro == 0:
                 self._between_updates(last=progress.update >= total)
-            if self.stop.received is not None or progress.update >= total:
+            if self._decision.signal is not None or progress.update >= total:
                 break
             if self.engine.restart_requested:
                 break
             self._update()
-        restart_requested = self.stop.received is None and progress.update < total
-        if self.stop.received is not None or restart_requested:
+        signal = self._decision.signal
+        restart_requested = signal is None and progress.update < total
+        if signal is not None or restart_requested:
             self._save()
         self._record({"kind": "end", "update": progress.update, "seconds": self._clock.end()})
-        return Outcome(self.recipe, self.run, progress, self.stop.received, restart_requested)
+        return Outcome(self.recipe, self.run, progress, signal, restart_requested)
+
+    @property
+    def _decision(self) -> Decision:
+        """What several ranks agreed last; for one process, what it finds now."""
+        return self._proposal() if self.ranks.size == 1 else self._agreed
+
+    def _proposal(self) -> Decision:
+        seconds = time.monotonic() - self._saved_time
+        interval = min(MAX_ACCUM, max(1, int(AGREEMENT_SECONDS / self._micro_seconds)))
+        return Decision(
+            self.stop.received, seconds >= self.recipe.checkpoint.minutes * 60, interval
+        )
+
+    def _agree(self) -> None:
+        self._agreed = self.ranks.agree(self._proposal())
 
     def _between_updates(self, last: bool) -> None:
         progress, recipe = self.progress, self.recipe
@@ -110,11 +146,11 @@ class Trainer:
         def due(every: int) -> bool:
             return at > 0 and (last or (every > 0 and at % every == 0))
 
-        if self.stop.received is not None:
+        decision = self._decision
+        if decision.signal is not None:
             return
         evaluated_next = due(recipe.eval.every) and progress.evaluated < at
-        minutes = (time.monotonic() - self._saved_time) / 60
-        overdue = at > 0 and minutes >= recipe.checkpoint.minutes
+        overdue = at > 0 and decision.save
         # a resume then needs no file of another model
         initial = at == 0 and self.checkpoint is None and recipe.train.init != ""
         if initial or due(recipe.checkpoint.every) or overdue or evaluated_next:
@@ -130,24 +166,32 @@ class Trainer:
         started_at, tokens_before = progress.micro, progress.tokens
         while progress.micro < accum:
             self._micro_step()
-            if self.stop.received is not None and progress.micro < accum:
-                return
+            if progress.micro < accum:
+                if self.ranks.size > 1 and progress.micro % self._agreed.interval == 0:
+                    self._agree()
+                if self._decision.signal is not None:
+                    return
             self._save_if_overdue()
-        lr = self.recipe.learning_rate(progress.update)
+        lr = self.recipe.learning_rate(progress.update, self.ranks.size)
+        sums = self._sum_over_ranks()
         self._clock.skip()
         norm = self._optimizer_step(lr)
         self.engine.after_update()
         # one wait for the device per update
-        loss_sum, grad_norm = torch.stack((self._loss_sum, norm)).tolist()
-        loss = loss_sum / accum
+        loss_sum, *agreed, grad_norm = torch.cat((sums, norm[None])).tolist()
+        n_micro_steps = self.ranks.size * accum
+        loss = loss_sum / n_micro_steps
         self._clock.mark("optimizer")
+        if agreed:
+            self._agreed = decision_of(agreed)
         progress.update += 1
         progress.micro, progress.loss_sum = 0, 0.0
         self._loss_sum.zero_()
         seconds = self._clock.end()
         self._clock.begin()
+        self._micro_seconds = seconds["wall"] / (accum - started_at)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.metrics.push({"kind": "diverged", "update": progress.update})
+            self._push({"kind": "diverged", "update": progress.update})
             raise self._diverged(loss, grad_norm, progress.update)
         record = {
             "kind": "update",
@@ -155,7 +199,7 @@ class Trainer:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "micro_steps": accum,
+            "micro_steps": n_micro_steps,
             "tokens": progress.tokens,
             "seconds": seconds,
             "time": time.time(),
@@ -169,19 +213,49 @@ class Trainer:
 
     def _micro_step(self) -> None:
         progress, clock, recipe = self.progress, self._clock, self.recipe
+        accum, n_ranks = recipe.train.accum, self.ranks.size
         clock.skip()
-        tokens_BS, targets_BS = self.sampler.next(recipe.train.batch_size)
+        tokens_BS, targets_BS = self._next_batch()
         tokens = torch.from_numpy(tokens_BS).to(self.device, non_blocking=True)
         targets = torch.from_numpy(targets_BS).to(self.device, non_blocking=True)
         clock.mark("data")
-        scale = 1.0 / recipe.train.accum
+        if self._buckets is not None and progress.micro == accum - 1:
+            self._buckets.overlap()
+        scale = 1.0 / (n_ranks * accum)
         loss = self.engine.train_step(tokens, targets, scale, clock.mark)
         self._loss_sum += loss
         clock.mark("forward")
         progress.micro += 1
-        progress.tokens += tokens_BS.size
+        progress.tokens += n_ranks * tokens_BS.size
         if self.display is not None:
             self.display.progress(progress.update, progress.micro)
+
+    def _next_batch(self) -> Batch:
+        """Draw this rank's batch of the next micro-step, and skip the others'."""
+        train, ranks, progress = self.recipe.train, self.ranks, self.progress
+        for _ in range(ranks.rank):
+            self.sampler.skip(train.batch_size)
+        batch = self.sampler.next(train.batch_size)
+        for _ in range(ranks.size - 1 - ranks.rank):
+            self.sampler.skip(train.batch_size)
+        if ranks.size > 1 and train.dropout:
+            # ranks must not drop the same elements, nor drop others after a resume
+            micro_step = progress.update * train.accum + progress.micro
+            number = ranks.size * micro_step + ranks.rank
+            torch.manual_seed(mix64(mix64(train.seed) + number) >> 1)
+        return batch
+
+    def _sum_over_ranks(self) -> Tensor:
+        """Sum the gradients over the ranks. Returns the sum of losses, and of several ranks the
+        numbers of their decision, on the device."""
+        if self._buckets is None:
+            return self._loss_sum[None]
+        self._clock.skip()
+        proposal = torch.tensor(self.ranks.encode(self._proposal()))
+        proposal = proposal.to(self.device, non_blocking=True)
+        sums = self._buckets.finish(torch.cat((self._loss_sum[None], proposal)))
+        self._clock.mark(REDUCE)
+        return sums
 
     def _optimizer_step(self, lr: float) -> Tensor:
         """Clip, step, zero; returns the norm of the averaged gradient, on the device."""
@@ -204,12 +278,19 @@ class Trainer:
             "val", self.seq_len, recipe.train.batch_size, recipe.eval.batches
         )
         with self._timed("evaluation"):
-            result = evaluate(self.engine, batches, stop=lambda: self.stop.received is not None)
+            result = evaluate(
+                self.engine,
+                batches,
+                stop=lambda: self.stop.received is not None,
+                ranks=self.ranks,
+            )
         if not result.whole:
+            self._agree()
             return  # the resumed run does it again
         if not math.isfinite(result.loss):
             if self.checkpoint is not None and self.checkpoint != before:
-                shutil.rmtree(self.checkpoint, ignore_errors=True)
+                if self.ranks.writes:
+                    shutil.rmtree(self.checkpoint, ignore_errors=True)
                 self.checkpoint = before
             raise self._diverged(result.loss, None, progress.update)
         progress.evaluated, progress.val_loss = progress.update, result.loss
@@ -226,6 +307,8 @@ class Trainer:
             }
         )
         self._notice(f"update {progress.update}: validation loss {result.loss:.4f}")
+        if self.metrics is None:
+            return
         self._sample()
         assert self.checkpoint is not None
         with self._timed("checkpoint"):
@@ -259,7 +342,11 @@ class Trainer:
         at = (progress.update, progress.micro)
         with self._timed("checkpoint"):
             if self._saved_at != at:
-                self.metrics.flush()
+                if self.metrics is not None:
+                    self.metrics.flush()
+                self.ranks.check_same(
+                    self.parameters.values(), f"{self.run}: update {progress.update}"
+                )
                 progress.loss_sum = self._loss_sum.item()
                 self._check_partial()
                 self.checkpoint = saved.save(
@@ -270,12 +357,16 @@ class Trainer:
                     self.data,
                     self.sampler,
                     self.recipe.train.accum,
+                    self.ranks,
                 )
         self._saved_at, self._saved_time = at, time.monotonic()
+        self._agreed = self._agreed._replace(save=False)
         if prune:
             self._prune()
 
     def _prune(self) -> None:
+        if not self.ranks.writes:
+            return
         with self._timed("checkpoint"):
             prune_checkpoints(self.run, self.recipe.checkpoint.keep)
 
@@ -285,17 +376,15 @@ class Trainer:
             return
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
-        if not (math.isfinite(self.progress.loss_sum) and math.isfinite(norm)):
-            self.metrics.push({"kind": "diverged", "update": self.progress.update + 1})
-            raise self._diverged(self.progress.loss_sum, norm, self.progress.update + 1)
+        loss_sum, norm = self.ranks.add(self.progress.loss_sum, norm)
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            self._push({"kind": "diverged", "update": self.progress.update + 1})
+            raise self._diverged(loss_sum, norm, self.progress.update + 1)
 
     def _save_if_overdue(self) -> None:
         """Save within an update of many micro-steps, after `checkpoint.minutes`."""
         unfinished = 0 < self.progress.micro < self.recipe.train.accum
-        if (
-            unfinished
-            and time.monotonic() - self._saved_time >= self.recipe.checkpoint.minutes * 60
-        ):
+        if unfinished and self._decision.save:
             self._save()
 
     def _diverged(self, loss: float, grad_norm: float | None, update: int) -> RunFailed:
@@ -308,14 +397,18 @@ class Trainer:
             f"{saved_state}; try a lower optimizer.lr or a longer optimizer.warmup"
         )
 
+    def _push(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.push(record)
+
     def _record(self, record: dict[str, Any]) -> None:
         """Pass a record to the writer and the display, without waiting."""
         with self._timed("display"):
-            self.metrics.push(record)
+            self._push(record)
             if self.display is not None:
                 self.display.progress(self.progress.update, self.progress.micro)
                 self.display.push(record)
-        if self.metrics.error is not None:
+        if self.metrics is not None and self.metrics.error is not None:
             raise self.metrics.error
 
     def _notice(self, text: str) -> None:

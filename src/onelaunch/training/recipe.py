@@ -125,15 +125,15 @@ class Recipe:
             base.update(head_dim=0, n_kv_heads=0)
         return base
 
-    @property
-    def lr_scale(self) -> float:
-        """The factor of the learning rate by `lr_rule`."""
-        ratio = self.train.accum / self.optimizer.lr_base_accum
+    def lr_scale(self, ranks: int = 1) -> float:
+        """Return the factor of the learning rate by `lr_rule`, for so many processes."""
+        ratio = ranks * self.train.accum / self.optimizer.lr_base_accum
         return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[self.optimizer.lr_rule]
 
-    def learning_rate(self, update: int) -> float:
-        """Return the rate of update 0, 1, ..., see `schedules.learning_rate`."""
-        peak = self.optimizer.lr * self.lr_scale
+    def learning_rate(self, update: int, ranks: int = 1) -> float:
+        """Return the rate of update 0, 1, ... of so many processes, see
+        `schedules.learning_rate`."""
+        peak = self.optimizer.lr * self.lr_scale(ranks)
         return learning_rate(self.optimizer, peak, update, self.train.updates)
 
     def with_settings(self, settings: dict[str, Any], source: str) -> Recipe:

@@ -53,6 +53,7 @@ from onelaunch.training.initial import load_init
 from onelaunch.training.loop import Outcome, Trainer
 from onelaunch.training.memory import check_fits, explain_out_of_memory, fit_in_memory
 from onelaunch.training.optim import Optimizer, make_optimizer
+from onelaunch.training.ranks import ALONE, Ranks
 from onelaunch.training.recipe import Recipe, differences
 from onelaunch.training.samples import encode_prompt
 from onelaunch.training.signals import StopSignals
@@ -84,38 +85,49 @@ class _Resumed:
     notices: tuple[str, ...]
 
 
-def start(recipe: Recipe, run: Path, quiet: bool = False, numbered: bool = False) -> Outcome:
+def start(
+    recipe: Recipe,
+    run: Path,
+    quiet: bool = False,
+    numbered: bool = False,
+    ranks: Ranks = ALONE,
+) -> Outcome:
     """Train into a new run folder, from random weights or those of `train.init`; the outcome has
     the folder's path.
 
-    `numbered` adds -2, -3, ... to the name of the folder if it exists. Raises BadInput if the
-    folder is not empty, the recipe does not match its data, or the run cannot fit in memory;
-    RunFailed if it diverges, runs out of memory, or the disk is full.
+    `numbered` adds -2, -3, ... to the name of the folder if it exists. Of several ranks the first
+    makes the folder, once all are ready. Raises BadInput if the folder is not empty, the recipe
+    does not match its data, or the run cannot fit in memory; RunFailed if it diverges, runs out of
+    memory, or the disk is full.
     """
-    if not numbered and run.exists() and not run.is_dir():
-        raise BadInput(f"{run}: is a file; choose another folder, run=DIR")
-    unstarted = not numbered and run.is_dir() and _is_unstarted(run)
-    if not numbered and run.is_dir() and any(run.iterdir()) and not unstarted:
-        raise _not_empty(run)
+    unstarted = not numbered and ranks.writes and _is_free(run)
     with StopSignals() as stop, explain_out_of_memory(recipe):
-        data = _open_data(recipe)
-        setup = _initial_setup(with_absolute_data(recipe), run, data)
-        existed = run.is_dir()
-        if numbered:
-            setup = replace(setup, run=make_unique_folder(run))
-        _make_folder(setup, unstarted, existed and not numbered)
-        with _run_lock(setup.run), explain_out_of_memory(recipe, setup.run):
-            return _train(setup, stop, quiet)
+        data = _open_data(recipe, ranks)
+        setup = _initial_setup(with_absolute_data(recipe), run, data, ranks)
+        _check_ranks(setup.recipe, data, ranks)
+        if ranks.writes:
+            existed = run.is_dir()
+            if numbered:
+                setup = replace(setup, run=make_unique_folder(run))
+            _make_folder(setup, unstarted, existed and not numbered)
+        setup = replace(setup, run=ranks.from_first(setup.run))
+        with _run_lock(setup.run, ranks), explain_out_of_memory(recipe, setup.run):
+            return _train(setup, stop, quiet, ranks)
 
 
 def resume(
-    run: Path, settings: dict[str, Any], expected: Recipe | None = None, quiet: bool = False
+    run: Path,
+    settings: dict[str, Any],
+    expected: Recipe | None = None,
+    quiet: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Continue a run exactly, from its newest valid checkpoint.
 
     `settings` change the saved recipe, except its model, its data and `train.init`. The recipe
-    `expected` must describe the same model; it has no other effect. Raises BadInput if the model or
-    the data differ; the run is then unchanged.
+    `expected` must describe the same model; it has no other effect. The number of ranks may be
+    another one, except in the middle of an update. Raises BadInput if the model or the data differ;
+    the run is then unchanged.
     """
     if not (run / "run.json").is_file():
         raise BadInput(f"{run}: not a run folder (no run.json); nothing to resume")
@@ -126,14 +138,14 @@ def resume(
             f"init={settings['train.init']!r}: {run} has weights already, and continues with "
             "these; leave it out, or start a new run"
         )
-    with StopSignals() as stop, _run_lock(run), explain_out_of_memory(recipe, run):
+    with StopSignals() as stop, _run_lock(run, ranks), explain_out_of_memory(recipe, run):
         run_json = read_run(run)
         if "data.path" in settings:
             recipe = with_absolute_data(recipe)
         else:
             recipe = with_relocated_data(recipe, run, run_json)
         config = ModelConfig.from_dict(run_json.get("config"), str(run / "run.json"))
-        data = _open_data(recipe)
+        data = _open_data(recipe, ranks)
         for candidate in (recipe, expected):
             if candidate is not None:
                 init = config if candidate.train.init else None
@@ -141,17 +153,21 @@ def resume(
         changed = recipe if recipe != saved_recipe else None
         if not list_checkpoints(run):
             # stopped before its first checkpoint: start again from the recipe
-            setup = _initial_setup(recipe, run, data)
+            setup = _initial_setup(recipe, run, data, ranks)
             _check_same_model(run, config, setup.engine.config)
-            return _train(setup, stop, quiet, changed=changed)
+            _check_ranks(recipe, data, ranks)
+            return _train(setup, stop, quiet, ranks, changed=changed)
         checkpoint, state, damaged = newest_valid_checkpoint(run)
-        _check_state(run, checkpoint, state, recipe, config, data)
+        _check_state(run, checkpoint, state, recipe, config, data, ranks.size)
         _check_memory(recipe, config)
         weights = read_tensors(checkpoint, MODEL_FILE, state)
         check_weights(config, weights, checkpoint / MODEL_FILE)
         setup = _build(recipe, run, config, weights, data)
         progress = saved.read_progress(state, checkpoint)
-        saved.restore(checkpoint, state, setup.engine, setup.optimizer, setup.sampler)
+        saved.restore(
+            checkpoint, state, setup.engine, setup.optimizer, setup.sampler, progress, ranks.rank
+        )
+        _check_ranks(recipe, data, ranks)
         notices = [f"skipped a damaged checkpoint: {reason}" for reason in damaged.values()]
         notices.append(f"resumed from {checkpoint.name}")
         if state.get("threads") != torch.get_num_threads():
@@ -171,11 +187,17 @@ def resume(
                 f"norm changed from {norm} to {setup.engine.norm}: results may differ in the last "
                 f"bits; train.norm={norm} keeps it"
             )
+        if (before := state.get("ranks", 1)) != ranks.size:
+            notices.append(
+                f"processes changed from {before} to {ranks.size}: an update has "
+                f"{ranks.size * recipe.train.accum} micro-steps, it had {before * state['accum']}"
+            )
         if expected and with_absolute_paths(with_absolute_data(expected)) != recipe:
             notices.append("the recipe of the run is used; change it by single settings")
-        mark_damaged(damaged)
+        if ranks.writes:
+            mark_damaged(damaged)
         resumed = _Resumed(checkpoint, state, progress, tuple(notices))
-        return _train(setup, stop, quiet, resumed, changed)
+        return _train(setup, stop, quiet, ranks, resumed, changed)
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -183,7 +205,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     written. Raises what `start` raises before it writes, except for a run that cannot fit in
     memory."""
     with explain_out_of_memory(recipe):
-        data = _open_data(recipe)
+        data = _open_data(recipe, ALONE)
         init = load_init(recipe, data)
         config = init.config if init else recipe.model_config(data.vocab_size)
         seq_len = _sequence_length(recipe, config)
@@ -192,7 +214,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         if fit.misfit is not None:
             facts = describe_run(recipe, config, data, seq_len, fit, None)
             return {**facts, "engine": recipe.train.engine, "device": str(device), "dtype": None}
-        setup = _initial_setup(recipe, Path(), data)
+        setup = _initial_setup(recipe, Path(), data, ALONE)
         engine = setup.engine.describe()
         seconds = None
         try:
@@ -206,11 +228,27 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         return {**facts, **{key: engine[key] for key in ("engine", "device", "dtype")}}
 
 
-def _open_data(recipe: Recipe) -> TokenData:
+def _open_data(recipe: Recipe, ranks: Ranks) -> TokenData:
+    if ranks.size > 1 and recipe.coreml.compile_budget:
+        raise BadInput("coreml.compile_budget: is for one process alone; leave it out")
+    ranks.use_device(recipe.train.device)
     resolve_device(recipe.train.device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     return open_data(recipe.data.path, recipe.train.seed)
+
+
+def _check_ranks(recipe: Recipe, data: TokenData, ranks: Ranks) -> None:
+    """Raise BadInput on a rank whose recipe or data are not rank 0's; the others wait for it."""
+    if ranks.size == 1:
+        return
+    settings = {line for line in recipe.to_toml().splitlines() if not line.startswith("path = ")}
+    first_settings, first_data = ranks.from_first((settings, data.fingerprint))
+    if different := ", ".join(sorted(settings - first_settings)):
+        raise BadInput(f"{different}: differs from rank 0; start all processes with equal options")
+    if data.fingerprint != first_data:
+        raise BadInput(f"{recipe.data.path}: the data differs from rank 0's")
+    ranks.wait()
 
 
 def _check_same_model(path: Path, saved_config: ModelConfig, config: ModelConfig) -> None:
@@ -229,8 +267,10 @@ def _check_state(
     recipe: Recipe,
     config: ModelConfig,
     data: TokenData,
+    n_ranks: int,
 ) -> None:
-    """Raise BadInput unless a checkpoint can continue with this recipe, model and data."""
+    """Raise BadInput unless a checkpoint can continue with this recipe, model, data and number of
+    processes."""
     source = str(checkpoint / "state.json")
     saved_config = ModelConfig.from_dict(state.get("config"), source)
     _check_same_model(checkpoint, saved_config, config)
@@ -249,9 +289,14 @@ def _check_state(
             f"accum={recipe.train.accum}: {run} stopped after {state['micro']} of "
             f"{state.get('accum')} micro-steps of an update; finish it with the same accum first"
         )
+    if state["micro"] and (before := state.get("ranks", 1)) != n_ranks:
+        raise BadInput(
+            f"{run}: stopped after {state['micro']} of {state.get('accum')} micro-steps of an "
+            f"update in each of {before} processes, not {n_ranks}; finish it with {before} first"
+        )
 
 
-def _initial_setup(recipe: Recipe, run: Path, data: TokenData) -> _Setup:
+def _initial_setup(recipe: Recipe, run: Path, data: TokenData, ranks: Ranks) -> _Setup:
     """Set up a run from the weights of `train.init`, or random ones, and seed PyTorch."""
     init = load_init(recipe, data)
     config = init.config if init else recipe.model_config(data.vocab_size)
@@ -261,6 +306,7 @@ def _initial_setup(recipe: Recipe, run: Path, data: TokenData) -> _Setup:
     else:
         weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
         notices = ()
+    ranks.weights_from_first(weights)
     setup = _build(recipe, run, config, weights, data)
     torch.manual_seed(recipe.train.seed)
     return replace(setup, recipe=with_absolute_paths(recipe), notices=notices)
@@ -293,6 +339,17 @@ def _build(
     engine = make_engine(recipe, config, weights)
     optimizer = make_optimizer(engine.parameters(), recipe)
     return _Setup(recipe, run, data, engine, optimizer, sampler, seq_len)
+
+
+def _is_free(run: Path) -> bool:
+    """Return whether a folder has the files of a start that was killed; raises BadInput unless it
+    has those alone, or none."""
+    if run.exists() and not run.is_dir():
+        raise BadInput(f"{run}: is a file; choose another folder, run=DIR")
+    unstarted = run.is_dir() and _is_unstarted(run)
+    if run.is_dir() and any(run.iterdir()) and not unstarted:
+        raise _not_empty(run)
+    return unstarted
 
 
 def _is_unstarted(run: Path) -> bool:
@@ -340,10 +397,16 @@ def _train(
     setup: _Setup,
     stop: StopSignals,
     quiet: bool,
+    ranks: Ranks,
     resumed: _Resumed | None = None,
     changed: Recipe | None = None,
 ) -> Outcome:
     """Run the loop, with telemetry. `changed` replaces the recipe of the run."""
+    if not ranks.writes:
+        try:
+            return _trainer(setup, stop, ranks, resumed, None).train()
+        finally:
+            setup.engine.close()
     run = setup.run
     progress = resumed.progress if resumed else Progress()
     notices = [*setup.notices, *(resumed.notices if resumed else ())]
@@ -358,22 +421,12 @@ def _train(
     writer = telemetry.MetricsWriter(run / "metrics.jsonl")
     display: Display | None = None
     try:
-        trainer = Trainer(
-            recipe=setup.recipe,
-            run=run,
-            engine=setup.engine,
-            data=setup.data,
-            sampler=setup.sampler,
-            optimizer=setup.optimizer,
-            metrics=writer,
-            stop=stop,
-            progress=progress,
-            checkpoint=resumed.checkpoint if resumed else None,
-            seq_len=setup.seq_len,
-        )
-        writer.push(_run_record(setup, progress))
+        trainer = _trainer(setup, stop, ranks, resumed, writer)
+        writer.push(_run_record(setup, progress, ranks))
         if not quiet:
-            display = Display(_header(setup, trainer.flops), (progress.update, progress.micro))
+            display = Display(
+                _header(setup, trainer.flops, ranks), (progress.update, progress.micro)
+            )
             for line in notices:
                 display.notice(line)
             trainer.display = display
@@ -393,6 +446,29 @@ def _train(
     if writer.error is not None:
         raise writer.error
     return outcome
+
+
+def _trainer(
+    setup: _Setup,
+    stop: StopSignals,
+    ranks: Ranks,
+    resumed: _Resumed | None,
+    metrics: telemetry.MetricsWriter | None,
+) -> Trainer:
+    return Trainer(
+        recipe=setup.recipe,
+        run=setup.run,
+        engine=setup.engine,
+        data=setup.data,
+        sampler=setup.sampler,
+        optimizer=setup.optimizer,
+        metrics=metrics,
+        stop=stop,
+        progress=resumed.progress if resumed else Progress(),
+        checkpoint=resumed.checkpoint if resumed else None,
+        seq_len=setup.seq_len,
+        ranks=ranks,
+    )
 
 
 def _describe(setup: _Setup) -> dict[str, Any]:
@@ -419,7 +495,7 @@ def _describe(setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _run_record(setup: _Setup, at: Progress) -> dict[str, Any]:
+def _run_record(setup: _Setup, at: Progress, ranks: Ranks) -> dict[str, Any]:
     return {
         "kind": "run",
         "schema": telemetry.SCHEMA,
@@ -427,6 +503,7 @@ def _run_record(setup: _Setup, at: Progress) -> dict[str, Any]:
         "micro": at.micro,
         "updates": setup.recipe.train.updates,
         "accum": setup.recipe.train.accum,
+        "ranks": ranks.size,
         "parameters": setup.engine.config.n_params,
         "data": setup.data.label,
         "synthetic": setup.data.synthetic,
@@ -440,9 +517,10 @@ def _run_record(setup: _Setup, at: Progress) -> dict[str, Any]:
     }
 
 
-def _header(setup: _Setup, flops: TrainingFlops) -> Header:
+def _header(setup: _Setup, flops: TrainingFlops, ranks: Ranks) -> Header:
     train, config, device = setup.recipe.train, setup.engine.config, setup.engine.device
-    per_micro = train.batch_size * setup.seq_len
+    per_micro = ranks.size * train.batch_size * setup.seq_len
+    each = f"in each of {ranks.size} processes " if ranks.size > 1 else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     engine = setup.engine.describe()["engine"]
     by = f"norm {setup.engine.norm}" if engine == "reference" else f"engine {engine}"
@@ -456,7 +534,8 @@ def _header(setup: _Setup, flops: TrainingFlops) -> Header:
             f"{start}",
             f"data   {setup.data.label}",
             f"update {train.accum} micro-step{'s' if train.accum > 1 else ''} of "
-            f"{train.batch_size} x {setup.seq_len} = {per_micro * train.accum:,} tokens; {where}",
+            f"{train.batch_size} x {setup.seq_len} {each}= {per_micro * train.accum:,} tokens; "
+            f"{where}",
         ),
         updates=train.updates,
         accum=train.accum,
@@ -466,7 +545,15 @@ def _header(setup: _Setup, flops: TrainingFlops) -> Header:
 
 
 @contextmanager
-def _run_lock(run: Path) -> Iterator[None]:
+def _run_lock(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Lock a run folder by the first rank, for which the others wait."""
+    with _file_lock(run) if ranks.writes else contextlib.nullcontext():
+        ranks.wait()
+        yield
+
+
+@contextmanager
+def _file_lock(run: Path) -> Iterator[None]:
     """Lock a run folder against a second process. The lock ends with the process."""
     try:
         import fcntl

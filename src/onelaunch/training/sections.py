@@ -179,7 +179,8 @@ class TrainSection:
     )
     accum: int = key(
         1,
-        "Micro-steps of one update (gradient accumulation).",
+        "Micro-steps of one update (gradient accumulation). Of n processes that torchrun starts, "
+        "each does so many: an update has n times `accum`.",
         unit="micro-steps",
         within=(1, MAX_ACCUM),
     )
@@ -204,7 +205,8 @@ class TrainSection:
     )
     device: str = key(
         "auto",
-        "Where the model is trained. auto: the GPU where CUDA has one, else the CPU.",
+        "Where the model is trained. auto: the GPU where CUDA has one, else the CPU. Of several "
+        "processes each has a GPU of its own.",
         allowed='`"auto"`, `"cpu"`, `"cuda"`, `"cuda:N"`, `"mps"`',
     )
     dtype: str = key(
@@ -283,7 +285,8 @@ class OptimizerSection:
     lr_rule: str = key(
         "none",
         "How the learning rate is scaled with accumulation: not at all (none), by "
-        "`train.accum / lr_base_accum` (linear), or by the square root of that (sqrt).",
+        "`train.accum / lr_base_accum` (linear), or by the square root of that (sqrt); of n "
+        "processes with n times `train.accum`.",
         choices=("none", "sqrt", "linear"),
     )
     lr_base_accum: int = key(

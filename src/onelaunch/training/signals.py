@@ -10,7 +10,11 @@ from typing import Any
 
 from onelaunch.errors import Terminated
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+NUMBERS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(signal, name)  # Windows has no SIGHUP
+)
 
 # A terminal and a wrapper may both send a signal for one Ctrl-C; a second Ctrl-C comes later.
 REPEAT_SECONDS = 1.0
@@ -27,10 +31,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
+            for number in NUMBERS:
                 # an ignored signal stays ignored, as nohup needs
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
         return self
 

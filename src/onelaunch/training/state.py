@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from onelaunch.checkpoints.run_folder import (
     MODEL_FILE,
     change_state,
+    checkpoint_name,
     read_tensors,
     write_checkpoint,
 )
@@ -24,10 +26,12 @@ from onelaunch.training.optim import (
     optimizer_name,
     state_tensors,
 )
+from onelaunch.training.ranks import ALONE, Ranks
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-GRADIENTS_FILE = "gradients.safetensors"
 ENGINE_FILE = "engine.safetensors"
+LOSS_SUM = "loss_sum"
+"""Among a rank's gradients of an unfinished update: the sum of its losses."""
 
 
 @dataclass
@@ -52,24 +56,32 @@ def save(
     data: TokenData,
     sampler: Sampler,
     accum: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write a checkpoint: weights, the states of optimizer and engine, gradients of an unfinished
-    update, random states, the position of the sampler, and the progress."""
+    update, random states, the position of the sampler, and the progress.
+
+    Each rank calls it; the first writes, its own state and the others' gradients and sums of losses
+    of an unfinished update.
+    """
     parameters = engine.parameters()
+    unfinished = list(_gather_unfinished(progress, parameters, ranks)) if progress.micro else []
+    if not ranks.writes:
+        return run / "checkpoints" / checkpoint_name(progress.update, progress.micro)
     device = next(iter(parameters.values())).device
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: dict(parameters)}
     slots: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         slots["rng.cuda"] = torch.cuda.get_rng_state(device)
     files[OPTIMIZER_FILE] = slots | state_tensors(optimizer, parameters)
-    if progress.micro:
-        files[GRADIENTS_FILE] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    files |= {_gradients_file(rank): tensors for rank, tensors in enumerate(unfinished)}
     if engine_state := engine.state_dict():
         files[ENGINE_FILE] = engine_state
     state: dict[str, Any] = {
         **asdict(progress),
         "accum": accum,
         "optimizer": optimizer_name(optimizer),
+        "ranks": ranks.size,
         "config": engine.config.to_dict(),
         "bos_id": data.bos_id,
         "stop_ids": list(data.tokenizer.stop_ids),
@@ -81,6 +93,26 @@ def save(
         "torch": torch.__version__,
     }
     return write_checkpoint(run, state, files)
+
+
+def _gather_unfinished(
+    progress: Progress, parameters: Mapping[str, Tensor], ranks: Ranks
+) -> Iterator[dict[str, Tensor]]:
+    """Yield to the first rank the gradients of each rank by name, and where there are several its
+    sum of losses. Each rank calls it."""
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    if ranks.size == 1:
+        yield gradients
+        return
+    gradients[LOSS_SUM] = torch.tensor([progress.loss_sum])
+    parts = [gradients[name].cpu().flatten() for name in gradients]
+    for flat_N in ranks.gather(torch.cat(parts)):
+        split = flat_N.split([part.numel() for part in parts])
+        yield {n: v.view_as(g) for (n, g), v in zip(gradients.items(), split, strict=True)}
+
+
+def _gradients_file(rank: int) -> str:
+    return f"gradients-{rank}.safetensors" if rank else "gradients.safetensors"
 
 
 def save_progress(checkpoint: Path, progress: Progress) -> None:
@@ -111,9 +143,12 @@ def restore(
     engine: TrainEngine,
     optimizer: Optimizer,
     sampler: Sampler,
+    progress: Progress,
+    rank: int = 0,
 ) -> None:
-    """Restore the states of optimizer, random numbers, sampler and engine, and gradients. Weights
-    and progress are arguments of the engine and the trainer."""
+    """Restore the states of optimizer, random numbers, sampler and engine, and gradients; of an
+    unfinished update, a rank's own gradients, and its sum of losses in `progress`. Weights and
+    progress are arguments of the engine and the trainer."""
     parameters = engine.parameters()
     device = next(iter(parameters.values())).device
     tensors = read_tensors(checkpoint, OPTIMIZER_FILE, state)
@@ -124,12 +159,15 @@ def restore(
     if state["update"]:
         load_state_tensors(optimizer, parameters, tensors, source)
     if state["micro"]:
-        gradients = read_tensors(checkpoint, GRADIENTS_FILE, state)
+        source = checkpoint / _gradients_file(rank)
+        gradients = read_tensors(checkpoint, source.name, state)
         for name, parameter in parameters.items():
-            gradient = _tensor(gradients, name, checkpoint / GRADIENTS_FILE)
+            gradient = _tensor(gradients, name, source)
             if gradient.shape != parameter.shape:
-                raise BadInput(f"{checkpoint / GRADIENTS_FILE}: {name} has the wrong shape")
+                raise BadInput(f"{source}: {name} has the wrong shape")
             parameter.grad = gradient.to(parameter.device)
+        if rank:
+            progress.loss_sum = _tensor(gradients, LOSS_SUM, source).item()
     engine_state = {}
     if ENGINE_FILE in state["sha256"]:
         engine_state = read_tensors(checkpoint, ENGINE_FILE, state)

@@ -51,6 +51,11 @@ class StorySampler:
             row_R[:] = self._row()
         return split_rows(rows_BR)
 
+    def skip(self, batch_size: int) -> None:
+        """Move past the next rows. They are made all the same: a row ends where its tokens do."""
+        for _ in range(batch_size):
+            self._row()
+
     def _row(self) -> list[int]:
         ids: list[int] = []
         while len(ids) <= self._seq_len:

@@ -233,6 +233,10 @@ class FileSampler:
         """Return (tokens_BS, targets_BS) of the next windows."""
         return split_rows(self._source.rows(self._starts(batch_size), self._seq_len + 1))
 
+    def skip(self, batch_size: int) -> None:
+        """Move past the next windows, without reading them."""
+        self._starts(batch_size)
+
     def state_dict(self) -> dict[str, Any]:
         """Return data, seed, sequence length, epoch and position in it."""
         return {**self._identity, "epoch": self._epoch, "position": self._position}

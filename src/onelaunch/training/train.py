@@ -9,6 +9,7 @@ from typing import Any
 
 from onelaunch.training.folders import default_run_folder, newest_run
 from onelaunch.training.loop import Outcome
+from onelaunch.training.ranks import ALONE, Ranks
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import dry_run, start
 from onelaunch.training.run import resume as resume_run
@@ -25,21 +26,24 @@ def train(
     resume: bool,
     quiet: bool,
     log: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Start a run, or with `resume` continue one; see `onelaunch.train` for the arguments.
 
     log: called with a line where something was chosen, such as the newest run.
+    ranks: the processes that call this at the same time; of which the first alone is not quiet.
     Raises what `run.start` and `run.resume` do.
     """
     recipe, name = _resolve(recipe, settings, resume)
+    quiet = quiet or not ranks.writes
     if resume:
         if run is None:
-            run = newest_run()
+            run = ranks.from_first(newest_run() if ranks.writes else Path())
             log(f"the newest run is {run}")
-        return resume_run(run, dict(settings), recipe, quiet)
+        return resume_run(run, dict(settings), recipe, quiet, ranks)
     assert recipe is not None
     place = run or default_run_folder(name or recipe.model.preset or "run")
-    return start(recipe, place, quiet, numbered=run is None)
+    return start(recipe, place, quiet, numbered=run is None, ranks=ranks)
 
 
 def plan(

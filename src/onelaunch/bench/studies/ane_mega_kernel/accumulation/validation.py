@@ -41,7 +41,7 @@ def learning(device: str, quick: bool, log: Log) -> Iterator[Row]:
             notes = {
                 "accum": accum,
                 "rule": rule,
-                "rate": recipe.optimizer.lr * recipe.lr_scale,
+                "rate": recipe.optimizer.lr * recipe.lr_scale(),
                 "updates": recipe.train.updates,
                 "tokens": micro_steps * BATCH * SEQUENCE,
                 "unit": "nats",
