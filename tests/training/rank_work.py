@@ -33,6 +33,7 @@ from tests.kills import SETTINGS
 def recipe(**changed) -> Recipe:
     """Two updates of two micro-steps for each of two ranks, then an evaluation, twice."""
     settings = SETTINGS | {"train.updates": 4, "train.accum": 2, "train.dropout": 0.0}
+    settings["train.engine"] = "reference"  # the compiled one is not compiled yet
     settings |= {"eval.every": 2, "eval.batches": 3, "checkpoint.every": 2, "checkpoint.keep": 9}
     settings |= {key.replace("__", "."): value for key, value in changed.items()}
     return Recipe().with_settings(settings, "test")
@@ -56,11 +57,20 @@ def everything(folder: str) -> None:
     with joined() as ranks:  # a second run of the same processes
         assert run == ranks.from_first(run)
         _runs(ranks, here)
+    assert not _gloo_threads()
     with pytest.raises(RunFailed) as raised, joined() as ranks:
         _differ(ranks, here)
+    assert not _gloo_threads()
     (here / f"error-{ranks.rank}").write_text(
         json.dumps([str(raised.value), raised.value.elsewhere])
     )
+
+
+def _gloo_threads() -> list[str]:
+    """Threads that abort a process that exits."""
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    return [name for name in names if "gloo" in name]
 
 
 def _numbers(ranks: Ranks) -> None:

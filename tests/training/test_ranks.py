@@ -25,7 +25,7 @@ from tests.training.token_folders import make_folder
 
 def words(run: Path, resume: bool = False, **changed) -> list[str]:
     """The words of `onelaunch train` for a small run."""
-    command = train_command(run, resume, **changed)
+    command = train_command(run, resume, **{"train__engine": "reference"} | changed)
     return [word for word in command[3:] if word != "--quiet"]
 
 

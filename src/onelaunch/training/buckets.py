@@ -38,9 +38,11 @@ class GradientBuckets:
         self._bucket_of = {id(p): each for each in self._buckets for p in each.parameters}
         self._works: list[Any] = []
         self._overlaps = False
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._accumulated)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+            for parameter in parameters
+            if parameter.requires_grad
+        ]
 
     def overlap(self) -> None:
         """Sum buckets during the next backward."""
@@ -61,12 +63,17 @@ class GradientBuckets:
         last.numbers_N.copy_(numbers_N, non_blocking=True)
         self._start(self._buckets)
         with connection():
-            for work in self._works:
-                work.wait()
-        self._works.clear()
+            while self._works:
+                self._works.pop(0).wait()
         for bucket in self._buckets:
             bucket.taken.clear()
         return last.numbers_N
+
+    def close(self) -> None:
+        """Leave the parameters alone, and drop sums that were begun."""
+        for hook in self._hooks:
+            hook.remove()
+        self._works.clear()
 
     def _accumulated(self, parameter: Tensor) -> None:
         if self._overlaps:

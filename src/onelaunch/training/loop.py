@@ -106,6 +106,13 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Run to the recipe's last update, or to a stop signal."""
+        try:
+            return self._train()
+        finally:
+            if self._buckets is not None:
+                self._buckets.close()
+
+    def _train(self) -> Outcome:
         progress, total = self.progress, self.recipe.train.updates
         self._clock.begin()
         self._agree()

@@ -11,11 +11,13 @@ and learn from the store, a small key-value server of torchrun, that it is print
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,7 +186,7 @@ def joined() -> Iterator[Ranks]:
     for one process, this one is alone.
 
     Of an error that leaves the context, one rank has what is to be printed: on the others it has
-    `elsewhere` set, and the same exit code. The process should then end, which ends the others.
+    `elsewhere` set, and the same exit code.
 
     Raises BadInput for variables of torchrun that are missing or no numbers, RunFailed if the
     processes cannot be connected.
@@ -194,6 +196,9 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     ranks = Ranks(_variable("RANK"), size, _variable("LOCAL_RANK"))
+    # The optimizers import it. After the group is made, defaults of its functions would keep that
+    # alive, and threads of gloo that abort the process when it exits.
+    importlib.import_module("torch.distributed.nn")
     with _connecting(ranks):
         # torchrun's server outlives a group of these processes
         server, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -214,8 +219,9 @@ def joined() -> Iterator[Ranks]:
         # When one has ended, torchrun sends the others a signal; this one may have to print why.
         with _stop_signals_are(signal.SIG_IGN):
             _report(error, ranks, store)
+            if not torch.cuda.is_available():  # NCCL may wait for a rank that is gone
+                _disconnect(error)
         raise
-    # Not after an error: NCCL may then wait for a rank that is gone.
     dist.destroy_process_group()
 
 
@@ -274,6 +280,16 @@ def _report(error: BaseException, ranks: Ranks, store: dist.Store) -> None:
         error.exit_code = int(printed.split()[1])
         if not ranks.writes:
             error.args = (f"rank {ranks.rank}: {error}",)
+
+
+def _disconnect(error: BaseException) -> None:
+    """Close the connections to the other ranks, which ends these."""
+    link: BaseException | None = error
+    while link is not None:  # their variables have operations that keep connections open
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _exit_code(error: BaseException) -> int:
