@@ -79,8 +79,8 @@ def _numbers(ranks: Ranks) -> None:
     assert ranks.from_first(Path(f"run-{rank}")) == Path("run-0")
     assert ranks.add(rank + 1, 1e16 * rank, 1.0) == [3.0, 1e16, 2.0]
     weights = {"a": torch.full((3,), float(rank)), "b": torch.eye(2) * rank}
-    ranks.weights_from_first(weights)
-    assert not any(weight.any() for weight in weights.values())
+    assert not any(weight.any() for weight in ranks.weights_from_first(weights).values())
+    assert weights["a"].tolist() == [rank] * 3
     gathered = ranks.gather(torch.tensor([rank, 7 * rank]))
     expected = [[0, 0], [1, 7]] if rank == 0 else []
     assert [values.tolist() for values in gathered] == expected

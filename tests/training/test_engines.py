@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from onelaunch import train
 from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.engines import cpu
 from onelaunch.engines.cpu.training.engine import CpuTrainer
@@ -18,6 +19,7 @@ from onelaunch.training.engines import engine_name
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.run import resume, start
 from tests.metrics import read_metrics
+from tests.training.rank_processes import Launcher
 
 TINY = {
     "model.dim": 32, "model.n_layers": 2, "model.n_heads": 4, "model.hidden_dim": 48,
@@ -29,6 +31,10 @@ TINY = {
 def recipe(**settings):
     changed = {key.replace("__", "."): value for key, value in settings.items()}
     return Recipe().with_settings(TINY | changed, "test")
+
+
+def one_of_two_ranks(run):
+    train(recipe(train__engine="cpu", train__threads=1), run=run)
 
 
 def records(run, kind):
@@ -94,6 +100,18 @@ class TestRuns:
         start(recipe(train__engine="reference"), tmp_path / "run", quiet=True)
         resume(tmp_path / "run", {"train.engine": "auto", "train.updates": 7})
         assert "engine changed from reference to cpu" in capfd.readouterr().err
+
+    def test_two_ranks_are_one_with_twice_the_micro_steps(self, tmp_path):
+        call = ["call", "tests.training.test_engines:one_of_two_ranks", str(tmp_path / "two")]
+        with Launcher() as launcher, launcher.start(tmp_path / "ranks", 2, call) as ranks:
+            assert ranks.codes() == [0, 0], ranks.errors()
+        start(recipe(train__engine="cpu", train__accum=4), tmp_path / "one", quiet=True)
+        for kind, n in (("update", 6), ("eval", 2)):
+            two, one = (
+                [r["loss"] for r in records(tmp_path / run, kind)] for run in ("two", "one")
+            )
+            assert two == pytest.approx(one, rel=1e-6, abs=0)
+            assert len(two) == n
 
     def test_time_on_each_kind_of_work(self, tmp_path):
         start(recipe(), tmp_path / "run", quiet=True)

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,12 +113,15 @@ class Ranks:
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def weights_from_first(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the values of tensors on the CPU by rank 0's."""
-        if self.size > 1:
-            with connection():
-                for tensor in weights.values():
-                    dist.broadcast(tensor, src=0)
+    def weights_from_first(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return rank 0's values of tensors on the CPU, of which each rank has the shapes."""
+        if self.size == 1:
+            return weights
+        copies = {name: tensor.clone() for name, tensor in weights.items()}
+        with connection():
+            for tensor in copies.values():
+                dist.broadcast(tensor, src=0)
+        return copies
 
     def add(self, *numbers: float) -> list[float]:
         """Return the sum of each number over all ranks, in float64."""

@@ -306,8 +306,7 @@ def _initial_setup(recipe: Recipe, run: Path, data: TokenData, ranks: Ranks) -> 
     else:
         weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
         notices = ()
-    ranks.weights_from_first(weights)
-    setup = _build(recipe, run, config, weights, data)
+    setup = _build(recipe, run, config, ranks.weights_from_first(weights), data)
     torch.manual_seed(recipe.train.seed)
     return replace(setup, recipe=with_absolute_paths(recipe), notices=notices)
 
