@@ -62,7 +62,9 @@ def beside_the_reference(**settings: Any) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         engine = {"train.engine": "coreml", "coreml.staleness": STALENESS}
         training.start(recipe.with_settings(engine, "soak"), Path(folder) / "programs", quiet=True)
-        with patch.object(training, "_engine", lambda _, config, weights: Stale(config, weights)):
+        with patch.object(
+            training, "make_engine", lambda _, config, weights: Stale(config, weights)
+        ):
             training.start(recipe, Path(folder) / "plain", quiet=True)
         for name in ("programs", "plain"):
             records = read_metrics(Path(folder) / name / "metrics.jsonl")

@@ -29,8 +29,8 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model, Norm
 from onelaunch.training.data import open_data
+from onelaunch.training.optim import make_optimizer
 from onelaunch.training.recipe import Recipe
-from onelaunch.training.run import make_optimizer
 
 TOLERANCE = 1e-5
 PLAIN_RUNS = 8

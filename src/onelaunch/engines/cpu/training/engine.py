@@ -118,7 +118,9 @@ class CpuTrainer(ReferenceEngine):
                 f"targets of shape {tuple(targets_BS.shape)}: must be as the tokens, "
                 f"{tuple(tokens_BS.shape)}"
             )
-        if targets_BS.numel() and not -1 <= int(targets_BS.min()) <= int(targets_BS.max()) < vocab:
+        if not tokens_BS.numel():
+            raise BadInput("there are no tokens: a batch has one sequence and one token at least")
+        if not -1 <= int(targets_BS.min()) <= int(targets_BS.max()) < vocab:
             raise BadInput(f"a target is outside the model's vocabulary of {vocab}, and not -1")
         return tokens_BS
 

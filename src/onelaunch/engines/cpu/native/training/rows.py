@@ -121,12 +121,6 @@ def swiglu_backward(gate, up, d_out, out, size):
 
 
 @compiled
-def blocks_of(width):
-    """Bytes of a block of a matrix with `width` features."""
-    return width * ROW
-
-
-@compiled
 def padded_row(width):
     """Bytes of a row of `width` floats, padded to whole vectors."""
     return (width + LANES - 1) // LANES * WIDTH
