@@ -40,7 +40,7 @@ from onelaunch.training import state as saved
 from onelaunch.training.data import Sampler, TokenData, open_data
 from onelaunch.training.display import Display, Header
 from onelaunch.training.dry_run import describe_run, measure_update
-from onelaunch.training.engines import make_engine
+from onelaunch.training.engines import engine_name, make_engine
 from onelaunch.training.flops import TrainingFlops
 from onelaunch.training.folders import (
     make_unique_folder,
@@ -213,7 +213,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         fit = fit_in_memory(recipe, config, seq_len, device)
         if fit.misfit is not None:
             facts = describe_run(recipe, config, data, seq_len, fit, None)
-            return {**facts, "engine": recipe.train.engine, "device": str(device), "dtype": None}
+            return {**facts, "engine": engine_name(recipe), "device": str(device), "dtype": None}
         setup = _initial_setup(recipe, Path(), data, ALONE)
         engine = setup.engine.describe()
         seconds = None

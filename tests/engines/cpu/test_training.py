@@ -71,12 +71,10 @@ def exact(config, weights, batch):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def error(found, expected):
+def error(ours, expected):
     """Relative to each parameter's norm, over all parameters."""
     return math.sqrt(
-        sum(
-            float((found[name].double() - g).norm() / g.norm()) ** 2 for name, g in expected.items()
-        )
+        sum(float((ours[name].double() - g).norm() / g.norm()) ** 2 for name, g in expected.items())
         / len(expected)
     )
 
@@ -86,14 +84,14 @@ def test_gradients_of_every_parameter(name):
     config, ratios = SHAPES[name], []
     for seed in range(3):
         weights, batch = weights_of(config, seed), random_batch(config, seed=seed + 1)
-        loss, found = step(config, weights, batch)
+        loss, ours = step(config, weights, batch)
         expected_loss, expected = exact(config, weights, batch)
         plain = ReferenceEngine(config, weights, "cpu", "float32", train=True)
         plain.train_step(*batch)
         assert float(loss) == pytest.approx(float(expected_loss), rel=2e-6)
-        ratios.append(error(found, expected) / error(gradients(plain), expected))
+        ratios.append(error(ours, expected) / error(gradients(plain), expected))
         for parameter, gradient in expected.items():
-            difference = (found[parameter].double() - gradient).norm() / gradient.norm()
+            difference = (ours[parameter].double() - gradient).norm() / gradient.norm()
             assert difference < 5e-5, parameter
     assert sum(ratios) / len(ratios) <= 1.5  # 0.8 to 1.2 for every shape; of one seed up to 1.5
 
@@ -101,7 +99,7 @@ def test_gradients_of_every_parameter(name):
 def test_gradients_are_the_slopes_of_the_loss():
     config = SHAPES["qk-norm"]
     weights, batch = weights_of(config), random_batch(config)
-    _, found = step(config, weights, batch)
+    _, ours = step(config, weights, batch)
     generator = torch.Generator().manual_seed(3)
     for name, weight in weights.items():
         direction = torch.randn(weight.shape, generator=generator).double()
@@ -111,8 +109,8 @@ def test_gradients_are_the_slopes_of_the_loss():
             for sign in (1, -1)
         ]
         slope = float((losses[0] - losses[1]) / (2 * small))
-        assert float((found[name].double() * direction).sum()) == pytest.approx(
-            slope, rel=1e-3, abs=1e-4 * float(found[name].norm())
+        assert float((ours[name].double() * direction).sum()) == pytest.approx(
+            slope, rel=1e-3, abs=1e-4 * float(ours[name].norm())
         )
 
 
@@ -120,10 +118,10 @@ def test_gradients_are_the_slopes_of_the_loss():
 def test_both_sides_of_a_block(length):
     config = SHAPES["gqa-interleaved"]
     weights, batch = weights_of(config), random_batch(config, 3, length)
-    loss, found = step(config, weights, batch)
+    loss, ours = step(config, weights, batch)
     expected_loss, expected = exact(config, weights, batch)
     assert float(loss) == pytest.approx(float(expected_loss), rel=2e-6)
-    assert error(found, {n: g for n, g in expected.items() if g.norm() > 1e-9}) < 1e-5
+    assert error(ours, {n: g for n, g in expected.items() if g.norm() > 1e-9}) < 1e-5
 
 
 def test_bits_do_not_depend_on_threads_or_run(monkeypatch):
@@ -135,9 +133,9 @@ def test_bits_do_not_depend_on_threads_or_run(monkeypatch):
         trainer = CpuTrainer(config, weights, threads)
         assert trainer.describe()["threads"] == threads
         again = trainer.train_step(*batch)
-        found = gradients(trainer)
+        ours = gradients(trainer)
         assert torch.equal(loss, again)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_a_sequences_loss_does_not_depend_on_the_others():
@@ -163,7 +161,7 @@ def test_gradients_add_up_and_begin_anew():
     for parameter in trainer.parameters().values():
         parameter.grad = None
     trainer.train_step(*first, 0.25)
-    assert all(torch.equal(one[name], found) for name, found in gradients(trainer).items())
+    assert all(torch.equal(one[name], ours) for name, ours in gradients(trainer).items())
 
 
 def test_gradients_that_somebody_else_has_set_are_added_to():
@@ -175,9 +173,9 @@ def test_gradients_that_somebody_else_has_set_are_added_to():
         parameter.grad = torch.ones_like(parameter)
     trainer.parameters()["norm.weight"].grad = None
     trainer.train_step(*batch)
-    for name, found in gradients(trainer).items():
+    for name, ours in gradients(trainer).items():
         before = 0.0 if name == "norm.weight" else 1.0
-        torch.testing.assert_close(found, alone[name] + before, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, alone[name] + before, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_read_that_was_not_written_before():
@@ -193,7 +191,7 @@ def test_nothing_is_read_that_was_not_written_before():
         parameter.grad.fill_(math.nan)
         parameter.grad = None
     trainer.train_step(*batch)
-    assert all(torch.equal(expected[name], found) for name, found in gradients(trainer).items())
+    assert all(torch.equal(expected[name], ours) for name, ours in gradients(trainer).items())
 
 
 def test_logits_that_do_not_fit_at_once(monkeypatch):
@@ -220,7 +218,7 @@ def test_the_loss_alone_and_other_shapes_in_between():
     for length in (1, 33, 80):
         trainer.loss_sum(*random_batch(config, 1, length))
     assert len(trainer._batches) <= 2
-    assert all(torch.equal(expected[name], found) for name, found in gradients(trainer).items())
+    assert all(torch.equal(expected[name], ours) for name, ours in gradients(trainer).items())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

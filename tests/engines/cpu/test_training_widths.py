@@ -37,9 +37,9 @@ def made(request):
     options = {**program.options(), "lanes": lanes, "registers": registers}
     command = [sys.executable, "-c", BUILD, json.dumps(options)]
     child = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    found = TrainingProgram(child.stdout)
-    assert found.lanes == lanes
-    return found
+    ours = TrainingProgram(child.stdout)
+    assert ours.lanes == lanes
+    return ours
 
 
 def test_gradients(made, monkeypatch):
@@ -51,6 +51,6 @@ def test_gradients(made, monkeypatch):
         _, expected = exact(config, weights, batch)
         plain = ReferenceEngine(config, weights, "cpu", "float32", train=True)
         plain.train_step(*batch)
-        found = gradients(trainer)
-        assert error(found, expected) <= 2 * error(gradients(plain), expected), name
-        assert all(torch.isfinite(gradient).all() for gradient in found.values())
+        ours = gradients(trainer)
+        assert error(ours, expected) <= 2 * error(gradients(plain), expected), name
+        assert all(torch.isfinite(gradient).all() for gradient in ours.values())

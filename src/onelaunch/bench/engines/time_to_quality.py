@@ -1,4 +1,4 @@
-"""time-to-quality: seconds from the start of a process to a validation loss, beside nanoGPT.
+"""time-to-quality: seconds from the start of a process to a validation loss, compared with nanoGPT.
 
 Characters of Shakespeare with nanoGPT's published budget for a CPU: 4 layers, 128 wide, 12 x 64
 tokens an update, at most 2,000 updates, published loss 1.88; both evaluate every 250 updates, and
@@ -143,8 +143,8 @@ def _seconds_to(
         try:
             for line in child.stdout:
                 output.append(line)
-                if found := pattern.search(line):
-                    loss = float(found[1])
+                if match := pattern.search(line):
+                    loss = float(match[1])
                 if loss <= TARGET or time.monotonic() - start > LIMIT_SECONDS:
                     break
         finally:

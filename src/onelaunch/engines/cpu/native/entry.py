@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from onelaunch.engines.cpu.layout import Operation, Product, Seq, State
 from onelaunch.engines.cpu.native.generate import advance, generate, reset_governor
-from onelaunch.engines.cpu.native.kernels import TILE, WIDTH, field, product, row_bytes
+from onelaunch.engines.cpu.native.kernels import TILE, WIDTH, product, row_bytes
 from onelaunch.engines.cpu.native.sampling import sample
 from onelaunch.engines.cpu.native.stages import help_out, run
-from onelaunch.engines.cpu.native.vectors import LANES, add, compiled, load, splat, sum_lanes
+from onelaunch.engines.cpu.native.vectors import LANES, add, compiled, field, load, splat, sum_lanes
 
 
 @compiled

@@ -15,13 +15,13 @@ from onelaunch.engines.cpu.layout import (
     Sync,
     Token,
 )
-from onelaunch.engines.cpu.native.kernels import field
 from onelaunch.engines.cpu.native.sampling import NOT_FINITE
 from onelaunch.engines.cpu.native.stages import run
 from onelaunch.engines.cpu.native.vectors import (
     atomic_put,
     call2,
     compiled,
+    field,
     get_f64,
     get_i32,
     get_i64,

@@ -22,10 +22,10 @@ from onelaunch.engines.cpu.native.vectors import (
     compiled,
     divide,
     exp,
+    field,
     first_lanes,
     fma,
     get_f32,
-    get_i64,
     largest_lane,
     load,
     load_halves,
@@ -62,11 +62,6 @@ _mix_one = make_tile(8, 1)
 _mix_one_tail = make_tile(1, 1)
 _mix_four = make_tile(FOUR_ROWS, 4)
 _mix_four_tail = make_tile(1, 4)
-
-
-@compiled
-def field(table, index):
-    return get_i64(table + 8 * index)
 
 
 @compiled

@@ -7,12 +7,13 @@ import math
 import numpy as np
 
 from onelaunch.engines.cpu.layout import DIGITS, Seq, State
-from onelaunch.engines.cpu.native.kernels import WIDTH, field
+from onelaunch.engines.cpu.native.kernels import WIDTH
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
     add,
     compiled,
     exp,
+    field,
     fma,
     get_f32,
     get_i32,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from onelaunch.engines.cpu.layout import Group, Layer, Seq, State, Status, Sync, Token
 from onelaunch.engines.cpu.native import kernels
-from onelaunch.engines.cpu.native.kernels import TILE, field, padded, row_bytes
+from onelaunch.engines.cpu.native.kernels import TILE, padded, row_bytes
 from onelaunch.engines.cpu.native.sampling import sample
 from onelaunch.engines.cpu.native.vectors import (
     atomic_add,
@@ -21,6 +21,7 @@ from onelaunch.engines.cpu.native.vectors import (
     call2,
     compare_and_swap,
     compiled,
+    field,
     get_i64,
     pause,
     put_i64,

@@ -206,6 +206,12 @@ get_i64, put_i64 = _scalar(types.int64, _I64)
 get_i32, put_i32 = _scalar(types.int32, _I32)
 
 
+@compiled
+def field(table, index):
+    """A field of a table of int64."""
+    return get_i64(table + 8 * index)
+
+
 # ---- arithmetic
 
 

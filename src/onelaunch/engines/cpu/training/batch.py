@@ -10,6 +10,8 @@ from onelaunch.engines.cpu.pack import Memory, padded
 from onelaunch.engines.cpu.tables import Table
 from onelaunch.engines.cpu.training.layout import (
     APART,
+    PANEL_BLOCKS,
+    PANEL_FLOATS,
     SPENT_FIELDS,
     Kind,
     Layer,
@@ -22,8 +24,6 @@ from onelaunch.model import rope_tables
 ITEM_TOKENS = 128  # of work on rows: so often a weight is used once it is in the nearest cache
 LOGITS_BYTES = 128 << 20  # of the logits that are kept at once
 GRADIENT_ROWS = 384  # of a weight, of one item
-PANEL_BLOCKS = 16  # as in native.training.gradients
-PANEL_FLOATS = 321 * 2 * 12  # the most that native.training.products takes
 _ALIGN = 128
 FORWARD = (Kind.FORWARD_ROWS, Kind.FORWARD_ATTENTION)
 BEFORE = (*FORWARD, Kind.LOSS)  # the gradients

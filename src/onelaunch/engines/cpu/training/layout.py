@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+PANEL_BLOCKS = 16  # of tokens, whose inputs are turned at once for a weight's gradient
+MOST_TERMS = 320  # of a sum: longer ones are taken in parts, which are then added
+MOST_SCALARS = 12  # that a product takes at once
+PANEL_FLOATS = (MOST_TERMS + 1) * 2 * MOST_SCALARS  # a tile's weights, gathered
+
 
 class Step(IntEnum):
     """One per shape of a batch: the model, where everything is, and what is to be done."""

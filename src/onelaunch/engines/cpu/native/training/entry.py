@@ -9,13 +9,13 @@ from onelaunch.engines.cpu.native.training.gradients import (
     weight_gradient,
 )
 from onelaunch.engines.cpu.native.training.rows import padded_row
-from onelaunch.engines.cpu.native.training.stages import field
 from onelaunch.engines.cpu.native.vectors import (
     LANES,
     atomic_add,
     atomic_get,
     call2,
     compiled,
+    field,
     get_i64,
     pause,
     put_i64,

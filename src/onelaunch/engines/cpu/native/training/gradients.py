@@ -23,8 +23,7 @@ from onelaunch.engines.cpu.native.vectors import (
     store,
     transpose,
 )
-
-PANEL_BLOCKS = 16  # whose inputs are turned at once
+from onelaunch.engines.cpu.training.layout import PANEL_BLOCKS
 
 
 @compiled

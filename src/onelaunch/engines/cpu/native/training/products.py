@@ -36,14 +36,13 @@ from onelaunch.engines.cpu.native.vectors import (
     put_f32,
     store,
 )
+from onelaunch.engines.cpu.training.layout import MOST_SCALARS, MOST_TERMS
 
 WIDTH = 4 * LANES  # bytes of a vector
 BLOCK = 2 * LANES  # tokens
 ROW = 4 * BLOCK  # bytes of a block's feature
-WIDE, NARROW = (12, 4) if REGISTERS >= 32 else (6, 2)  # scalars taken at once
-MOST_TERMS = 320  # of a sum: longer ones are taken in parts, which are then added
+WIDE, NARROW = (MOST_SCALARS, 4) if REGISTERS >= 32 else (6, 2)  # scalars taken at once
 WIDE_ROW = 512  # floats; from here on rows lie on few sets of the nearest cache
-PANEL_FLOATS = (MOST_TERMS + 1) * 2 * WIDE
 CACHE_LINE = 64
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 

@@ -14,7 +14,6 @@ from onelaunch.engines.cpu.native.training import rows
 from onelaunch.engines.cpu.native.training.attention import attend, attend_backward, dot
 from onelaunch.engines.cpu.native.training.products import (
     BLOCK,
-    PANEL_FLOATS,
     ROW,
     WIDTH,
     weigh,
@@ -25,6 +24,7 @@ from onelaunch.engines.cpu.native.vectors import (
     compiled,
     divide,
     exp,
+    field,
     fma,
     get_f32,
     get_i64,
@@ -37,15 +37,10 @@ from onelaunch.engines.cpu.native.vectors import (
     store,
     subtract,
 )
-from onelaunch.engines.cpu.training.layout import Layer, Operation, Step
+from onelaunch.engines.cpu.training.layout import PANEL_FLOATS, Layer, Operation, Step
 
 ONE = np.float32(1.0)
 VOCAB_ROWS = 384  # of the head, whose logits are looked at while they are near
-
-
-@compiled
-def field(table, index):
-    return get_i64(table + 8 * index)
 
 
 @compiled
