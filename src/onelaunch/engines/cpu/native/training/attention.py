@@ -40,7 +40,10 @@ ONE = np.float32(1.0)
 
 
 @compiled
-def attend(q, k, v, step, head_dim, blocks, scale, largest, inverse_sum, out, out_step, scores):
+def attend(
+    q, k, v, step, head_dim, blocks, scale,
+    largest, inverse_sum, out, out_step, scores,
+):  # fmt: skip
     """Attention of a head: q, k, v are its first features in the sequence's first block, a block is
     `step` bytes from the next. `scores` has room for blocks * BLOCK rows."""
     for i in range(blocks):

@@ -131,7 +131,10 @@ def _make_product(scalar_row: int | None, long_sums: bool = False) -> Any:
     wide_add, narrow_add, one_add = (_make_tile(n, scalar_row, True, long_sums) for n in sizes)
 
     @compiled
-    def product(v, v_step, s, s_row, s_step, n, jump, blocks, out, out_row, columns, adds):
+    def product(
+        v, v_step, s, s_row, s_step, n, jump, blocks,
+        out, out_row, columns, adds,
+    ):  # fmt: skip
         j = 0
         while j + WIDE <= columns:
             if adds:
