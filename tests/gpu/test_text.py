@@ -26,6 +26,7 @@ pytest.importorskip("cuda.bindings")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a GPU of compute capability 9.0", allow_module_level=True)
 
+from onelaunch.engines.cuda import nvrtc
 from onelaunch.engines.cuda.decoding import text as text_module
 from onelaunch.engines.cuda.decoding.chain import Memory
 from onelaunch.engines.cuda.decoding.text import FEW, Grid, Row, Text, TextKernel, grid_for, why_not
@@ -35,7 +36,8 @@ from onelaunch.engines.cuda.program import limits_of
 
 WEIGHTS = Path(__file__).parents[2] / ".." / "shared" / "weights"
 WIDE = SMALL.with_(max_seq_len=1500)
-FITTING = {  # by one CTA and by all
+TILED_WIDE = WIDE.with_(dim=64, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96)
+FITTING = {
     name: config
     for name, config in SHAPES.items()
     if why_not(config, torch.device("cuda"), torch.float32) is None
@@ -71,14 +73,13 @@ def events_of(config, new, dtype="bfloat16", depth="text", weights=None, **optio
     return prompt, events
 
 
-@pytest.fixture(params=[False, True], ids=["as it is", "all CTAs"])
-def grid_of_the_model(request, monkeypatch):
-    """Small models by one CTA, as they are, or by all, as larger ones."""
-    if request.param:
-        monkeypatch.setattr(text_module, "ONE_CTA_BYTES", 0)
+@pytest.fixture(params=[True, False], ids=["tiles", "rows"])
+def by_tiles(request, monkeypatch):
+    """One sequence by either kernel."""
+    monkeypatch.setattr(text_module, "TILED", request.param)
 
 
-@pytest.mark.usefixtures("grid_of_the_model")
+@pytest.mark.usefixtures("by_tiles")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logprobs_are_as_exact_as_pytorchs(config):
     """Over 80 steps: keys and values of all positions, prompt and text."""
@@ -155,13 +156,16 @@ def launched(kernel, config, packed, n, timeout_ns=2_000_000_000, poison=0.0):
 
 
 @pytest.mark.parametrize("ctas", [1, 2, 7, 50, 131])
-def test_any_grid_writes_the_same(ctas):
-    engine = CudaEngine(WIDE, weights_of(WIDE), "cuda", "float32")
+@pytest.mark.parametrize("tiles", [False, True])
+def test_any_grid_writes_the_same(ctas, tiles):
+    config = TILED_WIDE if tiles else WIDE
+    engine = CudaEngine(config, weights_of(config), "cuda", "bfloat16" if tiles else "float32")
     packed = engine._pack()
-    full, memory = launched(TextKernel(WIDE, packed), WIDE, packed, 200)
-    part, other = launched(
-        TextKernel(WIDE, packed, grid=Grid(1, ctas)), WIDE, packed, 200, poison=float("nan")
-    )
+    multiprocessors = limits_of(torch.device("cuda")).multiprocessors
+    grid, whole = (Grid(1, n, tiles=tiles) for n in (ctas, multiprocessors))
+    full, memory = launched(TextKernel(config, packed, grid=whole), config, packed, 200)
+    kernel = TextKernel(config, packed, grid=grid)
+    part, other = launched(kernel, config, packed, 200, poison=float("nan"))
     assert part[0] == full[0]
     # of what it has written: what stood in the cache behind it had no effect
     assert other.keys[:, 0, :, :200].isfinite().all()
@@ -186,13 +190,14 @@ def test_keys_and_values_are_exact():
     assert logits[0].argmax(-1).tolist() == tokens
 
 
-def test_a_wait_that_does_not_end_times_out():
-    engine = CudaEngine(WIDE, weights_of(WIDE), "cuda")
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_wait_that_does_not_end_times_out(tiles):
+    engine = CudaEngine(TILED_WIDE, weights_of(TILED_WIDE), "cuda")
     packed = engine._pack()
-    kernel = TextKernel(WIDE, packed, grid=Grid(1, 2))
-    memory = Memory.of(WIDE, packed, 1, WIDE.max_seq_len)
+    kernel = TextKernel(TILED_WIDE, packed, grid=Grid(1, 2, tiles=tiles))
+    memory = Memory.of(TILED_WIDE, packed, 1, TILED_WIDE.max_seq_len)
     text = Text(kernel, memory.keys, memory.values, 20_000_000)
-    expected = launched(kernel, WIDE, packed, 30)[0]
+    expected = launched(kernel, TILED_WIDE, packed, 30)[0]
     kernel.ctas = 1  # the other half of every stage never comes
     text.launch([Row(0, 3, 0, 30)])
     with pytest.raises(EngineTimeout, match="timed out"):
@@ -396,7 +401,8 @@ def test_several_are_drawn_each_by_its_own_filters(config, at_once):
     for request in requests[:6]:
         assert run(engine, [request], at_once)[request.id] == together[request.id]
     unpenalised = run(engine, [replace(requests[4], sampling=Sampling())], at_once)
-    assert unpenalised[4] != together[4]
+    if len(set(unpenalised[4][0])) < 60:  # it repeats itself
+        assert unpenalised[4] != together[4]
 
 
 def drawn_in_order(logits_V, sampling, uniform_1):
@@ -406,13 +412,10 @@ def drawn_in_order(logits_V, sampling, uniform_1):
     return torch.searchsorted(up_to, uniform_1.double() * up_to[-1], right=True)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["as it is", "all CTAs"])
+@pytest.mark.usefixtures("by_tiles")
 @pytest.mark.parametrize("at_once", [1, FEW, 64])
-def test_drawn_tokens_have_the_references_distribution(at_once, wide, monkeypatch):
-    """A chi-square test of first tokens: 4,000 texts of different seeds. `wide`: not by one CTA,
-    as which a model of this size is."""
-    if wide:
-        monkeypatch.setattr(text_module, "ONE_CTA_BYTES", 0)
+def test_drawn_tokens_have_the_references_distribution(at_once):
+    """A chi-square test of first tokens: 4,000 texts of different seeds."""
     config = SMALL.with_(
         dim=64, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=160
     )
@@ -447,6 +450,13 @@ def test_pytorch_writes_while_kernels_are_compiled(tmp_path, monkeypatch):
     they write."""
     config = preset("stories15m").with_(n_layers=2, max_seq_len=100)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    compiled = nvrtc.compiled
+
+    def slowly(*of):
+        time.sleep(3)
+        return compiled(*of)
+
+    monkeypatch.setattr(nvrtc, "compiled", slowly)
     weights, store, lines = weights_of(config), Store(tmp_path / "store"), []
     engine = CudaEngine(config, weights, "cuda", log=lines.append, store=store, meanwhile=True)
     by_pytorch = run(engine._by_pytorch(), [Request(0, [1, 2, 3], 20)], 1)

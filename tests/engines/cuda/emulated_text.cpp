@@ -25,9 +25,13 @@ static struct {
 static void kernel() {
     const int* i = given.numbers;
 #ifdef SEQUENCES
-    write_texts(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], given.epoch, given.timeout_ns);
+    write_texts(*given.model, *given.memory, i[0], i[1], i[2], i[3], i[4], i[5], given.epoch, given.timeout_ns
+#if TRACE
+                , given.trace
+#endif
+    );
 #else
-    write_text(given.model, given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns
+    write_text(*given.model, *given.memory, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], given.epoch, given.timeout_ns
 #if DRAWS
                , i[8], i[9], given.fractions[0], given.fractions[1], given.fractions[2], given.fractions[3]
 #endif
@@ -45,5 +49,5 @@ extern "C" void run_text(
     given.model = model, given.memory = memory, given.epoch = epoch, given.timeout_ns = timeout_ns, given.trace = trace;
     for (int i = 0; i < 10; i++) given.numbers[i] = numbers[i];
     for (int i = 0; i < 4; i++) given.fractions[i] = fractions[i];
-    emulator::run(kernel, ctas, (WARPS + 1) * LANES, THREADS, SHARED_BYTES, seed);
+    emulator::run(kernel, ctas, (WARPS + MORE_WARPS) * LANES, THREADS, SHARED_BYTES, seed);
 }

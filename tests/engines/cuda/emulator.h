@@ -24,9 +24,11 @@ typedef unsigned short u16;
 #define __constant__
 #define __launch_bounds__(...)
 #define DEVICE inline
+#define GRID_CONSTANT
 #define SHARED_MEMORY(name) unsigned char* name = emulator::current->cta->shared
 
 struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct Index { unsigned x; };
@@ -234,6 +236,10 @@ inline u32 atomicCAS(u32* at, u32 old, u32 fresh) {
 // ---- device.cu
 
 inline u64 load_word(const u64* at) { return *(const volatile u64*)at; }
+inline void load_word_if(bool wanted, const u64* at, u64& word) { if (wanted) word = load_word(at); }
+inline void load_words_if(bool wanted, const u64* at, u64& word, u64& next) {
+    load_word_if(wanted, at, word), load_word_if(wanted, at + 1, next);
+}
 inline void store_word(u64* at, u64 word) { *(volatile u64*)at = word; }
 inline void store_to_host(u64* at, u64 word) { *(volatile u64*)at = word; }
 inline void add_to(u64* sum, u64 x) { *sum += x; }
@@ -244,6 +250,11 @@ inline u64 now() {
                std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 inline void look_again() { emulator::yield(); }
+inline void rest() { emulator::yield(); }
+template <int N>
+inline void give_registers() {}
+template <int N>
+inline void take_registers() {}
 
 inline void make_barrier(u64* barrier) { *barrier = 0; }
 inline void show_to_copies() {}

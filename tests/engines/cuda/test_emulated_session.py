@@ -87,15 +87,16 @@ class Function:
         self.functions, self.library = functions, library
 
     def launch(self, ctas, threads, arguments):
-        assert threads == 32 * (text.WARPS + 1)
-        of = {kind: [] for kind in (nvrtc.POINTER, nvrtc.INT, nvrtc.FLOAT, nvrtc.UINT, nvrtc.LONG)}
+        assert threads == 32 * (text.WARPS + 4)
+        kinds = nvrtc.STRUCTURE, nvrtc.INT, nvrtc.FLOAT, nvrtc.UINT, nvrtc.LONG
+        of = {kind: [] for kind in kinds}
         for value, kind in arguments:
             of[kind].append(value)
         ints = [*of[nvrtc.INT], *[0] * (10 - len(of[nvrtc.INT]))]
         fractions = of[nvrtc.FLOAT] or [0.0, 1.0, 0.0, 1.0]
         (epoch,), (timeout_ns,) = of[nvrtc.UINT], of[nvrtc.LONG]
         self.library.run_text(
-            *map(ctypes.c_void_p, of[nvrtc.POINTER]), (ctypes.c_int * 10)(*ints),
+            *map(ctypes.byref, of[nvrtc.STRUCTURE]), (ctypes.c_int * 10)(*ints),
             (ctypes.c_float * 4)(*fractions), ctypes.c_uint(epoch),
             ctypes.c_ulonglong(50 * timeout_ns), ctas, ctypes.c_uint(len(self.functions.launches)),
             None,
@@ -122,11 +123,10 @@ def made(compiled, monkeypatch):
     monkeypatch.setattr(sessions, "Prompts", HostPrompts)
     monkeypatch.setattr(sessions, "why_not", lambda *case: None)
 
-    def make(multiprocessors, small=False, dtype=torch.bfloat16):
+    def make(multiprocessors, dtype=torch.bfloat16):
         limits = replace(H200, multiprocessors=multiprocessors)
         for module in (text, sessions):
             monkeypatch.setattr(module, "limits_of", lambda device: limits)
-        monkeypatch.setattr(text, "ONE_CTA_BYTES", 1 << 20 if small else 0)
         weights = weights_of(CONFIG)
         packed = pack(CONFIG, weights, dtype, torch.device("cpu"))
         return Made(Sessions(CONFIG, packed, "text", None, print, meanwhile=False))
@@ -166,19 +166,19 @@ def check(request, ids, logprobs):
 
 
 @pytest.mark.parametrize(
-    ("multiprocessors", "at_once", "small"),
+    ("multiprocessors", "at_once"),
     [
-        pytest.param(3, 1, False, marks=pytest.mark.extended),
-        pytest.param(2, 5, False, marks=pytest.mark.extended),
-        pytest.param(2, 20, False, marks=pytest.mark.extended),
-        (3, 3, True),
-        pytest.param(3, 12, True, marks=pytest.mark.extended),
+        pytest.param(3, 1, marks=pytest.mark.extended),
+        pytest.param(2, 5, marks=pytest.mark.extended),
+        pytest.param(2, 20, marks=pytest.mark.extended),
+        (3, 3),
+        pytest.param(3, 12, marks=pytest.mark.extended),
     ],
 )
-def test_sessions_write_what_was_requested(made, multiprocessors, at_once, small):
+def test_sessions_write_what_was_requested(made, multiprocessors, at_once):
     """One after another, together, or some waiting for others: each the same."""
     requests = requests_of(at_once if at_once > 12 else 6)
-    make = made(multiprocessors, small)
+    make = made(multiprocessors)
     grid = text.grid_for(CONFIG, torch.bfloat16, at_once, multiprocessors)
     session = make.session(at_once, 16)
     together = written(session, requests)

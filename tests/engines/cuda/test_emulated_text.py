@@ -64,19 +64,19 @@ def pointers(*tensors):
 class Emulated:
     """Launches of one cache, whose numbers are NaN until they are written."""
 
-    sequences, groups = 1, 1
+    groups = 1
 
-    def __init__(self, compiled, config, weights, dtype, ctas, timeout_ns=10**11, **changed):
+    def __init__(
+        self, compiled, config, weights, dtype, ctas, timeout_ns=10**11, grid=None, **changed
+    ):
         c = config
         self.config, self.ctas, self.timeout_ns = config, ctas, timeout_ns
-        grid = text.Grid(self.sequences, ctas, self.groups)
+        grid = grid or text.Grid(1, ctas, tiles=False)
         macros = text.macros(config, dtype, grid, H200.shared_bytes) | changed
         self.library = compiled(macros)
         p = self.packed = pack(config, weights, dtype, torch.device("cpu"))
-        self.padded = text.padded_weights(config, p, grid)
-        self.model = pointers(
-            p.embedding, p.qkv, p.norms, p.out, *self.padded, p.head, p.cos, p.sin
-        )
+        self.weights = text.kernel_weights(config, p, grid)
+        self.model = pointers(*self.weights)
         shape = (c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
         self.stride = 16 * c.dim + 64 * ctas + 8 * (c.q_dim + c.n_heads + c.hidden_dim)
@@ -164,22 +164,6 @@ def test_a_text_of_every_shape(compiled, config, dtype):
     emulated = Emulated(compiled, config, weights, dtype, 3, **FEW)
     tokens, logprobs, _ = emulated.write(3, 0, 20)
     assert len(tokens) == 20
-    check(emulated, weights, tokens, logprobs)
-
-
-WIDE_HEADS = SMALL.with_(dim=64, n_heads=3, n_kv_heads=1, head_dim=48, hidden_dim=64)
-
-
-@pytest.mark.extended
-@pytest.mark.parametrize("fused", [0, 1])
-@pytest.mark.parametrize(
-    ("ctas", "changed"), [(2, FEW), (5, FEW | {"SLOTS": 3, "SLOT_BYTES": 4096}), (1, {})]
-)
-def test_attention_that_computes_its_queries_keys_and_values(compiled, fused, ctas, changed):
-    weights = weights_of(WIDE_HEADS)
-    changed = changed | {"FUSED_QKV": fused}
-    emulated = Emulated(compiled, WIDE_HEADS, weights, BFLOAT16, ctas, **changed)
-    tokens, logprobs, _ = emulated.write(3, 0, 20)
     check(emulated, weights, tokens, logprobs)
 
 

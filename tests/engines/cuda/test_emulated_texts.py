@@ -26,15 +26,15 @@ from tests.engines.suite import SMALL, exact_logits, weights_of
 CONFIG = SMALL.with_(
     dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160, vocab_size=200, max_seq_len=40
 )
-SLOT_BYTES = 16 * 2 * 96 + 1024  # less than a row of `down`: its columns come in two tiles
-NARROW = {"SLOT_BYTES": SLOT_BYTES, "SLOTS": 4}
+TILE = {"SLOT_BYTES": 3 << 10, "TILE_UNITS": 3}  # those of `down` come in two tiles
+NARROW = TILE | {"SLOTS": 4}
 ONE_GROUP, TWO_GROUPS, THREE_GROUPS = text.Grid(8, 3), text.Grid(16, 2, 2), text.Grid(8, 1, 3)
 
 
 class Several(Emulated):
     def __init__(self, compiled, config, weights, dtype, grid, slots=16, **changed):
-        self.sequences, self.groups = grid.sequences, grid.groups
-        super().__init__(compiled, config, weights, dtype, grid.ctas, **changed)
+        self.groups = grid.groups
+        super().__init__(compiled, config, weights, dtype, grid.ctas, grid=grid, **changed)
         c, sequences = config, grid.sequences * grid.groups
         shape = (c.n_layers, slots, c.n_kv_heads, c.max_seq_len, c.head_dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
@@ -91,7 +91,7 @@ def one(several, slot):
 )
 def test_each_text_is_the_models_and_the_same_alone(compiled, grid, alone):
     weights = weights_of(CONFIG)
-    options = {"SLOT_BYTES": SLOT_BYTES, "ALONE": alone}
+    options = TILE | {"ALONE": alone}
     several = Several(compiled, CONFIG, weights, BFLOAT16, grid, **options)
     rows = [(5, 3, 0, 7), (0, 9, 0, 4), (2, 60, 0, 9)]
     together = several.write_all(rows, 1)
@@ -156,7 +156,7 @@ def test_warps_that_attend_alone(compiled, head_dim, qk_norm):
 @pytest.mark.extended
 def test_what_ends_one_of_them(compiled):
     weights = weights_of(CONFIG)
-    several = Several(compiled, CONFIG, weights, BFLOAT16, text.Grid(8, 2), SLOT_BYTES=SLOT_BYTES)
+    several = Several(compiled, CONFIG, weights, BFLOAT16, text.Grid(8, 2), **TILE)
     rows = [(0, 3, 0, 10), (1, 9, 0, 10)]
     (tokens, _, _), (others, _, _) = whole = several.write_all(rows)
     stop = tokens[6]
@@ -263,18 +263,17 @@ def close_to_drawn(logits_1V, ids, token, uniform, by, penalty):
 
 @pytest.mark.extended
 @pytest.mark.parametrize("context", [1, 130])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_one_cta_by_itself(compiled, groups, context):
-    """Its words are in shared memory, where anything stood before; hidden numbers are padded."""
+@pytest.mark.parametrize("grid", [text.Grid(1, 3), text.Grid(1, 1), text.Grid(8, 2, 2)])
+def test_hidden_numbers_are_padded(compiled, grid, context):
+    """Over a chunk's end; a sequence that is alone in its group, and several."""
     config = preset("stories260k").with_(n_layers=2, vocab_size=90, max_seq_len=150)
-    weights, grid = weights_of(config), text.Grid(8, 1, groups)
+    weights = weights_of(config)
     assert config.hidden_dim % 32
-    assert text.grid_for(config, BFLOAT16, 8 * groups, 132) == grid
     several = Several(compiled, config, weights, BFLOAT16, grid)
-    rows = [(3, 7, 0, context + 3), (1, 9, 0, 5), (0, 11, 0, 4)]
+    rows = [(3, 7, 0, context + 3), (1, 9, 0, 5), (0, 11, 0, 4)][: grid.sequences]
     together = several.write_all(rows, 5, passes=grid.passes(config, 150))
     for (slot, first, _, n), (tokens, logprobs, _) in zip(rows, together, strict=True):
         assert len(tokens) == n
         check(one(several, slot), weights, tokens, logprobs, first)
-    # again, with the words of other launches in shared memory
+    # again, with the words of other launches there
     assert several.write_all(rows, 6, passes=grid.passes(config, 150)) == together

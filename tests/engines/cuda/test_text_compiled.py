@@ -23,7 +23,7 @@ NAMES = ("stories260k", "stories15m", "stories110m", "smollm2-135m", "qwen3-0.6b
 def compiled(name, dtype, grid, draws=False):
     macros = text.macros(preset(name), dtype, grid, H200.shared_bytes, draws)
     assert macros["SLOTS"] >= text.MIN_SLOTS
-    return nvrtc.compiled(text.source(grid.sequences > 1), macros, "sm_90")
+    return nvrtc.compiled(text.source(grid.tiles), macros, "sm_90a")
 
 
 def stack_bytes(code, tmp_path):
@@ -38,7 +38,7 @@ def stack_bytes(code, tmp_path):
 @pytest.mark.extended
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_stays_in_registers(name, tmp_path):
-    assert stack_bytes(compiled(name, torch.bfloat16, text.Grid(1, 132)), tmp_path) <= 128
+    assert stack_bytes(compiled(name, torch.bfloat16, text.grid_for(preset(name), torch.bfloat16, 1, 132)), tmp_path) <= 128
 
 
 @pytest.mark.extended
@@ -65,4 +65,4 @@ def test_every_dtype_and_any_number_of_multiprocessors_compile(dtype, ctas):
 
 def test_what_does_not_compile_is_said():
     with pytest.raises(RunFailed, match="error"):
-        nvrtc.compiled("this is no C++", {}, "sm_90")
+        nvrtc.compiled("this is no C++", {}, "sm_90a")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from onelaunch.compilation.cache import Store, program_key
 from onelaunch.errors import RunFailed
@@ -77,7 +78,7 @@ class Function:
 
     def launch(self, ctas: int, threads: int, arguments: Sequence[tuple[Any, Any]]) -> None:
         """Launch it on the current stream, all CTAs at once or not at all. Arguments are values and
-        their ctypes."""
+        their ctypes, None of a structure."""
         from cuda.bindings import driver
 
         values = tuple(value for value, _ in arguments)
@@ -94,6 +95,14 @@ class Function:
 
 POINTER, INT, UINT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 LONG, FLOAT = ctypes.c_uint64, ctypes.c_float
+STRUCTURE = None
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> ctypes.Structure:
+    """A structure of tensors' addresses, 0 where there is none: an argument of a launch."""
+    fields = [(f"_{i}", ctypes.c_uint64) for i in range(len(tensors))]
+    kind = type("Addresses", (ctypes.Structure,), {"_fields_": fields})
+    return kind(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

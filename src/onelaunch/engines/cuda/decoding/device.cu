@@ -6,25 +6,28 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 
 #define DEVICE __device__ __forceinline__
+#define GRID_CONSTANT __grid_constant__
 #define SHARED_MEMORY(name) extern __shared__ unsigned char name[]
 
-// ---- words between CTAs: 64 bits, whole or not at all; of a single CTA they may be in shared memory
+// ---- words between CTAs: 64 bits, whole or not at all
 
 DEVICE u64 load_word(const u64* at) {
-#if GRID == 1
-    return *(const volatile u64*)at;
-#else
     u64 word;
     asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
     return word;
-#endif
+}
+// Two that stand side by side, each whole; where they are not wanted, they stay what they are.
+DEVICE void load_words_if(bool wanted, const u64* at, u64& word, u64& next) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%3]; }"
+        : "+l"(word), "+l"(next) : "r"((u32)wanted), "l"(at) : "memory");
+}
+DEVICE void load_word_if(bool wanted, const u64* at, u64& word) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.relaxed.gpu.global.b64 %0, [%2]; }"
+                 : "+l"(word) : "r"((u32)wanted), "l"(at) : "memory");
 }
 DEVICE void store_word(u64* at, u64 word) {
-#if GRID == 1
-    *(volatile u64*)at = word;
-#else
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
-#endif
 }
 DEVICE void store_to_host(u64* at, u64 word) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
@@ -52,6 +55,7 @@ DEVICE u64 now() {  // in nanoseconds
     return time;
 }
 DEVICE void look_again() {}  // in a loop that waits
+DEVICE void rest() { __nanosleep(500); }
 // A warp sleeps now and then, for up to DELAYS nanoseconds: what waits for too little shows.
 DEVICE void delay() {
 #if DELAYS
@@ -86,6 +90,12 @@ DEVICE bool has_come(u64* barrier, u32 parity) {
         : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
     return done != 0;
 }
+
+// Registers of a thread of this group of four warps: fewer, for another group to have more.
+template <int N>
+DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N>
+DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
 template <int N>
 DEVICE void wait_for_threads() {  // the first N of a CTA

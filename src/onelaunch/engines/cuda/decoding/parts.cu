@@ -1,9 +1,12 @@
 // What the kernels of one text and of several share: numbers, words, the rows of a CTA, attention.
 
 constexpr int LANES = 32;
-constexpr int THREADS = WARPS * LANES;  // without the producer
+constexpr int THREADS = WARPS * LANES;  // that compute
+constexpr int MORE_WARPS = 4;  // one brings weights, one watches, and the others make a group of four
+constexpr int FEW_REGISTERS = 40, MANY_REGISTERS = 232;
 constexpr int N_QKV = (H + 2 * KV) * E, Q = H * E, GROUP = H / KV;
-constexpr int WORDS_OF_CHUNK = Q + H;   // at most: outputs, and of each head the logarithm of its normalizer
+// outputs, at most, and of each head the logarithm of its normalizer; an even number
+constexpr int WORDS_OF_CHUNK = (Q + H + 1) / 2 * 2;
 constexpr int PAIRS = E / 2;
 constexpr int CHUNK_OF_WARP = 16;       // positions, two lanes each
 enum { QKV, OUT, GATE_UP, DOWN, HEAD, STAGES };  // of the weights, as they are read
@@ -14,6 +17,18 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr int RECORD = DRAWS ? 4 : 3;
 #define INFINITE __int_as_float(0x7f800000)
 #define LOWEST (-3.0e38f)               // of a maximum that nothing has joined
+
+
+// Marks for a timeline: when a token begins, and of each stage that a CTA has a part in when what it
+// reads was there, and when the part was done (text_trace.py). The first thread's.
+#if TRACE
+#define MARK(point, there) if (thread == 0 && (there)) { trace[(long long)blockIdx.x * TRACE + marks % TRACE] = now() << 8 | (point); marks++; }
+#else
+#define MARK(point, there)
+#endif
+
+template <int N>
+struct Constant { static constexpr int of = N; };
 
 // ---- numbers as they are stored
 
@@ -123,30 +138,43 @@ DEVICE void publish(u64* copy, int at, u32 value, u32 epoch, int lane) {
     if (lane < REPLICAS) store_word(copy + at, value, epoch);
 }
 
-// The time of a wait's first look at the clock, kept by the caller; 0 where there is no more waiting.
-DEVICE u64 look_around(u32* status, u64 since, u64 timeout_ns, u32 where) {
-    if (*(volatile u32*)status != 0) return 0;
-    u64 time = now();
-    if (since == 0) return time;
-    if (time - since < timeout_ns) return since;
-    atomicCAS(status, 0u, where);
-    return 0;
-}
+// ---- waits
+// Whoever waits looks whether the text is given up, which another warp decides: that costs a wait one load from
+// shared memory, and few instructions, of which a layer should have no more than are fetched in time.
 
-// Looks that found nothing; `waits` is false once there is no more waiting.
+struct Watched {
+    u32 gave_up;
+    u32 where;  // of a wait that looked in vain
+    u32 layers; // that have begun
+};
 struct Patience {
-    u32* status;
-    u64 timeout_ns, since = 0;
-    u32 looks = 0;
+    volatile Watched* watched;
 
-    DEVICE bool waits(u32 where) {
+    DEVICE bool waits(u32 where) const {
         look_again();
-        if ((++looks & 255u) != 0) return true;
-        u64 still = look_around(status, since, timeout_ns, where);
-        since = still;
-        return still != 0;
+        watched->where = where;
+        return watched->gave_up == 0;
     }
 };
+// Until the text has ended: give it up where no layer has begun for so long, or another CTA has. One thread's.
+template <class S>
+DEVICE void watch(S& s, u32* status, u64 timeout_ns) {
+    volatile Watched& watched = s.watched;
+    u32 layers = watched.layers;
+    u64 since = now();
+#pragma unroll 1
+    while (*(volatile u32*)&s.ended == 0) {
+        rest();
+        const u32 begun = watched.layers;
+        const u64 time = now();
+        if (begun != layers) layers = begun, since = time;
+        if (time - since >= timeout_ns) atomicCAS(status, 0u, watched.where | 1u << 31);
+        if (*(volatile u32*)status != 0) {
+            watched.gave_up = 1;
+            break;
+        }
+    }
+}
 
 // ---- the rows of a weight
 
@@ -263,6 +291,7 @@ struct Reader {
     int warp, lane;
     Patience patience;
     u32 tile;  // the first of the next stage
+    u32 issued = 0;  // tiles, at least
 
     // A tile is there; none before it is needed: what was read of those has been computed with.
     DEVICE const Stored* wait_for(u32 which) {
@@ -270,10 +299,10 @@ struct Reader {
         if (lane == 0) *(volatile u32*)&s.progress[warp] = which;
         const u32 slot = which % SLOTS;
         // a barrier tells odd from even tiles alone: the one before in this slot must have been used
-        Patience still = patience;
-        while (*(volatile u32*)&s.issued <= which && still.waits(1u << 28 | which)) {}
-        while (!has_come(&s.full[slot], which / SLOTS & 1) && still.waits(1u << 28 | which)) {}
-        __syncwarp();
+        if (__builtin_expect(issued <= which, false))
+            while ((issued = *(volatile u32*)&s.issued) <= which)
+                if (!patience.waits(1u << 28 | which)) return (const Stored*)s.ring[slot];
+        while (!has_come(&s.full[slot], which / SLOTS & 1)) {}  // it is under way
         delay();
         return (const Stored*)s.ring[slot];
     }
@@ -474,14 +503,13 @@ struct Attended {
         score = seen ? score * (SCALE * LOG2E) : LOWEST;
         const float larger = fmaxf(m, value_of_ordered(__reduce_max_sync(~0u, ordered(score))));
         const float p = seen ? power_of_2(score - larger) : 0.0f, old = power_of_2(m - larger);
-        float here = p, more[LANE_PAIRS][2];
+        float here = 0.0f, more[LANE_PAIRS][2];
 #pragma unroll
         for (int j = 0; j < LANE_PAIRS; j++) more[j][0] = more[j][1] = 0.0f;
 #pragma unroll
-        for (int to = 16; to > 1; to /= 2) here += __shfl_xor_sync(~0u, here, to);
-#pragma unroll
         for (int i = 0; i < CHUNK_OF_WARP / STRIPES; i++) {
             const float weight = __shfl_sync(~0u, p, 2 * (i * STRIPES + lane / WIDE));
+            here += weight;
 #pragma unroll
             for (int j = 0; j < LANE_PAIRS; j++) {
                 more[j][0] = fmaf(weight, held.values[i][j][0], more[j][0]);
@@ -497,6 +525,8 @@ struct Attended {
             }
             sum[j][0] = more[j][0] + sum[j][0] * old, sum[j][1] = more[j][1] + sum[j][1] * old;
         }
+#pragma unroll
+        for (int to = WIDE; to < LANES; to *= 2) here += __shfl_xor_sync(~0u, here, to);
         l = here + l * old;
         m = larger;
     }

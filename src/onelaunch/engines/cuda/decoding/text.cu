@@ -45,24 +45,20 @@ constexpr bool HEAD_BY_TENSOR_CORES = DTYPE == 0 && D % 32 == 0;
 constexpr int HEAD_GROUP = HEAD_BY_TENSOR_CORES && 16 * D * (int)sizeof(Stored) <= SLOT_BYTES ? 16 : 8;
 constexpr int X_UNIT = most(PER, most(unit_of(Q), unit_of(F)));  // out_proj and down have the same rows of x
 constexpr int QKV_UNIT = most(PER, unit_of(D)), QKV_GROUP = group_of(N_QKV, QKV_UNIT), X_GROUP = group_of(D, X_UNIT);
-constexpr int QKV_CTAS = FUSED_QKV ? 0 : ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
+constexpr int QKV_CTAS = ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
 constexpr int GATE_UP_CTAS = ctas_of(2 * F, 4, 4);
 constexpr int X_ROWS = (D / X_UNIT + X_CTAS - 1) / X_CTAS * X_UNIT;  // of a CTA at most
 // one stage's CTAs follow another's
 constexpr int GATE_UP_OFFSET = QKV_CTAS + X_CTAS, ATTENTION_OFFSET = (GATE_UP_OFFSET + GATE_UP_CTAS) % GRID;
 __host__ __device__ constexpr Rows rows_of(int stage) {
     switch (stage) {
-        case QKV: return Rows(D, FUSED_QKV ? 0 : N_QKV, QKV_UNIT, QKV_GROUP, most(QKV_CTAS, 1), 0);
+        case QKV: return Rows(D, N_QKV, QKV_UNIT, QKV_GROUP, QKV_CTAS, 0);
         case OUT: return Rows(Q, D, X_UNIT, X_GROUP, X_CTAS, QKV_CTAS);
         case GATE_UP: return Rows(D, 2 * F, 4, 4, GATE_UP_CTAS, GATE_UP_OFFSET);
         case DOWN: return Rows(F, D, X_UNIT, X_GROUP, X_CTAS, QKV_CTAS);
         default: return Rows(D, V, unit_of(D), HEAD_GROUP, GRID, 0);
     }
 }
-// Where FUSED_QKV is set, attention has no words to wait for: each of its CTAs computes its head's query,
-// key and value, rows of three places of the weight.
-constexpr int HEAD_TILE = SLOT_BYTES / (D * (int)sizeof(Stored)) / 16 * 16, HEAD_TILES = FUSED_QKV ? (E + HEAD_TILE - 1) / HEAD_TILE : 0;
-static_assert(!FUSED_QKV || (DTYPE == 0 && D % 32 == 0 && E % 16 == 0 && HEAD_TILE > 0), "a head's rows on tensor cores");
 __constant__ constexpr Rows ROWS[STAGES] = {
     rows_of(QKV), rows_of(OUT), rows_of(GATE_UP), rows_of(DOWN), rows_of(HEAD)};
 static_assert(ROWS[QKV].fits() && ROWS[OUT].fits() && ROWS[GATE_UP].fits() && ROWS[DOWN].fits() && ROWS[HEAD].fits(), "tiles");
@@ -81,6 +77,7 @@ struct Shared {
 #if DRAWS
     Drawn drawn;
 #endif
+    Watched watched;
     u32 progress[WARPS];                              // no tile before it is needed
     u32 issued;                                       // tiles whose copies are under way, or there
     u32 ended;
@@ -91,7 +88,7 @@ static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
 DEVICE void produce(
-    Shared& s, const Model& model, int cta, int position, int chunk, int n_tokens, int lane, Patience patience) {
+    Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
     u32 tile = 0;
     bool open = true;  // until the text has ended
     auto put = [&](const Stored* from, u32 bytes) {
@@ -111,20 +108,6 @@ DEVICE void produce(
     for (int step = 0; step < steps && open; step++) {
         const int layer = of_token / 4, stage = of_token == 4 * LAYERS ? HEAD : of_token % 4;
         of_token = of_token == 4 * LAYERS ? 0 : of_token + 1;
-        if (FUSED_QKV && stage == QKV) {
-            const int tasks = (position / chunk + 1) * H;
-#pragma unroll 1
-            for (int task = (cta - ATTENTION_OFFSET + GRID) % GRID; task < tasks && open; task += GRID) {
-                const int head = task % H, kv = head / GROUP;
-#pragma unroll 1
-                for (int i = 0; i < 3 * HEAD_TILES && open; i++) {
-                    const int of = i / HEAD_TILES, row = i % HEAD_TILES * HEAD_TILE;
-                    const int first = (of == 0 ? head : of == 1 ? H + kv : H + KV + kv) * E + row;
-                    put(model.qkv + ((long long)layer * N_QKV + first) * D, least(HEAD_TILE, E - row) * D * sizeof(Stored));
-                }
-            }
-            continue;
-        }
         const Stored* weight = stage == QKV ? model.qkv : stage == OUT ? model.out
                                : stage == GATE_UP ? model.gate_up : stage == DOWN ? model.down : model.head;
         const int kw = ROWS[stage].kw, all = ROWS[stage].rows, of_tile = ROWS[stage].tile;
@@ -132,7 +115,6 @@ DEVICE void produce(
         const Stored* from = weight + ((stage == HEAD ? 0 : (long long)layer * all) + s.first[stage]) * kw;
 #pragma unroll 1
         for (; left > 0 && open; left -= of_tile, from += of_tile * kw) put(from, least(left, of_tile) * kw * sizeof(Stored));
-        if (stage == HEAD) position++;
     }
     wait_for_copies(s, tile);
 }
@@ -339,36 +321,6 @@ DEVICE float rstd_of_narrow(const Shared& s, int lane) {
     return rstd_of(squares);
 }
 
-// A head's query, key and value into s.raw, from x, which `fetch` brings.
-template <class Fetch>
-DEVICE void project_head(Consumer& c, Fetch fetch) {
-    constexpr int BLOCKS = E / 16;  // of the query
-    const u32 base = c.tile;
-    auto tile_of = [&](int block) {
-        return base + block / BLOCKS * HEAD_TILES + block % BLOCKS * 16 / most(HEAD_TILE, 1);
-    };
-    u32 which = tile_of(c.warp);
-    const bool works = c.warp < 3 * BLOCKS, ahead = works && which < base + SLOTS;
-    const Stored* tile = nullptr;
-    if (ahead) tile = c.wait_for(which);
-    c.tile += 3 * HEAD_TILES;
-    fetch();
-    barrier();
-    const float rstd = rstd_of_narrow(c.s, c.lane);
-#pragma unroll 1
-    for (int block = c.warp; block < 3 * BLOCKS; block += WARPS) {
-        if (block != c.warp || !ahead) tile = c.wait_for(tile_of(block));
-        const Stored* lower = tile + (block % BLOCKS * 16 % most(HEAD_TILE, 1) + c.lane / 4) * D;
-        const float2 sums = multiply_rows<true>(lower, lower + 8 * D, c.s.narrow, c.lane);
-        if (c.lane % 4 == 0) {
-            float* to = c.s.raw + block * 16 + c.lane / 4;
-            to[0] = sums.x * rstd, to[8] = sums.y * rstd;
-        }
-    }
-    __syncwarp();
-    if (c.lane == 0) *(volatile u32*)&c.s.progress[c.warp] = c.tile;
-}
-
 // The head's products: `body(row, logit)` on every fourth lane.
 template <class Fetch, class Body>
 DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
@@ -470,16 +422,8 @@ DEVICE void gather_attention(
 
 // ---- the kernel
 
-// Marks for a timeline: when a token begins, and of each stage that a CTA has a part in when what it
-// reads was there, and when the part was done (text_trace.py). The first thread's.
-#if TRACE
-#define MARK(point, there) if (thread == 0 && (there)) { trace[(long long)cta * TRACE + marks % TRACE] = now() << 8 | (point); marks++; }
-#else
-#define MARK(point, there)
-#endif
-
-extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
-    const Model* model_at, const Memory* memory_at, int slot, int n_slots, int max_len, int token,
+extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) write_text(
+    const GRID_CONSTANT Model model, const GRID_CONSTANT Memory memory, int slot, int n_slots, int max_len, int token,
     int position, int n_tokens, int passes, int stride, u32 epoch, u64 timeout_ns
 #if DRAWS
     , int top_k, int first, float temperature, float top_p, float min_p, float penalty
@@ -490,10 +434,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
 ) {
     SHARED_MEMORY(bytes);
     Shared& s = *(Shared*)bytes;
-    const Model model = *model_at;
-    const Memory memory = *memory_at;
     const int cta = blockIdx.x, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
-    Patience patience{memory.status, timeout_ns};
+    Patience patience{&s.watched};
 
     if (thread < SLOTS)
         make_barrier(&s.full[thread]);
@@ -502,14 +444,17 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
         s.first[thread] = ROWS[thread].first(cta);
         s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
     }
-    if (thread == 0) s.issued = s.ended = 0;
+    if (thread == 0) s.issued = s.ended = s.watched.gave_up = s.watched.where = s.watched.layers = 0;
     show_to_copies();
     __syncthreads();
 
-    if (warp == WARPS) {
-        produce(s, model, cta, position, passes * CHUNK_STEP, n_tokens, lane, patience);
+    if (warp >= WARPS) {
+        give_registers<FEW_REGISTERS>();
+        if (warp == WARPS) produce(s, model, n_tokens, lane, patience);
+        if (warp == WARPS + 1 && lane == 0) watch(s, memory.status, timeout_ns);
         return;
     }
+    take_registers<MANY_REGISTERS>();
 
     const int chunk = passes * CHUNK_STEP;
     const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
@@ -541,6 +486,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++, here++) {
             const u32 where = 3u << 28 | (u32)layer << 4;
+            if (thread == 0) *(volatile u32*)&s.watched.layers = here;
             auto take_x = [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; };
             auto fetch_x = [&]() {
                 if (layer == 0) {
@@ -555,23 +501,21 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                     gather<D / PER>(words + Words::x, here - 1, thread, patience, where, take_x, straight);
                 }
             };
-            if constexpr (!FUSED_QKV) {
-                run_stage<QKV, true>(consumer, qkv_rows, s.narrow, [&]() {
-                    if (qkv_rows > 0) fetch_x();
-                    MARK(1, qkv_rows > 0)
-                }, [&](int first, auto& sums, float squares) {
-                    constexpr int N = QKV_GROUP;
-                    const float rstd = rstd_of(squares);
+            run_stage<QKV, true>(consumer, qkv_rows, s.narrow, [&]() {
+                if (qkv_rows > 0) fetch_x();
+                MARK(1, qkv_rows > 0)
+            }, [&](int first, auto& sums, float squares) {
+                constexpr int N = QKV_GROUP;
+                const float rstd = rstd_of(squares);
 #pragma unroll
-                    for (int r = 0; r < N; r++) sums[r] = sum_of_warp(sums[r]) * rstd;
+                for (int r = 0; r < N; r++) sums[r] = sum_of_warp(sums[r]) * rstd;
 #pragma unroll
-                    for (int r = 0; r < N; r += PER)
-                        if (first + r < qkv_rows)
-                            publish(copy, Words::qkv + (qkv_first + first + r) / PER,
-                                    packed(sums[r], sums[r + PER - 1]), here, lane);
-                });
-                MARK(2, qkv_rows > 0)
-            }
+                for (int r = 0; r < N; r += PER)
+                    if (first + r < qkv_rows)
+                        publish(copy, Words::qkv + (qkv_first + first + r) / PER,
+                                packed(sums[r], sums[r + PER - 1]), here, lane);
+            });
+            MARK(2, qkv_rows > 0)
 
             // attention
             const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
@@ -580,13 +524,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_text(
                 const int of_chunk = task / H, head = task % H, begin = of_chunk * chunk;
                 const long long of_cache = (((long long)layer * n_slots + slot) * KV + head / GROUP) * max_len * E;
                 if (task != first_task) barrier();
-                auto bring = [&]() {
-                    if constexpr (FUSED_QKV)
-                        project_head(consumer, [&]() { if (task == first_task) fetch_x(); });
-                    else
-                        gather_head<THREADS>(s.raw, words + Words::qkv, head, here, thread, patience, where | 1);
-                };
-                attend(s, s.raw, model, memory.keys + of_cache, memory.values + of_cache, bring,
+                attend(s, s.raw, model, memory.keys + of_cache, memory.values + of_cache,
+                       [&]() { gather_head<THREADS>(s.raw, words + Words::qkv, head, here, thread, patience, where | 1); },
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
                        begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
                 MARK(4, true)

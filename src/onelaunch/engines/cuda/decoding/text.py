@@ -1,5 +1,6 @@
-"""Kernels that write many tokens of one sequence, or of several, in one launch (text.cu, texts.cu),
-bound to a session's cache."""
+"""Kernels that write many tokens in one launch, bound to a session's cache: texts.cu, of one or
+several sequences, on tensor cores; and text.cu, of one sequence, whose numbers and widths may be
+others."""
 
 from __future__ import annotations
 
@@ -27,19 +28,19 @@ MAX_SEQUENCES = 64
 """Of a launch."""
 FEW, MANY = 8, 16
 """Sequences of a group of CTAs, where there is one group, and where there may be more."""
-WARPS = 8
+WARPS, _MORE_WARPS = 8, 4
 REPLICAS = 8
 """Of each word, where all multiprocessors read it."""
-SLOT_BYTES, WIDE_SLOT_BYTES = 16384, 18432
-"""Of a slot of the ring at least; of the kernel for several, that is 16 rows of 544 numbers."""
+SLOT_BYTES = 16384
+"""Of a slot of the ring, about."""
+_UNIT_BYTES = 1024
+"""Of 16 rows of 32 numbers: tiles have some."""
 MIN_SLOTS, MAX_SLOTS = 4, 32
-ONE_CTA_BYTES = 2 << 20
-"""Of the weights that a token reads, at most, where one CTA writes sequences by itself."""
-ONE_CTA_SLOTS = 64
 CHUNKS = 8
 """Of a sequence's context, about, at most."""
-FUSED_BYTES = 224 << 10
-"""Of a head's rows of qkv, at most, for which attention computes them itself."""
+TILED = False
+"""Whether one sequence, too, is written by tiles, where that can be."""
+_SUMS_PITCH = 20  # of texts.cu
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ROUNDS, _BINS = 8, 256  # of search.cu
 _ROW_INTS = 10  # a row, and what it is drawn by
@@ -76,16 +77,18 @@ class Ended(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Of a launch: sequences of a group, and its CTAs; how many groups there are."""
+    """Of a launch: sequences of a group, and its CTAs; how many groups there are. `tiles`: whether
+    products are on tensor cores, by texts.cu."""
 
     sequences: int
     ctas: int
     groups: int = 1
+    tiles: bool = True
 
     @property
     def replicas(self) -> int:
         """Of each word of a group."""
-        share = 1 if self.ctas == 1 else max(1, REPLICAS // self.groups)
+        share = max(1, REPLICAS // self.groups)
         return 1 << (share.bit_length() - 1)
 
     def alone(self, config: ModelConfig) -> bool:
@@ -94,8 +97,6 @@ class Grid(NamedTuple):
 
     def chunks(self, config: ModelConfig) -> int:
         """Of a sequence's context, about, at most."""
-        if self.ctas == 1:
-            return 1
         if not self.alone(config):
             return CHUNKS
         return max(1, min(CHUNKS, WARPS * self.ctas // (self.sequences * config.n_heads)))
@@ -107,39 +108,48 @@ class Grid(NamedTuple):
 
 def grid_for(config: ModelConfig, dtype: torch.dtype, max_batch: int, multiprocessors: int) -> Grid:
     """For so many sequences at once."""
-    if _is_small(config, dtype):
-        return Grid(FEW, 1, -(-max_batch // FEW))
+    if max_batch == 1:
+        return Grid(1, multiprocessors, tiles=TILED and _tiles(config, dtype))
     if max_batch <= FEW:
-        return Grid(1 if max_batch == 1 else FEW, multiprocessors)
+        return Grid(FEW, multiprocessors)
     groups = -(-max_batch // MANY)
     return Grid(MANY, multiprocessors // groups, groups)
 
 
-def _is_small(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether one CTA reads a model's weights sooner than all of them hand its numbers on."""
-    c = config
-    of_layer = c.dim * (2 * c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim)
-    numbers = c.n_layers * of_layer + c.vocab_size * c.dim
-    fits = dtype != torch.float32 and c.dim % 32 == c.q_dim % 32 == 0
-    return fits and numbers * dtype.itemsize <= ONE_CTA_BYTES
+def _tiles(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether products can be on tensor cores."""
+    return dtype != torch.float32 and config.dim % 32 == config.q_dim % 32 == 0
 
 
 def _padded(config: ModelConfig, grid: Grid) -> ModelConfig:
-    """As the kernel for several has the model: hidden numbers in multiples of 32, some of them
-    zero."""
-    if grid.sequences == 1:
+    """As texts.cu has the model: hidden numbers in multiples of 32, some of them zero."""
+    if not grid.tiles:
         return config
     return config.with_(hidden_dim=-(-config.hidden_dim // 32) * 32)
 
 
-def padded_weights(config: ModelConfig, packed: PackedModel, grid: Grid) -> tuple[Tensor, Tensor]:
-    """gate_up, (L, 2 F, D), and down, (L, D, F), as a kernel has them."""
-    more = _padded(config, grid).hidden_dim - config.hidden_dim
-    gate_up, down = packed.gate_up, packed.down
-    if more:
-        gate_up = torch.nn.functional.pad(gate_up, (0, 0, 0, 2 * more))
-        down = torch.nn.functional.pad(down, (0, more))
-    return gate_up, down
+def tiled(weight: Tensor) -> Tensor:
+    """Rows, (..., R, K), as texts.cu reads them: of each 16 rows, some of which may be zeros, and
+    32 columns the 8 numbers of each lane."""
+    *layers, rows, columns = weight.shape
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, -rows % 16))
+    in_parts = weight.reshape(-1, -(-rows // 16), 2, 8, columns // 32, 4, 2, 2, 2)
+    return in_parts.permute(0, 1, 4, 6, 3, 5, 7, 2, 8).reshape(*layers, -1, columns).contiguous()
+
+
+def kernel_weights(
+    config: ModelConfig, packed: PackedModel, grid: Grid
+) -> tuple[Tensor | None, ...]:
+    """A model as a kernel has it, in the order of its struct `Model`."""
+    p = packed
+    matrices = p.qkv, p.out, p.gate_up, p.down, p.head
+    if grid.tiles:
+        more = _padded(config, grid).hidden_dim - config.hidden_dim
+        gate_up = torch.nn.functional.pad(p.gate_up, (0, 0, 0, 2 * more))
+        down = torch.nn.functional.pad(p.down, (0, more))
+        matrices = tuple(map(tiled, (p.qkv, p.out, gate_up, down, p.head)))
+    qkv, out, gate_up, down, head = matrices
+    return p.embedding, qkv, p.norms, out, gate_up, down, head, p.cos, p.sin
 
 
 def why_not(
@@ -147,7 +157,6 @@ def why_not(
 ) -> str | None:
     """Why so many sequences of a model cannot be written in one launch; None where they can."""
     c = config
-    several = max_batch > 1 or _is_small(c, dtype)
     if max_batch > MAX_SEQUENCES:
         return f"one launch writes at most {MAX_SEQUENCES} sequences"
     if c.vocab_size >= 1 << 18:
@@ -156,28 +165,25 @@ def why_not(
         return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device)[0] < 9:
         return "it needs compute capability 9.0"
-    if several:
+    if max_batch > 1 and not _tiles(c, dtype):
         if dtype == torch.float32:
             return "several sequences at once are of 16-bit numbers"
-        if c.dim % 32 or c.q_dim % 32:
-            return "its widths are not multiples of 32"
-    if c.dim % 8 or c.head_dim % 8 or (c.hidden_dim % 4 and not several):
-        return "its widths are not multiples of 8"
+        return "its widths are not multiples of 32"
     limits = limits_of(device)
     grid = grid_for(c, dtype, max_batch, limits.multiprocessors)
+    if c.dim % 8 or c.head_dim % 8 or (c.hidden_dim % 4 and not grid.tiles):
+        return "its widths are not multiples of 8"
     if _slots(c, dtype, grid, limits.shared_bytes, draws=True) < MIN_SLOTS:  # it needs more
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
 
 def _slot_bytes(config: ModelConfig, itemsize: int, grid: Grid) -> int:
-    """Of a slot of the ring. For one sequence, 16 rows of the head or some more, or eight of a wide
-    one; and the rows that a warp takes at once of the other weights."""
-    c = _padded(config, grid)
-    if grid.ctas == 1 and grid.sequences > 1:
-        return 16 * max(c.dim, c.q_dim, c.hidden_dim) * itemsize
-    if grid.sequences > 1:
-        return WIDE_SLOT_BYTES
+    """Of a slot of the ring. Where there are no tiles, 16 rows of the head or some more, or eight
+    of a wide one; and the rows that a warp takes at once of the other weights."""
+    c = config
+    if grid.tiles:
+        return _tile_units(_padded(c, grid), grid.sequences) * _UNIT_BYTES
     rows = 16 * c.dim * itemsize
     rows = -(-SLOT_BYTES // rows) * rows if rows <= 1.5 * SLOT_BYTES else rows // 2
     of_warp = -(-c.dim // (grid.ctas * WARPS))
@@ -193,30 +199,43 @@ def _slots(
 ) -> int:
     """Slots of the ring that a CTA has room for, with the rest of `Shared`."""
     c, n, ctas = _padded(config, grid), grid.sequences, grid.ctas
-    numbers = n * (c.dim + max(c.q_dim, c.hidden_dim))
-    of_cta = max(16, -(-c.dim // ctas)) + 8  # rows of x
-    floats = (
-        (3 + WARPS) * c.head_dim
-        + (WARPS + 1) * (c.head_dim + 2)
-        + n * (of_cta + 3 * (ctas + WARPS))
-    )
-    if draws:
-        of_head = -(-c.vocab_size // ctas) + 2  # rows, and a bit of each
-        floats += n * (-(-of_head // 32) + ctas + WARPS + 26)
-        floats += 3 * _BINS * WARPS if n > 1 else of_head + (2 * _ROUNDS + 3) * _BINS + 3 * ctas
-    if n > 1:
-        numbers += n * 2 * 64  # rows are apart
-        widest = max(c.q_dim + 2 * c.kv_dim, 2 * c.hidden_dim)
-        blocks = -(-(-(-widest // ctas) + 32) // 16)
-        floats += n * of_cta + 16 * n * max(WARPS, padded(blocks)) + n
-        floats += 3 * (WARPS - 1) * c.head_dim if grid.alone(c) else 0
-    most = MAX_SLOTS
-    if n > 1 and ctas == 1:
-        most = ONE_CTA_SLOTS
-        words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + c.q_dim + c.n_heads + 16
-        floats += 2 * n * words
+    alone = grid.tiles and grid.alone(c)
+    numbers = n * (c.dim + 64 if grid.tiles else c.dim + max(c.q_dim, c.hidden_dim))
+    floats = (3 * (WARPS if alone else 1) + WARPS) * c.head_dim
+    floats += (1 if alone else WARPS + 1) * (c.head_dim + 2)
+    floats += n * (3 + draws) * (ctas + (8 if grid.tiles else 1) * WARPS)  # what is best
+    of_head = -(-c.vocab_size // ctas) + 2  # rows, and a bit of each
+    if grid.tiles:
+        even = max(_blocks(c.q_dim + 2 * c.kv_dim, ctas), _blocks(2 * c.hidden_dim, ctas))
+        floats += (even + _blocks(c.dim, ctas)) * WARPS * n * _SUMS_PITCH + (2 * WARPS + 8) * n
+        if draws:
+            floats += n * (of_head // 32 + 40) + 3 * _BINS * WARPS
+    else:
+        floats += max(16, -(-c.dim // ctas)) + 8  # rows of x
+        if draws:
+            floats += of_head + of_head // 32 + (2 * _ROUNDS + 3) * _BINS + 3 * ctas + 3 * WARPS + 32
     taken = numbers * dtype.itemsize + 4 * floats + 2048  # alignment, barriers and counters
-    return min(most, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
+    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
+
+
+def _tile_units(config: ModelConfig, sequences: int) -> int:
+    """Of the largest tile, as `Tiles` of texts.cu has them."""
+    largest = 0
+    for width in (config.dim, config.q_dim, config.hidden_dim):
+        units = width // 32
+        of_warp = -(-units // WARPS)
+        at_once = min(of_warp, 16 // -(-sequences // 8))
+        while of_warp % at_once:
+            at_once -= 1
+        warps, most = -(-units // at_once), max(SLOT_BYTES // _UNIT_BYTES // at_once, 1)
+        largest = max(largest, min(-(-warps // -(-warps // most)) * at_once, units))
+    return largest
+
+
+def _blocks(rows: int, ctas: int) -> int:
+    """Of 16 rows, that a CTA has at most."""
+    blocks = -(-rows // 16)
+    return -(-blocks // min(ctas, blocks))
 
 
 def macros(
@@ -239,21 +258,19 @@ def macros(
         "SLOTS": _slots(c, dtype, grid, shared_bytes, draws),
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
         "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": grid.replicas,
-        "DELAYS": delays_ns,
+        "DELAYS": delays_ns, "DRAWS": int(draws), "TRACE": trace,
     }  # fmt: skip
-    if grid.sequences > 1:
-        alone = int(grid.alone(c))
-        return shape | {"SEQUENCES": grid.sequences, "ALONE": alone, "DRAWS": int(draws)}
-    of_head = 3 * c.head_dim * c.dim * dtype.itemsize
-    on_tensor_cores = dtype == torch.bfloat16 and c.dim % 32 == c.head_dim % 16 == 0
-    fused = on_tensor_cores and of_head <= FUSED_BYTES
-    return shape | {"TRACE": trace, "FUSED_QKV": int(fused), "DRAWS": int(draws)}
+    if not grid.tiles:
+        return shape
+    units = shape["SLOT_BYTES"] // _UNIT_BYTES
+    alone = int(grid.alone(c))
+    return shape | {"SEQUENCES": grid.sequences, "ALONE": alone, "TILE_UNITS": units}
 
 
 @cache
-def source(several: bool = False) -> str:
+def source(tiles: bool = True) -> str:
     """A kernel's source."""
-    own = ("draws.cu", "texts.cu") if several else ("draw.cu", "text.cu")
+    own = ("draws.cu", "texts.cu") if tiles else ("draw.cu", "text.cu")
     folder, names = Path(__file__).parent, ("device.cu", "parts.cu", "search.cu", *own)
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
@@ -285,12 +302,11 @@ class Mailbox:
         self.ended = torch.cuda.Event(enable_timing=True)
         self.stop_ids = [(-1,) * STOP_IDS] * sequences  # that `stop` has
         kept = sequences if n_logits else 0
-        rounds = _ROUNDS if grid.sequences == 1 else 2 * _ROUNDS * grid.groups
+        rounds = 2 * _ROUNDS * grid.groups if grid.tiles else _ROUNDS
         self.sums = on_device(rounds * (_BINS * grid.sequences + 16), dtype=torch.int64)
         self.uniforms = on_device(kept, max_len, dtype=torch.float32)
         self.history = on_device(kept, max_len)
-        several = kept if grid.sequences > 1 else 0
-        self.logits = on_device(several, n_logits, dtype=torch.float32)
+        self.logits = on_device(kept if grid.tiles else 0, n_logits, dtype=torch.float32)
         self.drawn: list[Request | None] = [None] * sequences  # whose they are, by slot
         self.epoch = 1
 
@@ -321,17 +337,17 @@ class TextKernel:
         device = packed.embedding.device
         self.config, self.packed, self.trace = config, packed, trace
         limits = limits_of(device)
-        self.grid = grid or Grid(1, limits.multiprocessors)
+        dtype = packed.embedding.dtype
+        self.grid = grid or grid_for(config, dtype, 1, limits.multiprocessors)
         self.draws, shared_bytes = draws, limits.shared_bytes
         self.sequences = self.grid.groups * self.grid.sequences
         self.ctas = self.grid.groups * self.grid.ctas
         if code is None:
             code = self.compile(config, packed, store, self.grid, draws, trace, delays_ns)
-        name = "write_texts" if self.grid.sequences > 1 else "write_text"
+        name = "write_texts" if self.grid.tiles else "write_text"
         self.function = nvrtc.Function(code, name, device, shared_bytes)
-        p, self._padded = packed, padded_weights(config, packed, self.grid)
-        weights = (p.embedding, p.qkv, p.norms, p.out, *self._padded, p.head, p.cos, p.sin)
-        self.model = _pointers(weights, device)
+        self._weights = kernel_weights(config, packed, self.grid)
+        self.model = nvrtc.addresses(self._weights)
         self.token_seconds: float | None = None  # of the last launch
         self._free: list[Mailbox] = []
 
@@ -350,7 +366,7 @@ class TextKernel:
         major, minor = torch.cuda.get_device_capability(device)
         shared_bytes = limits_of(device).shared_bytes
         names = macros(config, dtype, grid, shared_bytes, draws, trace, delays_ns)
-        return nvrtc.compiled(source(grid.sequences > 1), names, f"sm_{major}{minor}", store)
+        return nvrtc.compiled(source(grid.tiles), names, f"sm_{major}{minor}a", store)
 
     def take_mailbox(self, max_len: int) -> Mailbox:
         """One that no launch writes into, for texts of up to `max_len` positions."""
@@ -361,7 +377,7 @@ class TextKernel:
         c, grid = _padded(self.config, self.grid), self.grid
         chunks = -(-max_len // (16 * WARPS * grid.passes(c, max_len)))
         words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 11 * grid.ctas + 2
-        words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads))
+        words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads + 1)) + 1
         device, n_logits = self.packed.embedding.device, c.vocab_size if self.draws else 0
         return Mailbox(grid, -(-words // 16) * 16, n_logits, max_len, device)
 
@@ -384,12 +400,12 @@ class Text:
         self._cache = keys, values
         self._mailbox: Mailbox | None = kernel.take_mailbox(self._max_len)
         m = self._mailbox
-        rows = (m.rows_there,) if kernel.grid.sequences > 1 else ()
+        rows = (m.rows_there,) if kernel.grid.tiles else ()
         tensors = (
             keys, values, m.words, m.status, m.written, m.ending, m.stop, *rows, m.sums, m.uniforms,
             m.history, m.logits,
         )  # fmt: skip
-        self._memory = _pointers(tensors, keys.device)
+        self._memory = nvrtc.addresses(tensors)
         self._written: np.ndarray = m.written.numpy()
         self._limits: list[int] = []  # tokens of each row of the launch at most
         self._prepared: list[tuple[int, Request] | None] = [None] * kernel.sequences  # by row
@@ -447,12 +463,12 @@ class Text:
         self._limits = [row.n for row in rows]
         numbers = self._numbers(rows, n)
         arguments: list[tuple[Any, Any]] = [
-            (self._kernel.model.data_ptr(), nvrtc.POINTER),
-            (self._memory.data_ptr(), nvrtc.POINTER),
+            (self._kernel.model, nvrtc.STRUCTURE),
+            (self._memory, nvrtc.STRUCTURE),
             *((number, nvrtc.INT) for number in numbers),
             (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
         ]  # fmt: skip
-        if self._kernel.draws and self._kernel.grid.sequences == 1:
+        if self._kernel.draws and not self._kernel.grid.tiles:
             top_k, *fractions = self._by[0]
             arguments += [(top_k, nvrtc.INT), (rows[0].first, nvrtc.INT)]
             arguments += [(x, nvrtc.FLOAT) for x in fractions]
@@ -460,13 +476,13 @@ class Text:
             arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
         box.epoch += (n + 1) * layers
         box.started.record()
-        self._kernel.function.launch(self._kernel.ctas, 32 * (WARPS + 1), arguments)
+        self._kernel.function.launch(self._kernel.ctas, 32 * (WARPS + _MORE_WARPS), arguments)
         box.ended.record()
 
     def _numbers(self, rows: Sequence[Row], n: int) -> list[int]:
         """The kernel's arguments between its pointers and the epoch."""
         box = self._box
-        if self._kernel.grid.sequences == 1:
+        if not self._kernel.grid.tiles:
             (row,) = rows
             one = [row.slot, self._slots, self._max_len, row.token, row.position, n]
             return [*one, self._passes, box.stride]
@@ -517,9 +533,3 @@ class Text:
     def _box(self) -> Mailbox:
         assert self._mailbox is not None, "closed"
         return self._mailbox
-
-
-def _pointers(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Addresses of tensors, on the device."""
-    at: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return torch.tensor(at, dtype=torch.int64).to(device)

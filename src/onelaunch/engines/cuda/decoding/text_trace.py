@@ -23,7 +23,7 @@ from onelaunch.errors import BadInput
 
 TOKENS = 32
 """Of the launch whose last token is kept."""
-# The points of text.cu: a stage's are 2 i + 1, what it reads is there, and 2 i + 2, it is done.
+# The points of text.cu and texts.cu: a stage's are 2 i + 1, what it reads is there, and 2 i + 2, it is done.
 KINDS = ("qkv", "attention", "out_proj", "gate_up", "down", "head")
 _BEGIN, _CHOSEN = 0, 2 * len(KINDS) + 1
 
@@ -103,8 +103,6 @@ def format_token(spans: Sequence[Span]) -> str:
     lines = [f"{'us':<10}{'CTAs':>7}{'wait':>8}{'work':>8}{'stage':>8}"]
     for kind in KINDS:
         own = [span for span in spans if span.kind == kind]
-        if not own:  # attention computes qkv
-            continue
         layers: dict[int | None, list[Span]] = defaultdict(list)
         for span in own:
             layers[span.layer].append(span)

@@ -1,18 +1,17 @@
-// One launch that writes many tokens of several sequences at once; see text.cu for how CTAs hand
-// numbers on, and weights come.
+// One launch that writes many tokens of one or several sequences, whose numbers have 16 bits and whose
+// products are on tensor cores; see text.cu for how CTAs hand numbers on, and weights come.
 //
 // The launch has one or more groups of GRID CTAs, each with up to SEQUENCES sequences, which it writes
-// by itself: more groups read the weights more often, and each waits for fewer CTAs. Where a group is a
-// single CTA its words are in shared memory, and so near that a small model is written sooner by it than by
-// all: what takes time is then how fast a multiprocessor reads the weights.
+// by itself: more groups read the weights more often, and each waits for fewer CTAs.
 //
-// Products are on tensor cores: 16 rows of a weight, 8 columns of which each is a sequence. The warps
-// of a CTA share the columns of a weight's 16 rows; their sums meet in shared memory, in a fixed
+// A product is of 16 rows of a weight and columns of which each is a sequence. The warps of a CTA share the
+// numbers of a row: each takes its part of what the stage reads straight out of the words, as the tensor cores
+// want it, so that nothing is between a word and its product; the warps' sums meet in shared memory, in a fixed
 // order. A column does not depend on the others, so that a sequence's numbers are the same with any
 // others. One that has ended stays where it is until all have, and what it still does is not read.
 //
-// Shapes (macros) as in text.cu; D, H E and F in multiples of 32, numbers of 16 bits. ALONE: whether a
-// warp attends alone, for where there are many sequences, or all of a CTA together.
+// Shapes (macros) as in text.cu; D, H E and F in multiples of 32. ALONE: whether a warp attends alone, for
+// where there are many sequences, or all of a CTA together.
 
 struct Memory {
     Stored *keys, *values;  // (LAYERS, slots, KV, max_len, E)
@@ -30,11 +29,12 @@ struct Memory {
 };
 constexpr int SEQUENCE_INTS = 10;
 
-constexpr int R = SEQUENCES, BLOCKS = R / 8;  // of columns
-constexpr int OWN = R / WARPS;                // sequences of a warp, when tokens are chosen: every WARPS-th
-static_assert(R % 8 == 0 && R % WARPS == 0 && PER == 2 && D % 32 == 0 && Q % 32 == 0 && F % 32 == 0, "shapes");
+constexpr int R = SEQUENCES, BLOCKS = (R + 7) / 8;  // of eight columns, some of which one sequence leaves empty
+constexpr int OWN = (R + WARPS - 1) / WARPS;        // sequences of a warp, when tokens are chosen: every WARPS-th
+static_assert((R == 1 || R % 8 == 0) && PER == 2 && D % 32 == 0 && Q % 32 == 0 && F % 32 == 0, "shapes");
 
-// Where the words of a stage lie: those of a sequence follow those of another.
+// Where the words of a stage lie: those of a sequence follow those of another. All but the last few are read in
+// pairs, and lie so.
 struct Words {
     static constexpr int qkv = 0;
     static constexpr int mid = qkv + R * N_QKV / 2;  // x after attention
@@ -43,83 +43,80 @@ struct Words {
     static constexpr int best = x + R * D / 2;       // of two tokens in turn, RECORD of each CTA
     static constexpr int drawn = best + 2 * R * RECORD * GRID;  // 3 of each CTA
     static constexpr int chosen = drawn + R * 3 * GRID;
-    static constexpr int attention = chosen + R * 2;
-    static constexpr int all = attention + R * WORDS_OF_CHUNK;  // with one chunk
+    static constexpr int attention = (chosen + R * 2 + 1) / 2 * 2;
 };
 
 // ---- the ring of weights: tiles of 16 rows and some columns
+// Which k of an mma is which column of the weight is free, as long as both sides agree: of each 32 columns, a
+// unit, a lane has eight that stand side by side, those from lane % 4 * 8 on; of the weight's row lane / 4 and
+// that eight on, of sequence lane / 4 of each block. Weights lie so in memory (`tiled` in text.py): of each 16 rows,
+// a block, each unit's 512 numbers: lane by lane those of the first four columns, two of a row and two of the other
+// in turn, and then those of the last four.
 
-constexpr int QKV_UNIT = 2, X_UNIT = 2;
-constexpr int QKV_GROUP = group_of(N_QKV, QKV_UNIT), X_GROUP = group_of(D, X_UNIT);
-constexpr int QKV_CTAS = ctas_of(N_QKV, QKV_UNIT, QKV_GROUP), X_CTAS = ctas_of(D, X_UNIT, X_GROUP);
-constexpr int GATE_UP_CTAS = ctas_of(2 * F, 4, 4);
-constexpr int GATE_UP_OFFSET = QKV_CTAS + X_CTAS, ATTENTION_OFFSET = (GATE_UP_OFFSET + GATE_UP_CTAS) % GRID;
-__host__ __device__ constexpr Rows rows_of(int stage) {
-    switch (stage) {
-        case QKV: return Rows(D, N_QKV, QKV_UNIT, 16, QKV_CTAS, 0);
-        case OUT: return Rows(Q, D, X_UNIT, 16, X_CTAS, QKV_CTAS);
-        case GATE_UP: return Rows(D, 2 * F, 4, 16, GATE_UP_CTAS, GATE_UP_OFFSET);
-        case DOWN: return Rows(F, D, X_UNIT, 16, X_CTAS, QKV_CTAS);
-        default: return Rows(D, V, 1, 16, GRID, 0);
+constexpr int OF_UNIT = 512;  // numbers
+// How a stage's blocks lie: `ctas` CTAs from `offset` on have them, in tiles of `of_tile` units. No more CTAs have
+// some than there are blocks: whoever has none does not read what they read.
+// A warp takes `of_warp` units of a block, `at_once` of them at once, which lie in one tile.
+struct Tiles {
+    int rows, blocks, units, ctas, offset, of_warp, at_once, tiles, of_tile;
+    __host__ __device__ constexpr Tiles(int rows, int columns, int offset)
+        : rows(rows), blocks((rows + 15) / 16), units(columns / 32), ctas(least(blocks, GRID)), offset(offset % GRID),
+          of_warp((units + WARPS - 1) / WARPS), at_once(least(of_warp, 16 / BLOCKS)), tiles(0), of_tile(0) {
+        while (of_warp % at_once != 0) at_once--;
+        const int warps = (units + at_once - 1) / at_once, most_warps = most(TILE_UNITS / at_once, 1);
+        tiles = (warps + most_warps - 1) / most_warps;
+        of_tile = least((warps + tiles - 1) / tiles * at_once, units);
     }
-}
-__constant__ constexpr Rows ROWS[STAGES] = {
-    rows_of(QKV), rows_of(OUT), rows_of(GATE_UP), rows_of(DOWN), rows_of(HEAD)};
-
-// Rows of 64 bytes more than a multiple of 128: eight lanes read two of them without a conflict.
-__host__ __device__ constexpr int pitch_of(int columns) { return columns + (32 - columns % 64 + 64) % 64; }
-// How a stage's products are shared: rows of a CTA in blocks of 16, of which `at_once` are computed at
-// once, each by `parts` warps; columns of a block in `tiles`.
-struct Columns {
-    int of_tile, tiles, pitch, blocks, parts, at_once;
-    __host__ __device__ constexpr Columns(Rows row, bool head) : of_tile(0), tiles(0), pitch(0), blocks(0), parts(0), at_once(0) {
-        const int kw = row.kw;
-        // a single CTA's tiles are whole copies: of narrow rows it would have too many to issue
-        const int most_columns = GRID == 1 ? SLOT_BYTES / 32 / 32 * 32 : (SLOT_BYTES / 32 - 32) / 32 * 32;
-        tiles = (kw + most_columns - 1) / most_columns;
-        of_tile = ((kw + tiles - 1) / tiles + 31) / 32 * 32;
-        pitch = GRID == 1 ? of_tile : pitch_of(of_tile);
-        blocks = ((row.rows / row.unit + row.ctas - 1) / row.ctas * row.unit + 15) / 16;
-        parts = head ? 1 : most(1, WARPS / pow2_from(blocks));
-        at_once = head ? 1 : WARPS / parts;
+    __host__ __device__ constexpr int first(int cta) const {  // block
+        return least((cta - offset + GRID) % GRID, ctas) * blocks / ctas;
     }
+    __host__ __device__ constexpr int end(int cta) const {
+        return least((cta - offset + GRID) % GRID + 1, ctas) * blocks / ctas;
+    }
+    __host__ __device__ constexpr int of_cta() const { return (blocks + ctas - 1) / ctas; }  // blocks at most
 };
-__host__ __device__ constexpr Columns columns_of(int stage) { return Columns(rows_of(stage), stage == HEAD); }
-__constant__ constexpr Columns COLUMNS[STAGES] = {
-    columns_of(QKV), columns_of(OUT), columns_of(GATE_UP), columns_of(DOWN), columns_of(HEAD)};
-__host__ __device__ constexpr int sums_of(int stage) { return columns_of(stage).blocks * columns_of(stage).parts; }
-constexpr int SUMS = most(WARPS, most(most(sums_of(QKV), sums_of(OUT)), most(sums_of(GATE_UP), sums_of(DOWN))));
-constexpr int X_ROWS = (D / X_UNIT + X_CTAS - 1) / X_CTAS * X_UNIT;  // of a CTA at most
+constexpr Tiles OF_QKV(N_QKV, D, 0), OF_OUT(D, Q, OF_QKV.ctas), OF_GATE_UP(2 * F, D, OF_QKV.ctas + OF_OUT.ctas);
+constexpr Tiles OF_DOWN(D, F, OF_QKV.ctas), OF_HEAD(V, D, 0);  // out_proj and down have the same rows of x
+constexpr int ATTENTION_OFFSET = (OF_GATE_UP.offset + OF_GATE_UP.ctas) % GRID;
+__host__ __device__ constexpr const Tiles& tiles_of(int stage) {
+    return stage == QKV ? OF_QKV : stage == OUT ? OF_OUT : stage == GATE_UP ? OF_GATE_UP : stage == DOWN ? OF_DOWN : OF_HEAD;
+}
+__constant__ constexpr Tiles TILES[STAGES] = {OF_QKV, OF_OUT, OF_GATE_UP, OF_DOWN, OF_HEAD};
+static_assert(TILE_UNITS * OF_UNIT * sizeof(Stored) == SLOT_BYTES, "a tile is a slot");
+__host__ __device__ constexpr int divisor_of(int a, int b, int most) {
+    while (a % most != 0 || b % most != 0) most--;
+    return most;
+}
+// Sums of one stage may be read while those of the next are written.
+constexpr int EVEN_BLOCKS = most(OF_QKV.of_cta(), OF_GATE_UP.of_cta()), ODD_BLOCKS = OF_OUT.of_cta();
+constexpr int QKV_WORDS = 8 * OF_QKV.of_cta(), X_WORDS = 8 * OF_OUT.of_cta(), HIDDEN_WORDS = 4 * OF_GATE_UP.of_cta();
+constexpr int SUMS_PITCH = 20;  // of a sequence's 16 rows: lanes write them without a conflict
+__host__ __device__ constexpr int pitch_of(int columns) { return columns + (32 - columns % 64 + 64) % 64; }  // likewise
 
 struct Shared {
     alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
-    alignas(16) Stored narrow[R][pitch_of(D)];            // what qkv, gate_up and head read
-    alignas(16) Stored wide[R][pitch_of(Q > F ? Q : F)];  // what out_proj and down read
+    alignas(16) Stored narrow[R][pitch_of(D)];            // what head reads
     alignas(16) float raw[ALONE ? WARPS : 1][3 * E];      // what attention reads: a query, its key and value
     alignas(16) float rotated[WARPS][E];
     alignas(16) float partial[ALONE ? 1 : WARPS + 1][E + 2];
-    alignas(16) float sums[SUMS * 16][R];                 // of the warps' parts of products
-    float kept[2][X_ROWS][R];                             // this CTA's rows of x, before and after attention
-    float rstd[R];
-    float best[WARPS][R][RECORD], records[R][RECORD * GRID];  // of the warps, of the CTAs
+    alignas(16) float sums[EVEN_BLOCKS + ODD_BLOCKS][WARPS][R][SUMS_PITCH];  // of the warps' parts of products
+    float squares[2][WARPS][R];                           // and of x
+    float best[WARPS * 8][R][RECORD], records[R][RECORD * GRID];  // of the rows of the warps' blocks, of the CTAs
 #if DRAWS
     DrawnSequences drawn;
 #endif
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                     // rows
     int slot[R], token[R], position[R], ending[R];
+    Watched watched;
     u32 progress[WARPS];                                  // no tile before it is needed
     u32 issued;                                           // tiles whose copies are under way, or there
     u32 ended;
-#if GRID == 1
-    u64 words[Words::all];
-#endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 using Consumer = Reader<Shared>;
 
-// The producer: tiles in the order in which they are read, as far ahead as there is room: of the blocks
-// that are computed at once first all first columns.
+// The producer: tiles in the order in which they are read, block by block, as far ahead as there is room.
 DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
     u32 tile = 0;
     bool open = true;  // until all texts have ended
@@ -131,135 +128,329 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
         of_token = of_token == 4 * LAYERS ? 0 : of_token + 1;
         const Stored* weight = stage == QKV ? model.qkv : stage == OUT ? model.out
                                : stage == GATE_UP ? model.gate_up : stage == DOWN ? model.down : model.head;
-        const int kw = ROWS[stage].kw, rows = s.count[stage], blocks = (rows + 15) / 16;
-        const int of_tile = COLUMNS[stage].of_tile, across = COLUMNS[stage].tiles, pitch = COLUMNS[stage].pitch;
-        const int at_once = COLUMNS[stage].at_once;
-        weight += ((stage == HEAD ? 0 : (long long)layer * ROWS[stage].rows) + s.first[stage]) * kw;
+        const int units = TILES[stage].units, of_tile = TILES[stage].of_tile, blocks = (s.count[stage] + 15) / 16;
+        const int before = (stage == HEAD ? 0 : layer * TILES[stage].blocks) + s.first[stage] / 16;
+        const Stored* from = weight + (long long)before * units * OF_UNIT;
 #pragma unroll 1
-        for (int i = 0; i < blocks * across && open; i++) {
-            const int begin = i / (at_once * across) * at_once, together = least(at_once, blocks - begin);
-            const int in_all = i - begin * across, block = begin + in_all % together, column = in_all / together * of_tile;
-            wait_for_room(s, tile, lane, open, patience);
-            if (!open) break;
-            const int there = least(16, rows - 16 * block);
-            const u32 bytes = least(of_tile, kw - column) * sizeof(Stored), slot = tile % SLOTS;
-            if (lane == 0) expect(&s.full[slot], there * bytes);
-            __syncwarp();
-            const Stored* from = weight + (long long)16 * block * kw;
-            if (across == 1 && pitch == kw) {
-                if (lane == 0) copy(s.ring[slot], from, there * bytes, &s.full[slot]);
-            } else if (lane < there) {
-                copy(s.ring[slot] + lane * pitch * sizeof(Stored), from + lane * kw + column, bytes, &s.full[slot]);
+        for (int block = 0; block < blocks && open; block++)
+#pragma unroll 1
+            for (int unit = 0; unit < units; unit += of_tile) {
+                wait_for_room(s, tile, lane, open, patience);
+                if (!open) break;
+                const int there = least(of_tile, units - unit) * OF_UNIT;
+                if (lane == 0) {
+                    const u32 slot = tile % SLOTS;
+                    expect(&s.full[slot], there * sizeof(Stored));
+                    copy(s.ring[slot], from, there * sizeof(Stored), &s.full[slot]);
+                    *(volatile u32*)&s.issued = tile + 1;
+                }
+                from += there;
+                tile++;
             }
-            if (lane == 0) *(volatile u32*)&s.issued = tile + 1;
-            tile++;
-        }
     }
     wait_for_copies(s, tile);
 }
 
-// 16 rows of a tile times the sequences' x, of the columns of blocks of 32 from `part` on, of `parts`.
-// Which k of an mma is which column is free, as long as both sides agree: each lane's stand side by side.
+// ---- products of 16 rows of a tile and the sequences' x
 struct Products {
     float even[BLOCKS][4] = {}, odd[BLOCKS][4] = {};
 
-    DEVICE void add(
-        const Stored* tile, int pitch, const Stored* x, int x_pitch, int columns, int part, int parts, int lane) {
-        const int row = lane / 4, at = lane % 4 * 8;
-        const Stored *lower = tile + row * pitch + at, *upper = lower + 8 * pitch, *b = x + row * x_pitch + at;
-#pragma unroll 2
-        for (int k = part * 32; k < columns; k += parts * 32) {
-            const uint4 u = *(const uint4*)(lower + k), v = *(const uint4*)(upper + k);
+    DEVICE void add(const uint4 (&w)[2], const uint4 (&x)[BLOCKS]) {
 #pragma unroll
-            for (int i = 0; i < BLOCKS; i++) {
-                const uint4 y = *(const uint4*)(b + 8 * i * x_pitch + k);
-                multiply(even[i], u.x, v.x, u.y, v.y, y.x, y.y);
-                multiply(odd[i], u.z, v.z, u.w, v.w, y.z, y.w);
-            }
+        for (int i = 0; i < BLOCKS; i++) {
+            multiply(even[i], w[0].x, w[0].y, w[0].z, w[0].w, x[i].x, x[i].y);
+            multiply(odd[i], w[1].x, w[1].y, w[1].z, w[1].w, x[i].z, x[i].w);
         }
     }
-    // Of rows lane / 4 (k < 2) and of that eight on, sequences 8 i + 2 (lane % 4) and the next.
+    // Of row lane / 4 (k < 2) or that eight on, sequence 8 i + 2 (lane % 4) or the next.
     DEVICE float of(int i, int k) const { return even[i][k] + odd[i][k]; }
 };
 
-// The 1 / rms of each sequence's x.
-DEVICE void find_rstd(Shared& s, int warp, int lane) {
-#pragma unroll 1
-    for (int r = warp; r < R; r += WARPS) {
-        float squares = 0.0f;
-#pragma unroll 4
-        for (int i = 2 * lane; i < D; i += 2 * LANES) {
-            Raw<2> x;
-            x.from_shared(s.narrow[r] + i);
-            squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
+// Sums of x's squares, the products of columns with themselves: that of sequence c of a block is `of` on lane
+// 4 c + c / 2.
+struct Squares {
+    float even[BLOCKS][4] = {}, odd[BLOCKS][4] = {};
+
+    DEVICE void add(const uint4 (&x)[BLOCKS]) {
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            multiply(even[i], x[i].x, 0, x[i].y, 0, x[i].x, x[i].y);
+            multiply(odd[i], x[i].z, 0, x[i].w, 0, x[i].z, x[i].w);
         }
-        const float rstd = rstd_of(squares);
-        if (lane == 0) s.rstd[r] = rstd;
+    }
+    DEVICE float of(int i, int k) const { return even[i][k] + odd[i][k]; }
+};
+DEVICE float rstd_of_sum(float squares) { return reciprocal_root(fmaf(squares, 1.0f / D, EPS)); }
+
+// Of units from `first` on what `at(unit, block)` points to, four words of each lane that has a sequence, as the
+// tensor cores want them; zeros on the others, and of units from END on.
+template <int END, int N, class At>
+DEVICE void take_units(
+    uint4 (&x)[N][BLOCKS], int first, u32 has, u32 epoch, Patience patience, u32 where, At at) {
+    constexpr int AT_ONCE = most(1, least(N, 8 / BLOCKS));  // so many are under way
+#pragma unroll
+    for (int base = 0; base < N; base += AT_ONCE) {
+        u64 word[AT_ONCE][BLOCKS][4];
+        auto load = [&](int j, int i, int k, bool wanted) {
+            const u64* from = at(first + base + j, i) + k;
+            load_words_if(wanted, from, word[j][i][k], word[j][i][k + 1]);
+        };
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) word[j][i][k] = (u64)epoch << 32;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                for (int k = 0; k < 4; k += 2)
+                    if (base + j < N) load(j, i, k, (END % N == 0 || first + base + j < END) && (has >> i & 1));
+        while (true) {
+            u32 differ = 0;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++) differ |= epoch_of(word[j][i][k]) ^ epoch;
+            if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !patience.waits(where))) break;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                    for (int k = 0; k < 4; k += 2)
+                        if (base + j < N)
+                            load(j, i, k, (epoch_of(word[j][i][k]) ^ epoch | epoch_of(word[j][i][k + 1]) ^ epoch) != 0);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+                if (base + j < N)
+                    x[base + j][i] = uint4{(u32)word[j][i][0], (u32)word[j][i][1], (u32)word[j][i][2], (u32)word[j][i][3]};
     }
 }
 
-// The sum of a row's parts, in their order.
-template <int STAGE>
-DEVICE float sum_of(const Shared& s, int row, int sequence) {
-    constexpr int PARTS = columns_of(STAGE).parts;
-    float sum = 0.0f;
+// The same of what attention gives, of `words`, chunks of sequences: each sequence's chunks joined, of which
+// this lane's have `chunks`.
+template <int N>
+DEVICE void take_attention(
+    uint4 (&x)[N][BLOCKS], int first, u32 has, const int (&chunks)[BLOCKS], u32 epoch, Patience patience, u32 where,
+    const u64* words, int lane) {
+    constexpr int END = Q / 32;
+    auto of_chunk = [&](int chunk, int i) { return words + ((long long)chunk * R + 8 * i + lane / 4) * WORDS_OF_CHUNK; };
+    int most_chunks = 1;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) sum += s.sums[(row / 16 * PARTS + part) * 16 + row % 16][sequence];
-    return sum;
+    for (int i = 0; i < BLOCKS; i++)
+        if (has >> i & 1) most_chunks = most(most_chunks, chunks[i]);
+    most_chunks = (int)__reduce_max_sync(~0u, (u32)most_chunks);
+    if (most_chunks == 1) {
+        take_units<END>(x, first, has, epoch, patience, where,
+                        [&](int unit, int i) { return of_chunk(0, i) + unit * 16 + lane % 4 * 4; });
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        float m[BLOCKS], l[BLOCKS], sum[BLOCKS][8];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            m[i] = LOWEST, l[i] = 0.0f;
+#pragma unroll
+            for (int k = 0; k < 8; k++) sum[i][k] = 0.0f;
+        }
+        const int column = (first + j) * 32 + lane % 4 * 8;
+#pragma unroll 1
+        for (int c = 0; c < most_chunks; c++) {
+            u64 word[BLOCKS][5];
+            auto is_there = [&](int i) { return (END % N == 0 || first + j < END) && (has >> i & 1) && c < chunks[i]; };
+            auto load = [&](int i) {
+                const u64 *of = of_chunk(c, i), *from = of + column / 2;
+                load_words_if(is_there(i), from, word[i][0], word[i][1]);
+                load_words_if(is_there(i), from + 2, word[i][2], word[i][3]);
+                load_word_if(is_there(i), of + Q / 2 + column / E, word[i][4]);
+            };
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                for (int k = 0; k < 5; k++) word[i][k] = (u64)epoch << 32;
+            while (true) {
+                u32 differ = 0;
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i++) {
+                    load(i);
+#pragma unroll
+                    for (int k = 0; k < 5; k++) differ |= epoch_of(word[i][k]) ^ epoch;
+                }
+                if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !patience.waits(where))) break;
+            }
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) {
+                const float one = is_there(i) ? value_of(word[i][4]) : LOWEST, larger = fmaxf(m[i], one);
+                const float old = power_of_2(m[i] - larger), p = is_there(i) ? power_of_2(one - larger) : 0.0f;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    alignas(8) float both[2];
+                    unpack((u32)word[i][k], both);
+                    sum[i][2 * k] = sum[i][2 * k] * old + both[0] * p;
+                    sum[i][2 * k + 1] = sum[i][2 * k + 1] * old + both[1] * p;
+                }
+                l[i] = l[i] * old + p;
+                m[i] = larger;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            const float scale = l[i] > 0.0f ? quotient(1.0f, l[i]) : 0.0f;
+            u32 both[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) both[k] = packed(sum[i][2 * k] * scale, sum[i][2 * k + 1] * scale);
+            x[j][i] = uint4{both[0], both[1], both[2], both[3]};
+        }
+    }
 }
 
-// A stage's products: `fetch` brings what it reads into `from`; `sum_of` gives them, afterwards.
-template <int STAGE, bool NORM, class Fetch>
-DEVICE void run_stage(Consumer& c, int rows, const Stored* from, int from_pitch, Fetch fetch) {
-    constexpr Columns COLUMN = columns_of(STAGE);
-    constexpr int KW = rows_of(STAGE).kw, PARTS = COLUMN.parts, AT_ONCE = COLUMN.at_once;
-    const int part = c.warp % PARTS, blocks = (rows + 15) / 16, own = c.warp / PARTS;
-    const u32 base = c.tile;
-    // of the tiles that may come before this stage has used one
-    const bool ahead = own < blocks && own < SLOTS;
-    const Stored* tile = nullptr;
-    if (ahead) tile = c.wait_for(base + own);
-    c.tile += blocks * COLUMN.tiles;
-    fetch();
-    barrier();
-#pragma unroll 1
-    for (int block = own, begin = 0; block < blocks; block += AT_ONCE, begin += AT_ONCE) {
-        Products products;
-        const int together = least(AT_ONCE, blocks - begin);
-        u32 which = base + begin * COLUMN.tiles + own;
-#pragma unroll 1
-        for (int column = 0; column < KW; column += COLUMN.of_tile, which += together) {
-            if (begin > 0 || column > 0 || !ahead) tile = c.wait_for(which);
-            products.add(tile, COLUMN.pitch, from + column, from_pitch, least(COLUMN.of_tile, KW - column), part,
-                         PARTS, c.lane);
+// A stage's products: `take(x, first)` brings the warp's units from `first` on. Afterwards `s.sums` has the
+// warps' sums of each block from sums_from(STAGE) on, and, of a norm, `s.squares`.
+__host__ __device__ constexpr int sums_from(int stage) { return stage == OUT || stage == DOWN ? EVEN_BLOCKS : 0; }
+template <int STAGE, bool NORM, class Take>
+DEVICE void run_stage(Consumer& c, int rows, Take take) {
+    constexpr Tiles T = tiles_of(STAGE);
+    constexpr int N = T.at_once;
+    constexpr bool ALL = N == T.of_warp, AHEAD = N <= 4;
+    const int blocks = (rows + 15) / 16, first = c.warp * T.of_warp;
+    Shared& s = c.s;
+    if (blocks > 0 && first < T.units) {
+        uint4 x[N][BLOCKS], w[AHEAD ? N : 1][2];
+        Squares squares;
+        const Stored* from;  // this lane's numbers of the units
+        auto look_at = [&](const Stored* tile, int unit) { from = tile + unit % T.of_tile * OF_UNIT + 8 * c.lane; };
+        auto load = [&](int j, uint4 (&to)[2]) {
+            to[0] = *(const uint4*)(from + j * OF_UNIT), to[1] = *(const uint4*)(from + j * OF_UNIT + OF_UNIT / 2);
+        };
+        auto load_all = [&]() {
+#pragma unroll
+            for (int j = 0; j < (AHEAD ? N : 0); j++)
+                if (T.units % N == 0 || first + j < T.units) load(j, w[j]);
+        };
+        auto add_squares = [&]() {
+#pragma unroll
+            for (int j = 0; j < N; j++) squares.add(x[j]);
+        };
+        if (ALL) {
+            look_at(c.wait_for(c.tile + first / T.of_tile), first);
+            if (AHEAD) load_all();
+            take(x, first);
+            if (NORM) add_squares();
         }
-        float(*to)[R] = c.s.sums + (block * PARTS + part) * 16 + c.lane / 4;
+#pragma unroll 1
+        for (int block = 0; block < blocks; block++) {
+            Products products;
+#pragma unroll 1
+            for (int chunk = 0; chunk < T.of_warp / N; chunk++) {
+                const int unit = first + chunk * N;
+                if (unit >= T.units) break;
+                if (!ALL || (!AHEAD && block > 0)) look_at(c.wait_for(c.tile + block * T.tiles + unit / T.of_tile), unit);
+                if (!ALL) {
+                    take(x, unit);
+                    if (NORM && block == 0) add_squares();
+                }
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++)
+                for (int j = 0; j < N; j++)
+                    if (T.units % N == 0 || unit + j < T.units) {
+                        uint4(&own)[2] = w[AHEAD ? j : 0];
+                        if (!AHEAD || !ALL) load(j, own);
+                        products.add(own, x[j]);
+                    }
+                if (ALL) break;
+            }
+            if (ALL && AHEAD && block + 1 < blocks) {
+                look_at(c.wait_for(c.tile + (block + 1) * T.tiles + first / T.of_tile), first);
+                load_all();
+            }
+            float(*to)[SUMS_PITCH] = s.sums[sums_from(STAGE) + block][c.warp];
 #pragma unroll
-            for (int k = 0; k < 4; k++) to[k / 2 * 8][8 * i + c.lane % 4 * 2 + k % 2] = products.of(i, k);
+            for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                for (int k = 0; k < (R == 1 ? 3 : 4); k += R == 1 ? 2 : 1) {
+                    const int column = 8 * i + c.lane % 4 * 2 + k % 2;
+                    if (R > 1 || column == 0) to[column][c.lane / 4 + k / 2 * 8] = products.of(i, k);
+                }
+        }
+        if (NORM) {
+            const int column = c.lane / 4;
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+                if (R == 1 ? c.lane == 0 : c.lane % 4 == column / 2)
+                    s.squares[STAGE / 2][c.warp][8 * i + column] = R > 1 && column % 2 ? squares.of(i, 1) : squares.of(i, 0);
+        }
+    } else if (blocks > 0) {  // it has no part
+        for (int i = c.lane; i < blocks * R * 16; i += LANES)
+            s.sums[sums_from(STAGE) + i / (R * 16)][c.warp][i / 16 % R][i % 16] = 0.0f;
+        if (NORM)
+            for (int i = c.lane; i < R; i += LANES) s.squares[STAGE / 2][c.warp][i] = 0.0f;
     }
-    if (NORM) find_rstd(c.s, c.warp, c.lane);
+    c.tile += blocks * T.tiles;
     __syncwarp();
-    if (c.lane == 0) *(volatile u32*)&c.s.progress[c.warp] = c.tile;
+    if (c.lane == 0) *(volatile u32*)&s.progress[c.warp] = c.tile;
     barrier();
 }
 
-// Words 0 to `count` of each of n sequences, each by a thread, or some of its copies: `value(word,
-// sequence, of the first copy, at)` gives it and sets where in `words` it lies.
-template <class Value>
-DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int thread, Value value) {
-    const int all = count * n;
-    int split = REPLICAS;
-    while (split > 1 && all * split > THREADS) split /= 2;
-#pragma unroll 1
-    for (int i = thread; i < all * split; i += THREADS) {
-        const int word = i % all, copy = i / all;
-        int at;
-        const u32 of = value(word % count, word / count, copy == 0, at);
-#pragma unroll 1
-        for (int r = copy; r < REPLICAS; r += split) store_word(words + (long long)r * stride + at, of, epoch);
+// A row of sums, N of them from `row` on, each in the order of the warps.
+template <int STAGE, int N>
+DEVICE void sums_of(const Shared& s, int row, int sequence, float (&sums)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; k++) sums[k] = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        const float* from = &s.sums[sums_from(STAGE) + row / 16][w][sequence][row % 16];
+        if (N == 4) {
+            const float4 part = *(const float4*)from;
+            sums[0] += part.x, sums[1] += part.y, sums[N - 2] += part.z, sums[N - 1] += part.w;
+        } else {
+            const float2 part = *(const float2*)from;
+            sums[0] += part.x, sums[1] += part.y;
+        }
     }
+}
+template <int STAGE>
+DEVICE float rstd_of(const Shared& s, int sequence) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) squares += s.squares[STAGE / 2][w][sequence];
+    return rstd_of_sum(squares);
+}
+
+// Words 0 to `count`, at most MOST, of each of n sequences, each by a thread, or some of its copies. `value(word,
+// sequence, e)` gives it, the e-th of the thread, and `at(word, sequence)` where in `words` it lies. A thread has
+// the same words each time.
+template <int MOST>
+struct Shares {
+    static constexpr int ALL = MOST * R;
+    static constexpr int SPLIT = ALL >= THREADS ? 1 : least(REPLICAS, pow2_to(THREADS / ALL));
+    static constexpr int EACH = (ALL * SPLIT + THREADS - 1) / THREADS;
+};
+template <int MOST, class Do>
+DEVICE void each_word(int count, int n, int thread, Do act) {
+    using Share = Shares<MOST>;
+#pragma unroll
+    for (int e = 0; e < Share::EACH; e++) {
+        const int i = thread + e * THREADS, at = i % Share::ALL, word = at % MOST, sequence = at / MOST;
+        if (i < Share::ALL * Share::SPLIT && word < count && sequence < n) act(word, sequence, i / Share::ALL, e);
+    }
+}
+template <int MOST, class Value, class At>
+DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int thread, Value value, At at) {
+    each_word<MOST>(count, n, thread, [&](int word, int sequence, int copy, int e) {
+        const u32 of = value(word, sequence, e);
+        u64* to = words + (long long)copy * stride + at(word, sequence);
+#pragma unroll
+        for (int r = 0; r < REPLICAS / Shares<MOST>::SPLIT; r++)
+            store_word(to + (long long)r * Shares<MOST>::SPLIT * stride, of, epoch);
+    });
 }
 
 // `attend` (parts.cu) by one warp.
@@ -308,93 +499,34 @@ DEVICE void attend_alone(
     }
 }
 
-// What attention gives each sequence, of its chunks, into `to`.
-DEVICE void gather_attention(
-    const u64* words, int n, int chunk, const int* positions, u32 epoch, int thread, Patience patience, u32 where,
-    Stored* to, int pitch) {
-    constexpr int N = Q / 2, EACH = least(5, (R * N + THREADS - 1) / THREADS);
-#pragma unroll 1
-    for (int base = thread; base - thread < n * N; base += EACH * THREADS) {
-        float m[EACH], l[EACH], sum[EACH][2];
-        int element[EACH], sequence[EACH], chunks[EACH], most_chunks = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int at = least(base + i * THREADS, n * N - 1);
-            sequence[i] = at / N, element[i] = at % N;
-            chunks[i] = positions[sequence[i]] / chunk + 1;
-            most_chunks = most(most_chunks, chunks[i]);
-            m[i] = LOWEST, l[i] = sum[i][0] = sum[i][1] = 0.0f;
-        }
-        most_chunks = (int)__reduce_max_sync(~0u, (u32)most_chunks);
-#pragma unroll 1
-        for (int c = 0; c < most_chunks; c++) {
-            u64 out[EACH], lse[EACH];
-            const u64* of[EACH];
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                of[i] = words + ((long long)least(c, chunks[i] - 1) * R + sequence[i]) * WORDS_OF_CHUNK;
-                out[i] = load_word(of[i] + element[i]), lse[i] = load_word(of[i] + N + element[i] * 2 / E);
-            }
-            while (true) {
-                bool all = true;
-#pragma unroll
-                for (int i = 0; i < EACH; i++) all &= epoch_of(out[i]) == epoch && epoch_of(lse[i]) == epoch;
-                if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
-#pragma unroll
-                for (int i = 0; i < EACH; i++) {
-                    if (epoch_of(out[i]) != epoch) out[i] = load_word(of[i] + element[i]);
-                    if (epoch_of(lse[i]) != epoch) lse[i] = load_word(of[i] + N + element[i] * 2 / E);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const float one = c < chunks[i] ? value_of(lse[i]) : LOWEST, larger = fmaxf(m[i], one);
-                const float old = power_of_2(m[i] - larger), p = c < chunks[i] ? power_of_2(one - larger) : 0.0f;
-                alignas(8) float both[2];
-                unpack((u32)out[i], both);
-                sum[i][0] = sum[i][0] * old + both[0] * p, sum[i][1] = sum[i][1] * old + both[1] * p;
-                l[i] = l[i] * old + p;
-                m[i] = larger;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (base + i * THREADS < n * N)
-                *(u32*)&to[sequence[i] * pitch + 2 * element[i]] = packed(quotient(sum[i][0], l[i]), quotient(sum[i][1], l[i]));
-    }
-}
-
 // ---- the kernel
 
-extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts(
-    const Model* model_at, const Memory* memory_at, int all_n, int n_slots, int max_len, int n_tokens, int passes,
+extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) write_texts(
+    const GRID_CONSTANT Model model, const GRID_CONSTANT Memory given, int all_n, int n_slots, int max_len, int n_tokens, int passes,
     int stride, u32 epoch, u64 timeout_ns
+#if TRACE
+    , u64* trace
+#endif
 ) {
     // the sequences of a group are neighbours
-    const int groups = gridDim.x / GRID, group = blockIdx.x / GRID;
+    const int groups = (gridDim.x + GRID - 1) / GRID, group = blockIdx.x / GRID;
     const int first_sequence = group * all_n / groups, n = (group + 1) * all_n / groups - first_sequence;
     if (n == 0) return;
 
     SHARED_MEMORY(bytes);
     Shared& s = *(Shared*)bytes;
-    const Model model = *model_at;
-    Memory memory = *memory_at;
-#if GRID == 1
-    memory.words = s.words;
-    for (int i = threadIdx.x; i < Words::all; i += (WARPS + 1) * LANES) s.words[i] = 0;  // no epoch
-#else
+    Memory memory = given;
     memory.words += (long long)group * REPLICAS * stride;
-#endif
     memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
     memory.stop_ids += first_sequence * LANES, memory.sequences += SEQUENCE_INTS * first_sequence;
     const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
-    Patience patience{memory.status, timeout_ns};
+    Patience patience{&s.watched};
 
     if (thread < SLOTS) make_barrier(&s.full[thread]);
     if (thread < WARPS) s.progress[thread] = 0;
     if (thread < STAGES) {
-        s.first[thread] = ROWS[thread].first(cta);
-        s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
+        s.first[thread] = 16 * TILES[thread].first(cta);
+        s.count[thread] = most(least(16 * TILES[thread].end(cta), TILES[thread].rows) - s.first[thread], 0);
     }
     if (thread < n) {
         const int* sequence = memory.sequences + SEQUENCE_INTS * thread;
@@ -405,17 +537,20 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                                __int_as_float(sequence[9]), sequence[5]};
 #endif
     }
-    if (thread == 0) s.issued = s.ended = 0;
+    if (thread == 0) s.issued = s.ended = s.watched.gave_up = s.watched.where = s.watched.layers = 0;
 #if DRAWS
-    if (thread == 0) s.drawn.logits = memory.logits + (long long)first_sequence * V + ROWS[HEAD].first(cta);
+    if (thread == 0) s.drawn.logits = memory.logits + (long long)first_sequence * V + 16 * TILES[HEAD].first(cta);
 #endif
     show_to_copies();
     __syncthreads();
 
-    if (warp == WARPS) {
-        produce(s, model, n_tokens, lane, patience);
+    if (warp >= WARPS) {
+        give_registers<FEW_REGISTERS>();
+        if (warp == WARPS) produce(s, model, n_tokens, lane, patience);
+        if (warp == WARPS + 1 && lane == 0) watch(s, memory.status, timeout_ns);
         return;
     }
+    take_registers<MANY_REGISTERS>();
 
     const int chunk = passes * CHUNK_STEP;
     const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
@@ -424,6 +559,17 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
     const int qkv_rows = s.count[QKV], qkv_first = s.first[QKV], x_rows = s.count[OUT], x_first = s.first[OUT];
     const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
     const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
+    // this lane's sequences of the blocks
+    u32 has = 0;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) has |= (u32)(8 * i + lane / 4 < n) << i;
+    auto take_words = [&](auto& x, int first, auto columns, int at, u32 of_epoch, u32 where) {
+        constexpr int COLUMNS = decltype(columns)::of;
+        const u64* from = words + at + lane / 4 * (COLUMNS / 2) + lane % 4 * 4;
+        take_units<COLUMNS / 32>(x, first, has, of_epoch, patience, where,
+                                 [&](int unit, int i) { return from + 8 * i * (COLUMNS / 2) + unit * 16; });
+    };
+    float kept[Shares<X_WORDS>::EACH][2];  // this thread's rows of x
     int stop_id[OWN], limit[OWN], count[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
@@ -432,6 +578,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
         count[i] = 0;
     }
     bool all_ended = false;
+#if TRACE
+    int marks = 0;
+#endif
 #if DRAWS
     // which tokens each text has
 #pragma unroll 1
@@ -458,29 +607,40 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
         int longest = 0;
         for (int r = 0; r < n; r++) longest = most(longest, s.position[r]);
         const int tasks = (longest / chunk + 1) * n * H;
+        int chunks[BLOCKS];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) chunks[i] = has >> i & 1 ? s.position[8 * i + lane / 4] / chunk + 1 : 1;
+        auto take_embeddings = [&](auto& x, int first) {
+#pragma unroll
+            for (int j = 0; j < (int)(sizeof x / sizeof x[0]); j++)
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i++) {
+                    x[j][i] = uint4{0, 0, 0, 0};
+                    if (first + j < D / 32 && (has >> i & 1))
+                        x[j][i] = *(const uint4*)(model.embedding + (long long)s.token[8 * i + lane / 4] * D + (first + j) * 32 + lane % 4 * 8);
+                }
+        };
+        MARK(0, true)
 
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++, here++) {
             const u32 where = 3u << 28 | (u32)layer << 4;
-            auto take_x = [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; };
-            run_stage<QKV, true>(consumer, qkv_rows, s.narrow[0], pitch_of(D), [&]() {
-                if (layer == 0) {
-#pragma unroll 4
-                    for (int i = thread; i < n * D / 2; i += THREADS) {
-                        const int r = i / (D / 2), at = i % (D / 2) * 2;
-                        *(u32*)&s.narrow[r][at] = *(const u32*)(model.embedding + (long long)s.token[r] * D + at);
-                    }
-                    for (int i = thread; i < n * x_rows; i += THREADS)
-                        s.kept[0][i / n][i % n] = as_float(model.embedding[(long long)s.token[i % n] * D + x_first + i / n]);
-                } else if (qkv_rows > 0) {
-                    gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, patience, where, take_x);
-                }
+            if (thread == 0) *(volatile u32*)&s.watched.layers = here;
+            run_stage<QKV, true>(consumer, qkv_rows, [&](auto& x, int first) {
+                if (layer == 0) take_embeddings(x, first);
+                else take_words(x, first, Constant<D>{}, Words::x, here - 1, where);
+                MARK(1, true)
             });
-            publish_all(memory.words + Words::qkv, stride, qkv_rows / 2, n, here, thread,
-                        [&](int word, int r, bool, int& at) {
-                            at = r * (N_QKV / 2) + qkv_first / 2 + word;
-                            return packed(sum_of<QKV>(s, 2 * word, r) * s.rstd[r], sum_of<QKV>(s, 2 * word + 1, r) * s.rstd[r]);
-                        });
+            publish_all<QKV_WORDS>(
+                memory.words + Words::qkv, stride, qkv_rows / 2, n, here, thread,
+                [&](int word, int r, int) {
+                    float sums[2];
+                    sums_of<QKV>(s, 2 * word, r, sums);
+                    const float rstd = rstd_of<QKV>(s, r);
+                    return packed(sums[0] * rstd, sums[1] * rstd);
+                },
+                [&](int word, int r) { return r * (N_QKV / 2) + qkv_first / 2 + word; });
+            MARK(2, qkv_rows > 0)
 
             // attention
             const int place = (cta - ATTENTION_OFFSET + GRID) % GRID;
@@ -501,90 +661,122 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                     another = true;
                     attend(s, s.raw[0], model, memory.keys + of_cache, memory.values + of_cache,
                            [&]() { gather_head<THREADS>(s.raw[0], qkv, head, here, thread, patience, where | 1); }, to,
-                           stride, layer, head, begin, chunk, passes, position, here, thread, []() {});
+                           stride, layer, head, begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
+                    MARK(4, true)
                 }
             }
 
-            run_stage<OUT, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
-                if (x_rows > 0)
-                    gather_attention(words + Words::attention, n, chunk, s.position, here, thread, patience, where | 2,
-                                     s.wide[0], pitch_of(Q > F ? Q : F));
+            run_stage<OUT, false>(consumer, x_rows, [&](auto& x, int first) {
+                take_attention(x, first, has, chunks, here, patience, where | 2, words + Words::attention, lane);
+                MARK(5, true)
             });
-            auto add_to_x = [&](auto sum, int from, int words_at) {
-                publish_all(memory.words + words_at, stride, x_rows / 2, n, here, thread,
-                            [&](int word, int r, bool first_copy, int& at) {
-                                at = r * (D / 2) + x_first / 2 + word;
-                                float x[2];
-#pragma unroll
-                                for (int k = 0; k < 2; k++) {
-                                    x[k] = s.kept[from][2 * word + k][r] + sum(2 * word + k, r);
-                                    if (first_copy) s.kept[1 - from][2 * word + k][r] = x[k];
-                                }
-                                return packed(x[0], x[1]);
-                            });
+            if (layer == 0)
+                each_word<X_WORDS>(x_rows / 2, n, thread, [&](int word, int r, int, int e) {
+                    unpack(*(const u32*)(model.embedding + (long long)s.token[r] * D + x_first + 2 * word), kept[e]);
+                });
+            auto add_to_x = [&](auto stage, int words_at) {
+                publish_all<X_WORDS>(
+                    memory.words + words_at, stride, x_rows / 2, n, here, thread,
+                    [&](int word, int r, int e) {
+                        float sums[2];
+                        sums_of<decltype(stage)::of>(s, 2 * word, r, sums);
+                        kept[e][0] += sums[0], kept[e][1] += sums[1];
+                        return packed(kept[e][0], kept[e][1]);
+                    },
+                    [&](int word, int r) { return r * (D / 2) + x_first / 2 + word; });
             };
-            add_to_x([&](int row, int r) { return sum_of<OUT>(s, row, r); }, 0, Words::mid);
+            add_to_x(Constant<OUT>{}, Words::mid);
+            MARK(6, x_rows > 0)
 
-            run_stage<GATE_UP, true>(consumer, hidden_rows, s.narrow[0], pitch_of(D), [&]() {
-                if (hidden_rows > 0) gather_row<R * D / 2>(words + Words::mid, n * D / 2, here, thread, patience, where | 3, take_x);
+            run_stage<GATE_UP, true>(consumer, hidden_rows, [&](auto& x, int first) {
+                take_words(x, first, Constant<D>{}, Words::mid, here, where | 3);
+                MARK(7, true)
             });
-            publish_all(memory.words + Words::hidden, stride, hidden_rows / 4, n, here, thread,
-                        [&](int word, int r, bool, int& at) {
-                            at = r * (F / 2) + hidden_first / 2 + word;
-                            float hidden[2];
+            publish_all<HIDDEN_WORDS>(
+                memory.words + Words::hidden, stride, hidden_rows / 4, n, here, thread,
+                [&](int word, int r, int) {
+                    float sums[4], hidden[2];
+                    sums_of<GATE_UP>(s, 4 * word, r, sums);
+                    const float rstd = rstd_of<GATE_UP>(s, r);
 #pragma unroll
-                            for (int k = 0; k < 2; k++) {
-                                const float gate = sum_of<GATE_UP>(s, 4 * word + 2 * k, r) * s.rstd[r];
-                                const float up = sum_of<GATE_UP>(s, 4 * word + 2 * k + 1, r) * s.rstd[r];
-                                hidden[k] = quotient(gate, 1.0f + power_of_2(-LOG2E * gate)) * up;
-                            }
-                            return packed(hidden[0], hidden[1]);
-                        });
+                    for (int k = 0; k < 2; k++) {
+                        const float gate = sums[2 * k] * rstd, up = sums[2 * k + 1] * rstd;
+                        hidden[k] = quotient(gate, 1.0f + power_of_2(-LOG2E * gate)) * up;
+                    }
+                    return packed(hidden[0], hidden[1]);
+                },
+                [&](int word, int r) { return r * (F / 2) + hidden_first / 2 + word; });
+            MARK(8, hidden_rows > 0)
 
-            run_stage<DOWN, false>(consumer, x_rows, s.wide[0], pitch_of(Q > F ? Q : F), [&]() {
-                if (x_rows > 0)
-                    gather_row<R * F / 2>(words + Words::hidden, n * F / 2, here, thread, patience, where | 4,
-                                [&](int i, u32 value) { *(u32*)&s.wide[i / (F / 2)][i % (F / 2) * 2] = value; });
+            run_stage<DOWN, false>(consumer, x_rows, [&](auto& x, int first) {
+                take_words(x, first, Constant<F>{}, Words::hidden, here, where | 4);
+                MARK(9, true)
             });
-            add_to_x([&](int row, int r) { return sum_of<DOWN>(s, row, r); }, 1, Words::x);
+            add_to_x(Constant<DOWN>{}, Words::x);
+            MARK(10, x_rows > 0)
         }
 
         // head: of each lane the best of its rows for its columns
         Best best[2 * BLOCKS];
         {
-            constexpr Columns COLUMN = columns_of(HEAD);
+            constexpr Tiles T = tiles_of(HEAD);
             const int blocks = (head_rows + 15) / 16, row = lane / 4;
             const u32 base = consumer.tile;
-            const bool ahead = warp < blocks && warp * COLUMN.tiles < SLOTS;
-            const Stored* tile = ahead ? consumer.wait_for(base + warp * COLUMN.tiles) : nullptr;
-            consumer.tile += blocks * COLUMN.tiles;
+            const bool ahead = warp < blocks && warp * T.tiles < SLOTS;  // of those that may come before one is used
+            const Stored* tile = ahead ? consumer.wait_for(base + warp * T.tiles) : nullptr;
+            consumer.tile += blocks * T.tiles;
             gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, patience, 4u << 28,
-                        [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; });
-            barrier();
-            find_rstd(s, warp, lane);
+                                  [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; });
+            MARK(11, true)
             barrier();
             float rstd[2 * BLOCKS];
-#pragma unroll
-            for (int k = 0; k < 2 * BLOCKS; k++) rstd[k] = s.rstd[k / 2 * 8 + lane % 4 * 2 + k % 2];
             auto add_logit = [&](int row, int k, float logit) {
-                if (row >= head_rows) return;
+                const int r = k / 2 * 8 + lane % 4 * 2 + k % 2;
+                if (row >= head_rows || r >= n) return;
                 if (!(logit == logit)) logit = INFINITE;  // a NaN is the best
 #if DRAWS
-                const int r = k / 2 * 8 + lane % 4 * 2 + k % 2;
-                if (r < n) best[k].add(s.drawn.keep(r, row, logit), head_first + row, logit);
+                best[k].add(s.drawn.keep(r, row, logit), head_first + row, logit);
 #else
                 best[k].add(logit, head_first + row, logit);
 #endif
             };
-#pragma unroll 1
-            for (int block = warp; block < blocks; block += WARPS) {
+            auto run_block = [&](int block, auto is_first) {
+                constexpr Tiles T = tiles_of(HEAD);
+                constexpr int TOGETHER = divisor_of(T.of_tile, T.units, most(1, 4 / BLOCKS));
                 Products products;
+                Squares squares;
+                const Stored* x_row = &s.narrow[0][0] + row * pitch_of(D) + lane % 4 * 8;
 #pragma unroll 1
-                for (int j = 0; j < COLUMN.tiles; j++) {
-                    if (block > warp || j > 0 || !ahead) tile = consumer.wait_for(base + block * COLUMN.tiles + j);
-                    const int column = j * COLUMN.of_tile;
-                    products.add(tile, COLUMN.pitch, s.narrow[0] + column, pitch_of(D), least(COLUMN.of_tile, D - column),
-                                 0, 1, lane);
+                for (int j = 0; j < T.tiles; j++) {
+                    if (block > warp || j > 0 || !ahead) tile = consumer.wait_for(base + block * T.tiles + j);
+                    const int first = j * T.of_tile, end = least(T.of_tile, T.units - first);
+#pragma unroll 1
+                    for (int unit = 0; unit < end; unit += TOGETHER) {
+                        uint4 w[TOGETHER][2], x[TOGETHER][BLOCKS];
+#pragma unroll
+                        for (int t = 0; t < TOGETHER; t++) {
+                            const Stored* from = tile + (unit + t) * OF_UNIT + 8 * lane;
+                            w[t][0] = *(const uint4*)from, w[t][1] = *(const uint4*)(from + OF_UNIT / 2);
+#pragma unroll
+                            for (int i = 0; i < BLOCKS; i++) {
+                                x[t][i] = uint4{0, 0, 0, 0};
+                                if (R % 8 == 0 || row < R)
+                                    x[t][i] = *(const uint4*)(x_row + 8 * i * pitch_of(D) + (first + unit + t) * 32);
+                            }
+                        }
+#pragma unroll
+                        for (int t = 0; t < TOGETHER; t++) {
+                            products.add(w[t], x[t]);
+                            if constexpr (decltype(is_first)::of) squares.add(x[t]);
+                        }
+                    }
+                }
+                if constexpr (decltype(is_first)::of) {
+#pragma unroll
+                    for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                        for (int k = 0; k < 2; k++)  // of column 2 (lane % 4) + k
+                            rstd[2 * i + k] = rstd_of_sum(__shfl_sync(~0u, squares.of(i, k), (lane % 4 * 2 + k) * 4 + lane % 4));
                 }
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++)
@@ -593,15 +785,18 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
                         const int column = 2 * i + k % 2;
                         add_logit(16 * block + row + k / 2 * 8, column, products.of(i, k) * rstd[column]);
                     }
-            }
+            };
+            if (warp < blocks) run_block(warp, Constant<1>{});
+#pragma unroll 1
+            for (int block = warp + WARPS; block < blocks; block += WARPS) run_block(block, Constant<0>{});
             __syncwarp();
             if (lane == 0) *(volatile u32*)&s.progress[warp] = consumer.tile;
         }
+        MARK(12, true)
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; k++) {
-#pragma unroll
-            for (int step = 4; step < LANES; step *= 2) best[k].join_lane(step);
-            if (lane < 4) best[k].store(s.best[warp][k / 2 * 8 + 2 * lane + k % 2]);
+            const int column = k / 2 * 8 + lane % 4 * 2 + k % 2;
+            if (R % 8 == 0 || column < R) best[k].store(s.best[warp * 8 + lane / 4][column]);
         }
         barrier();
         const u32 of_best = epoch + (u32)t;
@@ -609,9 +804,14 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
 #pragma unroll 1
         for (int r = warp; r < n; r += WARPS) {
             Best of_cta;
-            of_cta.load(s.best[lane % WARPS][r]);
 #pragma unroll
-            for (int step = 1; step < WARPS; step *= 2) of_cta.join_lane(step);
+            for (int i = lane; i < WARPS * 8; i += LANES) {
+                Best of_row;
+                of_row.load(s.best[i][r]);
+                of_cta.join(of_row.by, of_row.id, of_row.raw, of_row.total);
+            }
+            of_cta.join_warp();
+            of_cta.total = sum_of_warp(of_cta.total);
             float record[RECORD];
             of_cta.store(record);
             const int at = records + (r * GRID + cta) * RECORD;
@@ -624,6 +824,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * LANES, 1) write_texts
         gather_row<R * RECORD * GRID>(words + records, n * RECORD * GRID, of_best, thread, patience, 4u << 28 | 1,
                                       [&](int i, u32 value) { s.records[0][i] = __uint_as_float(value); });
         barrier();
+        MARK(13, true)
         int token[OWN];
         float logit[OWN];
         Normalizer normalizer[OWN];
