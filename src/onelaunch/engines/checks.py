@@ -24,7 +24,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None
 def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
     """Raise BadInput unless a prompt is a list of ids, has a token, fits the context, and stays in
     the vocabulary."""
-    if not isinstance(prompt, Sequence) or not all(isinstance(id_, Integral) for id_ in prompt):
+    if not isinstance(prompt, Sequence) or not _are_ids(prompt):
         raise BadInput(
             f"{name}: must be a list of token ids, such as [1, 403], not {_kind(prompt)}"
         )
@@ -36,6 +36,11 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
             "shorten the prompt"
         )
     _check_range(config, min(prompt), max(prompt), name)
+
+
+def _are_ids(prompt: Sequence[int]) -> bool:
+    # almost all prompts have Python's own numbers, and a long one is looked through at once
+    return set(map(type, prompt)) <= {int} or all(isinstance(id_, Integral) for id_ in prompt)
 
 
 def check_max_new_tokens(n: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,9 +101,14 @@ STRUCTURE = None
 
 def addresses(tensors: Sequence[Tensor | None]) -> ctypes.Structure:
     """A structure of tensors' addresses, 0 where there is none: an argument of a launch."""
-    fields = [(f"_{i}", ctypes.c_uint64) for i in range(len(tensors))]
-    kind = type("Addresses", (ctypes.Structure,), {"_fields_": fields})
-    return kind(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+    at = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return _addresses(len(tensors))(*at)
+
+
+@cache
+def _addresses(n: int) -> type[ctypes.Structure]:
+    fields = [(f"_{i}", ctypes.c_uint64) for i in range(n)]
+    return type("Addresses", (ctypes.Structure,), {"_fields_": fields})
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -44,6 +44,7 @@ COLD, COLD_SAMPLES, COLD_SECONDS = "stories15m", 3, 300.0
 LONG_PROMPT = 512
 PROMPT, NEW, SLOPE = 32, 256, (16, 272)
 CONTEXT = PROMPT + SLOPE[1]
+LONGEST = LONG_PROMPT + SLOPE[1]
 ROUNDS, QUICK_ROUNDS, EAGER_ROUNDS, WARM = 9, 3, 2, 8
 DTYPE = torch.bfloat16
 
@@ -89,7 +90,7 @@ def _first_text(device: str, folder: str) -> dict[str, float]:
 @torch.inference_mode()
 def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) -> Row:
     config = preset(name)
-    config = config.with_(max_seq_len=max(CONTEXT, min(2048, config.max_seq_len)))
+    config = config.with_(max_seq_len=max(LONGEST, min(2048, config.max_seq_len)))
     generator = torch.Generator(device=device).manual_seed(0)
     weights = random_weights(config, device, generator)
     prompts = torch.randint(2, config.vocab_size, (batch, PROMPT), generator=torch.manual_seed(1))
@@ -122,8 +123,7 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
     slopes = [_slope_us(ours) for _ in range(rounds)]
     firsts = [_first_ms(engine, prompts.tolist()) for _ in range(rounds)]
     long = torch.randint(2, config.vocab_size, (1, LONG_PROMPT)).tolist()
-    with_room = batch == 1 and config.max_seq_len > LONG_PROMPT
-    long_firsts = [_first_ms(engine, long) for _ in range(rounds + 2)][2:] if with_room else []
+    long_firsts = [_first_ms(engine, long) for _ in range(rounds + 2)][2:] if batch == 1 else []
     cancels = [_after_cancel_ms(engine, prompts.tolist()) for _ in range(rounds)]
     medians = {peer_: statistics.median(values) for peer_, values in samples.items()}
     rates = samples["ours"]

@@ -451,9 +451,9 @@ struct Turned {
             to[j][0] = both[0], to[j][1] = both[1];
         }
     }
-    // Both of a query, its key and value; the query into `rotated`, too.
-    DEVICE void turn(const float* raw, float* rotated, int lane) {
-        turn(raw, 0, query, lane), turn(raw, 1, key, lane);
+    DEVICE void turn_key(const float* raw, int lane) { turn(raw, 1, key, lane); }
+    DEVICE void turn_query(const float* raw, float* rotated, int lane) {  // into `rotated`, too
+        turn(raw, 0, query, lane);
 #pragma unroll
         for (int j = 0; j < LANE_PAIRS; j++) {
             const int pair = j * LANES + lane;
@@ -559,18 +559,23 @@ DEVICE void attend(
     bring();
     barrier();
     ready();
-    turned.turn(raw, s.rotated[warp], lane);
+    turned.turn_query(raw, s.rotated[warp], lane);
     const bool has_newest = position - begin < chunk;  // in this chunk
     if (warp == WARPS - 1) {
         // the newest position is a part of its own
         float* part = s.partial[WARPS];
-        const float score = turned.score();
+        if (has_newest) {
+            turned.turn_key(raw, lane);
+            const float score = turned.score();
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane;
-            if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&raw[2 * E + 2 * pair];
+            for (int j = 0; j < LANE_PAIRS; j++) {
+                const int pair = j * LANES + lane;
+                if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&raw[2 * E + 2 * pair];
+            }
+            if (lane == 0) part[E] = score, part[E + 1] = 1.0f;
+        } else if (lane == 0) {
+            part[E] = LOWEST, part[E + 1] = 0.0f;
         }
-        if (lane == 0) part[E] = has_newest ? score : LOWEST, part[E + 1] = has_newest ? 1.0f : 0.0f;
     }
     __syncwarp();
     Attended own;
@@ -592,23 +597,28 @@ DEVICE void attend(
     // the parts
     // each word by a thread, or some of its copies
     constexpr int WORDS = E / PER, SPLIT = least(REPLICAS, pow2_to(THREADS / WORDS));
+    const float(*parts)[E + 2] = s.partial;
+    const int parts_there = WARPS + has_newest, own_part = lane < parts_there ? lane : 0;
+    const float its_m = lane < parts_there ? parts[own_part][E] : LOWEST;
+    const float m = value_of_ordered(__reduce_max_sync(~0u, ordered(its_m)));
+    const float its_scale = lane < parts_there ? power_of_2(its_m - m) : 0.0f;
+    float l = its_scale * parts[own_part][E + 1];
+#pragma unroll
+    for (int step = pow2_from(WARPS + 1) / 2; step > 0; step /= 2) l += __shfl_xor_sync(~0u, l, step);
+    l = __shfl_sync(~0u, l, 0);
+    float scales[WARPS + 1];
+#pragma unroll
+    for (int w = 0; w <= WARPS; w++) scales[w] = __shfl_sync(~0u, its_scale, w);
 #pragma unroll 1
     for (int i = thread; i < WORDS * SPLIT; i += THREADS) {
         const int e = i % WORDS * PER;
-        float m = LOWEST, l = 0.0f, out[PER];
+        float out[PER];
 #pragma unroll
-        for (int k = 0; k < PER; k++) out[k] = 0.0f;
-        const float(*parts)[E + 2] = s.partial;
+        for (int k = 0; k < PER; k++) out[k] = has_newest ? scales[WARPS] * parts[WARPS][e + k] : 0.0f;
 #pragma unroll
-        for (int w = 0; w <= WARPS; w++) m = fmaxf(m, parts[w][E]);
+        for (int w = 0; w < WARPS; w++)
 #pragma unroll
-        for (int w = 0; w <= WARPS; w++) {
-            const float scale = power_of_2(parts[w][E] - m);
-            l = fmaf(scale, parts[w][E + 1], l);
-#pragma unroll
-            for (int k = 0; k < PER; k++)  // what is not there may be anything
-                out[k] = fmaf(scale, scale > 0.0f ? parts[w][e + k] : 0.0f, out[k]);
-        }
+            for (int k = 0; k < PER; k++) out[k] = fmaf(scales[w], parts[w][e + k], out[k]);
         const u32 value = packed(quotient(out[0], l), quotient(out[PER - 1], l));
         const u32 lse = __float_as_uint(m + log_2(l));
 #pragma unroll

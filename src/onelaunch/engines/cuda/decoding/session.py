@@ -18,7 +18,12 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
-from onelaunch.engines.cuda.calls import captured, compile_together, prefer_shared_memory
+from onelaunch.engines.cuda.calls import (
+    CallAndProduct,
+    captured,
+    compile_together,
+    prefer_shared_memory,
+)
 from onelaunch.engines.cuda.decoding import STOP_IDS, sampling
 from onelaunch.engines.cuda.decoding.chain import (
     MAX_ROWS,
@@ -276,6 +281,9 @@ class CudaSession:
         if key not in self._graphs:
             for call in calls:
                 prefer_shared_memory(call.load())
+                if isinstance(call, CallAndProduct):
+                    # a library loads its kernel at its first use, which no capture may see
+                    call.multiply(call.to)
             torch.cuda.synchronize(self._device)
             self._graphs[key] = captured(launch, self._device)
         return self._graphs[key].replay

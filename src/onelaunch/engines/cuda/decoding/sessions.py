@@ -93,10 +93,10 @@ class Sessions:
         reason = self._no_texts or why_not(self._config, device, dtype, max_batch)
         if reason and self._depth == TEXT:
             raise BadInput(f"fusion_depth={TEXT!r}: {reason}")
-        by_itself = max_batch == 1 or self._depth == TEXT
-        if reason or not by_itself:
+        if reason:
             return None
-        return grid_for(self._config, dtype, max_batch, limits_of(device).multiprocessors)
+        limits = limits_of(device)
+        return grid_for(self._config, dtype, max_batch, limits.multiprocessors, limits.shared_bytes)
 
     def _source(self, grid: Grid, max_batch: int, length: int) -> OnGPU:
         c = self._config

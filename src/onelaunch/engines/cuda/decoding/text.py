@@ -16,7 +16,6 @@ from torch import Tensor
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import nvrtc
-from onelaunch.engines.cuda.blocking import padded
 from onelaunch.engines.cuda.decoding import STOP_IDS
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
@@ -26,8 +25,12 @@ from onelaunch.errors import EngineTimeout
 
 MAX_SEQUENCES = 64
 """Of a launch."""
-FEW, MANY = 8, 16
-"""Sequences of a group of CTAs, where there is one group, and where there may be more."""
+FEW, MANY, SEVERAL = 8, 16, 32
+"""Sequences of a group of CTAs: FEW in a launch of that many, and in one of up to SEVERAL where
+CACHED_BYTES hold the weights, so that it costs little that each group reads them."""
+CACHED_BYTES = 40 << 20
+SHARED_BYTES = 227 << 10
+"""Of a CTA, where the compute capability is 9.0."""
 WARPS, _MORE_WARPS = 8, 4
 REPLICAS = 8
 """Of each word, where all multiprocessors read it."""
@@ -106,14 +109,37 @@ class Grid(NamedTuple):
         return -(-max_len // (16 * WARPS * self.chunks(config)))
 
 
-def grid_for(config: ModelConfig, dtype: torch.dtype, max_batch: int, multiprocessors: int) -> Grid:
-    """For so many sequences at once."""
+def grid_for(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_batch: int,
+    multiprocessors: int,
+    shared_bytes: int = SHARED_BYTES,
+) -> Grid:
+    """For so many sequences at once; of those that there are one that fits, if any does."""
     if max_batch == 1:
         return Grid(1, multiprocessors, tiles=TILED and _tiles(config, dtype))
     if max_batch <= FEW:
         return Grid(FEW, multiprocessors)
-    groups = -(-max_batch // MANY)
-    return Grid(MANY, multiprocessors // groups, groups)
+    few_first = max_batch <= SEVERAL and _weight_bytes(config, dtype) <= CACHED_BYTES
+    grids = []
+    for of_group in (FEW, MANY) if few_first else (MANY, FEW):
+        groups = -(-max_batch // of_group)
+        grids.append(Grid(of_group, max(1, multiprocessors // groups), groups))
+    fitting = (grid for grid in grids if _fits(config, dtype, grid, shared_bytes))
+    return next(fitting, grids[0])
+
+
+def _fits(config: ModelConfig, dtype: torch.dtype, grid: Grid, shared_bytes: int) -> bool:
+    """Whether a CTA's part has room, where tokens are drawn, which needs more."""
+    return _slots(config, dtype, grid, shared_bytes, draws=True) >= MIN_SLOTS
+
+
+def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """That a token reads."""
+    c = config
+    of_layer = c.dim * (2 * c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim)
+    return (c.n_layers * of_layer + c.vocab_size * c.dim) * dtype.itemsize
 
 
 def _tiles(config: ModelConfig, dtype: torch.dtype) -> bool:
@@ -142,13 +168,12 @@ def kernel_weights(
 ) -> tuple[Tensor | None, ...]:
     """A model as a kernel has it, in the order of its struct `Model`."""
     p = packed
-    matrices = p.qkv, p.out, p.gate_up, p.down, p.head
+    qkv, out, gate_up, down, head = p.qkv, p.out, p.gate_up, p.down, p.head
     if grid.tiles:
         more = _padded(config, grid).hidden_dim - config.hidden_dim
-        gate_up = torch.nn.functional.pad(p.gate_up, (0, 0, 0, 2 * more))
-        down = torch.nn.functional.pad(p.down, (0, more))
-        matrices = tuple(map(tiled, (p.qkv, p.out, gate_up, down, p.head)))
-    qkv, out, gate_up, down, head = matrices
+        gate_up = torch.nn.functional.pad(gate_up, (0, 0, 0, 2 * more))
+        down = torch.nn.functional.pad(down, (0, more))
+        qkv, out, gate_up, down, head = map(tiled, (qkv, out, gate_up, down, head))
     return p.embedding, qkv, p.norms, out, gate_up, down, head, p.cos, p.sin
 
 
@@ -170,10 +195,10 @@ def why_not(
             return "several sequences at once are of 16-bit numbers"
         return "its widths are not multiples of 32"
     limits = limits_of(device)
-    grid = grid_for(c, dtype, max_batch, limits.multiprocessors)
+    grid = grid_for(c, dtype, max_batch, limits.multiprocessors, limits.shared_bytes)
     if c.dim % 8 or c.head_dim % 8 or (c.hidden_dim % 4 and not grid.tiles):
         return "its widths are not multiples of 8"
-    if _slots(c, dtype, grid, limits.shared_bytes, draws=True) < MIN_SLOTS:  # it needs more
+    if not _fits(c, dtype, grid, limits.shared_bytes):
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
@@ -213,7 +238,7 @@ def _slots(
     else:
         floats += max(16, -(-c.dim // ctas)) + 8  # rows of x
         if draws:
-            floats += of_head + of_head // 32 + (2 * _ROUNDS + 3) * _BINS + 3 * ctas + 3 * WARPS + 32
+            floats += of_head + of_head // 32 + (2 * _ROUNDS + 3) * _BINS + 3 * (ctas + WARPS) + 32
     taken = numbers * dtype.itemsize + 4 * floats + 2048  # alignment, barriers and counters
     return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
 
@@ -262,8 +287,7 @@ def macros(
     }  # fmt: skip
     if not grid.tiles:
         return shape
-    units = shape["SLOT_BYTES"] // _UNIT_BYTES
-    alone = int(grid.alone(c))
+    alone, units = int(grid.alone(c)), _tile_units(c, grid.sequences)
     return shape | {"SEQUENCES": grid.sequences, "ALONE": alone, "TILE_UNITS": units}
 
 
@@ -338,7 +362,8 @@ class TextKernel:
         self.config, self.packed, self.trace = config, packed, trace
         limits = limits_of(device)
         dtype = packed.embedding.dtype
-        self.grid = grid or grid_for(config, dtype, 1, limits.multiprocessors)
+        made = grid_for(config, dtype, 1, limits.multiprocessors, limits.shared_bytes)
+        self.grid = grid or made
         self.draws, shared_bytes = draws, limits.shared_bytes
         self.sequences = self.grid.groups * self.grid.sequences
         self.ctas = self.grid.groups * self.grid.ctas

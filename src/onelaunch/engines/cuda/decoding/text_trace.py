@@ -23,7 +23,7 @@ from onelaunch.errors import BadInput
 
 TOKENS = 32
 """Of the launch whose last token is kept."""
-# The points of text.cu and texts.cu: a stage's are 2 i + 1, what it reads is there, and 2 i + 2, it is done.
+# The points of both kernels: of stage i what it reads is there (2 i + 1), and it is done (2 i + 2).
 KINDS = ("qkv", "attention", "out_proj", "gate_up", "down", "head")
 _BEGIN, _CHOSEN = 0, 2 * len(KINDS) + 1
 

@@ -468,7 +468,7 @@ DEVICE void attend_alone(
     __syncwarp();  // all are done with the head before
     gather_head<LANES>(raw, qkv, head, here, lane, patience, where);
     __syncwarp();
-    turned.turn(raw, s.rotated[warp], lane);
+    turned.turn_query(raw, s.rotated[warp], lane);
     __syncwarp();
     Attended all;
 #pragma unroll 1
@@ -482,6 +482,7 @@ DEVICE void attend_alone(
     }
     const bool has_newest = position - begin < chunk;
     if (has_newest) {
+        turned.turn_key(raw, lane);
         all.add_one(turned.score(), raw + 2 * E, lane);
         turned.store(keys, values, raw, position, lane);
     }
