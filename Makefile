@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 NEXT := .venv-triton-next
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
+# What a call of the driver returned is looked at where it is called: NVIDIA's Python bindings ask for
+# functions that are not there.
+SANITIZE := compute-sanitizer --report-api-errors no --error-exitcode 1
+
 .PHONY: install run test lint types unit test-extended soak test-convergence test-gpu memcheck
 .PHONY: test-triton-next results recipes clean
 
@@ -84,8 +88,8 @@ test-gpu:
 
 # There too, with compute-sanitizer: no address that is nobody's, no word read that nobody wrote.
 memcheck:
-	PYTHONPATH=src compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu/memcheck.py
-	PYTHONPATH=src compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) tests/gpu/memcheck.py
+	PYTHONPATH=src $(SANITIZE) --tool memcheck $(PYTHON) tests/gpu/memcheck.py
+	PYTHONPATH=src $(SANITIZE) --tool initcheck $(PYTHON) tests/gpu/memcheck.py
 
 # The operators' kernels, compiled and interpreted, with the Triton that torch 2.13's CUDA build
 # brings: outside CI, in an environment of its own.

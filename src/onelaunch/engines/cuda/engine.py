@@ -166,10 +166,9 @@ class CudaEngine:
     def session(self, max_batch: int = 1, max_len: int | None = None) -> Session:
         """Begin to generate; see `Engine`.
 
-        Up to 64 sequences grow together, by one kernel per stage in graphs of a few tokens; a
-        sequence's tokens are the same alone and among others. Where `max_batch` is 1, a single
-        launch writes some 5 ms of tokens, unless the fusion depth is another; with the depth "text"
-        of up to 64 sequences.
+        Up to 64 sequences grow together; a sequence's tokens are the same alone and among others. A
+        single launch writes some 5 ms of tokens of all of them, where they fit into it and the
+        fusion depth is "auto" or "text"; else one kernel per stage, in graphs of a few tokens.
 
         A sequence has up to MAX_TEXT positions. Its prompt is read in chunks of 512, between which
         the others grow. Sessions of more positions, and those on AMD's GPUs, are the reference

@@ -68,7 +68,8 @@ class Function:
     def __init__(self, code: bytes, name: str, device: torch.device, shared_bytes: int) -> None:
         from cuda.bindings import driver
 
-        self.device, self.shared_bytes = device, shared_bytes
+        self.shared_bytes = shared_bytes
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # a new thread has no context before its first call
             self._module = _checked(driver.cuModuleLoadData(code))
@@ -82,16 +83,21 @@ class Function:
         their ctypes, None of a structure."""
         from cuda.bindings import driver
 
-        values = tuple(value for value, _ in arguments)
-        types = tuple(kind for _, kind in arguments)
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream().cuda_stream
+        values, types = zip(*arguments, strict=True)
+        current = torch.cuda.current_device()
+        if current != self._index:
+            torch.cuda.set_device(self._index)
+        try:
+            stream = torch.cuda.current_stream(self._index).cuda_stream
             _checked(
                 driver.cuLaunchCooperativeKernel(
                     self._function, ctas, 1, 1, threads, 1, 1, self.shared_bytes, stream,
                     (values, types),
                 )
             )  # fmt: skip
+        finally:
+            if current != self._index:
+                torch.cuda.set_device(current)
 
 
 POINTER, INT, UINT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32

@@ -156,7 +156,8 @@ struct Patience {
         return watched->gave_up == 0;
     }
 };
-// Until the text has ended: give it up where no layer has begun for so long, or another CTA has. One thread's.
+// Until the text has ended: give it up where no layer has begun for so long, or another CTA has. One thread's. The
+// status' highest bit is set, so that it is not 0 wherever that was.
 template <class S>
 DEVICE void watch(S& s, u32* status, u64 timeout_ns) {
     volatile Watched& watched = s.watched;

@@ -26,8 +26,8 @@ from onelaunch.errors import EngineTimeout
 MAX_SEQUENCES = 64
 """Of a launch."""
 FEW, MANY, SEVERAL = 8, 16, 32
-"""Sequences of a group of CTAs: FEW in a launch of that many, and in one of up to SEVERAL where
-CACHED_BYTES hold the weights, so that it costs little that each group reads them."""
+"""Sequences of a group of CTAs: FEW, but MANY in a launch of more than SEVERAL where the weights
+have up to CACHED_BYTES, which each group then reads from the L2."""
 CACHED_BYTES = 40 << 20
 SHARED_BYTES = 227 << 10
 """Of a CTA, where the compute capability is 9.0."""
@@ -121,16 +121,16 @@ def grid_for(
         return Grid(1, multiprocessors, tiles=TILED and _tiles(config, dtype))
     if max_batch <= FEW:
         return Grid(FEW, multiprocessors)
-    few_first = max_batch <= SEVERAL and _weight_bytes(config, dtype) <= CACHED_BYTES
+    few_first = max_batch <= SEVERAL or _weight_bytes(config, dtype) > CACHED_BYTES
     grids = []
     for of_group in (FEW, MANY) if few_first else (MANY, FEW):
         groups = -(-max_batch // of_group)
         grids.append(Grid(of_group, max(1, multiprocessors // groups), groups))
-    fitting = (grid for grid in grids if _fits(config, dtype, grid, shared_bytes))
+    fitting = (grid for grid in grids if fits(config, dtype, grid, shared_bytes))
     return next(fitting, grids[0])
 
 
-def _fits(config: ModelConfig, dtype: torch.dtype, grid: Grid, shared_bytes: int) -> bool:
+def fits(config: ModelConfig, dtype: torch.dtype, grid: Grid, shared_bytes: int) -> bool:
     """Whether a CTA's part has room, where tokens are drawn, which needs more."""
     return _slots(config, dtype, grid, shared_bytes, draws=True) >= MIN_SLOTS
 
@@ -198,7 +198,7 @@ def why_not(
     grid = grid_for(c, dtype, max_batch, limits.multiprocessors, limits.shared_bytes)
     if c.dim % 8 or c.head_dim % 8 or (c.hidden_dim % 4 and not grid.tiles):
         return "its widths are not multiples of 8"
-    if not _fits(c, dtype, grid, limits.shared_bytes):
+    if not fits(c, dtype, grid, limits.shared_bytes):
         return "it does not fit into shared memory"
     return nvrtc.why_not()
 
@@ -535,7 +535,7 @@ class Text:
         box.ended.synchronize()
         counts, endings = self._ending[: len(firsts)].T.tolist()
         if min(endings) < 0:
-            where = int(box.status)
+            where = int(box.status) & 0x7FFFFFFF  # its highest bit is always set
             box.clear()
             raise EngineTimeout(f"a text timed out after {max(counts)} tokens, at {where:#x}")
         self._kernel.token_seconds = box.started.elapsed_time(box.ended) / 1e3 / max(1, *counts)
