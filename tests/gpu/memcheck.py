@@ -75,7 +75,10 @@ def texts() -> None:
     device = torch.device("cuda", 0)
     config = SMALL.with_(dim=96, n_heads=4, head_dim=24, n_kv_heads=2, hidden_dim=160)
     packed = pack(config, weights_of(config), torch.bfloat16, device)
-    grids = (Grid(1, 2, tiles=False), Grid(1, 2), Grid(FEW, 2), Grid(FEW, 17), Grid(MANY, 2, 2))
+    grids = (
+        Grid(1, 2, tiles=False), Grid(1, 2), Grid(FEW, 1), Grid(FEW, 2), Grid(FEW, 17),
+        Grid(MANY, 2, 2),
+    )  # fmt: skip
     for grid, draws in ((grid, draws) for grid in grids for draws in (False, True)):
         rows = [Row(i, 3 + i, 0, 6) for i in range(1 if grid.sequences == 1 else 3)]
         shape = (config.n_layers, len(rows), config.n_kv_heads, config.max_seq_len, config.head_dim)

@@ -401,7 +401,7 @@ def test_several_are_drawn_each_by_its_own_filters(config, at_once):
     for request in requests[:6]:
         assert run(engine, [request], at_once)[request.id] == together[request.id]
     unpenalised = run(engine, [replace(requests[4], sampling=Sampling())], at_once)
-    if len(set(unpenalised[4][0])) < 60:  # it repeats itself
+    if config.vocab_size < 1000:  # a larger one repeats too little in 90 tokens
         assert unpenalised[4] != together[4]
 
 

@@ -50,7 +50,8 @@ def test_a_text_stays_in_registers(name, tmp_path):
 )
 def test_several_texts_stay_in_registers(name, max_batch, dtype, tmp_path):
     grid = text.grid_for(preset(name), dtype, max_batch, 132)
-    assert stack_bytes(compiled(name, dtype, grid), tmp_path) <= 224
+    most = 224 if name == "qwen3-0.6b" else 64
+    assert stack_bytes(compiled(name, dtype, grid), tmp_path) <= most
 
 
 @pytest.mark.extended

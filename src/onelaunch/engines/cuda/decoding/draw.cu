@@ -50,7 +50,7 @@ DEVICE void remember_sums(Drawn& d, const u64* sums, const Drawing& how, int thr
 // `where` is the first of three waits.
 DEVICE int draw(
     Drawn& d, u64* all_sums, const u64* words, u64* copy, int records, int chosen, const Drawing& how, float uniform,
-    float best, int its_id, int first_row, int rows, u32 epoch, int cta, int thread, Patience patience, u32 where) {
+    float best, int its_id, int first_row, int rows, u32 epoch, int cta, int thread, Watchdog watchdog, u32 where) {
     const int warp = thread / LANES, lane = thread % LANES;
     if (!(how.temperature > 0.0f)) {
         const int row = its_id - first_row;
@@ -84,8 +84,7 @@ DEVICE int draw(
             if (warp == 0) {
                 if (lane == 0) {
                     add_one(sums + BINS);
-                    Patience still = patience;
-                    while (count_so_far(sums + BINS) - d.added[round] < GRID && still.waits(where)) {}
+                    while (count_so_far(sums + BINS) - d.added[round] < GRID && watchdog.waits(where)) {}
                 }
                 __syncwarp();
                 search.find_digit(how, [&](int bin) { return load_word(sums + bin) - d.before[round][bin]; }, lane);
@@ -116,7 +115,7 @@ DEVICE int draw(
             publish(copy, records + 3 * cta + 1, (u32)(sum >> 32), epoch, lane);
             publish(copy, records + 3 * cta + 2, number, epoch, lane);
         }
-        gather<3 * GRID>(words + records, epoch, thread, patience, where + 1, [&](int i, u32 value) { d.records[i] = value; },
+        gather<3 * GRID>(words + records, epoch, thread, watchdog, where + 1, [&](int i, u32 value) { d.records[i] = value; },
                          [](int i) { return i; });
         barrier();
         Owner owner;
@@ -139,7 +138,7 @@ DEVICE int draw(
             }
         }
     }
-    gather<2>(words + chosen, epoch, thread, patience, where + 2, [&](int i, u32 value) { d.chosen[i] = value; },
+    gather<2>(words + chosen, epoch, thread, watchdog, where + 2, [&](int i, u32 value) { d.chosen[i] = value; },
               [](int i) { return i; });
     barrier();
     return (int)d.chosen[0];

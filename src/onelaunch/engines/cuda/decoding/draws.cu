@@ -39,7 +39,7 @@ struct DrawnSequences {
 template <class Uniform>
 DEVICE void draw_all(
     DrawnSequences& d, u32* their_records, u64* sums, const u64* words, u64* copy, int records, int chosen, Uniform uniform,
-    int n, int first_row, int rows, u32 epoch, int cta, int thread, Patience patience, u32 where) {
+    int n, int first_row, int rows, u32 epoch, int cta, int thread, Watchdog watchdog, u32 where) {
     const int warp = thread / LANES, lane = thread % LANES;
     sums += (epoch & 1) * ROUNDS * SUMS_OF_ROUND;
 #pragma unroll 1
@@ -83,8 +83,7 @@ DEVICE void draw_all(
         if (thread == 0) {
             u64* count = of_round + SEQUENCES * BINS;
             add_one(count);
-            Patience still = patience;
-            while (count_so_far(count) < GRID && still.waits(where)) {}
+            while (count_so_far(count) < GRID && watchdog.waits(where)) {}
         }
         barrier();
 #pragma unroll 1
@@ -115,7 +114,7 @@ DEVICE void draw_all(
         publish(copy, at + 1, (u32)(mass >> 32), epoch, lane);
         publish(copy, at + 2, at_bound, epoch, lane);
     }
-    gather_row<SEQUENCES * 3 * GRID>(words + records, n * 3 * GRID, epoch, thread, patience, where + 1,
+    gather_row<SEQUENCES * 3 * GRID>(words + records, n * 3 * GRID, epoch, thread, watchdog, where + 1,
                                      [&](int i, u32 value) { their_records[i] = value; });
     barrier();
 #pragma unroll 1
@@ -137,7 +136,7 @@ DEVICE void draw_all(
         }
         if (row >= 0 && row < rows) d.publish_row(copy, chosen, r, row, first_row, epoch, lane);
     }
-    gather_row<2 * SEQUENCES>(words + chosen, 2 * n, epoch, thread, patience, where + 2,
+    gather_row<2 * SEQUENCES>(words + chosen, 2 * n, epoch, thread, watchdog, where + 2,
                               [&](int i, u32 value) { d.chosen[i] = value; });
     barrier();
 #pragma unroll 1

@@ -18,7 +18,6 @@ constexpr int RECORD = DRAWS ? 4 : 3;
 #define INFINITE __int_as_float(0x7f800000)
 #define LOWEST (-3.0e38f)               // of a maximum that nothing has joined
 
-
 // Marks for a timeline: when a token begins, and of each stage that a CTA has a part in when what it
 // reads was there, and when the part was done (text_trace.py). The first thread's.
 #if TRACE
@@ -142,36 +141,36 @@ DEVICE void publish(u64* copy, int at, u32 value, u32 epoch, int lane) {
 // Whoever waits looks whether the text is given up, which another warp decides: that costs a wait one load from
 // shared memory, and few instructions, of which a layer should have no more than are fetched in time.
 
-struct Watched {
+struct WatchdogState {
     u32 gave_up;
     u32 where;  // of a wait that looked in vain
     u32 layers; // that have begun
 };
-struct Patience {
-    volatile Watched* watched;
+struct Watchdog {
+    volatile WatchdogState* state;
 
     DEVICE bool waits(u32 where) const {
         look_again();
-        watched->where = where;
-        return watched->gave_up == 0;
+        state->where = where;
+        return state->gave_up == 0;
     }
 };
 // Until the text has ended: give it up where no layer has begun for so long, or another CTA has. One thread's. The
 // status' highest bit is set, so that it is not 0 wherever that was.
 template <class S>
-DEVICE void watch(S& s, u32* status, u64 timeout_ns) {
-    volatile Watched& watched = s.watched;
-    u32 layers = watched.layers;
+DEVICE void run_watchdog(S& s, u32* status, u64 timeout_ns) {
+    volatile WatchdogState& state = s.watchdog;
+    u32 layers = state.layers;
     u64 since = now();
 #pragma unroll 1
     while (*(volatile u32*)&s.ended == 0) {
         rest();
-        const u32 begun = watched.layers;
+        const u32 begun = state.layers;
         const u64 time = now();
         if (begun != layers) layers = begun, since = time;
-        if (time - since >= timeout_ns) atomicCAS(status, 0u, watched.where | 1u << 31);
+        if (time - since >= timeout_ns) atomicCAS(status, 0u, state.where | 1u << 31);
         if (*(volatile u32*)status != 0) {
-            watched.gave_up = 1;
+            state.gave_up = 1;
             break;
         }
     }
@@ -266,7 +265,7 @@ DEVICE void barrier() {  // of the threads without the producer
 
 // Wait until a tile of the ring may be filled; `open` is false once the text has ended, or a wait timed out.
 template <class S>
-DEVICE void wait_for_room(const S& s, u32 tile, int lane, bool& open, Patience still) {
+DEVICE void wait_for_room(const S& s, u32 tile, int lane, bool& open, Watchdog watchdog) {
     delay();
 #pragma unroll 1
     while (open) {
@@ -275,7 +274,7 @@ DEVICE void wait_for_room(const S& s, u32 tile, int lane, bool& open, Patience s
         if (lane == WARPS) end = *(volatile u32*)&s.ended;
         if (__any_sync(~0u, end)) open = false;
         if (!__any_sync(~0u, needed + SLOTS <= tile)) break;
-        if (__any_sync(~0u, !still.waits(2u << 28 | tile))) open = false;
+        if (__any_sync(~0u, !watchdog.waits(2u << 28 | tile))) open = false;
     }
 }
 // No copy is under way when the CTA ends; `tile` is how many there were.
@@ -290,7 +289,7 @@ template <class S>
 struct Reader {
     S& s;
     int warp, lane;
-    Patience patience;
+    Watchdog watchdog;
     u32 tile;  // the first of the next stage
     u32 issued = 0;  // tiles, at least
 
@@ -302,7 +301,7 @@ struct Reader {
         // a barrier tells odd from even tiles alone: the one before in this slot must have been used
         if (__builtin_expect(issued <= which, false))
             while ((issued = *(volatile u32*)&s.issued) <= which)
-                if (!patience.waits(1u << 28 | which)) return (const Stored*)s.ring[slot];
+                if (!watchdog.waits(1u << 28 | which)) return (const Stored*)s.ring[slot];
         while (!has_come(&s.full[slot], which / SLOTS & 1)) {}  // it is under way
         delay();
         return (const Stored*)s.ring[slot];
@@ -314,7 +313,7 @@ struct Reader {
 // `take(i, value)` for each of N words, of which word i lies at `place(i)`, by so many threads.
 template <int N, int BY = THREADS, class Take, class Place>
 DEVICE void gather(
-    const u64* words, u32 epoch, int thread, Patience patience, u32 where, Take take, Place place) {
+    const u64* words, u32 epoch, int thread, Watchdog watchdog, u32 where, Take take, Place place) {
     constexpr int AT_ONCE = least(8, (N + BY - 1) / BY);
 #pragma unroll 1
     for (int base = thread; base - thread < N; base += AT_ONCE * BY) {
@@ -330,7 +329,7 @@ DEVICE void gather(
             bool all = true;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
+            if (__all_sync(~0u, all) || __any_sync(~0u, !watchdog.waits(where))) break;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
                 if (epoch_of(word[j]) != epoch) word[j] = load_word(at[j]);
@@ -343,7 +342,7 @@ DEVICE void gather(
 
 // The same for n words in a row, MOST at most.
 template <int MOST, class Take>
-DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Patience patience, u32 where, Take take) {
+DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Watchdog watchdog, u32 where, Take take) {
     constexpr int EACH = (MOST + THREADS - 1) / THREADS, ROUNDS = (EACH + 11) / 12, AT_ONCE = (EACH + ROUNDS - 1) / ROUNDS;
 #pragma unroll 1
     for (int base = thread; base - thread < n; base += AT_ONCE * THREADS) {
@@ -355,7 +354,7 @@ DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Patience 
             bool all = true;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) all &= epoch_of(word[j]) == epoch;
-            if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
+            if (__all_sync(~0u, all) || __any_sync(~0u, !watchdog.waits(where))) break;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
                 if (epoch_of(word[j]) != epoch) word[j] = load_word(words + base + j * THREADS);
@@ -404,11 +403,11 @@ struct Positions {  // of a warp: keys of a position on two lanes, values pair b
 // A head's query, key and value into `raw`, from a sequence's words, by so many threads.
 template <int BY>
 DEVICE void gather_head(
-    float* raw, const u64* qkv, int head, u32 here, int thread, Patience patience, u32 where) {
+    float* raw, const u64* qkv, int head, u32 here, int thread, Watchdog watchdog, u32 where) {
     constexpr int OF_HEAD = E / PER;  // words
     const int kv = head / GROUP;
     gather<3 * OF_HEAD, BY>(
-        qkv, here, thread, patience, where, [&](int i, u32 value) { unpack(value, raw + PER * i); },
+        qkv, here, thread, watchdog, where, [&](int i, u32 value) { unpack(value, raw + PER * i); },
         [&](int i) {
             return i < OF_HEAD ? head * OF_HEAD + i
                    : i < 2 * OF_HEAD ? (H + kv - 1) * OF_HEAD + i
@@ -574,8 +573,6 @@ DEVICE void attend(
                 if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&raw[2 * E + 2 * pair];
             }
             if (lane == 0) part[E] = score, part[E + 1] = 1.0f;
-        } else if (lane == 0) {
-            part[E] = LOWEST, part[E + 1] = 0.0f;
         }
     }
     __syncwarp();

@@ -77,7 +77,7 @@ struct Shared {
 #if DRAWS
     Drawn drawn;
 #endif
-    Watched watched;
+    WatchdogState watchdog;
     u32 progress[WARPS];                              // no tile before it is needed
     u32 issued;                                       // tiles whose copies are under way, or there
     u32 ended;
@@ -88,11 +88,11 @@ static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
 DEVICE void produce(
-    Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
+    Shared& s, const Model& model, int n_tokens, int lane, Watchdog watchdog) {
     u32 tile = 0;
     bool open = true;  // until the text has ended
     auto put = [&](const Stored* from, u32 bytes) {
-        wait_for_room(s, tile, lane, open, patience);
+        wait_for_room(s, tile, lane, open, watchdog);
         if (!open) return;
         if (lane == 0) {
             const u32 slot = tile % SLOTS;
@@ -360,7 +360,7 @@ DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
 
 // What attention gives, of `chunks` chunks, into `to`.
 DEVICE void gather_attention(
-    const u64* words, int chunks, u32 epoch, int thread, Patience patience, u32 where, Stored* to) {
+    const u64* words, int chunks, u32 epoch, int thread, Watchdog watchdog, u32 where, Stored* to) {
     constexpr int N = Q / PER, EACH = least(4, (N + THREADS - 1) / THREADS);
 #pragma unroll 1
     for (int base = thread; base - thread < N; base += EACH * THREADS) {
@@ -391,7 +391,7 @@ DEVICE void gather_attention(
                 for (int i = 0; i < EACH; i++)
                     all &= epoch_of(out[0][i]) == epoch && epoch_of(lse[0][i]) == epoch &&
                            epoch_of(out[1][i]) == epoch && epoch_of(lse[1][i]) == epoch;
-                if (__all_sync(~0u, all) || __any_sync(~0u, !patience.waits(where))) break;
+                if (__all_sync(~0u, all) || __any_sync(~0u, !watchdog.waits(where))) break;
 #pragma unroll
                 for (int i = 0; i < EACH; i++) {
                     if (epoch_of(out[0][i]) != epoch) out[0][i] = load_word(of + element[i]);
@@ -435,7 +435,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     SHARED_MEMORY(bytes);
     Shared& s = *(Shared*)bytes;
     const int cta = blockIdx.x, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
-    Patience patience{&s.watched};
+    Watchdog watchdog{&s.watchdog};
 
     if (thread < SLOTS)
         make_barrier(&s.full[thread]);
@@ -444,14 +444,14 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         s.first[thread] = ROWS[thread].first(cta);
         s.count[thread] = ROWS[thread].end(cta) - ROWS[thread].first(cta);
     }
-    if (thread == 0) s.issued = s.ended = s.watched.gave_up = s.watched.where = s.watched.layers = 0;
+    if (thread == 0) s.issued = s.ended = s.watchdog.gave_up = s.watchdog.where = s.watchdog.layers = 0;
     show_to_copies();
     __syncthreads();
 
     if (warp >= WARPS) {
         give_registers<FEW_REGISTERS>();
-        if (warp == WARPS) produce(s, model, n_tokens, lane, patience);
-        if (warp == WARPS + 1 && lane == 0) watch(s, memory.status, timeout_ns);
+        if (warp == WARPS) produce(s, model, n_tokens, lane, watchdog);
+        if (warp == WARPS + 1 && lane == 0) run_watchdog(s, memory.status, timeout_ns);
         return;
     }
     take_registers<MANY_REGISTERS>();
@@ -460,7 +460,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
     u64* copy = memory.words + (long long)(lane % REPLICAS) * stride;        // that this lane writes
     const int stop_id = memory.stop_ids[lane];
-    Consumer consumer{s, warp, lane, patience, 0};
+    Consumer consumer{s, warp, lane, watchdog, 0};
     const int qkv_rows = s.count[QKV], qkv_first = s.first[QKV], x_rows = s.count[OUT], x_first = s.first[OUT];
     const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
     const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
@@ -486,7 +486,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++, here++) {
             const u32 where = 3u << 28 | (u32)layer << 4;
-            if (thread == 0) *(volatile u32*)&s.watched.layers = here;
+            if (thread == 0) *(volatile u32*)&s.watchdog.layers = here;
             auto take_x = [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; };
             auto fetch_x = [&]() {
                 if (layer == 0) {
@@ -498,7 +498,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                     for (int i = 0; i < EACH; i++)
                         if (thread + i * THREADS < D) s.narrow[thread + i * THREADS] = all[i];
                 } else {
-                    gather<D / PER>(words + Words::x, here - 1, thread, patience, where, take_x, straight);
+                    gather<D / PER>(words + Words::x, here - 1, thread, watchdog, where, take_x, straight);
                 }
             };
             run_stage<QKV, true>(consumer, qkv_rows, s.narrow, [&]() {
@@ -525,7 +525,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                 const long long of_cache = (((long long)layer * n_slots + slot) * KV + head / GROUP) * max_len * E;
                 if (task != first_task) barrier();
                 attend(s, s.raw, model, memory.keys + of_cache, memory.values + of_cache,
-                       [&]() { gather_head<THREADS>(s.raw, words + Words::qkv, head, here, thread, patience, where | 1); },
+                       [&]() { gather_head<THREADS>(s.raw, words + Words::qkv, head, here, thread, watchdog, where | 1); },
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
                        begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
                 MARK(4, true)
@@ -553,13 +553,13 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             };
             run_stage<OUT, false>(consumer, x_rows, s.wide, [&]() {
                 if (x_rows > 0)
-                    gather_attention(words + Words::attention, active, here, thread, patience, where | 2, s.wide);
+                    gather_attention(words + Words::attention, active, here, thread, watchdog, where | 2, s.wide);
                 MARK(5, x_rows > 0)
             }, [&](int first, auto& sums, float) { add_to_x(first, sums, Words::mid); });
             MARK(6, x_rows > 0)
 
             run_stage<GATE_UP, true>(consumer, hidden_rows, s.narrow, [&]() {
-                if (hidden_rows > 0) gather<D / PER>(words + Words::mid, here, thread, patience, where | 3, take_x, straight);
+                if (hidden_rows > 0) gather<D / PER>(words + Words::mid, here, thread, watchdog, where | 3, take_x, straight);
                 MARK(7, hidden_rows > 0)
             }, [&](int first, auto& sums, float squares) {
                 // four sums in six exchanges: a lane's row is its bits 4 and 3
@@ -585,7 +585,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 
             run_stage<DOWN, false>(consumer, x_rows, s.wide, [&]() {
                 if (x_rows > 0)
-                    gather<F / PER>(words + Words::hidden, here, thread, patience, where | 4,
+                    gather<F / PER>(words + Words::hidden, here, thread, watchdog, where | 4,
                                     [&](int i, u32 value) { *(u32*)&s.wide[PER * i] = value; }, straight);
                 MARK(9, x_rows > 0)
             }, [&](int first, auto& sums, float) { add_to_x(first, sums, Words::x); });
@@ -595,7 +595,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         // of each lane the best of its rows of the head, and the sum of exp(logit - best)
         Best own;
         auto fetch_x = [&]() {
-            gather<D / PER>(words + Words::x, here - 1, thread, patience, 4u << 28,
+            gather<D / PER>(words + Words::x, here - 1, thread, watchdog, 4u << 28,
                       [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; }, straight);
             MARK(11, true)
         };
@@ -654,7 +654,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                 for (int i = lane * 64; i < D; i += LANES * 64)
                     prefetch(model.embedding + (long long)own.id * D + i);
         }
-        gather<RECORD * GRID>(words + records, of_best, thread, patience, 4u << 28 | 1,
+        gather<RECORD * GRID>(words + records, of_best, thread, watchdog, 4u << 28 | 1,
                               [&](int i, u32 value) { s.records[i] = __uint_as_float(value); }, straight);
         barrier();
         MARK(13, true)
@@ -665,7 +665,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 #if DRAWS
         if (finite) {
             token = draw(s.drawn, memory.sums, words, copy, Words::drawn, Words::chosen, how, uniform, best, token,
-                         head_first, head_rows, of_best, cta, thread, patience, 5u << 28);
+                         head_first, head_rows, of_best, cta, thread, watchdog, 5u << 28);
             token = (u32)token < V ? token : 0;  // where a wait has timed out
             logit = __uint_as_float(s.drawn.chosen[1]);
         }

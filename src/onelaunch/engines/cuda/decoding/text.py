@@ -362,8 +362,7 @@ class TextKernel:
         self.config, self.packed, self.trace = config, packed, trace
         limits = limits_of(device)
         dtype = packed.embedding.dtype
-        made = grid_for(config, dtype, 1, limits.multiprocessors, limits.shared_bytes)
-        self.grid = grid or made
+        self.grid = grid or grid_for(config, dtype, 1, limits.multiprocessors, limits.shared_bytes)
         self.draws, shared_bytes = draws, limits.shared_bytes
         self.sequences = self.grid.groups * self.grid.sequences
         self.ctas = self.grid.groups * self.grid.ctas

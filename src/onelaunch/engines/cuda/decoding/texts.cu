@@ -108,7 +108,7 @@ struct Shared {
     alignas(8) u64 full[SLOTS];
     int first[STAGES], count[STAGES];                     // rows
     int slot[R], token[R], position[R], ending[R];
-    Watched watched;
+    WatchdogState watchdog;
     u32 progress[WARPS];                                  // no tile before it is needed
     u32 issued;                                           // tiles whose copies are under way, or there
     u32 ended;
@@ -117,7 +117,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 using Consumer = Reader<Shared>;
 
 // The producer: tiles in the order in which they are read, block by block, as far ahead as there is room.
-DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patience patience) {
+DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Watchdog watchdog) {
     u32 tile = 0;
     bool open = true;  // until all texts have ended
     const int steps = n_tokens * (4 * LAYERS + 1);
@@ -135,7 +135,7 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
         for (int block = 0; block < blocks && open; block++)
 #pragma unroll 1
             for (int unit = 0; unit < units; unit += of_tile) {
-                wait_for_room(s, tile, lane, open, patience);
+                wait_for_room(s, tile, lane, open, watchdog);
                 if (!open) break;
                 const int there = least(of_tile, units - unit) * OF_UNIT;
                 if (lane == 0) {
@@ -152,9 +152,13 @@ DEVICE void produce(Shared& s, const Model& model, int n_tokens, int lane, Patie
 }
 
 // ---- products of 16 rows of a tile and the sequences' x
-struct Products {
+struct Sums {
     float even[BLOCKS][4] = {}, odd[BLOCKS][4] = {};
 
+    // Of row lane / 4 (k < 2) or that eight on, sequence 8 i + 2 (lane % 4) or the next.
+    DEVICE float of(int i, int k) const { return even[i][k] + odd[i][k]; }
+};
+struct Products : Sums {
     DEVICE void add(const uint4 (&w)[2], const uint4 (&x)[BLOCKS]) {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
@@ -162,15 +166,11 @@ struct Products {
             multiply(odd[i], w[1].x, w[1].y, w[1].z, w[1].w, x[i].z, x[i].w);
         }
     }
-    // Of row lane / 4 (k < 2) or that eight on, sequence 8 i + 2 (lane % 4) or the next.
-    DEVICE float of(int i, int k) const { return even[i][k] + odd[i][k]; }
 };
 
 // Sums of x's squares, the products of columns with themselves: that of sequence c of a block is `of` on lane
 // 4 c + c / 2.
-struct Squares {
-    float even[BLOCKS][4] = {}, odd[BLOCKS][4] = {};
-
+struct Squares : Sums {
     DEVICE void add(const uint4 (&x)[BLOCKS]) {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
@@ -178,7 +178,6 @@ struct Squares {
             multiply(odd[i], x[i].z, 0, x[i].w, 0, x[i].z, x[i].w);
         }
     }
-    DEVICE float of(int i, int k) const { return even[i][k] + odd[i][k]; }
 };
 DEVICE float rstd_of_sum(float squares) { return reciprocal_root(fmaf(squares, 1.0f / D, EPS)); }
 
@@ -186,7 +185,7 @@ DEVICE float rstd_of_sum(float squares) { return reciprocal_root(fmaf(squares, 1
 // tensor cores want them; zeros on the others, and of units from END on.
 template <int END, int N, class At>
 DEVICE void take_units(
-    uint4 (&x)[N][BLOCKS], int first, u32 has, u32 epoch, Patience patience, u32 where, At at) {
+    uint4 (&x)[N][BLOCKS], int first, u32 has, u32 epoch, Watchdog watchdog, u32 where, At at) {
     constexpr int AT_ONCE = most(1, least(N, 8 / BLOCKS));  // so many are under way
 #pragma unroll
     for (int base = 0; base < N; base += AT_ONCE) {
@@ -216,7 +215,7 @@ DEVICE void take_units(
                 for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
                     for (int k = 0; k < 4; k++) differ |= epoch_of(word[j][i][k]) ^ epoch;
-            if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !patience.waits(where))) break;
+            if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !watchdog.waits(where))) break;
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
 #pragma unroll
@@ -239,7 +238,7 @@ DEVICE void take_units(
 // this lane's have `chunks`.
 template <int N>
 DEVICE void take_attention(
-    uint4 (&x)[N][BLOCKS], int first, u32 has, const int (&chunks)[BLOCKS], u32 epoch, Patience patience, u32 where,
+    uint4 (&x)[N][BLOCKS], int first, u32 has, const int (&chunks)[BLOCKS], u32 epoch, Watchdog watchdog, u32 where,
     const u64* words, int lane) {
     constexpr int END = Q / 32;
     auto of_chunk = [&](int chunk, int i) { return words + ((long long)chunk * R + 8 * i + lane / 4) * WORDS_OF_CHUNK; };
@@ -249,7 +248,7 @@ DEVICE void take_attention(
         if (has >> i & 1) most_chunks = most(most_chunks, chunks[i]);
     most_chunks = (int)__reduce_max_sync(~0u, (u32)most_chunks);
     if (most_chunks == 1) {
-        take_units<END>(x, first, has, epoch, patience, where,
+        take_units<END>(x, first, has, epoch, watchdog, where,
                         [&](int unit, int i) { return of_chunk(0, i) + unit * 16 + lane % 4 * 4; });
         return;
     }
@@ -285,7 +284,7 @@ DEVICE void take_attention(
 #pragma unroll
                     for (int k = 0; k < 5; k++) differ |= epoch_of(word[i][k]) ^ epoch;
                 }
-                if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !patience.waits(where))) break;
+                if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !watchdog.waits(where))) break;
             }
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++) {
@@ -456,7 +455,7 @@ DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int
 // `attend` (parts.cu) by one warp.
 DEVICE void attend_alone(
     Shared& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
-    int head, int begin, int chunk, int position, u32 here, int warp, int lane, Patience patience, u32 where) {
+    int head, int begin, int chunk, int position, u32 here, int warp, int lane, Watchdog watchdog, u32 where) {
     constexpr int AHEAD = E <= 16 ? 4 : 2;  // how many are under way: small ones take less time than they wait
     const int end = least(position, begin + chunk);
     Positions held[AHEAD];
@@ -466,7 +465,7 @@ DEVICE void attend_alone(
     turned.prepare(model, layer, position, lane);
     float* raw = s.raw[warp];
     __syncwarp();  // all are done with the head before
-    gather_head<LANES>(raw, qkv, head, here, lane, patience, where);
+    gather_head<LANES>(raw, qkv, head, here, lane, watchdog, where);
     __syncwarp();
     turned.turn_query(raw, s.rotated[warp], lane);
     __syncwarp();
@@ -521,7 +520,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
     memory.stop_ids += first_sequence * LANES, memory.sequences += SEQUENCE_INTS * first_sequence;
     const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
-    Patience patience{&s.watched};
+    Watchdog watchdog{&s.watchdog};
 
     if (thread < SLOTS) make_barrier(&s.full[thread]);
     if (thread < WARPS) s.progress[thread] = 0;
@@ -538,7 +537,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                                __int_as_float(sequence[9]), sequence[5]};
 #endif
     }
-    if (thread == 0) s.issued = s.ended = s.watched.gave_up = s.watched.where = s.watched.layers = 0;
+    if (thread == 0) s.issued = s.ended = s.watchdog.gave_up = s.watchdog.where = s.watchdog.layers = 0;
 #if DRAWS
     if (thread == 0) s.drawn.logits = memory.logits + (long long)first_sequence * V + 16 * TILES[HEAD].first(cta);
 #endif
@@ -547,8 +546,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 
     if (warp >= WARPS) {
         give_registers<FEW_REGISTERS>();
-        if (warp == WARPS) produce(s, model, n_tokens, lane, patience);
-        if (warp == WARPS + 1 && lane == 0) watch(s, memory.status, timeout_ns);
+        if (warp == WARPS) produce(s, model, n_tokens, lane, watchdog);
+        if (warp == WARPS + 1 && lane == 0) run_watchdog(s, memory.status, timeout_ns);
         return;
     }
     take_registers<MANY_REGISTERS>();
@@ -556,7 +555,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     const int chunk = passes * CHUNK_STEP;
     const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
     u64* copy = memory.words + (long long)(lane % REPLICAS) * stride;        // that this lane writes
-    Consumer consumer{s, warp, lane, patience, 0};
+    Consumer consumer{s, warp, lane, watchdog, 0};
     const int qkv_rows = s.count[QKV], qkv_first = s.first[QKV], x_rows = s.count[OUT], x_first = s.first[OUT];
     const int hidden_rows = s.count[GATE_UP], hidden_first = s.first[GATE_UP] / 2;
     const int head_rows = s.count[HEAD], head_first = s.first[HEAD];
@@ -567,7 +566,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     auto take_words = [&](auto& x, int first, auto columns, int at, u32 of_epoch, u32 where) {
         constexpr int COLUMNS = decltype(columns)::of;
         const u64* from = words + at + lane / 4 * (COLUMNS / 2) + lane % 4 * 4;
-        take_units<COLUMNS / 32>(x, first, has, of_epoch, patience, where,
+        take_units<COLUMNS / 32>(x, first, has, of_epoch, watchdog, where,
                                  [&](int unit, int i) { return from + 8 * i * (COLUMNS / 2) + unit * 16; });
     };
     float kept[Shares<X_WORDS>::EACH][2];  // this thread's rows of x
@@ -626,7 +625,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++, here++) {
             const u32 where = 3u << 28 | (u32)layer << 4;
-            if (thread == 0) *(volatile u32*)&s.watched.layers = here;
+            if (thread == 0) *(volatile u32*)&s.watchdog.layers = here;
             run_stage<QKV, true>(consumer, qkv_rows, [&](auto& x, int first) {
                 if (layer == 0) take_embeddings(x, first);
                 else take_words(x, first, Constant<D>{}, Words::x, here - 1, where);
@@ -656,19 +655,19 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                 u64* to = memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK;
                 if constexpr (ALONE) {
                     attend_alone(s, model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head,
-                                 begin, chunk, position, here, warp, lane, patience, where | 1);
+                                 begin, chunk, position, here, warp, lane, watchdog, where | 1);
                 } else {
                     if (another) barrier();
                     another = true;
                     attend(s, s.raw[0], model, memory.keys + of_cache, memory.values + of_cache,
-                           [&]() { gather_head<THREADS>(s.raw[0], qkv, head, here, thread, patience, where | 1); }, to,
+                           [&]() { gather_head<THREADS>(s.raw[0], qkv, head, here, thread, watchdog, where | 1); }, to,
                            stride, layer, head, begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
                     MARK(4, true)
                 }
             }
 
             run_stage<OUT, false>(consumer, x_rows, [&](auto& x, int first) {
-                take_attention(x, first, has, chunks, here, patience, where | 2, words + Words::attention, lane);
+                take_attention(x, first, has, chunks, here, watchdog, where | 2, words + Words::attention, lane);
                 MARK(5, true)
             });
             if (layer == 0)
@@ -726,7 +725,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             const bool ahead = warp < blocks && warp * T.tiles < SLOTS;  // of those that may come before one is used
             const Stored* tile = ahead ? consumer.wait_for(base + warp * T.tiles) : nullptr;
             consumer.tile += blocks * T.tiles;
-            gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, patience, 4u << 28,
+            gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, watchdog, 4u << 28,
                                   [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; });
             MARK(11, true)
             barrier();
@@ -822,7 +821,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 #pragma unroll 1
                 for (int i = lane * 64; i < D; i += LANES * 64) prefetch(model.embedding + (long long)of_cta.id * D + i);
         }
-        gather_row<R * RECORD * GRID>(words + records, n * RECORD * GRID, of_best, thread, patience, 4u << 28 | 1,
+        gather_row<R * RECORD * GRID>(words + records, n * RECORD * GRID, of_best, thread, watchdog, 4u << 28 | 1,
                                       [&](int i, u32 value) { s.records[0][i] = __uint_as_float(value); });
         barrier();
         MARK(13, true)
@@ -845,7 +844,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         barrier();
         // the records of what is best have been read: there is room for those of what is kept
         draw_all(s.drawn, (u32*)s.records[0], sums, words, copy, Words::drawn, Words::chosen, uniform, n, head_first,
-                 head_rows, of_best, cta, thread, patience, 5u << 28);
+                 head_rows, of_best, cta, thread, watchdog, 5u << 28);
 #endif
 #pragma unroll
         for (int own = 0; own < OWN; own++) {
