@@ -194,10 +194,10 @@ def by_pytorch(config, weights, ids, dtype):
 
 def in_cache(config, prompts, dtype, ids, slot, context):
     """The same of a prompt that is read in chunks, into a slot of a cache that is NaN elsewhere."""
-    shape = (config.n_layers, 3, config.n_kv_heads, context, config.head_dim)
-    caches = [torch.full(shape, float("nan"), dtype=dtype, device=CUDA) for _ in range(2)]
+    shape = (2, config.n_layers, 3, config.n_kv_heads, context, config.head_dim)
+    caches = torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
     keys, values = (cache[:, slot] for cache in caches)
-    reading, steps = prompts.begin(ids, keys, values, with_logits=True), 1
+    reading, steps = prompts.begin(ids, caches[:, :, slot], with_logits=True), 1
     while not reading.step():
         steps += 1
     assert steps == -(-len(ids) // prompts.chunk)
@@ -250,17 +250,39 @@ def test_float32_prompts_are_exact_in_any_number_of_chunks(name, n):
         assert relative_error(tensor, expected) < 2e-5
 
 
+@pytest.mark.parametrize("n", [20, 100, 400])
+def test_prompts_that_one_forward_reads_have_the_same_bits_as_alone(n):
+    config = longer(SMALL)
+    packed = pack(config, weights_of(config), torch.bfloat16, CUDA)
+    prompts = Prompts(config, packed)
+    ids = [ids_of(config, n + i) for i in range(prompts.at_once(n))]
+    shape = (2, config.n_layers, len(ids), config.n_kv_heads, 512, config.head_dim)
+    for _ in range(3):  # launched, captured and replayed
+        cache = torch.full(shape, float("nan")).bfloat16().cuda()
+        first, *others = [
+            prompts.begin(each, cache[:, :, slot], with_logits=False)
+            for slot, each in enumerate(ids)
+        ]
+        assert all(first.reads_with(other, len(ids)) for other in others)
+        assert first.step(others)
+        for slot, each in enumerate(ids):
+            alone = torch.full((*shape[:2], 1, *shape[3:]), float("nan")).bfloat16().cuda()
+            assert prompts.begin(each, alone[:, :, 0], with_logits=False).step()
+            got, expected = cache[:, :, slot], alone[:, :, 0]
+            assert torch.equal(got[..., : len(each), :], expected[..., : len(each), :])
+            assert got[..., len(each) :, :].isnan().all()
+
+
 def test_prompts_that_take_turns_have_the_same_bits_as_alone():
     config = longer(SMALL)
     packed = pack(config, weights_of(config), torch.bfloat16, CUDA)
     prompts = Prompts(config, packed)
     both = [ids_of(config, n) for n in (3000, 1100)]
     alone = [in_cache(config, prompts, torch.bfloat16, ids, 0, 3000) for ids in both]
-    shape = (config.n_layers, 2, config.n_kv_heads, 3001, config.head_dim)
-    keys, values = (torch.full(shape, float("nan")).bfloat16().cuda() for _ in range(2))
+    shape = (2, config.n_layers, 2, config.n_kv_heads, 3001, config.head_dim)
+    keys, values = cache = torch.full(shape, float("nan")).bfloat16().cuda()
     readings = [
-        prompts.begin(ids, keys[:, slot], values[:, slot], with_logits=True)
-        for slot, ids in enumerate(both)
+        prompts.begin(ids, cache[:, :, slot], with_logits=True) for slot, ids in enumerate(both)
     ]
     ended = {}
     while len(ended) < 2:

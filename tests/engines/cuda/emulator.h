@@ -250,6 +250,8 @@ inline u64 now() {
                std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 inline void look_again() { emulator::yield(); }
+template <class T>
+inline void launder(T&) {}
 inline void rest() { emulator::yield(); }
 template <int N>
 inline void give_registers() {}
@@ -283,6 +285,8 @@ inline void wait_for_threads() { emulator::meet(emulator::current->cta->named); 
 
 template <class T>
 inline T load_past_l1(const T* at) { return *at; }
+template <int N>
+inline void load_floats(float* to, const float* from) { memcpy(to, from, N * sizeof(float)); }
 inline void prefetch(const void*) {}
 
 inline float power_of_2(float x) { return exp2f(x); }

@@ -346,11 +346,11 @@ def test_attention_of_a_chunk_over_the_cache(heads, dtype, first, n, tile):
 
 def cache_of(config, slots=2, context=None):
     shape = (config.n_layers, slots, config.n_kv_heads, context or config.max_seq_len)
-    return [torch.full((*shape, config.head_dim), NAN) for _ in range(2)]
+    return torch.full((2, *shape, config.head_dim), NAN)
 
 
 def read_whole(prompts, ids, cache, slot=0, with_logits=True):
-    reading = prompts.begin(ids, *(each[:, slot] for each in cache), with_logits=with_logits)
+    reading = prompts.begin(ids, cache[:, :, slot], with_logits=with_logits)
     steps = 1
     while not reading.step():
         steps += 1
@@ -387,9 +387,9 @@ def test_a_prompts_bits_do_not_depend_on_what_else_is_read():
     prompts = Prompts(config, packed, 16)
     both = tokens_of(config, 2, 40).tolist()
     both[1] = both[1][:37]
-    caches = [[each.half() for each in cache_of(config, 2, context)] for context in (64, 41)]
+    caches = [cache_of(config, 2, context).half() for context in (64, 41)]
     readings = [
-        prompts.begin(ids, *(each[:, slot] for each in cache), with_logits=True)
+        prompts.begin(ids, cache[:, :, slot], with_logits=True)
         for slot, (ids, cache) in enumerate(zip(both, caches, strict=True))
     ]
     together = [None, None]
@@ -398,14 +398,51 @@ def test_a_prompts_bits_do_not_depend_on_what_else_is_read():
             if together[i] is None and reading.step():
                 together[i] = reading.logits.clone()
     for i, (ids, cache) in enumerate(zip(both, caches, strict=True)):
-        alone = [each.half() for each in cache_of(config)]
+        alone = cache_of(config).half()
         assert torch.equal(read_whole(Prompts(config, packed, 16), ids, alone), together[i])
         for got, expected in zip(cache, alone, strict=True):
             assert torch.equal(got[:, i, :, : len(ids)], expected[:, 0, :, : len(ids)])
     # without logits keys and values are the same
-    kept = [each.half() for each in cache_of(config)]
+    kept = cache_of(config).half()
     read_whole(prompts, both[0], kept, with_logits=False)
     assert torch.equal(kept[0][:, 0, :, :40], caches[0][0][:, 0, :, :40])
+
+
+def test_prompts_that_one_forward_reads_have_the_bits_of_each_alone():
+    config = TINY.with_(max_seq_len=64)
+    packed = pack(config, weights_of(config), torch.float16, CPU)
+    prompts = Prompts(config, packed, 32)
+    tokens = tokens_of(config, 3, 32).tolist()
+    ids = [tokens[0], tokens[1][:17], tokens[2][:20]]
+    cache = cache_of(config, 3).half()
+    readings = [
+        prompts.begin(each, cache[:, :, slot], with_logits=False) for slot, each in enumerate(ids)
+    ]
+    assert all(readings[0].reads_with(other, 3) for other in readings[1:])
+    assert not readings[0].reads_with(readings[1], prompts.at_once(32) + 1)
+    assert readings[0].step(readings[1:])
+    assert all(reading.step() for reading in readings)
+    for slot, each in enumerate(ids):
+        alone = cache_of(config).half()
+        read_whole(Prompts(config, packed, 32), each, alone, with_logits=False)
+        for got, expected in zip(cache, alone, strict=True):
+            assert torch.equal(got[:, slot, :, : len(each)], expected[:, 0, :, : len(each)])
+            assert got[:, slot, :, len(each) :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "logits", "together"),
+    [(20, 30, False, True), (20, 30, True, False), (16, 17, False, False), (0, 8, False, False),
+     (33, 40, False, False)],
+)  # fmt: skip
+def test_prompts_are_read_together_where_one_chunk_of_a_length_has_each(n, m, logits, together):
+    config = TINY.with_(max_seq_len=64)
+    packed = pack(config, weights_of(config), torch.float16, CPU)
+    prompts, cache = Prompts(config, packed, 32), cache_of(config)
+    one, other = (
+        prompts.begin([1] * length, cache[:, :, 0], with_logits=logits) for length in (n, m)
+    )
+    assert one.reads_with(other, 2) == together
 
 
 def test_sequences_with_long_prompts_are_the_reference_engines():

@@ -57,15 +57,18 @@ class HostPrompts:
     def __init__(self, *parts):
         pass
 
-    def calls(self, n, with_logits):
+    def calls(self, n, with_logits, together=False):
         return []
 
-    def begin(self, prompt_ids, keys, values, with_logits):
+    def begin(self, prompt_ids, cache, with_logits):
         assert not prompt_ids
         return self
 
-    def step(self):
+    def step(self, others=()):
         return True
+
+    def reads_with(self, other, prompts):
+        return False
 
 
 class Functions:
@@ -88,15 +91,16 @@ class Function:
 
     def launch(self, ctas, threads, arguments):
         assert threads == 32 * (text.WARPS + 4)
-        kinds = nvrtc.STRUCTURE, nvrtc.INT, nvrtc.FLOAT, nvrtc.UINT, nvrtc.LONG
+        kinds = nvrtc.INT, nvrtc.FLOAT, nvrtc.UINT, nvrtc.LONG
         of = {kind: [] for kind in kinds}
-        for value, kind in arguments:
-            of[kind].append(value)
+        structures, places = arguments.places[:2], arguments.places[2:]
+        for place in places:
+            of[type(place)].append(place.value)
         ints = [*of[nvrtc.INT], *[0] * (10 - len(of[nvrtc.INT]))]
         fractions = of[nvrtc.FLOAT] or [0.0, 1.0, 0.0, 1.0]
         (epoch,), (timeout_ns,) = of[nvrtc.UINT], of[nvrtc.LONG]
         self.library.run_text(
-            *map(ctypes.byref, of[nvrtc.STRUCTURE]), (ctypes.c_int * 10)(*ints),
+            *map(ctypes.byref, structures), (ctypes.c_int * 10)(*ints),
             (ctypes.c_float * 4)(*fractions), ctypes.c_uint(epoch),
             ctypes.c_ulonglong(50 * timeout_ns), ctas, ctypes.c_uint(len(self.functions.launches)),
             None,

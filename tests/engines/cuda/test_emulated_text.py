@@ -225,16 +225,17 @@ def test_a_wait_that_does_not_end_times_out(compiled):
 
 @pytest.mark.extended
 def test_marks_make_a_timeline(compiled):
-    weights = weights_of(SMALL)
-    emulated = Emulated(compiled, SMALL, weights, FLOAT32, 3, TRACE=200, **FEW)
+    weights, ctas = weights_of(SMALL), 12  # some of them have a part in attention alone
+    emulated = Emulated(compiled, SMALL, weights, FLOAT32, ctas, TRACE=200, **FEW)
     emulated.write(3, 0, 4)
     spans = spans_of_last_token(emulated.marks, SMALL.n_layers)
-    for cta in range(3):
+    for cta in range(ctas):
         own = [span for span in spans if span.cta == cta]
         assert [span.began for span in own] == sorted(span.began for span in own)
         assert all(span.began <= span.ready <= span.ended for span in own)
     kinds = [span.kind for span in spans]
-    assert kinds.count("head") == 3
+    assert kinds.count("head") == kinds.count("choice") == ctas
+    assert kinds.count("attention") == SMALL.n_layers * SMALL.n_heads
     for kind in ("qkv", "attention", "out_proj", "gate_up", "down"):
         layers = {span.layer for span in spans if span.kind == kind}
         assert layers == set(range(SMALL.n_layers))

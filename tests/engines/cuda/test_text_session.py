@@ -85,10 +85,14 @@ class HostReading:
     def __init__(self, ids, chunk, read):
         self.chunks, self.read = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], read
 
-    def step(self):
+    def step(self, others=()):
+        assert not others
         if self.chunks:
             self.read.append(self.chunks.pop(0)[0])
         return not self.chunks
+
+    def reads_with(self, other, prompts):
+        return False
 
 
 class HostSource:

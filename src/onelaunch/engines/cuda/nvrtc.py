@@ -78,12 +78,10 @@ class Function:
             limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
 
-    def launch(self, ctas: int, threads: int, arguments: Sequence[tuple[Any, Any]]) -> None:
-        """Launch it on the current stream, all CTAs at once or not at all. Arguments are values and
-        their ctypes, None of a structure."""
+    def launch(self, ctas: int, threads: int, arguments: Arguments) -> None:
+        """Launch it on the current stream, all CTAs at once or not at all."""
         from cuda.bindings import driver
 
-        values, types = zip(*arguments, strict=True)
         current = torch.cuda.current_device()
         if current != self._index:
             torch.cuda.set_device(self._index)
@@ -92,7 +90,7 @@ class Function:
             _checked(
                 driver.cuLaunchCooperativeKernel(
                     self._function, ctas, 1, 1, threads, 1, 1, self.shared_bytes, stream,
-                    (values, types),
+                    arguments.address,
                 )
             )  # fmt: skip
         finally:
@@ -102,7 +100,21 @@ class Function:
 
 POINTER, INT, UINT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 LONG, FLOAT = ctypes.c_uint64, ctypes.c_float
-STRUCTURE = None
+
+
+class Arguments:
+    """A kernel's arguments, ctypes, at `address` as the driver reads them with each launch: their
+    values may change in between."""
+
+    def __init__(self, places: Sequence[Any]) -> None:
+        self.places = list(places)
+        self._at = (ctypes.c_void_p * len(self.places))(*map(ctypes.addressof, self.places))
+        self.address = ctypes.addressof(self._at)
+
+    def set(self, first: int, values: Sequence[float]) -> None:
+        """The values of some, from number `first` on."""
+        for place, value in zip(self.places[first:], values, strict=False):
+            place.value = value
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> ctypes.Structure:

@@ -42,14 +42,13 @@ class Memory:
 
     The buffers between stages are for up to ROWS rows: for more, the forward has its own.
 
-    keys, values: (L, S, K, context, E); x: (B, D); qkv: (B, N), acc: (B, H, C, E padded), m_l: (B,
-    H, C, 2), logits: (B, V), float32; hidden: (B, F); slots: (B,), positions: (S,), whole: (S, 8),
-    stop: (S, 32), int32; fraction: (S, 4), uniforms: (S, context), float32. tokens, logprobs: (S,
-    context), and progress: (S, 2) are on the host, pinned.
+    cache: keys and values, (2, L, S, K, context, E); x: (B, D); qkv: (B, N), acc: (B, H, C, E
+    padded), m_l: (B, H, C, 2), logits: (B, V), float32; hidden: (B, F); slots: (B,), positions:
+    (S,), whole: (S, 8), stop: (S, 32), int32; fraction: (S, 4), uniforms: (S, context), float32.
+    tokens, logprobs: (S, context), and progress: (S, 2) are on the host, pinned.
     """
 
-    keys: Tensor
-    values: Tensor
+    cache: Tensor
     x: Tensor
     qkv: Tensor
     acc: Tensor
@@ -85,8 +84,7 @@ class Memory:
         whole = zeros(slots, sampling.WHOLE_NUMBERS, dtype=torch.int32)
         whole[:, sampling.FINISH] = sampling.STOPPED
         return cls(
-            keys=zeros(*cache, dtype=dtype),
-            values=zeros(*cache, dtype=dtype),
+            cache=zeros(2, *cache, dtype=dtype),
             x=zeros(own, c.dim, dtype=dtype),
             qkv=zeros(own, c.q_dim + 2 * c.kv_dim),
             acc=zeros(rows, c.n_heads, chunks, padded(c.head_dim)),
@@ -105,6 +103,16 @@ class Memory:
             logprobs=on_host(slots, max_len, dtype=torch.float32),
             progress=on_host(slots, 2),
         )  # fmt: skip
+
+    @property
+    def keys(self) -> Tensor:
+        """(L, S, K, context, E)."""
+        return self.cache[0]
+
+    @property
+    def values(self) -> Tensor:
+        """(L, S, K, context, E)."""
+        return self.cache[1]
 
     @property
     def n_bytes(self) -> int:

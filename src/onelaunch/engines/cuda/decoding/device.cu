@@ -55,6 +55,13 @@ DEVICE u64 now() {  // in nanoseconds
     return time;
 }
 DEVICE void look_again() {}  // in a loop that waits
+// What is computed from x is computed where it is used: compilers keep what does not change throughout a loop in
+// registers, and there may be more of it than registers.
+template <class T>
+DEVICE void launder(T& x) {
+    if constexpr (sizeof x == 4) asm volatile("" : "+r"(x));
+    else asm volatile("" : "+l"(x));
+}
 DEVICE void rest() { __nanosleep(500); }
 // A warp sleeps now and then, for up to DELAYS nanoseconds: what waits for too little shows.
 DEVICE void delay() {
@@ -106,6 +113,12 @@ DEVICE void wait_for_threads() {  // the first N of a CTA
 
 template <class T>
 DEVICE T load_past_l1(const T* at) { return __ldcg(at); }
+template <int N>
+DEVICE void load_floats(float* to, const float* from) {
+    if constexpr (N == 4) *(float4*)to = *(const float4*)from;
+    else if constexpr (N == 2) *(float2*)to = *(const float2*)from;
+    else *to = *from;
+}
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // ---- arithmetic

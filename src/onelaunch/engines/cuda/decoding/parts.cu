@@ -18,16 +18,18 @@ constexpr int RECORD = DRAWS ? 4 : 3;
 #define INFINITE __int_as_float(0x7f800000)
 #define LOWEST (-3.0e38f)               // of a maximum that nothing has joined
 
-// Marks for a timeline: when a token begins, and of each stage that a CTA has a part in when what it
+// Marks for a timeline: when a token begins, and of each stage of a layer that a CTA has a part in when what it
 // reads was there, and when the part was done (text_trace.py). The first thread's.
 #if TRACE
-#define MARK(point, there) if (thread == 0 && (there)) { trace[(long long)blockIdx.x * TRACE + marks % TRACE] = now() << 8 | (point); marks++; }
+#define MARK(layer, point, there) if (thread == 0 && (there)) { trace[(long long)blockIdx.x * TRACE + marks % TRACE] = now() << 16 | (layer) << 4 | (point); marks++; }
 #else
-#define MARK(point, there)
+#define MARK(layer, point, there)
 #endif
 
 template <int N>
 struct Constant { static constexpr int of = N; };
+__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 
 // ---- numbers as they are stored
 
@@ -197,15 +199,13 @@ struct Rows {
     }
     __host__ __device__ constexpr int first(int cta) const {
         const int place = (cta - offset + GRID) % GRID;
-        return (int)((long long)least_of(place, ctas) * (rows / unit) / ctas) * unit;
+        return (int)((long long)least(place, ctas) * (rows / unit) / ctas) * unit;
     }
     __host__ __device__ constexpr int end(int cta) const {
         const int place = (cta - offset + GRID) % GRID;
-        return (int)((long long)least_of(place + 1, ctas) * (rows / unit) / ctas) * unit;
+        return (int)((long long)least(place + 1, ctas) * (rows / unit) / ctas) * unit;
     }
-    static __host__ __device__ constexpr int least_of(int a, int b) { return a < b ? a : b; }
 };
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int unit_of(int kw) {
     int unit = 1;
     while (kw * (int)sizeof(Stored) * unit % 16 != 0) unit *= 2;
@@ -227,12 +227,27 @@ __host__ __device__ constexpr int width_of(int kw) {
     while (kw % vector != 0) vector /= 2;
     return vector;
 }
-__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 template <class T>
 DEVICE T sum_of_warp(T x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
+}
+// Of N sums, a power of two, each lane's part of OF: sum lane % N.
+template <int N, int OF = LANES>
+DEVICE float sum_of_row(float (&part)[N], int lane) {
+#pragma unroll
+    for (int n = N / 2, step = 1; n > 0; n /= 2, step *= 2)
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const bool upper = lane & step;
+            const float mine = upper ? part[2 * i + 1] : part[2 * i], other = upper ? part[2 * i] : part[2 * i + 1];
+            part[i] = mine + __shfl_xor_sync(~0u, other, step);
+        }
+    float sum = part[0];
+#pragma unroll
+    for (int step = N; step < OF; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    return sum;
 }
 template <class T>
 DEVICE T sum_up_to(T x, int lane) {  // of the lanes up to this one
@@ -367,118 +382,162 @@ DEVICE void gather_row(const u64* words, int n, u32 epoch, int thread, Watchdog 
 
 // ---- attention of one head of keys and values over one chunk
 
-constexpr int HALF = E / 2;                               // numbers of a lane's half of a position
-constexpr int HALF_VEC = width_of(HALF);
+// Lanes that share a position's key, each with one part of it: as many as have 16 bytes, or 8 where that is much.
+__host__ __device__ constexpr int key_lanes() {
+    int lanes = 2;
+    while (2 * lanes <= LANES && E % (2 * lanes * VECTOR) == 0) lanes *= 2;
+    while (E / lanes > 16 && E % (lanes * VECTOR) == 0) lanes *= 2;
+    return lanes;
+}
+constexpr int KEY_LANES = key_lanes(), KEYS_AT_ONCE = LANES / KEY_LANES, KEY_ROUNDS = CHUNK_OF_WARP / KEYS_AT_ONCE;
+constexpr int PART = E / KEY_LANES, PART_VEC = width_of(PART);
 constexpr int LANE_PAIRS = (PAIRS + LANES - 1) / LANES;   // pairs of each lane, of a whole head
 __host__ __device__ constexpr int pow2_from(int n) { int p = 1; while (p < n) p *= 2; return p; }
 __host__ __device__ constexpr int pow2_to(int n) { int p = 1; while (2 * p <= n) p *= 2; return p; }
+constexpr int VALUE_VEC = LANE_PAIRS == 2 || LANE_PAIRS == 4 ? 2 * LANE_PAIRS : 2, VALUE_LOADS = 2 * LANE_PAIRS / VALUE_VEC;
 constexpr int STRIPES = PAIRS >= LANES ? 1 : LANES / pow2_from(PAIRS);  // lanes that share a pair
 constexpr int WIDE = LANES / STRIPES;
+DEVICE int pair_of(int j, int lane) { return lane % WIDE * LANE_PAIRS + j; }  // the lane's j-th pair
 
-struct Positions {  // of a warp: keys of a position on two lanes, values pair by pair
-    Raw<HALF_VEC> keys[HALF / HALF_VEC];
-    Raw<2> values[CHUNK_OF_WARP / STRIPES][LANE_PAIRS];
+struct Positions {  // of a warp: keys of KEYS_AT_ONCE positions in each round, values pair by pair
+    Raw<PART_VEC> keys[KEY_ROUNDS][PART / PART_VEC];
+    Raw<VALUE_VEC> values[CHUNK_OF_WARP / STRIPES][VALUE_LOADS];
 
     // Those from `first` on, before `position`.
     DEVICE void load(const Stored* k, const Stored* v, int first, int position, int lane) {
-        const int at = first + lane / 2;
-        const Stored* key = k + (long long)at * E + lane % 2 * HALF;
+        const Stored* key = k + (long long)(first + lane / KEY_LANES) * E + lane % KEY_LANES * PART;
 #pragma unroll
-        for (int i = 0; i < HALF / HALF_VEC; i++) {
-            keys[i].clear();
-            if (at < position) keys[i].from_cache(key + i * HALF_VEC);
-        }
-        const Stored* value = v + (long long)(first + lane / WIDE) * E + 2 * (lane % WIDE);
+        for (int r = 0; r < KEY_ROUNDS; r++)
+#pragma unroll
+            for (int i = 0; i < PART / PART_VEC; i++) {
+                keys[r][i].clear();
+                if (first + r * KEYS_AT_ONCE + lane / KEY_LANES < position)
+                    keys[r][i].from_cache(key + r * KEYS_AT_ONCE * E + i * PART_VEC);
+            }
+        const Stored* value = v + (long long)(first + lane / WIDE) * E + 2 * pair_of(0, lane);
 #pragma unroll
         for (int i = 0; i < CHUNK_OF_WARP / STRIPES; i++)
 #pragma unroll
-            for (int j = 0; j < LANE_PAIRS; j++) {
+            for (int j = 0; j < VALUE_LOADS; j++) {
                 values[i][j].clear();
-                if (first + i * STRIPES + lane / WIDE < position && j * LANES + lane % WIDE < PAIRS)
-                    values[i][j].from_cache(value + i * STRIPES * E + 2 * j * LANES);
+                if (first + i * STRIPES + lane / WIDE < position && pair_of(j * VALUE_VEC / 2, lane) < PAIRS)
+                    values[i][j].from_cache(value + i * STRIPES * E + j * VALUE_VEC);
             }
     }
 };
 
-// A head's query, key and value into `raw`, from a sequence's words, by so many threads.
-template <int BY>
-DEVICE void gather_head(
-    float* raw, const u64* qkv, int head, u32 here, int thread, Watchdog watchdog, u32 where) {
-    constexpr int OF_HEAD = E / PER;  // words
-    const int kv = head / GROUP;
-    gather<3 * OF_HEAD, BY>(
-        qkv, here, thread, watchdog, where, [&](int i, u32 value) { unpack(value, raw + PER * i); },
-        [&](int i) {
-            return i < OF_HEAD ? head * OF_HEAD + i
-                   : i < 2 * OF_HEAD ? (H + kv - 1) * OF_HEAD + i
-                                     : (H + KV + kv - 2) * OF_HEAD + i;
-        });
-}
-
-// A head's query and key, normalized and rotated, as the cache has them, pair by pair on the lanes.
-struct Turned {
-    float cos[LANE_PAIRS], sin[LANE_PAIRS], norms[2][LANE_PAIRS][2];
-    float query[LANE_PAIRS][2], key[LANE_PAIRS][2];
+// A head's query and, where they are wanted, its newest key and value. Of query and key a lane has the part that it
+// has of each key, normalized and rotated, as the cache has them; of the value pairs.
+struct Newest {
+    float cos[PART / 2], sin[PART / 2];
+    Raw<PART_VEC> norms[QK_NORM ? 2 : 1][PART / PART_VEC];
+    float query[PART], key[PART], value[LANE_PAIRS][2];
 
     // What of them the position has, which does not wait.
     DEVICE void prepare(const Model& model, int layer, int position, int lane) {
+        constexpr int AT_ONCE = PART % 8 == 0 ? 4 : PART % 4 == 0 ? 2 : 1;
+        const long long at = (long long)position * PAIRS + lane % KEY_LANES * (PART / 2);
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane < PAIRS ? j * LANES + lane : 0;
-            cos[j] = model.cos[(long long)position * PAIRS + pair];
-            sin[j] = model.sin[(long long)position * PAIRS + pair];
-            if (QK_NORM)
+        for (int i = 0; i < PART / 2; i += AT_ONCE)
+            load_floats<AT_ONCE>(cos + i, model.cos + at + i), load_floats<AT_ONCE>(sin + i, model.sin + at + i);
+        if (QK_NORM)
 #pragma unroll
-                for (int k = 0; k < 4; k++)
-                    norms[k / 2][j][k % 2] = as_float(model.norms[((long long)layer * 2 + k / 2) * E + 2 * pair + k % 2]);
-        }
+            for (int which = 0; which < 2; which++)
+#pragma unroll
+                for (int i = 0; i < PART / PART_VEC; i++)
+                    norms[which][i].from_cache(
+                        model.norms + ((long long)layer * 2 + which) * E + lane % KEY_LANES * PART + i * PART_VEC);
     }
-    DEVICE void turn(const float* raw, int which, float (&to)[LANE_PAIRS][2], int lane) {
-        float a[LANE_PAIRS], b[LANE_PAIRS], squares = 0.0f;
+    // From a sequence's words, as soon as all have the epoch; `meanwhile` is called once they are looked at.
+    template <class Meanwhile>
+    DEVICE void take(
+        const u64* qkv, int head, bool all, u32 epoch, Watchdog watchdog, u32 where, int lane, Meanwhile meanwhile) {
+        constexpr int OF_HEAD = E / PER, OF_PART = PART / PER, OF_PAIR = 2 / PER, OF_VALUE = LANE_PAIRS * OF_PAIR;
+        const int part = lane % KEY_LANES * OF_PART, kv = H + head / GROUP;
+        const u64 *of_query = qkv + head * OF_HEAD + part, *of_key = qkv + kv * OF_HEAD + part;
+        u64 parts[2][OF_PART], values[OF_VALUE];
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane;
-            const float2 both = *(const float2*)&raw[which * E + 2 * (pair < PAIRS ? pair : 0)];
-            a[j] = pair < PAIRS ? both.x : 0.0f, b[j] = pair < PAIRS ? both.y : 0.0f;
-            squares += a[j] * a[j] + b[j] * b[j];
-        }
-        const float scale = QK_NORM ? reciprocal_root(sum_of_warp(squares) * (1.0f / E) + EPS) : 1.0f;
+        for (int i = 0; i < OF_PART; i++) parts[0][i] = 0, parts[1][i] = all ? 0 : (u64)epoch << 32;  // epochs begin at 1
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            if (QK_NORM) a[j] *= scale * norms[which][j][0], b[j] *= scale * norms[which][j][1];
-            alignas(8) float both[2] = {a[j] * cos[j] - b[j] * sin[j], b[j] * cos[j] + a[j] * sin[j]};
-            if (PER == 2) unpack(packed(both[0], both[1]), both);
-            to[j][0] = both[0], to[j][1] = both[1];
-        }
-    }
-    DEVICE void turn_key(const float* raw, int lane) { turn(raw, 1, key, lane); }
-    DEVICE void turn_query(const float* raw, float* rotated, int lane) {  // into `rotated`, too
-        turn(raw, 0, query, lane);
+        for (int i = 0; i < OF_VALUE; i++) values[i] = parts[1][0];
+        auto missing = [&](u64 word) { return epoch_of(word) ^ epoch; };
+        auto load = [&]() {
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane;
-            if (pair < PAIRS) *(float2*)&rotated[2 * pair] = float2{query[j][0], query[j][1]};
-        }
-    }
-    DEVICE float score() const {
-        float sum = 0.0f;
+            for (int which = 0; which < 2; which++)
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) sum += query[j][0] * key[j][0] + query[j][1] * key[j][1];
-        return sum_of_warp(sum) * (SCALE * LOG2E);
-    }
-    // The key and the value into the cache, of (max_len, E).
-    DEVICE void store(Stored* keys, Stored* values, const float* raw, int position, int lane) const {
-        Stored* to_key = keys + (long long)position * E;
-        Stored* to_value = values + (long long)position * E;
-#pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane;
-            if (pair < PAIRS)
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    to_key[2 * pair + k] = as_stored(key[j][k]);
-                    to_value[2 * pair + k] = as_stored(raw[2 * E + 2 * pair + k]);
+                for (int i = 0; i < OF_PART; i += 2) {
+                    u64 &word = parts[which][i], &next = parts[which][i + 1];
+                    load_words_if((missing(word) | missing(next)) != 0, (which ? of_key : of_query) + i, word, next);
                 }
+#pragma unroll
+            for (int i = 0; i < OF_VALUE; i++) {
+                const int pair = pair_of(i / OF_PAIR, lane);
+                load_word_if(missing(values[i]) != 0, qkv + (kv + KV) * OF_HEAD + (pair < PAIRS ? pair : 0) * OF_PAIR + i % OF_PAIR, values[i]);
+            }
+        };
+        load();
+        meanwhile();
+        while (true) {
+            u32 differ = 0;
+#pragma unroll
+            for (int i = 0; i < OF_PART; i++) differ |= missing(parts[0][i]) | missing(parts[1][i]);
+#pragma unroll
+            for (int i = 0; i < OF_VALUE; i++) differ |= missing(values[i]);
+            if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !watchdog.waits(where))) break;
+            load();
+        }
+        turn(query, parts[0], 0);
+#pragma unroll
+        for (int i = 0; i < PART; i++) key[i] = 0.0f;  // or its registers were taken everywhere
+        if (all) turn(key, parts[1], 1);
+#pragma unroll
+        for (int i = 0; i < OF_VALUE; i++) unpack((u32)values[i], &value[i / OF_PAIR][i % OF_PAIR]);
+    }
+    // Of query and key.
+    DEVICE float score() const {
+        float even = 0.0f, odd = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PART; i += 2) even = fmaf(query[i], key[i], even), odd = fmaf(query[i + 1], key[i + 1], odd);
+        return of_head(even + odd) * (SCALE * LOG2E);
+    }
+    // Key and value into the cache, of (max_len, E).
+    DEVICE void store(Stored* keys, Stored* values, int position, int lane) const {
+        keys += (long long)position * E + lane * PART, values += (long long)position * E;
+        if (lane < KEY_LANES)
+#pragma unroll
+            for (int i = 0; i < PART; i += PER) *(u32*)(keys + i) = packed(key[i], key[i + PER - 1]);
+#pragma unroll
+        for (int j = 0; j < LANE_PAIRS; j++) {
+            const int pair = pair_of(j, lane);
+            if (pair < PAIRS && lane < WIDE)
+#pragma unroll
+                for (int k = 0; k < 2; k += PER) *(u32*)(values + 2 * pair + k) = packed(value[j][k], value[j][k + PER - 1]);
+        }
+    }
+
+private:
+    static DEVICE float of_head(float part) {
+#pragma unroll
+        for (int step = 1; step < KEY_LANES; step *= 2) part += __shfl_xor_sync(~0u, part, step);
+        return part;
+    }
+    template <int N>
+    DEVICE void turn(float (&x)[PART], const u64 (&words)[N], int which) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) unpack((u32)words[i], x + PER * i);
+        if (QK_NORM) {
+            float squares = 0.0f;
+#pragma unroll
+            for (int i = 0; i < PART; i++) squares = fmaf(x[i], x[i], squares);
+            const float scale = reciprocal_root(of_head(squares) * (1.0f / E) + EPS);
+#pragma unroll
+            for (int i = 0; i < PART; i++) x[i] *= scale * norms[which][i / PART_VEC][i % PART_VEC];
+        }
+#pragma unroll
+        for (int i = 0; i < PART; i += 2) {
+            alignas(8) float both[2] = {x[i] * cos[i / 2] - x[i + 1] * sin[i / 2], x[i + 1] * cos[i / 2] + x[i] * sin[i / 2]};
+            if (PER == 2) unpack(packed(both[0], both[1]), both);
+            x[i] = both[0], x[i + 1] = both[1];
         }
     }
 };
@@ -489,17 +548,21 @@ struct Attended {
     float m = LOWEST, l = 0.0f, sum[LANE_PAIRS][2] = {};
 
     // Positions from `first` on, before `end`, of which there is one at least.
-    DEVICE void add(const Positions& held, const float* rotated, int first, int end, int lane) {
-        const bool seen = first + lane / 2 < end;
-        const float* q = rotated + lane % 2 * HALF;
-        float even = 0.0f, odd = 0.0f;
+    DEVICE void add(const Positions& held, const float (&query)[PART], int first, int end, int lane) {
+        // a lane gets the score of one position, which has it on two
+        const bool seen = first + lane % KEY_ROUNDS * KEYS_AT_ONCE + lane / KEY_LANES < end;
+        float scores[KEY_ROUNDS];
 #pragma unroll
-        for (int i = 0; i < HALF; i += 2) {
-            even = fmaf(held.keys[i / HALF_VEC][i % HALF_VEC], q[i], even);
-            odd = fmaf(held.keys[i / HALF_VEC][i % HALF_VEC + 1], q[i + 1], odd);
+        for (int r = 0; r < KEY_ROUNDS; r++) {
+            float even = 0.0f, odd = 0.0f;
+#pragma unroll
+            for (int i = 0; i < PART; i += 2) {
+                even = fmaf(held.keys[r][i / PART_VEC][i % PART_VEC], query[i], even);
+                odd = fmaf(held.keys[r][i / PART_VEC][i % PART_VEC + 1], query[i + 1], odd);
+            }
+            scores[r] = even + odd;
         }
-        float score = even + odd;
-        score += __shfl_xor_sync(~0u, score, 1);
+        float score = sum_of_row<KEY_ROUNDS, KEY_LANES>(scores, lane);
         score = seen ? score * (SCALE * LOG2E) : LOWEST;
         const float larger = fmaxf(m, value_of_ordered(__reduce_max_sync(~0u, ordered(score))));
         const float p = seen ? power_of_2(score - larger) : 0.0f, old = power_of_2(m - larger);
@@ -508,12 +571,14 @@ struct Attended {
         for (int j = 0; j < LANE_PAIRS; j++) more[j][0] = more[j][1] = 0.0f;
 #pragma unroll
         for (int i = 0; i < CHUNK_OF_WARP / STRIPES; i++) {
-            const float weight = __shfl_sync(~0u, p, 2 * (i * STRIPES + lane / WIDE));
+            const int at = i * STRIPES + lane / WIDE;
+            const float weight = __shfl_sync(~0u, p, at % KEYS_AT_ONCE * KEY_LANES + at / KEYS_AT_ONCE);
             here += weight;
 #pragma unroll
             for (int j = 0; j < LANE_PAIRS; j++) {
-                more[j][0] = fmaf(weight, held.values[i][j][0], more[j][0]);
-                more[j][1] = fmaf(weight, held.values[i][j][1], more[j][1]);
+                const Raw<VALUE_VEC>& values = held.values[i][2 * j / VALUE_VEC];
+                more[j][0] = fmaf(weight, values[2 * j % VALUE_VEC], more[j][0]);
+                more[j][1] = fmaf(weight, values[2 * j % VALUE_VEC + 1], more[j][1]);
             }
         }
 #pragma unroll
@@ -530,65 +595,54 @@ struct Attended {
         l = here + l * old;
         m = larger;
     }
-    // One position more, of some score; of its value the pair on this lane.
-    DEVICE void add_one(float score, const float* value, int lane) {
+    // One position more, of some score.
+    DEVICE void add_one(float score, const float (&value)[LANE_PAIRS][2]) {
         const float larger = fmaxf(m, score), old = power_of_2(m - larger), p = power_of_2(score - larger);
 #pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane % WIDE;
-            const float2 both = *(const float2*)&value[2 * (pair < PAIRS ? pair : 0)];
-            sum[j][0] = both.x * p + sum[j][0] * old, sum[j][1] = both.y * p + sum[j][1] * old;
-        }
+        for (int j = 0; j < LANE_PAIRS; j++)
+            sum[j][0] = value[j][0] * p + sum[j][0] * old, sum[j][1] = value[j][1] * p + sum[j][1] * old;
         l = p + l * old;
         m = larger;
     }
 };
 
-// Attention of a query head over the chunk of positions from `begin` on, and the newest key and value
-// into the cache, of (max_len, E). `bring` leaves the head's query, key and value in `raw`; the chunk's
-// output is words from `to` on. `ready` is called when what it reads is there.
-template <class S, class Bring, class Ready>
+// Attention of a query head over the chunk of positions from `begin` on, and the newest key and value, of the words
+// `qkv`, into the cache, of (max_len, E); the chunk's output is words from `to` on. `ready` is called when the query is
+// there.
+template <class S, class Ready>
 DEVICE void attend(
-    S& s, float* raw, const Model& model, Stored* keys, Stored* values, Bring bring, u64* to, int stride, int layer,
-    int head, int begin, int chunk, int passes, int position, u32 here, int thread, Ready ready) {
+    S& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer, int head,
+    int begin, int chunk, int passes, int position, u32 here, int thread, Watchdog watchdog, u32 where, Ready ready) {
     const int warp = thread / LANES, lane = thread % LANES;
+    const bool has_newest = warp == WARPS - 1 && position - begin < chunk;  // the last warp has the fewest others
+    Newest newest;
+    newest.prepare(model, layer, position, lane);
     Positions held;
-    held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane);
-    Turned turned;
-    turned.prepare(model, layer, position, lane);
-    bring();
-    barrier();
+    newest.take(qkv, head, has_newest, here, watchdog, where, lane,
+                [&]() { held.load(keys, values, begin + warp * CHUNK_OF_WARP, position, lane); });
     ready();
-    turned.turn_query(raw, s.rotated[warp], lane);
-    const bool has_newest = position - begin < chunk;  // in this chunk
-    if (warp == WARPS - 1) {
-        // the newest position is a part of its own
-        float* part = s.partial[WARPS];
-        if (has_newest) {
-            turned.turn_key(raw, lane);
-            const float score = turned.score();
-#pragma unroll
-            for (int j = 0; j < LANE_PAIRS; j++) {
-                const int pair = j * LANES + lane;
-                if (pair < PAIRS) *(float2*)&part[2 * pair] = *(const float2*)&raw[2 * E + 2 * pair];
-            }
-            if (lane == 0) part[E] = score, part[E + 1] = 1.0f;
-        }
-    }
-    __syncwarp();
+    const float score = has_newest ? newest.score() : 0.0f;
     Attended own;
 #pragma unroll 1
     for (int pass = 0; pass < passes; pass++) {
         const int first = begin + pass * CHUNK_STEP + warp * CHUNK_OF_WARP;
         if (first >= position) break;
-        if (pass > 0) held.load(keys, values, first, position, lane);
-        own.add(held, s.rotated[warp], first, position, lane);
+        if constexpr (E <= 64) {  // as registers allow
+            Positions next;
+            next.load(keys, values, pass + 1 < passes ? first + CHUNK_STEP : position, position, lane);
+            own.add(held, newest.query, first, position, lane);
+            held = next;
+        } else {
+            if (pass > 0) held.load(keys, values, first, position, lane);
+            own.add(held, newest.query, first, position, lane);
+        }
     }
+    if (has_newest) own.add_one(score, newest.value);
     float* part = s.partial[warp];
 #pragma unroll
     for (int j = 0; j < LANE_PAIRS; j++) {
-        const int pair = j * LANES + lane;
-        if (pair < PAIRS) *(float2*)&part[2 * pair] = float2{own.sum[j][0], own.sum[j][1]};
+        const int pair = pair_of(j, lane);
+        if (pair < PAIRS && lane < WIDE) *(float2*)&part[2 * pair] = float2{own.sum[j][0], own.sum[j][1]};
     }
     if (lane == 0) part[E] = own.m, part[E + 1] = own.l;
     barrier();
@@ -596,23 +650,21 @@ DEVICE void attend(
     // each word by a thread, or some of its copies
     constexpr int WORDS = E / PER, SPLIT = least(REPLICAS, pow2_to(THREADS / WORDS));
     const float(*parts)[E + 2] = s.partial;
-    const int parts_there = WARPS + has_newest, own_part = lane < parts_there ? lane : 0;
-    const float its_m = lane < parts_there ? parts[own_part][E] : LOWEST;
+    const float its_m = parts[lane % WARPS][E];
     const float m = value_of_ordered(__reduce_max_sync(~0u, ordered(its_m)));
-    const float its_scale = lane < parts_there ? power_of_2(its_m - m) : 0.0f;
-    float l = its_scale * parts[own_part][E + 1];
+    const float its_scale = power_of_2(its_m - m);
+    float l = its_scale * parts[lane % WARPS][E + 1];
 #pragma unroll
-    for (int step = pow2_from(WARPS + 1) / 2; step > 0; step /= 2) l += __shfl_xor_sync(~0u, l, step);
-    l = __shfl_sync(~0u, l, 0);
-    float scales[WARPS + 1];
+    for (int step = WARPS / 2; step > 0; step /= 2) l += __shfl_xor_sync(~0u, l, step);
+    float scales[WARPS];
 #pragma unroll
-    for (int w = 0; w <= WARPS; w++) scales[w] = __shfl_sync(~0u, its_scale, w);
+    for (int w = 0; w < WARPS; w++) scales[w] = __shfl_sync(~0u, its_scale, w);
 #pragma unroll 1
     for (int i = thread; i < WORDS * SPLIT; i += THREADS) {
         const int e = i % WORDS * PER;
         float out[PER];
 #pragma unroll
-        for (int k = 0; k < PER; k++) out[k] = has_newest ? scales[WARPS] * parts[WARPS][e + k] : 0.0f;
+        for (int k = 0; k < PER; k++) out[k] = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
 #pragma unroll
@@ -628,7 +680,7 @@ DEVICE void attend(
     }
     // Other tokens read it, in this CTA; and in those of the other queries of the group,
     // which write the same numbers.
-    if (warp == WARPS - 1 && has_newest) turned.store(keys, values, raw, position, lane);
+    if (has_newest) newest.store(keys, values, position, lane);
 }
 
 // ---- the best of the head's rows

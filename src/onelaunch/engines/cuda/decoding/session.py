@@ -155,8 +155,7 @@ class CudaSession:
             if compile := self.compilation(request):
                 with notice(self._log):
                     compile()
-            keys, values = memory.keys[:, slot], memory.values[:, slot]
-            reading = self._prompts.begin(prompt, keys, values, with_logits=True)
+            reading = self._prompts.begin(prompt, memory.cache[:, :, slot], with_logits=True)
             self._joining.append(Growing(request, slot, limit, reading))
 
     def _read(self, seconds: float) -> None:
@@ -378,22 +377,28 @@ T = TypeVar("T", bound=Growing)
 
 
 def in_turn(joining: deque[T], others: bool, seconds: float) -> Iterator[T]:
-    """Read the prompts of requests, and yield each that is read, and is no longer in `joining`.
+    """Read the prompts of requests, those together that one forward can read, and yield each that
+    is read, and is no longer in `joining`.
 
     While any grows, it ends with the first chunk that is not a prompt's last; while `others` do, it
     ends after MAX_SECONDS, too. While none grows, a prompt is read for `seconds`. The next call
     goes on with the prompts whose turn it was not."""
     start, grows = time.perf_counter(), others
-    for _ in range(len(joining)):
-        each = joining.popleft()
-        read = each.reading.step()
+    turns = len(joining)
+    while turns > 0:
+        group = [joining.popleft()]
+        first = group[0].reading
+        while joining and first.reads_with(joining[0].reading, len(group) + 1):
+            group.append(joining.popleft())
+        turns -= len(group)
+        read = first.step([each.reading for each in group[1:]])
         while not (read or grows) and time.perf_counter() - start < seconds:
-            read = each.reading.step()
+            read = first.step()
         if not read:
-            joining.append(each)
+            joining += group
             return
         grows = True
-        yield each
+        yield from group
         if others and time.perf_counter() - start >= MAX_SECONDS:
             return
 

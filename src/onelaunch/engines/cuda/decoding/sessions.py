@@ -100,14 +100,13 @@ class Sessions:
 
     def _source(self, grid: Grid, max_batch: int, length: int) -> OnGPU:
         c = self._config
-        shape = (c.n_layers, max_batch, c.n_kv_heads, length, c.head_dim)
+        shape = (2, c.n_layers, max_batch, c.n_kv_heads, length, c.head_dim)
 
-        def cache() -> tuple[Tensor, Tensor]:  # with anything in it
-            like = self._packed.embedding
-            return like.new_empty(shape), like.new_empty(shape)
+        def cache() -> Tensor:  # with anything in it
+            return self._packed.embedding.new_empty(shape)
 
         compilation, kernel = partial(self._compilation, grid), partial(self._kernel, grid)
-        return OnGPU(self._prompts, compilation, kernel, cache, self._log)
+        return OnGPU(self._prompts, compilation, kernel, cache, self._log, max_batch > 1)
 
     def _failed(self, error: RunFailed) -> None:
         """No kernel could be made that writes a text in one launch."""

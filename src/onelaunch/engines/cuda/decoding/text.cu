@@ -67,9 +67,7 @@ struct Shared {
     alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
     alignas(16) Stored narrow[D];                     // what qkv, gate_up and head read
     alignas(16) Stored wide[Q > F ? Q : F];           // what out_proj and down read
-    alignas(16) float raw[3 * E];                     // what attention reads: a query, its key and value
-    alignas(16) float rotated[WARPS][E];
-    alignas(16) float partial[WARPS + 1][E + 2];
+    alignas(16) float partial[WARPS][E + 2];          // of attention
     float kept[X_ROWS];                               // this CTA's rows of x
     float best[RECORD * WARPS], records[RECORD * GRID];  // of the warps, of the CTAs
     alignas(8) u64 full[SLOTS];
@@ -84,7 +82,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 using Consumer = Reader<Shared>;
-static_assert(REPLICAS <= 8, "the lanes that have a hidden number");
+constexpr int AHEAD_WORDS = 96;  // of a lane's part of a group's rows, that are loaded before x is there, at most
 
 // The producer: tiles in the order in which they are read, as far ahead as there is room.
 DEVICE void produce(
@@ -121,154 +119,152 @@ DEVICE void produce(
 
 // ---- products of rows in shared memory
 
-__host__ __device__ constexpr int per_lane(int kw) { return (kw + LANES - 1) / LANES; }
-__host__ __device__ constexpr bool in_registers(int kw) { return kw <= 1024; }
+// Each piece of a row of KW numbers that its lanes load at once, from POS on, VEC numbers each: as wide ones as the row
+// has; of the last one some lanes may have none. AT of a lane's words come before.
+template <int POS_, int VEC_, int AT_, int KW>
+struct Piece {
+    static constexpr int VEC = VEC_, AT = AT_, WORDS = Raw<VEC>::WORDS;
 
-// A lane's part of a row, of weights or of x, as registers: `words_of` of them.
-template <int KW, int POS = 0, int VEC = width_of(KW)>
-__host__ __device__ constexpr int words_of() {
-    if constexpr (POS >= KW) return 0;
-    else if constexpr (KW - POS >= LANES * VEC) return Raw<VEC>::WORDS + words_of<KW, POS + LANES * VEC, VEC>();
-    else if constexpr (VEC > 1) return words_of<KW, POS, VEC / 2>();
-    else return 1;
-}
-template <int KW, int WORDS, int POS = 0, int AT = 0, int VEC = width_of(KW)>
-DEVICE void load_row(u32 (&words)[WORDS], const Stored* row, int lane) {
+    DEVICE static Raw<VEC> load(const Stored* row, int lane) {
+        Raw<VEC> raw;
+        if (KW - POS_ < LANES) raw.clear();
+        if (KW - POS_ >= LANES || lane < KW - POS_) raw.from_shared(row + POS_ + lane * VEC);
+        return raw;
+    }
+};
+template <int KW, int POS = 0, int AT = 0, int VEC = width_of(KW), class Do>
+DEVICE void each_piece(Do act) {
     if constexpr (POS < KW) {
-        if constexpr (KW - POS >= LANES * VEC) {
-            Raw<VEC> raw;
-            raw.from_shared(row + POS + lane * VEC);
-#pragma unroll
-            for (int i = 0; i < Raw<VEC>::WORDS; i++) words[AT + i] = raw.of[i];
-            load_row<KW, WORDS, POS + LANES * VEC, AT + Raw<VEC>::WORDS, VEC>(words, row, lane);
-        } else if constexpr (VEC > 1) {
-            load_row<KW, WORDS, POS, AT, VEC / 2>(words, row, lane);
+        if constexpr (VEC > 1 && KW - POS < LANES * VEC) {
+            each_piece<KW, POS, AT, VEC / 2>(act);
         } else {
-            Raw<1> raw;
-            raw.clear();
-            if (lane < KW - POS) raw.from_shared(row + POS + lane);
-            words[AT] = raw.of[0];
+            act(Piece<POS, VEC, AT, KW>());
+            each_piece<KW, POS + LANES * VEC, AT + Raw<VEC>::WORDS, VEC>(act);
         }
     }
 }
-template <int KW, int WORDS, int POS = 0, int AT = 0, int N = 0, int VEC = width_of(KW)>
-DEVICE void as_floats(float (&x)[per_lane(KW)], const u32 (&words)[WORDS]) {
-    if constexpr (POS < KW) {
-        if constexpr (KW - POS >= LANES * VEC) {
-            Raw<VEC> raw;
-#pragma unroll
-            for (int i = 0; i < Raw<VEC>::WORDS; i++) raw.of[i] = words[AT + i];
-#pragma unroll
-            for (int i = 0; i < VEC; i++) x[N + i] = raw[i];
-            as_floats<KW, WORDS, POS + LANES * VEC, AT + Raw<VEC>::WORDS, N + VEC, VEC>(x, words);
-        } else if constexpr (VEC > 1) {
-            as_floats<KW, WORDS, POS, AT, N, VEC / 2>(x, words);
-        } else {
-            x[N] = Raw<1>{{words[AT]}}[0];
+// Whether all of a row is computed with piece by piece, as registers allow, or what is not ahead in a loop.
+__host__ __device__ constexpr bool in_pieces(int kw) { return kw <= 1024; }
+// Words of each of N rows that a lane loads before x is there: whole pieces.
+__host__ __device__ constexpr int words_ahead(int kw, int n) {
+    int pos = 0, words = 0;
+    for (int vec = width_of(kw); pos < kw; ) {
+        if (vec > 1 && kw - pos < LANES * vec) {
+            if (!in_pieces(kw)) break;
+            vec /= 2;
+            continue;
         }
+        const int more = vec < PER_WORD ? 1 : vec / PER_WORD;
+        if (n * (words + more) > AHEAD_WORDS) break;
+        words += more, pos += LANES * vec;
     }
-}
-template <int KW, int WORDS, int POS = 0, int AT = 0, int N = 0, int VEC = width_of(KW)>
-DEVICE void add_row(
-    float (&sum)[2], const u32 (&words)[WORDS], const float (&x)[per_lane(KW)], int lane) {
-    if constexpr (POS < KW) {
-        if constexpr (KW - POS >= LANES * VEC) {
-            Raw<VEC> raw;
-#pragma unroll
-            for (int i = 0; i < Raw<VEC>::WORDS; i++) raw.of[i] = words[AT + i];
-#pragma unroll
-            for (int i = 0; i < VEC; i++) sum[i % 2] = fmaf(raw[i], x[N + i], sum[i % 2]);
-            add_row<KW, WORDS, POS + LANES * VEC, AT + Raw<VEC>::WORDS, N + VEC, VEC>(sum, words, x, lane);
-        } else if constexpr (VEC > 1) {
-            add_row<KW, WORDS, POS, AT, N, VEC / 2>(sum, words, x, lane);
-        } else {
-            Raw<1> raw{{words[AT]}};
-            sum[1] = fmaf(raw[0], x[N], sum[1]);
-        }
-    }
+    return words;
 }
 
-// A stage's products: `fetch` brings what it reads into `from`, and `body(first, sums, squares)` takes
-// each group's first row and each lane's part of its rows' sums and, of a norm, of x's squares. What
-// does not need the input comes before `fetch`.
+// Those of a group as words, where they are `there`; N as above, on every so-manieth lane.
+template <int N, int EVERY = 1>
+DEVICE void publish_rows(u64* words, int stride, int at, float sum, bool there, u32 epoch, int lane) {
+    static_assert(N * EVERY * REPLICAS <= LANES && N >= PER, "a lane for each copy");
+    const float next = PER == 2 ? __shfl_xor_sync(~0u, sum, EVERY) : sum;
+    const int row = lane / EVERY % N, copy = lane / (N * EVERY);
+    if (there && lane % EVERY == 0 && row % PER == 0 && copy < REPLICAS)
+        store_word(words + (long long)copy * stride + at + row / PER, packed(sum, next), epoch);
+}
+
+template <int N>
+DEVICE Constant<N> of_vector(const Raw<N>&) { return {}; }
+
+// A stage's products: `fetch` brings what it reads into `from`, and `body(row, sum)` takes each group's first row
+// and, lane by lane, the sum of the row lane % N from there on, N the group's rows up to a power of two; of a norm
+// they are normalized. What does not need the input comes before `fetch`.
 template <int STAGE, bool NORM, class Fetch, class Body>
 DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Body body) {
     constexpr Rows R = rows_of(STAGE);
-    constexpr int KW = R.kw, N = R.group, GROUPS = R.tile / N, WORDS = words_of<KW>();
-    constexpr bool HOLDS = in_registers(KW), AHEAD = HOLDS && N * WORDS <= 32;
+    constexpr int KW = R.kw, N = R.group, GROUPS = R.tile / N, AHEAD = words_ahead(KW, N);
     const int groups = (rows + N - 1) / N;
     u32 which = c.tile + c.warp / GROUPS;
     int in_tile = c.warp % GROUPS, group = c.warp;
     const Stored* tile = nullptr;
-    u32 w[AHEAD ? N : 1][AHEAD ? WORDS : 1];
+    u32 w[N][AHEAD > 0 ? AHEAD : 1];
     auto row_at = [&](int r) { return tile + (in_tile * N + (group * N + r < rows ? r : 0)) * KW; };
     auto load = [&]() {
-        if constexpr (AHEAD)
 #pragma unroll
-            for (int r = 0; r < N; r++) load_row<KW>(w[r], row_at(r), c.lane);
+        for (int r = 0; r < N; r++) {
+            const Stored* row = row_at(r);
+            if constexpr (AHEAD > 0)
+                each_piece<KW>([&](auto piece) {
+                    using P = decltype(piece);
+                    constexpr bool IS_AHEAD = P::AT + P::WORDS <= AHEAD;
+                    if constexpr (IS_AHEAD) {
+                        const auto raw = P::load(row, c.lane);
+#pragma unroll
+                        for (int i = 0; i < P::WORDS; i++) w[r][P::AT + i] = raw.of[i];
+                    }
+                });
+        }
     };
     // of the tiles that may come before this stage has used one
     const bool ahead = group < groups && which < c.tile + SLOTS;
-    if (ahead) tile = c.wait_for(which), load();
+    if (ahead) {
+        tile = c.wait_for(which), load();
+    } else {
+        // Registers that might be read before they are written are taken from the kernel's begin on, throughout its loops.
+#pragma unroll
+        for (int r = 0; r < N; r++)
+#pragma unroll
+            for (int i = 0; i < (AHEAD > 0 ? AHEAD : 1); i++) w[r][i] = 0;
+    }
     c.tile += (rows + R.tile - 1) / R.tile;
     fetch();
     barrier();
     if (group < groups) {
         if (!ahead) tile = c.wait_for(which), load();
-        float x[HOLDS ? per_lane(KW) : 1], squares = 0.0f;
-        if constexpr (HOLDS) {
-            u32 words[WORDS];
-            load_row<KW>(words, from, c.lane);
-            as_floats<KW>(x, words);
-        }
-        if constexpr (NORM) {
-            float odd = 0.0f;
-            if constexpr (HOLDS) {
-#pragma unroll
-                for (int i = 0; i < per_lane(KW); i++) (i % 2 ? odd : squares) = fmaf(x[i], x[i], i % 2 ? odd : squares);
-            } else {
-                constexpr int VEC = width_of(KW);
-#pragma unroll 2
-                for (int i = c.lane * VEC; i < KW; i += LANES * VEC) {
-                    Raw<VEC> here;
-                    here.from_shared(from + i);
-#pragma unroll
-                    for (int k = 0; k < VEC; k++) squares = fmaf(here[k], here[k], squares);
-                }
-            }
-            squares += odd;
-        }
 #pragma unroll 1
         while (true) {
-            float sums[N][2];
+            float sums[pow2_from(N)][2] = {}, squares[2] = {0.0f, 0.0f};
+            const Stored* at[N];
 #pragma unroll
-            for (int r = 0; r < N; r++) sums[r][0] = sums[r][1] = 0.0f;
-            if constexpr (AHEAD) {
+            for (int r = 0; r < N; r++) at[r] = row_at(r);
+            auto add = [&](const auto& x, auto row) {
+                constexpr int VEC = decltype(of_vector(x))::of;
+                float here[VEC];
 #pragma unroll
-                for (int r = 0; r < N; r++) add_row<KW>(sums[r], w[r], x, c.lane);
-            } else if constexpr (HOLDS) {
+                for (int k = 0; k < VEC; k++) here[k] = x[k];
+                if constexpr (NORM)
+#pragma unroll
+                    for (int k = 0; k < VEC; k++) squares[k % 2] = fmaf(here[k], here[k], squares[k % 2]);
 #pragma unroll
                 for (int r = 0; r < N; r++) {
-                    u32 words[WORDS];
-                    load_row<KW>(words, row_at(r), c.lane);
-                    add_row<KW>(sums[r], words, x, c.lane);
+                    const auto weights = row(r);
+#pragma unroll
+                    for (int k = 0; k < VEC; k++) sums[r][k % 2] = fmaf(weights[k], here[k], sums[r][k % 2]);
                 }
-            } else {
+            };
+            each_piece<KW>([&](auto piece) {
+                using P = decltype(piece);
+                constexpr bool IS_AHEAD = P::AT + P::WORDS <= AHEAD;
+                if constexpr (IS_AHEAD || in_pieces(KW))
+                    add(P::load(from, c.lane), [&](int r) {
+                        Raw<P::VEC> raw;
+                        if constexpr (IS_AHEAD)
+#pragma unroll
+                            for (int i = 0; i < P::WORDS; i++) raw.of[i] = w[r][P::AT + i];
+                        else
+                            raw = P::load(at[r], c.lane);
+                        return raw;
+                    });
+            });
+            if constexpr (!in_pieces(KW)) {
                 constexpr int VEC = width_of(KW);
-                const Stored* at[N];
-#pragma unroll
-                for (int r = 0; r < N; r++) at[r] = row_at(r);
 #pragma unroll 2
-                for (int i = c.lane * VEC; i < KW; i += LANES * VEC) {
-                    Raw<VEC> here;
-                    here.from_shared(from + i);
-#pragma unroll
-                    for (int r = 0; r < N; r++) {
+                for (int i = AHEAD / Raw<VEC>::WORDS * LANES * VEC + c.lane * VEC; i < KW; i += LANES * VEC) {
+                    Raw<VEC> x;
+                    x.from_shared(from + i);
+                    add(x, [&](int r) {
                         Raw<VEC> raw;
                         raw.from_shared(at[r] + i);
-#pragma unroll
-                        for (int k = 0; k < VEC; k++) sums[r][k % 2] = fmaf(raw[k], here[k], sums[r][k % 2]);
-                    }
+                        return raw;
+                    });
                 }
             }
             const int first = group * N;
@@ -280,10 +276,11 @@ DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Bo
                 if (next != which) tile = c.wait_for(which = next);
                 load();
             }
-            float sum[N];
+            float part[pow2_from(N)];
 #pragma unroll
-            for (int r = 0; r < N; r++) sum[r] = sums[r][0] + sums[r][1];
-            body(first, sum, squares);
+            for (int r = 0; r < pow2_from(N); r++) part[r] = sums[r][0] + sums[r][1];
+            const float sum = sum_of_row(part, c.lane), scale = NORM ? rstd_of(squares[0] + squares[1]) : 1.0f;
+            body(first, sum * scale);
             if (!more) break;
         }
     }
@@ -296,18 +293,22 @@ DEVICE void run_stage(Consumer& c, int rows, const Stored* from, Fetch fetch, Bo
 // the weight is free, as long as both sides agree: here each lane's numbers stand side by side.
 template <bool SIXTEEN>
 DEVICE float2 multiply_rows(const Stored* lower, const Stored* upper, const Stored* x, int lane) {
-    const int at = lane % 4 * 8;
+    // Rows that begin in the same banks: odd ones take each two 32 numbers in the other order, and so does the second
+    // column of x, which is theirs.
+    constexpr bool TURNS = D % 64 == 0;
+    const bool odd_row = TURNS && lane / 4 % 2;
     float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
 #pragma unroll 3
-    for (int k = at; k < D; k += 32) {
-        const uint4 a = *(const uint4*)(lower + k);
+    for (int k = 0; k < D; k += 32) {
+        const int at = (odd_row ? k ^ 32 : k) + lane % 4 * 8;
+        const uint4 a = *(const uint4*)(lower + at);
         uint4 b = {0, 0, 0, 0}, y = {0, 0, 0, 0};
-        if (SIXTEEN) b = *(const uint4*)(upper + k);
-        if (lane < 4) y = *(const uint4*)(x + k);
+        if (SIXTEEN) b = *(const uint4*)(upper + at);
+        if (lane < (TURNS ? 8 : 4)) y = *(const uint4*)(x + at);
         multiply(even, a.x, b.x, a.y, b.y, y.x, y.y);
         multiply(odd, a.z, b.z, a.w, b.w, y.z, y.w);
     }
-    return float2{even[0] + odd[0], even[2] + odd[2]};
+    return odd_row ? float2{even[1] + odd[1], even[3] + odd[3]} : float2{even[0] + odd[0], even[2] + odd[2]};
 }
 DEVICE float rstd_of_narrow(const Shared& s, int lane) {
     float squares = 0.0f;
@@ -361,7 +362,7 @@ DEVICE void run_head(Consumer& c, int rows, Fetch fetch, Body body) {
 // What attention gives, of `chunks` chunks, into `to`.
 DEVICE void gather_attention(
     const u64* words, int chunks, u32 epoch, int thread, Watchdog watchdog, u32 where, Stored* to) {
-    constexpr int N = Q / PER, EACH = least(4, (N + THREADS - 1) / THREADS);
+    constexpr int N = Q / PER, EACH = least(4, (N + THREADS - 1) / THREADS), CHUNKS_AT_ONCE = 2;
 #pragma unroll 1
     for (int base = thread; base - thread < N; base += EACH * THREADS) {
         float m[EACH], l[EACH], sum[EACH][PER];
@@ -374,43 +375,54 @@ DEVICE void gather_attention(
             element[i] = least(base + i * THREADS, N - 1);
             head[i] = N + element[i] * PER / E;
         }
-        const u64* of = words;
 #pragma unroll 1
-        for (int c = 0; c < chunks; c += 2, of += 2 * WORDS_OF_CHUNK) {
-            // of two chunks at once; the second may not be there
-            const u64* second = c + 1 < chunks ? of + WORDS_OF_CHUNK : of;
-            u64 out[2][EACH], lse[2][EACH];
+        for (int c = 0; c < chunks; c += CHUNKS_AT_ONCE) {
+            // of several chunks at once, of which some may not be there; one alone needs no normalizer
+            u64 out[CHUNKS_AT_ONCE][EACH], lse[CHUNKS_AT_ONCE][EACH];
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                out[0][i] = load_word(of + element[i]), lse[0][i] = load_word(of + head[i]);
-                out[1][i] = load_word(second + element[i]), lse[1][i] = load_word(second + head[i]);
-            }
-            while (true) {
-                bool all = true;
-#pragma unroll
-                for (int i = 0; i < EACH; i++)
-                    all &= epoch_of(out[0][i]) == epoch && epoch_of(lse[0][i]) == epoch &&
-                           epoch_of(out[1][i]) == epoch && epoch_of(lse[1][i]) == epoch;
-                if (__all_sync(~0u, all) || __any_sync(~0u, !watchdog.waits(where))) break;
+            for (int k = 0; k < CHUNKS_AT_ONCE; k++)
 #pragma unroll
                 for (int i = 0; i < EACH; i++) {
-                    if (epoch_of(out[0][i]) != epoch) out[0][i] = load_word(of + element[i]);
-                    if (epoch_of(lse[0][i]) != epoch) lse[0][i] = load_word(of + head[i]);
-                    if (epoch_of(out[1][i]) != epoch) out[1][i] = load_word(second + element[i]);
-                    if (epoch_of(lse[1][i]) != epoch) lse[1][i] = load_word(second + head[i]);
+                    out[k][i] = c + k < chunks ? 0 : (u64)epoch << 32;  // epochs begin at 1
+                    lse[k][i] = c + k < chunks && chunks > 1 ? 0 : (u64)epoch << 32;
                 }
+            while (true) {
+#pragma unroll
+                for (int k = 0; k < CHUNKS_AT_ONCE; k++)
+#pragma unroll
+                    for (int i = 0; i < EACH; i++) {
+                        const u64* from = words + (long long)(c + k) * WORDS_OF_CHUNK;
+                        load_word_if(epoch_of(out[k][i]) != epoch, from + element[i], out[k][i]);
+                        load_word_if(epoch_of(lse[k][i]) != epoch, from + head[i], lse[k][i]);
+                    }
+                u32 differ = 0;
+#pragma unroll
+                for (int k = 0; k < CHUNKS_AT_ONCE; k++)
+#pragma unroll
+                    for (int i = 0; i < EACH; i++) differ |= epoch_of(out[k][i]) ^ epoch | epoch_of(lse[k][i]) ^ epoch;
+                if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !watchdog.waits(where))) break;
             }
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                const float one = value_of(lse[0][i]), other = second == of ? LOWEST : value_of(lse[1][i]);
-                const float larger = fmaxf(m[i], fmaxf(one, other));
-                const float old = power_of_2(m[i] - larger), p = power_of_2(one - larger), q = power_of_2(other - larger);
-                alignas(8) float first_out[PER], second_out[PER];
-                unpack((u32)out[0][i], first_out), unpack((u32)out[1][i], second_out);
+                float larger = m[i], of_chunk[CHUNKS_AT_ONCE];
 #pragma unroll
-                for (int k = 0; k < PER; k++) sum[i][k] = sum[i][k] * old + first_out[k] * p + second_out[k] * q;
-                l[i] = l[i] * old + p + q;
-                m[i] = larger;
+                for (int k = 0; k < CHUNKS_AT_ONCE; k++) {
+                    of_chunk[k] = c + k < chunks ? value_of(lse[k][i]) : LOWEST;
+                    larger = fmaxf(larger, of_chunk[k]);
+                }
+                const float old = power_of_2(m[i] - larger);
+                l[i] *= old, m[i] = larger;
+#pragma unroll
+                for (int e = 0; e < PER; e++) sum[i][e] *= old;
+#pragma unroll
+                for (int k = 0; k < CHUNKS_AT_ONCE; k++) {
+                    const float p = power_of_2(of_chunk[k] - larger);
+                    alignas(8) float numbers[PER];
+                    unpack((u32)out[k][i], numbers);
+#pragma unroll
+                    for (int e = 0; e < PER; e++) sum[i][e] = fmaf(numbers[e], p, sum[i][e]);
+                    l[i] += p;
+                }
             }
         }
 #pragma unroll
@@ -435,6 +447,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     SHARED_MEMORY(bytes);
     Shared& s = *(Shared*)bytes;
     const int cta = blockIdx.x, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
+    const int chunk = passes * CHUNK_STEP;
     Watchdog watchdog{&s.watchdog};
 
     if (thread < SLOTS)
@@ -456,7 +469,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     }
     take_registers<MANY_REGISTERS>();
 
-    const int chunk = passes * CHUNK_STEP;
     const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
     u64* copy = memory.words + (long long)(lane % REPLICAS) * stride;        // that this lane writes
     const int stop_id = memory.stop_ids[lane];
@@ -476,7 +488,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 
 #pragma unroll 1
     for (int t = 0; t < n_tokens && ending == GROWING; t++, position++) {
-        MARK(0, true)
+        MARK(LAYERS, 0, true)
         const Stored* row = model.embedding + (long long)token * D;
 #pragma unroll 1
         for (int i = thread; i < x_rows; i += THREADS) s.kept[i] = as_float(row[x_first + i]);
@@ -503,19 +515,13 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             };
             run_stage<QKV, true>(consumer, qkv_rows, s.narrow, [&]() {
                 if (qkv_rows > 0) fetch_x();
-                MARK(1, qkv_rows > 0)
-            }, [&](int first, auto& sums, float squares) {
-                constexpr int N = QKV_GROUP;
-                const float rstd = rstd_of(squares);
-#pragma unroll
-                for (int r = 0; r < N; r++) sums[r] = sum_of_warp(sums[r]) * rstd;
-#pragma unroll
-                for (int r = 0; r < N; r += PER)
-                    if (first + r < qkv_rows)
-                        publish(copy, Words::qkv + (qkv_first + first + r) / PER,
-                                packed(sums[r], sums[r + PER - 1]), here, lane);
+                MARK(layer, 1, qkv_rows > 0)
+            }, [&](int first, float sum) {
+                constexpr int N = pow2_from(QKV_GROUP);
+                publish_rows<N>(memory.words, stride, Words::qkv + (qkv_first + first) / PER, sum,
+                                lane % N < QKV_GROUP && first + lane % N < qkv_rows, here, lane);
             });
-            MARK(2, qkv_rows > 0)
+            MARK(layer, 2, qkv_rows > 0)
 
             // attention
             const int first_task = (cta - ATTENTION_OFFSET + GRID) % GRID;
@@ -524,72 +530,46 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                 const int of_chunk = task / H, head = task % H, begin = of_chunk * chunk;
                 const long long of_cache = (((long long)layer * n_slots + slot) * KV + head / GROUP) * max_len * E;
                 if (task != first_task) barrier();
-                attend(s, s.raw, model, memory.keys + of_cache, memory.values + of_cache,
-                       [&]() { gather_head<THREADS>(s.raw, words + Words::qkv, head, here, thread, watchdog, where | 1); },
+                attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv,
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
-                       begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
-                MARK(4, true)
+                       begin, chunk, passes, position, here, thread, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
+                MARK(layer, 4, true)
             }
 
-            auto add_to_x = [&](int first, auto& parts, int to) {
-                float old[X_GROUP], sum[X_GROUP];
-#pragma unroll
-                for (int r = 0; r < X_GROUP; r++) {
-                    old[r] = s.kept[first + r < x_rows ? first + r : first];
-                    sum[r] = sum_of_warp(parts[r]);
-                }
+            auto add_to_x = [&](int first, float sum, int to) {
+                constexpr int N = pow2_from(X_GROUP);
+                const int row = first + lane % N;
+                const bool there = lane % N < X_GROUP && row < x_rows;
+                sum += s.kept[there ? row : first];
                 __syncwarp();
-#pragma unroll
-                for (int r = 0; r < X_GROUP; r++)
-                    if (first + r < x_rows) {
-                        sum[r] += old[r];
-                        if (lane == 0) s.kept[first + r] = sum[r];
-                    }
-#pragma unroll
-                for (int r = 0; r < X_GROUP; r += PER)
-                    if (first + r < x_rows)
-                        publish(copy, to + (x_first + first + r) / PER,
-                                packed(sum[r], sum[r + PER - 1]), here, lane);
+                if (there && lane < N) s.kept[row] = sum;
+                publish_rows<N>(memory.words, stride, to + (x_first + first) / PER, sum, there, here, lane);
             };
             run_stage<OUT, false>(consumer, x_rows, s.wide, [&]() {
                 if (x_rows > 0)
                     gather_attention(words + Words::attention, active, here, thread, watchdog, where | 2, s.wide);
-                MARK(5, x_rows > 0)
-            }, [&](int first, auto& sums, float) { add_to_x(first, sums, Words::mid); });
-            MARK(6, x_rows > 0)
+                MARK(layer, 5, x_rows > 0)
+            }, [&](int first, float sum) { add_to_x(first, sum, Words::mid); });
+            MARK(layer, 6, x_rows > 0)
 
             run_stage<GATE_UP, true>(consumer, hidden_rows, s.narrow, [&]() {
                 if (hidden_rows > 0) gather<D / PER>(words + Words::mid, here, thread, watchdog, where | 3, take_x, straight);
-                MARK(7, hidden_rows > 0)
-            }, [&](int first, auto& sums, float squares) {
-                // four sums in six exchanges: a lane's row is its bits 4 and 3
-                const float rstd = rstd_of(squares);
-                const bool upper = lane & 16, second = lane & 8;
-                float a = upper ? sums[2] : sums[0], b = upper ? sums[3] : sums[1];
-                a += __shfl_xor_sync(~0u, upper ? sums[0] : sums[2], 16);
-                b += __shfl_xor_sync(~0u, upper ? sums[1] : sums[3], 16);
-                float sum = second ? b : a;
-                sum += __shfl_xor_sync(~0u, second ? a : b, 8);
-#pragma unroll
-                for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-                sum *= rstd;
-                // lanes without bit 3 have the gate, and those with it the up
-                const float up = __shfl_xor_sync(~0u, sum, 8);
+                MARK(layer, 7, hidden_rows > 0)
+            }, [&](int first, float sum) {
+                // rows are gates and ups in turn
+                const float up = __shfl_xor_sync(~0u, sum, 1);
                 const float hidden = quotient(sum, 1.0f + power_of_2(-LOG2E * sum)) * up;
-                const float next = __shfl_xor_sync(~0u, hidden, 16);
-                const int at = (hidden_first + first / 2) / PER;
-                publish(copy, Words::hidden + at, packed(hidden, next), here, lane);
-                if (PER == 1) publish(copy, Words::hidden + at + 1, packed(next, next), here, lane);
+                publish_rows<2, 2>(memory.words, stride, Words::hidden + (hidden_first + first / 2) / PER, hidden, true, here, lane);
             });
-            MARK(8, hidden_rows > 0)
+            MARK(layer, 8, hidden_rows > 0)
 
             run_stage<DOWN, false>(consumer, x_rows, s.wide, [&]() {
                 if (x_rows > 0)
                     gather<F / PER>(words + Words::hidden, here, thread, watchdog, where | 4,
                                     [&](int i, u32 value) { *(u32*)&s.wide[PER * i] = value; }, straight);
-                MARK(9, x_rows > 0)
-            }, [&](int first, auto& sums, float) { add_to_x(first, sums, Words::x); });
-            MARK(10, x_rows > 0)
+                MARK(layer, 9, x_rows > 0)
+            }, [&](int first, float sum) { add_to_x(first, sum, Words::x); });
+            MARK(layer, 10, x_rows > 0)
         }
 
         // of each lane the best of its rows of the head, and the sum of exp(logit - best)
@@ -597,7 +577,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         auto fetch_x = [&]() {
             gather<D / PER>(words + Words::x, here - 1, thread, watchdog, 4u << 28,
                       [&](int i, u32 value) { *(u32*)&s.narrow[PER * i] = value; }, straight);
-            MARK(11, true)
+            MARK(LAYERS, 11, true)
         };
         auto add_logit = [&](int row, float logit) {
             if (row >= head_rows) return;
@@ -608,28 +588,13 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             own.add(logit, head_first + row, logit);
 #endif
         };
-        if constexpr (HEAD_BY_TENSOR_CORES) {
+        if constexpr (HEAD_BY_TENSOR_CORES)
             run_head(consumer, head_rows, fetch_x, add_logit);
-        } else {
-            run_stage<HEAD, true>(consumer, head_rows, s.narrow, fetch_x, [&](int first, auto& sums, float squares) {
-                constexpr int N = HEAD_GROUP;
-                const float rstd = rstd_of(squares);
-                // N sums, halved with each exchange: a lane ends with that of row lane / (32 / N)
-#pragma unroll
-                for (int n = N / 2, step = 16; n > 0; n /= 2, step /= 2)
-#pragma unroll
-                    for (int i = 0; i < n; i++) {
-                        const bool upper = lane & step;
-                        const float mine = upper ? sums[i + n] : sums[i], other = upper ? sums[i] : sums[i + n];
-                        sums[i] = mine + __shfl_xor_sync(~0u, other, step);
-                    }
-                float logit = sums[0];
-#pragma unroll
-                for (int step = LANES / N / 2; step > 0; step /= 2) logit += __shfl_xor_sync(~0u, logit, step);
-                if (lane % (LANES / N) == 0) add_logit(first + lane / (LANES / N), logit * rstd);
+        else
+            run_stage<HEAD, true>(consumer, head_rows, s.narrow, fetch_x, [&](int first, float logit) {
+                if (lane < HEAD_GROUP) add_logit(first + lane, logit);
             });
-        }
-        MARK(12, true)
+        MARK(LAYERS, 12, true)
         own.join_warp();
         own.total = sum_of_warp(own.total);
 #if DRAWS
@@ -657,7 +622,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         gather<RECORD * GRID>(words + records, of_best, thread, watchdog, 4u << 28 | 1,
                               [&](int i, u32 value) { s.records[i] = __uint_as_float(value); }, straight);
         barrier();
-        MARK(13, true)
+        MARK(LAYERS, 13, true)
         const float best = best_of_all(s.records, token, lane);
 
         const bool finite = best < INFINITE && best > LOWEST;

@@ -48,6 +48,8 @@ _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ROUNDS, _BINS = 8, 256  # of search.cu
 _ROW_INTS = 10  # a row, and what it is drawn by
 _ABSENT = -1  # a word that no token has been written into
+# of a kernel's arguments: what comes first, and numbers that come next
+_STRUCTURES, _NUMBERS_OF_ONE, _NUMBERS_OF_SEVERAL = 2, 8, 6
 
 
 class Row(NamedTuple):
@@ -99,10 +101,9 @@ class Grid(NamedTuple):
         return self.sequences > 1 and self.sequences * config.n_heads > 2 * self.ctas
 
     def chunks(self, config: ModelConfig) -> int:
-        """Of a sequence's context, about, at most."""
-        if not self.alone(config):
-            return CHUNKS
-        return max(1, min(CHUNKS, WARPS * self.ctas // (self.sequences * config.n_heads)))
+        """Of a sequence's context, about, at most: as many as are attended to at once."""
+        at_once = self.ctas * (WARPS if self.alone(config) else 1)
+        return max(1, min(CHUNKS, at_once // (self.sequences * config.n_heads)))
 
     def passes(self, config: ModelConfig, max_len: int) -> int:
         """The length of a chunk: how often a CTA's warps take 16 positions each."""
@@ -226,8 +227,7 @@ def _slots(
     c, n, ctas = _padded(config, grid), grid.sequences, grid.ctas
     alone = grid.tiles and grid.alone(c)
     numbers = n * (c.dim + 64 if grid.tiles else c.dim + max(c.q_dim, c.hidden_dim))
-    floats = (3 * (WARPS if alone else 1) + WARPS) * c.head_dim
-    floats += (1 if alone else WARPS + 1) * (c.head_dim + 2)
+    floats = (1 if alone else WARPS) * (c.head_dim + 2)
     floats += n * (3 + draws) * (ctas + (8 if grid.tiles else 1) * WARPS)  # what is best
     of_head = -(-c.vocab_size // ctas) + 2  # rows, and a bit of each
     if grid.tiles:
@@ -429,7 +429,7 @@ class Text:
             keys, values, m.words, m.status, m.written, m.ending, m.stop, *rows, m.sums, m.uniforms,
             m.history, m.logits,
         )  # fmt: skip
-        self._memory = nvrtc.addresses(tensors)
+        memory = nvrtc.addresses(tensors)
         self._written: np.ndarray = m.written.numpy()
         self._limits: list[int] = []  # tokens of each row of the launch at most
         self._prepared: list[tuple[int, Request] | None] = [None] * kernel.sequences  # by row
@@ -439,6 +439,7 @@ class Text:
         self.marks = torch.empty(0, dtype=torch.int64)
         if kernel.trace:
             self.marks = torch.zeros(kernel.ctas, kernel.trace, dtype=torch.int64).to(keys.device)
+        self._arguments = nvrtc.Arguments([kernel.model, memory, *self._places()])
 
     @property
     def sequences(self) -> int:
@@ -485,26 +486,30 @@ class Text:
             box.clear()
         self._written[: len(rows), :n] = _ABSENT
         self._limits = [row.n for row in rows]
-        numbers = self._numbers(rows, n)
-        arguments: list[tuple[Any, Any]] = [
-            (self._kernel.model, nvrtc.STRUCTURE),
-            (self._memory, nvrtc.STRUCTURE),
-            *((number, nvrtc.INT) for number in numbers),
-            (box.epoch, nvrtc.UINT), (self._timeout_ns, nvrtc.LONG),
-        ]  # fmt: skip
+        self._arguments.set(_STRUCTURES, [*self._numbers(rows, n), box.epoch])
         if self._kernel.draws and not self._kernel.grid.tiles:
             top_k, *fractions = self._by[0]
-            arguments += [(top_k, nvrtc.INT), (rows[0].first, nvrtc.INT)]
-            arguments += [(x, nvrtc.FLOAT) for x in fractions]
-        if self._kernel.trace:
-            arguments.append((self.marks.data_ptr(), nvrtc.POINTER))
+            drawn = [top_k, rows[0].first, *fractions]
+            self._arguments.set(_STRUCTURES + _NUMBERS_OF_ONE + 2, drawn)
         box.epoch += (n + 1) * layers
         box.started.record()
-        self._kernel.function.launch(self._kernel.ctas, 32 * (WARPS + _MORE_WARPS), arguments)
+        threads = 32 * (WARPS + _MORE_WARPS)
+        self._kernel.function.launch(self._kernel.ctas, threads, self._arguments)
         box.ended.record()
 
+    def _places(self) -> list[Any]:
+        """Of the kernel's arguments after its structures."""
+        tiles = self._kernel.grid.tiles
+        numbers = [nvrtc.INT() for _ in range(_NUMBERS_OF_SEVERAL if tiles else _NUMBERS_OF_ONE)]
+        places: list[Any] = [*numbers, nvrtc.UINT(), nvrtc.LONG(self._timeout_ns)]
+        if self._kernel.draws and not tiles:
+            places += [nvrtc.INT() for _ in range(2)] + [nvrtc.FLOAT() for _ in range(4)]
+        if self._kernel.trace:
+            places.append(nvrtc.POINTER(self.marks.data_ptr()))
+        return places
+
     def _numbers(self, rows: Sequence[Row], n: int) -> list[int]:
-        """The kernel's arguments between its pointers and the epoch."""
+        """The kernel's arguments between its structures and the epoch."""
         box = self._box
         if not self._kernel.grid.tiles:
             (row,) = rows

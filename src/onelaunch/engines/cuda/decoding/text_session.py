@@ -288,21 +288,23 @@ def _draws(request: Request) -> bool:
 
 
 class OnGPU:
-    """A `Source`: a cache, (L, slots, K, context, E) each of keys and values, made, and kernels,
+    """A `Source`: a cache of keys and values, (2, L, slots, K, context, E), made, and kernels,
     compiled, when the first text begins. `kernels` says what compiles the kernel that draws, or the
-    one that does not, where that is not done; `kernel` gives it."""
+    one that does not, where that is not done; `kernel` gives it. `together`: whether there may be
+    several prompts at once."""
 
     def __init__(
         self,
         prompts: Prompts,
         kernels: Callable[[bool], Callable[[], object] | None],
         kernel: Callable[[bool], TextKernel],
-        cache: Callable[[], tuple[Tensor, Tensor]],
+        cache: Callable[[], Tensor],
         log: Callable[[str], None],
+        together: bool = False,
     ) -> None:
-        self._prompts, self._compiles = prompts, kernels
+        self._prompts, self._compiles, self._together = prompts, kernels, together
         self._kernel, self._make_cache = kernel, cache
-        self._cache: tuple[Tensor, Tensor] | None = None
+        self._cache: Tensor | None = None
         self._log = log
 
     def writer(self, draws: bool, prompt: int) -> Text:
@@ -312,11 +314,11 @@ class OnGPU:
         if compile := self.compilation(draws, prompt):
             with notice(self._log):
                 compile()
-        return Text(self._kernel(draws), *self._cache)
+        return Text(self._kernel(draws), self._cache[0], self._cache[1])
 
     def compilation(self, draws: bool, prompt: int) -> Callable[[], None] | None:
         """What compiles what `writer` and `begin` need."""
-        calls = self._prompts.calls(prompt - 1, with_logits=False)
+        calls = self._prompts.calls(prompt - 1, False, together=self._together)
         compile_kernel = self._compiles(draws)
         if not calls and compile_kernel is None:
             return None
@@ -334,11 +336,10 @@ class OnGPU:
     def begin(self, prompt_ids: Sequence[int], slot: int) -> Reading:
         """A prompt whose keys and values are to be read into the cache."""
         assert self._cache is not None
-        keys, values = self._cache
-        if calls := self._prompts.calls(len(prompt_ids), with_logits=False):
+        if calls := self._prompts.calls(len(prompt_ids), False, together=self._together):
             with notice(self._log):
                 compile_together(calls)
-        return self._prompts.begin(prompt_ids, keys[:, slot], values[:, slot], with_logits=False)
+        return self._prompts.begin(prompt_ids, self._cache[:, :, slot], with_logits=False)
 
     def close(self) -> None:
         """Let go of the cache."""

@@ -23,14 +23,16 @@ from onelaunch.errors import BadInput
 
 TOKENS = 32
 """Of the launch whose last token is kept."""
-# The points of both kernels: of stage i what it reads is there (2 i + 1), and it is done (2 i + 2).
-KINDS = ("qkv", "attention", "out_proj", "gate_up", "down", "head")
-_BEGIN, _CHOSEN = 0, 2 * len(KINDS) + 1
+# The points of both kernels: of stage i what it reads is there (2 i + 1), and it is done (2 i + 2);
+# the choice of the token has an end alone.
+KINDS = ("qkv", "attention", "out_proj", "gate_up", "down", "head", "choice")
+_BEGIN, _CHOSEN = 0, 2 * len(KINDS) - 1
 
 
 class Span(NamedTuple):
-    """A CTA's part of a stage, in nanoseconds: it waited from `began` on. `layer` is None of head;
-    its work includes the choice of the token."""
+    """A CTA's part of a stage, in nanoseconds: it waited from `began` on. `layer` is None of the
+    head and of the choice of the token, which takes from its logits to what all CTAs have chosen.
+    """
 
     cta: int
     kind: str
@@ -44,24 +46,18 @@ def spans_of_last_token(marks: Tensor, n_layers: int) -> list[Span]:
     """The spans of the last token of marks, (CTAs, marks of a CTA), zeros where there is none."""
     spans: list[Span] = []
     for cta, row in enumerate(marks.tolist()):
-        points = sorted((mark >> 8, mark & 255) for mark in row if mark)
-        begin = max(i for i, (_, point) in enumerate(points) if point == _BEGIN)
-        before, ready, layer, last = points[begin][0], 0, 0, -1
-        for time, point in points[begin + 1 :]:
-            stage = (point - 1) // 2
+        points = sorted((mark >> 16, mark >> 4 & 4095, mark & 15) for mark in row if mark)
+        begin = max(i for i, (_, _, point) in enumerate(points) if point == _BEGIN)
+        before = ready = points[begin][0]
+        for time, layer, point in points[begin + 1 :]:
+            if point % 2 and point != _CHOSEN:
+                ready = time
+                continue
             if point == _CHOSEN:
-                spans[-1] = spans[-1]._replace(ended=time)
-            elif point % 2:
-                # its stages come in the order of KINDS in each layer
-                layer += stage <= last
-                ready, last = time, stage
-            else:
-                kind = KINDS[stage]
-                of_layer = None if kind == "head" else layer
-                spans.append(Span(cta, kind, of_layer, before, ready, time))
-                before = time
-                last -= kind == "attention"  # a CTA may have several parts of it
-    assert all(span.layer is None or span.layer < n_layers for span in spans)
+                ready = before
+            of_layer = layer if layer < n_layers else None
+            spans.append(Span(cta, KINDS[(point - 1) // 2], of_layer, before, ready, time))
+            before = time
     return spans
 
 
@@ -82,13 +78,12 @@ def trace_text(
     packed = pack(config, weights, dtype, device)
     marks = (10 * config.n_layers + 8) * TOKENS
     kernel = TextKernel(config, packed, trace=marks)
-    shape = (config.n_layers, 1, config.n_kv_heads, context, config.head_dim)
-    keys, values = (packed.embedding.new_zeros(shape) for _ in range(2))
-    cache = keys[:, 0], values[:, 0]
-    reading = Prompts(config, packed).begin(prompt_ids[:-1], *cache, with_logits=False)
+    shape = (2, config.n_layers, 1, config.n_kv_heads, context, config.head_dim)
+    cache = packed.embedding.new_zeros(shape)
+    reading = Prompts(config, packed).begin(prompt_ids[:-1], cache[:, :, 0], with_logits=False)
     while not reading.step():
         pass
-    text = Text(kernel, keys, values)
+    text = Text(kernel, cache[0], cache[1])
     for _ in range(2):  # the first one warms the caches
         text.launch([Row(0, prompt_ids[-1], len(prompt_ids) - 1, TOKENS)])
         text.finish([0])

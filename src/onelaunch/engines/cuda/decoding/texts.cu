@@ -96,9 +96,7 @@ __host__ __device__ constexpr int pitch_of(int columns) { return columns + (32 -
 struct Shared {
     alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
     alignas(16) Stored narrow[R][pitch_of(D)];            // what head reads
-    alignas(16) float raw[ALONE ? WARPS : 1][3 * E];      // what attention reads: a query, its key and value
-    alignas(16) float rotated[WARPS][E];
-    alignas(16) float partial[ALONE ? 1 : WARPS + 1][E + 2];
+    alignas(16) float partial[ALONE ? 1 : WARPS][E + 2];  // of attention
     alignas(16) float sums[EVEN_BLOCKS + ODD_BLOCKS][WARPS][R][SUMS_PITCH];  // of the warps' parts of products
     float squares[2][WARPS][R];                           // and of x
     float best[WARPS * 8][R][RECORD], records[R][RECORD * GRID];  // of the rows of the warps' blocks, of the CTAs
@@ -241,6 +239,7 @@ DEVICE void take_attention(
     uint4 (&x)[N][BLOCKS], int first, u32 has, const int (&chunks)[BLOCKS], u32 epoch, Watchdog watchdog, u32 where,
     const u64* words, int lane) {
     constexpr int END = Q / 32;
+    launder(lane), launder(words);
     auto of_chunk = [&](int chunk, int i) { return words + ((long long)chunk * R + 8 * i + lane / 4) * WORDS_OF_CHUNK; };
     int most_chunks = 1;
 #pragma unroll
@@ -334,6 +333,7 @@ DEVICE void run_stage(Consumer& c, int rows, Take take) {
 #pragma unroll
             for (int j = 0; j < (AHEAD ? N : 0); j++)
                 if (T.units % N == 0 || first + j < T.units) load(j, w[j]);
+                else w[j][0] = w[j][1] = uint4{0, 0, 0, 0};  // or their registers were taken everywhere
         };
         auto add_squares = [&]() {
 #pragma unroll
@@ -454,44 +454,37 @@ DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int
 
 // `attend` (parts.cu) by one warp.
 DEVICE void attend_alone(
-    Shared& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer,
-    int head, int begin, int chunk, int position, u32 here, int warp, int lane, Watchdog watchdog, u32 where) {
+    const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer, int head,
+    int begin, int chunk, int position, u32 here, int lane, Watchdog watchdog, u32 where) {
     constexpr int AHEAD = E <= 16 ? 4 : 2;  // how many are under way: small ones take less time than they wait
     const int end = least(position, begin + chunk);
     Positions held[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) held[i].load(keys, values, begin + i * CHUNK_OF_WARP, end, lane);
-    Turned turned;
-    turned.prepare(model, layer, position, lane);
-    float* raw = s.raw[warp];
-    __syncwarp();  // all are done with the head before
-    gather_head<LANES>(raw, qkv, head, here, lane, watchdog, where);
-    __syncwarp();
-    turned.turn_query(raw, s.rotated[warp], lane);
-    __syncwarp();
+    const bool has_newest = position - begin < chunk;
+    Newest newest;
+    newest.prepare(model, layer, position, lane);
+    newest.take(qkv, head, has_newest, here, watchdog, where, lane, []() {});
+    float score = 0.0f;
+    if (has_newest) score = newest.score(), newest.store(keys, values, position, lane);
     Attended all;
 #pragma unroll 1
     for (int first = begin; first < end; first += AHEAD * CHUNK_OF_WARP) {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int own = first + i * CHUNK_OF_WARP;
-            if (own < end) all.add(held[i], s.rotated[warp], own, end, lane);
+            if (own < end) all.add(held[i], newest.query, own, end, lane);
             held[i].load(keys, values, own + AHEAD * CHUNK_OF_WARP, end, lane);
         }
     }
-    const bool has_newest = position - begin < chunk;
-    if (has_newest) {
-        turned.turn_key(raw, lane);
-        all.add_one(turned.score(), raw + 2 * E, lane);
-        turned.store(keys, values, raw, position, lane);
-    }
+    if (has_newest) all.add_one(score, newest.value);
     const u32 lse = __float_as_uint(all.m + log_2(all.l));
 #pragma unroll 1
     for (int r = lane / WIDE; r < REPLICAS; r += STRIPES) {
         u64* copy = to + (long long)r * stride;
 #pragma unroll
         for (int j = 0; j < LANE_PAIRS; j++) {
-            const int pair = j * LANES + lane % WIDE;
+            const int pair = pair_of(j, lane);
             if (pair < PAIRS)
                 store_word(copy + head * PAIRS + pair, packed(quotient(all.sum[j][0], all.l), quotient(all.sum[j][1], all.l)), here);
         }
@@ -520,6 +513,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
     memory.stop_ids += first_sequence * LANES, memory.sequences += SEQUENCE_INTS * first_sequence;
     const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
+    const int chunk = passes * CHUNK_STEP;
     Watchdog watchdog{&s.watchdog};
 
     if (thread < SLOTS) make_barrier(&s.full[thread]);
@@ -552,7 +546,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     }
     take_registers<MANY_REGISTERS>();
 
-    const int chunk = passes * CHUNK_STEP;
     const u64* words = memory.words + (long long)(cta % REPLICAS) * stride;  // that this CTA reads
     u64* copy = memory.words + (long long)(lane % REPLICAS) * stride;        // that this lane writes
     Consumer consumer{s, warp, lane, watchdog, 0};
@@ -565,7 +558,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     for (int i = 0; i < BLOCKS; i++) has |= (u32)(8 * i + lane / 4 < n) << i;
     auto take_words = [&](auto& x, int first, auto columns, int at, u32 of_epoch, u32 where) {
         constexpr int COLUMNS = decltype(columns)::of;
-        const u64* from = words + at + lane / 4 * (COLUMNS / 2) + lane % 4 * 4;
+        int own = lane;
+        const u64* from = words + at;
+        launder(own), launder(from);
+        from += own / 4 * (COLUMNS / 2) + own % 4 * 4;
         take_units<COLUMNS / 32>(x, first, has, of_epoch, watchdog, where,
                                  [&](int unit, int i) { return from + 8 * i * (COLUMNS / 2) + unit * 16; });
     };
@@ -620,7 +616,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                         x[j][i] = *(const uint4*)(model.embedding + (long long)s.token[8 * i + lane / 4] * D + (first + j) * 32 + lane % 4 * 8);
                 }
         };
-        MARK(0, true)
+        MARK(LAYERS, 0, true)
 
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++, here++) {
@@ -629,7 +625,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             run_stage<QKV, true>(consumer, qkv_rows, [&](auto& x, int first) {
                 if (layer == 0) take_embeddings(x, first);
                 else take_words(x, first, Constant<D>{}, Words::x, here - 1, where);
-                MARK(1, true)
+                MARK(layer, 1, true)
             });
             publish_all<QKV_WORDS>(
                 memory.words + Words::qkv, stride, qkv_rows / 2, n, here, thread,
@@ -640,7 +636,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                     return packed(sums[0] * rstd, sums[1] * rstd);
                 },
                 [&](int word, int r) { return r * (N_QKV / 2) + qkv_first / 2 + word; });
-            MARK(2, qkv_rows > 0)
+            MARK(layer, 2, qkv_rows > 0)
 
             // attention
             const int place = (cta - ATTENTION_OFFSET + GRID) % GRID;
@@ -654,21 +650,20 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                 const u64* qkv = words + Words::qkv + r * (N_QKV / 2);
                 u64* to = memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK;
                 if constexpr (ALONE) {
-                    attend_alone(s, model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head,
-                                 begin, chunk, position, here, warp, lane, watchdog, where | 1);
+                    attend_alone(model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head,
+                                 begin, chunk, position, here, lane, watchdog, where | 1);
                 } else {
                     if (another) barrier();
                     another = true;
-                    attend(s, s.raw[0], model, memory.keys + of_cache, memory.values + of_cache,
-                           [&]() { gather_head<THREADS>(s.raw[0], qkv, head, here, thread, watchdog, where | 1); }, to,
-                           stride, layer, head, begin, chunk, passes, position, here, thread, [&]() { MARK(3, true) });
-                    MARK(4, true)
+                    attend(s, model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head, begin,
+                           chunk, passes, position, here, thread, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
+                    MARK(layer, 4, true)
                 }
             }
 
             run_stage<OUT, false>(consumer, x_rows, [&](auto& x, int first) {
                 take_attention(x, first, has, chunks, here, watchdog, where | 2, words + Words::attention, lane);
-                MARK(5, true)
+                MARK(layer, 5, true)
             });
             if (layer == 0)
                 each_word<X_WORDS>(x_rows / 2, n, thread, [&](int word, int r, int, int e) {
@@ -686,11 +681,11 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                     [&](int word, int r) { return r * (D / 2) + x_first / 2 + word; });
             };
             add_to_x(Constant<OUT>{}, Words::mid);
-            MARK(6, x_rows > 0)
+            MARK(layer, 6, x_rows > 0)
 
             run_stage<GATE_UP, true>(consumer, hidden_rows, [&](auto& x, int first) {
                 take_words(x, first, Constant<D>{}, Words::mid, here, where | 3);
-                MARK(7, true)
+                MARK(layer, 7, true)
             });
             publish_all<HIDDEN_WORDS>(
                 memory.words + Words::hidden, stride, hidden_rows / 4, n, here, thread,
@@ -706,14 +701,14 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                     return packed(hidden[0], hidden[1]);
                 },
                 [&](int word, int r) { return r * (F / 2) + hidden_first / 2 + word; });
-            MARK(8, hidden_rows > 0)
+            MARK(layer, 8, hidden_rows > 0)
 
             run_stage<DOWN, false>(consumer, x_rows, [&](auto& x, int first) {
                 take_words(x, first, Constant<F>{}, Words::hidden, here, where | 4);
-                MARK(9, true)
+                MARK(layer, 9, true)
             });
             add_to_x(Constant<DOWN>{}, Words::x);
-            MARK(10, x_rows > 0)
+            MARK(layer, 10, x_rows > 0)
         }
 
         // head: of each lane the best of its rows for its columns
@@ -727,7 +722,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             consumer.tile += blocks * T.tiles;
             gather_row<R * D / 2>(words + Words::x, n * D / 2, here - 1, thread, watchdog, 4u << 28,
                                   [&](int i, u32 value) { *(u32*)&s.narrow[i / (D / 2)][i % (D / 2) * 2] = value; });
-            MARK(11, true)
+            MARK(LAYERS, 11, true)
             barrier();
             float rstd[2 * BLOCKS];
             auto add_logit = [&](int row, int k, float logit) {
@@ -792,7 +787,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             __syncwarp();
             if (lane == 0) *(volatile u32*)&s.progress[warp] = consumer.tile;
         }
-        MARK(12, true)
+        MARK(LAYERS, 12, true)
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; k++) {
             const int column = k / 2 * 8 + lane % 4 * 2 + k % 2;
@@ -824,7 +819,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         gather_row<R * RECORD * GRID>(words + records, n * RECORD * GRID, of_best, thread, watchdog, 4u << 28 | 1,
                                       [&](int i, u32 value) { s.records[0][i] = __uint_as_float(value); });
         barrier();
-        MARK(13, true)
+        MARK(LAYERS, 13, true)
         int token[OWN];
         float logit[OWN];
         Normalizer normalizer[OWN];
