@@ -627,15 +627,8 @@ DEVICE void attend(
     for (int pass = 0; pass < passes; pass++) {
         const int first = begin + pass * CHUNK_STEP + warp * CHUNK_OF_WARP;
         if (first >= position) break;
-        if constexpr (E <= 64) {  // as registers allow
-            Positions next;
-            next.load(keys, values, pass + 1 < passes ? first + CHUNK_STEP : position, position, lane);
-            own.add(held, newest.query, first, position, lane);
-            held = next;
-        } else {
-            if (pass > 0) held.load(keys, values, first, position, lane);
-            own.add(held, newest.query, first, position, lane);
-        }
+        if (pass > 0) held.load(keys, values, first, position, lane);
+        own.add(held, newest.query, first, position, lane);
     }
     if (has_newest) own.add_one(score, newest.value);
     float* part = s.partial[warp];
