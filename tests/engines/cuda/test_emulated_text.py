@@ -168,6 +168,20 @@ def test_a_text_of_every_shape(compiled, config, dtype):
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("width", [1028, 2304])
+def test_rows_that_are_long(compiled, width, dtype):
+    """Of which some words are there before x, and others are read in a loop; one is cut in whole
+    pieces."""
+    config = SMALL.with_(hidden_dim=width, n_layers=1)
+    weights = weights_of(config)
+    emulated = Emulated(compiled, config, weights, dtype, 3)
+    tokens, logprobs, _ = emulated.write(3, 0, 6)
+    assert len(tokens) == 6
+    check(emulated, weights, tokens, logprobs)
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("ctas", "changed"),

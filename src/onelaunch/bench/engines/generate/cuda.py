@@ -157,6 +157,7 @@ def _peers(peer: BareDecoding, prompts_BS: Tensor) -> tuple[dict[str, Generate],
     eager = captured(peer.step)
     peer.read(prompts_BS)
     start = time.perf_counter()
+    torch.compiler.reset()  # the cases before are no shapes of this one
     peer.forward = torch.compile(peer.logits, dynamic=False)
     peer.step()
     torch.cuda.synchronize()
