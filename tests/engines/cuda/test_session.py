@@ -38,11 +38,15 @@ class HostReading:
     def __init__(self, prompts, prompt_ids):
         self.prompts, self.ids, self.first = prompts, prompt_ids, 0
 
-    def step(self):
+    def step(self, others=()):
+        assert not others
         assert self.first < len(self.ids)
         self.first += CHUNK
         self.prompts.read.append(self.ids[0])
         return self.first >= len(self.ids)
+
+    def reads_with(self, other, prompts):
+        return False  # as where logits are wanted
 
     @property
     def logits(self):
@@ -59,9 +63,9 @@ class HostPrompts:
     def calls(self, n, with_logits):
         return []
 
-    def begin(self, prompt_ids, keys, values, with_logits):
+    def begin(self, prompt_ids, cache, with_logits):
         assert with_logits
-        self.at.append(keys.data_ptr())
+        self.at.append(cache.data_ptr())
         return HostReading(self, prompt_ids)
 
 

@@ -80,24 +80,28 @@ class HostWriter:
 
 
 class HostReading:
-    """A prompt that is read in chunks; `read` gets the first token of each."""
+    """A prompt that is read in chunks; `read` gets the first token of each, a list of those of
+    prompts that are read together, up to `at_once`."""
 
-    def __init__(self, ids, chunk, read):
+    def __init__(self, ids, chunk, read, at_once=1):
         self.chunks, self.read = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], read
+        self.at_once, self.short = at_once, len(self.chunks) == 1
 
     def step(self, others=()):
-        assert not others
-        if self.chunks:
+        if others:
+            self.read.append([each.chunks.pop(0)[0] for each in (self, *others)])
+        elif self.chunks:
             self.read.append(self.chunks.pop(0)[0])
         return not self.chunks
 
     def reads_with(self, other, prompts):
-        return False
+        return prompts <= self.at_once and self.short and other.short
 
 
 class HostSource:
-    def __init__(self, writer, chunk=512):
+    def __init__(self, writer, chunk=512, at_once=1):
         self.kept, self.drew, self.made, self.chunk = [], [], writer, chunk
+        self.at_once = at_once
         self.read, self.slots = [], []
 
     def writer(self, draws, prompt):
@@ -109,7 +113,7 @@ class HostSource:
     def begin(self, prompt_ids, slot):
         self.kept.append(prompt_ids)
         self.slots.append(slot)
-        return HostReading(prompt_ids, self.chunk, self.read)
+        return HostReading(prompt_ids, self.chunk, self.read, self.at_once)
 
     def close(self):
         self.kept = None
@@ -365,6 +369,25 @@ def test_one_that_is_cancelled_while_its_prompt_is_read_leaves_at_once():
     assert [event for event in events if event.id == 1] == [TokenEvent(1, None, None, "cancelled")]
     assert [event.token for event in events if event.id == 0] == expected([1], 150)
     assert [event.token for event in events if event.id == 2] == expected([2], 20)
+
+
+def test_prompts_that_can_be_are_read_together():
+    source = HostSource(HostWriter(1e-3), chunk=4, at_once=3)
+    session = TextSession(LONG, source, Others, nullcontext, 6, 200, torch.bfloat16, None)
+    # one of them is of two chunks, and takes its turns alone
+    prompts = [[i, 20, 21] for i in range(4)] + [[9, *range(30, 36)], [5, 20, 21]]
+    for i, prompt in enumerate(prompts):
+        session.submit(Request(i, prompt, 7))
+    events = []
+    while len([event for event in events if event.finish]) < len(prompts):
+        events += session.step()
+    together, *alone = source.read
+    assert together == [0, 1, 2]
+    assert sorted(alone) == [3, 5, 9, 33]
+    for i, prompt in enumerate(prompts):
+        tokens = [event.token for event in events if event.id == i]
+        assert tokens == expected(prompt, 7)
+    session.close()
 
 
 def test_a_text_that_ends_does_not_wait_for_the_next_prompt():
