@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from onelaunch.engines.cuda.blocking import Blocking, padded
-from onelaunch.engines.cuda.decoding.text import FEW, MANY, Grid, Row, Text, TextKernel
+from onelaunch.engines.cuda.decoding.grids import FEW, MANY, Grid
+from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.program import FusedForward, Shape
 from onelaunch.engines.engine import Request, Sampling

@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from onelaunch.engines.cuda.decoding import text
+from onelaunch.engines.cuda.decoding import grids
 from onelaunch.engines.cuda.decoding.prefill import CHUNK, Prompts
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.pack import pack
@@ -297,7 +297,7 @@ def test_prompts_that_take_turns_have_the_same_bits_as_alone():
 
 def engine_of(depth, max_batch, dtype="bfloat16"):
     """One whose sessions of so many sequences are of a form; skips where there is none."""
-    reason = text.why_not(LONGEST, CUDA, getattr(torch, dtype), max_batch)
+    reason = grids.why_not(LONGEST, CUDA, getattr(torch, dtype), max_batch)
     if depth == "text" and reason:
         pytest.skip(reason)
     return CudaEngine(LONGEST, weights_of(LONGEST), "cuda", dtype, depth)

@@ -27,9 +27,10 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a GPU of compute capability 9.0", allow_module_level=True)
 
 from onelaunch.engines.cuda import nvrtc
-from onelaunch.engines.cuda.decoding import text as text_module
+from onelaunch.engines.cuda.decoding import grids
 from onelaunch.engines.cuda.decoding.chain import Memory
-from onelaunch.engines.cuda.decoding.text import FEW, Grid, Row, Text, TextKernel, grid_for, why_not
+from onelaunch.engines.cuda.decoding.grids import FEW, Grid, grid_for, why_not
+from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.cuda.decoding.text_trace import trace_text
 from onelaunch.engines.cuda.engine import CudaEngine
 from onelaunch.engines.cuda.program import limits_of
@@ -76,7 +77,7 @@ def events_of(config, new, dtype="bfloat16", depth="text", weights=None, **optio
 @pytest.fixture(params=[True, False], ids=["tiles", "rows"])
 def by_tiles(request, monkeypatch):
     """One sequence by either kernel."""
-    monkeypatch.setattr(text_module, "TILED", request.param)
+    monkeypatch.setattr(grids, "TILED", request.param)
 
 
 @pytest.mark.usefixtures("by_tiles")

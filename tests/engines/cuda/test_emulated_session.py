@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from onelaunch.engines.cuda import nvrtc
 from onelaunch.engines.cuda.blocking import H200
-from onelaunch.engines.cuda.decoding import sessions, text
+from onelaunch.engines.cuda.decoding import grids, sessions, text
 from onelaunch.engines.cuda.decoding.sessions import Sessions
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.engine import Request, Sampling
@@ -90,7 +90,7 @@ class Function:
         self.functions, self.library = functions, library
 
     def launch(self, ctas, threads, arguments):
-        assert threads == 32 * (text.WARPS + 4)
+        assert threads == 32 * (grids.WARPS + 4)
         kinds = nvrtc.INT, nvrtc.FLOAT, nvrtc.UINT, nvrtc.LONG
         of = {kind: [] for kind in kinds}
         structures, places = arguments.places[:2], arguments.places[2:]
@@ -183,7 +183,7 @@ def test_sessions_write_what_was_requested(made, multiprocessors, at_once):
     """One after another, together, or some waiting for others: each the same."""
     requests = requests_of(at_once if at_once > 12 else 6)
     make = made(multiprocessors)
-    grid = text.grid_for(CONFIG, torch.bfloat16, at_once, multiprocessors)
+    grid = grids.grid_for(CONFIG, torch.bfloat16, at_once, multiprocessors)
     session = make.session(at_once, 16)
     together = written(session, requests)
     session.close()

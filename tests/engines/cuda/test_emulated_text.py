@@ -17,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.blocking import H200
-from onelaunch.engines.cuda.decoding import STOP_IDS, sampling, text
+from onelaunch.engines.cuda.decoding import STOP_IDS, grids, sampling, text
 from onelaunch.engines.cuda.decoding.text_trace import (
     format_token,
     spans_of_last_token,
@@ -71,7 +71,7 @@ class Emulated:
     ):
         c = config
         self.config, self.ctas, self.timeout_ns = config, ctas, timeout_ns
-        grid = grid or text.Grid(1, ctas, tiles=False)
+        grid = grid or grids.Grid(1, ctas, tiles=False)
         macros = text.macros(config, dtype, grid, H200.shared_bytes) | changed
         self.library = compiled(macros)
         p = self.packed = pack(config, weights, dtype, torch.device("cpu"))
@@ -80,7 +80,7 @@ class Emulated:
         shape = (c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
         self.stride = 16 * c.dim + 64 * ctas + 8 * (c.q_dim + c.n_heads + c.hidden_dim)
-        self.words = torch.zeros(text.REPLICAS * self.stride, dtype=torch.int64)
+        self.words = torch.zeros(grids.REPLICAS * self.stride, dtype=torch.int64)
         self.status = torch.zeros(1, dtype=torch.int32)
         self.sums = torch.randint(0, 1 << 40, (8, 272))  # whatever it is
         self.history = torch.full((c.max_seq_len,), -1, dtype=torch.int32)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.config import preset
-from onelaunch.engines.cuda.decoding import STOP_IDS, sampling, text
+from onelaunch.engines.cuda.decoding import STOP_IDS, grids, sampling
 from onelaunch.engines.engine import Sampling
 from tests.engines.cuda.test_emulated_text import (
     BFLOAT16,
@@ -28,7 +28,7 @@ CONFIG = SMALL.with_(
 )
 TILE = {"SLOT_BYTES": 3 << 10, "TILE_UNITS": 3}  # those of `down` come in two tiles
 NARROW = TILE | {"SLOTS": 4}
-ONE_GROUP, TWO_GROUPS, THREE_GROUPS = text.Grid(8, 3), text.Grid(16, 2, 2), text.Grid(8, 1, 3)
+ONE_GROUP, TWO_GROUPS, THREE_GROUPS = grids.Grid(8, 3), grids.Grid(16, 2, 2), grids.Grid(8, 1, 3)
 
 
 class Several(Emulated):
@@ -83,7 +83,7 @@ def one(several, slot):
         (ONE_GROUP, 0),
         *(
             pytest.param(grid, alone, marks=pytest.mark.extended)
-            for grid in (ONE_GROUP, TWO_GROUPS, THREE_GROUPS, text.Grid(16, 5))
+            for grid in (ONE_GROUP, TWO_GROUPS, THREE_GROUPS, grids.Grid(16, 5))
             for alone in (0, 1)
             if (grid, alone) != (ONE_GROUP, 0)
         ),
@@ -106,7 +106,7 @@ def test_each_text_is_the_models_and_the_same_alone(compiled, grid, alone):
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
 @pytest.mark.parametrize(
-    ("grid", "alone"), [(text.Grid(8, 2), 0), (text.Grid(8, 2), 1), (TWO_GROUPS, 1)]
+    ("grid", "alone"), [(grids.Grid(8, 2), 0), (grids.Grid(8, 2), 1), (TWO_GROUPS, 1)]
 )
 def test_they_go_on_from_where_they_are(compiled, dtype, grid, alone):
     weights = weights_of(CONFIG)
@@ -146,7 +146,7 @@ def test_warps_that_attend_alone(compiled, head_dim, qk_norm):
         dim=64, n_heads=4, head_dim=head_dim, n_kv_heads=2, hidden_dim=64, vocab_size=80,
         max_seq_len=150, qk_norm=qk_norm, n_layers=1,
     )  # fmt: skip
-    weights, grid = weights_of(config), text.Grid(8, 2)
+    weights, grid = weights_of(config), grids.Grid(8, 2)
     several = Several(compiled, config, weights, BFLOAT16, grid, ALONE=1)
     together = several.write_all([(3, 7, 0, 140), (1, 9, 0, 30)], 5)
     for (slot, first), (tokens, logprobs, _) in zip(((3, 7), (1, 9)), together, strict=True):
@@ -156,7 +156,7 @@ def test_warps_that_attend_alone(compiled, head_dim, qk_norm):
 @pytest.mark.extended
 def test_what_ends_one_of_them(compiled):
     weights = weights_of(CONFIG)
-    several = Several(compiled, CONFIG, weights, BFLOAT16, text.Grid(8, 2), **TILE)
+    several = Several(compiled, CONFIG, weights, BFLOAT16, grids.Grid(8, 2), **TILE)
     rows = [(0, 3, 0, 10), (1, 9, 0, 10)]
     (tokens, _, _), (others, _, _) = whole = several.write_all(rows)
     stop = tokens[6]
@@ -188,7 +188,7 @@ BY = [
 
 @pytest.mark.extended
 @pytest.mark.parametrize(
-    ("grid", "texts"), [(text.Grid(8, 3), 8), (text.Grid(8, 2, 2), 10), (text.Grid(16, 2), 10)]
+    ("grid", "texts"), [(grids.Grid(8, 3), 8), (grids.Grid(8, 2, 2), 10), (grids.Grid(16, 2), 10)]
 )
 def test_each_is_drawn_by_its_own_filters(compiled, grid, texts):
     """Beside others that are not, and after those that have ended; in two launches as in one; alone
@@ -236,7 +236,7 @@ def test_what_several_draw_is_what_one_draws(compiled):
     config = CONFIG.with_(n_layers=1)
     weights = weights_of(config)
     weights = {name: w.bfloat16().float() for name, w in weights.items()}
-    several = Several(compiled, config, weights, BFLOAT16, text.Grid(8, 3), **NARROW, DRAWS=1)
+    several = Several(compiled, config, weights, BFLOAT16, grids.Grid(8, 3), **NARROW, DRAWS=1)
     rows = [(i, 7 * i + 2, 0, 1) for i in range(8)]
     drawn = [(0, *by) for by in BY[:8]]
     for i in range(8):
@@ -263,7 +263,7 @@ def close_to_drawn(logits_1V, ids, token, uniform, by, penalty):
 
 @pytest.mark.extended
 @pytest.mark.parametrize("context", [1, 130])
-@pytest.mark.parametrize("grid", [text.Grid(1, 3), text.Grid(1, 1), text.Grid(8, 2, 2)])
+@pytest.mark.parametrize("grid", [grids.Grid(1, 3), grids.Grid(1, 1), grids.Grid(8, 2, 2)])
 def test_hidden_numbers_are_padded(compiled, grid, context):
     """Over a chunk's end; a sequence that is alone in its group, and several."""
     config = preset("stories260k").with_(n_layers=2, vocab_size=90, max_seq_len=150)

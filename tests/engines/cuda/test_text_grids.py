@@ -8,15 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.config import preset
-from onelaunch.engines.cuda.decoding.text import (
-    FEW,
-    MANY,
-    SHARED_BYTES,
-    Grid,
-    fits,
-    grid_for,
-    tiled,
-)
+from onelaunch.engines.cuda.decoding.grids import FEW, MANY, SHARED_BYTES, Grid, fits, grid_for
+from onelaunch.engines.cuda.decoding.text import tiled
 
 BFLOAT16 = torch.bfloat16
 

@@ -13,10 +13,11 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import TEXT
 from onelaunch.engines.cuda.calls import on
+from onelaunch.engines.cuda.decoding.grids import Grid, grid_for, why_not
 from onelaunch.engines.cuda.decoding.meanwhile import Meanwhile
 from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.decoding.session import CudaSession
-from onelaunch.engines.cuda.decoding.text import Grid, TextKernel, grid_for, why_not
+from onelaunch.engines.cuda.decoding.text import TextKernel
 from onelaunch.engines.cuda.decoding.text_session import OnGPU, TextSession
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import limits_of

@@ -17,35 +17,25 @@ from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda import nvrtc
 from onelaunch.engines.cuda.decoding import STOP_IDS
+from onelaunch.engines.cuda.decoding.grids import (
+    BINS,
+    MORE_WARPS,
+    ROUNDS,
+    WARPS,
+    Grid,
+    grid_for,
+    padded,
+    slot_bytes,
+    slots,
+    tile_units,
+)
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import TIMEOUT_NS, limits_of
 from onelaunch.engines.engine import Request
 from onelaunch.engines.sampling import float32_penalty, request_uniforms
 from onelaunch.errors import EngineTimeout
 
-MAX_SEQUENCES = 64
-"""Of a launch."""
-FEW, MANY, SEVERAL = 8, 16, 32
-"""Sequences of a group of CTAs: FEW, but MANY in a launch of more than SEVERAL where the weights
-have up to CACHED_BYTES, which each group then reads from the L2."""
-CACHED_BYTES = 40 << 20
-SHARED_BYTES = 227 << 10
-"""Of a CTA, where the compute capability is 9.0."""
-WARPS, _MORE_WARPS = 8, 4
-REPLICAS = 8
-"""Of each word, where all multiprocessors read it."""
-SLOT_BYTES = 16384
-"""Of a slot of the ring, about."""
-_UNIT_BYTES = 1024
-"""Of 16 rows of 32 numbers: tiles have some."""
-MIN_SLOTS, MAX_SLOTS = 4, 32
-CHUNKS = 8
-"""Of a sequence's context, about, at most."""
-TILED = False
-"""Whether one sequence, too, is written by tiles, where that can be."""
-_SUMS_PITCH = 20  # of texts.cu
 _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ROUNDS, _BINS = 8, 256  # of search.cu
 _ROW_INTS = 10  # a row, and what it is drawn by
 _ABSENT = -1  # a word that no token has been written into
 # of a kernel's arguments: what comes first, and numbers that come next
@@ -81,80 +71,6 @@ class Ended(NamedTuple):
         return tokens, logprobs
 
 
-class Grid(NamedTuple):
-    """Of a launch: sequences of a group, and its CTAs; how many groups there are. `tiles`: whether
-    products are on tensor cores, by texts.cu."""
-
-    sequences: int
-    ctas: int
-    groups: int = 1
-    tiles: bool = True
-
-    @property
-    def replicas(self) -> int:
-        """Of each word of a group."""
-        share = max(1, REPLICAS // self.groups)
-        return 1 << (share.bit_length() - 1)
-
-    def alone(self, config: ModelConfig) -> bool:
-        """Whether a warp attends alone: where all of a CTA together would have too many turns."""
-        return self.sequences > 1 and self.sequences * config.n_heads > 2 * self.ctas
-
-    def chunks(self, config: ModelConfig) -> int:
-        """Of a sequence's context, about, at most: as many as are attended to at once."""
-        at_once = self.ctas * (WARPS if self.alone(config) else 1)
-        return max(1, min(CHUNKS, at_once // (self.sequences * config.n_heads)))
-
-    def passes(self, config: ModelConfig, max_len: int) -> int:
-        """The length of a chunk: how often a CTA's warps take 16 positions each."""
-        return -(-max_len // (16 * WARPS * self.chunks(config)))
-
-
-def grid_for(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    max_batch: int,
-    multiprocessors: int,
-    shared_bytes: int = SHARED_BYTES,
-) -> Grid:
-    """For so many sequences at once; of those that there are one that fits, if any does."""
-    if max_batch == 1:
-        return Grid(1, multiprocessors, tiles=TILED and _tiles(config, dtype))
-    if max_batch <= FEW:
-        return Grid(FEW, multiprocessors)
-    few_first = max_batch <= SEVERAL or _weight_bytes(config, dtype) > CACHED_BYTES
-    grids = []
-    for of_group in (FEW, MANY) if few_first else (MANY, FEW):
-        groups = -(-max_batch // of_group)
-        grids.append(Grid(of_group, max(1, multiprocessors // groups), groups))
-    fitting = (grid for grid in grids if fits(config, dtype, grid, shared_bytes))
-    return next(fitting, grids[0])
-
-
-def fits(config: ModelConfig, dtype: torch.dtype, grid: Grid, shared_bytes: int) -> bool:
-    """Whether a CTA's part has room, where tokens are drawn, which needs more."""
-    return _slots(config, dtype, grid, shared_bytes, draws=True) >= MIN_SLOTS
-
-
-def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """That a token reads."""
-    c = config
-    of_layer = c.dim * (2 * c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim)
-    return (c.n_layers * of_layer + c.vocab_size * c.dim) * dtype.itemsize
-
-
-def _tiles(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether products can be on tensor cores."""
-    return dtype != torch.float32 and config.dim % 32 == config.q_dim % 32 == 0
-
-
-def _padded(config: ModelConfig, grid: Grid) -> ModelConfig:
-    """As texts.cu has the model: hidden numbers in multiples of 32, some of them zero."""
-    if not grid.tiles:
-        return config
-    return config.with_(hidden_dim=-(-config.hidden_dim // 32) * 32)
-
-
 def tiled(weight: Tensor) -> Tensor:
     """Rows, (..., R, K), as texts.cu reads them: of each 16 rows, some of which may be zeros, and
     32 columns the 8 numbers of each lane."""
@@ -171,96 +87,11 @@ def kernel_weights(
     p = packed
     qkv, out, gate_up, down, head = p.qkv, p.out, p.gate_up, p.down, p.head
     if grid.tiles:
-        more = _padded(config, grid).hidden_dim - config.hidden_dim
+        more = padded(config, grid).hidden_dim - config.hidden_dim
         gate_up = torch.nn.functional.pad(gate_up, (0, 0, 0, 2 * more))
         down = torch.nn.functional.pad(down, (0, more))
         qkv, out, gate_up, down, head = map(tiled, (qkv, out, gate_up, down, head))
     return p.embedding, qkv, p.norms, out, gate_up, down, head, p.cos, p.sin
-
-
-def why_not(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, max_batch: int = 1
-) -> str | None:
-    """Why so many sequences of a model cannot be written in one launch; None where they can."""
-    c = config
-    if max_batch > MAX_SEQUENCES:
-        return f"one launch writes at most {MAX_SEQUENCES} sequences"
-    if c.vocab_size >= 1 << 18:
-        return "its vocabulary is too large"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "it needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device)[0] < 9:
-        return "it needs compute capability 9.0"
-    if max_batch > 1 and not _tiles(c, dtype):
-        if dtype == torch.float32:
-            return "several sequences at once are of 16-bit numbers"
-        return "its widths are not multiples of 32"
-    limits = limits_of(device)
-    grid = grid_for(c, dtype, max_batch, limits.multiprocessors, limits.shared_bytes)
-    if c.dim % 8 or c.head_dim % 8 or (c.hidden_dim % 4 and not grid.tiles):
-        return "its widths are not multiples of 8"
-    if not fits(c, dtype, grid, limits.shared_bytes):
-        return "it does not fit into shared memory"
-    return nvrtc.why_not()
-
-
-def _slot_bytes(config: ModelConfig, itemsize: int, grid: Grid) -> int:
-    """Of a slot of the ring. Where there are no tiles, 16 rows of the head or some more, or eight
-    of a wide one; and the rows that a warp takes at once of the other weights."""
-    c = config
-    if grid.tiles:
-        return _tile_units(_padded(c, grid), grid.sequences) * _UNIT_BYTES
-    rows = 16 * c.dim * itemsize
-    rows = -(-SLOT_BYTES // rows) * rows if rows <= 1.5 * SLOT_BYTES else rows // 2
-    of_warp = -(-c.dim // (grid.ctas * WARPS))
-    return max(rows, min(4, of_warp + of_warp % 2) * max(c.hidden_dim, c.q_dim) * itemsize)
-
-
-def _slots(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    grid: Grid,
-    shared_bytes: int,
-    draws: bool,
-) -> int:
-    """Slots of the ring that a CTA has room for, with the rest of `Shared`."""
-    c, n, ctas = _padded(config, grid), grid.sequences, grid.ctas
-    alone = grid.tiles and grid.alone(c)
-    numbers = n * (c.dim + 64 if grid.tiles else c.dim + max(c.q_dim, c.hidden_dim))
-    floats = (1 if alone else WARPS) * (c.head_dim + 2)
-    floats += n * (3 + draws) * (ctas + (8 if grid.tiles else 1) * WARPS)  # what is best
-    of_head = -(-c.vocab_size // ctas) + 2  # rows, and a bit of each
-    if grid.tiles:
-        even = max(_blocks(c.q_dim + 2 * c.kv_dim, ctas), _blocks(2 * c.hidden_dim, ctas))
-        floats += (even + _blocks(c.dim, ctas)) * WARPS * n * _SUMS_PITCH + (2 * WARPS + 8) * n
-        if draws:
-            floats += n * (of_head // 32 + 40) + 3 * _BINS * WARPS
-    else:
-        floats += max(16, -(-c.dim // ctas)) + 8  # rows of x
-        if draws:
-            floats += of_head + of_head // 32 + (2 * _ROUNDS + 3) * _BINS + 3 * (ctas + WARPS) + 32
-    taken = numbers * dtype.itemsize + 4 * floats + 2048  # alignment, barriers and counters
-    return min(MAX_SLOTS, (shared_bytes - taken) // _slot_bytes(c, dtype.itemsize, grid))
-
-
-def _tile_units(config: ModelConfig, sequences: int) -> int:
-    """Of the largest tile, as `Tiles` of texts.cu has them."""
-    largest = 0
-    for width in (config.dim, config.q_dim, config.hidden_dim):
-        units = width // 32
-        of_warp = -(-units // WARPS)
-        at_once = min(of_warp, 16 // -(-sequences // 8))
-        while of_warp % at_once:
-            at_once -= 1
-        warps, most = -(-units // at_once), max(SLOT_BYTES // _UNIT_BYTES // at_once, 1)
-        largest = max(largest, min(-(-warps // -(-warps // most)) * at_once, units))
-    return largest
-
-
-def _blocks(rows: int, ctas: int) -> int:
-    """Of 16 rows, that a CTA has at most."""
-    blocks = -(-rows // 16)
-    return -(-blocks // min(ctas, blocks))
 
 
 def macros(
@@ -275,19 +106,19 @@ def macros(
     """What a kernel is compiled with. `draws`: whether tokens are drawn. `trace`: of one sequence,
     marks of a CTA, none where it is 0. `delays_ns`: how long warps sleep now and then, for
     tests."""
-    c = _padded(config, grid)
+    c = padded(config, grid)
     shape = {
         "D": c.dim, "H": c.n_heads, "KV": c.n_kv_heads, "E": c.head_dim, "F": c.hidden_dim,
         "V": c.vocab_size, "LAYERS": c.n_layers, "GRID": grid.ctas, "WARPS": WARPS,
-        "SLOT_BYTES": _slot_bytes(c, dtype.itemsize, grid),
-        "SLOTS": _slots(c, dtype, grid, shared_bytes, draws),
+        "SLOT_BYTES": slot_bytes(c, dtype.itemsize, grid),
+        "SLOTS": slots(c, dtype, grid, shared_bytes, draws),
         "SHARED_BYTES": shared_bytes, "DTYPE": _NUMBERS[dtype], "QK_NORM": int(c.qk_norm),
         "EPS": f"{c.norm_eps!r}f", "SCALE": f"{c.head_dim**-0.5!r}f", "REPLICAS": grid.replicas,
         "DELAYS": delays_ns, "DRAWS": int(draws), "TRACE": trace,
     }  # fmt: skip
     if not grid.tiles:
         return shape
-    alone, units = int(grid.alone(c)), _tile_units(c, grid.sequences)
+    alone, units = int(grid.alone(c)), tile_units(c, grid.sequences)
     return shape | {"SEQUENCES": grid.sequences, "ALONE": alone, "TILE_UNITS": units}
 
 
@@ -326,8 +157,8 @@ class Mailbox:
         self.ended = torch.cuda.Event(enable_timing=True)
         self.stop_ids = [(-1,) * STOP_IDS] * sequences  # that `stop` has
         kept = sequences if n_logits else 0
-        rounds = 2 * _ROUNDS * grid.groups if grid.tiles else _ROUNDS
-        self.sums = on_device(rounds * (_BINS * grid.sequences + 16), dtype=torch.int64)
+        rounds = 2 * ROUNDS * grid.groups if grid.tiles else ROUNDS
+        self.sums = on_device(rounds * (BINS * grid.sequences + 16), dtype=torch.int64)
         self.uniforms = on_device(kept, max_len, dtype=torch.float32)
         self.history = on_device(kept, max_len)
         self.logits = on_device(kept if grid.tiles else 0, n_logits, dtype=torch.float32)
@@ -398,7 +229,7 @@ class TextKernel:
             if mailbox.max_len == max_len:
                 self._free.remove(mailbox)
                 return mailbox
-        c, grid = _padded(self.config, self.grid), self.grid
+        c, grid = padded(self.config, self.grid), self.grid
         chunks = -(-max_len // (16 * WARPS * grid.passes(c, max_len)))
         words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 11 * grid.ctas + 2
         words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads + 1)) + 1
@@ -493,7 +324,7 @@ class Text:
             self._arguments.set(_STRUCTURES + _NUMBERS_OF_ONE + 2, drawn)
         box.epoch += (n + 1) * layers
         box.started.record()
-        threads = 32 * (WARPS + _MORE_WARPS)
+        threads = 32 * (WARPS + MORE_WARPS)
         self._kernel.function.launch(self._kernel.ctas, threads, self._arguments)
         box.ended.record()
 

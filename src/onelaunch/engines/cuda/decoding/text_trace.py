@@ -15,8 +15,9 @@ from torch import Tensor
 
 from onelaunch.checkpoints.atomic import write_text
 from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.decoding.grids import why_not
 from onelaunch.engines.cuda.decoding.prefill import Prompts
-from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel, why_not
+from onelaunch.engines.cuda.decoding.text import Row, Text, TextKernel
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.cuda.timeline import named
 from onelaunch.errors import BadInput
