@@ -19,7 +19,7 @@ place of bfloat16 in one initial weight of 256.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,15 @@ TINY = Size(
 
 
 def losses(
-    size: Size, norm: str | Norm, device: str = "cpu", dtype: str = "float32", noise: int = 0
+    size: Size,
+    norm: str | Norm,
+    device: str = "cpu",
+    dtype: str = "float32",
+    noise: int = 0,
+    make_engine: Callable[[ModelConfig, dict[str, Tensor]], ReferenceEngine] | None = None,
 ) -> Tensor:
-    """The loss at every update, (updates,) in float64.
+    """The loss at every update, (updates,) in float64; of the reference engine, or of another one,
+    which has a norm and a dtype of its own.
 
     `norm` is one of `engines.norm.NORMS`, or a function in its place; `dtype` float32, bfloat16
     (autocast) or `HELD`. Each `noise` but 0 moves the initial weights by one unit in the last
@@ -82,9 +88,12 @@ def losses(
     if noise:
         weights = {key: _moved(weight, noise, dtype == HELD) for key, weight in weights.items()}
     autocast = "float32" if dtype == HELD else dtype
-    engine = ReferenceEngine(
-        size.config, weights, device=device, dtype=autocast, train=True, norm=name
-    )
+    if make_engine is not None:
+        engine = make_engine(size.config, weights)
+    else:
+        engine = ReferenceEngine(
+            size.config, weights, device=device, dtype=autocast, train=True, norm=name
+        )
     if not isinstance(norm, str):
         engine.model.norm_function = norm
     if dtype == HELD:
