@@ -33,7 +33,7 @@ def test_groups_have_few_sequences_or_many(name, max_batch, expected):
 
 @pytest.mark.parametrize("max_batch", [12, 64])
 def test_of_two_grids_one_that_fits(max_batch):
-    found = set()
+    outcomes = set()
     for hidden_dim in range(512, 4096, 256):
         config = preset("stories15m").with_(hidden_dim=hidden_dim)
         grid = grid_for(config, BFLOAT16, max_batch, 40)
@@ -41,8 +41,8 @@ def test_of_two_grids_one_that_fits(max_batch):
         both = [Grid(n, 40 // of, of) for n, of in zip((FEW, MANY), groups, strict=True)]
         fit = {each: fits(config, BFLOAT16, each, SHARED_BYTES) for each in both}
         assert fit[grid] == any(fit.values())
-        found.add(fit[grid])
-    assert found == {True, False}
+        outcomes.add(fit[grid])
+    assert outcomes == {True, False}
 
 
 @pytest.mark.parametrize("rows", [16, 40])

@@ -89,7 +89,19 @@ def make_tile(
         return tile_ahead
 
     @intrinsic
-    def tile(typingctx, a, a_row, a_step, b, b_row, b_step, n, out, out_row, scale):
+    def tile(
+        typingctx,
+        a,
+        a_row,
+        a_step,
+        b,
+        b_row,
+        b_step,
+        n,
+        out,
+        out_row,
+        scale,
+    ):
         return types.void(*[types.int64] * 9, types.float32), code
 
     return tile

@@ -1,5 +1,5 @@
-"""How launches that write texts are laid out: sequences in groups of CTAs, and what a CTA's shared
-memory has room for."""
+"""The layout of a launch that writes many tokens: sequences in groups of CTAs, and what a CTA's
+shared memory has room for."""
 
 from __future__ import annotations
 

@@ -54,10 +54,9 @@ def spans_of_last_token(marks: Tensor, n_layers: int) -> list[Span]:
             if point % 2 and point != _CHOSEN:
                 ready = time
                 continue
-            if point == _CHOSEN:
-                ready = before
             of_layer = layer if layer < n_layers else None
-            spans.append(Span(cta, KINDS[(point - 1) // 2], of_layer, before, ready, time))
+            begun = before if point == _CHOSEN else ready
+            spans.append(Span(cta, KINDS[(point - 1) // 2], of_layer, before, begun, time))
             before = time
     return spans
 
