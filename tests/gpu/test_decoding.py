@@ -197,7 +197,7 @@ def in_cache(config, prompts, dtype, ids, slot, context):
     shape = (2, config.n_layers, 3, config.n_kv_heads, context, config.head_dim)
     caches = torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
     keys, values = (cache[:, slot] for cache in caches)
-    reading, steps = prompts.begin(ids, caches[:, :, slot], with_logits=True), 1
+    reading, steps = prompts.begin(ids, caches, slot, with_logits=True), 1
     while not reading.step():
         steps += 1
     assert steps == -(-len(ids) // prompts.chunk)
@@ -260,17 +260,17 @@ def test_prompts_that_one_forward_reads_have_the_same_bits_as_alone(n):
     for _ in range(3):  # launched, captured and replayed
         cache = torch.full(shape, float("nan")).bfloat16().cuda()
         first, *others = [
-            prompts.begin(each, cache[:, :, slot], with_logits=False)
+            prompts.begin(each, cache, slot, with_logits=False)
             for slot, each in enumerate(ids)
         ]
         assert all(first.reads_with(other, len(ids)) for other in others)
         assert first.step(others)
         for slot, each in enumerate(ids):
             alone = torch.full((*shape[:2], 1, *shape[3:]), float("nan")).bfloat16().cuda()
-            assert prompts.begin(each, alone[:, :, 0], with_logits=False).step()
+            assert prompts.begin(each, alone, 0, with_logits=False).step()
             got, expected = cache[:, :, slot], alone[:, :, 0]
             assert torch.equal(got[..., : len(each), :], expected[..., : len(each), :])
-            assert got[..., len(each) :, :].isnan().all()
+            assert got[..., len(ids[-1]) :, :].isnan().all()
 
 
 def test_prompts_that_take_turns_have_the_same_bits_as_alone():
@@ -282,7 +282,7 @@ def test_prompts_that_take_turns_have_the_same_bits_as_alone():
     shape = (2, config.n_layers, 2, config.n_kv_heads, 3001, config.head_dim)
     keys, values = cache = torch.full(shape, float("nan")).bfloat16().cuda()
     readings = [
-        prompts.begin(ids, cache[:, :, slot], with_logits=True) for slot, ids in enumerate(both)
+        prompts.begin(ids, cache, slot, with_logits=True) for slot, ids in enumerate(both)
     ]
     ended = {}
     while len(ended) < 2:

@@ -25,7 +25,7 @@ static struct {
 static void kernel() {
     const int* i = given.numbers;
 #ifdef SEQUENCES
-    write_texts(*given.model, *given.memory, i[0], i[1], i[2], i[3], i[4], i[5], given.epoch, given.timeout_ns
+    write_texts(*given.model, *given.memory, i[0], i[1], i[2], i[3], i[4], given.epoch, given.timeout_ns
 #if TRACE
                 , given.trace
 #endif

@@ -287,7 +287,14 @@ template <class T>
 inline T load_past_l1(const T* at) { return *at; }
 template <int N>
 inline void load_floats(float* to, const float* from) { memcpy(to, from, N * sizeof(float)); }
+inline void fence() {}
 inline void prefetch(const void*) {}
+inline void prefetch_row(const void* at, u32 bytes) {
+    if (((uintptr_t)at | bytes) % 16 != 0) {
+        fprintf(stderr, "a prefetch of %u bytes is not aligned\n", bytes);
+        abort();
+    }
+}
 
 inline float power_of_2(float x) { return exp2f(x); }
 inline float reciprocal_root(float x) { return 1.0f / sqrtf(x); }

@@ -54,7 +54,7 @@ class Several(Emulated):
             self.rows, self.sums, self.uniforms, self.history, self.logits,
         )  # fmt: skip
 
-    def write_all(self, rows, seed=0, passes=1, drawn=()):
+    def write_all(self, rows, seed=0, drawn=()):
         """Rows of slot, token, position and number of tokens. `drawn`: of each how many tokens
         there are, by what it is drawn, and its penalty."""
         self.rows[: len(rows), :4] = torch.tensor(rows, dtype=torch.int32)
@@ -64,7 +64,7 @@ class Several(Emulated):
             self.rows[i, 6:] = fractions.view(torch.int32)
         longest = max(row[3] for row in rows)
         context = self.config.max_seq_len
-        numbers = [len(rows), self.slots, context, longest, passes, self.stride, 0, 0, 0, 0]
+        numbers = [len(rows), self.slots, context, longest, self.stride, 0, 0, 0, 0]
         self.launch(numbers, longest, seed)
         return [self.result(self.written[i], self.ending[i]) for i in range(len(rows))]
 
@@ -141,14 +141,28 @@ def test_as_many_as_there_is_room_for(compiled):
 @pytest.mark.parametrize("head_dim", [8, 48, 64, 128])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_warps_that_attend_alone(compiled, head_dim, qk_norm):
-    """Over a chunk's end, with as many positions as several turns of a warp."""
+    """Over a chunk's end, with as many positions as several turns of a warp; chunks grow."""
     config = SMALL.with_(
         dim=64, n_heads=4, head_dim=head_dim, n_kv_heads=2, hidden_dim=64, vocab_size=80,
         max_seq_len=150, qk_norm=qk_norm, n_layers=1,
     )  # fmt: skip
     weights, grid = weights_of(config), grids.Grid(8, 2)
-    several = Several(compiled, config, weights, BFLOAT16, grid, ALONE=1)
+    several = Several(compiled, config, weights, BFLOAT16, grid, ALONE=1, CHUNKS=head_dim // 24 + 1)
     together = several.write_all([(3, 7, 0, 140), (1, 9, 0, 30)], 5)
+    for (slot, first), (tokens, logprobs, _) in zip(((3, 7), (1, 9)), together, strict=True):
+        check(one(several, slot), weights, tokens, logprobs, first)
+
+
+@pytest.mark.extended
+def test_chunks_that_grow(compiled):
+    """One of 128 positions, two of them, then two of 256."""
+    config = SMALL.with_(
+        dim=64, n_heads=2, head_dim=16, n_kv_heads=1, hidden_dim=64, vocab_size=80, max_seq_len=300,
+        n_layers=1,
+    )  # fmt: skip
+    weights, grid = weights_of(config), grids.Grid(8, 2)
+    several = Several(compiled, config, weights, BFLOAT16, grid, CHUNKS=2)
+    together = several.write_all([(3, 7, 0, 290), (1, 9, 0, 140)], 5)
     for (slot, first), (tokens, logprobs, _) in zip(((3, 7), (1, 9)), together, strict=True):
         check(one(several, slot), weights, tokens, logprobs, first)
 
@@ -271,9 +285,9 @@ def test_hidden_numbers_are_padded(compiled, grid, context):
     assert config.hidden_dim % 32
     several = Several(compiled, config, weights, BFLOAT16, grid)
     rows = [(3, 7, 0, context + 3), (1, 9, 0, 5), (0, 11, 0, 4)][: grid.sequences]
-    together = several.write_all(rows, 5, passes=grid.passes(config, 150))
+    together = several.write_all(rows, 5)
     for (slot, first, _, n), (tokens, logprobs, _) in zip(rows, together, strict=True):
         assert len(tokens) == n
         check(one(several, slot), weights, tokens, logprobs, first)
     # again, with the words of other launches there
-    assert several.write_all(rows, 6, passes=grid.passes(config, 150)) == together
+    assert several.write_all(rows, 6) == together

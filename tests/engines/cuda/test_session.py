@@ -63,9 +63,9 @@ class HostPrompts:
     def calls(self, n, with_logits):
         return []
 
-    def begin(self, prompt_ids, cache, with_logits):
+    def begin(self, prompt_ids, cache, slot, with_logits):
         assert with_logits
-        self.at.append(cache.data_ptr())
+        self.at.append(cache[:, :, slot].data_ptr())
         return HostReading(self, prompt_ids)
 
 

@@ -62,6 +62,10 @@ class HostWriter:
     def wait_for_one(self, rows):
         assert self.flying is not None
 
+    def ends_within(self, seconds):
+        assert self.flying is not None
+        return True
+
     def arrived(self, row, first=0):
         tokens = self.flying[row][0][first:-1]
         return tokens, [-0.5] * len(tokens)
@@ -311,6 +315,40 @@ def test_one_of_several_is_cancelled_while_a_launch_goes_on():
     cancelled = [event for event in events if event.id == 0]
     assert cancelled[-1] == TokenEvent(0, None, None, "cancelled")
     assert [event.token for event in cancelled[:-1]] == expected([1], 20)[: len(cancelled) - 1]
+
+
+class SlowWriter(HostWriter):
+    """Its launches write two tokens of each row each time that their end is waited for."""
+
+    there = 0
+
+    def launch(self, rows):
+        super().launch(rows)
+        self.there = 1
+
+    def ends_within(self, seconds):
+        assert seconds <= 0.01
+        self.there += 2
+        return self.there >= max(len(tokens) for tokens, _ in self.flying)
+
+    def arrived(self, row, first=0):
+        tokens = self.flying[row][0][first : self.there]
+        return tokens, [-0.5] * len(tokens)
+
+
+def test_tokens_of_the_last_launch_are_handed_on_as_they_come():
+    writer = SlowWriter()
+    session, _ = session_of(writer, max_batch=2)
+    session.submit(Request(0, [5], 16))
+    session.submit(Request(1, [9], 15))
+    steps = []
+    while sum(event.finish is not None for step in steps for event in step) < 2:
+        steps.append(session.step())
+    counts = [[sum(event.id == id for event in step) for id in (0, 1)] for step in steps]
+    # the first launch's first tokens, its others with its end, then what has come of the last one
+    assert counts == [[1, 1], [7, 7], [3, 3], [2, 2], [2, 2], [1, 0]]
+    assert [len(launch) for launch in writer.launches] == [2, 2]
+
 
 
 @pytest.mark.parametrize("token_seconds", [None, 1e-5])

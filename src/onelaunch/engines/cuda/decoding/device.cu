@@ -29,6 +29,9 @@ DEVICE void load_word_if(bool wanted, const u64* at, u64& word) {
 DEVICE void store_word(u64* at, u64 word) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
 }
+// What a thread has stored, or has seen through words and barriers, is seen by whoever sees a word that it stores next, and
+// has such a fence behind it.
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE void store_to_host(u64* at, u64 word) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
 }
@@ -120,6 +123,9 @@ DEVICE void load_floats(float* to, const float* from) {
     else *to = *from;
 }
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+DEVICE void prefetch_row(const void* at, u32 bytes) {  // both in multiples of 16
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+}
 
 // ---- arithmetic
 

@@ -60,7 +60,7 @@ class Grid(NamedTuple):
         return max(1, min(CHUNKS, at_once // (self.sequences * config.n_heads)))
 
     def passes(self, config: ModelConfig, max_len: int) -> int:
-        """The length of a chunk: how often a CTA's warps take 16 positions each."""
+        """The length of a chunk of one sequence: how often a CTA's warps take 16 positions each."""
         return -(-max_len // (16 * WARPS * self.chunks(config)))
 
 

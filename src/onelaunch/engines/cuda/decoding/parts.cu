@@ -14,7 +14,11 @@ constexpr int CHUNK_STEP = WARPS * CHUNK_OF_WARP;
 constexpr float LOG2E = 1.4426950408889634f;
 // What is best in a CTA: what it is chosen by and its id, a sum of exp(logit - the largest logit), and that
 // logit where it is not the same.
-constexpr int RECORD = DRAWS ? 4 : 3;
+constexpr int RECORD = DRAWS ? 4 : 3, CHOOSING = 2;  // what choosing takes of it comes first
+// Where all CTAs' records have number i of a CTA's.
+__host__ __device__ constexpr int record_at(int cta, int i) {
+    return i < CHOOSING ? CHOOSING * cta + i : CHOOSING * GRID + (RECORD - CHOOSING) * cta + i - CHOOSING;
+}
 #define INFINITE __int_as_float(0x7f800000)
 #define LOWEST (-3.0e38f)               // of a maximum that nothing has joined
 
@@ -612,7 +616,7 @@ struct Attended {
 template <class S, class Ready>
 DEVICE void attend(
     S& s, const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer, int head,
-    int begin, int chunk, int passes, int position, u32 here, int thread, Watchdog watchdog, u32 where, Ready ready) {
+    int begin, int chunk, int position, u32 here, int thread, Watchdog watchdog, u32 where, Ready ready) {
     const int warp = thread / LANES, lane = thread % LANES;
     const bool has_newest = warp == WARPS - 1 && position - begin < chunk;  // the last warp has the fewest others
     Newest newest;
@@ -624,8 +628,8 @@ DEVICE void attend(
     const float score = has_newest ? newest.score() : 0.0f;
     Attended own;
 #pragma unroll 1
-    for (int pass = 0; pass < passes; pass++) {
-        const int first = begin + pass * CHUNK_STEP + warp * CHUNK_OF_WARP;
+    for (int pass = 0; pass < chunk; pass += CHUNK_STEP) {
+        const int first = begin + pass + warp * CHUNK_OF_WARP;
         if (first >= position) break;
         if (pass > 0) held.load(keys, values, first, position, lane);
         own.add(held, newest.query, first, position, lane);
@@ -727,7 +731,7 @@ DEVICE float best_of_all(const float* records, int& token, int lane) {
 #pragma unroll
     for (int j = 0; j < (GRID + LANES - 1) / LANES; j++) {
         const int i = j * LANES + lane;
-        if (i < GRID && records[RECORD * i] > best) best = records[RECORD * i], id = __float_as_int(records[RECORD * i + 1]);
+        if (i < GRID && records[CHOOSING * i] > best) best = records[CHOOSING * i], id = __float_as_int(records[CHOOSING * i + 1]);
     }
     const u32 mine = ordered(best), all = __reduce_max_sync(~0u, mine);
     id = __reduce_min_sync(~0u, mine == all ? id : V);
@@ -744,11 +748,11 @@ struct Normalizer {
         float total = 0.0f;
         largest = LOWEST;
 #pragma unroll 1
-        for (int i = lane; i < GRID; i += LANES) largest = fmaxf(largest, records[RECORD * i + RAW]);
+        for (int i = lane; i < GRID; i += LANES) largest = fmaxf(largest, records[record_at(i, RAW)]);
         largest = value_of_ordered(__reduce_max_sync(~0u, ordered(largest)));
 #pragma unroll 1
         for (int i = lane; i < GRID; i += LANES)
-            total += records[RECORD * i + 2] * power_of_2((records[RECORD * i + RAW] - largest) * LOG2E);
+            total += records[record_at(i, 2)] * power_of_2((records[record_at(i, RAW)] - largest) * LOG2E);
         log = log_2(sum_of_warp(total)) / LOG2E;
     }
     DEVICE u64 word_of(int token, float logit) const {

@@ -53,10 +53,12 @@ class Prompts:
             torch.empty(rows, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)
         ]
 
-    def begin(self, prompt_ids: Sequence[int], cache: Tensor, with_logits: bool) -> Reading:
-        """A prompt to be read into a slot's cache of keys and values, (2, L, K, context, E), of
-        which the heads are contiguous. Readings may take turns."""
-        return Reading(self, prompt_ids, cache, with_logits)
+    def begin(
+        self, prompt_ids: Sequence[int], cache: Tensor, slot: int, with_logits: bool
+    ) -> Reading:
+        """A prompt to be read into a slot of a cache of keys and values, (2, L, slots, K, context,
+        E), of which the heads are contiguous. Readings may take turns."""
+        return Reading(self, prompt_ids, cache, slot, with_logits)
 
     def calls(self, n: int, with_logits: bool, together: bool = False) -> list[Any]:
         """Calls of the forwards that no prompt so far has had and one of n tokens has, of which
@@ -98,7 +100,7 @@ class Prompts:
             b.of.fill_(len(ids) - 1)
         self._run(forward, with_logits)
         if b.positions is None:
-            self._keep(forward, 0, len(ids), cache)
+            self._keep(forward, 0, 1, len(ids), cache[:, :, None])
         self._wait_for_the_chunk_before()
         return b.logits
 
@@ -120,8 +122,14 @@ class Prompts:
         filled = [each + each[-1:] * (length - len(each)) for each in ids]
         self._copy_ids([*filled, *filled[:1] * (rows - len(filled))], forward.buffers.tokens)
         self._run(forward, False)
+        first = 0
         for i, each in enumerate(readings):
-            self._keep(forward, i * length, len(each.prompt_ids), each.cache)
+            following = readings[i + 1].slot if i + 1 < len(readings) else -1
+            if following != each.slot + 1:  # those of neighbouring slots in one copy
+                slots = slice(readings[first].slot, each.slot + 1)
+                # of shorter ones also what stands behind them, which is written before it is read
+                self._keep(forward, first, i + 1 - first, longest, each.cache[:, :, slots])
+                first = i + 1
         self._wait_for_the_chunk_before()
 
     def _copy_ids(self, ids: Sequence[Sequence[int]], to: Tensor) -> None:
@@ -137,12 +145,15 @@ class Prompts:
         there."""
         to.copy_(numbers.pin_memory() if self._on_gpu else numbers, non_blocking=True)
 
-    def _keep(self, forward: BoundForward, first: int, n: int, cache: Tensor) -> None:
-        """Keys and values of a first chunk, which has rows of the forward, into the cache."""
-        c = self._config
-        kept_LNX = forward.buffers.qkv[:, first : first + n, c.q_dim :]
-        heads = kept_LNX.unflatten(-1, (2, c.n_kv_heads, c.head_dim)).permute(2, 0, 3, 1, 4)
-        cache[:, :, :, :n].copy_(heads)
+    def _keep(
+        self, forward: BoundForward, first: int, prompts: int, n: int, cache: Tensor
+    ) -> None:
+        """Keys and values of the first n positions of some of a forward's prompts into their slots
+        of the cache."""
+        c, length = self._config, forward.plan.sequence
+        kept_LNX = forward.buffers.qkv[:, first * length : (first + prompts) * length, c.q_dim :]
+        split = kept_LNX.unflatten(-1, (2, c.n_kv_heads, c.head_dim)).unflatten(1, (-1, length))
+        cache[..., :n, :].copy_(split[:, :, :n].permute(3, 0, 1, 4, 2, 5))
 
     def _run(self, forward: BoundForward, with_logits: bool) -> None:
         """Launched at its first use, captured and replayed from its second."""
@@ -241,9 +252,10 @@ class Reading:
         prompts: Prompts,
         prompt_ids: Sequence[int],
         cache: Tensor,
+        slot: int,
         with_logits: bool,
     ) -> None:
-        self.prompt_ids, self.cache = prompt_ids, cache
+        self.prompt_ids, self.cache, self.slot = prompt_ids, cache, slot
         self._prompts, self._with_logits, self._first = prompts, with_logits, 0
         self._logits: Tensor | None = None
 
@@ -258,7 +270,8 @@ class Reading:
         elif first < n:
             self._first = min(first + self._prompts.chunk, n)
             last = self._with_logits and self._first == n
-            logits = self._prompts.read(self.prompt_ids, first, self.cache, last)
+            cache = self.cache[:, :, self.slot]
+            logits = self._prompts.read(self.prompt_ids, first, cache, last)
             self._logits = logits if last else None
         return self._first == len(self.prompt_ids)
 

@@ -155,7 +155,7 @@ class CudaSession:
             if compile := self.compilation(request):
                 with notice(self._log):
                     compile()
-            reading = self._prompts.begin(prompt, memory.cache[:, :, slot], with_logits=True)
+            reading = self._prompts.begin(prompt, memory.cache, slot, with_logits=True)
             self._joining.append(Growing(request, slot, limit, reading))
 
     def _read(self, seconds: float) -> None:

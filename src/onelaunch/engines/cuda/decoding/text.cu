@@ -532,7 +532,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
                 if (task != first_task) barrier();
                 attend(s, model, memory.keys + of_cache, memory.values + of_cache, words + Words::qkv,
                        memory.words + Words::attention + (long long)of_chunk * WORDS_OF_CHUNK, stride, layer, head,
-                       begin, chunk, passes, position, here, thread, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
+                       begin, chunk, position, here, thread, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
                 MARK(layer, 4, true)
             }
 
@@ -613,7 +613,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             float record[RECORD];
             own.store(record);
 #pragma unroll
-            for (int i = 0; i < RECORD; i++) publish(copy, records + RECORD * cta + i, __float_as_uint(record[i]), of_best, lane);
+            for (int i = 0; i < RECORD; i++) publish(copy, records + record_at(cta, i), __float_as_uint(record[i]), of_best, lane);
             if (own.id < V)  // whichever is the next token, its row is in the L2
 #pragma unroll 1
                 for (int i = lane * 64; i < D; i += LANES * 64)

@@ -4,6 +4,7 @@ others."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -39,7 +40,7 @@ _NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ROW_INTS = 10  # a row, and what it is drawn by
 _ABSENT = -1  # a word that no token has been written into
 # of a kernel's arguments: what comes first, and numbers that come next
-_STRUCTURES, _NUMBERS_OF_ONE, _NUMBERS_OF_SEVERAL = 2, 8, 6
+_STRUCTURES, _NUMBERS_OF_ONE, _NUMBERS_OF_SEVERAL = 2, 8, 5
 
 
 class Row(NamedTuple):
@@ -119,7 +120,9 @@ def macros(
     if not grid.tiles:
         return shape
     alone, units = int(grid.alone(c)), tile_units(c, grid.sequences)
-    return shape | {"SEQUENCES": grid.sequences, "ALONE": alone, "TILE_UNITS": units}
+    return shape | {
+        "SEQUENCES": grid.sequences, "ALONE": alone, "CHUNKS": grid.chunks(c), "TILE_UNITS": units,
+    }  # fmt: skip
 
 
 @cache
@@ -230,7 +233,7 @@ class TextKernel:
                 self._free.remove(mailbox)
                 return mailbox
         c, grid = padded(self.config, self.grid), self.grid
-        chunks = -(-max_len // (16 * WARPS * grid.passes(c, max_len)))
+        chunks = grid.chunks(c)
         words = c.q_dim + 2 * c.kv_dim + 2 * c.dim + c.hidden_dim + 11 * grid.ctas + 2
         words = grid.sequences * (words + chunks * (c.q_dim + c.n_heads + 1)) + 1
         device, n_logits = self.packed.embedding.device, c.vocab_size if self.draws else 0
@@ -294,13 +297,15 @@ class Text:
         if first != box.stop_ids[row]:
             box.stop[row].copy_(torch.tensor(first, dtype=torch.int32))
             box.stop_ids[row] = first
+        if not self._kernel.draws:
+            return
         sampling, most = request.sampling, self._kernel.config.vocab_size
         penalty = float32_penalty(sampling.repetition_penalty)
         of_filters = sampling.temperature, sampling.top_p, sampling.min_p, penalty
         self._by[row] = min(sampling.top_k, most), *of_filters
         self._rows[row, 5] = self._by[row][0]
         self._rows[row, 6:] = np.array(of_filters, dtype=np.float32).view(np.int32)
-        if self._kernel.draws and box.drawn[slot] is not request:
+        if box.drawn[slot] is not request:
             uniforms_N = request_uniforms(request, limit)
             if uniforms_N is not None:
                 box.uniforms[slot, :limit].copy_(uniforms_N)
@@ -348,13 +353,20 @@ class Text:
             return [*one, self._passes, box.stride]
         self._rows[: len(rows), :5] = rows
         box.rows_there.copy_(box.rows, non_blocking=True)
-        return [len(rows), self._slots, self._max_len, n, self._passes, box.stride]
+        return [len(rows), self._slots, self._max_len, n, box.stride]
 
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until the launch has written a token of each of some rows, or has ended."""
         while any(self._written[row, 0] == _ABSENT for row in rows):
             if self._box.ended.query():
                 return
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for so long, or until the launch has ended; whether it has."""
+        until = time.perf_counter() + seconds
+        while not (ended := self._box.ended.query()) and time.perf_counter() < until:
+            time.sleep(2e-5)
+        return ended
 
     def arrived(self, row: int, first: int = 0) -> tuple[list[int], list[float]]:
         """The tokens that the launch has written of a row, from number `first` on, and their

@@ -23,6 +23,8 @@ from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 from onelaunch.engines.session import new_tokens
 from onelaunch.errors import RunFailed
 
+ARRIVE_SECONDS = 1e-3
+"""So often tokens of a last launch are handed on."""
 FIRST_TOKENS = 8
 """Of a kernel's first launch, when it is not known how long a token takes, and at most of one
 between two chunks of a prompt."""
@@ -55,6 +57,9 @@ class Writer(Protocol):
 
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until there is a token of each of these, or the launch has ended."""
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for so long, or until the launch has ended; whether it has."""
 
     def arrived(self, row: int, first: int = 0) -> tuple[list[int], list[float]]:
         """A row's tokens so far and their logprobs, from number `first` on."""
@@ -114,6 +119,7 @@ class TextSession:
         # the launch under way: its sequences, and how many of its tokens of each are handed on
         self._launched: list[Written] = []
         self._handed: list[int] = []
+        self._is_last = False  # none of them goes on after it
 
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
@@ -186,13 +192,11 @@ class TextSession:
         if fresh:
             # first tokens are handed on at once, while the launch goes on
             writer.wait_for_one(fresh)
-            before = len(self._events)
-            for row, each in enumerate(self._launched):
-                tokens, logprobs = writer.arrived(row, self._handed[row])
-                self._handed[row] += len(tokens)
-                full = len(each.new) + len(tokens) >= each.limit
-                self._take(each, tokens, logprobs, sampling.FULL if full else sampling.GROWING)
-            if len(self._events) > before:
+            if self._hand_on(writer):
+                return
+        # and those of a launch that none may follow
+        while self._is_last and not self._waiting and not writer.ends_within(ARRIVE_SECONDS):
+            if self._hand_on(writer):
                 return
         rows, ends = self._launched, writer.finish(self._handed)
         self._launched, self._growing = [], []
@@ -209,6 +213,16 @@ class TextSession:
             each.ahead = 0
             how = sampling.GROWING if id(each) in grows else end.how
             self._take(each, *end.unpacked(), how)
+
+    def _hand_on(self, writer: Writer) -> bool:
+        """The tokens that there are of a launch under way; whether there were any."""
+        before = len(self._events)
+        for row, each in enumerate(self._launched):
+            tokens, logprobs = writer.arrived(row, self._handed[row])
+            self._handed[row] += len(tokens)
+            full = len(each.new) + len(tokens) >= each.limit
+            self._take(each, tokens, logprobs, sampling.FULL if full else sampling.GROWING)
+        return len(self._events) > before
 
     def _join(self) -> None:
         """Give a slot to each request that there is room for."""
@@ -256,14 +270,16 @@ class TextSession:
         if writer.token_seconds is not None:
             timed = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
             tokens = min(timed, FIRST_TOKENS) if self._joining else timed
-        rows = []
+        rows, fills = [], True
         for row, each in enumerate(self._growing):
             writer.prepare(row, each.slot, each.request, each.limit)
             new, prompt = len(each.new) + each.ahead, each.request.prompt_ids
             last = each.last if each.ahead else each.new[-1] if each.new else prompt[-1]
             n = min(tokens, each.limit - new)
             rows.append(Row(each.slot, last, len(prompt) + new - 1, n, new))
+            fills &= n == each.limit - new
         writer.launch(rows)
+        self._is_last = fills and not self._joining
         self._launched, self._handed = list(self._growing), [0] * len(rows)
 
     def _take(
@@ -339,7 +355,7 @@ class OnGPU:
         if calls := self._prompts.calls(len(prompt_ids), False, together=self._together):
             with notice(self._log):
                 compile_together(calls)
-        return self._prompts.begin(prompt_ids, self._cache[:, :, slot], with_logits=False)
+        return self._prompts.begin(prompt_ids, self._cache, slot, with_logits=False)
 
     def close(self) -> None:
         """Let go of the cache."""

@@ -80,7 +80,7 @@ def trace_text(
     kernel = TextKernel(config, packed, trace=marks)
     shape = (2, config.n_layers, 1, config.n_kv_heads, context, config.head_dim)
     cache = packed.embedding.new_zeros(shape)
-    reading = Prompts(config, packed).begin(prompt_ids[:-1], cache[:, :, 0], with_logits=False)
+    reading = Prompts(config, packed).begin(prompt_ids[:-1], cache, 0, with_logits=False)
     while not reading.step():
         pass
     text = Text(kernel, cache[0], cache[1])

@@ -11,7 +11,7 @@
 // others. One that has ended stays where it is until all have, and what it still does is not read.
 //
 // Shapes (macros) as in text.cu; D, H E and F in multiples of 32. ALONE: whether a warp attends alone, for
-// where there are many sequences, or all of a CTA together.
+// where there are many sequences, or all of a CTA together. CHUNKS: of a sequence's context, at most.
 
 struct Memory {
     Stored *keys, *values;  // (LAYERS, slots, KV, max_len, E)
@@ -28,6 +28,7 @@ struct Memory {
     float* logits;          // (sequences, V), whatever they are
 };
 constexpr int SEQUENCE_INTS = 10;
+constexpr long long FETCHED_BYTES = 24 << 20;
 
 constexpr int R = SEQUENCES, BLOCKS = (R + 7) / 8;  // of eight columns, some of which one sequence leaves empty
 constexpr int OWN = (R + WARPS - 1) / WARPS;        // sequences of a warp, when tokens are chosen: every WARPS-th
@@ -246,67 +247,94 @@ DEVICE void take_attention(
     for (int i = 0; i < BLOCKS; i++)
         if (has >> i & 1) most_chunks = most(most_chunks, chunks[i]);
     most_chunks = (int)__reduce_max_sync(~0u, (u32)most_chunks);
-    if (most_chunks == 1) {
+    if (CHUNKS == 1 || most_chunks == 1) {
         take_units<END>(x, first, has, epoch, watchdog, where,
                         [&](int unit, int i) { return of_chunk(0, i) + unit * 16 + lane % 4 * 4; });
         return;
     }
+    if constexpr (CHUNKS > 1) {
+        constexpr int AT_ONCE = most(1, least(N, 4 / BLOCKS)), JOINED = 2;  // units, and their chunks, under way
 #pragma unroll
-    for (int j = 0; j < N; j++) {
-        float m[BLOCKS], l[BLOCKS], sum[BLOCKS][8];
+        for (int base = 0; base < N; base += AT_ONCE) {
+            float m[AT_ONCE][BLOCKS], l[AT_ONCE][BLOCKS], sum[AT_ONCE][BLOCKS][8];
+            auto each = [&](auto act) {  // of those that there are
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            m[i] = LOWEST, l[i] = 0.0f;
+                for (int j = 0; j < AT_ONCE; j++)
 #pragma unroll
-            for (int k = 0; k < 8; k++) sum[i][k] = 0.0f;
-        }
-        const int column = (first + j) * 32 + lane % 4 * 8;
-#pragma unroll 1
-        for (int c = 0; c < most_chunks; c++) {
-            u64 word[BLOCKS][5];
-            auto is_there = [&](int i) { return (END % N == 0 || first + j < END) && (has >> i & 1) && c < chunks[i]; };
-            auto load = [&](int i) {
-                const u64 *of = of_chunk(c, i), *from = of + column / 2;
-                load_words_if(is_there(i), from, word[i][0], word[i][1]);
-                load_words_if(is_there(i), from + 2, word[i][2], word[i][3]);
-                load_word_if(is_there(i), of + Q / 2 + column / E, word[i][4]);
+                    for (int i = 0; i < BLOCKS; i++)
+                        if (base + j < N) act(j, i);
             };
+            each([&](int j, int i) {
+                m[j][i] = LOWEST, l[j][i] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < BLOCKS; i++)
+                for (int k = 0; k < 8; k++) sum[j][i][k] = 0.0f;
+            });
+#pragma unroll 1
+            for (int c = 0; c < most_chunks; c += JOINED) {
+                u64 word[JOINED][AT_ONCE][BLOCKS][5];
+                auto is_there = [&](int k, int j, int i) {
+                    return (END % N == 0 || first + base + j < END) && (has >> i & 1) && c + k < chunks[i];
+                };
+                auto missing = [&](u64 one) { return epoch_of(one) ^ epoch; };
+                auto load = [&](int k, int j, int i) {
+                    const int column = (first + base + j) * 32 + lane % 4 * 8;
+                    const u64 *of = of_chunk(c + k, i), *from = of + column / 2;
+                    u64(&to)[5] = word[k][j][i];
+                    load_words_if((missing(to[0]) | missing(to[1])) != 0, from, to[0], to[1]);
+                    load_words_if((missing(to[2]) | missing(to[3])) != 0, from + 2, to[2], to[3]);
+                    load_word_if(missing(to[4]) != 0, of + Q / 2 + column / E, to[4]);
+                };
 #pragma unroll
-                for (int k = 0; k < 5; k++) word[i][k] = (u64)epoch << 32;
-            while (true) {
-                u32 differ = 0;
+                for (int k = 0; k < JOINED; k++)
+                    each([&](int j, int i) {
 #pragma unroll
-                for (int i = 0; i < BLOCKS; i++) {
-                    load(i);
+                        for (int of = 0; of < 5; of++) word[k][j][i][of] = is_there(k, j, i) ? 0 : (u64)epoch << 32;  // epochs begin at 1
+                        load(k, j, i);
+                    });
+                while (true) {
+                    u32 differ = 0;
 #pragma unroll
-                    for (int k = 0; k < 5; k++) differ |= epoch_of(word[i][k]) ^ epoch;
+                    for (int k = 0; k < JOINED; k++)
+                        each([&](int j, int i) {
+#pragma unroll
+                            for (int of = 0; of < 5; of++) differ |= missing(word[k][j][i][of]);
+                        });
+                    if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !watchdog.waits(where))) break;
+#pragma unroll
+                    for (int k = 0; k < JOINED; k++) each([&](int j, int i) { load(k, j, i); });
                 }
-                if (__all_sync(~0u, differ == 0) || __any_sync(~0u, !watchdog.waits(where))) break;
+                each([&](int j, int i) {
+                    float one[JOINED], larger = m[j][i];
+#pragma unroll
+                    for (int k = 0; k < JOINED; k++) {
+                        one[k] = is_there(k, j, i) ? value_of(word[k][j][i][4]) : LOWEST;
+                        larger = fmaxf(larger, one[k]);
+                    }
+                    const float old = power_of_2(m[j][i] - larger);
+                    l[j][i] *= old, m[j][i] = larger;
+#pragma unroll
+                    for (int of = 0; of < 8; of++) sum[j][i][of] *= old;
+#pragma unroll
+                    for (int k = 0; k < JOINED; k++) {
+                        const float p = is_there(k, j, i) ? power_of_2(one[k] - larger) : 0.0f;
+                        l[j][i] += p;
+#pragma unroll
+                        for (int of = 0; of < 4; of++) {
+                            alignas(8) float both[2];
+                            unpack((u32)word[k][j][i][of], both);
+                            sum[j][i][2 * of] = fmaf(both[0], p, sum[j][i][2 * of]);
+                            sum[j][i][2 * of + 1] = fmaf(both[1], p, sum[j][i][2 * of + 1]);
+                        }
+                    }
+                });
             }
+            each([&](int j, int i) {
+                const float scale = l[j][i] > 0.0f ? quotient(1.0f, l[j][i]) : 0.0f;
+                u32 both[4];
 #pragma unroll
-            for (int i = 0; i < BLOCKS; i++) {
-                const float one = is_there(i) ? value_of(word[i][4]) : LOWEST, larger = fmaxf(m[i], one);
-                const float old = power_of_2(m[i] - larger), p = is_there(i) ? power_of_2(one - larger) : 0.0f;
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    alignas(8) float both[2];
-                    unpack((u32)word[i][k], both);
-                    sum[i][2 * k] = sum[i][2 * k] * old + both[0] * p;
-                    sum[i][2 * k + 1] = sum[i][2 * k + 1] * old + both[1] * p;
-                }
-                l[i] = l[i] * old + p;
-                m[i] = larger;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            const float scale = l[i] > 0.0f ? quotient(1.0f, l[i]) : 0.0f;
-            u32 both[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) both[k] = packed(sum[i][2 * k] * scale, sum[i][2 * k + 1] * scale);
-            x[j][i] = uint4{both[0], both[1], both[2], both[3]};
+                for (int k = 0; k < 4; k++) both[k] = packed(sum[j][i][2 * k] * scale, sum[j][i][2 * k + 1] * scale);
+                x[base + j][i] = uint4{both[0], both[1], both[2], both[3]};
+            });
         }
     }
 }
@@ -452,10 +480,17 @@ DEVICE void publish_all(u64* words, int stride, int count, int n, u32 epoch, int
     });
 }
 
+// A sequence's context is in as many chunks as there are steps, up to CHUNKS, and each has as many steps as the others
+// but for the last. That depends on its position alone.
+constexpr int STEP = ALONE ? CHUNK_OF_WARP : CHUNK_STEP;
+DEVICE int chunk_at(int position) { return (position / STEP + CHUNKS) / CHUNKS * STEP; }
+DEVICE int chunks_at(int position) { return position / chunk_at(position) + 1; }
+
 // `attend` (parts.cu) by one warp.
+template <class There>
 DEVICE void attend_alone(
     const Model& model, Stored* keys, Stored* values, const u64* qkv, u64* to, int stride, int layer, int head,
-    int begin, int chunk, int position, u32 here, int lane, Watchdog watchdog, u32 where) {
+    int begin, int chunk, int position, u32 here, int lane, Watchdog watchdog, u32 where, There there) {
     constexpr int AHEAD = E <= 16 ? 4 : 2;  // how many are under way: small ones take less time than they wait
     const int end = least(position, begin + chunk);
     Positions held[AHEAD];
@@ -464,7 +499,7 @@ DEVICE void attend_alone(
     const bool has_newest = position - begin < chunk;
     Newest newest;
     newest.prepare(model, layer, position, lane);
-    newest.take(qkv, head, has_newest, here, watchdog, where, lane, []() {});
+    newest.take(qkv, head, has_newest, here, watchdog, where, lane, there);
     float score = 0.0f;
     if (has_newest) score = newest.score(), newest.store(keys, values, position, lane);
     Attended all;
@@ -495,7 +530,7 @@ DEVICE void attend_alone(
 // ---- the kernel
 
 extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) write_texts(
-    const GRID_CONSTANT Model model, const GRID_CONSTANT Memory given, int all_n, int n_slots, int max_len, int n_tokens, int passes,
+    const GRID_CONSTANT Model model, const GRID_CONSTANT Memory given, int all_n, int n_slots, int max_len, int n_tokens,
     int stride, u32 epoch, u64 timeout_ns
 #if TRACE
     , u64* trace
@@ -513,7 +548,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
     memory.written += (long long)first_sequence * max_len, memory.ending += 2 * first_sequence;
     memory.stop_ids += first_sequence * LANES, memory.sequences += SEQUENCE_INTS * first_sequence;
     const int cta = blockIdx.x % GRID, thread = threadIdx.x, warp = thread / LANES, lane = thread % LANES;
-    const int chunk = passes * CHUNK_STEP;
     Watchdog watchdog{&s.watchdog};
 
     if (thread < SLOTS) make_barrier(&s.full[thread]);
@@ -574,6 +608,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
         count[i] = 0;
     }
     bool all_ended = false;
+    const bool writes = cta == GRID - 1;  // the tokens; it is none of those that begin the next one, where there are others
 #if TRACE
     int marks = 0;
 #endif
@@ -600,12 +635,18 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 #pragma unroll 1
     for (int t = 0; t < n_tokens && !all_ended; t++) {
         u32 here = epoch + (u32)t * LAYERS;  // of a layer's words
-        int longest = 0;
-        for (int r = 0; r < n; r++) longest = most(longest, s.position[r]);
-        const int tasks = (longest / chunk + 1) * n * H;
+        int most_chunks = 1, longest = 0;
+        for (int r = 0; r < n; r++)
+            most_chunks = most(most_chunks, chunks_at(s.position[r])), longest = most(longest, s.position[r]);
+        // whether the L2 has room for a layer's keys and values
+        const bool fetches = (long long)all_n * KV * E * longest * 2 * (int)sizeof(Stored) <= FETCHED_BYTES;
+        const int tasks = most_chunks * n * H;
         int chunks[BLOCKS];
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) chunks[i] = has >> i & 1 ? s.position[8 * i + lane / 4] / chunk + 1 : 1;
+        for (int i = 0; i < BLOCKS; i++) chunks[i] = has >> i & 1 ? chunks_at(s.position[8 * i + lane / 4]) : 1;
+        // whether another CTA or warp than now reads some keys and values for the next token
+        bool moves = false;
+        for (int r = 0; r < n; r++) moves |= chunk_at(s.position[r]) != chunk_at(s.position[r] + 1);
         auto take_embeddings = [&](auto& x, int first) {
 #pragma unroll
             for (int j = 0; j < (int)(sizeof x / sizeof x[0]); j++)
@@ -644,21 +685,27 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
 #pragma unroll 1
             for (int task = ALONE ? warp * GRID + place : place; task < tasks; task += ALONE ? WARPS * GRID : GRID) {
                 const int of_chunk = task / (n * H), r = task % (n * H) / H, head = task % H;
-                const int begin = of_chunk * chunk, position = s.position[r];
+                const int position = s.position[r], chunk = chunk_at(position), begin = of_chunk * chunk;
                 if (begin > position) continue;
                 const long long of_cache = (((long long)layer * n_slots + s.slot[r]) * KV + head / GROUP) * max_len * E;
                 const u64* qkv = words + Words::qkv + r * (N_QKV / 2);
                 u64* to = memory.words + Words::attention + ((long long)of_chunk * R + r) * WORDS_OF_CHUNK;
                 if constexpr (ALONE) {
                     attend_alone(model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head,
-                                 begin, chunk, position, here, lane, watchdog, where | 1);
+                                 begin, chunk, position, here, lane, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
                 } else {
                     if (another) barrier();
                     another = true;
                     attend(s, model, memory.keys + of_cache, memory.values + of_cache, qkv, to, stride, layer, head, begin,
-                           chunk, passes, position, here, thread, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
-                    MARK(layer, 4, true)
+                           chunk, position, here, thread, watchdog, where | 1, [&]() { MARK(layer, 3, true) });
                 }
+                if (fetches && (ALONE ? lane : thread) < 2 && head % GROUP == 0) {  // the next layer's
+                    const long long from = of_cache + (long long)begin * E
+                                           + (layer + 1 < LAYERS ? 1 : 1 - LAYERS) * ((long long)n_slots * KV * max_len * E);
+                    prefetch_row((lane == 0 ? memory.keys : memory.values) + from,
+                                 least(position + 1 - begin, chunk) * E * (int)sizeof(Stored));
+                }
+                MARK(layer, 4, true)
             }
 
             run_stage<OUT, false>(consumer, x_rows, [&](auto& x, int first) {
@@ -794,8 +841,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             if (R % 8 == 0 || column < R) best[k].store(s.best[warp * 8 + lane / 4][column]);
         }
         barrier();
+        if (moves) fence();
         const u32 of_best = epoch + (u32)t;
-        const int records = Words::best + (of_best & 1) * R * RECORD * GRID;
+        const int records = Words::best + (of_best & 1) * R * RECORD * GRID, others = records + R * CHOOSING * GRID;
 #pragma unroll 1
         for (int r = warp; r < n; r += WARPS) {
             Best of_cta;
@@ -809,15 +857,25 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             of_cta.total = sum_of_warp(of_cta.total);
             float record[RECORD];
             of_cta.store(record);
-            const int at = records + (r * GRID + cta) * RECORD;
 #pragma unroll
-            for (int i = 0; i < RECORD; i++) publish(copy, at + i, __float_as_uint(record[i]), of_best, lane);
+            for (int i = 0; i < RECORD; i++)
+                publish(copy, i < CHOOSING ? records + r * CHOOSING * GRID + record_at(cta, i)
+                                           : others + r * (RECORD - CHOOSING) * GRID + record_at(cta, i) - CHOOSING * GRID,
+                        __float_as_uint(record[i]), of_best, lane);
             if (of_cta.id < V)  // whichever is the next token, its row is in the L2
 #pragma unroll 1
                 for (int i = lane * 64; i < D; i += LANES * 64) prefetch(model.embedding + (long long)of_cta.id * D + i);
         }
-        gather_row<R * RECORD * GRID>(words + records, n * RECORD * GRID, of_best, thread, watchdog, 4u << 28 | 1,
-                                      [&](int i, u32 value) { s.records[0][i] = __uint_as_float(value); });
+        gather_row<R * CHOOSING * GRID>(
+            words + records, n * CHOOSING * GRID, of_best, thread, watchdog, 4u << 28 | 1,
+            [&](int i, u32 value) { s.records[i / (CHOOSING * GRID)][i % (CHOOSING * GRID)] = __uint_as_float(value); });
+        if (writes) {
+            constexpr int OTHERS = (RECORD - CHOOSING) * GRID;
+            gather_row<R * OTHERS>(
+                words + others, n * OTHERS, of_best, thread, watchdog, 4u << 28 | 1,
+                [&](int i, u32 value) { s.records[i / OTHERS][CHOOSING * GRID + i % OTHERS] = __uint_as_float(value); });
+        }
+        if (moves) fence();
         barrier();
         MARK(LAYERS, 13, true)
         int token[OWN];
@@ -830,7 +888,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             if (r >= n) continue;
             logit[own] = best_of_all(s.records[r], token[own], lane);
             finite[own] = logit[own] < INFINITE && logit[own] > LOWEST;
-            if (cta == 0) normalizer[own].find(s.records[r], lane);
+            if (writes) normalizer[own].find(s.records[r], lane);
 #if DRAWS
             s.drawn.best[r] = logit[own], s.drawn.id[r] = finite[own] && s.ending[r] == GROWING ? token[own] : V;
 #endif
@@ -855,7 +913,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + MORE_WARPS) * LANES, 1) wr
             } else if (__any_sync(~0u, stop_id[own] == token[own])) {
                 ending = STOPPED;
             } else {
-                if (cta == 0 && lane == 0)
+                if (writes && lane == 0)
                     store_to_host(memory.written + (long long)r * max_len + count[own],
                                   normalizer[own].word_of(token[own], logit[own]));
                 count[own]++;
