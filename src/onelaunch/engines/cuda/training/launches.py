@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from onelaunch.engines.cuda.training import loss, rotary, rows, update
+from onelaunch.operators.triton_cache import verified
 
 TILE = 2048  # elements of a tile of rows: 16 for each thread of four warps
 ROW_IN_REGISTERS = 32_768  # logits of a row; wider rows are read twice
@@ -46,7 +47,8 @@ class HeadNorms(NamedTuple):
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel on the current device and its current stream; tests replace it."""
-    kernel[grid](*arguments, **options)
+    with verified:
+        kernel[grid](*arguments, **options)
 
 
 def next_power_of_2(n: int) -> int:
@@ -139,8 +141,8 @@ def sum_partials(
     columns = 32
     launch(
         rows.sum_partials_kernel, (ctas(D, columns), G),
-        partial_GPD, gradients_M, offsets_G, P, D=D, BLOCK_PARTIALS=64, BLOCK_COLUMNS=columns,
-        ACCUMULATE=accumulate, num_warps=4,
+        partial_GPD, gradients_M, offsets_G, P, D=D, BLOCK_PARTIALS=256, BLOCK_COLUMNS=columns,
+        ACCUMULATE=accumulate, num_warps=8,
     )  # fmt: skip
 
 

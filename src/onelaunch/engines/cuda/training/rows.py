@@ -119,12 +119,14 @@ def norm_backward_kernel(
         rstd = tl.load(rstd_ptr + first + local, mask=in_rows, other=0.0)
         x = tl.load(x_ptr + first * D + offsets, mask=mask, other=0.0)
         dy = tl.load(dnormed_ptr + first * D + offsets, mask=mask, other=0.0).to(tl.float32)
+        if dx_ptr is not None:
+            dx = tl.load(dx_ptr + first * D + offsets, mask=mask, other=0.0)
+        else:
+            dx = tl.zeros([R, BLOCK], tl.float32)
         n = x * rstd
         m = dy * weight
         dweight += dy * n
-        out = rstd * (m - n * (tl.sum(m * n, 1, keep_dims=True) / D))
-        if dx_ptr is not None:
-            out += tl.load(dx_ptr + first * D + offsets, mask=mask, other=0.0)
+        out = dx + rstd * (m - n * (tl.sum(m * n, 1, keep_dims=True) / D))
         tl.store(out_ptr + first * D + offsets, out, mask=mask)
         if half_ptr is not None:
             half = out.to(half_ptr.dtype.element_ty)

@@ -29,8 +29,8 @@ def embedding_gradient_kernel(
     """The sums of runs of equal tokens in CHUNK sorted positions, BLOCK columns of them.
 
     A run that lies in the chunk is added to its token's gradient. Of one that begins before the
-    chunk the sum goes to its first edge, of one that ends after it to the second. GROUP rows are
-    loaded before the first of them is waited for."""
+    chunk the sum goes to its first edge, of one that ends after it to the second. GROUP rows,
+    and the gradients that they may end in, are loaded before the first of them is waited for."""
     chunk = tl.program_id(0)
     first = chunk * CHUNK
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -41,19 +41,25 @@ def embedding_gradient_kernel(
     begun_before = before == token
     total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, CHUNK, GROUP, num_stages=1):
-        tokens = ()
+        tokens = (token,)
         terms = ()
+        previous = ()
         for i in tl.static_range(GROUP):
             at = first + start + i
             row = tl.load(order_ptr + at, mask=at < rows, other=0).to(tl.int64)
             tokens += (tl.load(sorted_ptr + at + 1, mask=at + 1 < rows, other=-1).to(tl.int64),)
             mask = in_row & (at < rows)
             terms += (tl.load(dx_ptr + row * D + columns, mask=mask, other=0.0),)
+        # each token's gradient is added to once, and not in another CTA
+        for i in tl.static_range(GROUP):
+            mask = in_row & (tokens[i] != tokens[i + 1])
+            out_ptr = gradient_ptr + tokens[i] * D + columns
+            previous += (tl.load(out_ptr, mask=mask, other=0.0),)
         for i in tl.static_range(GROUP):
             total += terms[i]
-            following = tokens[i]
-            last = start + i == CHUNK - 1
-            ends = (token != following) | last
+            token = tokens[i]
+            following = tokens[i + 1]
+            ends = (token != following) | (start + i == CHUNK - 1)
             if ends & (token >= 0):
                 if begun_before:
                     tl.store(edge_ptr, total, mask=in_row)
@@ -61,8 +67,7 @@ def embedding_gradient_kernel(
                     tl.store(edge_ptr + D, total, mask=in_row)
                 else:
                     out_ptr = gradient_ptr + token * D + columns
-                    previous = tl.load(out_ptr, mask=in_row, other=0.0)
-                    tl.store(out_ptr, previous + total, mask=in_row)
+                    tl.store(out_ptr, previous[i] + total, mask=in_row)
             total = tl.where(ends, 0.0, total)
             begun_before = begun_before & (token == following)
             token = following
