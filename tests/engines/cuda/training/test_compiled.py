@@ -174,6 +174,34 @@ def test_the_update(M, kernels):
     assert found["adamw_kernel"].widths("st") == {16, 4}  # 4 of the norm
 
 
+@pytest.mark.extended
+def test_one_row_and_one_cta(kernels):
+    """Triton makes constants of arguments that are 1."""
+    launches, found = kernels
+    x, normed, one = empty(1, 288), half(1, 288), empty(1)
+    w = empty(288)
+    launches.embed_norm(whole(1), empty(9, 288), w, 1e-5, x, normed, one)
+    launches.add_norm(x, normed, w, 1e-5, x, normed, one)
+    launches.norm_backward(normed, x, one, w, None, x, None, empty(1, 288))
+    launches.sum_partials(empty(1, 1, 288), w, whole(1), True)
+    heads = launches.Heads(1, 1, 2, True)
+    norms, qkv, cos = launches.HeadNorms(empty(2), empty(2), 0.0), half(1, 6), empty(1, 1)
+    launches.rotate(qkv, cos, cos, heads, half(1, 4), norms)
+    d = half(1, 1, 2)
+    launches.rotate_backward(d, d, d, cos, cos, heads, qkv, norms, qkv, empty(2, 1, 2))
+    launches.swiglu(half(1, 2), half(1, 1))
+    launches.swiglu_backward(half(1, 1), half(1, 2), half(1, 2), None)
+    for V in (9, 40_000):
+        launches.cross_entropy(half(1, V), whole(1), one, one, True)
+    launches.count_targets(whole(1), one, one, one)
+    launches.mean_loss(one, one, one, total=True)
+    launches.embedding_gradient(whole(1), whole(1), x, empty(9, 288), empty(1, 2, 288))
+    launches.sum_of_squares(one, one)
+    launches.adamw(one, one, one, one, None, one, empty(8), 1, one)
+    assert len(found) == 15
+    assert not any(compiled.spilled for compiled in found.values())
+
+
 def test_no_name_has_a_value_in_the_modules_of_kernels():
     """They would need names of their own, see test_compiled.py of the stages."""
     triton = pytest.importorskip("triton")
