@@ -1,0 +1,1 @@
+"""A training step in a few kernels per layer: row-wise Triton kernels between matrix products."""

@@ -1,0 +1,342 @@
+"""Launch the kernels of a training step on the current stream, into tensors that the caller gives.
+
+Shapes: N rows (batch times sequence), S sequence, D model width, H heads, K kv heads, E head width,
+P = E/2 pairs of a head, F hidden width, V vocabulary, C columns of packed queries, keys and values,
+(H + 2 K) E, G gradients, M elements of flat tensors; "partials" of a gradient are one sum per CTA.
+
+T is the compute dtype: float32, bfloat16 or float16. Tensors without "in T" are float32, tokens and
+targets int64 or int32; all are contiguous unless a docstring says otherwise. Nothing is allocated
+and nothing waits for the device, so that launches can be captured as a CUDA graph. Token ids and
+targets are not checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from onelaunch.engines.cuda.training import loss, rotary, rows, update
+from onelaunch.operators.triton_cache import verified
+
+TILE = 2048  # elements of a tile of rows: 16 for each thread of four warps
+ROW_IN_REGISTERS = 32_768  # logits of a row; wider rows are read twice
+COUNT_BLOCK = 4096  # targets and losses that the one CTA reads at once
+UPDATE_BLOCK = 1024  # elements of the flat tensors, eight for each thread of four warps
+SQUARES_BLOCK = 4096
+CHUNK = 32  # sorted tokens of a CTA of the embedding's gradient
+
+
+class Heads(NamedTuple):
+    """How a packed row is divided: H heads of queries, K of keys and K of values, each E wide.
+    `interleaved` pairs neighbouring elements, else those of a head's two halves."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    interleaved: bool
+
+
+class HeadNorms(NamedTuple):
+    """The norms of queries and keys: weights, (E,) each."""
+
+    q_weight_E: Tensor
+    k_weight_E: Tensor
+    eps: float
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on the current device and its current stream; tests replace it."""
+    with verified:
+        kernel[grid](*arguments, **options)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_tile(columns: int, elements: int = TILE) -> dict[str, int]:
+    """Return a tile of R rows of BLOCK columns, all of a row's, and its warps: 16 elements or more
+    per thread, in 4 warps to 16."""
+    block = next_power_of_2(columns)
+    count = max(1, elements // block)
+    return {"R": count, "BLOCK": block, "num_warps": max(4, min(16, count * block // 512))}
+
+
+def column_tile(columns: int) -> dict[str, int]:
+    """Return a tile of R rows of BLOCK columns, some of a row's: the widest of which an eighth at
+    most lies beyond the row's end."""
+    blocks = (1024, 512, 256)
+    fitting = (b for b in blocks if -(-columns // b) * b <= columns * 9 / 8)
+    block = next(fitting, min(128, next_power_of_2(columns)))
+    return {"R": TILE // block, "BLOCK": block, "num_warps": 4}
+
+
+def ctas(n: int, per_cta: int) -> int:
+    """Return how many CTAs n things take, so many of them in each."""
+    return -(-n // per_cta)
+
+
+def embed_norm(
+    tokens_N: Tensor,
+    embedding_VD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    x_ND: Tensor,
+    normed_ND: Tensor,
+    rstd_N: Tensor,
+) -> None:
+    """Write x = embedding[token], its norm in T, and 1 / rms."""
+    (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
+    launch(
+        rows.embed_norm_kernel, (ctas(N, tile["R"]),),
+        tokens_N, embedding_VD, weight_D, x_ND, normed_ND, rstd_N, N, eps, D=D, **tile,
+    )  # fmt: skip
+
+
+def add_norm(
+    x_ND: Tensor,
+    delta_ND: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    sum_ND: Tensor,
+    normed_ND: Tensor,
+    rstd_N: Tensor,
+) -> None:
+    """Write sum = x + delta, which may be x itself, its norm in T, and 1 / rms. delta is in T."""
+    (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
+    launch(
+        rows.add_norm_kernel, (ctas(N, tile["R"]),),
+        x_ND, delta_ND, weight_D, sum_ND, normed_ND, rstd_N, N, eps, D=D, **tile,
+    )  # fmt: skip
+
+
+def norm_backward(
+    dnormed_ND: Tensor,
+    x_ND: Tensor,
+    rstd_N: Tensor,
+    weight_D: Tensor,
+    dx_ND: Tensor | None,
+    out_ND: Tensor,
+    half_ND: Tensor | None,
+    partial_PD: Tensor,
+) -> None:
+    """Write out = dx + the gradient of RMSNorm, which may be dx itself, and the weight's partials.
+
+    dnormed is in T. Without dx it is zero; `half_ND` gets out in T. There are P CTAs."""
+    (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
+    launch(
+        rows.norm_backward_kernel, (partial_PD.shape[0],),
+        dnormed_ND, x_ND, rstd_N, weight_D, dx_ND, out_ND, half_ND, partial_PD, N, D=D, **tile,
+    )  # fmt: skip
+
+
+def sum_partials(
+    partial_GPD: Tensor, gradients_M: Tensor, offsets_G: Tensor, accumulate: bool
+) -> None:
+    """Sum the partials of G gradients, each D wide, to where `offsets_G`, int64, begin in
+    `gradients_M`; `accumulate` adds to what is there."""
+    G, P, D = partial_GPD.shape
+    columns = 32
+    launch(
+        rows.sum_partials_kernel, (ctas(D, columns), G),
+        partial_GPD, gradients_M, offsets_G, P, D=D, BLOCK_PARTIALS=256, BLOCK_COLUMNS=columns,
+        ACCUMULATE=accumulate, num_warps=8,
+    )  # fmt: skip
+
+
+def rotate(
+    qkv_NC: Tensor,
+    cos_SP: Tensor,
+    sin_SP: Tensor,
+    heads: Heads,
+    out: Tensor,
+    norms: HeadNorms | None = None,
+) -> None:
+    """Write rotated queries and keys, in T; row n has position n % S.
+
+    `out` is `qkv_NC` itself, or (N, (H + K) E) and the packed rows stay. With `norms` each head is
+    normalized first; the backward needs the raw rows, so that `out` is another tensor then."""
+    (N, _), (S, P) = qkv_NC.shape, cos_SP.shape
+    H, K, E, interleaved = heads
+    q_weight, k_weight, eps = norms or (None, None, 0.0)
+    tile = row_tile(P, TILE // 2)
+    launch(
+        rotary.rotate_kernel, (ctas(N * (H + K), tile["R"]),),
+        qkv_NC, cos_SP, sin_SP, q_weight, k_weight, out, qkv_NC.stride(0), out.stride(0), N, S, eps,
+        H=H, K=K, E=E, INTERLEAVED=interleaved, **tile,
+    )  # fmt: skip
+
+
+def rotate_backward(
+    dq_NHE: Tensor,
+    dk_NKE: Tensor,
+    dv_NKE: Tensor,
+    cos_SP: Tensor,
+    sin_SP: Tensor,
+    heads: Heads,
+    dqkv_NC: Tensor,
+    norms: HeadNorms | None = None,
+    qkv_NC: Tensor | None = None,
+    partial_2PE: Tensor | None = None,
+) -> None:
+    """Write the gradient of packed rows from those of rotated queries and keys and of values, all
+    in T; the three may have any strides of rows and heads.
+
+    With `norms`: from the raw packed rows too, and with the partials of the weights of queries and
+    keys, for `sum_partials`; there are P CTAs then."""
+    H, K, E, interleaved = heads
+    N, S = dq_NHE.shape[0], cos_SP.shape[0]
+    tile = row_tile(E // 2, TILE // 2)
+    gradients = (dq_NHE, dk_NKE, dv_NKE)
+    strides = tuple(stride for d in gradients for stride in (d.stride(0), d.stride(1)))
+    weights: tuple[Tensor | None, ...] = (None, None)
+    partials: tuple[Tensor | None, ...] = (None, None)
+    grid, eps = ctas(N * H, tile["R"]), 0.0
+    if norms is not None:
+        if qkv_NC is None or partial_2PE is None:
+            raise ValueError("the backward of norms of heads needs the raw rows and partials")
+        weights, eps = (norms.q_weight_E, norms.k_weight_E), norms.eps
+        partials, grid = (partial_2PE[0], partial_2PE[1]), partial_2PE.shape[1]
+    launch(
+        rotary.rotate_backward_kernel, (grid,),
+        gradients, strides, cos_SP, sin_SP, weights, qkv_NC, dqkv_NC, partials, N, S, eps,
+        H=H, K=K, E=E, INTERLEAVED=interleaved, **tile,
+    )  # fmt: skip
+
+
+def swiglu(gate_up_N2F: Tensor, hidden_NF: Tensor) -> None:
+    """Write hidden = silu(gate) * up, in T; a row has the F gates first."""
+    N, F = hidden_NF.shape
+    tile = column_tile(F)
+    launch(
+        rows.swiglu_kernel, (ctas(N, tile["R"]), ctas(F, tile["BLOCK"])),
+        gate_up_N2F, hidden_NF, N, F=F, **tile,
+    )  # fmt: skip
+
+
+def swiglu_backward(
+    dhidden_NF: Tensor, gate_up_N2F: Tensor, dgate_up_N2F: Tensor, hidden_NF: Tensor | None
+) -> None:
+    """Write the gradient of gates and ups, which may take their place, and hidden again unless it
+    is None; all in T."""
+    N, F = dhidden_NF.shape
+    tile = column_tile(F)
+    launch(
+        rows.swiglu_backward_kernel, (ctas(N, tile["R"]), ctas(F, tile["BLOCK"])),
+        dhidden_NF, gate_up_N2F, dgate_up_N2F, hidden_NF, N, F=F, **tile,
+    )  # fmt: skip
+
+
+def cross_entropy(
+    logits_CV: Tensor, targets_C: Tensor, weight: Tensor, loss_C: Tensor, with_gradient: bool
+) -> None:
+    """Write each row's loss, 0 for target -1. With the gradient, logits, in T, become
+    (softmax - onehot) * weight; `weight` has one element.
+
+    Rows of logits may have any stride; C here counts rows."""
+    C, V = logits_CV.shape
+    arguments = (logits_CV, targets_C, weight, loss_C, logits_CV.stride(0))
+    if V <= ROW_IN_REGISTERS:
+        tile = row_tile(V, 2 * TILE)
+        launch(
+            loss.cross_entropy_kernel, (ctas(C, tile["R"]),),
+            *arguments, C, V=V, WITH_GRADIENT=with_gradient, **tile,
+        )  # fmt: skip
+    else:
+        launch(
+            loss.cross_entropy_blocks_kernel, (C,),
+            *arguments, V=V, LANES=512, WIDTH=8, WITH_GRADIENT=with_gradient, num_warps=4,
+        )  # fmt: skip
+
+
+def count_targets(targets_N: Tensor, scale: Tensor, weight: Tensor, count: Tensor) -> None:
+    """Write the number of targets that are not -1, and weight = scale / count, 0 where that is 0.
+    `scale`, `weight` and `count` have one element each."""
+    launch(
+        loss.count_targets_kernel, (1,),
+        targets_N, scale, weight, count, targets_N.numel(), BLOCK=COUNT_BLOCK, num_warps=16,
+    )  # fmt: skip
+
+
+def mean_loss(loss_N: Tensor, count: Tensor, out: Tensor, total: bool = False) -> None:
+    """Write the sum of losses over count, NaN where that is 0; with `total` the sum alone. `count`
+    and `out` have one element each."""
+    launch(
+        loss.sum_loss_kernel, (1,),
+        loss_N, count, out, loss_N.numel(), BLOCK=COUNT_BLOCK, MEAN=not total, num_warps=16,
+    )  # fmt: skip
+
+
+def edges_shape(n_rows: int, dim: int) -> tuple[int, int, int]:
+    """Return the shape of `embedding_gradient`'s edges: two rows for each chunk of positions."""
+    return ctas(n_rows, CHUNK), 2, dim
+
+
+def embedding_gradient(
+    sorted_N: Tensor, order_N: Tensor, dx_ND: Tensor, gradient_VD: Tensor, edges: Tensor
+) -> None:
+    """Add to each token's gradient the rows of dx of that token: two launches, no atomics.
+
+    `sorted_N` are the tokens sorted stably, `order_N` the rows they came from; `edges` has the
+    shape of `edges_shape` and need not be cleared."""
+    N, D = dx_ND.shape
+    block = min(512, next_power_of_2(D))
+    grid = (ctas(N, CHUNK), ctas(D, block))
+    launch(
+        update.embedding_gradient_kernel, grid, sorted_N, order_N, dx_ND, gradient_VD, edges, N,
+        D=D, CHUNK=CHUNK, GROUP=8, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    if N > CHUNK:
+        launch(
+            update.join_edges_kernel, grid, sorted_N, gradient_VD, edges, N,
+            D=D, CHUNK=CHUNK, HEADS=512, EDGES=8, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
+def sum_of_squares(gradients_M: Tensor, partial_P: Tensor) -> None:
+    """Write P partial sums of the squares of all gradients, one per CTA."""
+    launch(
+        update.sum_of_squares_kernel, (partial_P.numel(),),
+        gradients_M, partial_P, gradients_M.numel(), BLOCK=SQUARES_BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def adamw_numbers(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, clip: float
+) -> list[float]:
+    """Return what `adamw` reads from its eight numbers at a step, counted from 1.
+
+    1 - beta and the corrections are computed here, in float64 as torch.optim.AdamW does: from
+    0.999 in float32, 1 - beta2 would be off by a part in 10^5."""
+    beta1, beta2 = betas
+    return [
+        1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2,
+        (1 - beta2**step) ** 0.5, eps, clip,
+    ]  # fmt: skip
+
+
+def adamw(
+    weights_M: Tensor,
+    gradients_M: Tensor,
+    exp_avg_M: Tensor,
+    exp_avg_sq_M: Tensor,
+    half_M: Tensor | None,
+    partial_P: Tensor,
+    numbers_8: Tensor,
+    n_decayed: int,
+    norm_out: Tensor,
+) -> None:
+    """Update weights and moments from gradients clipped by their norm; `half_M` gets the weights
+    in T. The first `n_decayed` elements decay.
+
+    `partial_P` are the sums of `sum_of_squares`, `numbers_8` those of `adamw_numbers`; a clip of 0
+    or infinity is none. `norm_out`, one element, gets the norm before clipping. Accesses are 16
+    bytes wide where M is a multiple of 16."""
+    M, P = weights_M.numel(), partial_P.numel()
+    launch(
+        update.adamw_kernel, (min(ctas(M, UPDATE_BLOCK), 2 * P),),
+        weights_M, gradients_M, exp_avg_M, exp_avg_sq_M, half_M, partial_P, numbers_8, norm_out,
+        M, P, n_decayed, BLOCK=UPDATE_BLOCK, BLOCK_PARTIALS=next_power_of_2(P), num_warps=4,
+    )  # fmt: skip

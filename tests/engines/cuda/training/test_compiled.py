@@ -1,0 +1,212 @@
+"""The kernels of a training step compiled, without a GPU, for NVIDIA's sm_90: they compile, keep
+their tiles in registers and access memory in whole 16 bytes. Nothing runs, so nothing else is
+claimed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from onelaunch.operators.rms_norm import launch
+from tests.compiling import absent, spilled
+
+BF16, F32 = torch.bfloat16, torch.float32
+N, S, P = 16_384, 1024, 264
+
+
+class Compiled(NamedTuple):
+    spilled: int
+    ptx: str
+
+    def widths(self, kind: str) -> set[int]:
+        """Bytes of a thread's loads (ld) or stores (st)."""
+        found = re.findall(rf"{kind}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", self.ptx)
+        return {int(count or 1) * int(bits) // 8 for count, bits in found}
+
+
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """The kernels that a call of `launches` would launch, by name."""
+    triton = pytest.importorskip("triton")
+    if launch.INTERPRETED:
+        pytest.skip("Triton interprets in this process (TRITON_INTERPRET), so it compiles nothing")
+    from triton.runtime import driver
+
+    from onelaunch.engines.cuda.training import launches
+
+    monkeypatch.setattr(driver, "_active", absent("sm_90"))
+    found: dict[str, Compiled] = {}
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        assert all(0 < size < 65_536 for size in grid[1:])
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        name = compiled.metadata.name
+        found[name] = Compiled(spilled(triton, compiled, tmp_path), compiled.asm["ptx"])
+
+    monkeypatch.setattr(launches, "launch", compile_only)
+    return launches, found
+
+
+def empty(*shape: int, dtype=F32) -> Tensor:
+    """A tensor of which nothing is ever touched."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def half(*shape: int) -> Tensor:
+    return empty(*shape, dtype=BF16)
+
+
+def whole(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int64)
+
+
+def assert_in_registers(found: dict[str, Compiled], names: set[str]) -> None:
+    assert found.keys() == names
+    assert not any(one.spilled for one in found.values()), {n: c.spilled for n, c in found.items()}
+    # what is narrower is one number of a row or for all, or a head's weight
+    for name, one in found.items():
+        assert 16 in one.widths("ld"), name
+
+
+def assert_stores_are_wide(found: dict[str, Compiled], *names: str) -> None:
+    for name in names:
+        assert found[name].widths("st") == {16}, name
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("D", [288, 768, 2048, 4096])
+def test_norms_and_the_embeddings_gradient(D, kernels):
+    launches, found = kernels
+    x, normed, rstd, w = empty(N, D), half(N, D), empty(N), empty(D)
+    launches.embed_norm(whole(N), empty(32_000, D), w, 1e-5, x, normed, rstd)
+    launches.add_norm(x, half(N, D), w, 1e-5, x, normed, rstd)
+    launches.norm_backward(normed, x, rstd, w, x, x, normed, empty(P, D))
+    launches.sum_partials(empty(13, P, D), empty(10**9), whole(13), False)
+    edges = empty(*launches.edges_shape(N, D))
+    launches.embedding_gradient(whole(N), whole(N), x, empty(32_000, D), edges)
+    assert_in_registers(
+        found,
+        {
+            "embed_norm_kernel", "add_norm_kernel", "norm_backward_kernel", "sum_partials_kernel",
+            "embedding_gradient_kernel", "join_edges_kernel",
+        },
+    )  # fmt: skip
+    assert_stores_are_wide(
+        found, "norm_backward_kernel", "embedding_gradient_kernel", "join_edges_kernel"
+    )
+    for name in ("embed_norm_kernel", "add_norm_kernel"):
+        assert found[name].widths("st") == {16, 4}  # 4 of rstd
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize(
+    "heads", [(6, 6, 48, True), (6, 6, 48, False), (12, 4, 64, True), (16, 8, 128, False)]
+)
+def test_rotary_embedding(heads, with_norms, kernels):
+    launches, found = kernels
+    heads = launches.Heads(*heads)
+    H, K, E, _ = heads
+    qkv, cos = half(N, (H + 2 * K) * E), empty(S, E // 2)
+    # the layout that attention gives its gradients: heads outside of positions, batches outside
+    dq, dk, dv = (half(n, N, E).transpose(0, 1) for n in (H, K, K))
+    if with_norms:
+        norms = launches.HeadNorms(empty(E), empty(E), 1e-6)
+        launches.rotate(qkv, cos, cos, heads, half(N, (H + K) * E), norms)
+        partial = empty(2, P, E)
+        launches.rotate_backward(dq, dk, dv, cos, cos, heads, qkv, norms, qkv, partial)
+    else:
+        launches.rotate(qkv, cos, cos, heads, qkv)
+        launches.rotate_backward(dq, dk, dv, cos, cos, heads, qkv)
+    assert_in_registers(found, {"rotate_kernel", "rotate_backward_kernel"})
+    assert_stores_are_wide(found, "rotate_kernel")
+    if not with_norms:
+        assert_stores_are_wide(found, "rotate_backward_kernel")
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("hidden_dim", [768, 1376, 2048, 5504])
+def test_swiglu(hidden_dim, kernels):
+    launches, found = kernels
+    hidden, gate_up = half(N, hidden_dim), half(N, 2 * hidden_dim)
+    launches.swiglu(gate_up, hidden)
+    launches.swiglu_backward(hidden, gate_up, gate_up, hidden)
+    assert_in_registers(found, {"swiglu_kernel", "swiglu_backward_kernel"})
+    assert_stores_are_wide(found, *found)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("V", [512, 4096, 32_000, 32_768, 151_936])
+def test_cross_entropy(V, dtype, kernels):
+    launches, found = kernels
+    name = "cross_entropy_kernel" if V <= 32_768 else "cross_entropy_blocks_kernel"
+    for with_gradient in (False, True):
+        found.clear()
+        logits = empty(4096, V, dtype=dtype)
+        launches.cross_entropy(logits, whole(4096), empty(1), empty(4096), with_gradient)
+        assert_in_registers(found, {name})
+    # 4 of the loss, and the gradient at the target
+    assert found[name].widths("st") == {16, 4, dtype.itemsize}
+
+
+@pytest.mark.extended
+def test_targets_and_the_mean_loss(kernels):
+    launches, found = kernels
+    launches.count_targets(whole(N), empty(1), empty(1), empty(1))
+    launches.mean_loss(empty(N), empty(1), empty(1))
+    assert_in_registers(found, {"count_targets_kernel", "sum_loss_kernel"})
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("M", [15_191_712, 2_400_000_000])
+def test_the_update(M, kernels):
+    """The same for more elements than 32 bits count."""
+    launches, found = kernels
+    weights, partial = empty(M), empty(528)
+    launches.sum_of_squares(weights, partial)
+    launches.adamw(weights, weights, weights, weights, half(M), partial, empty(8), M // 2, empty(1))
+    assert_in_registers(found, {"sum_of_squares_kernel", "adamw_kernel"})
+    assert found["adamw_kernel"].widths("st") == {16, 4}  # 4 of the norm
+
+
+@pytest.mark.extended
+def test_one_row_and_one_cta(kernels):
+    """Triton makes constants of arguments that are 1."""
+    launches, found = kernels
+    x, normed, one = empty(1, 288), half(1, 288), empty(1)
+    w = empty(288)
+    launches.embed_norm(whole(1), empty(9, 288), w, 1e-5, x, normed, one)
+    launches.add_norm(x, normed, w, 1e-5, x, normed, one)
+    launches.norm_backward(normed, x, one, w, None, x, None, empty(1, 288))
+    launches.sum_partials(empty(1, 1, 288), w, whole(1), True)
+    heads = launches.Heads(1, 1, 2, True)
+    norms, qkv, cos = launches.HeadNorms(empty(2), empty(2), 0.0), half(1, 6), empty(1, 1)
+    launches.rotate(qkv, cos, cos, heads, half(1, 4), norms)
+    d = half(1, 1, 2)
+    launches.rotate_backward(d, d, d, cos, cos, heads, qkv, norms, qkv, empty(2, 1, 2))
+    launches.swiglu(half(1, 2), half(1, 1))
+    launches.swiglu_backward(half(1, 1), half(1, 2), half(1, 2), None)
+    for V in (9, 40_000):
+        launches.cross_entropy(half(1, V), whole(1), one, one, True)
+    launches.count_targets(whole(1), one, one, one)
+    launches.mean_loss(one, one, one, total=True)
+    launches.embedding_gradient(whole(1), whole(1), x, empty(9, 288), empty(1, 2, 288))
+    launches.sum_of_squares(one, one)
+    launches.adamw(one, one, one, one, None, one, empty(8), 1, one)
+    assert len(found) == 15
+    assert not any(compiled.spilled for compiled in found.values())
+
+
+def test_no_name_has_a_value_in_the_modules_of_kernels():
+    """They would need names of their own, see test_compiled.py of the stages."""
+    triton = pytest.importorskip("triton")
+    from onelaunch.engines.cuda.training import loss, rotary, rows, update
+
+    for module in (loss, rotary, rows, update):
+        for name, value in vars(module).items():
+            assert not isinstance(value, triton.language.constexpr), name
