@@ -260,8 +260,7 @@ def test_prompts_that_one_forward_reads_have_the_same_bits_as_alone(n):
     for _ in range(3):  # launched, captured and replayed
         cache = torch.full(shape, float("nan")).bfloat16().cuda()
         first, *others = [
-            prompts.begin(each, cache, slot, with_logits=False)
-            for slot, each in enumerate(ids)
+            prompts.begin(each, cache, slot, with_logits=False) for slot, each in enumerate(ids)
         ]
         assert all(first.reads_with(other, len(ids)) for other in others)
         assert first.step(others)
@@ -281,9 +280,7 @@ def test_prompts_that_take_turns_have_the_same_bits_as_alone():
     alone = [in_cache(config, prompts, torch.bfloat16, ids, 0, 3000) for ids in both]
     shape = (2, config.n_layers, 2, config.n_kv_heads, 3001, config.head_dim)
     keys, values = cache = torch.full(shape, float("nan")).bfloat16().cuda()
-    readings = [
-        prompts.begin(ids, cache, slot, with_logits=True) for slot, ids in enumerate(both)
-    ]
+    readings = [prompts.begin(ids, cache, slot, with_logits=True) for slot, ids in enumerate(both)]
     ended = {}
     while len(ended) < 2:
         for slot, reading in enumerate(readings):

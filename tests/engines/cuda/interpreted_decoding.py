@@ -439,9 +439,7 @@ def test_prompts_are_read_together_where_one_chunk_of_a_length_has_each(n, m, lo
     config = TINY.with_(max_seq_len=64)
     packed = pack(config, weights_of(config), torch.float16, CPU)
     prompts, cache = Prompts(config, packed, 32), cache_of(config)
-    one, other = (
-        prompts.begin([1] * length, cache, 0, with_logits=logits) for length in (n, m)
-    )
+    one, other = (prompts.begin([1] * length, cache, 0, with_logits=logits) for length in (n, m))
     assert one.reads_with(other, 2) == together
 
 

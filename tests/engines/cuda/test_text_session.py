@@ -350,7 +350,6 @@ def test_tokens_of_the_last_launch_are_handed_on_as_they_come():
     assert [len(launch) for launch in writer.launches] == [2, 2]
 
 
-
 @pytest.mark.parametrize("token_seconds", [None, 1e-5])
 def test_the_others_are_written_between_the_chunks_of_a_prompt(token_seconds):
     writer = HostWriter(token_seconds)

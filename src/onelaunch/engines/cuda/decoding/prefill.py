@@ -145,9 +145,7 @@ class Prompts:
         there."""
         to.copy_(numbers.pin_memory() if self._on_gpu else numbers, non_blocking=True)
 
-    def _keep(
-        self, forward: BoundForward, first: int, prompts: int, n: int, cache: Tensor
-    ) -> None:
+    def _keep(self, forward: BoundForward, first: int, prompts: int, n: int, cache: Tensor) -> None:
         """Keys and values of the first n positions of some of a forward's prompts into their slots
         of the cache."""
         c, length = self._config, forward.plan.sequence
