@@ -102,11 +102,17 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
     log(f"{name} x {batch}: the engine's first text after {first_seconds:.1f} s")
     if ours(NEW) != written:
         raise RunFailed(f"{name} x {batch}: two runs wrote different tokens")
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    # before torch.compile's processes are there, which keep the host's cores busy for a while
+    slopes = [_slope_us(ours) for _ in range(rounds)]
+    firsts = [_first_ms(engine, prompts.tolist()) for _ in range(rounds)]
+    long = torch.randint(2, config.vocab_size, (1, LONG_PROMPT)).tolist()
+    long_firsts = [_first_ms(engine, long) for _ in range(rounds + 2)][2:] if batch == 1 else []
+    cancels = [_after_cancel_ms(engine, prompts.tolist()) for _ in range(rounds)]
     peer = BareDecoding(config, weights, DTYPE, device, batch, CONTEXT)
     peers, compile_seconds = _peers(peer, prompts.to(device))
     theirs = peers["eager"](NEW).tolist()
     same = statistics.mean(_agree(a, b) for a, b in zip(written, theirs, strict=True))
-    rounds = QUICK_ROUNDS if quick else ROUNDS
     contestants: dict[str, Callable[[], float]] = {
         "ours": partial(_rate, ours, batch),
         **{peer_: partial(_rate, run_, batch) for peer_, run_ in peers.items() if peer_ != "eager"},
@@ -120,11 +126,6 @@ def _case(name: str, batch: int, device: torch.device, quick: bool, log: Log) ->
         slow["transformers"] = generate
     for name_, run_ in slow.items():
         samples[name_] = [_rate(run_, batch) for _ in range(EAGER_ROUNDS)]
-    slopes = [_slope_us(ours) for _ in range(rounds)]
-    firsts = [_first_ms(engine, prompts.tolist()) for _ in range(rounds)]
-    long = torch.randint(2, config.vocab_size, (1, LONG_PROMPT)).tolist()
-    long_firsts = [_first_ms(engine, long) for _ in range(rounds + 2)][2:] if batch == 1 else []
-    cancels = [_after_cancel_ms(engine, prompts.tolist()) for _ in range(rounds)]
     medians = {peer_: statistics.median(values) for peer_, values in samples.items()}
     rates = samples["ours"]
     ratios = {
