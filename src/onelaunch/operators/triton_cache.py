@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ class _Verified:
 verified = _Verified()
 """A context, for any number of threads, in which kernels are compiled or loaded with digests. It
 costs 2 us, so it is for first launches only."""
+
+
+_names_its_files = threading.Lock()
+
+
+def prepare_triton() -> None:
+    """What Triton does once in a process before it finds or compiles a first kernel: a digest of
+    all of its own files, 0.3 s, in which other threads run. One that calls this meanwhile waits."""
+    with _names_its_files, suppress(Exception):  # of another version: it is then done later
+        from triton.experimental.gluon.nvidia import hopper  # noqa: F401 - for every kernel's key
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 @cache

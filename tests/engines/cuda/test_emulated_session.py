@@ -60,7 +60,7 @@ class HostPrompts:
     def calls(self, n, with_logits, together=False):
         return []
 
-    def begin(self, prompt_ids, cache, with_logits):
+    def begin(self, prompt_ids, cache, slot, with_logits):
         assert not prompt_ids
         return self
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onelaunch.compilation.child import usable_cores
 from onelaunch.operators.handles import KNOWN_LAUNCHERS, current_device, current_stream
-from onelaunch.operators.triton_cache import verified
+from onelaunch.operators.triton_cache import prepare_triton, verified
 
 Launch = Callable[[Any, Any], None]
 """Called with ids, (N,), int64, and logits, (rows, V); or with None for the call's own."""
@@ -116,6 +116,7 @@ def compile_together(calls: Sequence[Call | CallAndProduct]) -> None:
     from triton import AsyncCompileMode
 
     def compile_all() -> None:
+        prepare_triton()
         with ThreadPoolExecutor(max(2, min(8, usable_cores() - 1))) as pool, verified:
             with suppress(Exception), AsyncCompileMode(pool, ignore_errors=True):
                 for call in calls:
