@@ -1,0 +1,148 @@
+"""The CUDA engine's training step: a few CUDA graphs over flat parameters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.checks import check_tokens
+from onelaunch.engines.cuda import why_not
+from onelaunch.engines.cuda.training.flat import FlatParameters
+from onelaunch.engines.cuda.training.step import TrainingStep
+from onelaunch.engines.engine import Mark, no_mark
+from onelaunch.engines.reference import ReferenceEngine, resolve_device
+from onelaunch.errors import BadInput
+
+MOST_SHAPES = 2  # whose buffers are kept: that of training and of evaluation
+
+
+class CudaTrainer(ReferenceEngine):
+    """Trains on an NVIDIA GPU; see `TrainEngine`. Weights and gradients are float32, products in
+    `dtype`, bfloat16 by default, or float32, which is for checking.
+
+    The second use of a batch's shape captures CUDA graphs of a micro-step; from then on the host
+    launches three of them. Gradients have the same bits from run to run. Logits and samples are
+    PyTorch's. `flat` are its parameters and gradients as one tensor each, for an update of all at
+    once. Raises BadInput for what cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        device: str = "auto",
+        dtype: str | None = None,
+    ) -> None:
+        if reason := why_not_train(resolve_device(device), config):
+            raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
+        super().__init__(config, weights, device, dtype, train=True)
+        if self.dtype not in (torch.bfloat16, torch.float32):
+            raise BadInput(f"dtype={dtype!r}: the CUDA engine trains in bfloat16 or float32")
+        self.flat = FlatParameters(config, self.parameters(), self.dtype)
+        self._gradients = {name: self.flat.gradient(name) for name in self.parameters()}
+        self._steps: OrderedDict[tuple[int, int], TrainingStep] = OrderedDict()
+        self._is_rounded = False  # the weights that products read are those of the parameters
+
+    @torch.no_grad()
+    def train_step(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float = 1.0,
+        mark: Mark = no_mark,
+    ) -> Tensor:
+        """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`. Ids and
+        targets on a GPU are not looked at: one beyond the vocabulary reads and writes anything."""
+        step = self._loaded(tokens_BS, targets_BS, scale)
+        accumulate = not self._adopt_gradients()
+        step.forward()
+        mark("forward")
+        loss = step.loss(accumulate)
+        mark("loss")
+        step.backward(accumulate)
+        mark("backward")
+        return loss
+
+    @torch.no_grad()
+    def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor) -> float:
+        """The loss in nats, summed over the targets that are not -1; no gradient is touched."""
+        step = self._loaded(tokens_BS, targets_BS, 0.0)
+        step.forward()
+        return step.loss_sum().item()
+
+    def after_update(self) -> None:
+        """The parameters have been changed by something that knows nothing of `flat`."""
+        self._is_rounded = False
+
+    def updated_all(self) -> None:
+        """All of `flat` has been changed alike: weights, and those that products read."""
+        self._is_rounded = True
+
+    def zero_gradients(self) -> None:
+        """The next micro-step's gradients are the first."""
+        for parameter in self.parameters().values():
+            parameter.grad = None
+
+    def _loaded(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> TrainingStep:
+        if tokens_BS.device.type == "cpu":
+            tokens_BS = check_tokens(self.config, tokens_BS)
+        if targets_BS.shape != tokens_BS.shape or tokens_BS.dim() != 2 or not tokens_BS.numel():
+            raise BadInput(
+                f"tokens of shape {tuple(tokens_BS.shape)} and targets of {tuple(targets_BS.shape)}"
+                ": must be alike, one sequence and one token at least"
+            )
+        if tokens_BS.shape[1] > self.config.max_seq_len:
+            raise BadInput(
+                f"{tokens_BS.shape[1]} positions: the model's context is {self.config.max_seq_len}"
+            )
+        if not self._is_rounded:
+            self.flat.refresh()
+            self._is_rounded = True
+        sequences, length = tokens_BS.shape
+        step = self._step(sequences, length)
+        step.load(tokens_BS, targets_BS, scale)
+        return step
+
+    def _step(self, sequences: int, length: int) -> TrainingStep:
+        key = sequences, length
+        if key not in self._steps:
+            while len(self._steps) >= MOST_SHAPES:
+                self._steps.popitem(last=False)
+            self._steps[key] = TrainingStep(self.config, self.flat, sequences, length)
+        return self._steps[key]
+
+    def _adopt_gradients(self) -> bool:
+        """Have each parameter's `.grad` be our own tensor; whether all of them are to be written,
+        as there was none."""
+        parameters = self.parameters()
+        fresh = all(p.grad is None for p in parameters.values())
+        for name, parameter in parameters.items():
+            own = self._gradients[name]
+            if parameter.grad is None:
+                if not fresh:
+                    own.zero_()
+            elif parameter.grad.data_ptr() != own.data_ptr():
+                own.copy_(parameter.grad)
+            parameter.grad = own
+        return fresh
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, device, dtype, bytes of weights."""
+        return {**super().describe(), "engine": "cuda"}
+
+    def close(self) -> None:
+        """Let go of the buffers."""
+        self._steps.clear()
+
+
+def why_not_train(device: torch.device, config: ModelConfig) -> str | None:
+    """Why the CUDA engine cannot train a model on a device; None where it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "it trains on NVIDIA's GPUs"
+    if config.head_dim % 8 or config.dim % 8 or config.hidden_dim % 8:
+        return "its widths are not multiples of 8"
+    return why_not(device, config)

@@ -1,0 +1,297 @@
+"""A training step of one shape of batch: forward, loss and backward, each a CUDA graph.
+
+The residual stream, its gradient and all sums are float32, as in PyTorch's autocast; what products
+read and write is in the engine's dtype. The forward keeps of each layer both residuals, their norms,
+queries, keys and values, attention's output, and gates and ups; what the SwiGLU gives is computed
+again. Logits exist for some rows at a time: their loss, their gradient in their place, and its
+products follow at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onelaunch.config import ModelConfig
+from onelaunch.engines.cuda.training import launches
+from onelaunch.engines.cuda.training.flat import FlatParameters
+from onelaunch.engines.cuda.training.launches import HeadNorms, Heads
+from onelaunch.engines.cuda.training.products import (
+    Attention,
+    multiply,
+    multiply_back,
+    weight_gradient,
+)
+from onelaunch.model import rope_tables
+
+LOGITS = 1 << 27
+"""So many exist at once, about."""
+PARTIALS = 528
+"""CTAs of the backward of norms, each with a partial sum of the weight's gradient."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Of a layer, for the backward. `rotated` has queries and keys where they have norms."""
+
+    x_ND: Tensor
+    normed_ND: Tensor
+    rstd_N: Tensor
+    qkv_NC: Tensor
+    rotated: Tensor | None
+    mid_ND: Tensor
+    normed_mid_ND: Tensor
+    rstd_mid_N: Tensor
+    gate_up_N2F: Tensor
+    attention: Attention | None = None
+    out_NQ: Tensor | None = None
+
+
+class TrainingStep:
+    """Micro-steps of (sequences, length) tokens. `load` gives a batch, then `run` computes."""
+
+    def __init__(
+        self, config: ModelConfig, flat: FlatParameters, sequences: int, length: int
+    ) -> None:
+        c = self._config = config
+        self._flat, self._shape = flat, (sequences, length)
+        dtype, device = flat.half_M.dtype, flat.half_M.device
+        self._on_gpu = device.type == "cuda"
+        N = sequences * length
+        C, Q = c.q_dim + 2 * c.kv_dim, c.q_dim
+
+        def real(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device)
+
+        def half(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=torch.int64)
+
+        self._tokens_N, self._targets_N = whole(N), whole(N)
+        self._scale, self._scale_is = real(1), float("nan")
+        self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
+        self._layers = [
+            _Kept(
+                real(N, c.dim), half(N, c.dim), real(N), half(N, C),
+                half(N, Q + c.kv_dim) if c.qk_norm else None,
+                real(N, c.dim), half(N, c.dim), real(N), half(N, 2 * c.hidden_dim),
+            )
+            for _ in range(c.n_layers)
+        ]  # fmt: skip
+        self._last_ND, self._normed_ND, self._rstd_N = real(N, c.dim), half(N, c.dim), real(N)
+        self._delta_ND, self._hidden_NF = half(N, c.dim), half(N, c.hidden_dim)
+        self._losses_N = real(N)
+        self._logits_CV = half(min(N, max(128, LOGITS // c.vocab_size)), c.vocab_size)
+        # of the backward
+        self._dnormed_ND, self._dhidden_NF = half(N, c.dim), half(N, c.hidden_dim)
+        self._dx_ND, self._dx_half_ND = real(N, c.dim), half(N, c.dim)
+        self._dout_NQ, self._dqkv_NC = half(N, Q), half(N, C)
+        self._edges = real(*launches.edges_shape(N, c.dim))
+        self._partials = real(2 * c.n_layers + 1, min(PARTIALS, N), c.dim)
+        self._partials_of_heads = None
+        if c.qk_norm:
+            self._partials_of_heads = real(c.n_layers, 2, min(PARTIALS, N), c.head_dim)
+        names = [
+            f"layers.{i}.{which}_layernorm.weight"
+            for i in range(c.n_layers)
+            for which in ("input", "post_attention")
+        ]
+        self._offsets = self._begins([*names, "norm.weight"], device)
+        self._offsets_of_heads = self._begins(
+            [
+                f"layers.{i}.self_attn.{which}_norm.weight"
+                for i in range(c.n_layers if c.qk_norm else 0)
+                for which in "qk"
+            ],
+            device,
+        )
+        self._cos_SP, self._sin_SP = (
+            table.to(device) for table in rope_tables(config, length)
+        )
+        self._heads = Heads(
+            c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved"
+        )
+        self._graphs: dict[tuple[str, bool], torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+
+    def load(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> None:
+        """The batch of the next micro-step, and what its gradients are multiplied by."""
+        self._tokens_N.copy_(tokens_BS.reshape(-1), non_blocking=True)
+        self._targets_N.copy_(targets_BS.reshape(-1), non_blocking=True)
+        if scale != self._scale_is:
+            self._scale.fill_(scale)
+            self._scale_is = scale
+
+    def forward(self) -> None:
+        """Up to the last norm."""
+        self._run("forward", False, self._forward)
+
+    def loss(self, accumulate: bool) -> Tensor:
+        """The mean loss, and the gradients of the head and of its input; the head's is added to
+        what is there with `accumulate`."""
+        self._run("loss", accumulate, lambda: self._loss(True, accumulate))
+        return self._mean[0].clone()
+
+    def backward(self, accumulate: bool) -> None:
+        """All other gradients."""
+        self._run("backward", accumulate, lambda: self._backward(accumulate))
+
+    def loss_sum(self) -> Tensor:
+        """After `forward`: the loss summed over the targets; no gradient is touched."""
+        self._run("loss alone", False, lambda: self._loss(False, False))
+        return self._sum[0].clone()
+
+    def _run(self, part: str, accumulate: bool, launch: Callable[[], None]) -> None:
+        """Launched at its first use, captured and replayed from its second."""
+        key = part, accumulate
+        if not self._on_gpu or key not in self._graphs:
+            self._graphs[key] = None
+            launch()
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                launch()
+            self._graphs[key] = graph
+            self._pool = graph.pool()
+        graph.replay()
+
+    # ---- the parts
+
+    def _forward(self) -> None:
+        c, flat, eps = self._config, self._flat, self._config.norm_eps
+        sequences, length = self._shape
+        first = self._layers[0]
+        launches.embed_norm(
+            self._tokens_N, flat.weight("embed_tokens.weight"), self._norm(0, "input"), eps,
+            first.x_ND, first.normed_ND, first.rstd_N,
+        )  # fmt: skip
+        for i, kept in enumerate(self._layers):
+            multiply(kept.normed_ND, flat.half(i, "qkv"), kept.qkv_NC)
+            norms = self._head_norms(i)
+            rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
+            launches.rotate(
+                kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms
+            )
+            q_k = rotated[:, : c.q_dim + c.kv_dim].view(sequences, length, -1, c.head_dim)
+            values = kept.qkv_NC[:, c.q_dim + c.kv_dim :]
+            kept.attention = Attention(
+                q_k[:, :, : c.n_heads], q_k[:, :, c.n_heads :],
+                values.view(sequences, length, c.n_kv_heads, c.head_dim),
+            )  # fmt: skip
+            kept.out_NQ = kept.attention.out_NQ
+            multiply(kept.out_NQ, flat.half(i, "out"), self._delta_ND)
+            launches.add_norm(
+                kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), eps,
+                kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N,
+            )  # fmt: skip
+            multiply(kept.normed_mid_ND, flat.half(i, "gate_up"), kept.gate_up_N2F)
+            launches.swiglu(kept.gate_up_N2F, self._hidden_NF)
+            multiply(self._hidden_NF, flat.half(i, "down"), self._delta_ND)
+            if i + 1 < c.n_layers:
+                after = self._layers[i + 1]
+                to = after.x_ND, after.normed_ND, after.rstd_N
+                weight = self._norm(i + 1, "input")
+            else:
+                to, weight = (self._last_ND, self._normed_ND, self._rstd_N), flat.weight("norm.weight")
+            launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to)
+
+    def _loss(self, with_gradient: bool, accumulate: bool) -> None:
+        flat, N = self._flat, len(self._tokens_N)
+        name = "embed_tokens.weight" if self._config.tied_embeddings else "lm_head.weight"
+        head_VD = flat.view(flat.half_M, name)
+        launches.count_targets(self._targets_N, self._scale, self._weight, self._count)
+        rows = len(self._logits_CV)
+        for first in range(0, N, rows):
+            chunk = slice(first, min(N, first + rows))
+            normed = self._normed_ND[chunk]
+            logits = self._logits_CV[: len(normed)]
+            multiply(normed, head_VD, logits)
+            launches.cross_entropy(
+                logits, self._targets_N[chunk], self._weight, self._losses_N[chunk], with_gradient
+            )
+            if with_gradient:
+                multiply_back(logits, head_VD, self._dnormed_ND[chunk])
+                weight_gradient(logits, normed, flat.gradient(name), accumulate or first > 0)
+        launches.mean_loss(self._losses_N, self._count, self._mean)
+        launches.mean_loss(self._losses_N, self._count, self._sum, total=True)
+
+    def _backward(self, accumulate: bool) -> None:
+        c, flat = self._config, self._flat
+        sequences, length = self._shape
+        dx, dx_half, dnormed = self._dx_ND, self._dx_half_ND, self._dnormed_ND
+        launches.norm_backward(
+            dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, dx_half,
+            self._partials[-1],
+        )  # fmt: skip
+        for i in reversed(range(c.n_layers)):
+            kept = self._layers[i]
+            assert kept.attention is not None and kept.out_NQ is not None
+            multiply_back(dx_half, flat.half(i, "down"), self._dhidden_NF)
+            launches.swiglu_backward(
+                self._dhidden_NF, kept.gate_up_N2F, kept.gate_up_N2F, self._hidden_NF
+            )
+            weight_gradient(
+                dx_half, self._hidden_NF, flat.group_gradient(i, "down"), accumulate
+            )
+            multiply_back(kept.gate_up_N2F, flat.half(i, "gate_up"), dnormed)
+            weight_gradient(
+                kept.gate_up_N2F, kept.normed_mid_ND, flat.group_gradient(i, "gate_up"), accumulate
+            )
+            launches.norm_backward(
+                dnormed, kept.mid_ND, kept.rstd_mid_N, self._norm(i, "post_attention"),
+                dx, dx, dx_half, self._partials[2 * i + 1],
+            )  # fmt: skip
+            multiply_back(dx_half, flat.half(i, "out"), self._dout_NQ)
+            weight_gradient(dx_half, kept.out_NQ, flat.group_gradient(i, "out"), accumulate)
+            gradients = kept.attention.backward(
+                self._dout_NQ.view(sequences, length, c.n_heads, c.head_dim)
+            )
+            launches.rotate_backward(
+                *gradients, self._cos_SP, self._sin_SP, self._heads, self._dqkv_NC,
+                self._head_norms(i), kept.qkv_NC if c.qk_norm else None,
+                None if self._partials_of_heads is None else self._partials_of_heads[i],
+            )  # fmt: skip
+            multiply_back(self._dqkv_NC, flat.half(i, "qkv"), dnormed)
+            weight_gradient(
+                self._dqkv_NC, kept.normed_ND, flat.group_gradient(i, "qkv"), accumulate
+            )
+            launches.norm_backward(
+                dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"),
+                dx, dx, dx_half if i else None, self._partials[2 * i],
+            )  # fmt: skip
+        launches.sum_partials(self._partials, flat.gradients_M, self._offsets, accumulate)
+        if self._partials_of_heads is not None:
+            launches.sum_partials(
+                self._partials_of_heads.flatten(0, 1), flat.gradients_M, self._offsets_of_heads,
+                accumulate,
+            )  # fmt: skip
+        embedding = flat.gradient("embed_tokens.weight")
+        if not (accumulate or c.tied_embeddings):
+            embedding.zero_()
+        tokens, order = torch.sort(self._tokens_N.int(), stable=True)
+        launches.embedding_gradient(tokens, order, dx, embedding, self._edges)
+
+    # ---- weights
+
+    def _norm(self, layer: int, which: str) -> Tensor:
+        return self._flat.weight(f"layers.{layer}.{which}_layernorm.weight")
+
+    def _head_norms(self, layer: int) -> HeadNorms | None:
+        if not self._config.qk_norm:
+            return None
+        q, k = (
+            self._flat.weight(f"layers.{layer}.self_attn.{which}_norm.weight") for which in "qk"
+        )
+        return HeadNorms(q, k, self._config.norm_eps)
+
+    def _begins(self, names: list[str], device: torch.device) -> Tensor:
+        return torch.tensor([self._flat.begin(name) for name in names], device=device)
