@@ -5,27 +5,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines import cpu
+from onelaunch.engines import cpu, cuda
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.sections import TRAIN_WITH
 
 
-def engine_name(recipe: Recipe) -> str:
-    """reference, cpu or coreml: what `train.engine` means here. Raises BadInput for a device that
-    does not exist."""
+def engine_name(recipe: Recipe, config: ModelConfig) -> str:
+    """reference, cpu, cuda or coreml: what `train.engine` means here. Raises BadInput for a device
+    that does not exist."""
     train = recipe.train
     if train.engine != "auto":
         return train.engine
-    compiled = resolve_device(train.device).type == "cpu" and cpu.why_not() is None
-    fits = all(getattr(train, name) in allowed for name, allowed in TRAIN_WITH.items())
-    return "cpu" if compiled and fits else "reference"
+    device = resolve_device(train.device)
+    can = {"cpu": cpu.why_not() is None, "cuda": cuda.why_not_train(device, config) is None}
+    name = device.type
+    fits = all(getattr(train, key) in allowed for key, allowed in TRAIN_WITH.get(name, {}).items())
+    if name == "cuda" and train.dtype == "float32":  # there it is for checking
+        return "reference"
+    return name if can.get(name) and fits else "reference"
 
 
 def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor]) -> ReferenceEngine:
     """The engine, with weights of its own."""
     train, programs = recipe.train, recipe.coreml
-    name = engine_name(recipe)
+    name = engine_name(recipe, config)
     if name == "coreml":
         from onelaunch.compilation.cache import Store
         from onelaunch.engines.coreml.training import CoreMLTrainer
@@ -44,6 +48,11 @@ def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor])
         from onelaunch.engines.cpu.training.engine import CpuTrainer
 
         return CpuTrainer(config, weights)
+    if name == "cuda":
+        from onelaunch.engines.cuda.training.engine import CudaTrainer
+
+        dtype = None if train.dtype == "auto" else train.dtype
+        return CudaTrainer(config, weights, train.device, dtype)
     return ReferenceEngine(
         config,
         weights,

@@ -39,7 +39,7 @@ from onelaunch.training.display import Display
 from onelaunch.training.evaluate import evaluate
 from onelaunch.training.flops import training_flops
 from onelaunch.training.metrics import MetricsWriter
-from onelaunch.training.optim import Optimizer
+from onelaunch.training.optim import Optimizer, clip_and_step
 from onelaunch.training.ranks import ALONE, DECISION_NUMBERS, Decision, Ranks, decision_of
 from onelaunch.training.recipe import MAX_ACCUM, Recipe
 from onelaunch.training.samples import draw_sample, encode_prompt
@@ -267,13 +267,7 @@ class Trainer:
     def _optimizer_step(self, lr: float) -> Tensor:
         """Clip, step, zero; returns the norm of the averaged gradient, on the device."""
         clip = self.recipe.optimizer.grad_clip
-        parameters = self.parameters.values()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return clip_and_step(self.optimizer, self.parameters.values(), lr, clip)
 
     def _evaluate(self, before: Path | None) -> None:
         """Evaluate on the fixed batches, and write the loss into the current checkpoint.

@@ -59,7 +59,8 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     product. The logits have three float32 copies at the start of the backward: log-probabilities,
     and the gradients of the log-probabilities and of the logits. torch.compile recomputes
     elementwise values and writes the gradient of the logits in place. The CPU engine keeps the
-    residual stream twice a layer, q, k, v, the output of attention, gate and up.
+    residual stream twice a layer, q, k, v, the output of attention, gate and up; the CUDA engine
+    the norms, too.
 
     It is 0.87 to 0.995 of the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four
     layers of llama-3.2-1b, 64 to 32,768 tokens), except where attention saves its scores (0.19);
@@ -75,17 +76,21 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
         layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + 4 * c.hidden_dim)
         logits = 3 * 4 * c.vocab_size
     position = c.n_layers * layer + logits
-    name = engine_name(recipe)
+    name = engine_name(recipe, config)
     if name == "coreml":
         position = 0  # its layers run in another process, in another precision
     if name == "cpu":  # it keeps no more than some megabytes of logits
         position = c.n_layers * 4 * (2 * c.dim + attention + 2 * c.hidden_dim)
+    of_weights = 4
+    if name == "cuda":  # nor does it; and weights once more in the dtype of products
+        layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + c.q_dim + 2 * c.hidden_dim)
+        position, of_weights = c.n_layers * layer + item * (4 * c.dim + 2 * c.hidden_dim), 4 + item
     return MemoryEstimate(
-        fixed=4 * parameters + state_bytes(recipe.optimizer.name, config),
+        fixed=of_weights * parameters + state_bytes(recipe.optimizer.name, config),
         gradients=4 * parameters,
         sequence=seq_len * position,
         batch_size=recipe.train.batch_size,
-        gradients_stay=recipe.train.accum > 1 or name == "cpu",
+        gradients_stay=recipe.train.accum > 1 or name in ("cpu", "cuda"),
     )
 
 

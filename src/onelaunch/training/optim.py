@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.sections import OptimizerSection
+
+if TYPE_CHECKING:
+    from onelaunch.engines.cuda.training.flat import FlatParameters
 
 # of a parameter, each of its shape and dtype
 _ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,8 +45,11 @@ class MuonAndAdamW:
 Optimizer = torch.optim.Optimizer | MuonAndAdamW
 
 
-def make_optimizer(parameters: Mapping[str, Tensor], recipe: Recipe) -> Optimizer:
-    """Make the optimizer that a recipe names.
+def make_optimizer(
+    parameters: Mapping[str, Tensor], recipe: Recipe, flat: FlatParameters | None = None
+) -> Optimizer:
+    """Make the optimizer that a recipe names; of parameters that lie in `flat`, one that updates
+    all at once, where there is one.
 
     adamw: AdamW (arXiv 1711.05101), with weight decay on matrices only, fused if supported.
     muon: Muon (Keller Jordan, kellerjordan.github.io/posts/muon) for the matrices of the layers,
@@ -51,6 +57,10 @@ def make_optimizer(parameters: Mapping[str, Tensor], recipe: Recipe) -> Optimize
         AdamW's (arXiv 2502.16982), so that both take the same rate.
     """
     o = recipe.optimizer
+    if o.name == "adamw" and flat is not None:
+        from onelaunch.engines.cuda.training.adamw import FlatAdamW  # imports Triton
+
+        return FlatAdamW(dict(parameters), flat, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     if o.name == "adamw":
         return _adamw(list(parameters.values()), o)
     of_muon = [p for name, p in parameters.items() if _is_for_muon(name, p.shape)]
@@ -78,6 +88,22 @@ def _is_for_muon(name: str, shape: tuple[int, ...]) -> bool:
     return name.startswith("layers.") and len(shape) == 2
 
 
+def clip_and_step(
+    optimizer: Optimizer, parameters: Iterable[Tensor], lr: float, clip: float
+) -> Tensor:
+    """Clip the gradients to a norm, 0 for never, update all parameters at a learning rate, and
+    remove the gradients. Returns their norm before, on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if hasattr(optimizer, "clip_and_step"):
+        norm: Tensor = optimizer.clip_and_step(clip)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def optimizer_name(optimizer: Optimizer) -> str:
     """The recipe's name of an optimizer."""
     return "muon" if isinstance(optimizer, MuonAndAdamW) else "adamw"
@@ -97,7 +123,9 @@ def state_tensors(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
     """The state by name: KIND.PARAMETER, such as exp_avg.norm.weight. Empty before a step."""
     tensors = {}
     for name, parameter, part in _with_owners(optimizer, parameters):
-        slots = part.state.get(parameter, {})
+        slots = dict(part.state.get(parameter, {}))
+        if slots and hasattr(part, "updates"):
+            slots[_STEP] = part.updates()
         tensors.update({f"{kind}.{name}": slots[kind] for kind in _kinds(part) if kind in slots})
     return tensors
 
@@ -123,6 +151,13 @@ def load_state_tensors(
             on_host = kind == _STEP and not part.defaults.get("fused")
             slots[kind] = tensor if on_host else tensor.to(parameter.device)
         part.state[parameter] = slots
+    for part in _parts(optimizer):
+        if hasattr(part, "adopt"):
+            part.adopt()
+
+
+def _parts(optimizer: Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    return optimizer.parts if isinstance(optimizer, MuonAndAdamW) else (optimizer,)
 
 
 def _kinds(part: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -133,7 +168,7 @@ def _with_owners(
     optimizer: Optimizer, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
     """Yield each parameter with its name and what updates it."""
-    parts = optimizer.parts if isinstance(optimizer, MuonAndAdamW) else (optimizer,)
+    parts = _parts(optimizer)
     owners = {p: part for part in parts for group in part.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
         yield name, parameter, owners[parameter]

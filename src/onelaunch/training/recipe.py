@@ -66,13 +66,12 @@ class Recipe:
             values = getattr(self, section)
             for each, described in described_keys(values):
                 described.check(f"{section}.{each.name}", getattr(values, each.name))
-        if self.train.engine in ("cpu", "coreml"):
-            self._check_engine()
+        self._check_engine()
         if self.model.preset and self.model.preset not in PRESETS:
             preset(self.model.preset)
 
     def _check_engine(self) -> None:
-        for name, allowed in TRAIN_WITH.items():
+        for name, allowed in TRAIN_WITH.get(self.train.engine, {}).items():
             value = getattr(self.train, name)
             if value not in allowed:
                 raise BadInput(

@@ -213,7 +213,12 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         fit = fit_in_memory(recipe, config, seq_len, device)
         if fit.misfit is not None:
             facts = describe_run(recipe, config, data, seq_len, fit, None)
-            return {**facts, "engine": engine_name(recipe), "device": str(device), "dtype": None}
+            return {
+                **facts,
+                "engine": engine_name(recipe, config),
+                "device": str(device),
+                "dtype": None,
+            }
         setup = _initial_setup(recipe, Path(), data, ALONE)
         engine = setup.engine.describe()
         seconds = None
@@ -336,7 +341,7 @@ def _build(
     data.eval_batches("val", seq_len, train.batch_size, recipe.eval.batches)
     encode_prompt(recipe.eval.prompt, data.tokenizer, config)  # raises for one that is too long
     engine = make_engine(recipe, config, weights)
-    optimizer = make_optimizer(engine.parameters(), recipe)
+    optimizer = make_optimizer(engine.parameters(), recipe, getattr(engine, "flat", None))
     return _Setup(recipe, run, data, engine, optimizer, sampler, seq_len)
 
 

@@ -198,10 +198,11 @@ class TrainSection:
     engine: str = key(
         "auto",
         "What runs the model: PyTorch (reference); code compiled for this processor, in float32 "
-        "(cpu); or ML Programs for the layers and PyTorch, on the CPU in float32, for the rest "
-        "(coreml, which needs `onelaunch[coreml]`). auto: cpu where the device is a CPU and the "
-        "other keys allow it, else reference.",
-        choices=("auto", "reference", "cpu", "coreml"),
+        "(cpu); CUDA graphs with kernels of its own, on an NVIDIA GPU (cuda); or ML Programs for "
+        "the layers and PyTorch, on the CPU in float32, for the rest (coreml, which needs "
+        "`onelaunch[coreml]`). auto: cpu or cuda, by the device, where it and the other keys allow "
+        "it, else reference.",
+        choices=("auto", "reference", "cpu", "cuda", "coreml"),
     )
     device: str = key(
         "auto",
@@ -412,12 +413,19 @@ class CoreMLSection:
     )
 
 
-TRAIN_WITH: dict[str, tuple[Any, ...]] = {
+_ON_CPU: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0,),
     "compile": (False,),
     "device": ("auto", "cpu"),
     "dtype": ("auto", "float32"),
     "norm": ("auto", "torch"),
 }
-"""The keys of [train] that `train.engine` restricts where it is cpu or coreml, and the values that
-it takes. With auto another value of any of them has PyTorch train."""
+_ON_GPU: dict[str, tuple[Any, ...]] = {
+    "dropout": (0.0,),
+    "compile": (False,),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "norm": ("auto", "torch"),
+}
+TRAIN_WITH = {"cpu": _ON_CPU, "coreml": _ON_CPU, "cuda": _ON_GPU}
+"""The keys of [train] that a `train.engine` restricts, and the values that it takes. With auto
+another value of any of them has PyTorch train."""

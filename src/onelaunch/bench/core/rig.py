@@ -84,7 +84,7 @@ def trainer(
                 engine=made,
                 data=data,
                 sampler=data.train(seq_len, how.seed),
-                optimizer=make_optimizer(made.parameters(), recipe),
+                optimizer=make_optimizer(made.parameters(), recipe, getattr(made, "flat", None)),
                 metrics=metrics,
                 stop=StopSignals(),
                 seq_len=seq_len,

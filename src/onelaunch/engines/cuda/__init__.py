@@ -6,9 +6,10 @@ launch or any range of them in one; `program` binds a forward to its buffers and
 either form; `sync` is how tiles of one launch wait for one another, `calls` and `replay` how
 kernels are launched. `tracer`, `trace` and `timeline` record when each tile of one launch ran.
 `forms` names both forms, `engine` answers with one of them, and `tuning` finds the fastest by
-measuring. `decoding` generates: sessions, and the kernels of one token.
+measuring. `decoding` generates: sessions, and the kernels of one token. `training` has the training
+step: its kernels, and what runs them as CUDA graphs.
 
-`why_not` checks what the engine can run without importing it.
+`why_not` and `why_not_train` check what the engine can run without importing it.
 """
 
 from __future__ import annotations
@@ -51,3 +52,14 @@ def why_not(device: torch.device, config: ModelConfig | None = None) -> str | No
     if config is not None and config.head_dim > WIDEST_HEAD:
         return f"its heads are at most {WIDEST_HEAD} wide, the model's are {config.head_dim}"
     return None
+
+
+def why_not_train(device: torch.device, config: ModelConfig) -> str | None:
+    """Why this engine cannot train a model on a device; None where it can."""
+    import torch
+
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it trains on NVIDIA's GPUs, and the device is {device}"
+    if config.head_dim % 8:
+        return "the width of its heads is no multiple of 8"
+    return why_not(device, config)

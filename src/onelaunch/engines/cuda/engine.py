@@ -39,6 +39,7 @@ from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.operators.empty import Empty
 from onelaunch.operators.handles import current_device, current_stream
+from onelaunch.operators.triton_cache import prepare_triton
 from onelaunch.plan import Depth, parse_depth
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
-from onelaunch.engines.cuda import why_not
+from onelaunch.engines.cuda import why_not_train
 from onelaunch.engines.cuda.training.flat import FlatParameters
 from onelaunch.engines.cuda.training.step import TrainingStep
 from onelaunch.engines.engine import Mark, no_mark
@@ -75,17 +75,9 @@ class CudaTrainer(ReferenceEngine):
         return step.loss_sum().item()
 
     def after_update(self) -> None:
-        """The parameters have been changed by something that knows nothing of `flat`."""
-        self._is_rounded = False
-
-    def updated_all(self) -> None:
-        """All of `flat` has been changed alike: weights, and those that products read."""
-        self._is_rounded = True
-
-    def zero_gradients(self) -> None:
-        """The next micro-step's gradients are the first."""
-        for parameter in self.parameters().values():
-            parameter.grad = None
+        """The parameters have been changed: those that products read follow, where what changed
+        them has not done that."""
+        self._is_rounded, self.flat.is_rounded = self.flat.is_rounded, False
 
     def _loaded(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> TrainingStep:
         if tokens_BS.device.type == "cpu":
@@ -137,12 +129,3 @@ class CudaTrainer(ReferenceEngine):
     def close(self) -> None:
         """Let go of the buffers."""
         self._steps.clear()
-
-
-def why_not_train(device: torch.device, config: ModelConfig) -> str | None:
-    """Why the CUDA engine cannot train a model on a device; None where it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "it trains on NVIDIA's GPUs"
-    if config.head_dim % 8 or config.dim % 8 or config.hidden_dim % 8:
-        return "its widths are not multiples of 8"
-    return why_not(device, config)

@@ -14,7 +14,12 @@ ALIGNMENT = 16
 """Each parameter, or group of neighbours, begins at a multiple of so many elements."""
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-GROUPS = {"qkv": _QKV, "out": ("self_attn.o_proj",), "gate_up": _GATE_UP, "down": ("mlp.down_proj",)}
+GROUPS = {
+    "qkv": _QKV,
+    "out": ("self_attn.o_proj",),
+    "gate_up": _GATE_UP,
+    "down": ("mlp.down_proj",),
+}
 """Of a layer: matrices whose rows follow one another, so that one product has all of them."""
 
 
@@ -38,6 +43,8 @@ class FlatParameters:
                 self.n_decayed = size
         size = -(-size // ALIGNMENT) * ALIGNMENT
         device = next(iter(parameters.values())).device
+        self.is_rounded = False
+        """Whether an update has just rounded the new weights, too."""
         self.weights_M = torch.zeros(size, device=device)
         self.gradients_M = torch.zeros(size, device=device)
         self.half_M = self.weights_M
@@ -52,17 +59,18 @@ class FlatParameters:
         """The index of a parameter's first element."""
         return self._begin[name]
 
+    def view(self, flat_M: Tensor, name: str) -> Tensor:
+        """A parameter's part of a flat tensor."""
+        shape, begin = self._shapes[name], self._begin[name]
+        return flat_M[begin : begin + math.prod(shape)].view(shape)
+
     def weight(self, name: str) -> Tensor:
         """A parameter, float32."""
-        return self._view(self.weights_M, name)
+        return self.view(self.weights_M, name)
 
     def gradient(self, name: str) -> Tensor:
         """A parameter's gradient, float32."""
-        return self._view(self.gradients_M, name)
-
-    def view(self, flat_M: Tensor, name: str) -> Tensor:
-        """A parameter's part of any such tensor."""
-        return self._view(flat_M, name)
+        return self.view(self.gradients_M, name)
 
     def half(self, layer: int, group: str) -> Tensor:
         """A layer's group of matrices in the dtype of products, (rows, columns)."""
@@ -76,10 +84,6 @@ class FlatParameters:
         """The weights have changed: round them for the products."""
         if self.half_M is not self.weights_M:
             self.half_M.copy_(self.weights_M)
-
-    def _view(self, flat_M: Tensor, name: str) -> Tensor:
-        shape, begin = self._shapes[name], self._begin[name]
-        return flat_M[begin : begin + math.prod(shape)].view(shape)
 
     def _group(self, flat_M: Tensor, layer: int, group: str) -> Tensor:
         names = [f"layers.{layer}.{name}.weight" for name in GROUPS[group]]

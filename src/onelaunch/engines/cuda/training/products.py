@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's took 0.55 to 0.95 of the time of FlashAttention 2 on an H200, at head widths 48 to 128
-_BACKENDS = [
+_FASTEST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]  # fmt: skip
+_IN_TWO_BLOCKS, _WIDTH = 256, 64
+"""FlashAttention's backward adds what blocks of 128 keys give to the gradient of queries in any
+order; two terms have the same sum in both. Heads are this wide at most."""
 
 
 def multiply(x_NK: Tensor, weight_RK: Tensor, out_NR: Tensor) -> None:
@@ -48,14 +51,16 @@ class Attention:
     its backward needs, which may be called again. Both have the same bits from run to run."""
 
     def __init__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor) -> None:
-        backends = [SDPBackend.MATH] if q_BSHE.dtype == torch.float32 else _BACKENDS
-        with torch.enable_grad(), sdpa_kernel(backends, set_priority=True), _deterministic():
-            self._inputs = tuple(
-                x.detach().transpose(1, 2).requires_grad_() for x in (q_BSHE, k_BSKE, v_BSKE)
-            )
-            grouped = q_BSHE.shape[2] != k_BSKE.shape[2]
+        _, length, heads, width = q_BSHE.shape
+        self._any_order = length <= _IN_TWO_BLOCKS and width <= _WIDTH
+        backends = [SDPBackend.FLASH_ATTENTION, *_FASTEST] if self._any_order else _FASTEST
+        if q_BSHE.dtype == torch.float32:
+            backends = [SDPBackend.MATH]
+        q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in (q_BSHE, k_BSKE, v_BSKE))
+        self._inputs = q, k, v
+        with torch.enable_grad(), sdpa_kernel(backends, set_priority=True):
             self._out_BHSE = F.scaled_dot_product_attention(
-                *self._inputs, is_causal=True, enable_gqa=grouped
+                q, k, v, is_causal=True, enable_gqa=heads != k_BSKE.shape[2]
             )
 
     @property
@@ -64,13 +69,14 @@ class Attention:
         B, H, S, E = self._out_BHSE.shape
         return self._out_BHSE.detach().transpose(1, 2).reshape(B * S, H * E)
 
-    def backward(self, dout_BSHE: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dout_BSHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values, (N, heads, E) each."""
-        with _deterministic():
-            gradients = torch.autograd.grad(
+        with nullcontext() if self._any_order else _deterministic():
+            dq, dk, dv = torch.autograd.grad(
                 self._out_BHSE, self._inputs, dout_BSHE.transpose(1, 2), retain_graph=True
             )
-        return tuple(d.transpose(1, 2).flatten(0, 1) for d in gradients)
+        dq, dk, dv = (d.transpose(1, 2).flatten(0, 1) for d in (dq, dk, dv))
+        return dq, dk, dv
 
 
 @contextmanager
@@ -78,11 +84,11 @@ def _deterministic() -> Iterator[None]:
     """Sums in a fixed order, where there is a choice."""
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling: Any = torch.utils.deterministic
+    fills, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        filling.fill_uninitialized_memory = fills

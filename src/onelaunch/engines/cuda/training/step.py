@@ -1,10 +1,10 @@
 """A training step of one shape of batch: forward, loss and backward, each a CUDA graph.
 
 The residual stream, its gradient and all sums are float32, as in PyTorch's autocast; what products
-read and write is in the engine's dtype. The forward keeps of each layer both residuals, their norms,
-queries, keys and values, attention's output, and gates and ups; what the SwiGLU gives is computed
-again. Logits exist for some rows at a time: their loss, their gradient in their place, and its
-products follow at once.
+read and write is in the engine's dtype. The forward keeps of each layer both residuals, their
+norms, queries, keys and values, attention's output, and gates and ups; what the SwiGLU gives is
+computed again. Logits exist for some rows at a time: their loss, their gradient in their place, and
+its products follow at once.
 """
 
 from __future__ import annotations
@@ -111,12 +111,8 @@ class TrainingStep:
             ],
             device,
         )
-        self._cos_SP, self._sin_SP = (
-            table.to(device) for table in rope_tables(config, length)
-        )
-        self._heads = Heads(
-            c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved"
-        )
+        self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
+        self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
         self._graphs: dict[tuple[str, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
 
@@ -178,9 +174,7 @@ class TrainingStep:
             multiply(kept.normed_ND, flat.half(i, "qkv"), kept.qkv_NC)
             norms = self._head_norms(i)
             rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
-            launches.rotate(
-                kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms
-            )
+            launches.rotate(kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms)
             q_k = rotated[:, : c.q_dim + c.kv_dim].view(sequences, length, -1, c.head_dim)
             values = kept.qkv_NC[:, c.q_dim + c.kv_dim :]
             kept.attention = Attention(
@@ -196,12 +190,12 @@ class TrainingStep:
             multiply(kept.normed_mid_ND, flat.half(i, "gate_up"), kept.gate_up_N2F)
             launches.swiglu(kept.gate_up_N2F, self._hidden_NF)
             multiply(self._hidden_NF, flat.half(i, "down"), self._delta_ND)
+            to = self._last_ND, self._normed_ND, self._rstd_N
+            weight = flat.weight("norm.weight")
             if i + 1 < c.n_layers:
                 after = self._layers[i + 1]
                 to = after.x_ND, after.normed_ND, after.rstd_N
                 weight = self._norm(i + 1, "input")
-            else:
-                to, weight = (self._last_ND, self._normed_ND, self._rstd_N), flat.weight("norm.weight")
             launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to)
 
     def _loss(self, with_gradient: bool, accumulate: bool) -> None:
@@ -226,44 +220,41 @@ class TrainingStep:
 
     def _backward(self, accumulate: bool) -> None:
         c, flat = self._config, self._flat
-        sequences, length = self._shape
         dx, dx_half, dnormed = self._dx_ND, self._dx_half_ND, self._dnormed_ND
+        hidden, dqkv = self._hidden_NF, self._dqkv_NC
+
+        def weight(layer: int, group: str, dy: Tensor, x: Tensor) -> None:
+            weight_gradient(dy, x, flat.group_gradient(layer, group), accumulate)
+
         launches.norm_backward(
             dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, dx_half,
             self._partials[-1],
         )  # fmt: skip
         for i in reversed(range(c.n_layers)):
             kept = self._layers[i]
-            assert kept.attention is not None and kept.out_NQ is not None
+            assert kept.attention is not None
+            assert kept.out_NQ is not None
             multiply_back(dx_half, flat.half(i, "down"), self._dhidden_NF)
-            launches.swiglu_backward(
-                self._dhidden_NF, kept.gate_up_N2F, kept.gate_up_N2F, self._hidden_NF
-            )
-            weight_gradient(
-                dx_half, self._hidden_NF, flat.group_gradient(i, "down"), accumulate
-            )
+            launches.swiglu_backward(self._dhidden_NF, kept.gate_up_N2F, kept.gate_up_N2F, hidden)
+            weight(i, "down", dx_half, hidden)
             multiply_back(kept.gate_up_N2F, flat.half(i, "gate_up"), dnormed)
-            weight_gradient(
-                kept.gate_up_N2F, kept.normed_mid_ND, flat.group_gradient(i, "gate_up"), accumulate
-            )
+            weight(i, "gate_up", kept.gate_up_N2F, kept.normed_mid_ND)
             launches.norm_backward(
                 dnormed, kept.mid_ND, kept.rstd_mid_N, self._norm(i, "post_attention"),
                 dx, dx, dx_half, self._partials[2 * i + 1],
             )  # fmt: skip
             multiply_back(dx_half, flat.half(i, "out"), self._dout_NQ)
-            weight_gradient(dx_half, kept.out_NQ, flat.group_gradient(i, "out"), accumulate)
-            gradients = kept.attention.backward(
-                self._dout_NQ.view(sequences, length, c.n_heads, c.head_dim)
+            weight(i, "out", dx_half, kept.out_NQ)
+            dq, dk, dv = kept.attention.backward(
+                self._dout_NQ.view(*self._shape, c.n_heads, c.head_dim)
             )
             launches.rotate_backward(
-                *gradients, self._cos_SP, self._sin_SP, self._heads, self._dqkv_NC,
+                dq, dk, dv, self._cos_SP, self._sin_SP, self._heads, dqkv,
                 self._head_norms(i), kept.qkv_NC if c.qk_norm else None,
                 None if self._partials_of_heads is None else self._partials_of_heads[i],
             )  # fmt: skip
-            multiply_back(self._dqkv_NC, flat.half(i, "qkv"), dnormed)
-            weight_gradient(
-                self._dqkv_NC, kept.normed_ND, flat.group_gradient(i, "qkv"), accumulate
-            )
+            multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
+            weight(i, "qkv", dqkv, kept.normed_ND)
             launches.norm_backward(
                 dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"),
                 dx, dx, dx_half if i else None, self._partials[2 * i],
@@ -277,8 +268,8 @@ class TrainingStep:
         embedding = flat.gradient("embed_tokens.weight")
         if not (accumulate or c.tied_embeddings):
             embedding.zero_()
-        tokens, order = torch.sort(self._tokens_N.int(), stable=True)
-        launches.embedding_gradient(tokens, order, dx, embedding, self._edges)
+        tokens_N, order_N = torch.sort(self._tokens_N.int(), stable=True)
+        launches.embedding_gradient(tokens_N, order_N, dx, embedding, self._edges)
 
     # ---- weights
 
