@@ -209,7 +209,7 @@ def _number(value: float) -> str:
 
 def _restricted() -> str:
     found = []
-    for key, values in TRAIN_WITH.items():
+    for key, values in TRAIN_WITH["coreml"].items():
         found.append(" or ".join(f"`{key} = {toml_value(value)}`" for value in values))
     return "; ".join(found)
 

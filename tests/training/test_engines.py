@@ -10,7 +10,7 @@ import torch
 
 from onelaunch import train
 from onelaunch.checkpoints.run_folder import list_checkpoints
-from onelaunch.engines import cpu
+from onelaunch.engines import cpu, cuda
 from onelaunch.engines.cpu.training.engine import CpuTrainer
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.errors import BadInput
@@ -33,6 +33,10 @@ def recipe(**settings):
     return Recipe().with_settings(TINY | changed, "test")
 
 
+def name_of(recipe):
+    return engine_name(recipe, recipe.model_config(64))
+
+
 def one_of_two_ranks(run):
     train(recipe(train__engine="cpu", train__threads=1), run=run)
 
@@ -52,17 +56,27 @@ def records(run, kind):
     ],
 )
 def test_what_pytorch_trains(setting):
-    assert engine_name(recipe(**setting)) == "reference"
+    assert name_of(recipe(**setting)) == "reference"
 
 
 def test_auto_is_the_compiled_one_where_it_can_be(monkeypatch):
-    assert engine_name(recipe()) == "cpu"
-    assert engine_name(recipe(train__engine="coreml")) == "coreml"
+    assert name_of(recipe()) == "cpu"
+    assert name_of(recipe(train__engine="coreml")) == "coreml"
     monkeypatch.setattr(cpu, "why_not", lambda: "no compiler")
-    assert engine_name(recipe()) == "reference"
+    assert name_of(recipe()) == "reference"
+
+
+def test_auto_is_graphs_of_kernels_on_a_gpu_that_has_them(monkeypatch):
     monkeypatch.setattr(engines, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(cpu, "why_not", lambda: None)
-    assert engine_name(recipe(train__device="auto")) == "reference"
+    monkeypatch.setattr(cuda, "why_not_train", lambda device, config: None)
+    on_gpu = {"train__device": "cuda"}
+    assert name_of(recipe(**on_gpu)) == "cuda"
+    assert name_of(recipe(**on_gpu, train__dtype="bfloat16")) == "cuda"
+    for other in ({"train__dtype": "float32"}, {"train__dropout": 0.1}, {"train__compile": True}):
+        assert name_of(recipe(**on_gpu, **other)) == "reference"
+    assert name_of(recipe(**on_gpu, train__engine="cuda", train__dtype="float32")) == "cuda"
+    monkeypatch.setattr(cuda, "why_not_train", lambda device, config: "it is too wide")
+    assert name_of(recipe(**on_gpu)) == "reference"
 
 
 def test_without_a_compiler_asking_for_it_says_why(monkeypatch, tmp_path):

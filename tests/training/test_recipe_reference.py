@@ -145,12 +145,13 @@ def test_what_the_model_section_says_of_shapes():
     assert f"({', '.join(scaled)})" in about
 
 
-@pytest.mark.parametrize("engine", ["cpu", "coreml"])
-@pytest.mark.parametrize("name", TRAIN_WITH)
-def test_with_these_engines_only_what_is_shown_is_taken(name, engine):
+@pytest.mark.parametrize(
+    ("engine", "name"), [(engine, name) for engine, keys in TRAIN_WITH.items() for name in keys]
+)
+def test_with_these_engines_only_what_is_shown_is_taken(engine, name):
     other = {"dropout": 0.5, "compile": True, "device": "cuda", "dtype": "bfloat16"}
     other["norm"] = "onelaunch"
-    for value in TRAIN_WITH[name]:
+    for value in TRAIN_WITH[engine][name]:
         recipe("train.engine", engine).with_settings({f"train.{name}": value}, "--set")
     with pytest.raises(BadInput, match=f"train.{name} = .*: .*{engine}"):
         recipe("train.engine", engine).with_settings({f"train.{name}": other[name]}, "--set")

@@ -423,7 +423,6 @@ _ON_CPU: dict[str, tuple[Any, ...]] = {
 _ON_GPU: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0,),
     "compile": (False,),
-    "dtype": ("auto", "bfloat16", "float32"),
     "norm": ("auto", "torch"),
 }
 TRAIN_WITH = {"cpu": _ON_CPU, "coreml": _ON_CPU, "cuda": _ON_GPU}

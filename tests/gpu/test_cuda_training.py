@@ -1,0 +1,163 @@
+"""The CUDA engine's training step: gradients against float64, the same bits again, whole runs."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from onelaunch.config import preset
+from onelaunch.engines.cuda.training.adamw import FlatAdamW
+from onelaunch.engines.cuda.training.engine import CudaTrainer
+from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.model import Model
+from onelaunch.training import run as runs
+from onelaunch.training.loop import Trainer
+from onelaunch.training.recipe import Recipe
+from tests.kills import SETTINGS
+from tests.metrics import read_metrics
+
+BASE = preset("stories15m").with_(n_layers=3, vocab_size=4000)
+CONFIGS = {
+    "stories15m": BASE,
+    "grouped": BASE.with_(n_kv_heads=2),
+    "norms of heads, untied": BASE.with_(qk_norm=True, tied_embeddings=False),
+    "halves": BASE.with_(dim=384, head_dim=64, rope_layout="half"),
+    "stories260k": preset("stories260k"),
+    "wide heads": BASE.with_(
+        dim=256, n_heads=4, n_kv_heads=2, head_dim=128, qk_norm=True, hidden_dim=704
+    ),
+}
+
+
+def recipe(**changed) -> Recipe:
+    settings = SETTINGS | {"train.device": "cuda", "train.engine": "cuda", "train.threads": 0}
+    settings |= {key.replace("__", "."): value for key, value in changed.items()}
+    return Recipe().with_settings(settings, "test")
+
+
+def of_kind(run, kind):
+    return [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind]
+
+
+def weights_of(config, seed=3):
+    torch.manual_seed(seed)
+    return {
+        name: torch.randn(shape) * 0.02 if len(shape) > 1 else 1 + 0.1 * torch.randn(shape)
+        for name, shape in config.weight_shapes().items()
+    }
+
+
+def error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def gradients_of(engine, tokens, targets):
+    """Of two micro-steps from nothing."""
+    for parameter in engine.parameters().values():
+        parameter.grad = None
+    engine.train_step(tokens, targets, 1.0)
+    engine.train_step(tokens.flip(0), targets.flip(0), 0.5)
+    return {name: p.grad.clone() for name, p in engine.parameters().items()}
+
+
+@pytest.mark.parametrize("length", [200, 512])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_are_as_near_to_float64_as_eager_ones(name, dtype, length):
+    config = CONFIGS[name].with_(max_seq_len=length)
+    weights = {name: w.cuda() for name, w in weights_of(config).items()}
+    tokens, targets = torch.randint(0, config.vocab_size, (2, 4, length), device="cuda").unbind(0)
+    targets[1, 100:] = -1
+    exact = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
+    exact.requires_grad_(True)
+    loss = exact.loss(tokens, targets)
+    (1.5 * loss).backward()
+    eager = ReferenceEngine(config, weights, device="cuda", train=True, dtype=dtype)
+    of_eager = gradients_of(eager, tokens, targets)
+    engine = CudaTrainer(config, weights, "cuda", dtype)
+    engine.flat.gradients_M.fill_(float("nan"))
+    first, *others = (gradients_of(engine, tokens, targets) for _ in range(4))
+    for other in others:  # launched, captured, replayed
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    for key, parameter in exact.named_parameters():
+        assert error(first[key], parameter.grad) <= 1.5 * error(of_eager[key], parameter.grad), key
+    mean = engine.loss_sum(tokens, targets) / int((targets >= 0).sum())
+    assert mean == pytest.approx(loss.item(), rel=1e-3 if dtype == "bfloat16" else 1e-5)
+    assert engine.train_step(tokens, targets).item() == pytest.approx(mean, rel=1e-6)
+
+
+def test_other_shapes_between_give_the_same():
+    config = CONFIGS["grouped"]
+    engine = CudaTrainer(config, weights_of(config), "cuda")
+    batches = {
+        shape: torch.randint(0, config.vocab_size, (2, *shape), device="cuda").unbind(0)
+        for shape in ((4, 128), (1, 33), (3, 256))
+    }
+    first = {shape: gradients_of(engine, *batch) for shape, batch in batches.items()}
+    for _ in range(2):
+        for shape, batch in batches.items():
+            again = gradients_of(engine, *batch)
+            assert all(torch.equal(again[key], first[shape][key]) for key in again)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_updates_are_those_of_pytorch(clip):
+    config = preset("stories260k")
+    ours, theirs = (CudaTrainer(config, weights_of(config), "cuda", "float32") for _ in range(2))
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+    flat = FlatAdamW(ours.parameters(), ours.flat, weight_decay=0.1, **settings)
+    of_theirs = theirs.parameters()
+    matrices = [p for p in of_theirs.values() if p.dim() > 1]
+    vectors = [p for p in of_theirs.values() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    torchs = torch.optim.AdamW(groups, fused=True, **settings)
+    for _ in range(5):
+        batch = torch.randint(0, config.vocab_size, (2, 8, 64), device="cuda").unbind(0)
+        for engine in (ours, theirs):
+            engine.train_step(*batch)
+        norm = flat.clip_and_step(clip)
+        expected = torch.nn.utils.clip_grad_norm_(of_theirs.values(), clip or float("inf"))
+        torchs.step()
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        for optimizer, engine in ((flat, ours), (torchs, theirs)):
+            optimizer.zero_grad(set_to_none=True)
+            engine.after_update()
+        for key, parameter in ours.parameters().items():
+            assert error(parameter, of_theirs[key].double()) < 1e-6, key
+
+
+def test_it_learns_and_the_default_is_this_engine(tmp_path):
+    changed = {"train__updates": 100, "train__accum": 1, "train__batch_size": 32}
+    r = recipe(**changed, train__engine="auto", eval__every=50)
+    outcome = runs.start(r, tmp_path / "run", quiet=True)
+    losses = [record["loss"] for record in of_kind(tmp_path / "run", "update")]
+    assert losses[0] > 6.0
+    assert losses[-1] < 4.5
+    assert outcome.progress.val_loss < 4.5
+    (start,) = of_kind(tmp_path / "run", "start")
+    assert start["engine"] == "cuda"
+
+
+def test_a_stop_inside_an_update_is_made_up_for_exactly(tmp_path, monkeypatch):
+    r = recipe(train__updates=8, train__accum=5)
+    runs.start(r, tmp_path / "whole", quiet=True)
+    micro_step, count = Trainer._micro_step, 0
+
+    def counted(self):
+        nonlocal count
+        count += 1
+        if count == 18:
+            os.kill(os.getpid(), signal.SIGTERM)
+        micro_step(self)
+
+    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    stopped = runs.start(r, tmp_path / "cut", quiet=True)
+    assert (stopped.progress.update, stopped.progress.micro) == (3, 3)
+    monkeypatch.undo()
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    whole, cut = (
+        [record["loss"] for record in of_kind(tmp_path / name, "update")]
+        for name in ("whole", "cut")
+    )
+    assert cut == whole
