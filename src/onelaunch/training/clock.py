@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -15,8 +17,9 @@ class StepClock:
     """Splits the time between `begin` and `end` into named parts.
 
     On a CPU each `mark` reads the host clock. On CUDA it records an event: a part is the device
-    time between two marks, including gaps in which the device waits for the host; `end` reads the
-    events and is the only call that synchronizes. On mps each `mark` synchronizes.
+    time between two marks, including gaps in which the device waits for the host, and so is all of
+    it; `end`, or the function that `end_later` returns, reads the events and is the only call that
+    synchronizes. On mps each `mark` synchronizes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +36,6 @@ class StepClock:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._begin = self._last = time.perf_counter()
         if self._cuda:
-            self._pool.extend(event for _, event in self._events)
             self._events = []
             self._record(None)
 
@@ -57,15 +59,28 @@ class StepClock:
 
     def end(self) -> dict[str, float]:
         """Return the seconds of each part, of all (`wall`), and of no part (`unexplained`)."""
+        return self.end_later()()
+
+    def end_later(self) -> Callable[[], dict[str, float]]:
+        """End the measurement, and return what waits for the device and gives what `end` does. It
+        is to be called once, at any time."""
         if self._cuda:
-            self._events[-1][1].synchronize()
-            for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
-                if part is not None:
-                    seconds = before.elapsed_time(after) * 1e-3
-                    self._seconds[part] = self._seconds.get(part, 0.0) + seconds
-        wall = time.perf_counter() - self._begin
-        explained = sum(self._seconds.values())
-        return {**self._seconds, "wall": wall, "unexplained": wall - explained}
+            self._record(None)
+        wall, seconds, events = time.perf_counter() - self._begin, self._seconds, self._events
+
+        def read() -> dict[str, float]:
+            whole = wall
+            if events:
+                events[-1][1].synchronize()
+                whole = events[0][1].elapsed_time(events[-1][1]) * 1e-3
+                for (_, before), (part, after) in pairwise(events):
+                    if part is not None:
+                        of_part = before.elapsed_time(after) * 1e-3
+                        seconds[part] = seconds.get(part, 0.0) + of_part
+                self._pool.extend(event for _, event in events)
+            return {**seconds, "wall": whole, "unexplained": whole - sum(seconds.values())}
+
+        return read
 
     def _record(self, part: str | None) -> None:
         event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)

@@ -11,6 +11,9 @@ micro-step's gradient is scaled by 1 / (n * accum), and gradients are summed ove
 the optimizer step, which all take alike. So n ranks compute what one process does with n times the
 micro-steps. What depends on time or on signals is agreed with each update, and within an update
 about once in a second.
+
+On a GPU an update's figures are read when the next one has been launched, so that the device waits
+for the host in neither.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +67,28 @@ class Outcome:
     restart_requested: bool = False
 
 
+class _Made(NamedTuple):
+    """An update whose figures the device may not have given yet: those, which may be on their way
+    until an event, what reads its times, and how many micro-steps and tokens these are of."""
+
+    record: dict[str, Any]
+    values: tuple[Tensor, torch.cuda.Event | None]
+    seconds: Callable[[], dict[str, float]]
+    micro_steps: int
+    tokens: int
+
+
+def _on_its_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A few numbers for the host, and when they are there."""
+    if values.device.type != "cuda":
+        return values, None
+    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    there.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+    return there, arrived
+
+
 @dataclass
 class Trainer:
     """One run in one process. `train()` is the loop, the other methods are its steps.
@@ -100,6 +126,7 @@ class Trainer:
         self._saved_time = time.monotonic()
         self._agreed = Decision()
         self._micro_seconds = math.inf
+        self._made: _Made | None = None
         self._buckets: GradientBuckets | None = None
         if self.ranks.size > 1:
             self._buckets = GradientBuckets(list(self.parameters.values()), 1 + DECISION_NUMBERS)
@@ -124,6 +151,7 @@ class Trainer:
             if self.engine.restart_requested:
                 break
             self._update()
+        self._settle_all()
         signal = self._decision.signal
         restart_requested = signal is None and progress.update < total
         if signal is not None or restart_requested:
@@ -184,47 +212,79 @@ class Trainer:
         self._clock.skip()
         norm = self._optimizer_step(lr)
         self.engine.after_update()
-        # one wait for the device per update
-        loss_sum, *agreed, grad_norm = torch.cat((sums, norm[None])).tolist()
-        n_micro_steps = self.ranks.size * accum
-        loss = loss_sum / n_micro_steps
+        values = torch.cat((sums, norm[None]))
         self._clock.mark("optimizer")
-        if agreed:
-            self._agreed = decision_of(agreed)
         progress.update += 1
         progress.micro, progress.loss_sum = 0, 0.0
         self._loss_sum.zero_()
-        seconds = self._clock.end()
-        self._clock.begin()
-        self._micro_seconds = seconds["wall"] / (accum - started_at)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._push({"kind": "diverged", "update": progress.update})
-            raise self._diverged(loss, grad_norm, progress.update)
         record = {
             "kind": "update",
             "update": progress.update,
-            "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
-            "micro_steps": n_micro_steps,
+            "micro_steps": self.ranks.size * accum,
             "tokens": progress.tokens,
-            "seconds": seconds,
-            "time": time.time(),
-            **self.flops.rates(progress.tokens - tokens_before, seconds),
-            **self.engine.telemetry(),
         }
         if started_at:
             # the earlier micro-steps were timed by the process that was stopped
             record["resumed_at_micro"] = started_at
-        self._record(record)
+        before, self._made = (
+            self._made,
+            _Made(
+                record, _on_its_way(values), self._clock.end_later(), accum - started_at,
+                progress.tokens - tokens_before,
+            ),
+        )  # fmt: skip
+        self._clock.begin()
+        if before is not None:
+            self._settle(before)
+        if self.device.type != "cuda" or self.ranks.size > 1:  # which decide by what is known now
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        """Wait for the update that is under way on the device, if one is, and record it."""
+        made, self._made = self._made, None
+        if made is not None:
+            self._settle(made)
+
+    def _settle(self, made: _Made) -> None:
+        """Wait for an update's figures, and record it. Raises RunFailed for ones that are not
+        finite."""
+        values, arrived = made.values
+        if arrived is not None:
+            arrived.synchronize()
+        loss_sum, *agreed, grad_norm = values.tolist()
+        if agreed:
+            self._agreed = decision_of(agreed)
+        record, seconds = made.record, made.seconds()
+        loss = loss_sum / record["micro_steps"]
+        self._micro_seconds = seconds["wall"] / made.micro_steps
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._made = None
+            self._push({"kind": "diverged", "update": record["update"]})
+            raise self._diverged(loss, grad_norm, record["update"])
+        self._record(
+            {
+                "kind": record.pop("kind"),
+                "update": record.pop("update"),
+                "loss": loss,
+                "lr": record.pop("lr"),
+                "grad_norm": grad_norm,
+                "micro_steps": record.pop("micro_steps"),
+                "tokens": record.pop("tokens"),
+                "seconds": seconds,
+                "time": time.time(),
+                **self.flops.rates(made.tokens, seconds),
+                **self.engine.telemetry(),
+                **record,
+            }
+        )
 
     def _micro_step(self) -> None:
         progress, clock, recipe = self.progress, self._clock, self.recipe
         accum, n_ranks = recipe.train.accum, self.ranks.size
         clock.skip()
         tokens_BS, targets_BS = self._next_batch()
-        tokens = torch.from_numpy(tokens_BS).to(self.device, non_blocking=True)
-        targets = torch.from_numpy(targets_BS).to(self.device, non_blocking=True)
+        tokens, targets = (self._on_device(batch) for batch in (tokens_BS, targets_BS))
         clock.mark("data")
         if self._buckets is not None and progress.micro == accum - 1:
             self._buckets.overlap()
@@ -236,6 +296,12 @@ class Trainer:
         progress.tokens += n_ranks * tokens_BS.size
         if self.display is not None:
             self.display.progress(progress.update, progress.micro)
+
+    def _on_device(self, batch_BS: np.ndarray) -> Tensor:
+        batch = torch.from_numpy(batch_BS)
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # or the copy waits for what was launched before
+        return batch.to(self.device, non_blocking=True)
 
     def _next_batch(self) -> Batch:
         """Draw this rank's batch of the next micro-step, and skip the others'."""
@@ -274,6 +340,7 @@ class Trainer:
 
         A checkpoint whose loss is not finite is deleted, unless it is the one from `before`.
         """
+        self._settle_all()
         progress, recipe = self.progress, self.recipe
         batches = self.data.eval_batches(
             "val", self.seq_len, recipe.train.batch_size, recipe.eval.batches
@@ -339,6 +406,7 @@ class Trainer:
 
     def _save(self, prune: bool = True) -> None:
         """Write a checkpoint of the current state, once; earlier records are flushed first."""
+        self._settle_all()
         progress = self.progress
         at = (progress.update, progress.micro)
         with self._timed("checkpoint"):

@@ -3,8 +3,10 @@
 `ours` is the wall time of an update of the trainer with its data, telemetry, clipping and AdamW, by
 the engine that `train.engine = "auto"` takes. The loops train the same model and have what a
 careful user writes by hand: fused AdamW with decay groups, clipping, no telemetry, no display,
-batches ready in memory; `eager` as it is, `torch.compile` with the loss compiled. All are sampled
-once in each round. `parts` is what the engine's threads together spent on each kind of work.
+batches ready in memory; `eager` as it is, `torch.compile` with the loss compiled, and on a GPU that
+with the whole update as one CUDA graph, whose loss nobody waits for. All are sampled once in each
+round. `parts` is what the engine's threads together spent on each kind of work; on a GPU, parts of
+its time.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
 
 UNIT = "ms"
-LOOPS = ("eager", "torch.compile")
+LOOPS = ("eager", "torch.compile", "torch.compile + graph")
 OURS = "ours"
 
 CASES: dict[str, dict[str, object]] = {
@@ -39,14 +41,28 @@ CASES: dict[str, dict[str, object]] = {
     "stories15m 4x256": {"model.preset": "stories15m", "train.batch_size": 4},
 }  # fmt: skip
 QUICK = ("stories260k 32x128", "shakespeare-char 12x64")
+GPU_CASES: dict[str, dict[str, object]] = {
+    f"{name} {batch}x{length}": {
+        "model.preset": name, "model.max_seq_len": length, "train.batch_size": batch,
+    }
+    for name, batch, length in (
+        ("stories260k", 32, 128), ("stories15m", 1, 256), ("stories15m", 64, 256),
+        ("stories110m", 1, 256), ("stories110m", 64, 256), ("smollm2-135m", 16, 512),
+        ("qwen3-0.6b", 4, 512),
+    )
+}  # fmt: skip
+GPU_QUICK = ("stories260k 32x128", "stories15m 1x256")
 SAMPLE_SECONDS = 0.5
 PARTS_STEPS = 5
 
 
 def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     """Time every case; yields one row each, lower is better."""
-    for case in QUICK if quick else CASES:
-        recipe = Recipe().with_settings({**CASES[case], "train.updates": 10**6}, "bench")
+    on_gpu = device.startswith("cuda")
+    cases = GPU_CASES if on_gpu else CASES
+    few = GPU_QUICK if on_gpu else QUICK
+    for case in few if quick else cases:
+        recipe = Recipe().with_settings({**cases[case], "train.updates": 10**6}, "bench")
         vocab = PRESETS[recipe.model.preset].vocab_size if recipe.model.preset else None
         with timed_trainer(recipe, device, vocab, engine="auto") as trainer:
             yield _compare(f"{case} update", trainer, 9 if quick else 15, log)
@@ -56,6 +72,10 @@ def _compare(case: str, trainer: Trainer, rounds: int, log: Log) -> Row:
     updates: dict[str, Callable[[], object]] = {OURS: trainer._update}
     for peer in LOOPS:
         try:
+            if peer.endswith("graph"):
+                if trainer.device.type == "cuda":
+                    updates[peer] = graphed_updates(trainer)
+                continue
             updates[peer] = bare_updates(trainer, compiled=peer == "torch.compile")
             updates[peer]()
         except RuntimeError as error:  # torch.compile without a C++ compiler
@@ -74,14 +94,40 @@ def _compare(case: str, trainer: Trainer, rounds: int, log: Log) -> Row:
         start = time.perf_counter()
         for _ in range(repeats):
             update()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
         return 1e3 * (time.perf_counter() - start) / repeats
 
+    memory = {name: _peak_bytes(update, trainer.device) for name, update in updates.items()}
     samples: Samples = in_rounds({name: partial(sample, name) for name in updates}, rounds)
-    return _row(case, samples, trainer)
+    row = _row(case, samples, trainer)
+    row.notes["peak_bytes"] = {name: n for name, n in memory.items() if n is not None}
+    return row
+
+
+def _peak_bytes(update: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes on a GPU during an update, beyond what there was before it; of graphs not those that
+    they keep."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    update()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _parts(trainer: Trainer) -> dict[str, float]:
-    """Milliseconds of all threads together on each kind of work in a micro-step."""
+    """Milliseconds of all threads together on each kind of work in a micro-step; or of the GPU on
+    each part of one."""
+    if trainer.device.type == "cuda":
+        trainer._clock.begin()
+        for _ in range(PARTS_STEPS):
+            trainer._micro_step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        parts = trainer._clock.end()
+        return {part: round(1e3 * s / PARTS_STEPS, 3) for part, s in parts.items() if s > 0}
     trainer.engine.telemetry()
     for _ in range(PARTS_STEPS):
         trainer._micro_step()
@@ -109,7 +155,11 @@ def table(record: dict[str, Any]) -> str:
         {
             "ms": figure("case", form=str),
             "ours": lambda row: f"**{digits(row['ours'])}**",
-            **{peer: figure("peers", peer) for peer in LOOPS},
+            **{
+                peer: figure("peers", peer)
+                for peer in LOOPS
+                if any(peer in row["peers"] for row in rows)
+            },
             "over best peer": lambda row: f"{min(row['speedup'].values()):.2f}x",
             "tokens/s": lambda row: f"{1e3 * row['tokens'] / row['ours']:,.0f}",
             "engine": figure("engine", form=str),
@@ -122,9 +172,10 @@ def table(record: dict[str, Any]) -> str:
     return document(record, "An update of training on", words, text)
 
 
-def bare_updates(trainer: Trainer, compiled: bool = False) -> Callable[[], float]:
-    """A hand-written loop of the same model on the same kind of batch; each call is one update and
-    returns its loss."""
+def _model_and_optimizer(
+    trainer: Trainer, capturable: bool = False
+) -> tuple[Model, torch.optim.Optimizer, list[tuple[torch.Tensor, ...]]]:
+    """The same model, what updates it, and batches of the same kind."""
     recipe, device = trainer.recipe, trainer.device
     o = recipe.optimizer
     model = Model(trainer.engine.config).init_weights(0).to(device)
@@ -133,15 +184,66 @@ def bare_updates(trainer: Trainer, compiled: bool = False) -> Callable[[], float
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": o.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True, capturable=capturable
+    )
     sampler = trainer.data.train(trainer.seq_len, seed=1)
     batches = [
         tuple(torch.from_numpy(a).to(device) for a in sampler.next(recipe.train.batch_size))
         for _ in range(32)
     ]
+    return model, optimizer, batches
+
+
+def graphed_updates(trainer: Trainer) -> Callable[[], None]:
+    """The same with the loss compiled and a whole update in one CUDA graph; the loss stays on the
+    device."""
+    model, optimizer, batches = _model_and_optimizer(trainer, capturable=True)
+    clip, parameters = trainer.recipe.optimizer.grad_clip, list(model.parameters())
+    tokens, targets = (tensor.clone() for tensor in batches[0])
+    torch.compiler.reset()
+    loss_of = torch.compile(model.loss, dynamic=False)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    position = 0
+
+    def update() -> None:
+        nonlocal position
+        for static, batch in zip((tokens, targets), batches[position % len(batches)], strict=True):
+            static.copy_(batch)
+        position += 1
+        graph.replay()
+
+    return update
+
+
+def bare_updates(trainer: Trainer, compiled: bool = False) -> Callable[[], float]:
+    """A hand-written loop of the same model on the same kind of batch; each call is one update and
+    returns its loss."""
+    device, clip = trainer.device, trainer.recipe.optimizer.grad_clip
+    model, optimizer, batches = _model_and_optimizer(trainer)
+    parameters = list(model.parameters())
     position = 0
     # what ours computes in: bfloat16 on a GPU
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if compiled:
+        torch.compiler.reset()  # the cases before are no shapes of this one
     loss_of = torch.compile(model.loss) if compiled else model.loss
 
     def update() -> float:
@@ -151,7 +253,7 @@ def bare_updates(trainer: Trainer, compiled: bool = False) -> Callable[[], float
         with autocast:
             loss = loss_of(tokens, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.item())
