@@ -135,8 +135,8 @@ def test_it_learns_and_the_default_is_this_engine(tmp_path):
     assert losses[0] > 6.0
     assert losses[-1] < 4.5
     assert outcome.progress.val_loss < 4.5
-    (start,) = of_kind(tmp_path / "run", "start")
-    assert start["engine"] == "cuda"
+    (run,) = of_kind(tmp_path / "run", "run")
+    assert run["engine"] == "cuda"
 
 
 def test_a_stop_inside_an_update_is_made_up_for_exactly(tmp_path, monkeypatch):

@@ -10,18 +10,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rounds import in_rounds
 from onelaunch.model import Model
+from onelaunch.training.batches import Sampler
 from onelaunch.training.data import open_data
 from onelaunch.training.engines import make_engine
 from onelaunch.training.loop import Trainer
+from onelaunch.training.manifest import SplitFacts
 from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.optim import make_optimizer
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.signals import StopSignals
+from onelaunch.training.token_files import FileSampler, TokenFile
+
+TOKENS_ON_DISK = 1 << 24
 
 
 def in_turn(
@@ -60,12 +66,17 @@ def compared_row(
 
 @contextmanager
 def trainer(
-    recipe: Recipe, device: str = "cpu", vocab_size: int | None = None, engine: str = "reference"
+    recipe: Recipe,
+    device: str = "cpu",
+    vocab_size: int | None = None,
+    engine: str = "reference",
+    on_disk: bool = False,
 ) -> Iterator[Trainer]:
     """The loop as `onelaunch train` makes it, telemetry written to a temporary file.
 
     `vocab_size` widens the model's vocabulary beyond the data's, to that of a preset; `engine` is a
-    recipe's `train.engine`.
+    recipe's `train.engine`. `on_disk`: batches are read from a file of random tokens, as those of
+    prepared text are; the built-in stories are written as they are read, which takes longer.
     """
     data = open_data(recipe.data.path, recipe.train.seed)
     config = recipe.model_config(data.vocab_size)
@@ -83,7 +94,9 @@ def trainer(
                 run=Path(folder),
                 engine=made,
                 data=data,
-                sampler=data.train(seq_len, how.seed),
+                sampler=_from_disk(Path(folder), config.vocab_size, seq_len)
+                if on_disk
+                else data.train(seq_len, how.seed),
                 optimizer=make_optimizer(made.parameters(), recipe, getattr(made, "flat", None)),
                 metrics=metrics,
                 stop=StopSignals(),
@@ -92,3 +105,12 @@ def trainer(
         finally:
             made.close()
             metrics.close()
+
+
+def _from_disk(folder: Path, vocab_size: int, seq_len: int) -> Sampler:
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    tokens = np.random.default_rng(0).integers(vocab_size, size=TOKENS_ON_DISK, dtype=dtype)
+    path = folder / "train.bin"
+    tokens.tofile(path)
+    facts = SplitFacts(path.name, len(tokens), 0, 0, "")
+    return FileSampler(TokenFile(path, facts, dtype, vocab_size), seq_len, 0, "")

@@ -64,7 +64,7 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     for case in few if quick else cases:
         recipe = Recipe().with_settings({**cases[case], "train.updates": 10**6}, "bench")
         vocab = PRESETS[recipe.model.preset].vocab_size if recipe.model.preset else None
-        with timed_trainer(recipe, device, vocab, engine="auto") as trainer:
+        with timed_trainer(recipe, device, vocab, engine="auto", on_disk=on_gpu) as trainer:
             yield _compare(f"{case} update", trainer, 9 if quick else 15, log)
 
 

@@ -42,10 +42,15 @@ class CudaTrainer(ReferenceEngine):
         super().__init__(config, weights, device, dtype, train=True)
         if self.dtype not in (torch.bfloat16, torch.float32):
             raise BadInput(f"dtype={dtype!r}: the CUDA engine trains in bfloat16 or float32")
-        self.flat = FlatParameters(config, self.parameters(), self.dtype)
-        self._gradients = {name: self.flat.gradient(name) for name in self.parameters()}
+        self._parameters = super().parameters()
+        self.flat = FlatParameters(config, self._parameters, self.dtype)
+        self._gradients = {name: self.flat.gradient(name) for name in self._parameters}
         self._steps: OrderedDict[tuple[int, int], TrainingStep] = OrderedDict()
         self._is_rounded = False  # the weights that products read are those of the parameters
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The float32 tensors to be updated, by canonical name."""
+        return self._parameters
 
     @torch.no_grad()
     def train_step(
@@ -110,7 +115,7 @@ class CudaTrainer(ReferenceEngine):
     def _adopt_gradients(self) -> bool:
         """Have each parameter's `.grad` be our own tensor; whether all of them are to be written,
         as there was none."""
-        parameters = self.parameters()
+        parameters = self._parameters
         fresh = all(p.grad is None for p in parameters.values())
         for name, parameter in parameters.items():
             own = self._gradients[name]
