@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 def recipe(**changed) -> Recipe:
-    settings = SETTINGS | {"train.device": "cuda", "train.engine": "cuda", "train.threads": 0}
+    settings = SETTINGS | {"train.device": "cuda", "train.threads": 0, "train.dropout": 0.0}
     settings |= {key.replace("__", "."): value for key, value in changed.items()}
     return Recipe().with_settings(settings, "test")
 
@@ -129,7 +129,7 @@ def test_updates_are_those_of_pytorch(clip):
 
 def test_it_learns_and_the_default_is_this_engine(tmp_path):
     changed = {"train__updates": 100, "train__accum": 1, "train__batch_size": 32}
-    r = recipe(**changed, train__engine="auto", eval__every=50)
+    r = recipe(**changed, eval__every=50)
     outcome = runs.start(r, tmp_path / "run", quiet=True)
     losses = [record["loss"] for record in of_kind(tmp_path / "run", "update")]
     assert losses[0] > 6.0

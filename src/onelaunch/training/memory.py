@@ -83,8 +83,9 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
         position = c.n_layers * 4 * (2 * c.dim + attention + 2 * c.hidden_dim)
     of_weights = 4
     if name == "cuda":  # nor does it; and weights once more in the dtype of products
-        layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + c.q_dim + 2 * c.hidden_dim)
-        position, of_weights = c.n_layers * layer + item * (4 * c.dim + 2 * c.hidden_dim), 4 + item
+        layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + 2 * c.hidden_dim)
+        once = 2 * 4 * c.dim + item * (4 * c.dim + attention + 2 * c.hidden_dim)
+        position, of_weights = c.n_layers * layer + once, 4 + item
     return MemoryEstimate(
         fixed=of_weights * parameters + state_bytes(recipe.optimizer.name, config),
         gradients=4 * parameters,

@@ -52,7 +52,7 @@ GPU_CASES: dict[str, dict[str, object]] = {
     )
 }  # fmt: skip
 GPU_QUICK = ("stories260k 32x128", "stories15m 1x256")
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS, GPU_SAMPLE_SECONDS = 0.5, 0.2
 PARTS_STEPS = 5
 
 
@@ -65,7 +65,7 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
         recipe = Recipe().with_settings({**cases[case], "train.updates": 10**6}, "bench")
         vocab = PRESETS[recipe.model.preset].vocab_size if recipe.model.preset else None
         with timed_trainer(recipe, device, vocab, engine="auto", on_disk=on_gpu) as trainer:
-            yield _compare(f"{case} update", trainer, 9 if quick else 15, log)
+            yield _compare(f"{case} update", trainer, 9 if quick or on_gpu else 15, log)
 
 
 def _compare(case: str, trainer: Trainer, rounds: int, log: Log) -> Row:
@@ -87,7 +87,8 @@ def _compare(case: str, trainer: Trainer, rounds: int, log: Log) -> Row:
     start = time.perf_counter()
     updates[OURS]()
     # samples long enough that the clock's start and end do not count
-    repeats = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
+    seconds = GPU_SAMPLE_SECONDS if trainer.device.type == "cuda" else SAMPLE_SECONDS
+    repeats = max(1, round(seconds / (time.perf_counter() - start)))
 
     def sample(name: str) -> float:
         update = updates[name]

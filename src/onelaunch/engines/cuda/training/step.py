@@ -215,8 +215,8 @@ class TrainingStep:
             if with_gradient:
                 multiply_back(logits, head_VD, self._dnormed_ND[chunk])
                 weight_gradient(logits, normed, flat.gradient(name), accumulate or first > 0)
-        launches.mean_loss(self._losses_N, self._count, self._mean)
-        launches.mean_loss(self._losses_N, self._count, self._sum, total=True)
+        to = self._mean if with_gradient else self._sum
+        launches.mean_loss(self._losses_N, self._count, to, total=not with_gradient)
 
     def _backward(self, accumulate: bool) -> None:
         c, flat = self._config, self._flat
