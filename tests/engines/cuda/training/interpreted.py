@@ -4,6 +4,7 @@ write begins as NaN. Run by test_interpreter.py in processes of its own."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 
@@ -207,6 +208,100 @@ def test_norms_of_heads_need_raw_rows_and_partials():
         launches.rotate_backward(
             d, d, d, tables_, tables_, Heads(1, 1, 2, True), torch.zeros(1, 6), norms
         )
+
+
+def attention_in_float64(q, k, v, sequence):
+    """(N, heads E), with its gradients."""
+    q, k, v = (x.unflatten(0, (-1, sequence)).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores += torch.full_like(scores[0, 0], float("-inf")).triu(1)
+    lse = scores.logsumexp(-1) / math.log(2)
+    out = scores.softmax(-1) @ v
+    return out.transpose(1, 2).flatten(2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
+
+
+def check_attention(heads, batch, sequence, dtype, with_delta):
+    """Forward and backward, each twice."""
+    N, (H, K, E, _) = batch * sequence, heads
+    qkv64 = normal(N, (H + 2 * K) * E).double().requires_grad_()
+    cos, sin = tables(sequence, E)
+    expected, lse64 = attention_in_float64(*rotated(qkv64, cos, sin, heads), sequence)
+    # slices of packed rows, as a step has them, and values whose heads lie apart
+    q_k = torch.cat(rotated(qkv64.detach(), cos, sin, heads)[:2], 1).to(dtype)
+    v = poisoned(K, N, E + 8, dtype=dtype).transpose(0, 1)[..., :E]
+    v.copy_(qkv64.detach().view(N, H + 2 * K, E)[:, H + K :])
+    dout = poisoned(N, H + 1, E, dtype=dtype)[:, :H]
+    dout.copy_(normal(N, H, E, seed=1))
+    expected.backward(dout.double().flatten(1))
+    inputs = q_k[:, :H], q_k[:, H:], v
+    first: tuple[Tensor, ...] | None = None
+    for _ in range(2):
+        out, lse = poisoned(N, H * E, dtype=dtype), poisoned(H, N)
+        launches.attention_forward(*inputs, sequence, out, lse)
+        dqkv = poisoned(*qkv64.shape, dtype=dtype)
+        delta = poisoned(H, N) if with_delta else None
+        launches.attention_backward(dout, inputs, out, lse, cos, sin, heads, delta, dqkv)
+        first = first or (out, lse, dqkv)
+        assert all(map(torch.equal, first, (out, lse, dqkv)))
+    assert_close(out, expected.detach())
+    assert_close(lse, lse64.detach(), TOLERANCE[dtype])
+    assert_close(dqkv, qkv64.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "sequence"), [(2, 1), (1, 7), (2, 33), (1, 130)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(2, 2, 8, False), Heads(2, 1, 16, True), Heads(3, 1, 48, False),
+        Heads(2, 2, 48, True), Heads(2, 1, 64, False), Heads(1, 1, 128, True),
+    ],
+)  # fmt: skip
+def test_attention(heads, batch, sequence, dtype):
+    check_attention(heads, batch, sequence, dtype, with_delta=sequence % 2 == 0)
+
+
+@pytest.mark.parametrize("sequence", [70, 128])
+@pytest.mark.parametrize("rows_columns", [(16, 128), (32, 64), (64, 32), (64, 64)])
+@pytest.mark.parametrize("heads", [Heads(2, 1, 40, False), Heads(1, 1, 24, True)])
+def test_blocks_of_attention(heads, rows_columns, sequence, monkeypatch):
+    blocks = launches.AttentionBlocks(*rows_columns, num_stages=2, num_warps=4)
+    monkeypatch.setattr(launches, "attention_blocks", lambda *_, **__: blocks)
+    check_attention(heads, 1, sequence, torch.float32, with_delta=sequence == 128)
+
+
+def test_scores_far_from_zero_leave_attention_finite():
+    """Each softmax has one key alone; exp2 of what is masked would overflow."""
+    heads, sequence = Heads(1, 1, 16, True), 40
+    q = normal(sequence, 1, 16) * 100
+    k, v, dout = (normal(sequence, 1, 16, seed=s) * 100 for s in (1, 2, 3))
+    k[-1] = 1e4 * q[0]  # behind all but the last query
+    cos, sin = torch.ones(sequence, 8), torch.zeros(sequence, 8)
+    q64, k64, v64 = (x.double().requires_grad_() for x in (q, k, v))
+    expected, _ = attention_in_float64(q64, k64, v64, sequence)
+    expected.backward(dout.double().flatten(1))
+    out, lse = poisoned(sequence, 16), poisoned(1, sequence)
+    dqkv = poisoned(sequence, 48)
+    launches.attention_forward(q, k, v, sequence, out, lse)
+    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, None, dqkv)
+    assert_close(out, expected.detach(), 1e-4)
+    assert dqkv.isfinite().all()
+    assert_close(dqkv[:, 32:], v64.grad.flatten(1), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "S", "n_heads", "rows", "columns"),
+    [
+        (1, 256, 6, 16, 128), (2, 256, 6, 16, 128), (3, 256, 6, 32, 64), (5, 256, 6, 32, 64),
+        (6, 256, 6, 64, 64), (64, 256, 6, 64, 64), (1, 2048, 6, 64, 64), (1, 7, 1, 16, 16),
+        (1, 33, 1, 16, 64), (200, 20, 1, 64, 32),
+    ],
+)  # fmt: skip
+def test_the_rule_of_attentions_blocks(n_sequences, S, n_heads, rows, columns):
+    for backward in (False, True):
+        blocks = launches.attention_blocks(n_sequences, S, n_heads, 48, backward)
+        assert blocks == (rows, columns, 2, 4)
 
 
 FEED_FORWARDS = ((1, 48), (7, 1376), (130, 288), (3, 1024))

@@ -129,6 +129,36 @@ def test_rotary_embedding(heads, with_norms, kernels):
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize("B", [1, 4, 64])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        (6, 6, 48, True), (6, 6, 48, False), (8, 4, 64, True), (8, 4, 64, False),
+        (8, 2, 128, True), (8, 2, 128, False),
+    ],
+)  # fmt: skip
+def test_attention(heads, B, with_delta, kernels):
+    launches, found = kernels
+    heads = launches.Heads(*heads)
+    (H, K, E, _), n_rows = heads, B * 256
+    inputs = half(n_rows, (H + 2 * K) * E).view(n_rows, -1, E).split((H, K, K), 1)
+    out, lse, cos = half(n_rows, H * E), empty(H, n_rows), empty(256, E // 2)
+    launches.attention_forward(*inputs, 256, out, lse)
+    launches.attention_backward(
+        out.view(n_rows, H, E), inputs, out, lse, cos, cos, heads, lse if with_delta else None,
+        half(n_rows, (H + 2 * K) * E),
+    )  # fmt: skip
+    names = {"attention_forward_kernel", "attention_backward_kernel"}
+    assert_in_registers(found, names | ({"attention_delta_kernel"} if with_delta else set()))
+    assert found["attention_forward_kernel"].widths("st") == {16, 4}  # 4 of lse
+    assert min(found["attention_backward_kernel"].widths("st")) >= 8
+    product = "wgmma" if launches.attention_blocks(B, 256, H, E, True).rows == 64 else "mma"
+    for name in names:
+        assert re.search(rf"\b{product}[.\w]*\.sync", found[name].ptx), name
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("hidden_dim", [768, 1376, 2048, 5504])
 def test_swiglu(hidden_dim, kernels):
     launches, found = kernels
@@ -205,8 +235,8 @@ def test_one_row_and_one_cta(kernels):
 def test_no_name_has_a_value_in_the_modules_of_kernels():
     """They would need names of their own, see test_compiled.py of the stages."""
     triton = pytest.importorskip("triton")
-    from onelaunch.engines.cuda.training import loss, rotary, rows, update
+    from onelaunch.engines.cuda.training import attention, loss, rotary, rows, update
 
-    for module in (loss, rotary, rows, update):
+    for module in (attention, loss, rotary, rows, update):
         for name, value in vars(module).items():
             assert not isinstance(value, triton.language.constexpr), name

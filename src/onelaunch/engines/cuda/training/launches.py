@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from onelaunch.engines.cuda.training import loss, rotary, rows, update
+from onelaunch.engines.cuda.training import attention, loss, rotary, rows, update
 from onelaunch.operators.triton_cache import verified
 
 TILE = 2048  # elements of a tile of rows: 16 for each thread of four warps
@@ -24,6 +24,8 @@ ROW_IN_REGISTERS = 32_768  # logits of a row; wider rows are read twice
 COUNT_BLOCK = 4096  # targets and losses that the one CTA reads at once
 UPDATE_BLOCK = 1024  # elements of the flat tensors, eight for each thread of four warps
 SQUARES_BLOCK = 4096
+LOG2_E = 1.4426950408889634
+MULTIPROCESSORS = 132  # of an H100 or H200
 CHUNK = 32  # sorted tokens of a CTA of the embedding's gradient
 
 
@@ -204,6 +206,96 @@ def rotate_backward(
         gradients, strides, cos_SP, sin_SP, weights, qkv_NC, dqkv_NC, partials, N, S, eps,
         H=H, K=K, E=E, INTERLEAVED=interleaved, **tile,
     )  # fmt: skip
+
+
+class AttentionBlocks(NamedTuple):
+    """Queries or keys of a CTA, of those that meet them how many at once, and its warps."""
+
+    rows: int
+    columns: int
+    num_stages: int
+    num_warps: int
+
+
+def attention_blocks(
+    n_sequences: int, S: int, n_heads: int, head_dim: int, backward: bool
+) -> AttentionBlocks:
+    """Return the blocks of attention: 64 rows where each multiprocessor gets a CTA then, else 32 or
+    16, which meet more columns at once, since a CTA alone waits for each step. All stay in
+    registers."""
+    counts = {r: n_sequences * n_heads * ctas(S, r) for r in (64, 32)}
+    rows = next((r for r, count in counts.items() if count >= MULTIPROCESSORS), 16)
+    wide = head_dim > 64
+    warps = 8 if wide and backward and rows > 16 else 4
+    columns = 128 if rows == 16 else 64
+    if wide:
+        columns = 32 if backward and rows == 64 else 64
+    return AttentionBlocks(rows, min(columns, max(16, next_power_of_2(S))), 2, warps)
+
+
+def attention_forward(
+    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, S: int, out_NQ: Tensor, lse_HN: Tensor
+) -> None:
+    """Write causal attention of N / S sequences, in T, and log2 of each softmax's sum.
+
+    Queries and keys are rotated; the three, in T, may have any strides of rows and heads. E is a
+    multiple of 8, up to 128."""
+    (N, H, E), K = q_NHE.shape, k_NKE.shape[1]
+    inputs = (q_NHE, k_NKE, v_NKE)
+    blocks = attention_blocks(N // S, S, H, E, backward=False)
+    launch(
+        attention.attention_forward_kernel, (ctas(S, blocks.rows) * (N // S) * H,),
+        inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, N, S, E**-0.5 * LOG2_E,
+        H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows,
+        COLUMNS=blocks.columns, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
+        num_warps=blocks.num_warps,
+    )  # fmt: skip
+
+
+def attention_backward(
+    dout_NHE: Tensor,
+    rotated: tuple[Tensor, Tensor, Tensor],
+    out_NQ: Tensor,
+    lse_HN: Tensor,
+    cos_SP: Tensor,
+    sin_SP: Tensor,
+    heads: Heads,
+    delta_HN: Tensor | None,
+    dqkv_NC: Tensor,
+) -> None:
+    """Write the gradient of packed rows before the rotation of queries and keys, in T.
+
+    `rotated` are the inputs of `attention_forward`, `out_NQ` and `lse_HN` its results. `delta_HN`
+    gets the sums of dout * out, in a launch of its own; without it they are computed wherever they
+    are needed. dout, in T, may have any strides of rows and heads."""
+    (N, _, E), S = dout_NHE.shape, cos_SP.shape[0]
+    H, K, _, interleaved = heads
+    inputs = (*rotated, dout_NHE)
+    blocks = attention_blocks(N // S, S, H, E, backward=True)
+    if delta_HN is not None:
+        tile = row_tile(E)
+        launch(
+            attention.attention_delta_kernel, (ctas(N * H, tile["R"]),),
+            dout_NHE, out_NQ, delta_HN, dout_NHE.stride(0), dout_NHE.stride(1), N,
+            H=H, E=E, **tile,
+        )  # fmt: skip
+    launch(
+        attention.attention_backward_kernel, (ctas(S, blocks.rows) * (N // S) * (H + K),),
+        inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, delta_HN, (cos_SP, sin_SP), dqkv_NC,
+        N, S, E**-0.5, E**-0.5 * LOG2_E,
+        H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows, STEP=blocks.columns,
+        INTERLEAVED=interleaved, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
+        num_warps=blocks.num_warps,
+    )  # fmt: skip
+
+
+def _row_and_head_strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(stride for t in tensors for stride in (t.stride(0), t.stride(1)))
+
+
+def _even(S: int, blocks: AttentionBlocks) -> bool:
+    """Whether no block reaches beyond a sequence."""
+    return S % max(blocks.rows, blocks.columns) == 0
 
 
 def swiglu(gate_up_N2F: Tensor, hidden_NF: Tensor) -> None:

@@ -34,7 +34,7 @@ def _load_pairs(
 
 
 @triton.jit
-def _store_pairs(
+def store_pairs(
     ptr, offsets, in_rows, first, second,
     P: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _load_weight(ptr, P: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.cons
 
 
 @triton.jit
-def _load_angles(cos_ptr, sin_ptr, row, in_rows, S, P: tl.constexpr, BLOCK: tl.constexpr):
+def load_angles(cos_ptr, sin_ptr, row, in_rows, S, P: tl.constexpr, BLOCK: tl.constexpr):
     """Cosine and sine at the positions of rows, (R, 1): (R, BLOCK) each."""
     columns = tl.arange(0, BLOCK)[None, :]
     mask = in_rows & (columns < P)
@@ -127,8 +127,8 @@ def rotate_kernel(
         rstd = _rstd(first, second, eps, E)
         first *= rstd * tl.where(head < H, q_first, k_first)
         second *= rstd * tl.where(head < H, q_second, k_second)
-    cos, sin = _load_angles(cos_ptr, sin_ptr, row, in_rows, S, P, BLOCK)
-    _store_pairs(
+    cos, sin = load_angles(cos_ptr, sin_ptr, row, in_rows, S, P, BLOCK)
+    store_pairs(
         out_ptr, row64 * out_stride + head * E, in_rows,
         first * cos - second * sin, second * cos + first * sin, P, BLOCK, INTERLEAVED,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def _heads_backward(
             dy_ptr, row64 * row_stride + head * head_stride, in_rows, P, BLOCK, INTERLEAVED
         )
         if ROTATED:
-            cos, sin = _load_angles(cos_ptr, sin_ptr, row, in_rows, S, P, BLOCK)
+            cos, sin = load_angles(cos_ptr, sin_ptr, row, in_rows, S, P, BLOCK)
             d_first = first * cos + second * sin
             d_second = second * cos - first * sin
         else:
@@ -177,7 +177,7 @@ def _heads_backward(
             dots = tl.sum(d_first * n_first + d_second * n_second, 1, keep_dims=True) / E
             d_first = rstd * (d_first - n_first * dots)
             d_second = rstd * (d_second - n_second * dots)
-        _store_pairs(dqkv_ptr, packed, in_rows, d_first, d_second, P, BLOCK, INTERLEAVED)
+        store_pairs(dqkv_ptr, packed, in_rows, d_first, d_second, P, BLOCK, INTERLEAVED)
     if weight_ptr is not None:
         first_column, second_column = _pair_columns(P, BLOCK, INTERLEAVED)
         in_head = tl.arange(0, BLOCK) < P
