@@ -30,13 +30,15 @@ from onelaunch.model import rope_tables
 
 LOGITS = 1 << 27
 """So many exist at once, about."""
+OWN_ATTENTION = True
 PARTIALS = 528
 """CTAs of the backward of norms, each with a partial sum of the weight's gradient."""
 
 
 @dataclass(slots=True)
 class _Kept:
-    """Of a layer, for the backward. `rotated` has queries and keys where they have norms."""
+    """Of a layer, for the backward. `rotated` has queries and keys where they have norms;
+    `lse_HN` is where attention is ours, and else `attention` a library's."""
 
     x_ND: Tensor
     normed_ND: Tensor
@@ -47,8 +49,9 @@ class _Kept:
     normed_mid_ND: Tensor
     rstd_mid_N: Tensor
     gate_up_N2F: Tensor
+    out_NQ: Tensor | None
+    lse_HN: Tensor | None
     attention: Attention | None = None
-    out_NQ: Tensor | None = None
 
 
 class TrainingStep:
@@ -73,6 +76,7 @@ class TrainingStep:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
+        attends = OWN_ATTENTION and not c.qk_norm
         self._tokens_N, self._targets_N = whole(N), whole(N)
         self._scale, self._scale_is = real(1), float("nan")
         self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
@@ -81,6 +85,7 @@ class TrainingStep:
                 real(N, c.dim), half(N, c.dim), real(N), half(N, C),
                 half(N, Q + c.kv_dim) if c.qk_norm else None,
                 real(N, c.dim), half(N, c.dim), real(N), half(N, 2 * c.hidden_dim),
+                half(N, Q) if attends else None, real(c.n_heads, N) if attends else None,
             )
             for _ in range(c.n_layers)
         ]  # fmt: skip
@@ -92,6 +97,7 @@ class TrainingStep:
         self._dnormed_ND, self._dhidden_NF = half(N, c.dim), half(N, c.hidden_dim)
         self._dx_ND, self._dx_half_ND = real(N, c.dim), half(N, c.dim)
         self._dout_NQ, self._dqkv_NC = half(N, Q), half(N, C)
+        self._delta_HN = real(c.n_heads, N)
         self._edges = real(*launches.edges_shape(N, c.dim))
         self._partials = real(2 * c.n_layers + 1, min(PARTIALS, N), c.dim)
         self._partials_of_heads = None
@@ -164,7 +170,6 @@ class TrainingStep:
 
     def _forward(self) -> None:
         c, flat, eps = self._config, self._flat, self._config.norm_eps
-        sequences, length = self._shape
         first = self._layers[0]
         launches.embed_norm(
             self._tokens_N, flat.weight("embed_tokens.weight"), self._norm(0, "input"), eps,
@@ -175,13 +180,8 @@ class TrainingStep:
             norms = self._head_norms(i)
             rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
             launches.rotate(kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms)
-            q_k = rotated[:, : c.q_dim + c.kv_dim].view(sequences, length, -1, c.head_dim)
-            values = kept.qkv_NC[:, c.q_dim + c.kv_dim :]
-            kept.attention = Attention(
-                q_k[:, :, : c.n_heads], q_k[:, :, c.n_heads :],
-                values.view(sequences, length, c.n_kv_heads, c.head_dim),
-            )  # fmt: skip
-            kept.out_NQ = kept.attention.out_NQ
+            self._attend(kept)
+            assert kept.out_NQ is not None
             multiply(kept.out_NQ, flat.half(i, "out"), self._delta_ND)
             launches.add_norm(
                 kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), eps,
@@ -197,6 +197,44 @@ class TrainingStep:
                 to = after.x_ND, after.normed_ND, after.rstd_N
                 weight = self._norm(i + 1, "input")
             launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to)
+
+    def _inputs(self, kept: _Kept) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, (N, heads, E) each."""
+        c = self._config
+        rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
+        queries_keys = rotated[:, : c.q_dim + c.kv_dim].unflatten(1, (-1, c.head_dim))
+        values = kept.qkv_NC[:, c.q_dim + c.kv_dim :].unflatten(1, (-1, c.head_dim))
+        return queries_keys[:, : c.n_heads], queries_keys[:, c.n_heads :], values
+
+    def _attend(self, kept: _Kept) -> None:
+        inputs = self._inputs(kept)
+        if kept.lse_HN is not None:
+            assert kept.out_NQ is not None
+            launches.attention_forward(*inputs, self._shape[1], kept.out_NQ, kept.lse_HN)
+            return
+        kept.attention = Attention(*(x.unflatten(0, self._shape) for x in inputs))
+        kept.out_NQ = kept.attention.out_NQ
+
+    def _attend_backward(self, layer: int, kept: _Kept) -> None:
+        """From the gradient of attention's output to that of what it was rotated from."""
+        c, tables = self._config, (self._cos_SP, self._sin_SP)
+        dout_NHE = self._dout_NQ.unflatten(1, (-1, c.head_dim))
+        if kept.lse_HN is not None:
+            assert kept.out_NQ is not None
+            launches.attention_backward(
+                dout_NHE, self._inputs(kept), kept.out_NQ, kept.lse_HN, *tables, self._heads,
+                self._delta_HN, self._dqkv_NC,
+            )  # fmt: skip
+            return
+        assert kept.attention is not None
+        dq, dk, dv = kept.attention.backward(dout_NHE.unflatten(0, self._shape))
+        partials = None
+        if self._partials_of_heads is not None:
+            partials = self._partials_of_heads[layer]
+        launches.rotate_backward(
+            dq, dk, dv, *tables, self._heads, self._dqkv_NC, self._head_norms(layer),
+            kept.qkv_NC if c.qk_norm else None, partials,
+        )  # fmt: skip
 
     def _loss(self, with_gradient: bool, accumulate: bool) -> None:
         flat, N = self._flat, len(self._tokens_N)
@@ -232,7 +270,6 @@ class TrainingStep:
         )  # fmt: skip
         for i in reversed(range(c.n_layers)):
             kept = self._layers[i]
-            assert kept.attention is not None
             assert kept.out_NQ is not None
             multiply_back(dx_half, flat.half(i, "down"), self._dhidden_NF)
             launches.swiglu_backward(self._dhidden_NF, kept.gate_up_N2F, kept.gate_up_N2F, hidden)
@@ -245,14 +282,7 @@ class TrainingStep:
             )  # fmt: skip
             multiply_back(dx_half, flat.half(i, "out"), self._dout_NQ)
             weight(i, "out", dx_half, kept.out_NQ)
-            dq, dk, dv = kept.attention.backward(
-                self._dout_NQ.view(*self._shape, c.n_heads, c.head_dim)
-            )
-            launches.rotate_backward(
-                dq, dk, dv, self._cos_SP, self._sin_SP, self._heads, dqkv,
-                self._head_norms(i), kept.qkv_NC if c.qk_norm else None,
-                None if self._partials_of_heads is None else self._partials_of_heads[i],
-            )  # fmt: skip
+            self._attend_backward(i, kept)
             multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
             weight(i, "qkv", dqkv, kept.normed_ND)
             launches.norm_backward(
