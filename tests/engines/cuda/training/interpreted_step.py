@@ -9,15 +9,24 @@ import sys
 assert "triton" not in sys.modules, "too late: Triton was imported before this"
 os.environ["TRITON_INTERPRET"] = "1"
 
+import signal  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from onelaunch.engines.cuda.training import adamw  # noqa: E402
+from onelaunch.engines.cuda.training import engine as engines  # noqa: E402
 from onelaunch.engines.cuda.training import step as steps  # noqa: E402
+from onelaunch.engines.cuda.training.engine import CudaTrainer  # noqa: E402
 from onelaunch.engines.cuda.training.flat import FlatParameters  # noqa: E402
 from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
+from onelaunch.training import run as runs  # noqa: E402
+from onelaunch.training.loop import Trainer  # noqa: E402
+from onelaunch.training.recipe import Recipe  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402
+from tests.metrics import read_metrics  # noqa: E402
 
 mend_loop_bounds()
 
@@ -79,3 +88,66 @@ def test_the_same_bits_again():
     batch = torch.randint(0, config.vocab_size, (2, 2, 7)).unbind()
     first, again = (trained(config, weights, [batch], [1.0])[1] for _ in range(2))
     assert all(torch.equal(first[key], again[key]) for key in weights)
+
+
+TINY = {
+    "model.dim": 32, "model.n_layers": 1, "model.n_heads": 4, "model.n_kv_heads": 2,
+    "model.hidden_dim": 48, "model.max_seq_len": 16, "train.batch_size": 2, "train.updates": 5,
+    "train.device": "cpu", "train.engine": "reference", "train.accum": 2, "train.threads": 1,
+    "eval.every": 2, "eval.batches": 1, "eval.sample_tokens": 2, "checkpoint.every": 2,
+    "optimizer.lr": 0.01, "optimizer.warmup": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Runs train with the CUDA engine's step, interpreted."""
+    monkeypatch.setattr(adamw, "PARTIALS", 4)  # the interpreter takes one CTA after another
+    monkeypatch.setattr(steps, "PARTIALS", 4)
+    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    monkeypatch.setattr(
+        runs, "make_engine", lambda recipe, config, weights: CudaTrainer(config, weights, "cpu")
+    )
+
+
+def losses_of(run):
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["engine"] for r in records if r["kind"] == "run"][0] == "cuda"
+    return [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "update"]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_run_is_pytorchs_and_goes_on_exactly_where_it_stopped(tmp_path, monkeypatch):
+    recipe = Recipe().with_settings(TINY, "test")
+    outcome = runs.start(recipe, tmp_path / "whole", quiet=True)
+    assert outcome.progress.val_loss is not None
+    whole = losses_of(tmp_path / "whole")
+    micro_step, count = Trainer._micro_step, 0
+
+    def counted(self):
+        nonlocal count
+        count += 1
+        if count == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        micro_step(self)
+
+    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    stopped = runs.start(recipe, tmp_path / "cut", quiet=True)
+    assert (stopped.progress.update, stopped.progress.micro) == (3, 1)
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert losses_of(tmp_path / "cut") == whole
+    monkeypatch.undo()
+    runs.start(recipe, tmp_path / "plain", quiet=True)
+    records = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    plain = [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "update"]
+    assert len(plain) == len(whole) == 5
+    for got, expected in zip(whole, plain, strict=True):
+        assert got == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_another_optimizer_updates_the_same_weights(tmp_path):
+    recipe = Recipe().with_settings(TINY | {"optimizer.name": "muon"}, "test")
+    runs.start(recipe, tmp_path / "run", quiet=True)
+    first, *_, last = losses_of(tmp_path / "run")
+    assert last[0] < first[0]
