@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,78 @@ def session_of(monkeypatch):
         return session, prompts
 
     return make
+
+
+class HostMany(HostChain):
+    """Rows whose last tokens, and their positions, the session has placed."""
+
+    @staticmethod
+    def forward(config, packed, rows):
+        buffers = SimpleNamespace(
+            tokens=torch.zeros(rows, dtype=torch.int64),
+            positions=torch.zeros(rows, dtype=torch.int32),
+        )
+        return SimpleNamespace(buffers=buffers)
+
+    def __init__(self, config, packed, memory, forward, context, seen):
+        self.memory, self.buffers, self.calls = memory, forward.buffers, [self.grow]
+
+    def grow(self):
+        tokens, memory = self.buffers.tokens, self.memory
+        for row, slot in enumerate(memory.slots[: len(tokens)]):
+            if memory.whole[slot, sampling.FINISH] == sampling.GROWING:
+                tokens[row] = following(tokens[row])
+                self.choose(slot, tokens[row])
+
+
+class TogetherPrompts(HostPrompts):
+    """Reads all that wait together, without their logits."""
+
+    def calls(self, n, with_logits, together=False):
+        assert together
+        return []
+
+    def begin(self, prompt_ids, cache, slot, with_logits):
+        assert not with_logits
+        return TogetherReading(self, prompt_ids)
+
+
+class TogetherReading(HostReading):
+    def step(self, others=()):
+        self.prompts.read.append([each.ids[:1] for each in (self, *others)])
+        return True
+
+    def reads_with(self, other, prompts):
+        return prompts <= 4
+
+
+def test_many_prompts_are_read_together_up_to_their_last_tokens(monkeypatch):
+    monkeypatch.setattr(session_module, "ManyRows", HostMany)
+    packed = pack(LONG, weights_of(LONG), torch.float32, torch.device("cpu"))
+    prompts = TogetherPrompts()
+    session = CudaSession(LONG, packed, prompts, nullcontext, 12, 200, lambda line: None)
+    requests = [Request(id, [id + 20, id + 5], 9 + id) for id in range(6)]
+    requests += [Request(6, [33], 30), Request(7, [34, 35], 3), Request(8, [1, 2], 0)]
+    for request in requests:
+        session.submit(request)
+    events = []
+    while len(by_request(events)) < len(requests):
+        events += session.step()
+    assert prompts.read == [
+        [[20], [21], [22], [23]], [[24], [25], [], [34]],
+    ]  # fmt: skip
+    for request in requests:
+        tokens = expected(request.prompt_ids, request.max_new_tokens)
+        assert by_request(events)[request.id] == (tokens, "length")
+    # the slots of some that have ended are others' now
+    later = [Request(id, [id, id + 1], 12) for id in range(10, 25)]
+    for request in later:
+        session.submit(request)
+    events = []
+    while len(by_request(events)) < len(later):
+        events += session.step()
+    for request in later:
+        assert by_request(events)[request.id] == (expected(request.prompt_ids, 12), "length")
 
 
 def tokens_of(events, id):

@@ -112,7 +112,7 @@ def on_the_cpu(monkeypatch):
 
 def losses_of(run):
     records = read_metrics(run / "metrics.jsonl")
-    assert [r["engine"] for r in records if r["kind"] == "run"][0] == "cuda"
+    assert next(r["engine"] for r in records if r["kind"] == "run") == "cuda"
     return [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "update"]
 
 

@@ -62,6 +62,11 @@ class Growing:
     new: list[int] = field(default_factory=list)
 
     @property
+    def newest(self) -> int:
+        """Its last token so far."""
+        return self.new[-1] if self.new else self.request.prompt_ids[-1]
+
+    @property
     def position(self) -> int:
         """Of its last token."""
         return len(self.request.prompt_ids) + len(self.new) - 1
@@ -113,7 +118,8 @@ class CudaSession:
                 reads = bool(self._joining)
                 self._read(seconds)
                 # a first token waits for one graph of the others at a time, and for none of its own
-                if self._growing and (others or not reads):
+                # where its prompt gives it
+                if self._growing and (others or not reads or self._many):
                     self._grow(0.0 if reads else seconds)
         events, self._events = self._events, []
         return events
@@ -155,18 +161,21 @@ class CudaSession:
             if compile := self.compilation(request):
                 with notice(self._log):
                     compile()
-            reading = self._prompts.begin(prompt, memory.cache, slot, with_logits=True)
+            ids = prompt[:-1] if self._many else prompt
+            reading = self._prompts.begin(ids, memory.cache, slot, with_logits=not self._many)
             self._joining.append(Growing(request, slot, limit, reading))
 
     def _read(self, seconds: float) -> None:
-        """Go on to read prompts; those that are read get their first tokens."""
+        """Go on to read prompts; those that are read get their first tokens. Many are read together
+        up to their last tokens, which are then read with what the others read."""
         for each in in_turn(self._joining, bool(self._growing), seconds):
             self._begin(each)
             self._growing.append(each)
-            self._report([each])
+            if not self._many:
+                self._report([each])
 
     def _begin(self, each: Growing) -> None:
-        """Choose the first token of a sequence whose prompt was read."""
+        """Choose the first token of a sequence whose prompt was read, or prepare that."""
         memory, request, slot = self._state(), each.request, each.slot
         sampled, stop = request.sampling, list(request.stop_ids)[:STOP_IDS]
         whole = [0] * sampling.WHOLE_NUMBERS
@@ -186,9 +195,13 @@ class CudaSession:
         if sampled.penalises:
             self._mark(slot, request.prompt_ids)
         memory.positions[slot] = len(request.prompt_ids) - 1
+        self._rows = []
+        if self._many:
+            memory.progress[slot] = torch.tensor([0, sampling.GROWING])  # it may be another's
+            self._wait()
+            return
         memory.logits[:1].copy_(each.reading.logits)
         memory.slots[:1] = slot
-        self._rows = []
         self._chain(1, FIRST_CONTEXT, sampled.penalises).sample()
         self._wait()
 
@@ -239,7 +252,10 @@ class CudaSession:
         if self._device.type != "cuda":
             return None
         penalised = request.sampling.penalises
-        calls = self._prompts.calls(len(request.prompt_ids), with_logits=True)
+        if self._many:
+            calls = self._prompts.calls(len(request.prompt_ids) - 1, False, together=True)
+        else:
+            calls = self._prompts.calls(len(request.prompt_ids), with_logits=True)
         if penalised not in self._compiled:
             self._compiled.add(penalised)
             calls += self._chain(self._least_rows(), FIRST_CONTEXT, penalised).distinct
@@ -253,7 +269,7 @@ class CudaSession:
         memory, unused = self._state(), rows - len(slots)
         placed = torch.tensor([*slots, *[self._max_batch] * unused], dtype=torch.int32)
         memory.slots[:rows].copy_(placed)
-        last = torch.tensor([each.new[-1] for each in self._growing] + [0] * unused)
+        last = torch.tensor([each.newest for each in self._growing] + [0] * unused)
         if self._many:
             buffers = self._many_rows().buffers
             assert buffers.positions is not None
