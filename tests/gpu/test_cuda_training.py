@@ -6,6 +6,8 @@ import signal
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from onelaunch.config import preset
 from onelaunch.engines.cuda.training.adamw import FlatAdamW
 from onelaunch.engines.cuda.training.engine import CudaTrainer
