@@ -69,8 +69,9 @@ def train(
         typer.Option(
             "--engine",
             metavar="ENGINE",
-            help="auto, reference (PyTorch), cpu (compiled for this processor), or coreml: layers "
-            "as ML Programs, by Core ML on a Mac, elsewhere evaluated.",
+            help="auto, reference (PyTorch), cpu (compiled for this processor), cuda (CUDA graphs "
+            "of an NVIDIA GPU), or coreml: layers as ML Programs, by Core ML on a Mac, elsewhere "
+            "evaluated.",
         ),
     ] = None,
     compile_budget: Annotated[
