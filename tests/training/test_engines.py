@@ -79,6 +79,13 @@ def test_auto_is_graphs_of_kernels_on_a_gpu_that_has_them(monkeypatch):
     assert name_of(recipe(**on_gpu)) == "reference"
 
 
+def test_the_cuda_engine_says_why_it_cannot_train(tmp_path):
+    with pytest.raises(BadInput, match="NVIDIA's GPUs, and the device is cpu; use 'reference'"):
+        start(recipe(train__engine="cuda"), tmp_path / "run", quiet=True)
+    device, config = torch.device("cuda"), recipe().model_config(64)
+    assert "multiple of 8" in (cuda.why_not_train(device, config.with_(head_dim=12)) or "")
+
+
 def test_without_a_compiler_asking_for_it_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr("onelaunch.engines.cpu.training.engine.why_not", lambda: "no compiler")
     with pytest.raises(BadInput, match="no compiler.*reference"):

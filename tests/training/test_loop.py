@@ -282,8 +282,40 @@ def test_metrics_are_plain_json_with_a_schema(tmp_path):
     assert {r["kind"] for r in records} == {"run", "update", "eval", "sample", "end"}
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def read_late(monkeypatch):
+    """An update's figures are read when the next one is launched, as on a GPU."""
+    prepare = Trainer.__post_init__
+
+    def prepared(self):
+        prepare(self)
+        self._reads_late = True
+
+    monkeypatch.setattr(Trainer, "__post_init__", prepared)
+
+
+def test_figures_that_are_read_late_are_the_same_in_the_same_order(tmp_path, monkeypatch):
     r = recipe()
+    runs.start(r, tmp_path / "at once", quiet=True)
+    read_late(monkeypatch)
+    runs.start(r, tmp_path / "late", quiet=True)
+    at_once, late = (
+        [
+            (record["kind"], record.get("update"), record.get("loss"), record.get("tokens"))
+            for record in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("at once", "late")
+    )
+    assert late == at_once
+    assert [kind for kind, *_ in late].count("update") == r.train.updates
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path, monkeypatch, late
+):
+    r = recipe()
+    if late:
+        read_late(monkeypatch)
     sampler_next = {}
 
     def poisoned(self):

@@ -7,6 +7,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines import cpu, cuda
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
+from onelaunch.errors import BadInput
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.sections import TRAIN_WITH
 
@@ -49,7 +50,9 @@ def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor])
 
         return CpuTrainer(config, weights)
     if name == "cuda":
-        from onelaunch.engines.cuda.training.engine import CudaTrainer
+        if reason := cuda.why_not_train(resolve_device(train.device), config):
+            raise BadInput(f"train.engine = 'cuda': {reason}; use 'reference', or 'auto'")
+        from onelaunch.engines.cuda.training.engine import CudaTrainer  # imports Triton
 
         dtype = None if train.dtype == "auto" else train.dtype
         return CudaTrainer(config, weights, train.device, dtype)

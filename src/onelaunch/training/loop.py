@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +127,8 @@ class Trainer:
         self._agreed = Decision()
         self._micro_seconds = math.inf
         self._made: _Made | None = None
+        # several ranks decide by what is known of the last update
+        self._reads_late = self.device.type == "cuda" and self.ranks.size == 1
         self._buckets: GradientBuckets | None = None
         if self.ranks.size > 1:
             self._buckets = GradientBuckets(list(self.parameters.values()), 1 + DECISION_NUMBERS)
@@ -135,6 +137,10 @@ class Trainer:
         """Run to the recipe's last update, or to a stop signal."""
         try:
             return self._train()
+        except Exception:
+            with suppress(Exception):
+                self._settle_all()  # an update that is done is not lost
+            raise
         finally:
             if self._buckets is not None:
                 self._buckets.close()
@@ -223,6 +229,7 @@ class Trainer:
             "lr": lr,
             "micro_steps": self.ranks.size * accum,
             "tokens": progress.tokens,
+            "time": time.time(),
         }
         if started_at:
             # the earlier micro-steps were timed by the process that was stopped
@@ -237,7 +244,7 @@ class Trainer:
         self._clock.begin()
         if before is not None:
             self._settle(before)
-        if self.device.type != "cuda" or self.ranks.size > 1:  # which decide by what is known now
+        if not self._reads_late:
             self._settle_all()
 
     def _settle_all(self) -> None:
@@ -272,7 +279,7 @@ class Trainer:
                 "micro_steps": record.pop("micro_steps"),
                 "tokens": record.pop("tokens"),
                 "seconds": seconds,
-                "time": time.time(),
+                "time": record.pop("time"),
                 **self.flops.rates(made.tokens, seconds),
                 **self.engine.telemetry(),
                 **record,
@@ -282,6 +289,10 @@ class Trainer:
     def _micro_step(self) -> None:
         progress, clock, recipe = self.progress, self._clock, self.recipe
         accum, n_ranks = recipe.train.accum, self.ranks.size
+        if self._made is not None:
+            arrived = self._made.values[1]
+            if arrived is not None and arrived.query():
+                self._settle_all()
         clock.skip()
         tokens_BS, targets_BS = self._next_batch()
         tokens, targets = (self._on_device(batch) for batch in (tokens_BS, targets_BS))

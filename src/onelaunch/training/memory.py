@@ -22,6 +22,9 @@ from onelaunch.training.engines import engine_name
 from onelaunch.training.optim import state_bytes
 from onelaunch.training.recipe import Recipe
 
+LOGITS = 1 << 27
+"""That the CUDA engine has at once, about."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -60,11 +63,12 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     and the gradients of the log-probabilities and of the logits. torch.compile recomputes
     elementwise values and writes the gradient of the logits in place. The CPU engine keeps the
     residual stream twice a layer, q, k, v, the output of attention, gate and up; the CUDA engine
-    the norms, too.
+    the norms, too, and at most LOGITS logits.
 
     It is 0.87 to 0.995 of the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four
     layers of llama-3.2-1b, 64 to 32,768 tokens), except where attention saves its scores (0.19);
-    0.57 to 0.83 of five compiled ones; 0.62 to 0.77 of three on a CPU.
+    0.57 to 0.83 of five compiled ones; 0.62 to 0.77 of three on a CPU; of the CUDA engine's it is
+    not known.
     """
     c, parameters = config, config.n_params
     item = 2 if autocast else 4
@@ -81,13 +85,15 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
         position = 0  # its layers run in another process, in another precision
     if name == "cpu":  # it keeps no more than some megabytes of logits
         position = c.n_layers * 4 * (2 * c.dim + attention + 2 * c.hidden_dim)
-    of_weights = 4
-    if name == "cuda":  # nor does it; and weights once more in the dtype of products
+    of_weights, once_more = 4, 0
+    if name == "cuda":  # some logits, and weights once more in the dtype of products
+        tokens = recipe.train.batch_size * seq_len
+        once_more = item * min(LOGITS, tokens * c.vocab_size)
         layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + 2 * c.hidden_dim)
         once = 2 * 4 * c.dim + item * (4 * c.dim + attention + 2 * c.hidden_dim)
         position, of_weights = c.n_layers * layer + once, 4 + item
     return MemoryEstimate(
-        fixed=of_weights * parameters + state_bytes(recipe.optimizer.name, config),
+        fixed=once_more + of_weights * parameters + state_bytes(recipe.optimizer.name, config),
         gradients=4 * parameters,
         sequence=seq_len * position,
         batch_size=recipe.train.batch_size,

@@ -20,6 +20,7 @@ from onelaunch.engines.cuda.training import step as steps  # noqa: E402
 from onelaunch.engines.cuda.training.engine import CudaTrainer  # noqa: E402
 from onelaunch.engines.cuda.training.flat import FlatParameters  # noqa: E402
 from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
+from onelaunch.errors import BadInput  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
 from onelaunch.training import run as runs  # noqa: E402
 from onelaunch.training.loop import Trainer  # noqa: E402
@@ -102,8 +103,8 @@ TINY = {
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """Runs train with the CUDA engine's step, interpreted."""
-    monkeypatch.setattr(adamw, "PARTIALS", 4)  # the interpreter takes one CTA after another
-    monkeypatch.setattr(steps, "PARTIALS", 4)
+    monkeypatch.setattr(adamw, "SQUARES_CTAS", 4)  # the interpreter takes one CTA after another
+    monkeypatch.setattr(steps, "NORM_CTAS", 4)
     monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
     monkeypatch.setattr(
         runs, "make_engine", lambda recipe, config, weights: CudaTrainer(config, weights, "cpu")
@@ -151,3 +152,45 @@ def test_another_optimizer_updates_the_same_weights(tmp_path):
     runs.start(recipe, tmp_path / "run", quiet=True)
     first, *_, last = losses_of(tmp_path / "run")
     assert last[0] < first[0]
+
+
+def test_gradients_that_lie_elsewhere_are_what_the_update_takes(monkeypatch):
+    """As sums over several processes do."""
+    monkeypatch.setattr(adamw, "SQUARES_CTAS", 4)
+    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    config = CONFIGS["grouped"].with_(n_layers=1)
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    ours, theirs = (CudaTrainer(config, weights, "cpu") for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    flat = adamw.FlatAdamW(ours.parameters(), ours.flat, weight_decay=0.0, **settings)
+    torchs = torch.optim.AdamW(theirs.parameters().values(), weight_decay=0.0, **settings)
+    for _ in range(2):
+        gradients = {k: torch.randn(s) for k, s in config.weight_shapes().items()}
+        ours.flat.gradients_M.fill_(float("nan"))
+        for engine in (ours, theirs):
+            for name, parameter in engine.parameters().items():
+                parameter.grad = None if name == "norm.weight" else gradients[name].clone()
+        norm = flat.clip_and_step(0.0)
+        torchs.step()
+    rest = [g for name, g in gradients.items() if name != "norm.weight"]
+    assert norm.item() == pytest.approx(torch.nn.utils.get_total_norm(rest).item(), rel=1e-5)
+    for name, parameter in ours.parameters().items():
+        torch.testing.assert_close(parameter, theirs.parameters()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_batch_is_refused(monkeypatch):
+    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    config = CONFIGS["grouped"].with_(n_layers=1)
+    engine = CudaTrainer(
+        config, {k: torch.ones(s) for k, s in config.weight_shapes().items()}, "cpu"
+    )
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    for targets, words in (
+        (tokens - 100, "a target is outside"),
+        (tokens + config.vocab_size, "a target is outside"),
+        (tokens[:, :4], "must be alike"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            engine.train_step(tokens, targets)
+    assert all(p.grad is None for p in engine.parameters().values())

@@ -12,15 +12,16 @@ from torch import Tensor
 from onelaunch.engines.cuda.training import launches
 from onelaunch.engines.cuda.training.flat import FlatParameters
 
-PARTIALS = 1056
-"""CTAs of the gradients' norm."""
+SQUARES_CTAS = 1056
+"""Of the gradients' norm."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW, with weight decay on matrices only, and clip_grad_norm_ in the same two
-    launches; and the rounded weights that products read. `state` has what torch.optim.AdamW's has,
-    from the first update on."""
+    launches; and the rounded weights that products read. Rate, betas and decay are those of the
+    first group. `state` has the moments, from the first update on; `updates` counts those. State
+    that is put there counts after `adopt`."""
 
     def __init__(
         self,
@@ -43,22 +44,39 @@ class FlatAdamW(torch.optim.Optimizer):
         self._parameters, self._flat, self._updates = parameters, flat, 0
         self._moments = [torch.zeros_like(flat.weights_M) for _ in MOMENTS]
         device = flat.weights_M.device
-        self._partial_P = torch.zeros(PARTIALS, device=device)
+        self._partial_P = torch.zeros(SQUARES_CTAS, device=device)
         self._numbers_8, self._norm = torch.zeros(8, device=device), torch.zeros(1, device=device)
         self._pinned = [torch.zeros(8, pin_memory=device.type == "cuda") for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if device.type == "cuda" else []
+        self._launched = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update without clipping."""
-        assert closure is None, "there is no closure"
+        """Update without clipping. Raises ValueError for a closure."""
+        if closure is not None:
+            raise ValueError("FlatAdamW takes no closure")
         self.clip_and_step(0.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not had: put tensors into `state`, and call `adopt`. Raises NotImplementedError."""
+        raise NotImplementedError("FlatAdamW: put tensors into `state`, and call `adopt`")
 
     @torch.no_grad()
     def clip_and_step(self, clip: float) -> Tensor:
         """Scale the gradients down to the norm `clip` where theirs is larger, 0 for never, and
-        update. Returns their norm as a scalar on the device."""
+        update. Gradients that lie elsewhere, such as sums over several processes, are copied.
+        Returns their norm as a scalar on the device."""
+        with self._flat.on_device():
+            return self._clip_and_step(clip)
+
+    def _clip_and_step(self, clip: float) -> Tensor:
+        for name, parameter in self._parameters.items():
+            own, gradient = self._flat.gradient(name), parameter.grad
+            if gradient is None:
+                own.zero_()
+            elif gradient.data_ptr() != own.data_ptr():
+                own.copy_(gradient)
         self._updates += 1
         decayed = self.param_groups[0]
         numbers = launches.adamw_numbers(
@@ -103,8 +121,9 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _run(self) -> None:
         """Launched at its first use, captured at its second, and replayed."""
-        if self._updates < 2 or self._flat.weights_M.device.type != "cuda":
-            self._launch()
+        if not self._launched or self._flat.weights_M.device.type != "cuda":
+            self._launch()  # loads its kernels, which no capture may see
+            self._launched = True
             return
         if self._graph is None:
             torch.cuda.synchronize()

@@ -62,22 +62,30 @@ class CudaTrainer(ReferenceEngine):
     ) -> Tensor:
         """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`. Ids and
         targets on a GPU are not looked at: one beyond the vocabulary reads and writes anything."""
-        step = self._loaded(tokens_BS, targets_BS, scale)
-        accumulate = not self._adopt_gradients()
-        step.forward()
-        mark("forward")
-        loss = step.loss(accumulate)
-        mark("loss")
-        step.backward(accumulate)
-        mark("backward")
+        with self.flat.on_device():
+            step = self._loaded(tokens_BS, targets_BS, scale)
+            fresh = self._adopt_gradients()
+            try:
+                step.forward()
+                mark("forward")
+                loss = step.loss(not fresh)
+                mark("loss")
+                step.backward(not fresh)
+                mark("backward")
+            except BaseException:
+                if fresh:  # or what was there before would count as gradients
+                    for parameter in self._parameters.values():
+                        parameter.grad = None
+                raise
         return loss
 
     @torch.no_grad()
     def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor) -> float:
         """The loss in nats, summed over the targets that are not -1; no gradient is touched."""
-        step = self._loaded(tokens_BS, targets_BS, 0.0)
-        step.forward()
-        return step.loss_sum().item()
+        with self.flat.on_device():
+            step = self._loaded(tokens_BS, targets_BS, 0.0)
+            step.forward()
+            return step.loss_sum().item()
 
     def after_update(self) -> None:
         """The parameters have been changed: those that products read follow, where what changed
@@ -96,9 +104,14 @@ class CudaTrainer(ReferenceEngine):
             raise BadInput(
                 f"{tokens_BS.shape[1]} positions: the model's context is {self.config.max_seq_len}"
             )
+        self.flat.is_rounded = False  # an update that nobody told us of
         if not self._is_rounded:
             self.flat.refresh()
             self._is_rounded = True
+        if targets_BS.device.type == "cpu":
+            vocab = self.config.vocab_size
+            if not -1 <= int(targets_BS.min()) <= int(targets_BS.max()) < vocab:
+                raise BadInput(f"a target is outside the model's vocabulary of {vocab}, and not -1")
         sequences, length = tokens_BS.shape
         step = self._step(sequences, length)
         step.load(tokens_BS, targets_BS, scale)
@@ -110,6 +123,7 @@ class CudaTrainer(ReferenceEngine):
             while len(self._steps) >= MOST_SHAPES:
                 self._steps.popitem(last=False)
             self._steps[key] = TrainingStep(self.config, self.flat, sequences, length)
+        self._steps.move_to_end(key)
         return self._steps[key]
 
     def _adopt_gradients(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +56,11 @@ class FlatParameters:
             own = self.weight(name)
             own.copy_(parameter.detach())
             parameter.data = own
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """With its GPU as the current one."""
+        device = self.weights_M.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def begin(self, name: str) -> int:
         """The index of a parameter's first element."""

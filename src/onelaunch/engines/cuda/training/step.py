@@ -30,9 +30,8 @@ from onelaunch.model import rope_tables
 
 LOGITS = 1 << 27
 """So many exist at once, about."""
-OWN_ATTENTION = True
-PARTIALS = 528
-"""CTAs of the backward of norms, each with a partial sum of the weight's gradient."""
+NORM_CTAS = 528
+"""Of the backward of norms, each with a partial sum of the weight's gradient."""
 
 
 @dataclass(slots=True)
@@ -55,7 +54,8 @@ class _Kept:
 
 
 class TrainingStep:
-    """Micro-steps of (sequences, length) tokens. `load` gives a batch, then `run` computes."""
+    """Micro-steps of (sequences, length) tokens: `load`, `forward`, then `loss` and `backward`, or
+    `loss_sum`."""
 
     def __init__(
         self, config: ModelConfig, flat: FlatParameters, sequences: int, length: int
@@ -76,7 +76,8 @@ class TrainingStep:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
-        attends = OWN_ATTENTION and not c.qk_norm
+        # heads with norms need the gradient of what is rotated; wide ones in float32 have no room
+        attends = not c.qk_norm and (dtype != torch.float32 or c.head_dim <= 64)
         self._tokens_N, self._targets_N = whole(N), whole(N)
         self._scale, self._scale_is = real(1), float("nan")
         self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
@@ -99,10 +100,10 @@ class TrainingStep:
         self._dout_NQ, self._dqkv_NC = half(N, Q), half(N, C)
         self._delta_HN = real(c.n_heads, N)
         self._edges = real(*launches.edges_shape(N, c.dim))
-        self._partials = real(2 * c.n_layers + 1, min(PARTIALS, N), c.dim)
+        self._partials = real(2 * c.n_layers + 1, min(NORM_CTAS, N), c.dim)
         self._partials_of_heads = None
         if c.qk_norm:
-            self._partials_of_heads = real(c.n_layers, 2, min(PARTIALS, N), c.head_dim)
+            self._partials_of_heads = real(c.n_layers, 2, min(NORM_CTAS, N), c.head_dim)
         names = [
             f"layers.{i}.{which}_layernorm.weight"
             for i in range(c.n_layers)
