@@ -64,9 +64,12 @@ def whole(*shape: int) -> Tensor:
     return empty(*shape, dtype=torch.int64)
 
 
-def assert_in_registers(found: dict[str, Compiled], names: set[str]) -> None:
+def assert_in_registers(found: dict[str, Compiled], names: set[str], spilled: int = 0) -> None:
+    """At most so many bytes are not."""
     assert found.keys() == names
-    assert not any(one.spilled for one in found.values()), {n: c.spilled for n, c in found.items()}
+    assert all(c.spilled <= spilled for c in found.values()), {
+        n: c.spilled for n, c in found.items()
+    }
     # what is narrower is one number of a row or for all, or a head's weight
     for name, one in found.items():
         assert 16 in one.widths("ld"), name
@@ -150,7 +153,9 @@ def test_attention(heads, B, with_delta, kernels):
         half(n_rows, (H + 2 * K) * E),
     )  # fmt: skip
     names = {"attention_forward_kernel", "attention_backward_kernel"}
-    assert_in_registers(found, names | ({"attention_delta_kernel"} if with_delta else set()))
+    launched = names | ({"attention_delta_kernel"} if with_delta else set())
+    assert_in_registers(found, launched, 56)
+    assert found["attention_forward_kernel"].spilled == 0
     assert found["attention_forward_kernel"].widths("st") == {16, 4}  # 4 of lse
     assert min(found["attention_backward_kernel"].widths("st")) >= 8
     product = "wgmma" if launches.attention_blocks(B, 256, H, E, True).rows == 64 else "mma"
