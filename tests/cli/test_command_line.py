@@ -35,7 +35,7 @@ tune MODEL [--batch N] [--seq N] [--random] [--device DEVICE] [--dtype DTYPE] [-
     [--debug]
 export MODEL OUT --format FORMAT [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]
     [--weights DTYPE] [--quiet] [--debug]
-inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--json] [--debug]
+inspect MODEL|PROGRAM [--random] [--fusion-depth D] [--training BxS] [--json] [--debug]
 bench EXPERIMENT [--device DEVICE] [--out DIR] [--quick] [--peer NAME=PATH...] [--quiet]
     [--debug]
 report [RECORD...] [--again FOLDER...] [--out FILE] [--markdown FILE] [--quiet] [--debug]

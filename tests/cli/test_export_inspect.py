@@ -307,3 +307,20 @@ def test_inspect_shows_what_was_chosen_for_the_model_on_a_gpu(bin_file, tmp_path
     (shown,) = json.loads(_run("inspect", bin_file, "--json").stdout)["choices"]
     assert (shown["form"], shown["us"], shown["of"]["sequence"]) == ("all", us, 8)
     assert shown["blockings"]["head"]["rows"] == choice.blockings["head"].rows
+
+
+def test_inspect_says_what_a_training_step_takes(onelaunch):
+    shape = "stories15m", "--random", "--training"
+    code, out, _ = onelaunch("inspect", *shape, "64x256")
+    assert code == 0
+    assert "64 x 256 tokens: 1,548,655,847,936 operations, 94,522,451 a token" in out
+    assert "24 x weight gradient" in out
+    assert "870,580,224 bytes for the backward" in out
+    code, out, _ = onelaunch("inspect", *shape, "1x8", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["training"]["state_bytes"] == 18 * 15_191_712
+    for text, words in (("64", "must be as 64x256"), ("0x8", "1 to 256"), ("1x257", "1 to 256")):
+        code, _, err = onelaunch("inspect", *shape, text)
+        assert code == 2
+        assert f"--training {text}" in err
+        assert words in err

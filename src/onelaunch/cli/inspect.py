@@ -34,14 +34,22 @@ def inspect(
             help="List the launches at this depth: stage, half, a number of layers, or all.",
         ),
     ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(
+            "--training",
+            metavar="BxS",
+            help="What a training step of B sequences of S tokens takes, such as 64x256.",
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what a model or a Core ML program is.
 
-    Of a model its configuration and size, what running it takes, by batch and sequence the fusion
-    depths chosen for it on a GPU, and how its weights are prefetched on a CPU. Of a Core ML program
-    inputs, outputs, operations, and what would keep it off the Neural Engine.
+    Of a model its configuration and size, what running or training it takes, by batch and sequence
+    the fusion depths chosen for it on a GPU, and how its weights are prefetched on a CPU. Of a Core
+    ML program inputs, outputs, operations, and what would keep it off the Neural Engine.
     """
     import json as json_module
     from pathlib import Path
@@ -54,10 +62,13 @@ def inspect(
             raise BadInput(
                 f"--fusion-depth {fusion_depth}: {model} is a program, of a depth already"
             )
+        if training is not None:
+            raise BadInput(f"--training {training}: {model} is a program, which does not train")
         _inspect_program(Path(model), json)
         return
+    shape = None if training is None else _shape(training)
     loaded = load_model(model, random)
-    facts = {"model": model, **inspection.inspect(loaded, fusion_depth)}
+    facts = {"model": model, **inspection.inspect(loaded, fusion_depth, shape)}
     if facts["tokenizer_error"] is not None:
         log(f"the tokenizer cannot be used: {facts['tokenizer_error']}")
     if json:
@@ -73,6 +84,41 @@ def inspect(
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
     lines = *_plan_lines(plan), *_choice_lines(choices), *_prefetch_lines(prefetch)
     _print_lines(lines, width)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, x, sequence = text.partition("x")
+    if not (x and batch.isdecimal() and sequence.isdecimal()):
+        raise BadInput(f"--training {text}: must be as 64x256, sequences and tokens of each")
+    return int(batch), int(sequence)
+
+
+def _training_lines(training: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    tokens = training["batch"] * training["sequence"]
+    kept = sum(training["kept"].values())
+    yield (
+        "training",
+        f"{training['batch']} x {training['sequence']} tokens: {training['flops']:,} operations, "
+        f"{training['flops'] // tokens:,} a token",
+    )
+    for line in training["kinds"]:
+        yield (
+            line["phase"],
+            f"{line['count']} x {line['kind'].replace('_', ' ')}: {line['bytes']:,} bytes, "
+            f"{line['flops']:,} operations",
+        )
+    parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in training["kept"].items())
+    yield (
+        "kept",
+        f"{training['saved_bytes']:,} bytes for the backward; of a layer {kept:,}: {parts}",
+    )
+    yield "computed again", "what the SwiGLU gives, from gates and ups"
+    yield "logits", f"{training['logits_bytes']:,} bytes of them at once"
+    yield (
+        "state",
+        f"{training['state_bytes']:,} bytes of weights, in float32 and rounded, gradients and two "
+        "moments",
+    )
 
 
 def _inspect_program(path: Path, json: bool) -> None:
@@ -106,6 +152,8 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     counts = (f"{_depth_name(depth)} {count}" for depth, count in plan["launches"].items())
     yield "launches", ", ".join(counts)
+    if "training" in plan:
+        yield from _training_lines(plan["training"])
     for index, launch in enumerate(plan["forwards"][0].get("launches", ())):
         stages = launch["last"] - launch["first"]
         yield (

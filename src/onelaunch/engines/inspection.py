@@ -10,11 +10,19 @@ from onelaunch.errors import BadInput, MissingExtra
 PROMPT_TOKENS = 64
 
 
-def inspect(loaded: LoadedModel, fusion_depth: str | None = None) -> dict[str, Any]:
+def inspect(
+    loaded: LoadedModel,
+    fusion_depth: str | None = None,
+    training: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """A model's format, size, tokenizer and configuration; its `plan`, and that plan's launches
-    where `fusion_depth` is not None; the forms that were chosen for it on a GPU (`choices`), and
-    how its weights are prefetched on a CPU. Raises BadInput for a depth that it does not have."""
+    where `fusion_depth` is not None; what a `training` step of so many sequences of so many tokens
+    takes; the forms that were chosen for it on a GPU (`choices`), and how its weights are
+    prefetched on a CPU. Raises BadInput for a depth that it does not have, or for more tokens than
+    its context."""
     plan = _plan(loaded, fusion_depth)
+    if training is not None:
+        plan["training"] = _training(loaded, *training)
     return {
         **_facts(loaded),
         "plan": plan,
@@ -41,6 +49,20 @@ def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
         "launches": {str(d): len(launches(plans[0], d)) for d in every_depth(config.n_layers)},
         "fusion_depth": depth,
     }
+
+
+def _training(loaded: LoadedModel, batch: int, sequence: int) -> dict[str, Any]:
+    """A training step in bfloat16, of float32 weights."""
+    from onelaunch.plan import check_training, describe_training, make_training_plan
+
+    most = loaded.config.max_seq_len
+    if batch < 1 or not 1 <= sequence <= most:
+        raise BadInput(
+            f"training='{batch}x{sequence}': a step has one sequence or more, of 1 to {most} tokens"
+        )
+    plan = make_training_plan(loaded.config, batch, sequence)
+    check_training(plan)
+    return describe_training(plan)
 
 
 def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """The execution plan of a model: pure data shared by every engine, without tensors or a device.
 
 `make_plan` lists the stages of one forward with their reads, writes and cost; `launches` groups
-them by fusion depth; `make_tiles` cuts them into tiles with dependencies; `check`,
-`check_launches` and `check_tiles` validate the results.
+them by fusion depth; `make_tiles` cuts them into tiles with dependencies; `make_training_plan`
+lists the work of a training step. `check`, `check_launches`, `check_tiles` and `check_training`
+validate the results.
 """
 
 from onelaunch.plan.build import make_plan
@@ -13,6 +14,12 @@ from onelaunch.plan.launches import Depth, Launch, every_depth, launches, parse_
 from onelaunch.plan.parts import Part, part_of
 from onelaunch.plan.stages import Access, Buffer, Plan, Stage, Totals
 from onelaunch.plan.tiles import TilePlan, Tiling, check_tiles, counts, make_tiles
+from onelaunch.plan.training import (
+    TrainingPlan,
+    check_training,
+    describe_training,
+    make_training_plan,
+)
 
 __all__ = [
     "KINDS",
@@ -31,15 +38,19 @@ __all__ = [
     "TilePlan",
     "Tiling",
     "Totals",
+    "TrainingPlan",
     "check",
     "check_launches",
     "check_tiles",
+    "check_training",
     "counts",
     "describe",
+    "describe_training",
     "every_depth",
     "launches",
     "make_plan",
     "make_tiles",
+    "make_training_plan",
     "parse_depth",
     "part_of",
 ]

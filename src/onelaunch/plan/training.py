@@ -1,0 +1,287 @@
+"""A micro-step of training: forward, loss, backward and update as a list of work on buffers, as the
+CUDA engine does it. The residual stream, its gradient, and those of weights are float32; what
+products read and write has `itemsize` bytes.
+
+What is kept of a layer for its backward are both residuals and their norms, packed queries, keys
+and values, attention's output with the logarithms of its sums, and gates and ups. What the SwiGLU
+gives is computed again. Logits exist for LOGITS numbers' rows at a time, so that they are no buffer
+of a whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from onelaunch.config import ModelConfig
+from onelaunch.plan.check import PlanError
+from onelaunch.plan.kinds import NO_LAYER
+
+LOGITS = 1 << 27
+"""So many exist at once, about."""
+FLOAT = 4
+
+Phase = Literal["forward", "loss", "backward", "update"]
+
+
+class Work(NamedTuple):
+    """One operation. `reads` and `writes` are buffers, which may be the same; `weights` are read
+    and `gradients` written, by canonical name; `bytes` are those of all of these, `flops`
+    additions, multiplications, divisions and functions of one number."""
+
+    phase: Phase
+    kind: str
+    layer: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    weights: tuple[str, ...]
+    gradients: tuple[str, ...]
+    bytes: int
+    flops: int
+
+
+class TrainingPlan(NamedTuple):
+    """A micro-step of `batch` sequences of `sequence` tokens, and an update. `buffers` has the
+    bytes of each."""
+
+    config: ModelConfig
+    batch: int
+    sequence: int
+    itemsize: int
+    works: tuple[Work, ...]
+    buffers: dict[str, int]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of what the forward keeps for the backward: what belongs to a layer."""
+        return sum(n for name, n in self.buffers.items() if name[-1].isdecimal())
+
+
+class _Builder:
+    def __init__(self, config: ModelConfig, batch: int, sequence: int, itemsize: int) -> None:
+        self._config, self._tokens, self._itemsize = config, batch * sequence, itemsize
+        self._shapes = config.weight_shapes()
+        self.works: list[Work] = []
+        self.buffers: dict[str, int] = {}
+
+    def buffer(self, name: str, width: int, itemsize: int | None = None) -> None:
+        self.buffers[name] = self._tokens * width * (itemsize or self._itemsize)
+
+    def weight_bytes(self, names: tuple[str, ...], itemsize: int) -> int:
+        return sum(math.prod(self._shapes[name]) for name in names) * itemsize
+
+    def add(
+        self,
+        phase: Phase,
+        kind: str,
+        reads: tuple[str, ...],
+        writes: tuple[str, ...],
+        flops: int,
+        layer: int = NO_LAYER,
+        weights: tuple[str, ...] = (),
+        gradients: tuple[str, ...] = (),
+    ) -> None:
+        item = self._itemsize if kind in ("product", "loss") else FLOAT
+        n_bytes = sum(self.buffers[name] for name in (*reads, *writes))
+        n_bytes += self.weight_bytes(weights, item) + self.weight_bytes(gradients, FLOAT)
+        work = Work(phase, kind, layer, reads, writes, weights, gradients, n_bytes, flops)
+        self.works.append(work)
+
+    def product_flops(self, names: tuple[str, ...]) -> int:
+        """Of one product of all tokens with some matrices."""
+        return 2 * self._tokens * sum(math.prod(self._shapes[name]) for name in names)
+
+
+_ATTENTION = "layers.{}.self_attn.{}.weight"
+_MLP = "layers.{}.mlp.{}.weight"
+
+
+def make_training_plan(
+    config: ModelConfig, batch: int, sequence: int, itemsize: int = 2
+) -> TrainingPlan:
+    """List the work of a micro-step and of an update, in its order."""
+    c = config
+    b = _Builder(config, batch, sequence, itemsize)
+    tokens, C = batch * sequence, c.q_dim + 2 * c.kv_dim
+    pairs = batch * sequence * (sequence + 1) // 2  # of a query and a key that it sees
+    of_pairs = 2 * pairs * c.n_heads * c.head_dim  # operations of one product of all of them
+    for i in range(c.n_layers):
+        b.buffer(f"x.{i}", c.dim, FLOAT)
+        b.buffer(f"normed.{i}", c.dim)
+        b.buffer(f"qkv.{i}", C)
+        if c.qk_norm:
+            b.buffer(f"rotated.{i}", c.q_dim + c.kv_dim)
+        b.buffer(f"attended.{i}", c.q_dim)
+        b.buffer(f"lse.{i}", c.n_heads, FLOAT)
+        b.buffer(f"middle.{i}", c.dim, FLOAT)
+        b.buffer(f"normed_middle.{i}", c.dim)
+        b.buffer(f"gate_up.{i}", 2 * c.hidden_dim)
+    for name, width, item in (
+        ("tokens", 1, 8), ("targets", 1, 8), ("last", c.dim, FLOAT), ("normed_last", c.dim, 0),
+        ("delta", c.dim, 0), ("hidden", c.hidden_dim, 0), ("losses", 1, FLOAT),
+        ("logits", c.vocab_size, 0), ("dnormed", c.dim, 0), ("dhidden", c.hidden_dim, 0),
+        ("dx", c.dim, FLOAT), ("dx_rounded", c.dim, 0), ("dattended", c.q_dim, 0), ("dqkv", C, 0),
+    ):  # fmt: skip
+        b.buffer(name, width, item or None)
+    norm, head = 4 * tokens * c.dim, "embed_tokens.weight"
+    embedding = ("embed_tokens.weight",)
+    if not c.tied_embeddings:
+        head = "lm_head.weight"
+
+    def norm_name(layer: int, which: str) -> tuple[str, ...]:
+        return (f"layers.{layer}.{which}_layernorm.weight",)
+
+    def matrices(layer: int, of: str, *names: str) -> tuple[str, ...]:
+        return tuple(of.format(layer, name) for name in names)
+
+    def head_norms(layer: int) -> tuple[str, ...]:
+        return matrices(layer, _ATTENTION, "q_norm", "k_norm") if c.qk_norm else ()
+
+    b.add("forward", "embedding", ("tokens",), ("x.0",), 0)
+    b.add("forward", "norm", ("x.0",), ("normed.0",), norm, 0, norm_name(0, "input"))
+    rotation = 3 * tokens * (c.q_dim + c.kv_dim)
+    for i in range(c.n_layers):
+        qkv = matrices(i, _ATTENTION, "q_proj", "k_proj", "v_proj")
+        out, gate_up = matrices(i, _ATTENTION, "o_proj"), matrices(i, _MLP, "gate_proj", "up_proj")
+        down, rotated = matrices(i, _MLP, "down_proj"), f"rotated.{i}" if c.qk_norm else f"qkv.{i}"
+        b.add("forward", "product", (f"normed.{i}",), (f"qkv.{i}",), b.product_flops(qkv), i, qkv)
+        b.add("forward", "rotation", (f"qkv.{i}",), (rotated,), rotation, i, head_norms(i))
+        inputs = (f"qkv.{i}", rotated) if c.qk_norm else (rotated,)
+        b.add("forward", "attention", inputs, (f"attended.{i}", f"lse.{i}"), 2 * of_pairs, i)
+        b.add("forward", "product", (f"attended.{i}",), ("delta",), b.product_flops(out), i, out)
+        b.add(
+            "forward", "norm", (f"x.{i}", "delta"), (f"middle.{i}", f"normed_middle.{i}"),
+            norm + tokens * c.dim, i, norm_name(i, "post_attention"),
+        )  # fmt: skip
+        b.add(
+            "forward", "product", (f"normed_middle.{i}",), (f"gate_up.{i}",),
+            b.product_flops(gate_up), i, gate_up,
+        )  # fmt: skip
+        b.add("forward", "swiglu", (f"gate_up.{i}",), ("hidden",), 5 * tokens * c.hidden_dim, i)
+        b.add("forward", "product", ("hidden",), ("delta",), b.product_flops(down), i, down)
+        last = i + 1 == c.n_layers
+        b.add(
+            "forward", "norm", (f"middle.{i}", "delta"),
+            ("last", "normed_last") if last else (f"x.{i + 1}", f"normed.{i + 1}"),
+            norm + tokens * c.dim, NO_LAYER if last else i + 1,
+            ("norm.weight",) if last else norm_name(i + 1, "input"),
+        )  # fmt: skip
+    of_head = b.product_flops((head,))
+    b.add("loss", "product", ("normed_last",), ("logits",), of_head, weights=(head,))
+    softmax = 4 * tokens * c.vocab_size
+    b.add("loss", "loss", ("logits", "targets"), ("logits", "losses"), softmax)
+    b.add("loss", "product", ("logits",), ("dnormed",), of_head, weights=(head,))
+    b.add("loss", "weight_gradient", ("logits", "normed_last"), (), of_head, gradients=(head,))
+    norm *= 2
+    b.add(
+        "backward", "norm", ("dnormed", "last"), ("dx", "dx_rounded"), norm,
+        weights=("norm.weight",), gradients=("norm.weight",),
+    )  # fmt: skip
+    for i in reversed(range(c.n_layers)):
+        qkv = matrices(i, _ATTENTION, "q_proj", "k_proj", "v_proj")
+        out, gate_up = matrices(i, _ATTENTION, "o_proj"), matrices(i, _MLP, "gate_proj", "up_proj")
+        down, rotated = matrices(i, _MLP, "down_proj"), f"rotated.{i}" if c.qk_norm else f"qkv.{i}"
+        _back(b, i, ("dx_rounded",), "dhidden", down)
+        b.add(
+            "backward", "swiglu", ("dhidden", f"gate_up.{i}"), (f"gate_up.{i}", "hidden"),
+            11 * tokens * c.hidden_dim, i,
+        )  # fmt: skip
+        _weight(b, i, ("dx_rounded", "hidden"), down)
+        _back(b, i, (f"gate_up.{i}",), "dnormed", gate_up)
+        _weight(b, i, (f"gate_up.{i}", f"normed_middle.{i}"), gate_up)
+        _norm_back(b, i, f"middle.{i}", norm_name(i, "post_attention"), norm)
+        _back(b, i, ("dx_rounded",), "dattended", out)
+        _weight(b, i, ("dx_rounded", f"attended.{i}"), out)
+        inputs = (f"qkv.{i}", rotated) if c.qk_norm else (rotated,)
+        b.add(
+            "backward", "attention", ("dattended", *inputs, f"attended.{i}", f"lse.{i}"),
+            ("dqkv",), 5 * of_pairs + rotation, i, head_norms(i), head_norms(i),
+        )  # fmt: skip
+        _back(b, i, ("dqkv",), "dnormed", qkv)
+        _weight(b, i, ("dqkv", f"normed.{i}"), qkv)
+        _norm_back(b, i, f"x.{i}", norm_name(i, "input"), norm)
+    b.add(
+        "backward", "embedding", ("dx", "tokens"), (), tokens * c.dim, gradients=embedding
+    )  # fmt: skip
+    every = tuple(config.weight_shapes())
+    elements = b.weight_bytes(every, 1)
+    # gradients twice; weights and two moments read and written, and weights rounded
+    b.works.append(
+        Work("update", "update", NO_LAYER, (), (), every, every,
+             elements * (2 * FLOAT + 6 * FLOAT + itemsize), 16 * elements)
+    )  # fmt: skip
+    return TrainingPlan(config, batch, sequence, itemsize, tuple(b.works), b.buffers)
+
+
+def _back(b: _Builder, layer: int, reads: tuple[str, ...], to: str, names: tuple[str, ...]) -> None:
+    b.add("backward", "product", reads, (to,), b.product_flops(names), layer, names)
+
+
+def _weight(b: _Builder, layer: int, reads: tuple[str, ...], names: tuple[str, ...]) -> None:
+    flops = b.product_flops(names)
+    b.add("backward", "weight_gradient", reads, (), flops, layer, gradients=names)
+
+
+def _norm_back(b: _Builder, layer: int, x: str, name: tuple[str, ...], flops: int) -> None:
+    reads, writes = ("dnormed", x, "dx"), ("dx", "dx_rounded")
+    b.add("backward", "norm", reads, writes, flops, layer, name, name)
+
+
+def check_training(plan: TrainingPlan) -> None:
+    """Raise PlanError where something is read that nothing has written, what is kept of a layer is
+    never read again, a gradient is written by two or by none, or an update comes before one."""
+    there = {"tokens", "targets"}
+    kept: set[str] = set()
+    gradients: dict[str, int] = dict.fromkeys(plan.config.weight_shapes(), 0)
+    for work in plan.works:
+        if missing := [name for name in work.reads if name not in there]:
+            raise PlanError(f"{work.phase} {work.kind}: {missing[0]} is not written before")
+        there.update(work.writes)
+        if work.phase == "backward":
+            kept.update(work.reads)
+        if work.phase != "update":
+            for name in work.gradients:
+                gradients[name] += 1
+    of_layers = {name for name in plan.buffers if name[-1].isdecimal()}
+    if unread := sorted(of_layers - kept):
+        raise PlanError(f"{unread[0]} is kept and not read by the backward")
+    for name, count in gradients.items():
+        twice = plan.config.tied_embeddings and name == "embed_tokens.weight"
+        if count != 1 + twice:
+            raise PlanError(f"the gradient of {name} is written {count} times")
+    if [work.phase for work in plan.works].count("update") != 1 or plan.works[-1].kind != "update":
+        raise PlanError("an update is the last")
+
+
+def describe_training(plan: TrainingPlan) -> dict[str, Any]:
+    """Sizes, and of each phase and kind how often it is, its bytes and operations."""
+    c = plan.config
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for work in plan.works:
+        line = lines.setdefault(
+            (work.phase, work.kind),
+            {"phase": work.phase, "kind": work.kind, "count": 0, "bytes": 0, "flops": 0},
+        )
+        line["count"] += 1
+        line["bytes"] += work.bytes
+        line["flops"] += work.flops
+    tokens = plan.batch * plan.sequence
+    rows = min(tokens, max(1, LOGITS // c.vocab_size))
+    return {
+        "batch": plan.batch,
+        "sequence": plan.sequence,
+        "itemsize": plan.itemsize,
+        "kinds": list(lines.values()),
+        "kept": dict(_of_a_layer(plan)),
+        "saved_bytes": plan.saved_bytes,
+        "logits_bytes": rows * c.vocab_size * plan.itemsize,
+        "state_bytes": c.n_params * (4 * FLOAT + plan.itemsize),
+        "flops": sum(work.flops for work in plan.works),
+    }
+
+
+def _of_a_layer(plan: TrainingPlan) -> Iterator[tuple[str, int]]:
+    for name, n_bytes in plan.buffers.items():
+        if name.endswith(".0"):
+            yield name.removesuffix(".0"), n_bytes
