@@ -12,11 +12,12 @@ import torch
 pytest.importorskip("triton")
 
 from onelaunch.engines.cuda.decoding import STOP_IDS, sampling
-from onelaunch.engines.cuda.decoding.text import Ended, Text
+from onelaunch.engines.cuda.decoding.session import MAX_SECONDS
+from onelaunch.engines.cuda.decoding.text import Ended, Row, Text
 from onelaunch.engines.cuda.decoding.text_session import FIRST_TOKENS, TextSession
 from onelaunch.engines.engine import Request, Sampling, TokenEvent
 from onelaunch.errors import EngineTimeout, RunFailed
-from tests.engines.suite import SMALL
+from tests.engines.suite import SMALL, by_request
 
 LONG = SMALL.with_(max_seq_len=200)
 
@@ -50,6 +51,15 @@ class HostWriter:
         self.launches.append(list(rows))
         self.flying = [self.written(i, row) for i, row in enumerate(rows)]
 
+    def go_on(self, n):
+        assert all(how == sampling.FULL for _, how in self.ended)
+        self.launch(
+            [
+                Row(row.slot, tokens[-1], row.position + row.n, n, row.first + row.n)
+                for row, (tokens, _) in zip(self.launches[-1], self.ended, strict=True)
+            ]
+        )
+
     def written(self, i, row):
         token, tokens = row.token, []
         for _ in range(row.n):
@@ -72,6 +82,7 @@ class HostWriter:
 
     def finish(self, firsts):
         flying, self.flying = self.flying, None
+        self.ended = flying
         if self.fails_at == len(self.launches):
             raise EngineTimeout("a text timed out")
         return [
@@ -474,3 +485,39 @@ def test_what_has_arrived_ends_where_the_launch_does():
     assert text.arrived(0, 2)[0] == []
     assert text.arrived(1)[0] == [7]
     assert text.arrived(1, 1)[0] == []
+
+
+class GoingOn(HostWriter):
+    """Counts the launches that no row was prepared for."""
+
+    def __init__(self, token_seconds):
+        super().__init__(token_seconds)
+        self.went_on = 0
+
+    def go_on(self, n):
+        self.went_on += 1
+        super().go_on(n)
+
+
+def test_a_launch_that_none_joins_or_leaves_goes_on_from_the_one_before():
+    writer = GoingOn(MAX_SECONDS / 10)  # launches of ten tokens
+    session, _ = session_of(writer, max_batch=3)
+    requests = [Request(0, [5], 95), Request(1, [9], 61), Request(2, [3], 120)]
+    for request in requests:
+        session.submit(request)
+    events, steps = [], 0
+    while len(by_request(events)) < 3:
+        events += session.step()
+        steps += 1
+        if steps == 12:
+            session.cancel(2)
+    for request in requests[:2]:
+        tokens = expected(request.prompt_ids, request.max_new_tokens)
+        assert by_request(events)[request.id] == (tokens, "length")
+    got, finish = by_request(events)[2]
+    assert finish == "cancelled"
+    assert got == expected([3], 120)[: len(got)]
+    assert 4 <= writer.went_on < len(writer.launches) - 2
+    rows = [row for launch in writer.launches for row in launch if row.slot == 0]
+    assert [row.first for row in rows] == [sum(r.n for r in rows[:i]) for i in range(len(rows))]
+    assert [row.position for row in rows] == [row.first for row in rows]

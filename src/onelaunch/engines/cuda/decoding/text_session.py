@@ -55,6 +55,10 @@ class Writer(Protocol):
     def launch(self, rows: Sequence[Row]) -> None:
         """Begin to write; each row is prepared."""
 
+    def go_on(self, n: int) -> None:
+        """Begin to write n more tokens of each row of the launch that has ended, in which none of
+        them has."""
+
     def wait_for_one(self, rows: Sequence[int]) -> None:
         """Until there is a token of each of these, or the launch has ended."""
 
@@ -120,6 +124,7 @@ class TextSession:
         self._launched: list[Written] = []
         self._handed: list[int] = []
         self._is_last = False  # none of them goes on after it
+        self._left_over = 0  # so many more tokens, at least, each may have after it
 
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
@@ -199,6 +204,20 @@ class TextSession:
             if self._hand_on(writer):
                 return
         rows, ends = self._launched, writer.finish(self._handed)
+        tokens = self._tokens(writer, seconds)
+        if (
+            tokens < self._left_over
+            and not (self._waiting or self._joining)
+            and all(end.how == sampling.FULL for end in ends)
+            and not any(each.left for each in rows)
+        ):
+            # nobody joins or leaves; what is done for each row is done while the launch goes on
+            writer.go_on(tokens)
+            self._left_over -= tokens
+            self._handed = [0] * len(rows)
+            for each, end in zip(rows, ends, strict=True):
+                self._take(each, *end.unpacked(), sampling.GROWING)
+            return
         self._launched, self._growing = [], []
         for each, end in zip(rows, ends, strict=True):
             n, full = len(end.words), end.how == sampling.FULL
@@ -266,21 +285,26 @@ class TextSession:
         draws = any(_draws(each.request) for each in self._growing)
         # one that draws writes the most likely ones, too
         self._writer = writer = self._writers[draws]
-        tokens = FIRST_TOKENS
-        if writer.token_seconds is not None:
-            timed = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
-            tokens = min(timed, FIRST_TOKENS) if self._joining else timed
-        rows, fills = [], True
+        tokens = self._tokens(writer, seconds)
+        rows, left_over = [], []
         for row, each in enumerate(self._growing):
             writer.prepare(row, each.slot, each.request, each.limit)
             new, prompt = len(each.new) + each.ahead, each.request.prompt_ids
             last = each.last if each.ahead else each.new[-1] if each.new else prompt[-1]
             n = min(tokens, each.limit - new)
             rows.append(Row(each.slot, last, len(prompt) + new - 1, n, new))
-            fills &= n == each.limit - new
+            left_over.append(each.limit - new - n)
         writer.launch(rows)
-        self._is_last = fills and not self._joining
+        self._left_over = min(left_over)
+        self._is_last = not any(left_over) and not self._joining
         self._launched, self._handed = list(self._growing), [0] * len(rows)
+
+    def _tokens(self, writer: Writer, seconds: float) -> int:
+        """Of each sequence in a launch of so many seconds."""
+        if writer.token_seconds is None:
+            return FIRST_TOKENS
+        timed = max(1, int(min(seconds, MAX_SECONDS) / writer.token_seconds))
+        return min(timed, FIRST_TOKENS) if self._joining else timed
 
     def _take(
         self, each: Written, tokens: Sequence[int], logprobs: Sequence[float], how: int
