@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from onelaunch.engines.cuda import nvrtc
 from onelaunch.engines.cuda.blocking import H200
-from onelaunch.engines.cuda.decoding import grids, sessions, text
+from onelaunch.engines.cuda.decoding import grids, sessions, text, text_session
 from onelaunch.engines.cuda.decoding.sessions import Sessions
 from onelaunch.engines.cuda.pack import pack
 from onelaunch.engines.engine import Request, Sampling
@@ -219,3 +219,28 @@ def test_stop_ids_and_lengths(made):
     again = [replace(request, sampling=BY[5]) for request in plain]
     assert written(session, again) == written(session, again)
     session.close()
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.extended), 3])
+def test_many_launches_write_what_few_do(made, at_once, monkeypatch):
+    """Also those that go on from the one before."""
+    went_on = []
+    go_on = text.Text.go_on
+
+    def counted(self, n):
+        went_on.append(n)
+        go_on(self, n)
+
+    monkeypatch.setattr(text.Text, "go_on", counted)
+    monkeypatch.setattr(Event, "elapsed_time", lambda self, other: 20.0)  # ms of each launch
+    requests = requests_of(at_once, 24)
+    if at_once > 1:
+        requests[1] = replace(requests[1], max_new_tokens=17)
+    texts = []
+    for seconds in (1e-9, 10.0):  # of a launch: two tokens or so, all
+        monkeypatch.setattr(text_session, "MAX_SECONDS", seconds)
+        session = made(2).session(at_once, 40)
+        texts.append(written(session, requests))
+        session.close()
+    assert texts[0] == texts[1]
+    assert len(went_on) >= 5
