@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onelaunch.checkpoints.run_folder import list_checkpoints, read_state
+from onelaunch.training.loop import Trainer
 from tests.metrics import read_metrics
 
 # small, with dropout, so that random states matter, and accumulation, so that a stop falls inside
@@ -133,3 +134,17 @@ def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:
         if path.exists() and path.stat().st_size > before + 200:
             return
         time.sleep(0.01)
+
+
+def stop_before(monkeypatch, micro_step: int) -> None:
+    """Send this process SIGTERM as its training begins such a micro-step, counted from 1."""
+    run, count = Trainer._micro_step, 0
+
+    def counted(self):
+        nonlocal count
+        count += 1
+        if count == micro_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run(self)
+
+    monkeypatch.setattr(Trainer, "_micro_step", counted)

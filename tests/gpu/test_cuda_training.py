@@ -1,7 +1,5 @@
 """The CUDA engine's training step: gradients against float64, the same bits again, whole runs."""
 
-import os
-import signal
 import subprocess
 import sys
 
@@ -16,9 +14,8 @@ from onelaunch.engines.cuda.training.engine import CudaTrainer
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model
 from onelaunch.training import run as runs
-from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
-from tests.kills import SETTINGS
+from tests.kills import SETTINGS, stop_before
 from tests.metrics import read_metrics
 
 BASE = preset("stories15m").with_(n_layers=3, vocab_size=4000)
@@ -147,16 +144,7 @@ def test_it_learns_and_the_default_is_this_engine(tmp_path):
 def test_a_stop_inside_an_update_is_made_up_for_exactly(tmp_path, monkeypatch):
     r = recipe(train__updates=8, train__accum=5)
     runs.start(r, tmp_path / "whole", quiet=True)
-    micro_step, count = Trainer._micro_step, 0
-
-    def counted(self):
-        nonlocal count
-        count += 1
-        if count == 18:
-            os.kill(os.getpid(), signal.SIGTERM)
-        micro_step(self)
-
-    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    stop_before(monkeypatch, 18)
     stopped = runs.start(r, tmp_path / "cut", quiet=True)
     assert (stopped.progress.update, stopped.progress.micro) == (3, 3)
     monkeypatch.undo()

@@ -1,8 +1,5 @@
 """Training on a GPU: what it computes, with either norm, how its time is split, stops, resumes."""
 
-import os
-import signal
-
 import pytest
 import torch
 
@@ -11,9 +8,8 @@ from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model
 from onelaunch.training import run as runs
 from onelaunch.training.clock import PARTS
-from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
-from tests.kills import SETTINGS
+from tests.kills import SETTINGS, stop_before
 from tests.metrics import read_metrics
 
 
@@ -90,16 +86,7 @@ def test_a_stop_inside_an_update_is_made_up_for(tmp_path, monkeypatch):
     """On a GPU some kernels add in no fixed order: equal up to rounding, not to the last bit."""
     r = recipe(train__updates=8, train__accum=5)
     runs.start(r, tmp_path / "whole", quiet=True)
-    micro_step, count = Trainer._micro_step, 0
-
-    def counted(self):
-        nonlocal count
-        count += 1
-        if count == 18:
-            os.kill(os.getpid(), signal.SIGTERM)
-        micro_step(self)
-
-    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    stop_before(monkeypatch, 18)
     stopped = runs.start(r, tmp_path / "cut", quiet=True)
     assert (stopped.progress.update, stopped.progress.micro) == (3, 3)
     monkeypatch.undo()

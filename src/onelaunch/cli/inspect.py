@@ -39,7 +39,8 @@ def inspect(
         typer.Option(
             "--training",
             metavar="BxS",
-            help="What a training step of B sequences of S tokens takes, such as 64x256.",
+            help="What a training step of B sequences of S tokens takes on a GPU, in bfloat16, "
+            "such as 64x256.",
         ),
     ] = None,
     json: Json = False,

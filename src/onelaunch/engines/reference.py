@@ -80,6 +80,9 @@ class ReferenceEngine:
     """
 
     max_batch = 16
+    flat: Any = None
+    """All parameters side by side, for who updates them at once; only an engine that has them so
+    has it."""
 
     def __init__(
         self,

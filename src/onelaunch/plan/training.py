@@ -57,6 +57,19 @@ class TrainingPlan(NamedTuple):
         """Of what the forward keeps for the backward: what belongs to a layer."""
         return sum(n for name, n in self.buffers.items() if name[-1].isdecimal())
 
+    @property
+    def batch_bytes(self) -> int:
+        """Of all buffers but the logits: what is there once, and what belongs to a layer."""
+        return sum(n for name, n in self.buffers.items() if name != "logits")
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of those that exist at once."""
+        numbers = self.batch * self.sequence * self.config.vocab_size
+        return (
+            min(LOGITS // self.config.vocab_size * self.config.vocab_size, numbers) * self.itemsize
+        )
+
 
 class _Builder:
     def __init__(self, config: ModelConfig, batch: int, sequence: int, itemsize: int) -> None:
@@ -266,8 +279,6 @@ def describe_training(plan: TrainingPlan) -> dict[str, Any]:
         line["count"] += 1
         line["bytes"] += work.bytes
         line["flops"] += work.flops
-    tokens = plan.batch * plan.sequence
-    rows = min(tokens, max(1, LOGITS // c.vocab_size))
     return {
         "batch": plan.batch,
         "sequence": plan.sequence,
@@ -275,7 +286,7 @@ def describe_training(plan: TrainingPlan) -> dict[str, Any]:
         "kinds": list(lines.values()),
         "kept": dict(_of_a_layer(plan)),
         "saved_bytes": plan.saved_bytes,
-        "logits_bytes": rows * c.vocab_size * plan.itemsize,
+        "logits_bytes": plan.logits_bytes,
         "state_bytes": c.n_params * (4 * FLOAT + plan.itemsize),
         "flops": sum(work.flops for work in plan.works),
     }

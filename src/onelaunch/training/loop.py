@@ -21,11 +21,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from onelaunch.training.evaluate import evaluate
 from onelaunch.training.flops import training_flops
 from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.optim import Optimizer, clip_and_step
+from onelaunch.training.pending import PendingUpdate, to_host
 from onelaunch.training.ranks import ALONE, DECISION_NUMBERS, Decision, Ranks, decision_of
 from onelaunch.training.recipe import MAX_ACCUM, Recipe
 from onelaunch.training.samples import draw_sample, encode_prompt
@@ -65,28 +66,6 @@ class Outcome:
     progress: Progress
     signal: int | None = None
     restart_requested: bool = False
-
-
-class _Made(NamedTuple):
-    """An update whose figures the device may not have given yet: those, which may be on their way
-    until an event, what reads its times, and how many micro-steps and tokens these are of."""
-
-    record: dict[str, Any]
-    values: tuple[Tensor, torch.cuda.Event | None]
-    seconds: Callable[[], dict[str, float]]
-    micro_steps: int
-    tokens: int
-
-
-def _on_its_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A few numbers for the host, and when they are there."""
-    if values.device.type != "cuda":
-        return values, None
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    there.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(values.device))
-    return there, arrived
 
 
 @dataclass
@@ -126,7 +105,7 @@ class Trainer:
         self._saved_time = time.monotonic()
         self._agreed = Decision()
         self._micro_seconds = math.inf
-        self._made: _Made | None = None
+        self._pending: PendingUpdate | None = None
         # several ranks decide by what is known of the last update
         self._reads_late = self.device.type == "cuda" and self.ranks.size == 1
         self._buckets: GradientBuckets | None = None
@@ -234,10 +213,10 @@ class Trainer:
         if started_at:
             # the earlier micro-steps were timed by the process that was stopped
             record["resumed_at_micro"] = started_at
-        before, self._made = (
-            self._made,
-            _Made(
-                record, _on_its_way(values), self._clock.end_later(), accum - started_at,
+        before, self._pending = (
+            self._pending,
+            PendingUpdate(
+                record, to_host(values), self._clock.end_later(), accum - started_at,
                 progress.tokens - tokens_before,
             ),
         )  # fmt: skip
@@ -249,24 +228,24 @@ class Trainer:
 
     def _settle_all(self) -> None:
         """Wait for the update that is under way on the device, if one is, and record it."""
-        made, self._made = self._made, None
-        if made is not None:
-            self._settle(made)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._settle(pending)
 
-    def _settle(self, made: _Made) -> None:
+    def _settle(self, pending: PendingUpdate) -> None:
         """Wait for an update's figures, and record it. Raises RunFailed for ones that are not
         finite."""
-        values, arrived = made.values
+        values, arrived = pending.values
         if arrived is not None:
             arrived.synchronize()
         loss_sum, *agreed, grad_norm = values.tolist()
         if agreed:
             self._agreed = decision_of(agreed)
-        record, seconds = made.record, made.seconds()
+        record, seconds = pending.record, pending.seconds()
         loss = loss_sum / record["micro_steps"]
-        self._micro_seconds = seconds["wall"] / made.micro_steps
+        self._micro_seconds = seconds["wall"] / pending.micro_steps
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._made = None
+            self._pending = None
             self._push({"kind": "diverged", "update": record["update"]})
             raise self._diverged(loss, grad_norm, record["update"])
         self._record(
@@ -280,7 +259,7 @@ class Trainer:
                 "tokens": record.pop("tokens"),
                 "seconds": seconds,
                 "time": record.pop("time"),
-                **self.flops.rates(made.tokens, seconds),
+                **self.flops.rates(pending.tokens, seconds),
                 **self.engine.telemetry(),
                 **record,
             }
@@ -289,8 +268,8 @@ class Trainer:
     def _micro_step(self) -> None:
         progress, clock, recipe = self.progress, self._clock, self.recipe
         accum, n_ranks = recipe.train.accum, self.ranks.size
-        if self._made is not None:
-            arrived = self._made.values[1]
+        if self._pending is not None:
+            arrived = self._pending.values[1]
             if arrived is not None and arrived.query():
                 self._settle_all()
         clock.skip()

@@ -18,12 +18,10 @@ import torch
 from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput, RunFailed, is_out_of_memory
+from onelaunch.plan import make_training_plan
 from onelaunch.training.engines import engine_name
 from onelaunch.training.optim import state_bytes
 from onelaunch.training.recipe import Recipe
-
-LOGITS = 1 << 27
-"""That the CUDA engine has at once, about."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     product. The logits have three float32 copies at the start of the backward: log-probabilities,
     and the gradients of the log-probabilities and of the logits. torch.compile recomputes
     elementwise values and writes the gradient of the logits in place. The CPU engine keeps the
-    residual stream twice a layer, q, k, v, the output of attention, gate and up; the CUDA engine
-    the norms, too, and at most LOGITS logits.
+    residual stream twice a layer, q, k, v, the output of attention, gate and up. The CUDA engine's
+    are those of its plan.
 
     It is 0.87 to 0.995 of the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four
     layers of llama-3.2-1b, 64 to 32,768 tokens), except where attention saves its scores (0.19);
@@ -87,11 +85,9 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
         position = c.n_layers * 4 * (2 * c.dim + attention + 2 * c.hidden_dim)
     of_weights, once_more = 4, 0
     if name == "cuda":  # some logits, and weights once more in the dtype of products
-        tokens = recipe.train.batch_size * seq_len
-        once_more = item * min(LOGITS, tokens * c.vocab_size)
-        layer = 2 * 4 * c.dim + item * (2 * c.dim + attention + 2 * c.hidden_dim)
-        once = 2 * 4 * c.dim + item * (4 * c.dim + attention + 2 * c.hidden_dim)
-        position, of_weights = c.n_layers * layer + once, 4 + item
+        plan = make_training_plan(c, recipe.train.batch_size, seq_len, item)
+        once_more, of_weights = plan.logits_bytes, 4 + item
+        position = plan.batch_bytes // (recipe.train.batch_size * seq_len)
     return MemoryEstimate(
         fixed=once_more + of_weights * parameters + state_bytes(recipe.optimizer.name, config),
         gradients=4 * parameters,

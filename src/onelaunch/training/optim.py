@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,20 @@ class MuonAndAdamW:
 
 
 Optimizer = torch.optim.Optimizer | MuonAndAdamW
+
+
+@runtime_checkable
+class FlatOptimizer(Protocol):
+    """An optimizer that updates all parameters at once, and keeps its state as it likes."""
+
+    def clip_and_step(self, clip: float) -> Tensor:
+        """Clip the gradients to a norm, 0 for never, and update; returns their norm before."""
+
+    def updates(self) -> Tensor:
+        """How many there were."""
+
+    def adopt(self) -> None:
+        """Take over what was put into `state`."""
 
 
 def make_optimizer(
@@ -95,8 +109,8 @@ def clip_and_step(
     remove the gradients. Returns their norm before, on the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if hasattr(optimizer, "clip_and_step"):
-        norm: Tensor = optimizer.clip_and_step(clip)
+    if isinstance(optimizer, FlatOptimizer):
+        norm = optimizer.clip_and_step(clip)
     else:
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
         optimizer.step()
@@ -124,7 +138,7 @@ def state_tensors(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
     tensors = {}
     for name, parameter, part in _with_owners(optimizer, parameters):
         slots = dict(part.state.get(parameter, {}))
-        if slots and hasattr(part, "updates"):
+        if slots and isinstance(part, FlatOptimizer):
             slots[_STEP] = part.updates()
         tensors.update({f"{kind}.{name}": slots[kind] for kind in _kinds(part) if kind in slots})
     return tensors
@@ -152,7 +166,7 @@ def load_state_tensors(
             slots[kind] = tensor if on_host else tensor.to(parameter.device)
         part.state[parameter] = slots
     for part in _parts(optimizer):
-        if hasattr(part, "adopt"):
+        if isinstance(part, FlatOptimizer):
             part.adopt()
 
 

@@ -341,7 +341,7 @@ def _build(
     data.eval_batches("val", seq_len, train.batch_size, recipe.eval.batches)
     encode_prompt(recipe.eval.prompt, data.tokenizer, config)  # raises for one that is too long
     engine = make_engine(recipe, config, weights)
-    optimizer = make_optimizer(engine.parameters(), recipe, getattr(engine, "flat", None))
+    optimizer = make_optimizer(engine.parameters(), recipe, engine.flat)
     return _Setup(recipe, run, data, engine, optimizer, sampler, seq_len)
 
 

@@ -28,6 +28,7 @@ from onelaunch.training.signals import StopSignals
 from onelaunch.training.token_files import FileSampler, TokenFile
 
 TOKENS_ON_DISK = 1 << 24
+"""Of the file of random ones."""
 
 
 def in_turn(
@@ -88,16 +89,17 @@ def trainer(
     seq_len = how.seq_len or config.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsWriter(Path(folder) / "metrics.jsonl")
+        sampler = data.train(seq_len, how.seed)
+        if on_disk:
+            sampler = _from_disk(Path(folder), config.vocab_size, seq_len)
         try:
             yield Trainer(
                 recipe=recipe,
                 run=Path(folder),
                 engine=made,
                 data=data,
-                sampler=_from_disk(Path(folder), config.vocab_size, seq_len)
-                if on_disk
-                else data.train(seq_len, how.seed),
-                optimizer=make_optimizer(made.parameters(), recipe, getattr(made, "flat", None)),
+                sampler=sampler,
+                optimizer=make_optimizer(made.parameters(), recipe, made.flat),
                 metrics=metrics,
                 stop=StopSignals(),
                 seq_len=seq_len,

@@ -119,8 +119,6 @@ class CudaEngine:
         self._disabled: dict[str, str] = {}
         # by batch, sequence, and whether all positions have logits
         self._forms: OrderedDict[tuple[int, int, bool], _BoundForm] = OrderedDict()
-        # while weights are loaded and packed
-        threading.Thread(target=prepare_triton, name="onelaunch-triton", daemon=True).start()
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None  # of the last call
         self._staging = Staging()
@@ -185,6 +183,8 @@ class CudaEngine:
 
         with self._alone():
             if self._sessions is None:
+                # while weights are packed
+                threading.Thread(target=prepare_triton, name="onelaunch", daemon=True).start()
                 self._sessions = Sessions(
                     self.config, self._pack(), self.fusion_depth, self._store, self._log,
                     self._meanwhile,

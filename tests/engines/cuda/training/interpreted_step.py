@@ -9,7 +9,6 @@ import sys
 assert "triton" not in sys.modules, "too late: Triton was imported before this"
 os.environ["TRITON_INTERPRET"] = "1"
 
-import signal  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -23,10 +22,10 @@ from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
 from onelaunch.errors import BadInput  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
 from onelaunch.training import run as runs  # noqa: E402
-from onelaunch.training.loop import Trainer  # noqa: E402
 from onelaunch.training.recipe import Recipe  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402
+from tests.kills import stop_before  # noqa: E402
 from tests.metrics import read_metrics  # noqa: E402
 
 mend_loop_bounds()
@@ -123,16 +122,7 @@ def test_a_run_is_pytorchs_and_goes_on_exactly_where_it_stopped(tmp_path, monkey
     outcome = runs.start(recipe, tmp_path / "whole", quiet=True)
     assert outcome.progress.val_loss is not None
     whole = losses_of(tmp_path / "whole")
-    micro_step, count = Trainer._micro_step, 0
-
-    def counted(self):
-        nonlocal count
-        count += 1
-        if count == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        micro_step(self)
-
-    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    stop_before(monkeypatch, 7)
     stopped = runs.start(recipe, tmp_path / "cut", quiet=True)
     assert (stopped.progress.update, stopped.progress.micro) == (3, 1)
     runs.resume(tmp_path / "cut", {}, quiet=True)

@@ -211,7 +211,7 @@ class TextSession:
             and all(end.how == sampling.FULL for end in ends)
             and not any(each.left for each in rows)
         ):
-            # nobody joins or leaves; what is done for each row is done while the launch goes on
+            # no sequence joins or leaves: what is done for each is done while the launch goes on
             writer.go_on(tokens)
             self._left_over -= tokens
             self._handed = [0] * len(rows)

@@ -104,7 +104,7 @@ class CudaTrainer(ReferenceEngine):
             raise BadInput(
                 f"{tokens_BS.shape[1]} positions: the model's context is {self.config.max_seq_len}"
             )
-        self.flat.is_rounded = False  # an update that nobody told us of
+        self.flat.is_rounded = False  # of an update without `after_update`
         if not self._is_rounded:
             self.flat.refresh()
             self._is_rounded = True

@@ -27,9 +27,8 @@ from onelaunch.engines.cuda.training.products import (
     weight_gradient,
 )
 from onelaunch.model import rope_tables
+from onelaunch.plan.training import LOGITS
 
-LOGITS = 1 << 27
-"""So many exist at once, about."""
 NORM_CTAS = 528
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
 
