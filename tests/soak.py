@@ -1,7 +1,8 @@
 """What takes long: every kill, the whole fuzz, Shakespeare, training through ML Programs, forwards
-on a GPU; and the quickstart, timed.
+and texts on a GPU; and the quickstart, timed.
 
-python tests/soak.py [--out DIR] [quickstart] [kills] [fuzz] [shakespeare] [programs] [forward]
+python tests/soak.py [--out DIR] [PART...]: quickstart, kills, fuzz, shakespeare, programs, forward,
+text.
 
 Leaves records under --out, benchmarks/records by default.
 """
@@ -180,6 +181,21 @@ def forward(out: Path) -> bool:
     return all(row.ours == row.n for row in rows)
 
 
+def text(out: Path) -> bool:
+    """10,000 generations in sessions of every form: each as alone."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("text: skipped: no NVIDIA GPU here")
+        return True
+    from tests.gpu.soak_text import generations
+
+    row = generations()
+    print(f"text: {row.ours:,.0f} of {row.n:,} right; {row.notes}", flush=True)
+    _write("text-soak", "generations as alone", [row], out, torch.cuda.get_device_name())
+    return row.ours == row.n
+
+
 def _onelaunch(*words: object) -> str:
     command = [sys.executable, "-m", "onelaunch", *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -200,6 +216,7 @@ def main() -> int:
         "shakespeare": shakespeare,
         "programs": programs,
         "forward": forward,
+        "text": text,
     }
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "records")

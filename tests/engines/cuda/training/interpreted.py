@@ -341,15 +341,20 @@ def test_swiglu_backward(shape, dtype, in_place):
 
 @pytest.mark.parametrize("column_count", [1, 48, 128, 129, 288, 768, 1376, 2048, 5504, 11008])
 def test_tiles_waste_little_and_fill_their_threads(column_count):
-    for tile in (launches.row_tile(column_count), launches.column_tile(column_count)):
-        elements = tile["R"] * tile["BLOCK"]
-        assert elements >= launches.TILE
-        assert elements / (32 * tile["num_warps"]) >= 16
+    whole = launches.row_tile(column_count)
+    narrow = launches.row_tile(column_count, launches.TILE // 2, fewest_warps=2)
+    some = launches.column_tile(column_count)
+    tiles = ((whole, launches.TILE, 16), (narrow, launches.TILE // 2, 16))
+    for tile, elements, of_thread in (*tiles, (some, launches.COLUMN_TILE, 8)):
+        assert tile["R"] * tile["BLOCK"] >= elements
+        assert tile["R"] * tile["BLOCK"] / (32 * tile["num_warps"]) >= of_thread
         assert not tile["BLOCK"] & (tile["BLOCK"] - 1)
-    assert launches.row_tile(column_count)["BLOCK"] >= column_count
+    assert whole["BLOCK"] == narrow["BLOCK"] >= column_count
+    if column_count >= 288:
+        assert -(-column_count // some["BLOCK"]) * some["BLOCK"] <= column_count * 4 / 3
 
 
-ROWS_OF_LOGITS = ((1, 48), (130, 67), (7, 4096), (3, 4097), (2, 32_000), (2, 32_768), (2, 32_769))
+ROWS_OF_LOGITS = ((1, 48), (130, 67), (7, 4096), (3, 4097), (2, 8192), (2, 8193), (2, 32_769))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -396,14 +401,22 @@ def test_extreme_logits(V):
     assert abs(logits[3].sum()) < 1e-5  # a softmax less a one
 
 
-def test_a_row_is_read_once_up_to_32_768_logits(monkeypatch):
+def test_a_row_is_read_once_up_to_8192_logits(monkeypatch):
     kernels = []
     monkeypatch.setattr(launches, "launch", lambda kernel, *a, **o: kernels.append(kernel))
-    for V in (32_768, 32_769):
+    for V in (8192, 8193):
         launches.cross_entropy(
             torch.empty(1, V), torch.zeros(1).long(), torch.ones(1), torch.empty(1), True
         )
     assert kernels == [loss.cross_entropy_kernel, loss.cross_entropy_blocks_kernel]
+
+
+@pytest.mark.parametrize(
+    ("V", "lanes"),
+    [(16_384, 2048), (16_385, 4096), (32_000, 4096), (49_152, 2048), (151_936, 4096)],
+)
+def test_the_lanes_of_a_row_of_logits(V, lanes):
+    assert launches.logit_lanes(V) == lanes
 
 
 @pytest.mark.parametrize("N", [1, 130, 5000])
@@ -459,6 +472,17 @@ def test_embedding_gradient(tokens, D):
     assert torch.equal(again, gradient)
     assert_close(gradient, expected, 1e-6)
     assert torch.equal(gradient[untouched], before)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS.values(), torch.randint(99, (launches.COUNTED,))])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tokens_are_sorted_stably(tokens, dtype):
+    tokens = tokens[torch.randperm(tokens.numel())].to(dtype)
+    found = torch.full((2, tokens.numel()), -7, dtype=torch.int32)
+    launches.sort_tokens(tokens, found[0], found[1])
+    expected = torch.sort(tokens, stable=True)
+    assert torch.equal(found[0].long(), expected.values.long())
+    assert torch.equal(found[1].long(), expected.indices)
 
 
 def test_the_chunks_of_a_long_run_are_looked_for_in_turns(monkeypatch):

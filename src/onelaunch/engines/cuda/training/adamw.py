@@ -42,6 +42,7 @@ class FlatAdamW(torch.optim.Optimizer):
         ]  # fmt: skip
         super().__init__(groups, defaults)
         self._parameters, self._flat, self._updates = parameters, flat, 0
+        self._gradients = [(p, flat.gradient(name)) for name, p in parameters.items()]
         self._moments = [torch.zeros_like(flat.weights_M) for _ in MOMENTS]
         device = flat.weights_M.device
         self._partial_P = torch.zeros(SQUARES_CTAS, device=device)
@@ -71,8 +72,8 @@ class FlatAdamW(torch.optim.Optimizer):
             return self._clip_and_step(clip)
 
     def _clip_and_step(self, clip: float) -> Tensor:
-        for name, parameter in self._parameters.items():
-            own, gradient = self._flat.gradient(name), parameter.grad
+        for parameter, own in self._gradients:
+            gradient = parameter.grad
             if gradient is None:
                 own.zero_()
             elif gradient.data_ptr() != own.data_ptr():

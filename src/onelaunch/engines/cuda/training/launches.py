@@ -20,7 +20,10 @@ from onelaunch.engines.cuda.training import attention, loss, rotary, rows, updat
 from onelaunch.operators.triton_cache import verified
 
 TILE = 2048  # elements of a tile of rows: 16 for each thread of four warps
-ROW_IN_REGISTERS = 32_768  # logits of a row; wider rows are read twice
+COLUMN_TILE = 1024  # elements of a tile of some columns
+ROW_IN_REGISTERS = 8192  # logits of a row; wider rows are read twice
+LOGITS_OF_LANE = 8  # neighbouring ones, 16 bytes
+COUNTED = 4096  # tokens at most that are sorted by comparing all with all
 COUNT_BLOCK = 4096  # targets and losses that the one CTA reads at once
 UPDATE_BLOCK = 1024  # elements of the flat tensors, eight for each thread of four warps
 SQUARES_BLOCK = 4096
@@ -58,21 +61,22 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_tile(columns: int, elements: int = TILE) -> dict[str, int]:
+def row_tile(columns: int, elements: int = TILE, fewest_warps: int = 4) -> dict[str, int]:
     """Return a tile of R rows of BLOCK columns, all of a row's, and its warps: 16 elements or more
-    per thread, in 4 warps to 16."""
+    per thread, in 16 warps at most."""
     block = next_power_of_2(columns)
     count = max(1, elements // block)
-    return {"R": count, "BLOCK": block, "num_warps": max(4, min(16, count * block // 512))}
+    warps = max(fewest_warps, min(16, count * block // 512))
+    return {"R": count, "BLOCK": block, "num_warps": warps}
 
 
 def column_tile(columns: int) -> dict[str, int]:
-    """Return a tile of R rows of BLOCK columns, some of a row's: the widest of which an eighth at
+    """Return a tile of R rows of BLOCK columns, some of a row's: the widest of which a quarter at
     most lies beyond the row's end."""
     blocks = (1024, 512, 256)
-    fitting = (b for b in blocks if -(-columns // b) * b <= columns * 9 / 8)
+    fitting = (b for b in blocks if -(-columns // b) * b <= columns * 4 / 3)
     block = next(fitting, min(128, next_power_of_2(columns)))
-    return {"R": TILE // block, "BLOCK": block, "num_warps": 4}
+    return {"R": COLUMN_TILE // block, "BLOCK": block, "num_warps": 4}
 
 
 def ctas(n: int, per_cta: int) -> int:
@@ -127,7 +131,7 @@ def norm_backward(
     """Write out = dx + the gradient of RMSNorm, which may be dx itself, and the weight's partials.
 
     dnormed is in T. Without dx it is zero; `half_ND` gets out in T. There are P CTAs."""
-    (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
+    (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1], TILE // 2, fewest_warps=2)
     launch(
         rows.norm_backward_kernel, (partial_PD.shape[0],),
         dnormed_ND, x_ND, rstd_N, weight_D, dx_ND, out_ND, half_ND, partial_PD, N, D=D, **tile,
@@ -337,10 +341,18 @@ def cross_entropy(
             *arguments, C, V=V, WITH_GRADIENT=with_gradient, **tile,
         )  # fmt: skip
     else:
+        lanes = logit_lanes(V)
         launch(
             loss.cross_entropy_blocks_kernel, (C,),
-            *arguments, V=V, LANES=512, WIDTH=8, WITH_GRADIENT=with_gradient, num_warps=4,
+            *arguments, V=V, LANES=lanes, WIDTH=LOGITS_OF_LANE, WITH_GRADIENT=with_gradient,
+            num_warps=lanes // 128,
         )  # fmt: skip
+
+
+def logit_lanes(V: int) -> int:
+    """Return how many lanes read a row's logits: the most, unless fewer end nearer to its end."""
+    most, fewer = (lanes * LOGITS_OF_LANE for lanes in (4096, 2048))
+    return (most if ctas(V, most) * most <= ctas(V, fewer) * fewer else fewer) // LOGITS_OF_LANE
 
 
 def count_targets(targets_N: Tensor, scale: Tensor, weight: Tensor, count: Tensor) -> None:
@@ -358,6 +370,16 @@ def mean_loss(loss_N: Tensor, count: Tensor, out: Tensor, total: bool = False) -
     launch(
         loss.sum_loss_kernel, (1,),
         loss_N, count, out, loss_N.numel(), BLOCK=COUNT_BLOCK, MEAN=not total, num_warps=16,
+    )  # fmt: skip
+
+
+def sort_tokens(tokens_N: Tensor, sorted_N: Tensor, order_N: Tensor) -> None:
+    """Write the tokens sorted stably and the rows that they came from, int32 each; of `COUNTED`
+    tokens at most, as the work grows with their square."""
+    N = tokens_N.numel()
+    launch(
+        update.sort_tokens_kernel, (ctas(N, 16),), tokens_N, sorted_N, order_N, N,
+        R=16, BLOCK=256, num_warps=4,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from onelaunch.engines.cuda.training.products import (
 from onelaunch.model import rope_tables
 from onelaunch.plan.training import LOGITS
 
-NORM_CTAS = 528
+NORM_CTAS = 1056
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
 
 
@@ -78,6 +78,9 @@ class TrainingStep:
         # heads with norms need the gradient of what is rotated; wide ones in float32 have no room
         attends = not c.qk_norm and (dtype != torch.float32 or c.head_dim <= 64)
         self._tokens_N, self._targets_N = whole(N), whole(N)
+        self._sorted_2N = None
+        if N <= launches.COUNTED:
+            self._sorted_2N = torch.empty(2, N, device=device, dtype=torch.int32)
         self._scale, self._scale_is = real(1), float("nan")
         self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
         self._layers = [
@@ -298,8 +301,14 @@ class TrainingStep:
         embedding = flat.gradient("embed_tokens.weight")
         if not (accumulate or c.tied_embeddings):
             embedding.zero_()
-        tokens_N, order_N = torch.sort(self._tokens_N.int(), stable=True)
-        launches.embedding_gradient(tokens_N, order_N, dx, embedding, self._edges)
+        launches.embedding_gradient(*self._sorted(), dx, embedding, self._edges)
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The tokens in a stable order, and the rows that they came from."""
+        if self._sorted_2N is None:
+            return torch.sort(self._tokens_N.int(), stable=True)
+        launches.sort_tokens(self._tokens_N, *self._sorted_2N)
+        return self._sorted_2N[0], self._sorted_2N[1]
 
     # ---- weights
 

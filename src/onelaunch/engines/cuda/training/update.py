@@ -14,6 +14,25 @@ import triton.language as tl
 
 
 @triton.jit
+def sort_tokens_kernel(
+    tokens_ptr, sorted_ptr, order_ptr, rows, R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """R tokens to their places in a stable sort: behind all that are smaller, or equal and before.
+    Each is compared with every other, BLOCK at once."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    token = tl.load(tokens_ptr + row, mask=row < rows, other=0).to(tl.int32)
+    smaller = tl.zeros([R, BLOCK], tl.int32)
+    for start in tl.range(0, rows, BLOCK, num_stages=1):
+        at = start + tl.arange(0, BLOCK)
+        others = tl.load(tokens_ptr + at, mask=at < rows, other=0x7FFFFFFF).to(tl.int32)[None, :]
+        equal_before = (others == token[:, None]) & (at[None, :] < row[:, None])
+        smaller += ((others < token[:, None]) | equal_before).to(tl.int32)
+    place = tl.sum(smaller, 1)
+    tl.store(sorted_ptr + place, token, mask=row < rows)
+    tl.store(order_ptr + place, row, mask=row < rows)
+
+
+@triton.jit
 def embedding_gradient_kernel(
     sorted_ptr,
     order_ptr,
