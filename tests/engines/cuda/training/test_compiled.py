@@ -21,6 +21,7 @@ N, S, P = 16_384, 1024, 264
 class Compiled(NamedTuple):
     spilled: int
     ptx: str
+    shared: int  # bytes of shared memory
 
     def widths(self, kind: str) -> set[int]:
         """Bytes of a thread's loads (ld) or stores (st)."""
@@ -45,7 +46,9 @@ def kernels(monkeypatch, tmp_path):
         assert all(0 < size < 65_536 for size in grid[1:])
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         name = compiled.metadata.name
-        found[name] = Compiled(spilled(triton, compiled, tmp_path), compiled.asm["ptx"])
+        found[name] = Compiled(
+            spilled(triton, compiled, tmp_path), compiled.asm["ptx"], compiled.metadata.shared
+        )
 
     monkeypatch.setattr(launches, "launch", compile_only)
     return launches, found
@@ -176,6 +179,42 @@ def test_swiglu(hidden_dim, kernels):
     assert_stores_are_wide(found, *found)
 
 
+def assert_fast_product(one: Compiled, tile: Any) -> None:
+    """From shared memory that TMA fills, which is never read back into registers, and with as many
+    CTAs on a multiprocessor as the tile counts on."""
+    assert re.search(r"\bwgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16", one.ptx)
+    assert "cp.async.bulk.tensor" in one.ptx
+    assert not re.search(r"\bcp\.async\.c[ag]\b|\bmma\.sync", one.ptx)
+    assert one.shared + 1024 <= 233_472 // max(1, tile.ctas_per_sm)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    "shape", [(N, 288, 768), (N, 768, 2048), (8192, 576, 1536), (N, 64, 176), (256, 768, 2048)]
+)
+def test_products_with_swiglu(shape, kernels):
+    _, found = kernels
+    from onelaunch.engines.cuda.training import swiglu_launches as fused
+
+    rows, D, F = shape
+    few = rows == 256
+    gate_up, hidden = half(rows, 2 * F), half(rows, F)
+    for tile in fused.FORWARD_CANDIDATES_OF_FEW_ROWS if few else fused.FORWARD_CANDIDATES:
+        fused.gate_up_swiglu(half(rows, D), half(2 * F, D), gate_up, hidden, tile)
+        one = found.pop("gate_up_swiglu_kernel")
+        assert_fast_product(one, tile)
+        assert one.spilled == 0, tile
+        # with TMA there are no stores of threads
+        assert one.widths("st") == (set() if tile.tma_stores else {16})
+    for tile in fused.BACKWARD_CANDIDATES_OF_FEW_ROWS if few else fused.BACKWARD_CANDIDATES:
+        for out in (hidden, None):
+            fused.down_back_swiglu(half(rows, D), half(D, F), gate_up, gate_up, out, tile)
+            one = found.pop("down_back_swiglu_kernel")
+            assert_fast_product(one, tile)
+            assert one.spilled <= (64 if tile.max_registers else 0), tile
+            assert one.widths("ld") == one.widths("st") == {16}
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("V", [512, 8192, 32_000, 49_152, 151_936])
@@ -243,8 +282,15 @@ def test_one_row_and_one_cta(kernels):
 def test_no_name_has_a_value_in_the_modules_of_kernels():
     """They would need names of their own, see test_compiled.py of the stages."""
     triton = pytest.importorskip("triton")
-    from onelaunch.engines.cuda.training import attention, loss, rotary, rows, update
+    from onelaunch.engines.cuda.training import (
+        attention,
+        loss,
+        rotary,
+        rows,
+        swiglu_products,
+        update,
+    )
 
-    for module in (attention, loss, rotary, rows, update):
+    for module in (attention, loss, rotary, rows, swiglu_products, update):
         for name, value in vars(module).items():
             assert not isinstance(value, triton.language.constexpr), name

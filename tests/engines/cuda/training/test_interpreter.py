@@ -16,3 +16,8 @@ def test_the_kernels_of_a_training_step_through_the_interpreter():
 @pytest.mark.extended
 def test_steps_and_runs_through_the_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted_step.py"))
+
+
+@pytest.mark.extended
+def test_products_with_swiglu_through_the_interpreter():
+    run_interpreted(Path(__file__).with_name("interpreted_swiglu_products.py"))
