@@ -147,7 +147,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     tensors = load_file(checkpoint / "engine.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"1", "2"}
     from onelaunch.checkpoints.atomic import sha256_file
-    from onelaunch.checkpoints.run_folder import read_state, write_tensors
+    from onelaunch.checkpoints.run_folder import read_state
+    from onelaunch.checkpoints.tensors import write_tensors
 
     tensors["1.norm.weight"] = torch.zeros(3)
     (checkpoint / "engine.safetensors").unlink()

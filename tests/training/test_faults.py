@@ -135,6 +135,16 @@ def test_divergence_exits_1(tmp_path, monkeypatch, capsys):
     assert "the loss is nan" in line
 
 
+def test_a_checkpoint_that_cannot_be_synced_is_none(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder, "sync_file", full)
+    with pytest.raises(RunFailed, match="the disk is full"):
+        runs.start(recipe(), tmp_path / "run", quiet=True)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_exits_1(tmp_path, monkeypatch, capsys, number):
     def full(values, path, metadata):

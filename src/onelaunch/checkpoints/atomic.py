@@ -114,6 +114,12 @@ def _remove_abandoned(path: Path) -> None:
                     os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with open(path, "rb+") as written:
+        os.fsync(written.fileno())
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` durable, if the system can open folders."""
     try:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onelaunch.checkpoints.atomic import write_error
+from onelaunch.checkpoints.atomic import sync_file, write_error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -19,6 +19,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises RunFailed if the disk is full, BadInput for other errors of the system.
     """
+    write_unsynced(path, tensors)
+    sync_file(path)
+
+
+def write_unsynced(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`write_tensors`, without the sync, which the caller does."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(ready, path, metadata={"format": "pt"})
@@ -27,8 +33,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         match = re.search(r"os error (\d+)", str(error))
         number = int(match[1]) if match else errno.EIO
         raise write_error(path, OSError(number, os.strerror(number))) from error
-    with open(path, "rb+") as written:
-        os.fsync(written.fileno())
     # The library sets mode 0600; other files have the mode of the user's umask.
     mask = os.umask(0)
     os.umask(mask)
