@@ -42,12 +42,20 @@ class MuonAndAdamW:
             part.zero_grad(set_to_none)
 
 
-Optimizer = torch.optim.Optimizer | MuonAndAdamW
-
-
 @runtime_checkable
 class FlatOptimizer(Protocol):
-    """An optimizer that updates all parameters at once, and keeps its state as it likes."""
+    """An optimizer that updates all parameters at once, and keeps its state as it likes. What it
+    has in common with torch.optim.Optimizer means the same."""
+
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Tensor]]
+
+    def step(self) -> None:
+        """Update all parameters."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Remove all gradients."""
 
     def clip_and_step(self, clip: float) -> Tensor:
         """Clip the gradients to a norm, 0 for never, and update; returns their norm before."""
@@ -57,6 +65,9 @@ class FlatOptimizer(Protocol):
 
     def adopt(self) -> None:
         """Take over what was put into `state`."""
+
+
+Optimizer = torch.optim.Optimizer | MuonAndAdamW | FlatOptimizer
 
 
 def make_optimizer(
@@ -170,17 +181,17 @@ def load_state_tensors(
             part.adopt()
 
 
-def _parts(optimizer: Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+def _parts(optimizer: Optimizer) -> tuple[torch.optim.Optimizer | FlatOptimizer, ...]:
     return optimizer.parts if isinstance(optimizer, MuonAndAdamW) else (optimizer,)
 
 
-def _kinds(part: torch.optim.Optimizer) -> tuple[str, ...]:
+def _kinds(part: torch.optim.Optimizer | FlatOptimizer) -> tuple[str, ...]:
     return _MUON_MOMENTS if isinstance(part, torch.optim.Muon) else (*_ADAMW_MOMENTS, _STEP)
 
 
 def _with_owners(
     optimizer: Optimizer, parameters: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer | FlatOptimizer]]:
     """Yield each parameter with its name and what updates it."""
     parts = _parts(optimizer)
     owners = {p: part for part in parts for group in part.param_groups for p in group["params"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,14 @@ SQUARES_CTAS = 1056
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class FlatAdamW(torch.optim.Optimizer):
+class FlatAdamW:
     """torch.optim.AdamW, with weight decay on matrices only, and clip_grad_norm_ in the same two
     launches; and the rounded weights that products read. Rate, betas and decay are those of the
     first group. `state` has the moments, from the first update on; `updates` counts those. State
-    that is put there counts after `adopt`."""
+    that is put there counts after `adopt`.
+
+    It is no torch.optim.Optimizer: making one imports torch._dynamo, which takes 1 to 2 s.
+    """
 
     def __init__(
         self,
@@ -32,15 +34,16 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
-        defaults = {
+        self.defaults: dict[str, Any] = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True,
         }  # fmt: skip
         matrices = [p for p in parameters.values() if p.dim() > 1]
         vectors = [p for p in parameters.values() if p.dim() == 1]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices}, {"params": vectors, "weight_decay": 0.0}
-        ]  # fmt: skip
-        super().__init__(groups, defaults)
+        self.param_groups: list[dict[str, Any]] = [
+            {**self.defaults, "params": matrices},
+            {**self.defaults, "params": vectors, "weight_decay": 0.0},
+        ]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._parameters, self._flat, self._updates = parameters, flat, 0
         self._gradients = [(p, flat.gradient(name)) for name, p in parameters.items()]
         self._moments = [torch.zeros_like(flat.weights_M) for _ in MOMENTS]
@@ -52,16 +55,17 @@ class FlatAdamW(torch.optim.Optimizer):
         self._launched = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update without clipping. Raises ValueError for a closure."""
-        if closure is not None:
-            raise ValueError("FlatAdamW takes no closure")
+    def step(self) -> None:
+        """Update without clipping."""
         self.clip_and_step(0.0)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Not had: put tensors into `state`, and call `adopt`. Raises NotImplementedError."""
-        raise NotImplementedError("FlatAdamW: put tensors into `state`, and call `adopt`")
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Remove all gradients, or fill them with zeros."""
+        for parameter in self._parameters.values():
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
 
     @torch.no_grad()
     def clip_and_step(self, clip: float) -> Tensor:
@@ -102,8 +106,10 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _show_state(self) -> None:
         for name, parameter in self._parameters.items():
-            for kind, flat_M in zip(MOMENTS, self._moments, strict=True):
-                self.state[parameter][kind] = self._flat.view(flat_M, name)
+            self.state[parameter] = {
+                kind: self._flat.view(flat_M, name)
+                for kind, flat_M in zip(MOMENTS, self._moments, strict=True)
+            }
 
     def updates(self) -> Tensor:
         """How many there were, as a scalar, float32."""
