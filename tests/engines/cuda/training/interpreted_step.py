@@ -184,3 +184,28 @@ def test_what_is_no_batch_is_refused(monkeypatch):
         with pytest.raises(BadInput, match=words):
             engine.train_step(tokens, targets)
     assert all(p.grad is None for p in engine.parameters().values())
+
+
+def test_a_smaller_batch_of_an_evaluation_takes_the_buffers_that_are_there(monkeypatch):
+    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    config = CONFIGS["grouped"].with_(n_layers=1)
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    engine = CudaTrainer(config, weights, "cpu")
+    exact = Model.from_weights(config, {k: w.double() for k, w in weights.items()})
+    tokens, targets = torch.randint(0, config.vocab_size, (2, 3, 7)).unbind()
+    targets[1, 2] = -1
+    engine.train_step(tokens, targets)
+    for rows, length in ((3, 7), (2, 7), (1, 4)):
+        batch = tokens[:rows, :length], targets[:rows, :length]
+        expected = exact.loss(*batch).item() * int((batch[1] >= 0).sum())
+        assert engine.loss_sum(*batch) == pytest.approx(expected, rel=1e-5)
+    assert list(engine._steps) == [(3, 7)]
+    engine.loss_sum(torch.cat((tokens, tokens)), torch.cat((targets, targets)))
+    assert list(engine._steps) == [(3, 7), (6, 7)]
+    for wrong in (targets[:, :4], targets[0]):
+        with pytest.raises(BadInput, match="must be alike"):
+            engine.loss_sum(tokens, wrong)
+    nothing = tokens[:0]
+    with pytest.raises(BadInput, match="one sequence"):
+        engine.loss_sum(nothing, nothing)

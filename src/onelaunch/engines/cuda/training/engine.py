@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
@@ -16,6 +18,7 @@ from onelaunch.engines.cuda.training.step import TrainingStep
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
+from onelaunch.operators.triton_cache import prepare_triton
 
 MOST_SHAPES = 2  # whose buffers are kept: that of training and of evaluation
 
@@ -39,6 +42,9 @@ class CudaTrainer(ReferenceEngine):
     ) -> None:
         if reason := why_not_train(resolve_device(device), config):
             raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
+        if resolve_device(device).type == "cuda":
+            # while CUDA starts and weights are copied
+            threading.Thread(target=prepare_triton, name="onelaunch", daemon=True).start()
         super().__init__(config, weights, device, dtype, train=True)
         if self.dtype not in (torch.bfloat16, torch.float32):
             raise BadInput(f"dtype={dtype!r}: the CUDA engine trains in bfloat16 or float32")
@@ -83,7 +89,7 @@ class CudaTrainer(ReferenceEngine):
     def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor) -> float:
         """The loss in nats, summed over the targets that are not -1; no gradient is touched."""
         with self.flat.on_device():
-            step = self._loaded(tokens_BS, targets_BS, 0.0)
+            step = self._loaded(*self._padded(tokens_BS, targets_BS), 0.0)
             step.forward()
             return step.loss_sum().item()
 
@@ -117,11 +123,28 @@ class CudaTrainer(ReferenceEngine):
         step.load(tokens_BS, targets_BS, scale)
         return step
 
+    def _padded(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch filled up to the smallest shape whose buffers are there, with targets of -1; as
+        it is if there is none. The last batches of an evaluation are smaller than the others, and
+        their own buffers and graphs would take the place of the training step's."""
+        alike = targets_BS.shape == tokens_BS.shape and tokens_BS.dim() == 2
+        if not alike or not tokens_BS.numel():
+            return tokens_BS, targets_BS  # to be refused
+        B, S = tokens_BS.shape
+        larger = [(b, s) for b, s in self._steps if b >= B and s >= S]
+        if not larger or (B, S) in larger:
+            return tokens_BS, targets_BS
+        b, s = min(larger, key=lambda each: each[0] * each[1])
+        rest = (0, s - S, 0, b - B)
+        return F.pad(tokens_BS, rest), F.pad(targets_BS, rest, value=-1)
+
     def _step(self, sequences: int, length: int) -> TrainingStep:
         key = sequences, length
         if key not in self._steps:
             while len(self._steps) >= MOST_SHAPES:
                 self._steps.popitem(last=False)
+            if self.device.type == "cuda":
+                prepare_triton()
             self._steps[key] = TrainingStep(self.config, self.flat, sequences, length)
         self._steps.move_to_end(key)
         return self._steps[key]
