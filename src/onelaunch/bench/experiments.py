@@ -59,7 +59,6 @@ NOT_ON_A_GPU = {
     "what it packs anew is in accumulation, and the micro-steps that hide it are one",
     "baked-or-argument": "weights are arguments of a GPU's kernels; what a constant costs there is "
     "in weight-mutability",
-    "time-to-quality": "its budget is nanoGPT's for a CPU",
 }
 """Why an experiment has no form for a GPU."""
 

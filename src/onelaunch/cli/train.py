@@ -24,7 +24,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="RECIPE",
-            help="A recipe file, or a built-in one: quickstart (the default), shakespeare-char.",
+            help="A recipe file, or a built-in one: quickstart (the default), shakespeare-char, "
+            "shakespeare-char-gpu.",
         ),
     ] = None,
     preset: Annotated[
