@@ -3,16 +3,18 @@ CUDA engine does it. The residual stream, its gradient, and those of weights are
 products read and write has `itemsize` bytes.
 
 What is kept of a layer for its backward are both residuals and their norms, packed queries, keys
-and values, attention's output with the logarithms of its sums, and gates and ups. What the SwiGLU
-gives is computed again. Logits exist for LOGITS numbers' rows at a time, so that they are no buffer
-of a whole batch.
+and values, attention's output with the logarithms of its sums, gates and ups, and what the SwiGLU
+gives. Where memory asks, less is kept: the backward computes what the SwiGLU gives again
+("hidden"), or all of a layer from its input and the norm of it ("layers"; not of the last layer,
+whose forward has just been). Logits exist for some rows at a time, so that they are no buffer of a
+whole batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from onelaunch.config import ModelConfig
 from onelaunch.plan.check import PlanError
@@ -22,7 +24,17 @@ LOGITS = 1 << 27
 """So many exist at once, about."""
 FLOAT = 4
 
+Recompute = Literal["nothing", "hidden", "layers"]
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+"""What the backward computes again, least first; the gradients are the same."""
 Phase = Literal["forward", "loss", "backward", "update"]
+
+
+def logit_rows(tokens: int, vocab_size: int) -> int:
+    """How many tokens have logits at once: equal parts of about LOGITS numbers, in whole tiles of
+    matrix products."""
+    parts = -(-tokens * vocab_size // LOGITS)
+    return min(tokens, -(-tokens // parts // 128) * 128)
 
 
 class Work(NamedTuple):
@@ -43,7 +55,7 @@ class Work(NamedTuple):
 
 class TrainingPlan(NamedTuple):
     """A micro-step of `batch` sequences of `sequence` tokens, and an update. `buffers` has the
-    bytes of each."""
+    bytes of each; the name of one that is kept of a layer ends with the layer's number."""
 
     config: ModelConfig
     batch: int
@@ -51,6 +63,7 @@ class TrainingPlan(NamedTuple):
     itemsize: int
     works: tuple[Work, ...]
     buffers: dict[str, int]
+    recompute: Recompute = "nothing"
 
     @property
     def saved_bytes(self) -> int:
@@ -65,21 +78,32 @@ class TrainingPlan(NamedTuple):
     @property
     def logits_bytes(self) -> int:
         """Of those that exist at once."""
-        numbers = self.batch * self.sequence * self.config.vocab_size
-        return (
-            min(LOGITS // self.config.vocab_size * self.config.vocab_size, numbers) * self.itemsize
-        )
+        vocab_size = self.config.vocab_size
+        return logit_rows(self.batch * self.sequence, vocab_size) * vocab_size * self.itemsize
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, batch: int, sequence: int, itemsize: int) -> None:
-        self._config, self._tokens, self._itemsize = config, batch * sequence, itemsize
-        self._shapes = config.weight_shapes()
+    def __init__(
+        self, config: ModelConfig, batch: int, sequence: int, itemsize: int, recompute: Recompute
+    ) -> None:
+        c = config
+        self.config, self.tokens, self.recompute = c, batch * sequence, recompute
+        self._itemsize, self._shapes = itemsize, c.weight_shapes()
+        pairs = batch * sequence * (sequence + 1) // 2  # of a query and a key that it sees
+        self.attention_product = 2 * pairs * c.n_heads * c.head_dim  # operations, of all of them
+        self.rotation = 3 * self.tokens * (c.q_dim + c.kv_dim)
         self.works: list[Work] = []
         self.buffers: dict[str, int] = {}
 
     def buffer(self, name: str, width: int, itemsize: int | None = None) -> None:
-        self.buffers[name] = self._tokens * width * (itemsize or self._itemsize)
+        self.buffers[name] = self.tokens * width * (itemsize or self._itemsize)
+
+    def of_layer(self, name: str, layer: int) -> str:
+        """A buffer of the layer, or of all of them where it is not kept."""
+        is_kept = {
+            "nothing": True, "hidden": name != "hidden", "layers": name in ("x", "normed"),
+        }  # fmt: skip
+        return f"{name}.{layer}" if is_kept[self.recompute] else name
 
     def weight_bytes(self, names: tuple[str, ...], itemsize: int) -> int:
         return sum(math.prod(self._shapes[name]) for name in names) * itemsize
@@ -103,7 +127,7 @@ class _Builder:
 
     def product_flops(self, names: tuple[str, ...]) -> int:
         """Of one product of all tokens with some matrices."""
-        return 2 * self._tokens * sum(math.prod(self._shapes[name]) for name in names)
+        return 2 * self.tokens * sum(math.prod(self._shapes[name]) for name in names)
 
 
 _ATTENTION = "layers.{}.self_attn.{}.weight"
@@ -111,74 +135,48 @@ _MLP = "layers.{}.mlp.{}.weight"
 
 
 def make_training_plan(
-    config: ModelConfig, batch: int, sequence: int, itemsize: int = 2
+    config: ModelConfig,
+    batch: int,
+    sequence: int,
+    itemsize: int = 2,
+    recompute: Recompute = "nothing",
 ) -> TrainingPlan:
     """List the work of a micro-step and of an update, in its order."""
     c = config
-    b = _Builder(config, batch, sequence, itemsize)
+    b = _Builder(config, batch, sequence, itemsize, recompute)
     tokens, C = batch * sequence, c.q_dim + 2 * c.kv_dim
-    pairs = batch * sequence * (sequence + 1) // 2  # of a query and a key that it sees
-    of_pairs = 2 * pairs * c.n_heads * c.head_dim  # operations of one product of all of them
     for i in range(c.n_layers):
-        b.buffer(f"x.{i}", c.dim, FLOAT)
-        b.buffer(f"normed.{i}", c.dim)
-        b.buffer(f"qkv.{i}", C)
-        if c.qk_norm:
-            b.buffer(f"rotated.{i}", c.q_dim + c.kv_dim)
-        b.buffer(f"attended.{i}", c.q_dim)
-        b.buffer(f"lse.{i}", c.n_heads, FLOAT)
-        b.buffer(f"middle.{i}", c.dim, FLOAT)
-        b.buffer(f"normed_middle.{i}", c.dim)
-        b.buffer(f"gate_up.{i}", 2 * c.hidden_dim)
+        for name, width, item in (
+            ("x", c.dim, FLOAT), ("normed", c.dim, 0), ("qkv", C, 0),
+            ("rotated", c.q_dim + c.kv_dim if c.qk_norm else 0, 0), ("attended", c.q_dim, 0),
+            ("lse", c.n_heads, FLOAT), ("middle", c.dim, FLOAT), ("normed_middle", c.dim, 0),
+            ("gate_up", 2 * c.hidden_dim, 0), ("hidden", c.hidden_dim, 0),
+        ):  # fmt: skip
+            if width:
+                b.buffer(b.of_layer(name, i), width, item or None)
     for name, width, item in (
         ("tokens", 1, 8), ("targets", 1, 8), ("last", c.dim, FLOAT), ("normed_last", c.dim, 0),
-        ("delta", c.dim, 0), ("hidden", c.hidden_dim, 0), ("losses", 1, FLOAT),
-        ("logits", c.vocab_size, 0), ("dnormed", c.dim, 0), ("dhidden", c.hidden_dim, 0),
-        ("dx", c.dim, FLOAT), ("dx_rounded", c.dim, 0), ("dattended", c.q_dim, 0), ("dqkv", C, 0),
+        ("delta", c.dim, 0), ("losses", 1, FLOAT), ("logits", c.vocab_size, 0),
+        ("dnormed", c.dim, 0), ("dhidden", c.hidden_dim, 0), ("dx", c.dim, FLOAT),
+        ("dx_rounded", c.dim, 0), ("dattended", c.q_dim, 0), ("dqkv", C, 0),
     ):  # fmt: skip
         b.buffer(name, width, item or None)
     norm, head = 4 * tokens * c.dim, "embed_tokens.weight"
-    embedding = ("embed_tokens.weight",)
     if not c.tied_embeddings:
         head = "lm_head.weight"
-
-    def norm_name(layer: int, which: str) -> tuple[str, ...]:
-        return (f"layers.{layer}.{which}_layernorm.weight",)
-
-    def matrices(layer: int, of: str, *names: str) -> tuple[str, ...]:
-        return tuple(of.format(layer, name) for name in names)
-
-    def head_norms(layer: int) -> tuple[str, ...]:
-        return matrices(layer, _ATTENTION, "q_norm", "k_norm") if c.qk_norm else ()
-
     b.add("forward", "embedding", ("tokens",), ("x.0",), 0)
-    b.add("forward", "norm", ("x.0",), ("normed.0",), norm, 0, norm_name(0, "input"))
-    rotation = 3 * tokens * (c.q_dim + c.kv_dim)
+    b.add("forward", "norm", ("x.0",), ("normed.0",), norm, 0, _norm_name(0, "input"))
     for i in range(c.n_layers):
-        qkv = matrices(i, _ATTENTION, "q_proj", "k_proj", "v_proj")
-        out, gate_up = matrices(i, _ATTENTION, "o_proj"), matrices(i, _MLP, "gate_proj", "up_proj")
-        down, rotated = matrices(i, _MLP, "down_proj"), f"rotated.{i}" if c.qk_norm else f"qkv.{i}"
-        b.add("forward", "product", (f"normed.{i}",), (f"qkv.{i}",), b.product_flops(qkv), i, qkv)
-        b.add("forward", "rotation", (f"qkv.{i}",), (rotated,), rotation, i, head_norms(i))
-        inputs = (f"qkv.{i}", rotated) if c.qk_norm else (rotated,)
-        b.add("forward", "attention", inputs, (f"attended.{i}", f"lse.{i}"), 2 * of_pairs, i)
-        b.add("forward", "product", (f"attended.{i}",), ("delta",), b.product_flops(out), i, out)
-        b.add(
-            "forward", "norm", (f"x.{i}", "delta"), (f"middle.{i}", f"normed_middle.{i}"),
-            norm + tokens * c.dim, i, norm_name(i, "post_attention"),
-        )  # fmt: skip
-        b.add(
-            "forward", "product", (f"normed_middle.{i}",), (f"gate_up.{i}",),
-            b.product_flops(gate_up), i, gate_up,
-        )  # fmt: skip
-        b.add("forward", "swiglu", (f"gate_up.{i}",), ("hidden",), 5 * tokens * c.hidden_dim, i)
-        b.add("forward", "product", ("hidden",), ("delta",), b.product_flops(down), i, down)
+        _forward(b, "forward", i)
+        down = _matrices(i, _MLP, "down_proj")
+        hidden, middle = b.of_layer("hidden", i), b.of_layer("middle", i)
+        b.add("forward", "product", (hidden,), ("delta",), b.product_flops(down), i, down)
         last = i + 1 == c.n_layers
         b.add(
-            "forward", "norm", (f"middle.{i}", "delta"),
+            "forward", "norm", (middle, "delta"),
             ("last", "normed_last") if last else (f"x.{i + 1}", f"normed.{i + 1}"),
             norm + tokens * c.dim, NO_LAYER if last else i + 1,
-            ("norm.weight",) if last else norm_name(i + 1, "input"),
+            ("norm.weight",) if last else _norm_name(i + 1, "input"),
         )  # fmt: skip
     of_head = b.product_flops((head,))
     b.add("loss", "product", ("normed_last",), ("logits",), of_head, weights=(head,))
@@ -186,36 +184,17 @@ def make_training_plan(
     b.add("loss", "loss", ("logits", "targets"), ("logits", "losses"), softmax)
     b.add("loss", "product", ("logits",), ("dnormed",), of_head, weights=(head,))
     b.add("loss", "weight_gradient", ("logits", "normed_last"), (), of_head, gradients=(head,))
-    norm *= 2
     b.add(
-        "backward", "norm", ("dnormed", "last"), ("dx", "dx_rounded"), norm,
+        "backward", "norm", ("dnormed", "last"), ("dx", "dx_rounded"), 2 * norm,
         weights=("norm.weight",), gradients=("norm.weight",),
     )  # fmt: skip
     for i in reversed(range(c.n_layers)):
-        qkv = matrices(i, _ATTENTION, "q_proj", "k_proj", "v_proj")
-        out, gate_up = matrices(i, _ATTENTION, "o_proj"), matrices(i, _MLP, "gate_proj", "up_proj")
-        down, rotated = matrices(i, _MLP, "down_proj"), f"rotated.{i}" if c.qk_norm else f"qkv.{i}"
-        _back(b, i, ("dx_rounded",), "dhidden", down)
-        b.add(
-            "backward", "swiglu", ("dhidden", f"gate_up.{i}"), (f"gate_up.{i}", "hidden"),
-            11 * tokens * c.hidden_dim, i,
-        )  # fmt: skip
-        _weight(b, i, ("dx_rounded", "hidden"), down)
-        _back(b, i, (f"gate_up.{i}",), "dnormed", gate_up)
-        _weight(b, i, (f"gate_up.{i}", f"normed_middle.{i}"), gate_up)
-        _norm_back(b, i, f"middle.{i}", norm_name(i, "post_attention"), norm)
-        _back(b, i, ("dx_rounded",), "dattended", out)
-        _weight(b, i, ("dx_rounded", f"attended.{i}"), out)
-        inputs = (f"qkv.{i}", rotated) if c.qk_norm else (rotated,)
-        b.add(
-            "backward", "attention", ("dattended", *inputs, f"attended.{i}", f"lse.{i}"),
-            ("dqkv",), 5 * of_pairs + rotation, i, head_norms(i), head_norms(i),
-        )  # fmt: skip
-        _back(b, i, ("dqkv",), "dnormed", qkv)
-        _weight(b, i, ("dqkv", f"normed.{i}"), qkv)
-        _norm_back(b, i, f"x.{i}", norm_name(i, "input"), norm)
+        if recompute == "layers" and i + 1 < c.n_layers:
+            _forward(b, "backward", i)
+        _backward(b, i)
     b.add(
-        "backward", "embedding", ("dx", "tokens"), (), tokens * c.dim, gradients=embedding
+        "backward", "embedding", ("dx", "tokens"), (), tokens * c.dim,
+        gradients=("embed_tokens.weight",),
     )  # fmt: skip
     every = tuple(config.weight_shapes())
     elements = b.weight_bytes(every, 1)
@@ -224,7 +203,75 @@ def make_training_plan(
         Work("update", "update", NO_LAYER, (), (), every, every,
              elements * (2 * FLOAT + 6 * FLOAT + itemsize), 16 * elements)
     )  # fmt: skip
-    return TrainingPlan(config, batch, sequence, itemsize, tuple(b.works), b.buffers)
+    return TrainingPlan(config, batch, sequence, itemsize, tuple(b.works), b.buffers, recompute)
+
+
+def _norm_name(layer: int, which: str) -> tuple[str, ...]:
+    return (f"layers.{layer}.{which}_layernorm.weight",)
+
+
+def _matrices(layer: int, of: str, *names: str) -> tuple[str, ...]:
+    return tuple(of.format(layer, name) for name in names)
+
+
+def _head_norms(config: ModelConfig, layer: int) -> tuple[str, ...]:
+    return _matrices(layer, _ATTENTION, "q_norm", "k_norm") if config.qk_norm else ()
+
+
+def _attention_inputs(b: _Builder, layer: int) -> tuple[str, ...]:
+    """Packed rows, and rotated queries and keys where those are others."""
+    qkv = b.of_layer("qkv", layer)
+    return (qkv, b.of_layer("rotated", layer)) if b.config.qk_norm else (qkv,)
+
+
+def _forward(b: _Builder, phase: Phase, i: int) -> None:
+    """A layer, from the norm of its input to what the SwiGLU gives."""
+    c, tokens = b.config, b.tokens
+    qkv = _matrices(i, _ATTENTION, "q_proj", "k_proj", "v_proj")
+    out, gate_up = _matrices(i, _ATTENTION, "o_proj"), _matrices(i, _MLP, "gate_proj", "up_proj")
+    inputs, attended = _attention_inputs(b, i), b.of_layer("attended", i)
+    middle, normed_middle = b.of_layer("middle", i), b.of_layer("normed_middle", i)
+    gates_ups = b.of_layer("gate_up", i)
+    b.add(phase, "product", (f"normed.{i}",), inputs[:1], b.product_flops(qkv), i, qkv)
+    b.add(phase, "rotation", inputs[:1], inputs[-1:], b.rotation, i, _head_norms(c, i))
+    lse = b.of_layer("lse", i)
+    b.add(phase, "attention", inputs, (attended, lse), 2 * b.attention_product, i)
+    b.add(phase, "product", (attended,), ("delta",), b.product_flops(out), i, out)
+    b.add(
+        phase, "norm", (f"x.{i}", "delta"), (middle, normed_middle), 5 * tokens * c.dim, i,
+        _norm_name(i, "post_attention"),
+    )  # fmt: skip
+    b.add(phase, "product", (normed_middle,), (gates_ups,), b.product_flops(gate_up), i, gate_up)
+    swiglu = 5 * tokens * c.hidden_dim
+    b.add(phase, "swiglu", (gates_ups,), (b.of_layer("hidden", i),), swiglu, i)
+
+
+def _backward(b: _Builder, i: int) -> None:
+    """A layer, from the gradient of its output to that of its input."""
+    c, tokens = b.config, b.tokens
+    qkv = _matrices(i, _ATTENTION, "q_proj", "k_proj", "v_proj")
+    out, gate_up = _matrices(i, _ATTENTION, "o_proj"), _matrices(i, _MLP, "gate_proj", "up_proj")
+    down, attended = _matrices(i, _MLP, "down_proj"), b.of_layer("attended", i)
+    gates_ups, hidden = b.of_layer("gate_up", i), b.of_layer("hidden", i)
+    _back(b, i, ("dx_rounded",), "dhidden", down)
+    once_more = (hidden,) if b.recompute == "hidden" else ()
+    b.add(
+        "backward", "swiglu", ("dhidden", gates_ups), (gates_ups, *once_more),
+        11 * tokens * c.hidden_dim, i,
+    )  # fmt: skip
+    _weight(b, i, ("dx_rounded", hidden), down)
+    _back(b, i, (gates_ups,), "dnormed", gate_up)
+    _weight(b, i, (gates_ups, b.of_layer("normed_middle", i)), gate_up)
+    _norm_back(b, i, b.of_layer("middle", i), _norm_name(i, "post_attention"))
+    _back(b, i, ("dx_rounded",), "dattended", out)
+    _weight(b, i, ("dx_rounded", attended), out)
+    reads = ("dattended", *_attention_inputs(b, i), attended, b.of_layer("lse", i))
+    norms = _head_norms(c, i)
+    flops = 5 * b.attention_product + b.rotation
+    b.add("backward", "attention", reads, ("dqkv",), flops, i, norms, norms)
+    _back(b, i, ("dqkv",), "dnormed", qkv)
+    _weight(b, i, ("dqkv", f"normed.{i}"), qkv)
+    _norm_back(b, i, f"x.{i}", _norm_name(i, "input"))
 
 
 def _back(b: _Builder, layer: int, reads: tuple[str, ...], to: str, names: tuple[str, ...]) -> None:
@@ -236,9 +283,9 @@ def _weight(b: _Builder, layer: int, reads: tuple[str, ...], names: tuple[str, .
     b.add("backward", "weight_gradient", reads, (), flops, layer, gradients=names)
 
 
-def _norm_back(b: _Builder, layer: int, x: str, name: tuple[str, ...], flops: int) -> None:
+def _norm_back(b: _Builder, layer: int, x: str, name: tuple[str, ...]) -> None:
     reads, writes = ("dnormed", x, "dx"), ("dx", "dx_rounded")
-    b.add("backward", "norm", reads, writes, flops, layer, name, name)
+    b.add("backward", "norm", reads, writes, 8 * b.tokens * b.config.dim, layer, name, name)
 
 
 def check_training(plan: TrainingPlan) -> None:
@@ -283,6 +330,7 @@ def describe_training(plan: TrainingPlan) -> dict[str, Any]:
         "batch": plan.batch,
         "sequence": plan.sequence,
         "itemsize": plan.itemsize,
+        "recompute": plan.recompute,
         "kinds": list(lines.values()),
         "kept": dict(_of_a_layer(plan)),
         "saved_bytes": plan.saved_bytes,

@@ -21,6 +21,7 @@ from onelaunch.engines.cuda.training.flat import FlatParameters  # noqa: E402
 from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
 from onelaunch.errors import BadInput  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
+from onelaunch.plan import training as plans  # noqa: E402
 from onelaunch.training import run as runs  # noqa: E402
 from onelaunch.training.recipe import Recipe  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
@@ -37,14 +38,14 @@ CONFIGS = {
 }
 
 
-def trained(config, weights, batches, scales, dtype=torch.float32):
+def trained(config, weights, batches, scales, dtype=torch.float32, recompute="nothing"):
     """The losses and gradients of micro-steps from nothing."""
     parameters = {name: torch.nn.Parameter(w.clone()) for name, w in weights.items()}
     flat = FlatParameters(config, parameters, dtype)
     flat.gradients_M.fill_(float("nan"))
     flat.refresh()
     sequences, length = batches[0][0].shape
-    step = TrainingStep(config, flat, sequences, length)
+    step = TrainingStep(config, flat, sequences, length, recompute)
     losses = []
     with torch.no_grad():
         for i, ((tokens, targets), scale) in enumerate(zip(batches, scales, strict=True)):
@@ -56,9 +57,12 @@ def trained(config, weights, batches, scales, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gradients_of_two_micro_steps_are_autograds(name, dtype, monkeypatch):
-    monkeypatch.setattr(steps, "LOGITS", 1)  # chunks of 128 rows
+@pytest.mark.parametrize(
+    ("dtype", "fused"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
+)
+def test_gradients_of_two_micro_steps_are_autograds(name, dtype, fused, monkeypatch):
+    monkeypatch.setattr(steps, "can_fuse", lambda *_: fused)
+    monkeypatch.setattr(plans, "LOGITS", 1)  # parts of 128 rows
     config = CONFIGS[name].with_(n_layers=2, max_seq_len=80)
     torch.manual_seed(5)
     weights = {k: torch.randn(s) * 0.1 + (len(s) == 1) for k, s in config.weight_shapes().items()}
@@ -79,6 +83,23 @@ def test_gradients_of_two_micro_steps_are_autograds(name, dtype, monkeypatch):
         assert error < tolerance, (key, error)
     total = step.loss_sum().item()
     assert total == pytest.approx(losses[1] * int((batches[1][1] >= 0).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["grouped", "norms of heads, untied"])
+def test_what_is_computed_again_has_the_same_bits(name, fused, monkeypatch):
+    monkeypatch.setattr(steps, "can_fuse", lambda *_: fused)
+    config = CONFIGS[name].with_(n_layers=3)
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    batches = [torch.randint(0, config.vocab_size, (2, 2, 7)).unbind() for _ in range(2)]
+    found = [
+        trained(config, weights, batches, [1.0, 0.5], torch.float16, recompute)[:2]
+        for recompute in plans.RECOMPUTE
+    ]
+    for losses, gradients in found[1:]:
+        assert losses == found[0][0]
+        assert all(torch.equal(gradients[key], found[0][1][key]) for key in weights)
 
 
 def test_the_same_bits_again():

@@ -224,17 +224,21 @@ class AttentionBlocks(NamedTuple):
 def attention_blocks(
     n_sequences: int, S: int, n_heads: int, head_dim: int, backward: bool
 ) -> AttentionBlocks:
-    """Return the blocks of attention: 64 rows where each multiprocessor gets a CTA then, else 32 or
-    16, which meet more columns at once, since a CTA alone waits for each step. All stay in
-    registers."""
+    """Return the blocks of attention: 64 rows where each multiprocessor gets a CTA then, which in
+    the backward meet few columns, so that more CTAs have room; else 32 or 16, which meet more at
+    once, since a CTA alone waits for each step."""
     counts = {r: n_sequences * n_heads * ctas(S, r) for r in (64, 32)}
     rows = next((r for r, count in counts.items() if count >= MULTIPROCESSORS), 16)
     wide = head_dim > 64
     warps = 8 if wide and backward and rows > 16 else 4
-    columns = 128 if rows == 16 else 64
-    if wide:
-        columns = 32 if backward and rows == 64 else 64
-    return AttentionBlocks(rows, min(columns, max(16, next_power_of_2(S))), 2, warps)
+    columns, stages = (128, 2) if rows == 16 else (64, 2)
+    if rows == 64 and backward:
+        columns, stages = 32, 2 if wide else 3
+    elif rows == 64 and head_dim == 64:
+        stages = 3
+    elif wide:
+        columns = 64
+    return AttentionBlocks(rows, min(columns, max(16, next_power_of_2(S))), stages, warps)
 
 
 def attention_forward(

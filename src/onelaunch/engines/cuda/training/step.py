@@ -2,15 +2,18 @@
 
 The residual stream, its gradient and all sums are float32, as in PyTorch's autocast; what products
 read and write is in the engine's dtype. The forward keeps of each layer both residuals, their
-norms, queries, keys and values, attention's output, and gates and ups; what the SwiGLU gives is
-computed again. Logits exist for some rows at a time: their loss, their gradient in their place, and
-its products follow at once.
+norms, queries, keys and values, attention's output, gates and ups, and what the SwiGLU gives; or
+less (plan/training.py). Logits exist for some rows at a time: their loss, their gradient in their
+place, and its products follow at once.
+
+On a GPU the gradients of weights are computed on a stream beside the rest, which waits for them
+only where it would overwrite what they read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.training import launches
+from onelaunch.engines.cuda.training.beside import Beside, Mark
 from onelaunch.engines.cuda.training.flat import FlatParameters
 from onelaunch.engines.cuda.training.launches import HeadNorms, Heads
 from onelaunch.engines.cuda.training.products import (
@@ -26,8 +30,15 @@ from onelaunch.engines.cuda.training.products import (
     multiply_back,
     weight_gradient,
 )
+from onelaunch.engines.cuda.training.swiglu_launches import (
+    SwigluTiles,
+    can_fuse,
+    down_back_swiglu,
+    gate_up_swiglu,
+    swiglu_tiles,
+)
 from onelaunch.model import rope_tables
-from onelaunch.plan.training import LOGITS
+from onelaunch.plan.training import Recompute, logit_rows
 
 NORM_CTAS = 1056
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
@@ -47,6 +58,7 @@ class _Kept:
     normed_mid_ND: Tensor
     rstd_mid_N: Tensor
     gate_up_N2F: Tensor
+    hidden_NF: Tensor
     out_NQ: Tensor | None
     lse_HN: Tensor | None
     attention: Attention | None = None
@@ -57,10 +69,15 @@ class TrainingStep:
     `loss_sum`."""
 
     def __init__(
-        self, config: ModelConfig, flat: FlatParameters, sequences: int, length: int
+        self,
+        config: ModelConfig,
+        flat: FlatParameters,
+        sequences: int,
+        length: int,
+        recompute: Recompute = "nothing",
     ) -> None:
         c = self._config = config
-        self._flat, self._shape = flat, (sequences, length)
+        self._flat, self._shape, self._recompute = flat, (sequences, length), recompute
         dtype, device = flat.half_M.dtype, flat.half_M.device
         self._on_gpu = device.type == "cuda"
         N = sequences * length
@@ -83,22 +100,36 @@ class TrainingStep:
             self._sorted_2N = torch.empty(2, N, device=device, dtype=torch.int32)
         self._scale, self._scale_is = real(1), float("nan")
         self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
-        self._layers = [
-            _Kept(
+        self._tiles = SwigluTiles(None, None)
+        if can_fuse(flat.half_M, c.dim, c.hidden_dim):
+            self._tiles = swiglu_tiles(N, c.dim, c.hidden_dim)
+        shared_hidden = None if recompute == "nothing" else half(N, c.hidden_dim)
+
+        def kept() -> _Kept:
+            return _Kept(
                 real(N, c.dim), half(N, c.dim), real(N), half(N, C),
                 half(N, Q + c.kv_dim) if c.qk_norm else None,
                 real(N, c.dim), half(N, c.dim), real(N), half(N, 2 * c.hidden_dim),
+                half(N, c.hidden_dim) if shared_hidden is None else shared_hidden,
                 half(N, Q) if attends else None, real(c.n_heads, N) if attends else None,
-            )
-            for _ in range(c.n_layers)
-        ]  # fmt: skip
+            )  # fmt: skip
+
+        self._layers = [kept()]
+        for _ in range(1, c.n_layers):
+            if recompute == "layers":
+                x, normed, rstd = real(N, c.dim), half(N, c.dim), real(N)
+                self._layers.append(replace(self._layers[0], x_ND=x, normed_ND=normed, rstd_N=rstd))
+            else:
+                self._layers.append(kept())
         self._last_ND, self._normed_ND, self._rstd_N = real(N, c.dim), half(N, c.dim), real(N)
-        self._delta_ND, self._hidden_NF = half(N, c.dim), half(N, c.hidden_dim)
+        self._delta_ND = half(N, c.dim)
         self._losses_N = real(N)
-        self._logits_CV = half(min(N, max(128, LOGITS // c.vocab_size)), c.vocab_size)
+        self._logits_CV = half(logit_rows(N, c.vocab_size), c.vocab_size)
         # of the backward
         self._dnormed_ND, self._dhidden_NF = half(N, c.dim), half(N, c.hidden_dim)
-        self._dx_ND, self._dx_half_ND = real(N, c.dim), half(N, c.dim)
+        self._dx_ND = real(N, c.dim)
+        # written in turn, as a weight's gradient may still be read from the other one
+        self._dx_half_2ND = half(N, c.dim), half(N, c.dim)
         self._dout_NQ, self._dqkv_NC = half(N, Q), half(N, C)
         self._delta_HN = real(c.n_heads, N)
         self._edges = real(*launches.edges_shape(N, c.dim))
@@ -122,6 +153,7 @@ class TrainingStep:
         )
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
+        self._beside = Beside(device)
         self._graphs: dict[tuple[str, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
 
@@ -179,20 +211,10 @@ class TrainingStep:
             first.x_ND, first.normed_ND, first.rstd_N,
         )  # fmt: skip
         for i, kept in enumerate(self._layers):
-            multiply(kept.normed_ND, flat.half(i, "qkv"), kept.qkv_NC)
-            norms = self._head_norms(i)
-            rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
-            launches.rotate(kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms)
-            self._attend(kept)
-            assert kept.out_NQ is not None
-            multiply(kept.out_NQ, flat.half(i, "out"), self._delta_ND)
-            launches.add_norm(
-                kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), eps,
-                kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N,
-            )  # fmt: skip
-            multiply(kept.normed_mid_ND, flat.half(i, "gate_up"), kept.gate_up_N2F)
-            launches.swiglu(kept.gate_up_N2F, self._hidden_NF)
-            multiply(self._hidden_NF, flat.half(i, "down"), self._delta_ND)
+            self._forward_layer(i, kept)
+            multiply(kept.hidden_NF, flat.half(i, "down"), self._delta_ND)
+            if self._recompute == "layers" and i + 1 < c.n_layers:
+                kept.attention = None
             to = self._last_ND, self._normed_ND, self._rstd_N
             weight = flat.weight("norm.weight")
             if i + 1 < c.n_layers:
@@ -200,6 +222,27 @@ class TrainingStep:
                 to = after.x_ND, after.normed_ND, after.rstd_N
                 weight = self._norm(i + 1, "input")
             launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to)
+
+    def _forward_layer(self, i: int, kept: _Kept) -> None:
+        """From the norm of a layer's input to what its SwiGLU gives."""
+        flat = self._flat
+        multiply(kept.normed_ND, flat.half(i, "qkv"), kept.qkv_NC)
+        norms = self._head_norms(i)
+        rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
+        launches.rotate(kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms)
+        self._attend(kept)
+        assert kept.out_NQ is not None
+        multiply(kept.out_NQ, flat.half(i, "out"), self._delta_ND)
+        launches.add_norm(
+            kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), self._config.norm_eps,
+            kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N,
+        )  # fmt: skip
+        weight_2FD, tile = flat.half(i, "gate_up"), self._tiles.forward
+        if tile is None:
+            multiply(kept.normed_mid_ND, weight_2FD, kept.gate_up_N2F)
+            launches.swiglu(kept.gate_up_N2F, kept.hidden_NF)
+        else:
+            gate_up_swiglu(kept.normed_mid_ND, weight_2FD, kept.gate_up_N2F, kept.hidden_NF, tile)
 
     def _inputs(self, kept: _Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, (N, heads, E) each."""
@@ -260,38 +303,46 @@ class TrainingStep:
         launches.mean_loss(self._losses_N, self._count, to, total=not with_gradient)
 
     def _backward(self, accumulate: bool) -> None:
-        c, flat = self._config, self._flat
-        dx, dx_half, dnormed = self._dx_ND, self._dx_half_ND, self._dnormed_ND
-        hidden, dqkv = self._hidden_NF, self._dqkv_NC
+        c, flat, beside = self._config, self._flat, self._beside
+        dx, dnormed, dqkv = self._dx_ND, self._dnormed_ND, self._dqkv_NC
+        half, other = self._dx_half_2ND
 
-        def weight(layer: int, group: str, dy: Tensor, x: Tensor) -> None:
-            weight_gradient(dy, x, flat.group_gradient(layer, group), accumulate)
+        def weight(layer: int, group: str, dy: Tensor, x: Tensor) -> Mark:
+            gradient = flat.group_gradient(layer, group)
+            return beside.run(lambda: weight_gradient(dy, x, gradient, accumulate))
 
         launches.norm_backward(
-            dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, dx_half,
+            dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, half,
             self._partials[-1],
         )  # fmt: skip
+        of_out = of_qkv = None
         for i in reversed(range(c.n_layers)):
             kept = self._layers[i]
-            assert kept.out_NQ is not None
-            multiply_back(dx_half, flat.half(i, "down"), self._dhidden_NF)
-            launches.swiglu_backward(self._dhidden_NF, kept.gate_up_N2F, kept.gate_up_N2F, hidden)
-            weight(i, "down", dx_half, hidden)
+            if self._recompute == "layers" and i + 1 < c.n_layers:
+                beside.join(of_out)  # which reads what all layers share, and is behind the others
+                self._forward_layer(i, kept)
+            self._swiglu_backward(i, kept, half)
+            of_down = weight(i, "down", half, kept.hidden_NF)
             multiply_back(kept.gate_up_N2F, flat.half(i, "gate_up"), dnormed)
             weight(i, "gate_up", kept.gate_up_N2F, kept.normed_mid_ND)
+            beside.join(of_out)
             launches.norm_backward(
                 dnormed, kept.mid_ND, kept.rstd_mid_N, self._norm(i, "post_attention"),
-                dx, dx, dx_half, self._partials[2 * i + 1],
+                dx, dx, other, self._partials[2 * i + 1],
             )  # fmt: skip
-            multiply_back(dx_half, flat.half(i, "out"), self._dout_NQ)
-            weight(i, "out", dx_half, kept.out_NQ)
+            assert kept.out_NQ is not None
+            multiply_back(other, flat.half(i, "out"), self._dout_NQ)
+            of_out = weight(i, "out", other, kept.out_NQ)
+            beside.join(of_qkv)
             self._attend_backward(i, kept)
             multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
-            weight(i, "qkv", dqkv, kept.normed_ND)
+            of_qkv = weight(i, "qkv", dqkv, kept.normed_ND)
+            beside.join(of_down)
             launches.norm_backward(
                 dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"),
-                dx, dx, dx_half if i else None, self._partials[2 * i],
+                dx, dx, half if i else None, self._partials[2 * i],
             )  # fmt: skip
+        beside.join(of_qkv)
         launches.sum_partials(self._partials, flat.gradients_M, self._offsets, accumulate)
         if self._partials_of_heads is not None:
             launches.sum_partials(
@@ -302,6 +353,18 @@ class TrainingStep:
         if not (accumulate or c.tied_embeddings):
             embedding.zero_()
         launches.embedding_gradient(*self._sorted(), dx, embedding, self._edges)
+
+    def _swiglu_backward(self, i: int, kept: _Kept, dx_half_ND: Tensor) -> None:
+        """From the gradient of a layer's output to that of its gates and ups, in their place."""
+        weight_DF, tile = self._flat.half(i, "down"), self._tiles.backward
+        gate_up, hidden = kept.gate_up_N2F, None
+        if self._recompute == "hidden":
+            hidden = kept.hidden_NF
+        if tile is None:
+            multiply_back(dx_half_ND, weight_DF, self._dhidden_NF)
+            launches.swiglu_backward(self._dhidden_NF, gate_up, gate_up, hidden)
+        else:
+            down_back_swiglu(dx_half_ND, weight_DF, gate_up, gate_up, hidden, tile)
 
     def _sorted(self) -> tuple[Tensor, Tensor]:
         """The tokens in a stable order, and the rows that they came from."""

@@ -1,0 +1,35 @@
+"""Work on a second stream of a GPU, beside what the current one goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Mark = torch.cuda.Event | None
+"""An end to wait for; None where there is nothing to wait for."""
+
+
+class Beside:
+    """Launches in the order of `run`, each after what the current stream has launched before it.
+    Both streams may be under capture. On a CPU all of it is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, launch: Callable[[], None]) -> Mark:
+        """Launch beside the current stream; returns its end."""
+        if self._stream is None:
+            launch()
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            launch()
+            end = torch.cuda.Event()
+            end.record(self._stream)
+        return end
+
+    def join(self, end: Mark) -> None:
+        """Have the current stream wait for an end, and so for all that was launched before it."""
+        if end is not None and self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(end)
