@@ -5,8 +5,8 @@ import torch
 
 from onelaunch.bench.core.rig import trainer as bench_trainer
 from onelaunch.bench.engines.generation_speed import BareLoop, common_tokens
-from onelaunch.bench.engines.train import bare_updates
 from onelaunch.bench.peers.forward import BareForward
+from onelaunch.bench.peers.training import bare_updates
 from onelaunch.config import preset
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.reference import ReferenceEngine

@@ -32,7 +32,8 @@ def test_updates_of_the_engine_that_auto_takes_and_of_a_loop(monkeypatch):
     monkeypatch.setattr(train, "SAMPLE_SECONDS", 0.0)
     recipe = Recipe().with_settings(TINY, "test")
     with timed_trainer(recipe, "cpu", engine="auto") as trainer:
-        row = train._compare("tiny update", trainer, 3, print)
+        before = train._Peak(trainer.device)
+        row = train._compare("tiny update", trainer, 3, print, before)
     made = row.to_dict()
     assert made["engine"] == "cpu"
     assert made["tokens"] == 64
@@ -40,6 +41,17 @@ def test_updates_of_the_engine_that_auto_takes_and_of_a_loop(monkeypatch):
     assert made["peers"].keys() == made["speedup"].keys() == {"eager"}
     assert made["parts"]["weight_gradient"] > 0
     assert "tiny update" in train.table(record([row]))
+
+
+def test_micro_steps_of_an_update_beside_those_alone():
+    recipe = Recipe().with_settings({**TINY, "train.accum": 3}, "test")
+    with timed_trainer(recipe, "cpu") as trainer:
+        row = train._accumulated("tiny micro-step of 3", trainer)
+        assert all(p.grad is None for p in trainer.parameters.values())
+    made = row.to_dict()
+    assert made["micro_steps"] == 3
+    assert made["accumulating"] > 0
+    assert "tiny micro-step of 3" in train.table(record([row]))
 
 
 class TestTimeToQuality:

@@ -2,17 +2,22 @@
 
 `ours` is the wall time of an update of the trainer with its data, telemetry, clipping and AdamW, by
 the engine that `train.engine = "auto"` takes. The loops train the same model and have what a
-careful user writes by hand: fused AdamW with decay groups, clipping, no telemetry, no display,
-batches ready in memory; `eager` as it is, `torch.compile` with the loss compiled, and on a GPU that
-with the whole update as one CUDA graph, whose loss stays there. All are sampled once in each
-round. `parts` is what the engine's threads together spent on each kind of work; on a GPU, parts of
-its time.
+careful user writes by hand (peers/training.py): `eager` as it is, `torch.compile` with the loss
+compiled, and on a GPU that with the whole update as one CUDA graph, whose loss stays there, and
+`Liger`, eager with its norm and its fused product of the head with the loss, if it is installed.
+All are sampled once in each round. `parts` is what the engine's threads together spent on each kind
+of work; on a GPU, parts of its time. `peak_bytes` are those of a GPU's memory from a contestant's
+first weight to its fifth update.
+
+On a GPU a case is also accumulated: `ours` is then a micro-step's share of an update of K of them,
+and `accumulating` is forward and backward alone, of the engine without the loop.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,13 +27,13 @@ from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rig import trainer as timed_trainer
 from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
 from onelaunch.bench.core.tables import by_columns, digits, document, figure
+from onelaunch.bench.peers.training import bare_updates, graphed_updates, liger_updates
 from onelaunch.config import PRESETS
-from onelaunch.model import Model
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
 
 UNIT = "ms"
-LOOPS = ("eager", "torch.compile", "torch.compile + graph")
+LOOPS = ("eager", "Liger", "torch.compile", "torch.compile + graph")
 OURS = "ours"
 
 CASES: dict[str, dict[str, object]] = {
@@ -51,6 +56,7 @@ GPU_CASES: dict[str, dict[str, object]] = {
         ("qwen3-0.6b", 4, 512),
     )
 }  # fmt: skip
+ACCUMULATED, MICRO_STEPS = "stories15m 1x256", (1, 10, 100)
 GPU_QUICK = ("stories260k 32x128", "stories15m 1x256")
 SAMPLE_SECONDS, GPU_SAMPLE_SECONDS = 0.5, 0.2
 PARTS_STEPS = 5
@@ -62,63 +68,114 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     cases = GPU_CASES if on_gpu else CASES
     few = GPU_QUICK if on_gpu else QUICK
     for case in few if quick else cases:
-        recipe = Recipe().with_settings({**cases[case], "train.updates": 10**6}, "bench")
-        vocab = PRESETS[recipe.model.preset].vocab_size if recipe.model.preset else None
-        with timed_trainer(recipe, device, vocab, engine="auto", on_disk=on_gpu) as trainer:
-            yield _compare(f"{case} update", trainer, 9 if quick or on_gpu else 15, log)
+        before = _Peak(torch.device(device))
+        with _trainer(cases[case], device, 1) as trainer:
+            yield _compare(f"{case} update", trainer, 9 if quick or on_gpu else 15, log, before)
+    for micro_steps in MICRO_STEPS if on_gpu else ():
+        with _trainer(GPU_CASES[ACCUMULATED], device, micro_steps) as trainer:
+            yield _accumulated(f"{ACCUMULATED} micro-step of {micro_steps}", trainer)
 
 
-def _compare(case: str, trainer: Trainer, rounds: int, log: Log) -> Row:
-    updates: dict[str, Callable[[], object]] = {OURS: trainer._update}
+def _trainer(
+    settings: dict[str, object], device: str, accum: int
+) -> AbstractContextManager[Trainer]:
+    changed = {**settings, "train.updates": 10**6, "train.accum": accum}
+    recipe = Recipe().with_settings(changed, "bench")
+    vocab = PRESETS[recipe.model.preset].vocab_size if recipe.model.preset else None
+    return timed_trainer(recipe, device, vocab, engine="auto", on_disk=device.startswith("cuda"))
+
+
+class _Peak:
+    """Measures a GPU's memory from here on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int | None:
+        """The most there were beyond those of before; None of a CPU."""
+        if self._device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+def _compare(case: str, trainer: Trainer, rounds: int, log: Log, before: _Peak) -> Row:
+    updates: dict[str, Callable[[], object]] = {}
+    on_gpu = trainer.device.type == "cuda"
     makers: dict[str, Callable[[], Callable[[], object]]] = {
+        OURS: lambda: trainer._update,
         "eager": partial(bare_updates, trainer),
         "torch.compile": partial(bare_updates, trainer, compiled=True),
     }
-    if trainer.device.type == "cuda":
+    if on_gpu:
+        makers["Liger"] = partial(liger_updates, trainer)
         makers["torch.compile + graph"] = partial(graphed_updates, trainer)
-    for peer in filter(makers.__contains__, LOOPS):
+    peaks: dict[str, int | None] = {}
+    for name in filter(makers.__contains__, (OURS, *LOOPS)):
         try:
-            updates[peer] = makers[peer]()
-            updates[peer]()
-        except RuntimeError as error:  # torch.compile without a C++ compiler
-            log(f"{case}: without {peer}: {str(error).splitlines()[0]}")
-            updates.pop(peer, None)
-    for update in updates.values():
-        for _ in range(3):
-            update()
+            peak = before if name == OURS else _Peak(trainer.device)
+            update = makers[name]()
+            for _ in range(5):
+                update()
+            updates[name], peaks[name] = update, peak.bytes()
+        except (ImportError, RuntimeError) as error:  # torch.compile without a C++ compiler
+            if name == OURS:
+                raise
+            log(f"{case}: without {name}: {str(error).splitlines()[0]}")
     start = time.perf_counter()
     updates[OURS]()
     # samples long enough that the clock's start and end do not count
-    seconds = GPU_SAMPLE_SECONDS if trainer.device.type == "cuda" else SAMPLE_SECONDS
+    seconds = GPU_SAMPLE_SECONDS if on_gpu else SAMPLE_SECONDS
     repeats = max(1, round(seconds / (time.perf_counter() - start)))
-
-    def sample(name: str) -> float:
-        update = updates[name]
-        start = time.perf_counter()
-        for _ in range(repeats):
-            update()
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
-        return 1e3 * (time.perf_counter() - start) / repeats
-
-    memory = {name: _peak_bytes(update, trainer.device) for name, update in updates.items()}
-    samples: Samples = in_rounds({name: partial(sample, name) for name in updates}, rounds)
+    samples: Samples = in_rounds(
+        {name: partial(_sample, trainer, update, repeats) for name, update in updates.items()},
+        rounds,
+    )
     row = _row(case, samples, trainer)
-    row.notes["peak_bytes"] = {name: n for name, n in memory.items() if n is not None}
+    row.notes["peak_bytes"] = {name: n for name, n in peaks.items() if n is not None}
     return row
 
 
-def _peak_bytes(update: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes on a GPU during an update, beyond what there was before it; of graphs not those that
-    they keep."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    update()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def _sample(trainer: Trainer, update: Callable[[], object], repeats: int) -> float:
+    """Milliseconds of a call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        update()
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    return 1e3 * (time.perf_counter() - start) / repeats
+
+
+def _accumulated(case: str, trainer: Trainer) -> Row:
+    """A micro-step's share of an update, and forward and backward alone."""
+    accum = trainer.recipe.train.accum
+    shape = trainer.recipe.train.batch_size, trainer.seq_len
+    tokens = torch.ones(shape, dtype=torch.int64, device=trainer.device)
+    alone = partial(trainer.engine.train_step, tokens, tokens, 1.0)
+    for update in (trainer._update, alone):
+        for _ in range(3):
+            update()
+    repeats = max(1, 200 // accum)
+    samples: Samples = in_rounds(
+        {
+            OURS: lambda: _sample(trainer, trainer._update, repeats) / accum,
+            "accumulating": partial(_sample, trainer, alone, 200),
+        },
+        9,
+    )
+    notes: dict[str, Any] = {
+        "accumulating": round(Row.of(case, samples["accumulating"]).ours, 6),
+        "over": round(ratio(samples[OURS], samples["accumulating"]), 4),
+        "engine": trainer.engine.describe()["engine"],
+        "micro_steps": accum,
+        "tokens": trainer.recipe.train.batch_size * trainer.seq_len,
+    }
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return Row.of(case, samples[OURS], notes=notes)
 
 
 def _parts(trainer: Trainer) -> dict[str, float]:
@@ -151,8 +208,9 @@ def _row(case: str, samples: Samples, trainer: Trainer) -> Row:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record's table in Markdown."""
-    rows = record["rows"]
+    """The record's tables in Markdown."""
+    rows = [row for row in record["rows"] if "micro_steps" not in row]
+    accumulated = [row for row in record["rows"] if "micro_steps" in row]
     text = by_columns(
         rows,
         {
@@ -168,6 +226,28 @@ def table(record: dict[str, Any]) -> str:
             "engine": figure("engine", form=str),
         },
     )
+    if any(row.get("peak_bytes") for row in rows):
+        text += "\n\n" + by_columns(
+            rows,
+            {
+                "peak memory, MB": figure("case", form=str),
+                **{
+                    who: partial(_megabytes, who)
+                    for who in (OURS, *LOOPS)
+                    if any(who in row["peak_bytes"] for row in rows)
+                },
+            },
+        )
+    if accumulated:
+        text += "\n\n" + by_columns(
+            accumulated,
+            {
+                "ms a micro-step": figure("case", form=str),
+                "ours": lambda row: f"**{digits(row['ours'])}**",
+                "forward and backward alone": figure("accumulating"),
+                "over": figure("over", form=".2f"),
+            },
+        )
     words = (
         "Medians in ms of a whole update: forward, backward, clipping, AdamW. `over` is the median "
         "of the rounds' own ratios."
@@ -175,90 +255,6 @@ def table(record: dict[str, Any]) -> str:
     return document(record, "An update of training on", words, text)
 
 
-def _model_and_optimizer(
-    trainer: Trainer, capturable: bool = False
-) -> tuple[Model, torch.optim.Optimizer, list[tuple[torch.Tensor, ...]]]:
-    """The same model, what updates it, and batches of the same kind."""
-    recipe, device = trainer.recipe, trainer.device
-    o = recipe.optimizer
-    model = Model(trainer.engine.config).init_weights(0).to(device)
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": o.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True, capturable=capturable
-    )
-    sampler = trainer.data.train(trainer.seq_len, seed=1)
-    batches = [
-        tuple(torch.from_numpy(a).to(device) for a in sampler.next(recipe.train.batch_size))
-        for _ in range(32)
-    ]
-    return model, optimizer, batches
-
-
-def graphed_updates(trainer: Trainer) -> Callable[[], None]:
-    """The same with the loss compiled and a whole update in one CUDA graph; the loss stays on the
-    device."""
-    model, optimizer, batches = _model_and_optimizer(trainer, capturable=True)
-    clip, parameters = trainer.recipe.optimizer.grad_clip, list(model.parameters())
-    tokens, targets = (tensor.clone() for tensor in batches[0])
-    torch.compiler.reset()
-    loss_of = torch.compile(model.loss, dynamic=False)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(tokens, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    position = 0
-
-    def update() -> None:
-        nonlocal position
-        for static, batch in zip((tokens, targets), batches[position % len(batches)], strict=True):
-            static.copy_(batch)
-        position += 1
-        graph.replay()
-
-    return update
-
-
-def bare_updates(trainer: Trainer, compiled: bool = False) -> Callable[[], float]:
-    """A hand-written loop of the same model on the same kind of batch; each call is one update and
-    returns its loss."""
-    device, clip = trainer.device, trainer.recipe.optimizer.grad_clip
-    model, optimizer, batches = _model_and_optimizer(trainer)
-    parameters = list(model.parameters())
-    position = 0
-    # what ours computes in: bfloat16 on a GPU
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    if compiled:
-        torch.compiler.reset()  # the cases before are no shapes of this one
-    loss_of = torch.compile(model.loss) if compiled else model.loss
-
-    def update() -> float:
-        nonlocal position
-        tokens, targets = batches[position % len(batches)]
-        position += 1
-        with autocast:
-            loss = loss_of(tokens, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.item())
-
-    return update
+def _megabytes(who: str, row: dict[str, Any]) -> str:
+    n_bytes = row["peak_bytes"].get(who)
+    return "-" if n_bytes is None else f"{n_bytes / 1e6:,.0f}"
