@@ -221,7 +221,7 @@ def attention_in_float64(q, k, v, sequence):
     return out.transpose(1, 2).flatten(2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
 
 
-def check_attention(heads, batch, sequence, dtype, with_delta):
+def check_attention(heads, batch, sequence, dtype):
     """Forward and backward, each twice."""
     N, (H, K, E, _) = batch * sequence, heads
     qkv64 = normal(N, (H + 2 * K) * E).double().requires_grad_()
@@ -240,7 +240,7 @@ def check_attention(heads, batch, sequence, dtype, with_delta):
         out, lse = poisoned(N, H * E, dtype=dtype), poisoned(H, N)
         launches.attention_forward(*inputs, sequence, out, lse)
         dqkv = poisoned(*qkv64.shape, dtype=dtype)
-        delta = poisoned(H, N) if with_delta else None
+        delta = poisoned(H, N)
         launches.attention_backward(dout, inputs, out, lse, cos, sin, heads, delta, dqkv)
         first = first or (out, lse, dqkv)
         assert all(map(torch.equal, first, (out, lse, dqkv)))
@@ -259,16 +259,16 @@ def check_attention(heads, batch, sequence, dtype, with_delta):
     ],
 )  # fmt: skip
 def test_attention(heads, batch, sequence, dtype):
-    check_attention(heads, batch, sequence, dtype, with_delta=sequence % 2 == 0)
+    check_attention(heads, batch, sequence, dtype)
 
 
 @pytest.mark.parametrize("sequence", [70, 128])
 @pytest.mark.parametrize("rows_columns", [(16, 128), (32, 64), (64, 32), (64, 64)])
 @pytest.mark.parametrize("heads", [Heads(2, 1, 40, False), Heads(1, 1, 24, True)])
 def test_blocks_of_attention(heads, rows_columns, sequence, monkeypatch):
-    blocks = launches.AttentionBlocks(*rows_columns, num_stages=2, num_warps=4)
+    blocks = launches.AttentionBlocks(*rows_columns, 2, 4, delta_kernel=sequence == 128)
     monkeypatch.setattr(launches, "attention_blocks", lambda *_, **__: blocks)
-    check_attention(heads, 1, sequence, torch.float32, with_delta=sequence == 128)
+    check_attention(heads, 1, sequence, torch.float32)
 
 
 def test_scores_far_from_zero_leave_attention_finite():
@@ -282,26 +282,42 @@ def test_scores_far_from_zero_leave_attention_finite():
     expected, _ = attention_in_float64(q64, k64, v64, sequence)
     expected.backward(dout.double().flatten(1))
     out, lse = poisoned(sequence, 16), poisoned(1, sequence)
-    dqkv = poisoned(sequence, 48)
+    dqkv, delta = poisoned(sequence, 48), poisoned(1, sequence)
     launches.attention_forward(q, k, v, sequence, out, lse)
-    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, None, dqkv)
+    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, delta, dqkv)
     assert_close(out, expected.detach(), 1e-4)
     assert dqkv.isfinite().all()
     assert_close(dqkv[:, 32:], v64.grad.flatten(1), 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("n_sequences", "S", "n_heads", "rows", "columns"),
+    ("n_sequences", "S", "forward", "backward"),
     [
-        (1, 256, 6, 16, 128), (2, 256, 6, 16, 128), (3, 256, 6, 32, 64), (5, 256, 6, 32, 64),
-        (6, 256, 6, 64, 64), (64, 256, 6, 64, 64), (1, 2048, 6, 64, 64), (1, 7, 1, 16, 16),
-        (1, 33, 1, 16, 64), (200, 20, 1, 64, 32),
+        (1, 256, (16, 128), (16, 128)), (2, 256, (16, 128), (16, 128)),
+        (3, 256, (32, 64), (32, 32)), (5, 256, (32, 64), (32, 32)), (6, 256, (64, 64), (64, 64)),
+        (64, 256, (64, 64), (64, 64)), (1, 2048, (64, 64), (64, 64)), (1, 7, (16, 16), (16, 16)),
+        (1, 33, (16, 64), (16, 64)), (200, 20, (64, 32), (64, 32)),
     ],
 )  # fmt: skip
-def test_the_rule_of_attentions_blocks(n_sequences, S, n_heads, rows, columns):
-    for backward in (False, True):
-        blocks = launches.attention_blocks(n_sequences, S, n_heads, 48, backward)
-        assert blocks == (rows, columns, 2, 4)
+def test_the_rule_of_attentions_blocks(n_sequences, S, forward, backward):
+    rule, stages = launches.attention_blocks, 2 if forward[0] == 64 else 3
+    assert rule(n_sequences, S, 6, 48, False) == (*forward, stages, 4, False)
+    assert rule(n_sequences, S, 6, 48, True) == (*backward, stages, 4, backward[0] == 64)
+    assert rule(n_sequences, S, 6, 64, True) == rule(n_sequences, S, 6, 48, True)
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "forward", "backward"),
+    [
+        (2, (16, 64, 3, 4, False), (16, 64, 3, 4, False)),
+        (3, (32, 64, 3, 4, False), (32, 64, 3, 8, False)),
+        (6, (64, 64, 2, 4, False), (64, 32, 2, 8, True)),
+    ],
+)  # fmt: skip
+def test_the_rule_of_attentions_blocks_for_wide_heads(n_sequences, forward, backward):
+    for head_dim in (72, 128):
+        assert launches.attention_blocks(n_sequences, 256, 6, head_dim, False) == forward
+        assert launches.attention_blocks(n_sequences, 256, 6, head_dim, True) == backward
 
 
 FEED_FORWARDS = ((1, 48), (7, 1376), (130, 288), (3, 1024))

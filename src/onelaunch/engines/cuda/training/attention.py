@@ -199,28 +199,31 @@ def _keys_backward(
     v = _load_tile(v_ptr, strides[4], key, S, E, PADDED, False, EVEN)
     dk = tl.zeros([ROWS, PADDED], tl.float32)
     dv = tl.zeros([ROWS, PADDED], tl.float32)
-    for member in tl.range(0, G, num_stages=1):
+    seen_from = first // STEP * STEP
+    steps = tl.cdiv(S - seen_from, STEP)
+    for step in tl.range(0, G * steps, num_stages=NUM_STAGES):
+        member = step // steps if G > 1 else 0
         head = key_head * G + member
+        begin = seen_from + (step - member * steps) * STEP
+        query = begin + tl.arange(0, STEP)
         q_ptr = inputs[0] + start * strides[0] + head * strides[1]
         dout_ptr = inputs[3] + start * strides[6] + head * strides[7]
         out_head_ptr = out_ptr + start * (H * E) + head * E
         numbers = head * n_rows + start
-        for begin in tl.range(first // STEP * STEP, S, STEP, num_stages=NUM_STAGES):
-            query = begin + tl.arange(0, STEP)
-            lse = _load_numbers(lse_ptr + numbers, query, S, EVEN)
-            delta_head_ptr = None if delta_ptr is None else delta_ptr + numbers
-            q = _load_tile(q_ptr, strides[0], query, S, E, PADDED, HALVES, EVEN)
-            dout, delta = _load_dout_and_delta(
-                dout_ptr, strides[6], out_head_ptr, delta_head_ptr, query, S, H, E, PADDED, EVEN
-            )
-            kq = tl.dot(k, tl.trans(q), input_precision="ieee")
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-            p = tl.exp2(kq * scale_log2 - lse[None, :])
-            if begin < first + ROWS:
-                p = tl.where(key[:, None] <= query[None, :], p, 0.0)
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        delta_head_ptr = None if delta_ptr is None else delta_ptr + numbers
+        lse = _load_numbers(lse_ptr + numbers, query, S, EVEN)
+        q = _load_tile(q_ptr, strides[0], query, S, E, PADDED, HALVES, EVEN)
+        dout, delta = _load_dout_and_delta(
+            dout_ptr, strides[6], out_head_ptr, delta_head_ptr, query, S, H, E, PADDED, EVEN
+        )
+        kq = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        p = tl.exp2(kq * scale_log2 - lse[None, :])
+        if begin < first + ROWS:
+            p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     dqkv_ptr += start * C + key_head * E
     _store_rotated_back(
         dqkv_ptr + H * E, dk * scale, tables[0], tables[1], key, S, C, E, PADDED, INTERLEAVED

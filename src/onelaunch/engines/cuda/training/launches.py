@@ -1,8 +1,9 @@
 """Launch the kernels of a training step on the current stream, into tensors that the caller gives.
 
 Shapes: N rows (batch times sequence), S sequence, D model width, H heads, K kv heads, E head width,
-P = E/2 pairs of a head, F hidden width, V vocabulary, C columns of packed queries, keys and values,
-(H + 2 K) E, G gradients, M elements of flat tensors; "partials" of a gradient are one sum per CTA.
+P = E/2 pairs of a head, Q = H E, F hidden width, V vocabulary, C columns of packed queries, keys
+and values, (H + 2 K) E, G gradients, M elements of flat tensors; "partials" of a gradient are one
+sum per CTA.
 
 T is the compute dtype: float32, bfloat16 or float16. Tensors without "in T" are float32, tokens and
 targets int64 or int32; all are contiguous unless a docstring says otherwise. Nothing is allocated
@@ -209,28 +210,32 @@ def rotate_backward(
 
 
 class AttentionBlocks(NamedTuple):
-    """Queries or keys of a CTA, of those that meet them how many at once, and its warps."""
+    """Queries or keys of a CTA, of those that meet them how many at once, and its warps; in the
+    backward, whether delta has a launch of its own or is computed wherever it is needed."""
 
     rows: int
     columns: int
     num_stages: int
     num_warps: int
+    delta_kernel: bool
 
 
 def attention_blocks(
     n_sequences: int, S: int, n_heads: int, head_dim: int, backward: bool
 ) -> AttentionBlocks:
     """Return the blocks of attention: 64 rows where each multiprocessor gets a CTA then, else 32 or
-    16, which meet more columns at once, since a CTA alone waits for each step. All stay in
-    registers."""
+    16, which meet more columns at once and load further ahead, since a CTA alone waits for each
+    step. All of them stay in registers, and in 117 KiB of shared memory."""
     counts = {r: n_sequences * n_heads * ctas(S, r) for r in (64, 32)}
     rows = next((r for r, count in counts.items() if count >= MULTIPROCESSORS), 16)
     wide = head_dim > 64
-    warps = 8 if wide and backward and rows > 16 else 4
-    columns = 128 if rows == 16 else 64
-    if wide:
-        columns = 32 if backward and rows == 64 else 64
-    return AttentionBlocks(rows, min(columns, max(16, next_power_of_2(S))), 2, warps)
+    columns = 128 if rows == 16 and not wide else 64
+    if backward and rows == (64 if wide else 32):
+        columns = 32
+    warps = 8 if backward and wide and rows > 16 else 4
+    columns = min(columns, max(16, next_power_of_2(S)))
+    stages = 2 if rows == 64 else 3
+    return AttentionBlocks(rows, columns, stages, warps, delta_kernel=backward and rows == 64)
 
 
 def attention_forward(
@@ -260,19 +265,19 @@ def attention_backward(
     cos_SP: Tensor,
     sin_SP: Tensor,
     heads: Heads,
-    delta_HN: Tensor | None,
+    delta_HN: Tensor,
     dqkv_NC: Tensor,
 ) -> None:
     """Write the gradient of packed rows before the rotation of queries and keys, in T.
 
-    `rotated` are the inputs of `attention_forward`, `out_NQ` and `lse_HN` its results. `delta_HN`
-    gets the sums of dout * out, in a launch of its own; without it they are computed wherever they
-    are needed. dout, in T, may have any strides of rows and heads."""
+    `rotated` are the inputs of `attention_forward`, `out_NQ` and `lse_HN` its results. dout, in T,
+    may have any strides of rows and heads. Where the blocks have `delta_kernel`, a launch before
+    writes the sums of dout * out to `delta_HN`."""
     (N, _, E), S = dout_NHE.shape, cos_SP.shape[0]
     H, K, _, interleaved = heads
     inputs = (*rotated, dout_NHE)
     blocks = attention_blocks(N // S, S, H, E, backward=True)
-    if delta_HN is not None:
+    if blocks.delta_kernel:
         tile = row_tile(E)
         launch(
             attention.attention_delta_kernel, (ctas(N * H, tile["R"]),),
@@ -281,8 +286,9 @@ def attention_backward(
         )  # fmt: skip
     launch(
         attention.attention_backward_kernel, (ctas(S, blocks.rows) * (N // S) * (H + K),),
-        inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, delta_HN, (cos_SP, sin_SP), dqkv_NC,
-        N, S, E**-0.5, E**-0.5 * LOG2_E,
+        inputs, _row_and_head_strides(inputs), out_NQ, lse_HN,
+        delta_HN if blocks.delta_kernel else None, (cos_SP, sin_SP), dqkv_NC, N, S,
+        E**-0.5, E**-0.5 * LOG2_E,
         H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows, STEP=blocks.columns,
         INTERLEAVED=interleaved, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
         num_warps=blocks.num_warps,
