@@ -103,6 +103,21 @@ def test_norms_and_the_embeddings_gradient(D, kernels):
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("D", [288, 768, 2048])
+def test_norms_with_dropout(D, kernels):
+    launches, found = kernels
+    x, normed, rstd, w = empty(N, D), half(N, D), empty(N), empty(D)
+    dropout = launches.Dropout(whole(2), 0.1)
+    launches.embed_norm(whole(N), empty(32_000, D), w, 1e-5, x, normed, rstd, dropout)
+    launches.add_norm(x, half(N, D), w, 1e-5, x, normed, rstd, dropout)
+    launches.norm_backward(normed, x, rstd, w, x, x, normed, empty(P, D), dropout)
+    assert_in_registers(found, {"embed_norm_kernel", "add_norm_kernel", "norm_backward_kernel"})
+    assert_stores_are_wide(found, "norm_backward_kernel")
+    launches.norm_backward(normed, x, rstd, w, x, None, x, empty(P, D), dropout)
+    assert_stores_are_wide(found, "norm_backward_kernel")
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("with_norms", [False, True])
 @pytest.mark.parametrize(
     "heads", [(6, 6, 48, True), (6, 6, 48, False), (12, 4, 64, True), (16, 8, 128, False)]
@@ -128,6 +143,18 @@ def test_rotary_embedding(heads, with_norms, kernels):
         assert_stores_are_wide(found, "rotate_backward_kernel")
 
 
+def launch_attention(launches, B, E, n_heads, interleaved, dropout=None):
+    heads = launches.Heads(*n_heads, E, interleaved)
+    (H, K, _, _), n_rows = heads, B * 256
+    inputs = half(n_rows, (H + 2 * K) * E).view(n_rows, -1, E).split((H, K, K), 1)
+    out, lse, cos = half(n_rows, H * E), empty(H, n_rows), empty(256, E // 2)
+    launches.attention_forward(*inputs, 256, out, lse, dropout)
+    launches.attention_backward(
+        out.view(n_rows, H, E), inputs, out, lse, cos, cos, heads, lse,
+        half(n_rows, (H + 2 * K) * E), dropout,
+    )  # fmt: skip
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("n_heads", [(6, 6), (6, 2)])
@@ -135,23 +162,27 @@ def test_rotary_embedding(heads, with_norms, kernels):
 @pytest.mark.parametrize("B", [1, 4, 64])
 def test_attention(B, E, n_heads, interleaved, kernels):
     launches, found = kernels
-    heads = launches.Heads(*n_heads, E, interleaved)
-    (H, K, _, _), n_rows = heads, B * 256
-    inputs = half(n_rows, (H + 2 * K) * E).view(n_rows, -1, E).split((H, K, K), 1)
-    out, lse, cos = half(n_rows, H * E), empty(H, n_rows), empty(256, E // 2)
-    launches.attention_forward(*inputs, 256, out, lse)
-    launches.attention_backward(
-        out.view(n_rows, H, E), inputs, out, lse, cos, cos, heads, lse,
-        half(n_rows, (H + 2 * K) * E),
-    )  # fmt: skip
+    launch_attention(launches, B, E, n_heads, interleaved)
     names = {"attention_forward_kernel", "attention_backward_kernel"}
-    blocks = launches.attention_blocks(B, 256, H, E, backward=True)
+    blocks = launches.attention_blocks(B, 256, n_heads[0], E, backward=True)
     assert_in_registers(found, names | {"attention_delta_kernel"} if blocks.delta_kernel else names)
     assert found["attention_forward_kernel"].widths("st") == {16, 4}  # 4 of lse
     assert min(found["attention_backward_kernel"].widths("st")) >= 8
     product = "wgmma" if blocks.rows == 64 else "mma"
     for name in names:
         assert re.search(rf"\b{product}[.\w]*\.sync", found[name].ptx), name
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("E", [48, 64, 128])
+@pytest.mark.parametrize("B", [1, 4, 64])
+def test_attention_with_dropout(B, E, interleaved, kernels):
+    launches, found = kernels
+    launch_attention(launches, B, E, (6, 2), interleaved, launches.Dropout(whole(2), 0.1))
+    assert not any(c.spilled for c in found.values()), {n: c.spilled for n, c in found.items()}
+    if B == 64:  # a thread has 32 weights: 8 calls, of 16 products each at most
+        assert found["attention_forward_kernel"].ptx.count("mul.hi.u32") <= 8 * 16
 
 
 @pytest.mark.extended
@@ -205,9 +236,9 @@ def test_one_row_and_one_cta(kernels):
     """Triton makes constants of arguments that are 1."""
     launches, found = kernels
     x, normed, one = empty(1, 288), half(1, 288), empty(1)
-    w = empty(288)
+    w, dropout = empty(288), launches.Dropout(whole(2), 0.1)
     launches.embed_norm(whole(1), empty(9, 288), w, 1e-5, x, normed, one)
-    launches.add_norm(x, normed, w, 1e-5, x, normed, one)
+    launches.add_norm(x, normed, w, 1e-5, x, normed, one, dropout)
     launches.norm_backward(normed, x, one, w, None, x, None, empty(1, 288))
     launches.sum_partials(empty(1, 1, 288), w, whole(1), True)
     heads = launches.Heads(1, 1, 2, True)
@@ -216,11 +247,12 @@ def test_one_row_and_one_cta(kernels):
     d = half(1, 1, 2)
     launches.rotate_backward(d, d, d, cos, cos, heads, qkv, norms, qkv, empty(2, 1, 2))
     inputs, lse = half(1, 3, 8).split((1, 1, 1), 1), empty(1, 1)
-    launches.attention_forward(*inputs, 1, half(1, 8), lse)
-    launches.attention_backward(
-        inputs[0], inputs, half(1, 8), lse, empty(1, 4), empty(1, 4), launches.Heads(1, 1, 8, True),
-        lse, half(1, 24),
-    )  # fmt: skip
+    for each in (None, dropout):
+        launches.attention_forward(*inputs, 1, half(1, 8), lse, each)
+        launches.attention_backward(
+            inputs[0], inputs, half(1, 8), lse, empty(1, 4), empty(1, 4),
+            launches.Heads(1, 1, 8, True), lse, half(1, 24), each,
+        )  # fmt: skip
     launches.swiglu(half(1, 2), half(1, 1))
     launches.swiglu_backward(half(1, 1), half(1, 2), half(1, 2), None)
     for V in (9, 40_000):
@@ -237,8 +269,8 @@ def test_one_row_and_one_cta(kernels):
 def test_no_name_has_a_value_in_the_modules_of_kernels():
     """They would need names of their own, see test_compiled.py of the stages."""
     triton = pytest.importorskip("triton")
-    from onelaunch.engines.cuda.training import attention, loss, rotary, rows, update
+    from onelaunch.engines.cuda.training import attention, dropout, loss, rotary, rows, update
 
-    for module in (attention, loss, rotary, rows, update):
+    for module in (attention, dropout, loss, rotary, rows, update):
         for name, value in vars(module).items():
             assert not isinstance(value, triton.language.constexpr), name

@@ -40,6 +40,14 @@ class Heads(NamedTuple):
     interleaved: bool
 
 
+class Dropout(NamedTuple):
+    """One of the sites of dropout: `generator_2`, int64, are the key of a micro-step's random
+    numbers and the site's number; each element is dropped with `probability`."""
+
+    generator_2: Tensor
+    probability: float
+
+
 class HeadNorms(NamedTuple):
     """The norms of queries and keys: weights, (E,) each."""
 
@@ -81,6 +89,13 @@ def ctas(n: int, per_cta: int) -> int:
     return -(-n // per_cta)
 
 
+def _dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
+    if dropout is None:
+        return {"generator_ptr": None, "DROPPED": 0}
+    generator_2, probability = dropout
+    return {"generator_ptr": generator_2, "DROPPED": round(probability * 2**32)}
+
+
 def embed_norm(
     tokens_N: Tensor,
     embedding_VD: Tensor,
@@ -89,12 +104,14 @@ def embed_norm(
     x_ND: Tensor,
     normed_ND: Tensor,
     rstd_N: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
-    """Write x = embedding[token], its norm in T, and 1 / rms."""
+    """Write x = dropout(embedding[token]), its norm in T, and 1 / rms."""
     (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
     launch(
         rows.embed_norm_kernel, (ctas(N, tile["R"]),),
         tokens_N, embedding_VD, weight_D, x_ND, normed_ND, rstd_N, N, eps, D=D, **tile,
+        **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -106,12 +123,15 @@ def add_norm(
     sum_ND: Tensor,
     normed_ND: Tensor,
     rstd_N: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
-    """Write sum = x + delta, which may be x itself, its norm in T, and 1 / rms. delta is in T."""
+    """Write sum = x + dropout(delta), which may be x itself, its norm in T, and 1 / rms. delta is
+    in T."""
     (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
     launch(
         rows.add_norm_kernel, (ctas(N, tile["R"]),),
         x_ND, delta_ND, weight_D, sum_ND, normed_ND, rstd_N, N, eps, D=D, **tile,
+        **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -121,17 +141,20 @@ def norm_backward(
     rstd_N: Tensor,
     weight_D: Tensor,
     dx_ND: Tensor | None,
-    out_ND: Tensor,
+    out_ND: Tensor | None,
     half_ND: Tensor | None,
     partial_PD: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
-    """Write out = dx + the gradient of RMSNorm, which may be dx itself, and the weight's partials.
+    """Write out = dx + the gradient of RMSNorm, half = dropout(out), and the weight's partials.
 
-    dnormed is in T. Without dx it is zero; `half_ND` gets out in T. There are P CTAs."""
+    dnormed is in T, half in any dtype. Without dx it is zero; out or half may be dx itself, or None
+    and is not written then. There are P CTAs."""
     (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
     launch(
         rows.norm_backward_kernel, (partial_PD.shape[0],),
         dnormed_ND, x_ND, rstd_N, weight_D, dx_ND, out_ND, half_ND, partial_PD, N, D=D, **tile,
+        **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -239,7 +262,13 @@ def attention_blocks(
 
 
 def attention_forward(
-    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, S: int, out_NQ: Tensor, lse_HN: Tensor
+    q_NHE: Tensor,
+    k_NKE: Tensor,
+    v_NKE: Tensor,
+    S: int,
+    out_NQ: Tensor,
+    lse_HN: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
     """Write causal attention of N / S sequences, in T, and log2 of each softmax's sum.
 
@@ -253,7 +282,7 @@ def attention_forward(
         inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, N, S, E**-0.5 * LOG2_E,
         H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows,
         COLUMNS=blocks.columns, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
-        num_warps=blocks.num_warps,
+        num_warps=blocks.num_warps, **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -267,6 +296,7 @@ def attention_backward(
     heads: Heads,
     delta_HN: Tensor,
     dqkv_NC: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
     """Write the gradient of packed rows before the rotation of queries and keys, in T.
 
@@ -291,7 +321,7 @@ def attention_backward(
         E**-0.5, E**-0.5 * LOG2_E,
         H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows, STEP=blocks.columns,
         INTERLEAVED=interleaved, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
-        num_warps=blocks.num_warps,
+        num_warps=blocks.num_warps, **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
