@@ -421,7 +421,6 @@ _ON_CPU: dict[str, tuple[Any, ...]] = {
     "norm": ("auto", "torch"),
 }
 _ON_GPU: dict[str, tuple[Any, ...]] = {
-    "dropout": (0.0,),
     "compile": (False,),
     "norm": ("auto", "torch"),
 }

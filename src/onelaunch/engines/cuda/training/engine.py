@@ -12,7 +12,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.cuda import why_not_train
 from onelaunch.engines.cuda.training.flat import FlatParameters
-from onelaunch.engines.cuda.training.step import TrainingStep
+from onelaunch.engines.cuda.training.step import TrainingStep, has_own_attention
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
@@ -25,9 +25,10 @@ class CudaTrainer(ReferenceEngine):
     `dtype`, bfloat16 by default, or float32, which is for checking.
 
     The second use of a batch's shape captures CUDA graphs of a micro-step; from then on the host
-    launches three of them. Gradients have the same bits from run to run. Logits and samples are
-    PyTorch's. `flat` are its parameters and gradients as one tensor each, for an update of all at
-    once. Raises BadInput for what cannot be had.
+    launches three of them. Gradients have the same bits from run to run. `dropout` acts in
+    `train_step` only; the key of a micro-step's masks is drawn from PyTorch's generator of the CPU.
+    Logits and samples are PyTorch's. `flat` are its parameters and gradients as one tensor each,
+    for an update of all at once. Raises BadInput for what cannot be had.
     """
 
     def __init__(
@@ -36,12 +37,19 @@ class CudaTrainer(ReferenceEngine):
         weights: dict[str, Tensor],
         device: str = "auto",
         dtype: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
-        if reason := why_not_train(resolve_device(device), config):
+        if reason := why_not_train(resolve_device(device), config, dropout):
             raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
         super().__init__(config, weights, device, dtype, train=True)
         if self.dtype not in (torch.bfloat16, torch.float32):
             raise BadInput(f"dtype={dtype!r}: the CUDA engine trains in bfloat16 or float32")
+        if dropout and not has_own_attention(config, self.dtype):
+            raise BadInput(
+                f"dropout={dropout}: the CUDA engine has none for heads of {config.head_dim} in "
+                "float32; use bfloat16 or engine='reference'"
+            )
+        self.dropout = dropout
         self._parameters = super().parameters()
         self.flat = FlatParameters(config, self._parameters, self.dtype)
         self._gradients = {name: self.flat.gradient(name) for name in self._parameters}
@@ -63,7 +71,8 @@ class CudaTrainer(ReferenceEngine):
         """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`. Ids and
         targets on a GPU are not looked at: one beyond the vocabulary reads and writes anything."""
         with self.flat.on_device():
-            step = self._loaded(tokens_BS, targets_BS, scale)
+            key = int(torch.randint(2**63 - 1, ())) if self.dropout else None
+            step = self._loaded(tokens_BS, targets_BS, scale, key)
             fresh = self._adopt_gradients()
             try:
                 step.forward()
@@ -92,7 +101,13 @@ class CudaTrainer(ReferenceEngine):
         them has not done that."""
         self._is_rounded, self.flat.is_rounded = self.flat.is_rounded, False
 
-    def _loaded(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> TrainingStep:
+    def _loaded(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float,
+        dropout_key: int | None = None,
+    ) -> TrainingStep:
         if tokens_BS.device.type == "cpu":
             tokens_BS = check_tokens(self.config, tokens_BS)
         if targets_BS.shape != tokens_BS.shape or tokens_BS.dim() != 2 or not tokens_BS.numel():
@@ -114,7 +129,7 @@ class CudaTrainer(ReferenceEngine):
                 raise BadInput(f"a target is outside the model's vocabulary of {vocab}, and not -1")
         sequences, length = tokens_BS.shape
         step = self._step(sequences, length)
-        step.load(tokens_BS, targets_BS, scale)
+        step.load(tokens_BS, targets_BS, scale, dropout_key)
         return step
 
     def _step(self, sequences: int, length: int) -> TrainingStep:
@@ -122,7 +137,7 @@ class CudaTrainer(ReferenceEngine):
         if key not in self._steps:
             while len(self._steps) >= MOST_SHAPES:
                 self._steps.popitem(last=False)
-            self._steps[key] = TrainingStep(self.config, self.flat, sequences, length)
+            self._steps[key] = TrainingStep(self.config, self.flat, sequences, length, self.dropout)
         self._steps.move_to_end(key)
         return self._steps[key]
 

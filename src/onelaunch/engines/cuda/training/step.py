@@ -5,6 +5,10 @@ read and write is in the engine's dtype. The forward keeps of each layer both re
 norms, queries, keys and values, attention's output, and gates and ups; what the SwiGLU gives is
 computed again. Logits exist for some rows at a time: their loss, their gradient in their place, and
 its products follow at once.
+
+The backward makes dropout's masks again. The sites of dropout are numbered: 3 i is what is added
+before layer i, the embedding or a feed-forward; 3 i + 1 are its attention's weights, and 3 i + 2 is
+its attention's output.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.training import launches
 from onelaunch.engines.cuda.training.flat import FlatParameters
-from onelaunch.engines.cuda.training.launches import HeadNorms, Heads
+from onelaunch.engines.cuda.training.launches import Dropout, HeadNorms, Heads
 from onelaunch.engines.cuda.training.products import (
     Attention,
     multiply,
@@ -31,6 +35,12 @@ from onelaunch.plan.training import LOGITS
 
 NORM_CTAS = 528
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
+
+
+def has_own_attention(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether kernels of ours do attention, else a library. Heads with norms need the gradient of
+    what is rotated; wide ones in float32 have no room."""
+    return not config.qk_norm and (dtype != torch.float32 or config.head_dim <= 64)
 
 
 @dataclass(slots=True)
@@ -54,10 +64,15 @@ class _Kept:
 
 class TrainingStep:
     """Micro-steps of (sequences, length) tokens: `load`, `forward`, then `loss` and `backward`, or
-    `loss_sum`."""
+    `loss_sum`. With `dropout`, a probability, attention must be ours."""
 
     def __init__(
-        self, config: ModelConfig, flat: FlatParameters, sequences: int, length: int
+        self,
+        config: ModelConfig,
+        flat: FlatParameters,
+        sequences: int,
+        length: int,
+        dropout: float = 0.0,
     ) -> None:
         c = self._config = config
         self._flat, self._shape = flat, (sequences, length)
@@ -75,8 +90,12 @@ class TrainingStep:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
-        # heads with norms need the gradient of what is rotated; wide ones in float32 have no room
-        attends = not c.qk_norm and (dtype != torch.float32 or c.head_dim <= 64)
+        attends = has_own_attention(c, dtype)
+        assert attends or not dropout
+        self._probability, self._drops = dropout, False
+        # of each site the key of its random numbers and its number
+        self._generators_G2 = whole(3 * c.n_layers + 1, 2)
+        self._generators_G2[:, 1] = torch.arange(len(self._generators_G2))
         self._tokens_N, self._targets_N = whole(N), whole(N)
         self._scale, self._scale_is = real(1), float("nan")
         self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
@@ -119,16 +138,26 @@ class TrainingStep:
         )
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
-        self._graphs: dict[tuple[str, bool], torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
 
-    def load(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> None:
-        """The batch of the next micro-step, and what its gradients are multiplied by."""
+    def load(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float,
+        dropout_key: int | None = None,
+    ) -> None:
+        """The batch of the next micro-step, what its gradients are multiplied by, and the key of
+        its random numbers, an int64; without one nothing is dropped."""
         self._tokens_N.copy_(tokens_BS.reshape(-1), non_blocking=True)
         self._targets_N.copy_(targets_BS.reshape(-1), non_blocking=True)
         if scale != self._scale_is:
             self._scale.fill_(scale)
             self._scale_is = scale
+        self._drops = dropout_key is not None
+        if dropout_key is not None:
+            self._generators_G2[:, 0].fill_(dropout_key)
 
     def forward(self) -> None:
         """Up to the last norm."""
@@ -151,7 +180,7 @@ class TrainingStep:
 
     def _run(self, part: str, accumulate: bool, launch: Callable[[], None]) -> None:
         """Launched at its first use, captured and replayed from its second."""
-        key = part, accumulate
+        key = part, accumulate, self._drops
         if not self._on_gpu or key not in self._graphs:
             self._graphs[key] = None
             launch()
@@ -173,19 +202,19 @@ class TrainingStep:
         first = self._layers[0]
         launches.embed_norm(
             self._tokens_N, flat.weight("embed_tokens.weight"), self._norm(0, "input"), eps,
-            first.x_ND, first.normed_ND, first.rstd_N,
+            first.x_ND, first.normed_ND, first.rstd_N, self._dropout(0),
         )  # fmt: skip
         for i, kept in enumerate(self._layers):
             multiply(kept.normed_ND, flat.half(i, "qkv"), kept.qkv_NC)
             norms = self._head_norms(i)
             rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
             launches.rotate(kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms)
-            self._attend(kept)
+            self._attend(i, kept)
             assert kept.out_NQ is not None
             multiply(kept.out_NQ, flat.half(i, "out"), self._delta_ND)
             launches.add_norm(
                 kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), eps,
-                kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N,
+                kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N, self._dropout(3 * i + 2),
             )  # fmt: skip
             multiply(kept.normed_mid_ND, flat.half(i, "gate_up"), kept.gate_up_N2F)
             launches.swiglu(kept.gate_up_N2F, self._hidden_NF)
@@ -196,7 +225,8 @@ class TrainingStep:
                 after = self._layers[i + 1]
                 to = after.x_ND, after.normed_ND, after.rstd_N
                 weight = self._norm(i + 1, "input")
-            launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to)
+            dropout = self._dropout(3 * i + 3)
+            launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to, dropout)
 
     def _inputs(self, kept: _Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, (N, heads, E) each."""
@@ -206,11 +236,13 @@ class TrainingStep:
         values = kept.qkv_NC[:, c.q_dim + c.kv_dim :].unflatten(1, (-1, c.head_dim))
         return queries_keys[:, : c.n_heads], queries_keys[:, c.n_heads :], values
 
-    def _attend(self, kept: _Kept) -> None:
+    def _attend(self, layer: int, kept: _Kept) -> None:
         inputs = self._inputs(kept)
         if kept.lse_HN is not None:
             assert kept.out_NQ is not None
-            launches.attention_forward(*inputs, self._shape[1], kept.out_NQ, kept.lse_HN)
+            launches.attention_forward(
+                *inputs, self._shape[1], kept.out_NQ, kept.lse_HN, self._dropout(3 * layer + 1)
+            )
             return
         kept.attention = Attention(*(x.unflatten(0, self._shape) for x in inputs))
         kept.out_NQ = kept.attention.out_NQ
@@ -223,7 +255,7 @@ class TrainingStep:
             assert kept.out_NQ is not None
             launches.attention_backward(
                 dout_NHE, self._inputs(kept), kept.out_NQ, kept.lse_HN, *tables, self._heads,
-                self._delta_HN, self._dqkv_NC,
+                self._delta_HN, self._dqkv_NC, self._dropout(3 * layer + 1),
             )  # fmt: skip
             return
         assert kept.attention is not None
@@ -266,7 +298,7 @@ class TrainingStep:
 
         launches.norm_backward(
             dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, dx_half,
-            self._partials[-1],
+            self._partials[-1], self._dropout(3 * c.n_layers),
         )  # fmt: skip
         for i in reversed(range(c.n_layers)):
             kept = self._layers[i]
@@ -278,16 +310,20 @@ class TrainingStep:
             weight(i, "gate_up", kept.gate_up_N2F, kept.normed_mid_ND)
             launches.norm_backward(
                 dnormed, kept.mid_ND, kept.rstd_mid_N, self._norm(i, "post_attention"),
-                dx, dx, dx_half, self._partials[2 * i + 1],
+                dx, dx, dx_half, self._partials[2 * i + 1], self._dropout(3 * i + 2),
             )  # fmt: skip
             multiply_back(dx_half, flat.half(i, "out"), self._dout_NQ)
             weight(i, "out", dx_half, kept.out_NQ)
             self._attend_backward(i, kept)
             multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
             weight(i, "qkv", dqkv, kept.normed_ND)
+            dropout = self._dropout(3 * i)
+            to: tuple[Tensor | None, Tensor | None] = dx, dx_half
+            if i == 0:  # the embedding's gradient has its mask
+                to = (dx, None) if dropout is None else (None, dx)
             launches.norm_backward(
-                dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"),
-                dx, dx, dx_half if i else None, self._partials[2 * i],
+                dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"), dx, *to,
+                self._partials[2 * i], dropout,
             )  # fmt: skip
         launches.sum_partials(self._partials, flat.gradients_M, self._offsets, accumulate)
         if self._partials_of_heads is not None:
@@ -300,6 +336,9 @@ class TrainingStep:
             embedding.zero_()
         tokens_N, order_N = torch.sort(self._tokens_N.int(), stable=True)
         launches.embedding_gradient(tokens_N, order_N, dx, embedding, self._edges)
+
+    def _dropout(self, site: int) -> Dropout | None:
+        return Dropout(self._generators_G2[site], self._probability) if self._drops else None
 
     # ---- weights
 
