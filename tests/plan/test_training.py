@@ -68,7 +68,8 @@ def test_logits_come_in_equal_parts_of_whole_tiles():
         assert rows * vocab_size <= LOGITS + 128 * vocab_size
         parts = -(-tokens // rows)
         assert rows * parts - tokens < 128 * parts
-    assert logit_rows(16_384, 32_000) == 4096
+    assert logit_rows(16_384, 32_000) == 16_384
+    assert logit_rows(65_536, 32_000) == 16_384
 
 
 def test_bytes_of_a_norm_and_of_an_update():

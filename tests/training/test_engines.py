@@ -68,14 +68,15 @@ def test_auto_is_the_compiled_one_where_it_can_be(monkeypatch):
 
 def test_auto_is_graphs_of_kernels_on_a_gpu_that_has_them(monkeypatch):
     monkeypatch.setattr(engines, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(cuda, "why_not_train", lambda device, config: None)
+    monkeypatch.setattr(cuda, "why_not_train", lambda *_: None)
     on_gpu = {"train__device": "cuda"}
     assert name_of(recipe(**on_gpu)) == "cuda"
-    assert name_of(recipe(**on_gpu, train__dtype="bfloat16")) == "cuda"
-    for other in ({"train__dtype": "float32"}, {"train__dropout": 0.1}, {"train__compile": True}):
+    for same in ({"train__dtype": "bfloat16"}, {"train__dropout": 0.1}):
+        assert name_of(recipe(**on_gpu, **same)) == "cuda"
+    for other in ({"train__dtype": "float32"}, {"train__compile": True}):
         assert name_of(recipe(**on_gpu, **other)) == "reference"
     assert name_of(recipe(**on_gpu, train__engine="cuda", train__dtype="float32")) == "cuda"
-    monkeypatch.setattr(cuda, "why_not_train", lambda device, config: "it is too wide")
+    monkeypatch.setattr(cuda, "why_not_train", lambda *_: "it is too wide")
     assert name_of(recipe(**on_gpu)) == "reference"
 
 
@@ -84,6 +85,15 @@ def test_the_cuda_engine_says_why_it_cannot_train(tmp_path):
         start(recipe(train__engine="cuda"), tmp_path / "run", quiet=True)
     device, config = torch.device("cuda"), recipe().model_config(64)
     assert "multiple of 8" in (cuda.why_not_train(device, config.with_(head_dim=12)) or "")
+    assert "no dropout" in (cuda.why_not_train(device, config.with_(qk_norm=True), 0.1) or "")
+
+
+def test_dropout_is_pytorchs_on_a_gpu_where_heads_have_norms(monkeypatch):
+    monkeypatch.setattr(engines, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(cuda, "why_not", lambda device, config: None)
+    on_gpu = {"train__device": "cuda", "model__qk_norm": True}
+    assert name_of(recipe(**on_gpu)) == "cuda"
+    assert name_of(recipe(**on_gpu, train__dropout=0.1)) == "reference"
 
 
 def test_without_a_compiler_asking_for_it_says_why(monkeypatch, tmp_path):

@@ -220,7 +220,13 @@ class LossEngine(Protocol):
 
 class TrainEngine(Engine, Protocol):
     """Computes gradients, evaluates and generates by the weights as they are: what a training loop
-    drives."""
+    drives.
+
+    steps_at_once: whether a micro-step without a `mark` takes fewer launches than one with.
+    """
+
+    @property
+    def steps_at_once(self) -> bool: ...
 
     def parameters(self) -> dict[str, Tensor]:
         """The float32 tensors to be updated, by canonical name; `.grad` holds their gradient."""

@@ -80,6 +80,7 @@ class ReferenceEngine:
     """
 
     max_batch = 16
+    steps_at_once = False
     flat: Any = None
     """All parameters side by side, for who updates them at once; only an engine that has them so
     has it."""

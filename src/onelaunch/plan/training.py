@@ -20,7 +20,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.plan.check import PlanError
 from onelaunch.plan.kinds import NO_LAYER
 
-LOGITS = 1 << 27
+LOGITS = 1 << 29
 """So many exist at once, about."""
 FLOAT = 4
 

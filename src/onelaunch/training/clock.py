@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+STEP = "step"
+"""Forward and backward together, where one launch does both and nobody asked for the parts."""
 PARTS = ("data", "forward", "backward", "optimizer", "display", "checkpoint", "evaluation")
 REDUCE = "reduce"
 """A further part, of several processes: the wait for the sums of their gradients."""

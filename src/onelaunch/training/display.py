@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from onelaunch.training.clock import PARTS, REDUCE
+from onelaunch.training.clock import PARTS, REDUCE, STEP
 from onelaunch.training.flops import TrainingFlops, format_rate
 from onelaunch.training.terminal import Block, Line, Terminal
 
@@ -53,7 +53,7 @@ class Display:
         self._start = (time.perf_counter(), done[0] * header.accum + done[1])
         self._record: dict[str, Any] | None = None
         self._val_loss: float | None = None
-        self._seconds = dict.fromkeys((*PARTS, REDUCE, "wall"), 0.0)
+        self._seconds = dict.fromkeys((*PARTS, STEP, REDUCE, "wall"), 0.0)
         # appended by the training thread, removed by this one; the oldest are dropped
         self._notices: deque[Line] = deque(maxlen=NOTICES)
         self._losses: deque[float] = deque(maxlen=HISTORY)
@@ -198,7 +198,7 @@ class Display:
         wall = self._seconds["wall"]
         if not wall:
             return []
-        shares = ((part, self._seconds[part] / wall) for part in (*PARTS, REDUCE))
+        shares = ((part, self._seconds[part] / wall) for part in (*PARTS, STEP, REDUCE))
         return [f"{part} {share:.1%}" for part, share in shares if share >= 0.002]
 
     def panel(self, columns: int, rows: int) -> list[Line]:

@@ -19,7 +19,10 @@ def engine_name(recipe: Recipe, config: ModelConfig) -> str:
     if train.engine != "auto":
         return train.engine
     device = resolve_device(train.device)
-    can = {"cpu": cpu.why_not() is None, "cuda": cuda.why_not_train(device, config) is None}
+    can = {
+        "cpu": cpu.why_not() is None,
+        "cuda": cuda.why_not_train(device, config, train.dropout) is None,
+    }
     name = device.type
     fits = all(getattr(train, key) in allowed for key, allowed in TRAIN_WITH.get(name, {}).items())
     if name == "cuda" and train.dtype == "float32":  # there it is for checking
@@ -50,12 +53,12 @@ def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor])
 
         return CpuTrainer(config, weights)
     if name == "cuda":
-        if reason := cuda.why_not_train(resolve_device(train.device), config):
+        if reason := cuda.why_not_train(resolve_device(train.device), config, train.dropout):
             raise BadInput(f"train.engine = 'cuda': {reason}; use 'reference', or 'auto'")
         from onelaunch.engines.cuda.training.engine import CudaTrainer  # imports Triton
 
         dtype = None if train.dtype == "auto" else train.dtype
-        return CudaTrainer(config, weights, train.device, dtype)
+        return CudaTrainer(config, weights, train.device, dtype, train.dropout)
     return ReferenceEngine(
         config,
         weights,

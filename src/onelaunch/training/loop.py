@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from onelaunch.checkpoints.run_folder import prune_checkpoints, set_best
-from onelaunch.engines.engine import TrainEngine
+from onelaunch.engines.engine import TrainEngine, no_mark
 from onelaunch.errors import RunFailed
 from onelaunch.training import state as saved
 from onelaunch.training.batches import Batch
 from onelaunch.training.buckets import GradientBuckets
-from onelaunch.training.clock import REDUCE, StepClock
+from onelaunch.training.clock import REDUCE, STEP, StepClock
 from onelaunch.training.data import Sampler, TokenData
 from onelaunch.training.display import Display
 from onelaunch.training.evaluate import evaluate
@@ -279,13 +279,22 @@ class Trainer:
         if self._buckets is not None and progress.micro == accum - 1:
             self._buckets.overlap()
         scale = 1.0 / (n_ranks * accum)
-        loss = self.engine.train_step(tokens, targets, scale, clock.mark)
+        apart = self._in_parts()
+        loss = self.engine.train_step(tokens, targets, scale, clock.mark if apart else no_mark)
         self._loss_sum += loss
-        clock.mark("forward")
+        clock.mark("forward" if apart else STEP)
         progress.micro += 1
         progress.tokens += n_ranks * tokens_BS.size
         if self.display is not None:
             self.display.progress(progress.update, progress.micro)
+
+    def _in_parts(self) -> bool:
+        """Whether this update's parts are measured, where that takes launches of its own: the
+        third's, which is the first without anything to compile or capture, and some later ones'."""
+        if not self.engine.steps_at_once:
+            return True
+        every, at = self.recipe.log.parts, self.progress.update
+        return every > 0 and (at == 2 or (at > 0 and at % every == 0))
 
     def _on_device(self, batch_BS: np.ndarray) -> Tensor:
         batch = torch.from_numpy(batch_BS)

@@ -374,6 +374,14 @@ class LogSection:
         "WANDB_MODE=offline and the other variables of wandb have an effect. Empty: none.",
         allowed='`""`, a name',
     )
+    parts: int = key(
+        50,
+        "With the engine cuda the time of forward, loss and backward is measured in the third "
+        "update and then in each so manieth, as it takes more launches; in the others their sum. "
+        "0: never.",
+        unit="updates",
+        within=(0, 10**9),
+    )
 
 
 @dataclass(frozen=True)
@@ -421,7 +429,6 @@ _ON_CPU: dict[str, tuple[Any, ...]] = {
     "norm": ("auto", "torch"),
 }
 _ON_GPU: dict[str, tuple[Any, ...]] = {
-    "dropout": (0.0,),
     "compile": (False,),
     "norm": ("auto", "torch"),
 }

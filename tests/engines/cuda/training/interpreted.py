@@ -17,8 +17,9 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from onelaunch.engines.cuda.training import launches, loss  # noqa: E402
-from onelaunch.engines.cuda.training.launches import HeadNorms, Heads  # noqa: E402
+from onelaunch.engines.cuda.training.launches import Dropout, HeadNorms, Heads  # noqa: E402
 from onelaunch.model import apply_rope, rms_norm, widen_rope  # noqa: E402
+from tests.engines.cuda.training import dropout_masks  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402
 
 mend_loop_bounds()
@@ -47,6 +48,18 @@ def assert_close(got: Tensor, exact: Tensor, tolerance: float | None = None) -> 
     tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
     error = (got.double() - exact.double()).abs().max()
     assert error <= tolerance * exact.double().abs().max(), f"{error:.2e}"  # no NaN is below
+
+
+def dropout_at(site: int, probability: float = 0.2, key: int = (77 << 40) + 5) -> Dropout:
+    return Dropout(torch.tensor([key, site]), probability)
+
+
+def multiplier_of(dropout: Dropout, *shape: int) -> Tensor:
+    """What elements are multiplied by, (rows, columns) or (B, H, S, S) of three numbers; float64"""
+    (key, site), p = dropout.generator_2.tolist(), dropout.probability
+    if len(shape) == 3:
+        return dropout_masks.keep_weights(key, site, shape, p).double() / (1 - p)
+    return dropout_masks.keep_elements(key, site, *shape, p).double() / (1 - p)
 
 
 def rstd_of(x: Tensor) -> Tensor:
@@ -79,6 +92,63 @@ def test_add_norm(shape, dtype, in_place):
     assert torch.equal(total, expected)
     assert_close(rstd, rstd_of(expected))
     assert_close(normed, rms_norm(expected.double(), weight.double(), EPS))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 2)])
+def test_norms_with_dropout(shape):
+    N, D = shape
+    embedding, weight, delta = normal(50, D), normal(D), normal(N, D, seed=1)
+    tokens, dropout = torch.randint(50, (N,)), dropout_at(4)
+    mask = multiplier_of(dropout, N, D)
+    x, normed, rstd = poisoned(N, D), poisoned(N, D), poisoned(N)
+    launches.embed_norm(tokens, embedding, weight, EPS, x, normed, rstd, dropout)
+    assert_close(x, embedding[tokens] * mask)
+    assert_close(normed, rms_norm(x.double(), weight.double(), EPS), 1e-5)
+    total = poisoned(N, D)
+    launches.add_norm(x, delta, weight, EPS, total, normed, rstd, dropout)
+    assert_close(total, x + delta * mask)
+    assert_close(normed, rms_norm(total.double(), weight.double(), EPS), 1e-5)
+    dx, half = normal(N, D, seed=3), poisoned(N, D, dtype=torch.float16)
+    out, masked, partial = poisoned(N, D), dx.clone(), poisoned(3, D)
+    launches.norm_backward(delta, total, rstd, weight, dx, out, half, partial, dropout)
+    assert_close(half, out * mask)
+    launches.norm_backward(delta, total, rstd, weight, masked, None, masked, partial, dropout)
+    assert_close(masked, out * mask)
+
+
+def kept(probability, shape=(64, 96), **where):
+    """Which elements of ones `add_norm` keeps."""
+    N, D = shape
+    total, normed, rstd = poisoned(N, D), poisoned(N, D), poisoned(N)
+    where = {"site": 0, "probability": probability} | where
+    launches.add_norm(
+        torch.zeros(N, D), torch.ones(N, D), torch.ones(D), EPS, total, normed, rstd,
+        dropout_at(**where),
+    )  # fmt: skip
+    assert_close(total[total != 0], torch.tensor(1 / (1 - probability)))
+    return total != 0
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.2, 0.5, 0.95])
+def test_as_many_are_dropped_as_the_probability_says(probability):
+    keep = kept(probability)
+    deviation = math.sqrt(probability * (1 - probability) / keep.numel())
+    assert abs(1 - keep.double().mean() - probability) < 4 * deviation
+    pairs = dropout_masks.keep_weights(
+        3, 1, (2, 3, 32), probability
+    )  # what the kernels keep: below
+    deviation *= math.sqrt(keep.numel() / pairs.numel())
+    assert abs(1 - pairs.double().mean() - probability) < 4 * deviation
+
+
+def test_masks_of_sites_and_keys_and_places_are_independent():
+    key = 123 << 32
+    masks = [kept(0.5, site=site, key=key + step) for site in (0, 1, 5) for step in (0, 1, 1 << 32)]
+    masks += [masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].roll(8, 1), ~masks[0].roll(8, 0)]
+    pairs = [mask.double() * 2 - 1 for mask in masks]
+    for i, one in enumerate(pairs):
+        for other in pairs[:i]:
+            assert abs((one * other).mean()) < 4.5 / math.sqrt(one.numel())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,23 +280,24 @@ def test_norms_of_heads_need_raw_rows_and_partials():
         )
 
 
-def attention_in_float64(q, k, v, sequence):
+def attention_in_float64(q, k, v, sequence, mask=1.0):
     """(N, heads E), with its gradients."""
     q, k, v = (x.unflatten(0, (-1, sequence)).transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     scores += torch.full_like(scores[0, 0], float("-inf")).triu(1)
     lse = scores.logsumexp(-1) / math.log(2)
-    out = scores.softmax(-1) @ v
+    out = scores.softmax(-1) * mask @ v
     return out.transpose(1, 2).flatten(2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
 
 
-def check_attention(heads, batch, sequence, dtype, with_delta):
+def check_attention(heads, batch, sequence, dtype, dropout=None):
     """Forward and backward, each twice."""
     N, (H, K, E, _) = batch * sequence, heads
+    mask = 1.0 if dropout is None else multiplier_of(dropout, batch, H, sequence)
     qkv64 = normal(N, (H + 2 * K) * E).double().requires_grad_()
     cos, sin = tables(sequence, E)
-    expected, lse64 = attention_in_float64(*rotated(qkv64, cos, sin, heads), sequence)
+    expected, lse64 = attention_in_float64(*rotated(qkv64, cos, sin, heads), sequence, mask)
     # slices of packed rows, as a step has them, and values whose heads lie apart
     q_k = torch.cat(rotated(qkv64.detach(), cos, sin, heads)[:2], 1).to(dtype)
     v = poisoned(K, N, E + 8, dtype=dtype).transpose(0, 1)[..., :E]
@@ -238,10 +309,10 @@ def check_attention(heads, batch, sequence, dtype, with_delta):
     first: tuple[Tensor, ...] | None = None
     for _ in range(2):
         out, lse = poisoned(N, H * E, dtype=dtype), poisoned(H, N)
-        launches.attention_forward(*inputs, sequence, out, lse)
+        launches.attention_forward(*inputs, sequence, out, lse, dropout)
         dqkv = poisoned(*qkv64.shape, dtype=dtype)
-        delta = poisoned(H, N) if with_delta else None
-        launches.attention_backward(dout, inputs, out, lse, cos, sin, heads, delta, dqkv)
+        delta = poisoned(H, N)
+        launches.attention_backward(dout, inputs, out, lse, cos, sin, heads, delta, dqkv, dropout)
         first = first or (out, lse, dqkv)
         assert all(map(torch.equal, first, (out, lse, dqkv)))
     assert_close(out, expected.detach())
@@ -259,16 +330,32 @@ def check_attention(heads, batch, sequence, dtype, with_delta):
     ],
 )  # fmt: skip
 def test_attention(heads, batch, sequence, dtype):
-    check_attention(heads, batch, sequence, dtype, with_delta=sequence % 2 == 0)
+    check_attention(heads, batch, sequence, dtype)
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(2, 1), (1, 7), (3, 33), (1, 130)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(2, 2, 8, False), Heads(2, 1, 16, True), Heads(3, 1, 48, False), Heads(2, 2, 48, True),
+    ],
+)  # fmt: skip
+def test_attention_with_dropout(heads, batch, sequence):
+    check_attention(heads, batch, sequence, torch.float32, dropout_at(7))
+
+
+def test_attention_with_dropout_in_half_precision():
+    check_attention(Heads(4, 2, 64, False), 1, 66, torch.float16, dropout_at(7))
 
 
 @pytest.mark.parametrize("sequence", [70, 128])
 @pytest.mark.parametrize("rows_columns", [(16, 128), (32, 64), (64, 32), (64, 64)])
 @pytest.mark.parametrize("heads", [Heads(2, 1, 40, False), Heads(1, 1, 24, True)])
 def test_blocks_of_attention(heads, rows_columns, sequence, monkeypatch):
-    blocks = launches.AttentionBlocks(*rows_columns, num_stages=2, num_warps=4)
+    blocks = launches.AttentionBlocks(*rows_columns, 2, 4)
     monkeypatch.setattr(launches, "attention_blocks", lambda *_, **__: blocks)
-    check_attention(heads, 1, sequence, torch.float32, with_delta=sequence == 128)
+    check_attention(heads, 1, sequence, torch.float32)
+    check_attention(heads, 1, sequence, torch.float32, dropout_at(2, 0.4))
 
 
 def test_scores_far_from_zero_leave_attention_finite():
@@ -282,26 +369,44 @@ def test_scores_far_from_zero_leave_attention_finite():
     expected, _ = attention_in_float64(q64, k64, v64, sequence)
     expected.backward(dout.double().flatten(1))
     out, lse = poisoned(sequence, 16), poisoned(1, sequence)
-    dqkv = poisoned(sequence, 48)
+    dqkv, delta = poisoned(sequence, 48), poisoned(1, sequence)
     launches.attention_forward(q, k, v, sequence, out, lse)
-    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, None, dqkv)
+    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, delta, dqkv)
     assert_close(out, expected.detach(), 1e-4)
     assert dqkv.isfinite().all()
     assert_close(dqkv[:, 32:], v64.grad.flatten(1), 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("n_sequences", "S", "n_heads", "rows", "columns"),
+    ("n_sequences", "S", "forward", "backward"),
     [
-        (1, 256, 6, 16, 128), (2, 256, 6, 16, 128), (3, 256, 6, 32, 64), (5, 256, 6, 32, 64),
-        (6, 256, 6, 64, 64), (64, 256, 6, 64, 64), (1, 2048, 6, 64, 64), (1, 7, 1, 16, 16),
-        (1, 33, 1, 16, 64), (200, 20, 1, 64, 32),
+        (1, 256, (16, 128, 2), (16, 128, 2)), (2, 256, (16, 128, 2), (16, 128, 2)),
+        (3, 256, (32, 64, 2), (32, 32, 2)), (5, 256, (32, 64, 2), (32, 32, 2)),
+        (6, 256, (64, 64, 2), (64, 32, 3)), (64, 256, (64, 64, 2), (64, 32, 3)),
+        (1, 2048, (64, 64, 2), (64, 32, 3)), (1, 7, (16, 16, 2), (16, 16, 2)),
+        (1, 33, (16, 64, 2), (16, 64, 2)), (200, 20, (64, 32, 2), (64, 32, 3)),
     ],
 )  # fmt: skip
-def test_the_rule_of_attentions_blocks(n_sequences, S, n_heads, rows, columns):
-    for backward in (False, True):
-        blocks = launches.attention_blocks(n_sequences, S, n_heads, 48, backward)
-        assert blocks == (rows, columns, 2, 4)
+def test_the_rule_of_attentions_blocks(n_sequences, S, forward, backward):
+    rule = launches.attention_blocks
+    assert rule(n_sequences, S, 6, 48, False) == (*forward, 4)
+    assert rule(n_sequences, S, 6, 48, True) == (*backward, 4)
+    assert rule(n_sequences, S, 6, 64, True) == (*backward, 4)
+    stages = 3 if forward[0] == 64 else 2
+    assert rule(n_sequences, S, 6, 64, False) == (*forward[:2], stages, 4)
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "forward", "backward"),
+    [
+        (2, (16, 64, 2, 4), (16, 64, 2, 4)), (3, (32, 64, 2, 4), (32, 32, 2, 8)),
+        (6, (64, 64, 2, 4), (64, 32, 2, 8)),
+    ],
+)  # fmt: skip
+def test_the_rule_of_attentions_blocks_for_wide_heads(n_sequences, forward, backward):
+    for head_dim in (72, 128):
+        assert launches.attention_blocks(n_sequences, 256, 6, head_dim, False) == forward
+        assert launches.attention_blocks(n_sequences, 256, 6, head_dim, True) == backward
 
 
 FEED_FORWARDS = ((1, 48), (7, 1376), (130, 288), (3, 1024))

@@ -24,6 +24,7 @@ from onelaunch.model import Model  # noqa: E402
 from onelaunch.plan import training as plans  # noqa: E402
 from onelaunch.training import run as runs  # noqa: E402
 from onelaunch.training.recipe import Recipe  # noqa: E402
+from tests.engines.cuda.training.dropout_masks import masked  # noqa: E402
 from tests.engines.suite import SMALL  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402
 from tests.kills import stop_before  # noqa: E402
@@ -38,21 +39,31 @@ CONFIGS = {
 }
 
 
-def trained(config, weights, batches, scales, dtype=torch.float32, recompute="nothing"):
-    """The losses and gradients of micro-steps from nothing."""
+KEYS = (1 << 62) + 11, 12
+
+
+def weights_and_batches(config):
+    """With two batches of 3 x 50, of which one has targets that do not count."""
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 + (len(s) == 1) for k, s in config.weight_shapes().items()}
+    batches = [torch.randint(0, config.vocab_size, (2, 3, 50)).unbind() for _ in range(2)]
+    batches[1][1][1, 30:] = -1
+    return weights, batches
+
+
+def trained(config, weights, batches, scales, dtype=torch.float32, **how):
+    """The losses and gradients of micro-steps from nothing; KEYS are those of their masks."""
     parameters = {name: torch.nn.Parameter(w.clone()) for name, w in weights.items()}
     flat = FlatParameters(config, parameters, dtype)
     flat.gradients_M.fill_(float("nan"))
     flat.refresh()
     sequences, length = batches[0][0].shape
-    step = TrainingStep(config, flat, sequences, length, recompute)
+    step = TrainingStep(config, flat, sequences, length, **how)
     losses = []
     with torch.no_grad():
         for i, ((tokens, targets), scale) in enumerate(zip(batches, scales, strict=True)):
-            step.load(tokens, targets, scale)
-            step.forward()
-            losses.append(step.loss(i > 0).item())
-            step.backward(i > 0)
+            step.load(tokens, targets, scale, KEYS[i] if how.get("dropout") else None)
+            losses.append(step.train(i > 0).item())
     return losses, {name: flat.gradient(name) for name in weights}, step
 
 
@@ -64,10 +75,7 @@ def test_gradients_of_two_micro_steps_are_autograds(name, dtype, fused, monkeypa
     monkeypatch.setattr(steps, "can_fuse", lambda *_: fused)
     monkeypatch.setattr(plans, "LOGITS", 1)  # parts of 128 rows
     config = CONFIGS[name].with_(n_layers=2, max_seq_len=80)
-    torch.manual_seed(5)
-    weights = {k: torch.randn(s) * 0.1 + (len(s) == 1) for k, s in config.weight_shapes().items()}
-    batches = [torch.randint(0, config.vocab_size, (2, 3, 50)).unbind() for _ in range(2)]
-    batches[1][1][1, 30:] = -1
+    weights, batches = weights_and_batches(config)
     scales = (0.25, 0.75)
     losses, gradients, step = trained(config, weights, batches, scales, dtype)
     exact = Model.from_weights(config, {k: v.double() for k, v in weights.items()})
@@ -94,7 +102,7 @@ def test_what_is_computed_again_has_the_same_bits(name, fused, monkeypatch):
     weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
     batches = [torch.randint(0, config.vocab_size, (2, 2, 7)).unbind() for _ in range(2)]
     found = [
-        trained(config, weights, batches, [1.0, 0.5], torch.float16, recompute)[:2]
+        trained(config, weights, batches, [1.0, 0.5], torch.float16, recompute=recompute)[:2]
         for recompute in plans.RECOMPUTE
     ]
     for losses, gradients in found[1:]:
@@ -102,13 +110,41 @@ def test_what_is_computed_again_has_the_same_bits(name, fused, monkeypatch):
         assert all(torch.equal(gradients[key], found[0][1][key]) for key in weights)
 
 
+@pytest.mark.parametrize("name", ["grouped", "halves"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_with_dropout_are_those_of_the_same_masks(name, dtype):
+    config, scales, p = CONFIGS[name].with_(n_layers=2, max_seq_len=80), (0.25, 0.75), 0.2
+    weights, batches = weights_and_batches(config)
+    losses, gradients, step = trained(config, weights, batches, scales, dtype, dropout=p)
+    exact = Model.from_weights(config, {k: v.double() for k, v in weights.items()}, p)
+    exact.requires_grad_(True).train()
+    tolerance = 2e-5 if dtype == torch.float32 else 0.02
+    for (tokens, targets), scale, loss, key in zip(batches, scales, losses, KEYS, strict=True):
+        with masked(key, p):
+            of_exact = exact.loss(tokens, targets)
+            (of_exact * scale).backward()
+        assert loss == pytest.approx(of_exact.item(), rel=tolerance / 10)
+    for key, parameter in exact.named_parameters():
+        assert parameter.grad is not None
+        error = (gradients[key].double() - parameter.grad).norm() / parameter.grad.norm()
+        assert error < tolerance, (key, error)
+    # an evaluation between micro-steps drops nothing
+    tokens, targets = batches[0]
+    step.load(tokens, targets, 0.0)
+    mean = step.loss_sum().item() / targets.numel()
+    assert mean == pytest.approx(exact.eval().loss(tokens, targets).item(), rel=tolerance / 10)
+
+
 def test_the_same_bits_again():
     config = CONFIGS["grouped"].with_(n_layers=1)
     torch.manual_seed(5)
     weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
     batch = torch.randint(0, config.vocab_size, (2, 2, 7)).unbind()
-    first, again = (trained(config, weights, [batch], [1.0])[1] for _ in range(2))
-    assert all(torch.equal(first[key], again[key]) for key in weights)
+    for dropout in (0.0, 0.3):
+        first, again = (
+            trained(config, weights, [batch], [1.0], dropout=dropout)[1] for _ in range(2)
+        )
+        assert all(torch.equal(first[key], again[key]) for key in weights)
 
 
 TINY = {
@@ -125,9 +161,13 @@ def on_the_cpu(monkeypatch):
     """Runs train with the CUDA engine's step, interpreted."""
     monkeypatch.setattr(adamw, "SQUARES_CTAS", 4)  # the interpreter takes one CTA after another
     monkeypatch.setattr(steps, "NORM_CTAS", 4)
-    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
     monkeypatch.setattr(
-        runs, "make_engine", lambda recipe, config, weights: CudaTrainer(config, weights, "cpu")
+        runs,
+        "make_engine",
+        lambda recipe, config, weights: CudaTrainer(
+            config, weights, "cpu", dropout=recipe.train.dropout
+        ),
     )
 
 
@@ -158,6 +198,22 @@ def test_a_run_is_pytorchs_and_goes_on_exactly_where_it_stopped(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+def test_a_run_with_dropout_goes_on_exactly_where_it_stopped(tmp_path, monkeypatch):
+    recipe = Recipe().with_settings(TINY | {"train.dropout": 0.2}, "test")
+    runs.start(recipe, tmp_path / "whole", quiet=True)
+    whole = losses_of(tmp_path / "whole")
+    with monkeypatch.context() as patches:
+        stop_before(patches, 7)
+        stopped = runs.start(recipe, tmp_path / "cut", quiet=True)
+    assert (stopped.progress.update, stopped.progress.micro) == (3, 1)
+    torch.manual_seed(999)  # the checkpoint has the state of the random numbers
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert losses_of(tmp_path / "cut") == whole
+    runs.start(Recipe().with_settings(TINY, "test"), tmp_path / "plain", quiet=True)
+    assert losses_of(tmp_path / "plain")[0] != whole[0]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_another_optimizer_updates_the_same_weights(tmp_path):
     recipe = Recipe().with_settings(TINY | {"optimizer.name": "muon"}, "test")
     runs.start(recipe, tmp_path / "run", quiet=True)
@@ -168,7 +224,7 @@ def test_another_optimizer_updates_the_same_weights(tmp_path):
 def test_gradients_that_lie_elsewhere_are_what_the_update_takes(monkeypatch):
     """As sums over several processes do."""
     monkeypatch.setattr(adamw, "SQUARES_CTAS", 4)
-    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
     config = CONFIGS["grouped"].with_(n_layers=1)
     torch.manual_seed(5)
     weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
@@ -190,8 +246,30 @@ def test_gradients_that_lie_elsewhere_are_what_the_update_takes(monkeypatch):
         torch.testing.assert_close(parameter, theirs.parameters()[name], rtol=1e-5, atol=1e-6)
 
 
+def test_each_micro_step_drops_others_and_the_seed_says_which(monkeypatch):
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
+    config = CONFIGS["grouped"].with_(n_layers=1)
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    tokens, targets = torch.randint(0, config.vocab_size, (2, 1, 9)).unbind()
+    engine, plain = (CudaTrainer(config, weights, "cpu", dropout=p) for p in (0.5, 0.0))
+
+    def losses():
+        torch.manual_seed(6)
+        return [engine.train_step(tokens, targets).item() for _ in range(3)]
+
+    first = losses()
+    assert len(set(first)) == 3
+    assert losses() == first
+    assert engine.loss_sum(tokens, targets) == plain.loss_sum(tokens, targets)
+    wide = config.with_(head_dim=128)
+    of_wide = {k: torch.ones(s) for k, s in wide.weight_shapes().items()}
+    with pytest.raises(BadInput, match="heads of 128 in float32"):
+        CudaTrainer(wide, of_wide, "cpu", dropout=0.1)
+
+
 def test_what_is_no_batch_is_refused(monkeypatch):
-    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
     config = CONFIGS["grouped"].with_(n_layers=1)
     engine = CudaTrainer(
         config, {k: torch.ones(s) for k, s in config.weight_shapes().items()}, "cpu"

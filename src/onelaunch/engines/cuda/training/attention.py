@@ -4,6 +4,8 @@
     delta = rowsum(do * o),   ds = p * (do v' - delta)    (2307.08691)
     dq = ds k scale,   dk = ds' q scale,   dv = p' do
 p is computed again from lse = log2(sum over keys of 2^(s log2(e))), float32, (H, N).
+With dropout o = (m p) v, where m is 0 or 1 / (1 - probability); then dv = (m p)' do and
+ds = p * (m (do v') - delta).
 
 N rows are B sequences of S positions. H heads of queries, K of keys and of values, each E wide; a
 head's columns are padded to PADDED, a power of two. `strides` are those of rows and of heads, of
@@ -16,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from onelaunch.engines.cuda.training.dropout import keep_weights
 from onelaunch.engines.cuda.training.rotary import load_angles, store_pairs
 
 
@@ -65,6 +68,7 @@ def attention_forward_kernel(
     n_rows,
     S,
     scale_log2: tl.float32,
+    generator_ptr,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -73,6 +77,7 @@ def attention_forward_kernel(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):
     """ROWS queries of a head; those that see the most keys first. The scale is times log2(e)."""
     blocks = tl.cdiv(S, ROWS)
@@ -101,15 +106,22 @@ def attention_forward_kernel(
         p = tl.exp2(qk * scale_log2 - m_new[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
         acc *= alpha[:, None]
+        if generator_ptr is not None:
+            query, key = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+            keep = keep_weights(generator_ptr, head, start + first, query, begin, key, DROPPED)
+            p = tl.where(keep, p, 0.0)
         v = _load_tile(v_ptr, strides[4], column, S, E, PADDED, False, EVEN)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         m_i = m_new
     in_rows = row < S
     tl.store(lse_ptr + head * n_rows + start + row, m_i + tl.log2(l_i), mask=in_rows)
     columns, in_head = _head_columns(E, PADDED, False)
-    out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
+    out = acc / l_i[:, None]
+    if generator_ptr is not None:
+        out *= 1 / (1 - DROPPED / 2**32)
     tl.store(
-        out_ptr + start * (H * E) + head * E + (row[:, None] * (H * E) + columns[None, :]), out,
+        out_ptr + start * (H * E) + head * E + (row[:, None] * (H * E) + columns[None, :]),
+        out.to(out_ptr.dtype.element_ty),
         mask=in_rows[:, None] & in_head[None, :],
     )  # fmt: skip
 
@@ -143,21 +155,6 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def _load_dout_and_delta(
-    dout_ptr, row_stride, out_ptr, delta_ptr, position, S,
-    H: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """dout at positions of a sequence, and delta, computed from `out` where `delta_ptr` is None."""
-    dout = _load_tile(dout_ptr, row_stride, position, S, E, PADDED, False, EVEN)
-    if delta_ptr is None:
-        out = _load_tile(out_ptr, H * E, position, S, E, PADDED, False, EVEN)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    else:
-        delta = _load_numbers(delta_ptr, position, S, EVEN)
-    return dout, delta
-
-
-@triton.jit
 def _store_rotated_back(
     ptr, gradient, cos_ptr, sin_ptr, position, S,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -182,10 +179,11 @@ def _store_rotated_back(
 
 @triton.jit
 def _keys_backward(
-    first, key_head, start, inputs, strides, out_ptr, lse_ptr, delta_ptr, tables, dqkv_ptr,
-    n_rows, S, scale, scale_log2,
+    first, key_head, start, inputs, strides, lse_ptr, delta_ptr, tables, dqkv_ptr,
+    n_rows, S, scale, scale_log2, generator_ptr,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     STEP: tl.constexpr, INTERLEAVED: tl.constexpr, EVEN: tl.constexpr, NUM_STAGES: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of ROWS keys: all heads of their group, all queries that see them. Scores are
     transposed, (keys, queries), so that what follows reads them from registers."""
@@ -199,28 +197,38 @@ def _keys_backward(
     v = _load_tile(v_ptr, strides[4], key, S, E, PADDED, False, EVEN)
     dk = tl.zeros([ROWS, PADDED], tl.float32)
     dv = tl.zeros([ROWS, PADDED], tl.float32)
-    for member in tl.range(0, G, num_stages=1):
+    keep_scale: tl.constexpr = 1 / (1 - DROPPED / 2**32)
+    seen_from = first // STEP * STEP
+    steps = tl.cdiv(S - seen_from, STEP)
+    for step in tl.range(0, G * steps, num_stages=NUM_STAGES):
+        member = step // steps if G > 1 else 0
         head = key_head * G + member
+        begin = seen_from + (step - member * steps) * STEP
+        query = begin + tl.arange(0, STEP)
         q_ptr = inputs[0] + start * strides[0] + head * strides[1]
         dout_ptr = inputs[3] + start * strides[6] + head * strides[7]
-        out_head_ptr = out_ptr + start * (H * E) + head * E
         numbers = head * n_rows + start
-        for begin in tl.range(first // STEP * STEP, S, STEP, num_stages=NUM_STAGES):
-            query = begin + tl.arange(0, STEP)
-            lse = _load_numbers(lse_ptr + numbers, query, S, EVEN)
-            delta_head_ptr = None if delta_ptr is None else delta_ptr + numbers
-            q = _load_tile(q_ptr, strides[0], query, S, E, PADDED, HALVES, EVEN)
-            dout, delta = _load_dout_and_delta(
-                dout_ptr, strides[6], out_head_ptr, delta_head_ptr, query, S, H, E, PADDED, EVEN
-            )
-            kq = tl.dot(k, tl.trans(q), input_precision="ieee")
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-            p = tl.exp2(kq * scale_log2 - lse[None, :])
-            if begin < first + ROWS:
-                p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        lse = _load_numbers(lse_ptr + numbers, query, S, EVEN)
+        q = _load_tile(q_ptr, strides[0], query, S, E, PADDED, HALVES, EVEN)
+        dout = _load_tile(dout_ptr, strides[6], query, S, E, PADDED, False, EVEN)
+        delta = _load_numbers(delta_ptr + numbers, query, S, EVEN)
+        kq = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        p = tl.exp2(kq * scale_log2 - lse[None, :])
+        if begin < first + ROWS:
+            p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        if generator_ptr is not None:
+            keys, queries = tl.arange(0, ROWS)[:, None], tl.arange(0, STEP)[None, :]
+            keep = keep_weights(generator_ptr, head, start + begin, queries, first, keys, DROPPED)
+            p = tl.where(keep, p, -p)  # the sign is the mask, which needs no register then
+            dv = tl.dot(tl.maximum(p, 0.0).to(dout.dtype), dout, dv, input_precision="ieee")
+            ds = p * tl.where(p > 0, dp * keep_scale - delta[None, :], delta[None, :])
+        else:
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    if generator_ptr is not None:
+        dv *= keep_scale
     dqkv_ptr += start * C + key_head * E
     _store_rotated_back(
         dqkv_ptr + H * E, dk * scale, tables[0], tables[1], key, S, C, E, PADDED, INTERLEAVED
@@ -234,10 +242,11 @@ def _keys_backward(
 
 @triton.jit
 def _queries_backward(
-    first, head, start, inputs, strides, out_ptr, lse_ptr, delta_ptr, tables, dqkv_ptr,
-    n_rows, S, scale, scale_log2,
+    first, head, start, inputs, strides, lse_ptr, delta_ptr, tables, dqkv_ptr,
+    n_rows, S, scale, scale_log2, generator_ptr,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     STEP: tl.constexpr, INTERLEAVED: tl.constexpr, EVEN: tl.constexpr, NUM_STAGES: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):  # fmt: skip
     """dq of ROWS queries of a head: all keys that they see."""
     C: tl.constexpr = (H + 2 * K) * E
@@ -248,15 +257,13 @@ def _queries_backward(
     k_ptr = inputs[1] + start * strides[2] + key_head * strides[3]
     v_ptr = inputs[2] + start * strides[4] + key_head * strides[5]
     dout_ptr = inputs[3] + start * strides[6] + head * strides[7]
-    out_head_ptr = out_ptr + start * (H * E) + head * E
     numbers = head * n_rows + start
-    delta_head_ptr = None if delta_ptr is None else delta_ptr + numbers
     q = _load_tile(q_ptr, strides[0], query, S, E, PADDED, HALVES, EVEN)
     lse = _load_numbers(lse_ptr + numbers, query, S, EVEN)
-    dout, delta = _load_dout_and_delta(
-        dout_ptr, strides[6], out_head_ptr, delta_head_ptr, query, S, H, E, PADDED, EVEN
-    )
+    dout = _load_tile(dout_ptr, strides[6], query, S, E, PADDED, False, EVEN)
+    delta = _load_numbers(delta_ptr + numbers, query, S, EVEN)
     dq = tl.zeros([ROWS, PADDED], tl.float32)
+    keep_scale: tl.constexpr = 1 / (1 - DROPPED / 2**32)
     for begin in tl.range(0, tl.minimum(first + ROWS, S), STEP, num_stages=NUM_STAGES):
         key = begin + tl.arange(0, STEP)
         k = _load_tile(k_ptr, strides[2], key, S, E, PADDED, HALVES, EVEN)
@@ -266,6 +273,10 @@ def _queries_backward(
         p = tl.exp2(qk * scale_log2 - lse[:, None])
         if begin + STEP > first:
             p = tl.where(key[None, :] <= query[:, None], p, 0.0)
+        if generator_ptr is not None:
+            queries, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, STEP)[None, :]
+            keep = keep_weights(generator_ptr, head, start + first, queries, begin, keys, DROPPED)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     _store_rotated_back(
@@ -278,7 +289,6 @@ def _queries_backward(
 def attention_backward_kernel(
     inputs,
     strides,
-    out_ptr,
     lse_ptr,
     delta_ptr,
     tables,
@@ -287,6 +297,7 @@ def attention_backward_kernel(
     S,
     scale: tl.float32,
     scale_log2: tl.float32,
+    generator_ptr,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -296,6 +307,7 @@ def attention_backward_kernel(
     INTERLEAVED: tl.constexpr,
     EVEN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):
     """ROWS keys of a head, or ROWS queries of one, and the inverse rotation of their gradients.
     Keys that the most queries see come first, and queries that see the most keys.
@@ -308,14 +320,14 @@ def attention_backward_kernel(
     keys = in_rank // (H + K) * K
     if index < keys:
         _keys_backward(
-            rank * ROWS, index % K, (index // K).to(tl.int64) * S, inputs, strides, out_ptr,
-            lse_ptr, delta_ptr, tables, dqkv_ptr, n_rows, S, scale, scale_log2, H, K, E, PADDED,
-            ROWS, STEP, INTERLEAVED, EVEN, NUM_STAGES,
+            rank * ROWS, index % K, (index // K).to(tl.int64) * S, inputs, strides,
+            lse_ptr, delta_ptr, tables, dqkv_ptr, n_rows, S, scale, scale_log2, generator_ptr, H, K,
+            E, PADDED, ROWS, STEP, INTERLEAVED, EVEN, NUM_STAGES, DROPPED,
         )  # fmt: skip
     else:
         index -= keys
         _queries_backward(
             (blocks - 1 - rank) * ROWS, index % H, (index // H).to(tl.int64) * S, inputs, strides,
-            out_ptr, lse_ptr, delta_ptr, tables, dqkv_ptr, n_rows, S, scale, scale_log2, H, K, E,
-            PADDED, ROWS, STEP, INTERLEAVED, EVEN, NUM_STAGES,
+            lse_ptr, delta_ptr, tables, dqkv_ptr, n_rows, S, scale, scale_log2,
+            generator_ptr, H, K, E, PADDED, ROWS, STEP, INTERLEAVED, EVEN, NUM_STAGES, DROPPED,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-Mark = torch.cuda.Event | None
+End = torch.cuda.Event | None
 """An end to wait for; None where there is nothing to wait for."""
 
 
@@ -17,7 +17,7 @@ class Beside:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self, launch: Callable[[], None]) -> Mark:
+    def run(self, launch: Callable[[], None]) -> End:
         """Launch beside the current stream; returns its end."""
         if self._stream is None:
             launch()
@@ -29,7 +29,12 @@ class Beside:
             end.record(self._stream)
         return end
 
-    def join(self, end: Mark) -> None:
+    def join(self, end: End) -> None:
         """Have the current stream wait for an end, and so for all that was launched before it."""
         if end is not None and self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(end)
+
+    def join_all(self) -> None:
+        """Have the current stream wait for all that was launched."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

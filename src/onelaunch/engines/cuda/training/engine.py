@@ -14,12 +14,14 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.cuda import why_not_train
 from onelaunch.engines.cuda.training.flat import FlatParameters
-from onelaunch.engines.cuda.training.step import TrainingStep
+from onelaunch.engines.cuda.training.step import TrainingStep, has_own_attention
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
 from onelaunch.operators.triton_cache import prepare_triton
+from onelaunch.plan.training import RECOMPUTE, Recompute, make_training_plan
 
+RESERVE = 1 << 30  # bytes of a GPU's memory for what no plan counts
 MOST_SHAPES = 2  # whose buffers are kept: that of training and of evaluation
 
 
@@ -28,10 +30,15 @@ class CudaTrainer(ReferenceEngine):
     `dtype`, bfloat16 by default, or float32, which is for checking.
 
     The second use of a batch's shape captures CUDA graphs of a micro-step; from then on the host
-    launches three of them. Gradients have the same bits from run to run. Logits and samples are
+    launches one, or with a `mark` three. Gradients have the same bits from run to run. `dropout`
+    acts in `train_step` only; the key of a micro-step's masks is drawn from PyTorch's generator of
+    the CPU. `recompute` is what the backward computes again, by default as little as the memory
+    allows that is free at a shape's first use; the bits are the same. Logits and samples are
     PyTorch's. `flat` are its parameters and gradients as one tensor each, for an update of all at
     once. Raises BadInput for what cannot be had.
     """
+
+    steps_at_once = True
 
     def __init__(
         self,
@@ -39,8 +46,10 @@ class CudaTrainer(ReferenceEngine):
         weights: dict[str, Tensor],
         device: str = "auto",
         dtype: str | None = None,
+        dropout: float = 0.0,
+        recompute: Recompute | None = None,
     ) -> None:
-        if reason := why_not_train(resolve_device(device), config):
+        if reason := why_not_train(resolve_device(device), config, dropout):
             raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
         if resolve_device(device).type == "cuda":
             # while CUDA starts and weights are copied
@@ -48,6 +57,12 @@ class CudaTrainer(ReferenceEngine):
         super().__init__(config, weights, device, dtype, train=True)
         if self.dtype not in (torch.bfloat16, torch.float32):
             raise BadInput(f"dtype={dtype!r}: the CUDA engine trains in bfloat16 or float32")
+        if dropout and not has_own_attention(config, self.dtype):
+            raise BadInput(
+                f"dropout={dropout}: the CUDA engine has none for heads of {config.head_dim} in "
+                "float32; use bfloat16 or engine='reference'"
+            )
+        self.dropout, self._recompute = dropout, recompute
         self._parameters = super().parameters()
         self.flat = FlatParameters(config, self._parameters, self.dtype)
         self._gradients = {name: self.flat.gradient(name) for name in self._parameters}
@@ -69,15 +84,11 @@ class CudaTrainer(ReferenceEngine):
         """Add `scale` times the mean loss's gradient to each `.grad`; see `TrainEngine`. Ids and
         targets on a GPU are not looked at: one beyond the vocabulary reads and writes anything."""
         with self.flat.on_device():
-            step = self._loaded(tokens_BS, targets_BS, scale)
+            key = int(torch.randint(2**63 - 1, ())) if self.dropout else None
+            step = self._loaded(tokens_BS, targets_BS, scale, key)
             fresh = self._adopt_gradients()
             try:
-                step.forward()
-                mark("forward")
-                loss = step.loss(not fresh)
-                mark("loss")
-                step.backward(not fresh)
-                mark("backward")
+                loss = step.train(not fresh, mark)
             except BaseException:
                 if fresh:  # or what was there before would count as gradients
                     for parameter in self._parameters.values():
@@ -90,7 +101,6 @@ class CudaTrainer(ReferenceEngine):
         """The loss in nats, summed over the targets that are not -1; no gradient is touched."""
         with self.flat.on_device():
             step = self._loaded(*self._padded(tokens_BS, targets_BS), 0.0)
-            step.forward()
             return step.loss_sum().item()
 
     def after_update(self) -> None:
@@ -98,7 +108,13 @@ class CudaTrainer(ReferenceEngine):
         them has not done that."""
         self._is_rounded, self.flat.is_rounded = self.flat.is_rounded, False
 
-    def _loaded(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> TrainingStep:
+    def _loaded(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float,
+        dropout_key: int | None = None,
+    ) -> TrainingStep:
         if tokens_BS.device.type == "cpu":
             tokens_BS = check_tokens(self.config, tokens_BS)
         if targets_BS.shape != tokens_BS.shape or tokens_BS.dim() != 2 or not tokens_BS.numel():
@@ -120,7 +136,7 @@ class CudaTrainer(ReferenceEngine):
                 raise BadInput(f"a target is outside the model's vocabulary of {vocab}, and not -1")
         sequences, length = tokens_BS.shape
         step = self._step(sequences, length)
-        step.load(tokens_BS, targets_BS, scale)
+        step.load(tokens_BS, targets_BS, scale, dropout_key)
         return step
 
     def _padded(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +161,25 @@ class CudaTrainer(ReferenceEngine):
                 self._steps.popitem(last=False)
             if self.device.type == "cuda":
                 prepare_triton()
-            self._steps[key] = TrainingStep(self.config, self.flat, sequences, length)
+            recompute = self._recompute or self._least_recompute(sequences, length)
+            self._steps[key] = TrainingStep(
+                self.config, self.flat, sequences, length, self.dropout, recompute
+            )
         self._steps.move_to_end(key)
         return self._steps[key]
+
+    def _least_recompute(self, sequences: int, length: int) -> Recompute:
+        if self.device.type != "cuda":
+            return RECOMPUTE[0]
+        torch.cuda.empty_cache()  # what PyTorch holds in reserve is free
+        free = torch.cuda.mem_get_info(self.device)[0] - RESERVE
+        for recompute in RECOMPUTE[:-1]:
+            plan = make_training_plan(
+                self.config, sequences, length, self.dtype.itemsize, recompute
+            )
+            if plan.batch_bytes + plan.logits_bytes <= free:
+                return recompute
+        return RECOMPUTE[-1]
 
     def _adopt_gradients(self) -> bool:
         """Have each parameter's `.grad` be our own tensor; whether all of them are to be written,

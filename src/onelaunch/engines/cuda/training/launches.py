@@ -1,8 +1,9 @@
 """Launch the kernels of a training step on the current stream, into tensors that the caller gives.
 
 Shapes: N rows (batch times sequence), S sequence, D model width, H heads, K kv heads, E head width,
-P = E/2 pairs of a head, F hidden width, V vocabulary, C columns of packed queries, keys and values,
-(H + 2 K) E, G gradients, M elements of flat tensors; "partials" of a gradient are one sum per CTA.
+P = E/2 pairs of a head, Q = H E, F hidden width, V vocabulary, C columns of packed queries, keys
+and values, (H + 2 K) E, G gradients, M elements of flat tensors; "partials" of a gradient are one
+sum per CTA.
 
 T is the compute dtype: float32, bfloat16 or float16. Tensors without "in T" are float32, tokens and
 targets int64 or int32; all are contiguous unless a docstring says otherwise. Nothing is allocated
@@ -40,6 +41,14 @@ class Heads(NamedTuple):
     n_kv_heads: int
     head_dim: int
     interleaved: bool
+
+
+class Dropout(NamedTuple):
+    """One of the sites of dropout: `generator_2`, int64, are the key of a micro-step's random
+    numbers and the site's number; each element is dropped with `probability`."""
+
+    generator_2: Tensor
+    probability: float
 
 
 class HeadNorms(NamedTuple):
@@ -84,6 +93,13 @@ def ctas(n: int, per_cta: int) -> int:
     return -(-n // per_cta)
 
 
+def _dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
+    if dropout is None:
+        return {"generator_ptr": None, "DROPPED": 0}
+    generator_2, probability = dropout
+    return {"generator_ptr": generator_2, "DROPPED": round(probability * 2**32)}
+
+
 def embed_norm(
     tokens_N: Tensor,
     embedding_VD: Tensor,
@@ -92,12 +108,14 @@ def embed_norm(
     x_ND: Tensor,
     normed_ND: Tensor,
     rstd_N: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
-    """Write x = embedding[token], its norm in T, and 1 / rms."""
+    """Write x = dropout(embedding[token]), its norm in T, and 1 / rms."""
     (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
     launch(
         rows.embed_norm_kernel, (ctas(N, tile["R"]),),
         tokens_N, embedding_VD, weight_D, x_ND, normed_ND, rstd_N, N, eps, D=D, **tile,
+        **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -109,12 +127,15 @@ def add_norm(
     sum_ND: Tensor,
     normed_ND: Tensor,
     rstd_N: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
-    """Write sum = x + delta, which may be x itself, its norm in T, and 1 / rms. delta is in T."""
+    """Write sum = x + dropout(delta), which may be x itself, its norm in T, and 1 / rms. delta is
+    in T."""
     (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1])
     launch(
         rows.add_norm_kernel, (ctas(N, tile["R"]),),
         x_ND, delta_ND, weight_D, sum_ND, normed_ND, rstd_N, N, eps, D=D, **tile,
+        **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -124,17 +145,20 @@ def norm_backward(
     rstd_N: Tensor,
     weight_D: Tensor,
     dx_ND: Tensor | None,
-    out_ND: Tensor,
+    out_ND: Tensor | None,
     half_ND: Tensor | None,
     partial_PD: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
-    """Write out = dx + the gradient of RMSNorm, which may be dx itself, and the weight's partials.
+    """Write out = dx + the gradient of RMSNorm, half = dropout(out), and the weight's partials.
 
-    dnormed is in T. Without dx it is zero; `half_ND` gets out in T. There are P CTAs."""
+    dnormed is in T, half in any dtype. Without dx it is zero; out or half may be dx itself, or None
+    and is not written then. There are P CTAs."""
     (N, D), tile = x_ND.shape, row_tile(x_ND.shape[1], TILE // 2, fewest_warps=2)
     launch(
         rows.norm_backward_kernel, (partial_PD.shape[0],),
         dnormed_ND, x_ND, rstd_N, weight_D, dx_ND, out_ND, half_ND, partial_PD, N, D=D, **tile,
+        **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -231,18 +255,21 @@ def attention_blocks(
     rows = next((r for r, count in counts.items() if count >= MULTIPROCESSORS), 16)
     wide = head_dim > 64
     warps = 8 if wide and backward and rows > 16 else 4
-    columns, stages = (128, 2) if rows == 16 else (64, 2)
-    if rows == 64 and backward:
-        columns, stages = 32, 2 if wide else 3
-    elif rows == 64 and head_dim == 64:
-        stages = 3
-    elif wide:
-        columns = 64
+    columns = 128 if rows == 16 and not wide else 64
+    if rows > 16 and backward:
+        columns = 32
+    stages = 3 if rows == 64 and not wide and (backward or head_dim == 64) else 2
     return AttentionBlocks(rows, min(columns, max(16, next_power_of_2(S))), stages, warps)
 
 
 def attention_forward(
-    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, S: int, out_NQ: Tensor, lse_HN: Tensor
+    q_NHE: Tensor,
+    k_NKE: Tensor,
+    v_NKE: Tensor,
+    S: int,
+    out_NQ: Tensor,
+    lse_HN: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
     """Write causal attention of N / S sequences, in T, and log2 of each softmax's sum.
 
@@ -256,7 +283,7 @@ def attention_forward(
         inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, N, S, E**-0.5 * LOG2_E,
         H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows,
         COLUMNS=blocks.columns, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
-        num_warps=blocks.num_warps,
+        num_warps=blocks.num_warps, **_dropout_arguments(dropout),
     )  # fmt: skip
 
 
@@ -268,32 +295,31 @@ def attention_backward(
     cos_SP: Tensor,
     sin_SP: Tensor,
     heads: Heads,
-    delta_HN: Tensor | None,
+    delta_HN: Tensor,
     dqkv_NC: Tensor,
+    dropout: Dropout | None = None,
 ) -> None:
     """Write the gradient of packed rows before the rotation of queries and keys, in T.
 
-    `rotated` are the inputs of `attention_forward`, `out_NQ` and `lse_HN` its results. `delta_HN`
-    gets the sums of dout * out, in a launch of its own; without it they are computed wherever they
-    are needed. dout, in T, may have any strides of rows and heads."""
+    `rotated` are the inputs of `attention_forward`, `out_NQ` and `lse_HN` its results. dout, in T,
+    may have any strides of rows and heads. `delta_HN` gets the sums of dout * out, in a launch of
+    its own."""
     (N, _, E), S = dout_NHE.shape, cos_SP.shape[0]
     H, K, _, interleaved = heads
     inputs = (*rotated, dout_NHE)
     blocks = attention_blocks(N // S, S, H, E, backward=True)
-    if delta_HN is not None:
-        tile = row_tile(E)
-        launch(
-            attention.attention_delta_kernel, (ctas(N * H, tile["R"]),),
-            dout_NHE, out_NQ, delta_HN, dout_NHE.stride(0), dout_NHE.stride(1), N,
-            H=H, E=E, **tile,
-        )  # fmt: skip
+    tile = row_tile(E)
+    launch(
+        attention.attention_delta_kernel, (ctas(N * H, tile["R"]),),
+        dout_NHE, out_NQ, delta_HN, dout_NHE.stride(0), dout_NHE.stride(1), N, H=H, E=E, **tile,
+    )  # fmt: skip
     launch(
         attention.attention_backward_kernel, (ctas(S, blocks.rows) * (N // S) * (H + K),),
-        inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, delta_HN, (cos_SP, sin_SP), dqkv_NC,
-        N, S, E**-0.5, E**-0.5 * LOG2_E,
+        inputs, _row_and_head_strides(inputs), lse_HN, delta_HN, (cos_SP, sin_SP), dqkv_NC, N, S,
+        E**-0.5, E**-0.5 * LOG2_E,
         H=H, K=K, E=E, PADDED=max(16, next_power_of_2(E)), ROWS=blocks.rows, STEP=blocks.columns,
         INTERLEAVED=interleaved, EVEN=_even(S, blocks), NUM_STAGES=blocks.num_stages,
-        num_warps=blocks.num_warps,
+        num_warps=blocks.num_warps, **_dropout_arguments(dropout),
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from onelaunch.engines.cuda.training.dropout import keep_elements
+
 
 @triton.jit
 def _store_norm(
@@ -37,6 +39,16 @@ def _store_norm(
 
 
 @triton.jit
+def _dropout(
+    x, generator_ptr, first, R: tl.constexpr, BLOCK: tl.constexpr, DROPPED: tl.constexpr
+):  # fmt: skip
+    """A tile (R, BLOCK) of rows from `first` on, of which elements are dropped."""
+    keep = keep_elements(generator_ptr, first, R, BLOCK, DROPPED)
+    scale: tl.constexpr = 1 / (1 - DROPPED / 2**32)
+    return tl.where(keep, x * scale, 0.0)
+
+
+@triton.jit
 def embed_norm_kernel(
     tokens_ptr,
     embedding_ptr,
@@ -46,11 +58,13 @@ def embed_norm_kernel(
     rstd_ptr,
     rows,
     eps: tl.float32,
+    generator_ptr,
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):
-    """x = embedding[token], and its norm."""
+    """x = dropout(embedding[token]), and its norm."""
     first = tl.program_id(0).to(tl.int64) * R
     local = tl.arange(0, R)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -58,6 +72,8 @@ def embed_norm_kernel(
     mask = in_rows & (columns < D)
     token = tl.load(tokens_ptr + first + local, mask=in_rows, other=0).to(tl.int64)
     x = tl.load(embedding_ptr + token * D + columns, mask=mask, other=0.0)
+    if generator_ptr is not None:
+        x = _dropout(x, generator_ptr, first, R, BLOCK, DROPPED)
     tl.store(x_ptr + first * D + (local * D + columns), x, mask=mask)
     _store_norm(x, weight_ptr, normed_ptr, rstd_ptr, first, rows, eps, D, R, BLOCK)
 
@@ -72,18 +88,23 @@ def add_norm_kernel(
     rstd_ptr,
     rows,
     eps: tl.float32,
+    generator_ptr,
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):
-    """sum = x + delta, and its norm."""
+    """sum = x + dropout(delta), and its norm."""
     first = tl.program_id(0).to(tl.int64) * R
     local = tl.arange(0, R)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     mask = (first + local < rows) & (columns < D)
     offsets = local * D + columns
     x = tl.load(x_ptr + first * D + offsets, mask=mask, other=0.0)
-    x += tl.load(delta_ptr + first * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.load(delta_ptr + first * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    if generator_ptr is not None:
+        delta = _dropout(delta, generator_ptr, first, R, BLOCK, DROPPED)
+    x += delta
     tl.store(sum_ptr + first * D + offsets, x, mask=mask)
     _store_norm(x, weight_ptr, normed_ptr, rstd_ptr, first, rows, eps, D, R, BLOCK)
 
@@ -99,12 +120,14 @@ def norm_backward_kernel(
     half_ptr,
     partial_ptr,
     rows,
+    generator_ptr,
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):
-    """out = dx + the gradient of the norm, and `half`, the same in the compute dtype; dx, half or
-    both may be None. A CTA takes every P-th tile and writes one row of dw's (P, D) partial sums."""
+    """out = dx + the gradient of the norm, and half = dropout(out) in its own dtype; dx, out and
+    half may be None. A CTA takes every P-th tile and writes one row of dw's (P, D) partial sums."""
     program = tl.program_id(0)
     local = tl.arange(0, R)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -127,8 +150,11 @@ def norm_backward_kernel(
         m = dy * weight
         dweight += dy * n
         out = dx + rstd * (m - n * (tl.sum(m * n, 1, keep_dims=True) / D))
-        tl.store(out_ptr + first * D + offsets, out, mask=mask)
+        if out_ptr is not None:
+            tl.store(out_ptr + first * D + offsets, out, mask=mask)
         if half_ptr is not None:
+            if generator_ptr is not None:
+                out = _dropout(out, generator_ptr, first, R, BLOCK, DROPPED)
             half = out.to(half_ptr.dtype.element_ty)
             tl.store(half_ptr + first * D + offsets, half, mask=mask)
     column = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""A training step of one shape of batch: forward, loss and backward, each a CUDA graph.
+"""A training step of one shape of batch: forward, loss and backward, as one CUDA graph or three.
 
 The residual stream, its gradient and all sums are float32, as in PyTorch's autocast; what products
 read and write is in the engine's dtype. The forward keeps of each layer both residuals, their
@@ -8,12 +8,16 @@ place, and its products follow at once.
 
 On a GPU the gradients of weights are computed on a stream beside the rest, which waits for them
 only where it would overwrite what they read.
+
+The backward makes dropout's masks again. The sites of dropout are numbered: 3 i is what is added
+before layer i, the embedding or a feed-forward; 3 i + 1 are its attention's weights, and 3 i + 2 is
+its attention's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +25,9 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.training import launches
-from onelaunch.engines.cuda.training.beside import Beside, Mark
+from onelaunch.engines.cuda.training.beside import Beside, End
 from onelaunch.engines.cuda.training.flat import FlatParameters
-from onelaunch.engines.cuda.training.launches import HeadNorms, Heads
+from onelaunch.engines.cuda.training.launches import Dropout, HeadNorms, Heads
 from onelaunch.engines.cuda.training.products import (
     Attention,
     multiply,
@@ -37,11 +41,19 @@ from onelaunch.engines.cuda.training.swiglu_launches import (
     gate_up_swiglu,
     swiglu_tiles,
 )
+from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.model import rope_tables
 from onelaunch.plan.training import Recompute, logit_rows
 
+PARTS = ("forward", "loss", "backward")
 NORM_CTAS = 1056
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
+
+
+def has_own_attention(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether kernels of ours do attention, else a library. Heads with norms need the gradient of
+    what is rotated; wide ones in float32 have no room."""
+    return not config.qk_norm and (dtype != torch.float32 or config.head_dim <= 64)
 
 
 @dataclass(slots=True)
@@ -66,7 +78,7 @@ class _Kept:
 
 class TrainingStep:
     """Micro-steps of (sequences, length) tokens: `load`, `forward`, then `loss` and `backward`, or
-    `loss_sum`."""
+    `loss_sum`. With `dropout`, a probability, attention must be ours."""
 
     def __init__(
         self,
@@ -74,6 +86,7 @@ class TrainingStep:
         flat: FlatParameters,
         sequences: int,
         length: int,
+        dropout: float = 0.0,
         recompute: Recompute = "nothing",
     ) -> None:
         c = self._config = config
@@ -92,8 +105,12 @@ class TrainingStep:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
-        # heads with norms need the gradient of what is rotated; wide ones in float32 have no room
-        attends = not c.qk_norm and (dtype != torch.float32 or c.head_dim <= 64)
+        attends = has_own_attention(c, dtype)
+        assert attends or not dropout
+        self._probability, self._drops = dropout, False
+        # of each site the key of its random numbers and its number
+        self._generators_G2 = whole(3 * c.n_layers + 1, 2)
+        self._generators_G2[:, 1] = torch.arange(len(self._generators_G2))
         self._tokens_N, self._targets_N = whole(N), whole(N)
         self._sorted_2N = None
         if N <= launches.COUNTED:
@@ -154,52 +171,77 @@ class TrainingStep:
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
         self._beside = Beside(device)
-        self._graphs: dict[tuple[str, bool], torch.cuda.CUDAGraph | None] = {}
+        self._launched: set[tuple[str, bool, bool]] = set()
+        self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
-    def load(self, tokens_BS: Tensor, targets_BS: Tensor, scale: float) -> None:
-        """The batch of the next micro-step, and what its gradients are multiplied by."""
+    def load(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        scale: float,
+        dropout_key: int | None = None,
+    ) -> None:
+        """The batch of the next micro-step, what its gradients are multiplied by, and the key of
+        its random numbers, an int64; without one nothing is dropped."""
         self._tokens_N.copy_(tokens_BS.reshape(-1), non_blocking=True)
         self._targets_N.copy_(targets_BS.reshape(-1), non_blocking=True)
         if scale != self._scale_is:
             self._scale.fill_(scale)
             self._scale_is = scale
+        self._drops = dropout_key is not None
+        if dropout_key is not None:
+            self._generators_G2[:, 0].fill_(dropout_key)
 
-    def forward(self) -> None:
-        """Up to the last norm."""
-        self._run("forward", False, self._forward)
-
-    def loss(self, accumulate: bool) -> Tensor:
-        """The mean loss, and the gradients of the head and of its input; the head's is added to
-        what is there with `accumulate`."""
-        self._run("loss", accumulate, lambda: self._loss(True, accumulate))
+    def train(self, accumulate: bool, mark: Mark = no_mark) -> Tensor:
+        """The mean loss, and all gradients, added to what is there with `accumulate`. With a `mark`
+        it is three graphs, else one."""
+        if mark is no_mark:
+            self._run("step", accumulate)
+        else:
+            for part in PARTS:
+                self._run(part, accumulate)
+                mark(part)
         return self._mean[0].clone()
 
-    def backward(self, accumulate: bool) -> None:
-        """All other gradients."""
-        self._run("backward", accumulate, lambda: self._backward(accumulate))
-
     def loss_sum(self) -> Tensor:
-        """After `forward`: the loss summed over the targets; no gradient is touched."""
-        self._run("loss alone", False, lambda: self._loss(False, False))
+        """The loss summed over the targets; no gradient is touched."""
+        self._run("evaluation", False)
         return self._sum[0].clone()
 
-    def _run(self, part: str, accumulate: bool, launch: Callable[[], None]) -> None:
+    def _run(self, part: str, accumulate: bool) -> None:
         """Launched at its first use, captured and replayed from its second."""
-        key = part, accumulate
-        if not self._on_gpu or key not in self._graphs:
-            self._graphs[key] = None
-            launch()
+        key = part, accumulate, self._drops
+        parts = {(each, *key[1:]) for each in (PARTS if part == "step" else (part,))}
+        if not self._on_gpu or not parts <= self._launched:
+            self._launched |= parts
+            self._launch(part, accumulate)
             return
-        graph = self._graphs[key]
-        if graph is None:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                launch()
-            self._graphs[key] = graph
-            self._pool = graph.pool()
-        graph.replay()
+        if key not in self._graphs:
+            # those of parts at once, or the first step that is measured would wait for them
+            for name in ("step", *PARTS) if part == "step" else (part,):
+                self._graphs[name, *key[1:]] = self._captured(name, accumulate)
+        self._graphs[key].replay()
+
+    def _captured(self, part: str, accumulate: bool) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._launch(part, accumulate)
+        self._pool = graph.pool()
+        return graph
+
+    def _launch(self, part: str, accumulate: bool) -> None:
+        if part in ("step", "forward", "evaluation"):
+            self._forward()
+        if part == "evaluation":
+            self._loss(False, False)
+        if part in ("step", "loss"):
+            self._loss(True, accumulate)
+        if part == "loss":
+            self._beside.join_all()
+        if part in ("step", "backward"):
+            self._backward(accumulate)
 
     # ---- the parts
 
@@ -208,7 +250,7 @@ class TrainingStep:
         first = self._layers[0]
         launches.embed_norm(
             self._tokens_N, flat.weight("embed_tokens.weight"), self._norm(0, "input"), eps,
-            first.x_ND, first.normed_ND, first.rstd_N,
+            first.x_ND, first.normed_ND, first.rstd_N, self._dropout(0),
         )  # fmt: skip
         for i, kept in enumerate(self._layers):
             self._forward_layer(i, kept)
@@ -221,7 +263,8 @@ class TrainingStep:
                 after = self._layers[i + 1]
                 to = after.x_ND, after.normed_ND, after.rstd_N
                 weight = self._norm(i + 1, "input")
-            launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to)
+            dropout = self._dropout(3 * i + 3)
+            launches.add_norm(kept.mid_ND, self._delta_ND, weight, eps, *to, dropout)
 
     def _forward_layer(self, i: int, kept: _Kept) -> None:
         """From the norm of a layer's input to what its SwiGLU gives."""
@@ -230,12 +273,12 @@ class TrainingStep:
         norms = self._head_norms(i)
         rotated = kept.qkv_NC if kept.rotated is None else kept.rotated
         launches.rotate(kept.qkv_NC, self._cos_SP, self._sin_SP, self._heads, rotated, norms)
-        self._attend(kept)
+        self._attend(i, kept)
         assert kept.out_NQ is not None
         multiply(kept.out_NQ, flat.half(i, "out"), self._delta_ND)
         launches.add_norm(
             kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), self._config.norm_eps,
-            kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N,
+            kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N, self._dropout(3 * i + 2),
         )  # fmt: skip
         weight_2FD, tile = flat.half(i, "gate_up"), self._tiles.forward
         if tile is None:
@@ -252,11 +295,13 @@ class TrainingStep:
         values = kept.qkv_NC[:, c.q_dim + c.kv_dim :].unflatten(1, (-1, c.head_dim))
         return queries_keys[:, : c.n_heads], queries_keys[:, c.n_heads :], values
 
-    def _attend(self, kept: _Kept) -> None:
+    def _attend(self, layer: int, kept: _Kept) -> None:
         inputs = self._inputs(kept)
         if kept.lse_HN is not None:
             assert kept.out_NQ is not None
-            launches.attention_forward(*inputs, self._shape[1], kept.out_NQ, kept.lse_HN)
+            launches.attention_forward(
+                *inputs, self._shape[1], kept.out_NQ, kept.lse_HN, self._dropout(3 * layer + 1)
+            )
             return
         kept.attention = Attention(*(x.unflatten(0, self._shape) for x in inputs))
         kept.out_NQ = kept.attention.out_NQ
@@ -269,7 +314,7 @@ class TrainingStep:
             assert kept.out_NQ is not None
             launches.attention_backward(
                 dout_NHE, self._inputs(kept), kept.out_NQ, kept.lse_HN, *tables, self._heads,
-                self._delta_HN, self._dqkv_NC,
+                self._delta_HN, self._dqkv_NC, self._dropout(3 * layer + 1),
             )  # fmt: skip
             return
         assert kept.attention is not None
@@ -297,8 +342,11 @@ class TrainingStep:
                 logits, self._targets_N[chunk], self._weight, self._losses_N[chunk], with_gradient
             )
             if with_gradient:
+                gradient, adds = flat.gradient(name), accumulate or first > 0
+                done = self._beside.run(partial(weight_gradient, logits, normed, gradient, adds))
                 multiply_back(logits, head_VD, self._dnormed_ND[chunk])
-                weight_gradient(logits, normed, flat.gradient(name), accumulate or first > 0)
+                if first + rows < N:
+                    self._beside.join(done)
         to = self._mean if with_gradient else self._sum
         launches.mean_loss(self._losses_N, self._count, to, total=not with_gradient)
 
@@ -307,13 +355,16 @@ class TrainingStep:
         dx, dnormed, dqkv = self._dx_ND, self._dnormed_ND, self._dqkv_NC
         half, other = self._dx_half_2ND
 
-        def weight(layer: int, group: str, dy: Tensor, x: Tensor) -> Mark:
+        def weight(layer: int, group: str, dy: Tensor, x: Tensor) -> End:
             gradient = flat.group_gradient(layer, group)
-            return beside.run(lambda: weight_gradient(dy, x, gradient, accumulate))
+            return beside.run(partial(weight_gradient, dy, x, gradient, accumulate))
+
+        tokens = list[Tensor]()
+        beside.run(lambda: tokens.extend(self._sorted()))
 
         launches.norm_backward(
             dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, half,
-            self._partials[-1],
+            self._partials[-1], self._dropout(3 * c.n_layers),
         )  # fmt: skip
         of_out = of_qkv = None
         for i in reversed(range(c.n_layers)):
@@ -328,7 +379,7 @@ class TrainingStep:
             beside.join(of_out)
             launches.norm_backward(
                 dnormed, kept.mid_ND, kept.rstd_mid_N, self._norm(i, "post_attention"),
-                dx, dx, other, self._partials[2 * i + 1],
+                dx, dx, other, self._partials[2 * i + 1], self._dropout(3 * i + 2),
             )  # fmt: skip
             assert kept.out_NQ is not None
             multiply_back(other, flat.half(i, "out"), self._dout_NQ)
@@ -338,11 +389,15 @@ class TrainingStep:
             multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
             of_qkv = weight(i, "qkv", dqkv, kept.normed_ND)
             beside.join(of_down)
+            dropout = self._dropout(3 * i)
+            to: tuple[Tensor | None, Tensor | None] = dx, half
+            if i == 0:  # the embedding's gradient has its mask
+                to = (dx, None) if dropout is None else (None, dx)
             launches.norm_backward(
-                dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"),
-                dx, dx, half if i else None, self._partials[2 * i],
+                dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"), dx, *to,
+                self._partials[2 * i], dropout,
             )  # fmt: skip
-        beside.join(of_qkv)
+        beside.join_all()
         launches.sum_partials(self._partials, flat.gradients_M, self._offsets, accumulate)
         if self._partials_of_heads is not None:
             launches.sum_partials(
@@ -352,7 +407,7 @@ class TrainingStep:
         embedding = flat.gradient("embed_tokens.weight")
         if not (accumulate or c.tied_embeddings):
             embedding.zero_()
-        launches.embedding_gradient(*self._sorted(), dx, embedding, self._edges)
+        launches.embedding_gradient(tokens[0], tokens[1], dx, embedding, self._edges)
 
     def _swiglu_backward(self, i: int, kept: _Kept, dx_half_ND: Tensor) -> None:
         """From the gradient of a layer's output to that of its gates and ups, in their place."""
@@ -372,6 +427,9 @@ class TrainingStep:
             return torch.sort(self._tokens_N.int(), stable=True)
         launches.sort_tokens(self._tokens_N, *self._sorted_2N)
         return self._sorted_2N[0], self._sorted_2N[1]
+
+    def _dropout(self, site: int) -> Dropout | None:
+        return Dropout(self._generators_G2[site], self._probability) if self._drops else None
 
     # ---- weights
 
