@@ -315,7 +315,8 @@ def test_inspect_says_what_a_training_step_takes(onelaunch):
     assert code == 0
     assert "64 x 256 tokens: 1,548,655,847,936 operations, 94,522,451 a token" in out
     assert "24 x weight gradient" in out
-    assert "870,580,224 bytes for the backward" in out
+    assert "1,021,575,168 bytes for the backward" in out
+    assert "870,580,224 bytes are kept then" in out
     code, out, _ = onelaunch("inspect", *shape, "1x8", "--json")
     assert code == 0
     assert json.loads(out)["plan"]["training"]["state_bytes"] == 18 * 15_191_712

@@ -113,7 +113,12 @@ def _training_lines(training: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "kept",
         f"{training['saved_bytes']:,} bytes for the backward; of a layer {kept:,}: {parts}",
     )
-    yield "computed again", "what the SwiGLU gives, from gates and ups"
+    fewer = training["saved_bytes_by_recompute"]
+    yield (
+        "computed again",
+        f"nothing; what the SwiGLU gives, where memory asks: {fewer['hidden']:,} bytes are kept "
+        f"then; or layers from their inputs: {fewer['layers']:,}",
+    )
     yield "logits", f"{training['logits_bytes']:,} bytes of them at once"
     yield (
         "state",

@@ -54,15 +54,21 @@ def _plan(loaded: LoadedModel, depth: str | None) -> dict[str, Any]:
 def _training(loaded: LoadedModel, batch: int, sequence: int) -> dict[str, Any]:
     """A training step in bfloat16, of float32 weights."""
     from onelaunch.plan import check_training, describe_training, make_training_plan
+    from onelaunch.plan.training import RECOMPUTE
 
     most = loaded.config.max_seq_len
     if batch < 1 or not 1 <= sequence <= most:
         raise BadInput(
             f"training='{batch}x{sequence}': a step has one sequence or more, of 1 to {most} tokens"
         )
-    plan = make_training_plan(loaded.config, batch, sequence)
-    check_training(plan)
-    return describe_training(plan)
+    plans = {
+        recompute: make_training_plan(loaded.config, batch, sequence, recompute=recompute)
+        for recompute in RECOMPUTE
+    }
+    for plan in plans.values():
+        check_training(plan)
+    saved = {recompute: plan.saved_bytes for recompute, plan in plans.items()}
+    return describe_training(plans[RECOMPUTE[0]]) | {"saved_bytes_by_recompute": saved}
 
 
 def _choices(loaded: LoadedModel) -> list[dict[str, Any]]:
