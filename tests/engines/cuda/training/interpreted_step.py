@@ -110,8 +110,7 @@ def test_what_is_computed_again_has_the_same_bits(name, fused, monkeypatch):
         assert all(torch.equal(gradients[key], found[0][1][key]) for key in weights)
 
 
-@pytest.mark.parametrize("name", ["grouped", "halves"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("name", "dtype"), [("grouped", torch.float32), ("halves", torch.float16)])
 def test_gradients_with_dropout_are_those_of_the_same_masks(name, dtype):
     config, scales, p = CONFIGS[name].with_(n_layers=2, max_seq_len=80), (0.25, 0.75), 0.2
     weights, batches = weights_and_batches(config)
@@ -286,7 +285,7 @@ def test_what_is_no_batch_is_refused(monkeypatch):
 
 
 def test_a_smaller_batch_of_an_evaluation_takes_the_buffers_that_are_there(monkeypatch):
-    monkeypatch.setattr(engines, "why_not_train", lambda device, config: None)
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
     config = CONFIGS["grouped"].with_(n_layers=1)
     torch.manual_seed(5)
     weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
