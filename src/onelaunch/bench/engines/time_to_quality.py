@@ -6,8 +6,8 @@ Characters of Shakespeare with nanoGPT's two published budgets and losses:
   1.4697.
 Ours is `onelaunch train` with a built-in recipe within the budget, on a GPU of 500 updates and with
 more weight decay in place of dropout, chosen by this very loss; nanoGPT is its own train.py, on a
-GPU with torch.compile. Both evaluate every 250 updates, and the time of it counts; where one ends without
-having reached the target, its whole time is taken.
+GPU with torch.compile. Both evaluate every 250 updates, and the time of it counts; where one ends
+without having reached the target, its whole time is taken.
 
 Ours is evaluated on the whole last tenth of the text. So is nanoGPT on a GPU, by another
 `estimate_loss` in a copy of its train.py (bench/peers/nanogpt.py), which takes less time than the
