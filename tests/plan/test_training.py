@@ -70,6 +70,9 @@ def test_logits_come_in_equal_parts_of_whole_tiles():
         assert rows * parts - tokens < 128 * parts
     assert logit_rows(16_384, 32_000) == 16_384
     assert logit_rows(65_536, 32_000) == 16_384
+    assert logit_rows(16_384, 32_000, fewer=True) == 4096
+    plan = make_training_plan(preset("stories15m"), 64, 256, fewer_logits=True)
+    assert plan.logits_bytes == 4096 * 32_000 * 2
 
 
 def test_bytes_of_a_norm_and_of_an_update():

@@ -80,6 +80,14 @@ def test_auto_is_graphs_of_kernels_on_a_gpu_that_has_them(monkeypatch):
     assert name_of(recipe(**on_gpu)) == "reference"
 
 
+def test_what_is_computed_again_needs_the_engine_that_does(monkeypatch):
+    with pytest.raises(BadInput, match="train.recompute = 'layers': only train.engine cuda"):
+        name_of(recipe(train__recompute="layers"))
+    monkeypatch.setattr(engines, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(cuda, "why_not_train", lambda *_: None)
+    assert name_of(recipe(train__device="cuda", train__recompute="layers")) == "cuda"
+
+
 def test_the_cuda_engine_says_why_it_cannot_train(tmp_path):
     with pytest.raises(BadInput, match="NVIDIA's GPUs, and the device is cpu; use 'reference'"):
         start(recipe(train__engine="cuda"), tmp_path / "run", quiet=True)

@@ -150,7 +150,7 @@ def test_what_the_model_section_says_of_shapes():
 )
 def test_with_these_engines_only_what_is_shown_is_taken(engine, name):
     other = {"dropout": 0.5, "compile": True, "device": "cuda", "dtype": "bfloat16"}
-    other["norm"] = "onelaunch"
+    other |= {"norm": "onelaunch", "recompute": "layers"}
     for value in TRAIN_WITH[engine][name]:
         recipe("train.engine", engine).with_settings({f"train.{name}": value}, "--set")
     with pytest.raises(BadInput, match=f"train.{name} = .*: .*{engine}"):

@@ -20,8 +20,9 @@ from onelaunch.config import ModelConfig
 from onelaunch.plan.check import PlanError
 from onelaunch.plan.kinds import NO_LAYER
 
-LOGITS = 1 << 29
-"""So many exist at once, about."""
+LOGITS, FEWER_LOGITS = 1 << 29, 1 << 27
+"""So many exist at once, about; the fewer cost some time, and round the head's gradient
+elsewhere."""
 FLOAT = 4
 
 Recompute = Literal["nothing", "hidden", "layers"]
@@ -30,10 +31,10 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 Phase = Literal["forward", "loss", "backward", "update"]
 
 
-def logit_rows(tokens: int, vocab_size: int) -> int:
-    """How many tokens have logits at once: equal parts of about LOGITS numbers, in whole tiles of
+def logit_rows(tokens: int, vocab_size: int, fewer: bool = False) -> int:
+    """How many tokens have logits at once: equal parts of about so many numbers, in whole tiles of
     matrix products."""
-    parts = -(-tokens * vocab_size // LOGITS)
+    parts = -(-tokens * vocab_size // (FEWER_LOGITS if fewer else LOGITS))
     return min(tokens, -(-tokens // parts // 128) * 128)
 
 
@@ -64,6 +65,7 @@ class TrainingPlan(NamedTuple):
     works: tuple[Work, ...]
     buffers: dict[str, int]
     recompute: Recompute = "nothing"
+    fewer_logits: bool = False
 
     @property
     def saved_bytes(self) -> int:
@@ -79,7 +81,8 @@ class TrainingPlan(NamedTuple):
     def logits_bytes(self) -> int:
         """Of those that exist at once."""
         vocab_size = self.config.vocab_size
-        return logit_rows(self.batch * self.sequence, vocab_size) * vocab_size * self.itemsize
+        rows = logit_rows(self.batch * self.sequence, vocab_size, self.fewer_logits)
+        return rows * vocab_size * self.itemsize
 
 
 class _Builder:
@@ -140,6 +143,7 @@ def make_training_plan(
     sequence: int,
     itemsize: int = 2,
     recompute: Recompute = "nothing",
+    fewer_logits: bool = False,
 ) -> TrainingPlan:
     """List the work of a micro-step and of an update, in its order."""
     c = config
@@ -203,7 +207,9 @@ def make_training_plan(
         Work("update", "update", NO_LAYER, (), (), every, every,
              elements * (2 * FLOAT + 6 * FLOAT + itemsize), 16 * elements)
     )  # fmt: skip
-    return TrainingPlan(config, batch, sequence, itemsize, tuple(b.works), b.buffers, recompute)
+    return TrainingPlan(
+        config, batch, sequence, itemsize, tuple(b.works), b.buffers, recompute, fewer_logits
+    )
 
 
 def _norm_name(layer: int, which: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines import cpu, cuda
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
+from onelaunch.plan.training import RECOMPUTE
 from onelaunch.training.recipe import Recipe
 from onelaunch.training.sections import TRAIN_WITH
 
@@ -26,8 +27,15 @@ def engine_name(recipe: Recipe, config: ModelConfig) -> str:
     name = device.type
     fits = all(getattr(train, key) in allowed for key, allowed in TRAIN_WITH.get(name, {}).items())
     if name == "cuda" and train.dtype == "float32":  # there it is for checking
-        return "reference"
-    return name if can.get(name) and fits else "reference"
+        fits = False
+    if can.get(name) and fits:
+        return name
+    if train.recompute != "auto":
+        raise BadInput(
+            f"train.recompute = {train.recompute!r}: only train.engine cuda computes again, and "
+            "PyTorch would train here; leave it out"
+        )
+    return "reference"
 
 
 def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor]) -> ReferenceEngine:
@@ -58,7 +66,8 @@ def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor])
         from onelaunch.engines.cuda.training.engine import CudaTrainer  # imports Triton
 
         dtype = None if train.dtype == "auto" else train.dtype
-        return CudaTrainer(config, weights, train.device, dtype, train.dropout)
+        recompute = next((each for each in RECOMPUTE if each == train.recompute), None)
+        return CudaTrainer(config, weights, train.device, dtype, train.dropout, recompute)
     return ReferenceEngine(
         config,
         weights,

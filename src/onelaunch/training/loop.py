@@ -18,6 +18,7 @@ for the host in neither.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -37,7 +38,7 @@ from onelaunch.errors import RunFailed
 from onelaunch.training import state as saved
 from onelaunch.training.batches import Batch
 from onelaunch.training.buckets import GradientBuckets
-from onelaunch.training.clock import REDUCE, STEP, StepClock
+from onelaunch.training.clock import REDUCE, StepClock
 from onelaunch.training.data import Sampler, TokenData
 from onelaunch.training.display import Display
 from onelaunch.training.evaluate import evaluate
@@ -114,6 +115,8 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Run to the recipe's last update, or to a stop signal."""
+        # what is there now stays: no collection between updates needs to look through it
+        gc.freeze()
         try:
             return self._train()
         except Exception:
@@ -121,12 +124,13 @@ class Trainer:
                 self._settle_all()  # an update that is done is not lost
             raise
         finally:
+            gc.unfreeze()
             if self._buckets is not None:
                 self._buckets.close()
 
     def _train(self) -> Outcome:
         progress, total = self.progress, self.recipe.train.updates
-        self._clock.begin()
+        self._clock.begin(self._in_parts())
         self._agree()
         while True:
             if progress.micro == 0:
@@ -220,7 +224,7 @@ class Trainer:
                 progress.tokens - tokens_before,
             ),
         )  # fmt: skip
-        self._clock.begin()
+        self._clock.begin(self._in_parts())
         if before is not None:
             self._settle(before)
         if not self._reads_late:
@@ -274,15 +278,15 @@ class Trainer:
                 self._settle_all()
         clock.skip()
         tokens_BS, targets_BS = self._next_batch()
-        tokens, targets = (self._on_device(batch) for batch in (tokens_BS, targets_BS))
+        tokens, targets = self._on_device(tokens_BS, targets_BS)
         clock.mark("data")
         if self._buckets is not None and progress.micro == accum - 1:
             self._buckets.overlap()
         scale = 1.0 / (n_ranks * accum)
-        apart = self._in_parts()
-        loss = self.engine.train_step(tokens, targets, scale, clock.mark if apart else no_mark)
+        mark = clock.mark if self._in_parts() else no_mark
+        loss = self.engine.train_step(tokens, targets, scale, mark)
         self._loss_sum += loss
-        clock.mark("forward" if apart else STEP)
+        clock.mark("forward")
         progress.micro += 1
         progress.tokens += n_ranks * tokens_BS.size
         if self.display is not None:
@@ -296,11 +300,15 @@ class Trainer:
         every, at = self.recipe.log.parts, self.progress.update
         return every > 0 and (at == 2 or (at > 0 and at % every == 0))
 
-    def _on_device(self, batch_BS: np.ndarray) -> Tensor:
-        batch = torch.from_numpy(batch_BS)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()  # or the copy waits for what was launched before
-        return batch.to(self.device, non_blocking=True)
+    def _on_device(self, *batches_BS: np.ndarray) -> tuple[Tensor, ...]:
+        if self.device.type != "cuda":
+            return tuple(torch.from_numpy(batch).to(self.device) for batch in batches_BS)
+        # pinned, or the copy waits for what was launched before it
+        shape = len(batches_BS), *batches_BS[0].shape
+        pinned = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        for to, batch in zip(pinned, batches_BS, strict=True):
+            to.copy_(torch.from_numpy(batch))
+        return pinned.to(self.device, non_blocking=True).unbind()
 
     def _next_batch(self) -> Batch:
         """Draw this rank's batch of the next micro-step, and skip the others'."""
@@ -486,6 +494,6 @@ class Trainer:
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         """Count the time of the block as one part; blocks do not nest."""
-        self._clock.skip()
+        self._clock.skip(part)
         yield
         self._clock.mark(part)

@@ -19,6 +19,7 @@ from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput, RunFailed, is_out_of_memory
 from onelaunch.plan import make_training_plan
+from onelaunch.plan.training import RECOMPUTE
 from onelaunch.training.engines import engine_name
 from onelaunch.training.optim import state_bytes
 from onelaunch.training.recipe import Recipe
@@ -61,7 +62,7 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     and the gradients of the log-probabilities and of the logits. torch.compile recomputes
     elementwise values and writes the gradient of the logits in place. The CPU engine keeps the
     residual stream twice a layer, q, k, v, the output of attention, gate and up. The CUDA engine's
-    are those of its plan.
+    are those of its plan that computes the most again, or of `train.recompute`.
 
     It is 0.87 to 0.995 of the peaks of 14 eager runs on an H200 (torch 2.11; stories260k to four
     layers of llama-3.2-1b, 64 to 32,768 tokens), except where attention saves its scores (0.19);
@@ -85,7 +86,11 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
         position = c.n_layers * 4 * (2 * c.dim + attention + 2 * c.hidden_dim)
     of_weights, once_more = 4, 0
     if name == "cuda":  # some logits, and weights once more in the dtype of products
-        plan = make_training_plan(c, recipe.train.batch_size, seq_len, item)
+        # with auto, as much is computed again as there must be
+        asked = next((each for each in RECOMPUTE if each == recipe.train.recompute), None)
+        fewer = asked not in (None, RECOMPUTE[0])
+        batch = recipe.train.batch_size
+        plan = make_training_plan(c, batch, seq_len, item, asked or RECOMPUTE[-1], fewer)
         once_more, of_weights = plan.logits_bytes, 4 + item
         position = plan.batch_bytes // (recipe.train.batch_size * seq_len)
     return MemoryEstimate(

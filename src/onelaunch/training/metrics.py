@@ -22,6 +22,7 @@ from onelaunch.training.sinks import Sink
 
 SCHEMA = 1
 QUEUE_RECORDS = 10_000
+GATHER_SECONDS = 0.02
 
 
 class MetricsWriter:
@@ -83,13 +84,20 @@ class MetricsWriter:
 
     def _run(self) -> None:
         while True:
-            items = [self._queue.get()]
-            with suppress(queue.Empty):
-                while len(items) < 256:
-                    items.append(self._queue.get_nowait())
+            items = self._next_items()
             self._write(items)
             if None in items:
                 return
+
+    def _next_items(self) -> list[dict[str, Any] | threading.Event | None]:
+        """Those of GATHER_SECONDS, so that short updates do not wake the thread each; at once where
+        somebody waits."""
+        items = [self._queue.get()]
+        until = time.monotonic() + GATHER_SECONDS
+        with suppress(queue.Empty):
+            while len(items) < 256 and isinstance(items[-1], dict):
+                items.append(self._queue.get(timeout=max(0.0, until - time.monotonic())))
+        return items
 
     def _write(self, items: list[dict[str, Any] | threading.Event | None]) -> None:
         records = [item for item in items if isinstance(item, dict)]

@@ -223,6 +223,14 @@ class TrainSection:
         choices=("auto", "torch", "onelaunch"),
     )
     compile: bool = key(False, "Compile forward and backward with torch.compile.")
+    recompute: str = key(
+        "auto",
+        "With the engine cuda, what the backward computes again to keep less in memory: nothing, "
+        "what the SwiGLU gives (hidden), or layers from their inputs; with these two there are "
+        "fewer logits at once, too. auto: the least that the free memory of the GPU allows, which "
+        "changes no bit.",
+        choices=("auto", "nothing", "hidden", "layers"),
+    )
     threads: int = key(
         0,
         "CPU threads of PyTorch. 0: PyTorch's own choice.",
@@ -376,9 +384,8 @@ class LogSection:
     )
     parts: int = key(
         50,
-        "With the engine cuda the time of forward, loss and backward is measured in the third "
-        "update and then in each so manieth, as it takes more launches; in the others their sum. "
-        "0: never.",
+        "With the engine cuda the parts of an update's time are measured in the third update and "
+        "then in each so manieth, as that takes more launches. 0: never.",
         unit="updates",
         within=(0, 10**9),
     )
@@ -427,11 +434,15 @@ _ON_CPU: dict[str, tuple[Any, ...]] = {
     "device": ("auto", "cpu"),
     "dtype": ("auto", "float32"),
     "norm": ("auto", "torch"),
+    "recompute": ("auto",),
 }
 _ON_GPU: dict[str, tuple[Any, ...]] = {
     "compile": (False,),
     "norm": ("auto", "torch"),
 }
-TRAIN_WITH = {"cpu": _ON_CPU, "coreml": _ON_CPU, "cuda": _ON_GPU}
+_WITH_PYTORCH: dict[str, tuple[Any, ...]] = {"recompute": ("auto",)}
+TRAIN_WITH = {
+    "cpu": _ON_CPU, "coreml": _ON_CPU, "cuda": _ON_GPU, "reference": _WITH_PYTORCH,
+}  # fmt: skip
 """The keys of [train] that a `train.engine` restricts, and the values that it takes. With auto
 another value of any of them has PyTorch train."""

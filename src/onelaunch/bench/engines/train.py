@@ -15,6 +15,7 @@ and `accumulating` is forward and backward alone, of the engine without the loop
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -92,6 +93,7 @@ class _Peak:
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, 0
         if device.type == "cuda":
+            gc.collect()  # what was there before must not go meanwhile
             torch.cuda.synchronize(device)
             self._before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -127,15 +129,20 @@ def _compare(case: str, trainer: Trainer, rounds: int, log: Log, before: _Peak) 
             if name == OURS:
                 raise
             log(f"{case}: without {name}: {str(error).splitlines()[0]}")
-    start = time.perf_counter()
-    updates[OURS]()
+    # what torch.compile leaves behind would be looked through in each collection of anyone's
+    gc.collect()
+    gc.freeze()
     # samples long enough that the clock's start and end do not count
     seconds = GPU_SAMPLE_SECONDS if on_gpu else SAMPLE_SECONDS
-    repeats = max(1, round(seconds / (time.perf_counter() - start)))
     samples: Samples = in_rounds(
-        {name: partial(_sample, trainer, update, repeats) for name, update in updates.items()},
+        {
+            name: partial(_sample, trainer, update, max(1, round(1e3 * seconds / once)))
+            for name, update in updates.items()
+            for once in [_sample(trainer, update, 2)]
+        },
         rounds,
     )
+    gc.unfreeze()
     row = _row(case, samples, trainer)
     row.notes["peak_bytes"] = {name: n for name, n in peaks.items() if n is not None}
     return row

@@ -78,6 +78,8 @@ class FlatAdamW:
     def _clip_and_step(self, clip: float) -> Tensor:
         for parameter, own in self._gradients:
             gradient = parameter.grad
+            if gradient is own:
+                continue
             if gradient is None:
                 own.zero_()
             elif gradient.data_ptr() != own.data_ptr():

@@ -33,9 +33,10 @@ class CudaTrainer(ReferenceEngine):
     launches one, or with a `mark` three. Gradients have the same bits from run to run. `dropout`
     acts in `train_step` only; the key of a micro-step's masks is drawn from PyTorch's generator of
     the CPU. `recompute` is what the backward computes again, by default as little as the memory
-    allows that is free at a shape's first use; the bits are the same. Logits and samples are
-    PyTorch's. `flat` are its parameters and gradients as one tensor each, for an update of all at
-    once. Raises BadInput for what cannot be had.
+    allows that is free at a shape's first use, which changes no bit; where it is given there are
+    fewer logits at once, too. Logits and samples are PyTorch's. `flat` are its parameters and
+    gradients as one tensor each, for an update of all at once. Raises BadInput for what cannot be
+    had.
     """
 
     steps_at_once = True
@@ -162,8 +163,10 @@ class CudaTrainer(ReferenceEngine):
             if self.device.type == "cuda":
                 prepare_triton()
             recompute = self._recompute or self._least_recompute(sequences, length)
+            # who asks for less memory gets less of both; by itself a step rounds the same always
+            fewer_logits = self._recompute not in (None, RECOMPUTE[0])
             self._steps[key] = TrainingStep(
-                self.config, self.flat, sequences, length, self.dropout, recompute
+                self.config, self.flat, sequences, length, self.dropout, recompute, fewer_logits
             )
         self._steps.move_to_end(key)
         return self._steps[key]

@@ -88,6 +88,7 @@ class TrainingStep:
         length: int,
         dropout: float = 0.0,
         recompute: Recompute = "nothing",
+        fewer_logits: bool = False,
     ) -> None:
         c = self._config = config
         self._flat, self._shape, self._recompute = flat, (sequences, length), recompute
@@ -141,7 +142,7 @@ class TrainingStep:
         self._last_ND, self._normed_ND, self._rstd_N = real(N, c.dim), half(N, c.dim), real(N)
         self._delta_ND = half(N, c.dim)
         self._losses_N = real(N)
-        self._logits_CV = half(logit_rows(N, c.vocab_size), c.vocab_size)
+        self._logits_CV = half(logit_rows(N, c.vocab_size, fewer_logits), c.vocab_size)
         # of the backward
         self._dnormed_ND, self._dhidden_NF = half(N, c.dim), half(N, c.hidden_dim)
         self._dx_ND = real(N, c.dim)
