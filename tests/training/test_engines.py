@@ -93,15 +93,6 @@ def test_the_cuda_engine_says_why_it_cannot_train(tmp_path):
         start(recipe(train__engine="cuda"), tmp_path / "run", quiet=True)
     device, config = torch.device("cuda"), recipe().model_config(64)
     assert "multiple of 8" in (cuda.why_not_train(device, config.with_(head_dim=12)) or "")
-    assert "no dropout" in (cuda.why_not_train(device, config.with_(qk_norm=True), 0.1) or "")
-
-
-def test_dropout_is_pytorchs_on_a_gpu_where_heads_have_norms(monkeypatch):
-    monkeypatch.setattr(engines, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(cuda, "why_not", lambda device, config: None)
-    on_gpu = {"train__device": "cuda", "model__qk_norm": True}
-    assert name_of(recipe(**on_gpu)) == "cuda"
-    assert name_of(recipe(**on_gpu, train__dropout=0.1)) == "reference"
 
 
 def test_without_a_compiler_asking_for_it_says_why(monkeypatch, tmp_path):

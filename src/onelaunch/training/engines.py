@@ -22,7 +22,7 @@ def engine_name(recipe: Recipe, config: ModelConfig) -> str:
     device = resolve_device(train.device)
     can = {
         "cpu": cpu.why_not() is None,
-        "cuda": cuda.why_not_train(device, config, train.dropout) is None,
+        "cuda": cuda.why_not_train(device, config) is None,
     }
     name = device.type
     fits = all(getattr(train, key) in allowed for key, allowed in TRAIN_WITH.get(name, {}).items())
@@ -61,7 +61,7 @@ def make_engine(recipe: Recipe, config: ModelConfig, weights: dict[str, Tensor])
 
         return CpuTrainer(config, weights)
     if name == "cuda":
-        if reason := cuda.why_not_train(resolve_device(train.device), config, train.dropout):
+        if reason := cuda.why_not_train(resolve_device(train.device), config):
             raise BadInput(f"train.engine = 'cuda': {reason}; use 'reference', or 'auto'")
         from onelaunch.engines.cuda.training.engine import CudaTrainer  # imports Triton
 

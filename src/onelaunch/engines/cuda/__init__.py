@@ -54,7 +54,7 @@ def why_not(device: torch.device, config: ModelConfig | None = None) -> str | No
     return None
 
 
-def why_not_train(device: torch.device, config: ModelConfig, dropout: float = 0.0) -> str | None:
+def why_not_train(device: torch.device, config: ModelConfig) -> str | None:
     """Why this engine cannot train a model on a device; None where it can."""
     import torch
 
@@ -62,6 +62,4 @@ def why_not_train(device: torch.device, config: ModelConfig, dropout: float = 0.
         return f"it trains on NVIDIA's GPUs, and the device is {device}"
     if config.head_dim % 8:
         return "the width of its heads is no multiple of 8"
-    if dropout and config.qk_norm:
-        return "it has no dropout for a model whose heads have norms (qk_norm)"
     return why_not(device, config)

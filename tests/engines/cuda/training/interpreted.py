@@ -271,6 +271,29 @@ def test_rotate_backward(heads, with_norms, batch, sequence, dtype):
     assert_close(dqkv, qkv64.grad, None if E > 2 else 5e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_head_norms_backward_in_place(heads, dtype):
+    N, (H, K, E, _) = 34, heads
+    qkv, dqkv = normal(N, (H + 2 * K) * E, dtype=dtype), normal(N, (H + 2 * K) * E, seed=3)
+    dqkv = dqkv.to(dtype)
+    qkv64 = qkv.double().requires_grad_()
+    weights = normal(E, seed=1), normal(E, seed=2)
+    norms64 = [w.double().requires_grad_() for w in weights]
+    ones, zeros = torch.ones(N, E // 2), torch.zeros(N, E // 2)
+    outputs = rotated(qkv64, ones, zeros, heads, norms64)
+    expected = dqkv.double().view(N, -1, E).split((H, K, K), 1)
+    torch.autograd.backward(outputs[:2], list(expected[:2]))
+    values, partial = dqkv[:, (H + K) * E :].clone(), poisoned(2, 3, E)
+    launches.head_norms_backward(dqkv, heads, HeadNorms(*weights, EPS), qkv, partial)
+    for g in range(2):
+        assert_close(partial[g].double().sum(0), norms64[g].grad, 1e-5)
+    columns = (H + K) * E
+    gradient = qkv64.grad[:, :columns]
+    assert_close(dqkv[:, :columns], gradient, None if E > 2 else 5e-3)
+    assert torch.equal(dqkv[:, columns:], values)
+
+
 def test_norms_of_heads_need_raw_rows_and_partials():
     d, tables_ = torch.zeros(1, 1, 2), torch.ones(1, 1)
     norms = HeadNorms(torch.ones(2), torch.ones(2), EPS)

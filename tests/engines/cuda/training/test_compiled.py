@@ -139,6 +139,8 @@ def test_rotary_embedding(heads, with_norms, kernels):
         launches.rotate(qkv, cos, cos, heads, half(N, (H + K) * E), norms)
         partial = empty(2, P, E)
         launches.rotate_backward(dq, dk, dv, cos, cos, heads, qkv, norms, qkv, partial)
+        assert not found.pop("rotate_backward_kernel").spilled
+        launches.head_norms_backward(qkv, heads, norms, half(*qkv.shape), partial)
     else:
         launches.rotate(qkv, cos, cos, heads, qkv)
         launches.rotate_backward(dq, dk, dv, cos, cos, heads, qkv)

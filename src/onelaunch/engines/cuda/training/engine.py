@@ -50,7 +50,7 @@ class CudaTrainer(ReferenceEngine):
         dropout: float = 0.0,
         recompute: Recompute | None = None,
     ) -> None:
-        if reason := why_not_train(resolve_device(device), config, dropout):
+        if reason := why_not_train(resolve_device(device), config):
             raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
         if resolve_device(device).type == "cuda":
             # while CUDA starts and weights are copied

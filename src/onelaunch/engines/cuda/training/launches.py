@@ -232,7 +232,24 @@ def rotate_backward(
     launch(
         rotary.rotate_backward_kernel, (grid,),
         gradients, strides, cos_SP, sin_SP, weights, qkv_NC, dqkv_NC, partials, N, S, eps,
-        H=H, K=K, E=E, INTERLEAVED=interleaved, **tile,
+        H=H, K=K, E=E, INTERLEAVED=interleaved, ROTATED=True, **tile,
+    )  # fmt: skip
+
+
+def head_norms_backward(
+    dqkv_NC: Tensor, heads: Heads, norms: HeadNorms, qkv_NC: Tensor, partial_2PE: Tensor
+) -> None:
+    """Turn the gradient of normalized queries and keys in packed rows, in T, into that of the raw
+    ones, in its place, from the raw packed rows; and write the partials of the weights of queries
+    and keys, for `sum_partials`. There are P CTAs."""
+    H, K, E, interleaved = heads
+    N, C = dqkv_NC.shape
+    q, k = dqkv_NC[:, : H * E], dqkv_NC[:, H * E : (H + K) * E]
+    launch(
+        rotary.rotate_backward_kernel, (partial_2PE.shape[1],),
+        (q, k, None), (C, E, C, E, 0, 0), None, None, (norms.q_weight_E, norms.k_weight_E), qkv_NC,
+        dqkv_NC, (partial_2PE[0], partial_2PE[1]), N, 1, norms.eps,
+        H=H, K=K, E=E, INTERLEAVED=interleaved, ROTATED=False, **row_tile(E // 2, TILE // 2),
     )  # fmt: skip
 
 

@@ -205,24 +205,28 @@ def rotate_backward_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
-    """The gradient of packed rows from those of rotated queries and keys and of values.
+    """The gradient of packed rows from those of queries and keys, rotated or not, and of values.
 
-    `gradients` are those three, `strides` their row and head strides in turn; `weights` and
-    `partials` are those of queries and keys, or None. A CTA takes every P-th tile of queries, then
-    of keys, then of values, and writes one row of each weight's (P, E) partial sums.
+    `gradients` are those three, `strides` their row and head strides in turn; those of values may
+    be None, and are there already then. `weights` and `partials` are those of queries and keys, or
+    None. A CTA takes every P-th tile of queries, then of keys, then of values, and writes one row
+    of each weight's (P, E) partial sums. A tile is read before it is written, so that gradients may
+    lie where they are to be.
     """
     C: tl.constexpr = (H + 2 * K) * E
     _heads_backward(
         gradients[0], strides[0], strides[1], cos_ptr, sin_ptr, weights[0], qkv_ptr, dqkv_ptr,
-        partials[0], rows, S, eps, H, 0, C, E, R, BLOCK, INTERLEAVED, True,
+        partials[0], rows, S, eps, H, 0, C, E, R, BLOCK, INTERLEAVED, ROTATED,
     )  # fmt: skip
     _heads_backward(
         gradients[1], strides[2], strides[3], cos_ptr, sin_ptr, weights[1], qkv_ptr, dqkv_ptr,
-        partials[1], rows, S, eps, K, H * E, C, E, R, BLOCK, INTERLEAVED, True,
+        partials[1], rows, S, eps, K, H * E, C, E, R, BLOCK, INTERLEAVED, ROTATED,
     )  # fmt: skip
-    # values are copied as halves, whatever the layout of pairs
-    _heads_backward(
-        gradients[2], strides[4], strides[5], cos_ptr, sin_ptr, None, qkv_ptr, dqkv_ptr,
-        None, rows, S, eps, K, (H + K) * E, C, E, R, BLOCK, False, False,
-    )  # fmt: skip
+    if gradients[2] is not None:
+        # values are copied as halves, whatever the layout of pairs
+        _heads_backward(
+            gradients[2], strides[4], strides[5], cos_ptr, sin_ptr, None, qkv_ptr, dqkv_ptr,
+            None, rows, S, eps, K, (H + K) * E, C, E, R, BLOCK, False, False,
+        )  # fmt: skip

@@ -51,9 +51,8 @@ NORM_CTAS = 1056
 
 
 def has_own_attention(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether kernels of ours do attention, else a library. Heads with norms need the gradient of
-    what is rotated; wide ones in float32 have no room."""
-    return not config.qk_norm and (dtype != torch.float32 or config.head_dim <= 64)
+    """Whether kernels of ours do attention, else a library: wide heads in float32 have no room."""
+    return dtype != torch.float32 or config.head_dim <= 64
 
 
 @dataclass(slots=True)
@@ -308,25 +307,27 @@ class TrainingStep:
         kept.out_NQ = kept.attention.out_NQ
 
     def _attend_backward(self, layer: int, kept: _Kept) -> None:
-        """From the gradient of attention's output to that of what it was rotated from."""
-        c, tables = self._config, (self._cos_SP, self._sin_SP)
-        dout_NHE = self._dout_NQ.unflatten(1, (-1, c.head_dim))
-        if kept.lse_HN is not None:
-            assert kept.out_NQ is not None
-            launches.attention_backward(
-                dout_NHE, self._inputs(kept), kept.out_NQ, kept.lse_HN, *tables, self._heads,
-                self._delta_HN, self._dqkv_NC, self._dropout(3 * layer + 1),
-            )  # fmt: skip
-            return
-        assert kept.attention is not None
-        dq, dk, dv = kept.attention.backward(dout_NHE.unflatten(0, self._shape))
+        """From the gradient of attention's output to that of packed rows."""
+        tables, norms = (self._cos_SP, self._sin_SP), self._head_norms(layer)
+        dout_NHE = self._dout_NQ.unflatten(1, (-1, self._config.head_dim))
         partials = None
         if self._partials_of_heads is not None:
             partials = self._partials_of_heads[layer]
-        launches.rotate_backward(
-            dq, dk, dv, *tables, self._heads, self._dqkv_NC, self._head_norms(layer),
-            kept.qkv_NC if c.qk_norm else None, partials,
+        if kept.lse_HN is None:
+            assert kept.attention is not None
+            dq, dk, dv = kept.attention.backward(dout_NHE.unflatten(0, self._shape))
+            raw = None if norms is None else kept.qkv_NC
+            launches.rotate_backward(
+                dq, dk, dv, *tables, self._heads, self._dqkv_NC, norms, raw, partials
+            )
+            return
+        assert kept.out_NQ is not None
+        launches.attention_backward(
+            dout_NHE, self._inputs(kept), kept.out_NQ, kept.lse_HN, *tables, self._heads,
+            self._delta_HN, self._dqkv_NC, self._dropout(3 * layer + 1),
         )  # fmt: skip
+        if norms is not None and partials is not None:
+            launches.head_norms_backward(self._dqkv_NC, self._heads, norms, kept.qkv_NC, partials)
 
     def _loss(self, with_gradient: bool, accumulate: bool) -> None:
         flat, N = self._flat, len(self._tokens_N)
