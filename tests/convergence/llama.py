@@ -111,6 +111,7 @@ def losses(
             group["lr"] = recipe.learning_rate(update)
         optimizer.step()
         optimizer.zero_grad()
+        engine.after_update()
     return torch.stack(result).double().cpu()
 
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.model import Model
 from onelaunch.training import run as runs
 from onelaunch.training.recipe import Recipe
+from tests.convergence import llama
 from tests.engines.cuda.training.dropout_masks import masked
 from tests.kills import SETTINGS, stop_before
 from tests.metrics import read_metrics
@@ -185,6 +188,18 @@ def test_updates_are_those_of_pytorch(clip):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_losses_of_many_updates_are_within_the_spread_of_eager_ones(qk_norm, dtype):
+    """Of the four-layer model, from initial weights that differ in the last place."""
+    size = replace(llama.SMALL.with_qk_norm() if qk_norm else llama.SMALL, updates=200)
+    plain = [llama.losses(size, "torch", "cuda", dtype, noise) for noise in range(llama.PLAIN_RUNS)]
+    assert torch.stack(plain)[:, -20:].mean() < torch.stack(plain)[:, :20].mean() - 0.5  # it learns
+    make = partial(CudaTrainer, device="cuda", dtype=dtype)
+    ours = llama.losses(size, "torch", "cuda", dtype, make_engine=make)
+    assert llama.distance(ours, plain) <= 2 * llama.limit(plain)
+
+
 def test_it_learns_and_the_default_is_this_engine(tmp_path, dropout):
     changed = {"train__updates": 100, "train__accum": 1, "train__batch_size": 32}
     r = recipe(**changed, eval__every=50, train__dropout=dropout)

@@ -3,6 +3,7 @@
 EXPERIMENTS = {
     "train": "updates of training compared with PyTorch loops, as they are and compiled",
     "time-to-quality": "seconds to a validation loss, compared with nanoGPT",
+    "learning": "loss curves of the device's engine and of PyTorch, one on the other",
     "generation-speed": "the reference engine compared with a bare PyTorch loop with a KV cache",
     "generate": "the device's engine compared with PyTorch, on a CPU with llama2.c and llama.cpp",
     "fusion-depth": "a forward by how much one call, on a GPU one launch, holds",
@@ -29,6 +30,7 @@ EXPERIMENTS = {
 MODULES = {
     "train": "engines.train",
     "time-to-quality": "engines.time_to_quality",
+    "learning": "engines.learning",
     "generation-speed": "engines.generation_speed",
     "generate": "engines.generate.experiment",
     "fusion-depth": "studies.ane_mega_kernel.fusion_depth",
@@ -66,7 +68,7 @@ NOT_ON_A_GPU = {
 ON_THE_GPU = frozenset(
     name for name in EXPERIMENTS if name == "forward" or name.startswith("rms-norm")
 )
-ON_ANY_DEVICE = frozenset(("train", "generation-speed", "terminal-io")) | frozenset(
+ON_ANY_DEVICE = frozenset(("train", "learning", "generation-speed", "terminal-io")) | frozenset(
     name for name in EXPERIMENTS if name.startswith("rms-norm")
 )
 OF_THE_CUDA_ENGINE = frozenset(

@@ -10,7 +10,7 @@ import pytest
 
 from onelaunch.bench.core.record import Row
 from onelaunch.bench.core.rig import trainer as timed_trainer
-from onelaunch.bench.engines import time_to_quality, train
+from onelaunch.bench.engines import learning, time_to_quality, train
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.training.recipe import Recipe
 from tests.bench.peers.test_nanogpt import nanogpt_checkout
@@ -52,6 +52,18 @@ def test_micro_steps_of_an_update_beside_those_alone():
     assert made["micro_steps"] == 3
     assert made["accumulating"] > 0
     assert "tiny micro-step of 3" in train.table(record([row]))
+
+
+@pytest.mark.usefixtures("compiled_training")
+def test_loss_curves_of_the_engine_lie_on_those_of_pytorch(monkeypatch):
+    monkeypatch.setattr(learning, "QUICK_UPDATES", 3)
+    rows = learning.run("cpu", True, print)
+    made = rows[0].to_dict()
+    assert made["engine"] == "cpu"
+    assert made["ours"] < 1e-4 < made["another_seed"]
+    assert all(len(losses) == 3 for losses in made["losses"].values())
+    assert "quickstart 3 updates" in learning.table(record(rows))
+    assert learning.draw(record(rows)).axes
 
 
 class TestTimeToQuality:
