@@ -161,6 +161,26 @@ def test_other_shapes_between_give_the_same():
             assert all(torch.equal(again[key], first[shape][key]) for key in again)
 
 
+def test_each_kind_of_work_takes_its_time():
+    config = CONFIGS["norms of heads, untied"].with_(max_seq_len=256)
+    engine = CudaTrainer(config, weights_of(config), "cuda")
+    batch = torch.randint(0, config.vocab_size, (2, 8, 256), device="cuda").unbind(0)
+    marks = []
+    for mark in (lambda part: None, lambda part: None, marks.append):
+        for parameter in engine.parameters().values():
+            parameter.grad = None
+        engine.train_step(*batch, 1.0, mark)
+    torch.cuda.synchronize()
+    seconds = engine.telemetry()["kind_seconds"]
+    assert marks == ["forward", "loss", "backward"]
+    for kind in ("product", "norm", "attention", "rotation"):
+        assert seconds[f"forward_{kind}"] > 0
+    for kind in ("product", "weight_gradient", "norm", "attention", "embedding"):
+        assert seconds[f"backward_{kind}"] > 0
+    assert seconds["loss_loss"] > 0
+    assert engine.telemetry() == {}
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.3])
 def test_updates_are_those_of_pytorch(clip):
     config = preset("stories260k")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -40,3 +41,12 @@ class Beside:
         """Have the current stream wait for all that was launched."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In here all is launched on the current stream."""
+        stream, self._stream = self._stream, None
+        try:
+            yield
+        finally:
+            self._stream = stream

@@ -110,6 +110,14 @@ class CudaTrainer(ReferenceEngine):
         them has not done that."""
         self._is_rounded, self.flat.is_rounded = self.flat.is_rounded, False
 
+    def telemetry(self) -> dict[str, Any]:
+        """`kind_seconds`: of the last micro-step whose parts were asked for and measured, what each
+        kind of work took; once."""
+        for step in self._steps.values():
+            if seconds := step.kind_seconds():
+                return {"kind_seconds": seconds}
+        return {}
+
     def _loaded(
         self,
         tokens_BS: Tensor,

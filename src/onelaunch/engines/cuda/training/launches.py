@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from onelaunch.engines.cuda.training import attention, loss, rotary, rows, update
+from onelaunch.engines.cuda.training import attention, kinds, loss, rotary, rows, update
 from onelaunch.engines.cuda.training.forms import AttentionBlocks, ctas, next_power_of_2
 from onelaunch.operators.triton_cache import verified
 
@@ -63,6 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """Launch a kernel on the current device and its current stream; tests replace it."""
     with verified:
         kernel[grid](*arguments, **options)
+    kinds.launched(kinds.KINDS.get(kernel.__name__, ""))
 
 
 def row_tile(columns: int, elements: int = TILE, fewest_warps: int = 4) -> dict[str, int]:

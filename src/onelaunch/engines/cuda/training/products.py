@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from onelaunch.engines.cuda.training.kinds import ATTENTION, PRODUCT, WEIGHT_GRADIENT, launched
+
 _FASTEST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -23,11 +25,13 @@ order; two terms have the same sum in both. Heads are this wide at most."""
 def multiply(x_NK: Tensor, weight_RK: Tensor, out_NR: Tensor) -> None:
     """out = x weight'."""
     torch.mm(x_NK, weight_RK.t(), out=out_NR)
+    launched(PRODUCT)
 
 
 def multiply_back(dy_NR: Tensor, weight_RK: Tensor, out_NK: Tensor) -> None:
     """out = dy weight: the gradient of what the weight was multiplied with."""
     torch.mm(dy_NR, weight_RK, out=out_NK)
+    launched(PRODUCT)
 
 
 def weight_gradient(dy_NR: Tensor, x_NK: Tensor, gradient_RK: Tensor, accumulate: bool) -> None:
@@ -44,6 +48,7 @@ def weight_gradient(dy_NR: Tensor, x_NK: Tensor, gradient_RK: Tensor, accumulate
         torch.addmm(gradient_RK, dy_NR.t(), x_NK, out_dtype=torch.float32, out=gradient_RK)
     else:
         torch.mm(dy_NR.t(), x_NK, out_dtype=torch.float32, out=gradient_RK)
+    launched(WEIGHT_GRADIENT)
 
 
 class Attention:
@@ -62,6 +67,7 @@ class Attention:
             self._out_BHSE = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=heads != k_BSKE.shape[2]
             )
+        launched(ATTENTION)
 
     @property
     def out_NQ(self) -> Tensor:
@@ -76,6 +82,7 @@ class Attention:
                 self._out_BHSE, self._inputs, dout_BSHE.transpose(1, 2), retain_graph=True
             )
         dq, dk, dv = (d.transpose(1, 2).flatten(0, 1) for d in (dq, dk, dv))
+        launched(ATTENTION)
         return dq, dk, dv
 
 

@@ -17,6 +17,7 @@ its attention's output.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from onelaunch.engines.cuda.training import launches
 from onelaunch.engines.cuda.training.beside import Beside, End
 from onelaunch.engines.cuda.training.flat import FlatParameters
 from onelaunch.engines.cuda.training.forms import TrainingForms, has_own_attention, rule
+from onelaunch.engines.cuda.training.kinds import KindEvents
 from onelaunch.engines.cuda.training.launches import Dropout, HeadNorms, Heads
 from onelaunch.engines.cuda.training.products import (
     Attention,
@@ -178,6 +180,9 @@ class TrainingStep:
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
         self._beside = Beside(device, self.forms.beside)
+        self._watches = True
+        self._kinds: dict[tuple[str, bool, bool], KindEvents] = {}
+        self._measured: list[KindEvents] = []
         self._launched: set[tuple[str, bool, bool]] = set()
         self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -209,7 +214,18 @@ class TrainingStep:
             for part in PARTS:
                 self._run(part, accumulate)
                 mark(part)
+            keys = ((part, accumulate, self._drops) for part in PARTS)
+            self._measured = [self._kinds[key] for key in keys if key in self._kinds]
         return self._mean[0].clone()
+
+    def kind_seconds(self) -> dict[str, float]:
+        """The seconds of each kind of work in the last micro-step with a `mark`, all on one stream;
+        once, and nothing while it runs or where no graph had it."""
+        found = [events.seconds() for events in self._measured]
+        if any(seconds is None for seconds in found):
+            return {}
+        self._measured = []
+        return {kind: s for seconds in found if seconds for kind, s in seconds.items()}
 
     def loss_sum(self) -> Tensor:
         """The loss summed over the targets; no gradient is touched."""
@@ -231,10 +247,26 @@ class TrainingStep:
         self._graphs[key].replay()
 
     def _captured(self, part: str, accumulate: bool) -> torch.cuda.CUDAGraph:
+        if part in PARTS and self._watches:
+            events = KindEvents()
+            try:
+                with self._beside.at_once():
+                    graph = self._capture(part, accumulate, events)
+            except (RuntimeError, TypeError):  # events cannot be captured here
+                self._watches = False
+            else:
+                self._kinds[part, accumulate, self._drops] = events
+                return graph
+        return self._capture(part, accumulate)
+
+    def _capture(
+        self, part: str, accumulate: bool, events: KindEvents | None = None
+    ) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._launch(part, accumulate)
+            with nullcontext() if events is None else events.watching(part):
+                self._launch(part, accumulate)
         self._pool = graph.pool()
         return graph
 
