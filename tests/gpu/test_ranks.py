@@ -28,16 +28,19 @@ def torchrun(run: Path, **changed) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_gpus_equal_one(tmp_path):
-    torchrun(tmp_path / "two", **FLOAT32)
-    one = recipe(**CHANGED | FLOAT32 | {"train__accum": 4, "eval__every": 7, "eval__batches": 2})
+@pytest.mark.parametrize("engine", ["reference", "cuda"])
+def test_two_gpus_equal_one(engine, tmp_path):
+    how = FLOAT32 | {"train__engine": engine}
+    torchrun(tmp_path / "two", **how)
+    one = recipe(**CHANGED | how | {"train__accum": 4, "eval__every": 7, "eval__batches": 2})
     runs.start(one, tmp_path / "one", quiet=True)
     equal_losses(tmp_path / "two", tmp_path / "one", 1e-5)
     first = read_metrics(tmp_path / "two" / "metrics.jsonl")[0]
     assert (first["ranks"], first["device"]) == (2, "cuda:0")
 
 
-def test_a_repeated_run_has_the_same_bits(tmp_path):
+@pytest.mark.parametrize("engine", ["reference", "cuda"])
+def test_a_repeated_run_has_the_same_bits(engine, tmp_path):
     for name in ("first", "again"):
-        torchrun(tmp_path / name)
+        torchrun(tmp_path / name, train__engine=engine)
     assert losses(tmp_path / "first") == losses(tmp_path / "again")

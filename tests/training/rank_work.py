@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from onelaunch import cli
 from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.errors import BadInput, RunFailed
 from onelaunch.training import run as runs
-from onelaunch.training.buckets import GradientBuckets
+from onelaunch.training.buckets import FlatBuckets, GradientBuckets
 from onelaunch.training.evaluate import evaluate
 from onelaunch.training.loop import Trainer
 from onelaunch.training.ranks import Decision, Ranks, decision_of, joined
@@ -50,6 +51,7 @@ def everything(folder: str) -> None:
         _bits(ranks)
         _devices(ranks)
         _buckets(ranks)
+        _flat_buckets(ranks)
         _during_the_backward()
         _changed_after_its_sum(ranks)
     os.chdir(here)
@@ -128,6 +130,25 @@ def _bits(ranks: Ranks) -> None:
         ranks.check_same([changed, weights[1]], "update 3")
     with pytest.raises(RunFailed, match="rank 1 differ"):
         ranks.check_same(weights if ranks.writes else weights[::-1], "update 3")
+
+
+def _flat_buckets(ranks: Ranks) -> None:
+    """Parts are summed as they are named, in place; without any, all at the end."""
+    flat = SimpleNamespace(gradients_M=torch.arange(10.0) * (ranks.rank + 1))
+    engine = SimpleNamespace(flat=flat, on_gradients=None)
+    buckets = FlatBuckets(engine, 2)
+    total = sum(range(1, ranks.size + 1))
+    buckets.overlap()
+    for part in ((4, 10), (0, 4)):
+        assert engine.on_gradients is not None
+        engine.on_gradients(*part)
+    numbers = buckets.finish(torch.tensor([1.0, float(ranks.rank)]))
+    assert engine.on_gradients is None
+    assert torch.equal(flat.gradients_M, torch.arange(10.0) * total)
+    assert numbers.tolist() == [ranks.size, sum(range(ranks.size))]
+    buckets.finish(torch.zeros(2))
+    assert torch.equal(flat.gradients_M, torch.arange(10.0) * total * ranks.size)
+    buckets.close()
 
 
 def _buckets(ranks: Ranks) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,52 @@ class GradientBuckets:
                 return
             with connection():
                 self._works.append(dist.all_reduce(bucket.flat_N, async_op=True))
+
+
+@runtime_checkable
+class FlatEngine(Protocol):
+    """An engine whose gradients lie in one tensor, `flat.gradients_M`, and which calls
+    `on_gradients`, if that is not None, as parts of them are final: from an element to another."""
+
+    flat: Any
+    on_gradients: Callable[[int, int], None] | None
+
+
+class FlatBuckets:
+    """As GradientBuckets, of an engine whose gradients lie in one tensor: they are summed where
+    they are. Nothing is copied, and each `.grad` stays as it is."""
+
+    def __init__(self, engine: FlatEngine, n_numbers: int) -> None:
+        self._engine, self._gradients_M = engine, engine.flat.gradients_M
+        self._numbers_N = torch.zeros(n_numbers, device=self._gradients_M.device)
+        self._works: list[Any] = []
+
+    def overlap(self) -> None:
+        """Sum parts during the next backward."""
+        self._engine.on_gradients = self._ready
+
+    def finish(self, numbers_N: Tensor) -> Tensor:
+        """Wait for all sums. Returns those of `numbers_N`, on the gradients' device. Raises
+        RankLost."""
+        self._engine.on_gradients = None
+        if not self._works:
+            self._ready(0, self._gradients_M.numel())
+        self._numbers_N.copy_(numbers_N, non_blocking=True)
+        with connection():
+            self._works.append(dist.all_reduce(self._numbers_N, async_op=True))
+            while self._works:
+                self._works.pop(0).wait()
+        return self._numbers_N
+
+    def close(self) -> None:
+        """Drop sums that were begun."""
+        self._engine.on_gradients = None
+        self._works.clear()
+
+    def _ready(self, begin: int, end: int) -> None:
+        with connection():
+            part = self._gradients_M[begin:end]
+            self._works.append(dist.all_reduce(part, async_op=True))
 
 
 class _Bucket:

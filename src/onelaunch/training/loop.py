@@ -37,7 +37,7 @@ from onelaunch.engines.engine import TrainEngine, no_mark
 from onelaunch.errors import RunFailed
 from onelaunch.training import state as saved
 from onelaunch.training.batches import Batch
-from onelaunch.training.buckets import GradientBuckets
+from onelaunch.training.buckets import FlatBuckets, FlatEngine, GradientBuckets
 from onelaunch.training.clock import REDUCE, StepClock
 from onelaunch.training.data import Sampler, TokenData
 from onelaunch.training.display import Display
@@ -109,9 +109,14 @@ class Trainer:
         self._pending: PendingUpdate | None = None
         # several ranks decide by what is known of the last update
         self._reads_late = self.device.type == "cuda" and self.ranks.size == 1
-        self._buckets: GradientBuckets | None = None
+        self._buckets: FlatBuckets | GradientBuckets | None = None
         if self.ranks.size > 1:
-            self._buckets = GradientBuckets(list(self.parameters.values()), 1 + DECISION_NUMBERS)
+            self._buckets = self._make_buckets(1 + DECISION_NUMBERS)
+
+    def _make_buckets(self, n_numbers: int) -> FlatBuckets | GradientBuckets:
+        if isinstance(self.engine, FlatEngine) and self.engine.flat is not None:
+            return FlatBuckets(self.engine, n_numbers)
+        return GradientBuckets(list(self.parameters.values()), n_numbers)
 
     def train(self) -> Outcome:
         """Run to the recipe's last update, or to a stop signal."""

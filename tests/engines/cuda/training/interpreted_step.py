@@ -159,6 +159,32 @@ def test_gradients_with_dropout_are_those_of_the_same_masks(name, dtype):
     assert mean == pytest.approx(exact.eval().loss(tokens, targets).item(), rel=tolerance / 10)
 
 
+@pytest.mark.parametrize("name", ["grouped", "norms of heads, untied"])
+def test_parts_of_the_gradients_are_named_once_each_when_they_are_final(name, monkeypatch):
+    monkeypatch.setattr("onelaunch.engines.cuda.training.flat.SEGMENT_BYTES", 1)
+    config = CONFIGS[name].with_(n_layers=3)
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    batch = torch.randint(0, config.vocab_size, (2, 2, 7)).unbind()
+    _, expected, _ = trained(config, weights, [batch], [1.0])
+    parameters = {key: torch.nn.Parameter(w.clone()) for key, w in weights.items()}
+    flat = FlatParameters(config, parameters, torch.float32)
+    flat.gradients_M.fill_(float("nan"))
+    step = TrainingStep(config, flat, 2, 7)
+    named = []
+    with torch.no_grad():
+        step.load(*batch, 1.0)
+        step.train(False, ready=lambda b, e: named.append((b, e, flat.gradients_M[b:e].clone())))
+    for begin, end, then in named:
+        assert torch.equal(then.nan_to_num(7), flat.gradients_M[begin:end].nan_to_num(7))
+    named.sort(key=lambda part: part[0])
+    assert [begin for begin, _, _ in named] == [0, *(end for _, end, _ in named[:-1])]
+    assert named[-1][1] == flat.gradients_M.numel()
+    assert len(named) == 5 + (not config.tied_embeddings)
+    for key, gradient in expected.items():
+        assert torch.equal(flat.gradient(key), gradient), key
+
+
 def test_the_same_bits_again():
     config = CONFIGS["grouped"].with_(n_layers=1)
     torch.manual_seed(5)

@@ -15,7 +15,7 @@ from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.cuda import why_not_train
 from onelaunch.engines.cuda.training.flat import FlatParameters
 from onelaunch.engines.cuda.training.forms import has_own_attention
-from onelaunch.engines.cuda.training.step import TrainingStep, forms_by_rule
+from onelaunch.engines.cuda.training.step import Ready, TrainingStep, forms_by_rule
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
@@ -69,6 +69,8 @@ class CudaTrainer(ReferenceEngine):
         self.flat = FlatParameters(config, self._parameters, self.dtype)
         self._gradients = {name: self.flat.gradient(name) for name in self._parameters}
         self._steps: OrderedDict[tuple[int, int], TrainingStep] = OrderedDict()
+        self.on_gradients: Ready | None = None
+        """Called in each `train_step` as parts of the flat gradients are final."""
         self._is_rounded = False  # the weights that products read are those of the parameters
 
     def parameters(self) -> dict[str, Tensor]:
@@ -90,7 +92,7 @@ class CudaTrainer(ReferenceEngine):
             step = self._loaded(tokens_BS, targets_BS, scale, key)
             fresh = self._adopt_gradients()
             try:
-                loss = step.train(not fresh, mark)
+                loss = step.train(not fresh, mark, self.on_gradients)
             except BaseException:
                 if fresh:  # or what was there before would count as gradients
                     for parameter in self._parameters.values():

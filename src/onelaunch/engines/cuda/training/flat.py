@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ GROUPS = {
     "down": ("mlp.down_proj",),
 }
 """Of a layer: matrices whose rows follow one another, so that one product has all of them."""
+
+
+SEGMENT_BYTES = 50 << 20
+"""Of gradients that are ready together, at least: large enough for a network's bandwidth."""
+
+
+class Segment(NamedTuple):
+    """Layers whose gradients are ready together, and where those of their matrices lie."""
+
+    layers: range
+    begin: int
+    end: int
 
 
 class FlatParameters:
@@ -45,6 +57,8 @@ class FlatParameters:
                 self.n_decayed = size
         size = -(-size // ALIGNMENT) * ALIGNMENT
         device = next(iter(parameters.values())).device
+        first = [self._begin[f"layers.{i}.{_QKV[0]}.weight"] for i in range(config.n_layers)]
+        self._layer_begins = [*first, self.n_decayed]
         self.is_rounded = False
         """Whether an update has just rounded the new weights, too."""
         self.weights_M = torch.zeros(size, device=device)
@@ -78,6 +92,18 @@ class FlatParameters:
     def gradient(self, name: str) -> Tensor:
         """A parameter's gradient, float32."""
         return self.view(self.gradients_M, name)
+
+    def segments(self) -> list[Segment]:
+        """All layers in parts of SEGMENT_BYTES, the last layers first, as a backward takes them.
+        The gradients of the embedding, the head and vectors are in none."""
+        found: list[Segment] = []
+        high = len(self._layer_begins) - 1
+        for low in reversed(range(high)):
+            begin, end = self._layer_begins[low], self._layer_begins[high]
+            if 4 * (end - begin) > SEGMENT_BYTES or low == 0:
+                found.append(Segment(range(low, high), begin, end))
+                high = low
+        return found
 
     def half(self, layer: int, group: str) -> Tensor:
         """A layer's group of matrices in the dtype of products, (rows, columns)."""

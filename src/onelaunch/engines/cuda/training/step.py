@@ -17,6 +17,7 @@ its attention's output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +48,11 @@ from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.model import rope_tables
 from onelaunch.plan.training import Recompute, logit_rows
 
-PARTS = ("forward", "loss", "backward")
+BACKWARD = "backward"
+PARTS = ("forward", "loss", BACKWARD)
+BACKWARD_END = "backward end"
+Ready = Callable[[int, int], None]
+"""Called with the begin and the end of gradients that are final."""
 NORM_CTAS = 1056
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
 
@@ -180,6 +185,7 @@ class TrainingStep:
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
         self._beside = Beside(device, self.forms.beside)
+        self._segments = flat.segments()
         self._watches = True
         self._kinds: dict[tuple[str, bool, bool], KindEvents] = {}
         self._measured: list[KindEvents] = []
@@ -205,10 +211,13 @@ class TrainingStep:
         if dropout_key is not None:
             self._generators_G2[:, 0].fill_(dropout_key)
 
-    def train(self, accumulate: bool, mark: Mark = no_mark) -> Tensor:
+    def train(self, accumulate: bool, mark: Mark = no_mark, ready: Ready | None = None) -> Tensor:
         """The mean loss, and all gradients, added to what is there with `accumulate`. With a `mark`
-        it is three graphs, else one."""
-        if mark is no_mark:
+        it is three graphs, else one. `ready` is called as parts of the gradients are final on the
+        current stream, with more graphs, until all have been named."""
+        if ready is not None:
+            self._train_in_segments(accumulate, mark, ready)
+        elif mark is no_mark:
             self._run("step", accumulate)
         else:
             for part in PARTS:
@@ -217,6 +226,23 @@ class TrainingStep:
             keys = ((part, accumulate, self._drops) for part in PARTS)
             self._measured = [self._kinds[key] for key in keys if key in self._kinds]
         return self._mean[0].clone()
+
+    def _train_in_segments(self, accumulate: bool, mark: Mark, ready: Ready) -> None:
+        flat = self._flat
+        for part in PARTS[:-1]:
+            self._run(part, accumulate)
+            mark(part)
+        layers = self._segments[-1].begin
+        begin = layers if self._config.tied_embeddings else flat.begin("lm_head.weight")
+        if begin < layers:
+            ready(begin, layers)
+        for number, segment in enumerate(self._segments):
+            self._run(f"{BACKWARD} {number}", accumulate)
+            ready(segment.begin, segment.end)
+        self._run(BACKWARD_END, accumulate)
+        ready(0, begin)
+        ready(flat.n_decayed, flat.gradients_M.numel())
+        mark(BACKWARD)
 
     def kind_seconds(self) -> dict[str, float]:
         """The seconds of each kind of work in the last micro-step with a `mark`, all on one stream;
@@ -233,11 +259,13 @@ class TrainingStep:
         return self._sum[0].clone()
 
     def _run(self, part: str, accumulate: bool) -> None:
-        """Launched at its first use, captured and replayed from its second."""
+        """Launched at its first use, captured and replayed from its second. What is a part of
+        something that was launched has its kernels loaded."""
         key = part, accumulate, self._drops
-        parts = {(each, *key[1:]) for each in (PARTS if part == "step" else (part,))}
-        if not self._on_gpu or not parts <= self._launched:
-            self._launched |= parts
+        whole = PARTS if part == "step" else (part.split()[0],)
+        loaded = key in self._launched or all((each, *key[1:]) in self._launched for each in whole)
+        if not self._on_gpu or not loaded:
+            self._launched |= {key, *((each, *key[1:]) for each in whole if part == "step")}
             self._launch(part, accumulate)
             return
         if key not in self._graphs:
@@ -279,8 +307,13 @@ class TrainingStep:
             self._loss(True, accumulate)
         if part == "loss":
             self._beside.join_all()
-        if part in ("step", "backward"):
+        if part in ("step", BACKWARD):
             self._backward(accumulate)
+        elif part == BACKWARD_END:
+            self._backward_end(accumulate, self._sorted())
+        elif part.startswith(BACKWARD):
+            self._backward_layers(accumulate, self._segments[int(part.split()[1])].layers)
+            self._beside.join_all()
 
     # ---- the parts
 
@@ -396,6 +429,14 @@ class TrainingStep:
         launches.mean_loss(self._losses_N, self._count, to, total=not with_gradient)
 
     def _backward(self, accumulate: bool) -> None:
+        tokens = list[Tensor]()
+        self._beside.run(lambda: tokens.extend(self._sorted()))
+        self._backward_layers(accumulate, range(self._config.n_layers))
+        self._beside.join_all()
+        self._backward_end(accumulate, (tokens[0], tokens[1]))
+
+    def _backward_layers(self, accumulate: bool, layers: range) -> None:
+        """Neighbouring layers; behind the last one its norm first."""
         c, flat, beside = self._config, self._flat, self._beside
         dx, dnormed, dqkv = self._dx_ND, self._dnormed_ND, self._dqkv_NC
         half, other = self._dx_half_2ND
@@ -404,15 +445,13 @@ class TrainingStep:
             gradient = flat.group_gradient(layer, group)
             return beside.run(partial(weight_gradient, dy, x, gradient, accumulate))
 
-        tokens = list[Tensor]()
-        beside.run(lambda: tokens.extend(self._sorted()))
-
-        launches.norm_backward(
-            dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, half,
-            self._partials[-1], self._dropout(3 * c.n_layers),
-        )  # fmt: skip
+        if layers.stop == c.n_layers:
+            launches.norm_backward(
+                dnormed, self._last_ND, self._rstd_N, flat.weight("norm.weight"), None, dx, half,
+                self._partials[-1], self._dropout(3 * c.n_layers),
+            )  # fmt: skip
         of_out = of_qkv = None
-        for i in reversed(range(c.n_layers)):
+        for i in reversed(layers):
             kept = self._layers[i]
             if self._recompute == "layers" and i + 1 < c.n_layers:
                 beside.join(of_out)  # which reads what all layers share, and is behind the others
@@ -442,7 +481,10 @@ class TrainingStep:
                 dnormed, kept.x_ND, kept.rstd_N, self._norm(i, "input"), dx, *to,
                 self._partials[2 * i], dropout,
             )  # fmt: skip
-        beside.join_all()
+
+    def _backward_end(self, accumulate: bool, tokens: tuple[Tensor, Tensor]) -> None:
+        """The gradients of norms' weights, and of the embedding by `_sorted` tokens."""
+        c, flat = self._config, self._flat
         launches.sum_partials(self._partials, flat.gradients_M, self._offsets, accumulate)
         if self._partials_of_heads is not None:
             launches.sum_partials(
@@ -452,7 +494,7 @@ class TrainingStep:
         embedding = flat.gradient("embed_tokens.weight")
         if not (accumulate or c.tied_embeddings):
             embedding.zero_()
-        launches.embedding_gradient(tokens[0], tokens[1], dx, embedding, self._edges)
+        launches.embedding_gradient(*tokens, self._dx_ND, embedding, self._edges)
 
     def _swiglu_backward(self, i: int, kept: _Kept, dx_half_ND: Tensor) -> None:
         """From the gradient of a layer's output to that of its gates and ups, in their place."""
