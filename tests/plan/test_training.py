@@ -8,7 +8,7 @@ import pytest
 
 from onelaunch.config import PRESETS, preset
 from onelaunch.plan import PlanError, check_training, describe_training, make_training_plan
-from onelaunch.plan.training import LOGITS, RECOMPUTE, logit_rows
+from onelaunch.plan.training import FEWER_LOGITS, LOGITS, RECOMPUTE, logit_rows
 
 CONFIGS = {
     **PRESETS,
@@ -70,8 +70,8 @@ def test_logits_come_in_equal_parts_of_whole_tiles():
         assert rows * parts - tokens < 128 * parts
     assert logit_rows(16_384, 32_000) == 16_384
     assert logit_rows(65_536, 32_000) == 16_384
-    assert logit_rows(16_384, 32_000, fewer=True) == 4096
-    plan = make_training_plan(preset("stories15m"), 64, 256, fewer_logits=True)
+    assert logit_rows(16_384, 32_000, FEWER_LOGITS) == 4096
+    plan = make_training_plan(preset("stories15m"), 64, 256, logits=FEWER_LOGITS)
     assert plan.logits_bytes == 4096 * 32_000 * 2
 
 

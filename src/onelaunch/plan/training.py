@@ -31,10 +31,10 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 Phase = Literal["forward", "loss", "backward", "update"]
 
 
-def logit_rows(tokens: int, vocab_size: int, fewer: bool = False) -> int:
-    """How many tokens have logits at once: equal parts of about so many numbers, in whole tiles of
+def logit_rows(tokens: int, vocab_size: int, logits: int = LOGITS) -> int:
+    """How many tokens have logits at once: equal parts of about `logits` numbers, in whole tiles of
     matrix products."""
-    parts = -(-tokens * vocab_size // (FEWER_LOGITS if fewer else LOGITS))
+    parts = -(-tokens * vocab_size // logits)
     return min(tokens, -(-tokens // parts // 128) * 128)
 
 
@@ -65,7 +65,7 @@ class TrainingPlan(NamedTuple):
     works: tuple[Work, ...]
     buffers: dict[str, int]
     recompute: Recompute = "nothing"
-    fewer_logits: bool = False
+    logits: int = LOGITS
 
     @property
     def saved_bytes(self) -> int:
@@ -81,7 +81,7 @@ class TrainingPlan(NamedTuple):
     def logits_bytes(self) -> int:
         """Of those that exist at once."""
         vocab_size = self.config.vocab_size
-        rows = logit_rows(self.batch * self.sequence, vocab_size, self.fewer_logits)
+        rows = logit_rows(self.batch * self.sequence, vocab_size, self.logits)
         return rows * vocab_size * self.itemsize
 
 
@@ -143,9 +143,10 @@ def make_training_plan(
     sequence: int,
     itemsize: int = 2,
     recompute: Recompute = "nothing",
-    fewer_logits: bool = False,
+    logits: int = LOGITS,
 ) -> TrainingPlan:
-    """List the work of a micro-step and of an update, in its order."""
+    """List the work of a micro-step and of an update, in its order; about `logits` numbers of them
+    exist at once."""
     c = config
     b = _Builder(config, batch, sequence, itemsize, recompute)
     tokens, C = batch * sequence, c.q_dim + 2 * c.kv_dim
@@ -208,7 +209,7 @@ def make_training_plan(
              elements * (2 * FLOAT + 6 * FLOAT + itemsize), 16 * elements)
     )  # fmt: skip
     return TrainingPlan(
-        config, batch, sequence, itemsize, tuple(b.works), b.buffers, recompute, fewer_logits
+        config, batch, sequence, itemsize, tuple(b.works), b.buffers, recompute, logits
     )
 
 

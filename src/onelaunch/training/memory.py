@@ -19,7 +19,7 @@ from onelaunch.checkpoints.run_folder import list_checkpoints
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput, RunFailed, is_out_of_memory
 from onelaunch.plan import make_training_plan
-from onelaunch.plan.training import RECOMPUTE
+from onelaunch.plan.training import FEWER_LOGITS, LOGITS, RECOMPUTE
 from onelaunch.training.engines import engine_name
 from onelaunch.training.optim import state_bytes
 from onelaunch.training.recipe import Recipe
@@ -88,9 +88,9 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     if name == "cuda":  # some logits, and weights once more in the dtype of products
         # with auto, as much is computed again as there must be
         asked = next((each for each in RECOMPUTE if each == recipe.train.recompute), None)
-        fewer = asked not in (None, RECOMPUTE[0])
+        logits = LOGITS if asked in (None, RECOMPUTE[0]) else FEWER_LOGITS
         batch = recipe.train.batch_size
-        plan = make_training_plan(c, batch, seq_len, item, asked or RECOMPUTE[-1], fewer)
+        plan = make_training_plan(c, batch, seq_len, item, asked or RECOMPUTE[-1], logits)
         once_more, of_weights = plan.logits_bytes, 4 + item
         position = plan.batch_bytes // (recipe.train.batch_size * seq_len)
     return MemoryEstimate(

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from onelaunch.engines.cuda.training import launches, loss  # noqa: E402
+from onelaunch.engines.cuda.training.forms import AttentionBlocks, attention_blocks  # noqa: E402
 from onelaunch.engines.cuda.training.launches import Dropout, HeadNorms, Heads  # noqa: E402
 from onelaunch.model import apply_rope, rms_norm, widen_rope  # noqa: E402
 from tests.engines.cuda.training import dropout_masks  # noqa: E402
@@ -291,9 +292,16 @@ def attention_in_float64(q, k, v, sequence, mask=1.0):
     return out.transpose(1, 2).flatten(2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
 
 
-def check_attention(heads, batch, sequence, dtype, dropout=None):
-    """Forward and backward, each twice."""
+def blocks_of(batch, sequence, heads):
+    """Of the forward and the backward by the rule."""
+    shape = batch, sequence, heads.n_heads, heads.head_dim
+    return tuple(attention_blocks(*shape, backward=each) for each in (False, True))
+
+
+def check_attention(heads, batch, sequence, dtype, dropout=None, blocks=None):
+    """Forward and backward, each twice; by default in the rule's blocks."""
     N, (H, K, E, _) = batch * sequence, heads
+    forward, backward = blocks or blocks_of(batch, sequence, heads)
     mask = 1.0 if dropout is None else multiplier_of(dropout, batch, H, sequence)
     qkv64 = normal(N, (H + 2 * K) * E).double().requires_grad_()
     cos, sin = tables(sequence, E)
@@ -309,10 +317,12 @@ def check_attention(heads, batch, sequence, dtype, dropout=None):
     first: tuple[Tensor, ...] | None = None
     for _ in range(2):
         out, lse = poisoned(N, H * E, dtype=dtype), poisoned(H, N)
-        launches.attention_forward(*inputs, sequence, out, lse, dropout)
+        launches.attention_forward(*inputs, sequence, out, lse, forward, dropout)
         dqkv = poisoned(*qkv64.shape, dtype=dtype)
         delta = poisoned(H, N)
-        launches.attention_backward(dout, inputs, out, lse, cos, sin, heads, delta, dqkv, dropout)
+        launches.attention_backward(
+            dout, inputs, out, lse, cos, sin, heads, delta, dqkv, backward, dropout
+        )
         first = first or (out, lse, dqkv)
         assert all(map(torch.equal, first, (out, lse, dqkv)))
     assert_close(out, expected.detach())
@@ -351,11 +361,10 @@ def test_attention_with_dropout_in_half_precision():
 @pytest.mark.parametrize("sequence", [70, 128])
 @pytest.mark.parametrize("rows_columns", [(16, 128), (32, 64), (64, 32), (64, 64)])
 @pytest.mark.parametrize("heads", [Heads(2, 1, 40, False), Heads(1, 1, 24, True)])
-def test_blocks_of_attention(heads, rows_columns, sequence, monkeypatch):
-    blocks = launches.AttentionBlocks(*rows_columns, 2, 4)
-    monkeypatch.setattr(launches, "attention_blocks", lambda *_, **__: blocks)
-    check_attention(heads, 1, sequence, torch.float32)
-    check_attention(heads, 1, sequence, torch.float32, dropout_at(2, 0.4))
+def test_blocks_of_attention(heads, rows_columns, sequence):
+    blocks = (AttentionBlocks(*rows_columns, 2, 4),) * 2
+    check_attention(heads, 1, sequence, torch.float32, None, blocks)
+    check_attention(heads, 1, sequence, torch.float32, dropout_at(2, 0.4), blocks)
 
 
 def test_scores_far_from_zero_leave_attention_finite():
@@ -370,43 +379,12 @@ def test_scores_far_from_zero_leave_attention_finite():
     expected.backward(dout.double().flatten(1))
     out, lse = poisoned(sequence, 16), poisoned(1, sequence)
     dqkv, delta = poisoned(sequence, 48), poisoned(1, sequence)
-    launches.attention_forward(q, k, v, sequence, out, lse)
-    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, delta, dqkv)
+    forward, backward = blocks_of(1, sequence, heads)
+    launches.attention_forward(q, k, v, sequence, out, lse, forward)
+    launches.attention_backward(dout, (q, k, v), out, lse, cos, sin, heads, delta, dqkv, backward)
     assert_close(out, expected.detach(), 1e-4)
     assert dqkv.isfinite().all()
     assert_close(dqkv[:, 32:], v64.grad.flatten(1), 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("n_sequences", "S", "forward", "backward"),
-    [
-        (1, 256, (16, 128, 2), (16, 128, 2)), (2, 256, (16, 128, 2), (16, 128, 2)),
-        (3, 256, (32, 64, 2), (32, 32, 2)), (5, 256, (32, 64, 2), (32, 32, 2)),
-        (6, 256, (64, 64, 2), (64, 32, 3)), (64, 256, (64, 64, 2), (64, 32, 3)),
-        (1, 2048, (64, 64, 2), (64, 32, 3)), (1, 7, (16, 16, 2), (16, 16, 2)),
-        (1, 33, (16, 64, 2), (16, 64, 2)), (200, 20, (64, 32, 2), (64, 32, 3)),
-    ],
-)  # fmt: skip
-def test_the_rule_of_attentions_blocks(n_sequences, S, forward, backward):
-    rule = launches.attention_blocks
-    assert rule(n_sequences, S, 6, 48, False) == (*forward, 4)
-    assert rule(n_sequences, S, 6, 48, True) == (*backward, 4)
-    assert rule(n_sequences, S, 6, 64, True) == (*backward, 4)
-    stages = 3 if forward[0] == 64 else 2
-    assert rule(n_sequences, S, 6, 64, False) == (*forward[:2], stages, 4)
-
-
-@pytest.mark.parametrize(
-    ("n_sequences", "forward", "backward"),
-    [
-        (2, (16, 64, 2, 4), (16, 64, 2, 4)), (3, (32, 64, 2, 4), (32, 32, 2, 8)),
-        (6, (64, 64, 2, 4), (64, 32, 2, 8)),
-    ],
-)  # fmt: skip
-def test_the_rule_of_attentions_blocks_for_wide_heads(n_sequences, forward, backward):
-    for head_dim in (72, 128):
-        assert launches.attention_blocks(n_sequences, 256, 6, head_dim, False) == forward
-        assert launches.attention_blocks(n_sequences, 256, 6, head_dim, True) == backward
 
 
 FEED_FORWARDS = ((1, 48), (7, 1376), (130, 288), (3, 1024))

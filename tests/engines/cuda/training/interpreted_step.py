@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 assert "triton" not in sys.modules, "too late: Triton was imported before this"
 os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +19,13 @@ from onelaunch.engines.cuda.training import engine as engines  # noqa: E402
 from onelaunch.engines.cuda.training import step as steps  # noqa: E402
 from onelaunch.engines.cuda.training.engine import CudaTrainer  # noqa: E402
 from onelaunch.engines.cuda.training.flat import FlatParameters  # noqa: E402
+from onelaunch.engines.cuda.training.forms import (  # noqa: E402
+    FEW_ROWS,
+    FEW_ROWS_BACK,
+    AttentionBlocks,
+    TrainingForms,
+    rule,
+)
 from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
 from onelaunch.errors import BadInput  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
@@ -71,13 +79,19 @@ def trained(config, weights, batches, scales, dtype=torch.float32, **how):
 @pytest.mark.parametrize(
     ("dtype", "fused"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
 )
-def test_gradients_of_two_micro_steps_are_autograds(name, dtype, fused, monkeypatch):
-    monkeypatch.setattr(steps, "can_fuse", lambda *_: fused)
-    monkeypatch.setattr(plans, "LOGITS", 1)  # parts of 128 rows
+def test_gradients_of_two_micro_steps_are_autograds(name, dtype, fused):
     config = CONFIGS[name].with_(n_layers=2, max_seq_len=80)
     weights, batches = weights_and_batches(config)
     scales = (0.25, 0.75)
-    losses, gradients, step = trained(config, weights, batches, scales, dtype)
+    forms = replace(rule(config, 3, 50, dtype, fused), logits=1)  # parts of 128 rows
+    losses, gradients, step = trained(config, weights, batches, scales, dtype, forms=forms)
+    assert_autograds(config, weights, batches, scales, dtype, losses, gradients)
+    total = step.loss_sum().item()
+    assert total == pytest.approx(losses[1] * int((batches[1][1] >= 0).sum()), rel=1e-5)
+
+
+def assert_autograds(config, weights, batches, scales, dtype, losses, gradients):
+    """Against float64."""
     exact = Model.from_weights(config, {k: v.double() for k, v in weights.items()})
     exact.requires_grad_(True)
     tolerance = 2e-5 if dtype == torch.float32 else 0.02
@@ -89,8 +103,19 @@ def test_gradients_of_two_micro_steps_are_autograds(name, dtype, fused, monkeypa
         assert parameter.grad is not None
         error = (gradients[key].double() - parameter.grad).norm() / parameter.grad.norm()
         assert error < tolerance, (key, error)
-    total = step.loss_sum().item()
-    assert total == pytest.approx(losses[1] * int((batches[1][1] >= 0).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(FEW_ROWS, None), (None, FEW_ROWS_BACK)])
+def test_gradients_in_other_forms_are_autograds(forward, backward):
+    """Of the forward one, of the backward the other is fused, in blocks that are not the rule's."""
+    config = CONFIGS["grouped"].with_(n_layers=2, max_seq_len=80)
+    weights, batches = weights_and_batches(config)
+    scales, dtype = (0.25, 0.75), torch.float16
+    blocks = AttentionBlocks(32, 16, 3, 4), AttentionBlocks(16, 32, 2, 8)
+    forms = TrainingForms(forward, backward, *blocks, logits=1, beside=False)
+    losses, gradients, step = trained(config, weights, batches, scales, dtype, forms=forms)
+    assert step.forms == forms
+    assert_autograds(config, weights, batches, scales, dtype, losses, gradients)
 
 
 @pytest.mark.parametrize("fused", [False, True])

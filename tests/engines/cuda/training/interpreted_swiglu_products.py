@@ -15,8 +15,8 @@ import torch  # noqa: E402
 import torch.nn.functional as functional  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from onelaunch.engines.cuda.training import launches, swiglu_launches  # noqa: E402
-from onelaunch.engines.cuda.training.swiglu_launches import ProductTile  # noqa: E402
+from onelaunch.engines.cuda.training import forms, launches, swiglu_launches  # noqa: E402
+from onelaunch.engines.cuda.training.forms import ProductTile  # noqa: E402
 from tests.interpreting import mend_loop_bounds  # noqa: E402
 
 mend_loop_bounds()
@@ -42,7 +42,7 @@ BACKWARD = (
 @pytest.fixture(autouse=True)
 def _few_ctas(monkeypatch):
     """So that persistent CTAs take several tiles each."""
-    monkeypatch.setattr(swiglu_launches, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(forms, "MULTIPROCESSORS", 3)
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

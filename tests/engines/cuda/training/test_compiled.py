@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onelaunch.engines.cuda.training.forms import attention_blocks, swiglu_tiles
 from onelaunch.operators.rms_norm import launch
 from tests.compiling import absent, spilled
 
@@ -148,15 +149,21 @@ def test_rotary_embedding(heads, with_norms, kernels):
         assert_stores_are_wide(found, "rotate_backward_kernel")
 
 
+def blocks_of(B, S, H, E):
+    """Of the forward and the backward by the rule."""
+    return tuple(attention_blocks(B, S, H, E, backward=each) for each in (False, True))
+
+
 def launch_attention(launches, B, E, n_heads, interleaved, dropout=None):
     heads = launches.Heads(*n_heads, E, interleaved)
     (H, K, _, _), n_rows = heads, B * 256
     inputs = half(n_rows, (H + 2 * K) * E).view(n_rows, -1, E).split((H, K, K), 1)
     out, lse, cos = half(n_rows, H * E), empty(H, n_rows), empty(256, E // 2)
-    launches.attention_forward(*inputs, 256, out, lse, dropout)
+    forward, backward = blocks_of(B, 256, H, E)
+    launches.attention_forward(*inputs, 256, out, lse, forward, dropout)
     launches.attention_backward(
         out.view(n_rows, H, E), inputs, out, lse, cos, cos, heads, lse,
-        half(n_rows, (H + 2 * K) * E), dropout,
+        half(n_rows, (H + 2 * K) * E), backward, dropout,
     )  # fmt: skip
 
 
@@ -169,7 +176,7 @@ def test_attention(B, E, n_heads, interleaved, kernels):
     launches, found = kernels
     launch_attention(launches, B, E, n_heads, interleaved)
     names = {"attention_forward_kernel", "attention_backward_kernel"}
-    blocks = launches.attention_blocks(B, 256, n_heads[0], E, backward=True)
+    _, blocks = blocks_of(B, 256, n_heads[0], E)
     assert_in_registers(found, names | {"attention_delta_kernel"})
     assert found["attention_forward_kernel"].widths("st") == {16, 4}  # 4 of lse
     assert min(found["attention_backward_kernel"].widths("st")) >= 8
@@ -221,18 +228,18 @@ def test_products_with_swiglu(shape, kernels):
 
     rows, D, F = shape
     gate_up, hidden = half(rows, 2 * F), half(rows, F)
-    tiles = fused.swiglu_tiles(*shape)
-    assert tiles.forward is not None
-    fused.gate_up_swiglu(half(rows, D), half(2 * F, D), gate_up, hidden, tiles.forward)
+    forward, backward = swiglu_tiles(*shape)
+    assert forward is not None
+    fused.gate_up_swiglu(half(rows, D), half(2 * F, D), gate_up, hidden, forward)
     one = found.pop("gate_up_swiglu_kernel")
-    assert_fast_product(one, tiles.forward)
+    assert_fast_product(one, forward)
     assert one.spilled == 0
     assert one.widths("st") == {16}
-    assert (tiles.backward is None) == (rows * D > 10**6)
-    for out in (hidden, None) if tiles.backward else ():
-        fused.down_back_swiglu(half(rows, D), half(D, F), gate_up, gate_up, out, tiles.backward)
+    assert (backward is None) == (rows * D > 10**6)
+    for out in (hidden, None) if backward else ():
+        fused.down_back_swiglu(half(rows, D), half(D, F), gate_up, gate_up, out, backward)
         one = found.pop("down_back_swiglu_kernel")
-        assert_fast_product(one, tiles.backward)
+        assert_fast_product(one, backward)
         assert one.spilled == 0
         assert one.widths("ld") == one.widths("st") == {16}
 
@@ -289,10 +296,11 @@ def test_one_row_and_one_cta(kernels):
     launches.rotate_backward(d, d, d, cos, cos, heads, qkv, norms, qkv, empty(2, 1, 2))
     inputs, lse = half(1, 3, 8).split((1, 1, 1), 1), empty(1, 1)
     for each in (None, dropout):
-        launches.attention_forward(*inputs, 1, half(1, 8), lse, each)
+        forward, backward = blocks_of(1, 1, 1, 8)
+        launches.attention_forward(*inputs, 1, half(1, 8), lse, forward, each)
         launches.attention_backward(
             inputs[0], inputs, half(1, 8), lse, empty(1, 4), empty(1, 4),
-            launches.Heads(1, 1, 8, True), lse, half(1, 24), each,
+            launches.Heads(1, 1, 8, True), lse, half(1, 24), backward, each,
         )  # fmt: skip
     launches.swiglu(half(1, 2), half(1, 1))
     launches.swiglu_backward(half(1, 1), half(1, 2), half(1, 2), None)

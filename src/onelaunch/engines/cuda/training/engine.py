@@ -14,7 +14,8 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.cuda import why_not_train
 from onelaunch.engines.cuda.training.flat import FlatParameters
-from onelaunch.engines.cuda.training.step import TrainingStep, has_own_attention
+from onelaunch.engines.cuda.training.forms import has_own_attention
+from onelaunch.engines.cuda.training.step import TrainingStep, forms_by_rule
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
@@ -165,8 +166,9 @@ class CudaTrainer(ReferenceEngine):
             recompute = self._recompute or self._least_recompute(sequences, length)
             # who asks for less memory gets less of both; by itself a step rounds the same always
             fewer_logits = self._recompute not in (None, RECOMPUTE[0])
+            forms = forms_by_rule(self.config, self.flat, sequences, length, fewer_logits)
             self._steps[key] = TrainingStep(
-                self.config, self.flat, sequences, length, self.dropout, recompute, fewer_logits
+                self.config, self.flat, sequences, length, self.dropout, recompute, forms
             )
         self._steps.move_to_end(key)
         return self._steps[key]

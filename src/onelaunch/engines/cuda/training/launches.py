@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from onelaunch.engines.cuda.training import attention, loss, rotary, rows, update
+from onelaunch.engines.cuda.training.forms import AttentionBlocks, ctas, next_power_of_2
 from onelaunch.operators.triton_cache import verified
 
 TILE = 2048  # elements of a tile of rows: 16 for each thread of four warps
@@ -29,7 +30,6 @@ COUNT_BLOCK = 4096  # targets and losses that the one CTA reads at once
 UPDATE_BLOCK = 1024  # elements of the flat tensors, eight for each thread of four warps
 SQUARES_BLOCK = 4096
 LOG2_E = 1.4426950408889634
-MULTIPROCESSORS = 132  # of an H100 or H200
 CHUNK = 32  # sorted tokens of a CTA of the embedding's gradient
 
 
@@ -65,11 +65,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
-def next_power_of_2(n: int) -> int:
-    """Return the smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
 def row_tile(columns: int, elements: int = TILE, fewest_warps: int = 4) -> dict[str, int]:
     """Return a tile of R rows of BLOCK columns, all of a row's, and its warps: 16 elements or more
     per thread, in 16 warps at most."""
@@ -86,11 +81,6 @@ def column_tile(columns: int) -> dict[str, int]:
     fitting = (b for b in blocks if -(-columns // b) * b <= columns * 4 / 3)
     block = next(fitting, min(128, next_power_of_2(columns)))
     return {"R": COLUMN_TILE // block, "BLOCK": block, "num_warps": 4}
-
-
-def ctas(n: int, per_cta: int) -> int:
-    """Return how many CTAs n things take, so many of them in each."""
-    return -(-n // per_cta)
 
 
 def _dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
@@ -236,32 +226,6 @@ def rotate_backward(
     )  # fmt: skip
 
 
-class AttentionBlocks(NamedTuple):
-    """Queries or keys of a CTA, of those that meet them how many at once, and its warps."""
-
-    rows: int
-    columns: int
-    num_stages: int
-    num_warps: int
-
-
-def attention_blocks(
-    n_sequences: int, S: int, n_heads: int, head_dim: int, backward: bool
-) -> AttentionBlocks:
-    """Return the blocks of attention: 64 rows where each multiprocessor gets a CTA then, which in
-    the backward meet few columns, so that more CTAs have room; else 32 or 16, which meet more at
-    once, since a CTA alone waits for each step."""
-    counts = {r: n_sequences * n_heads * ctas(S, r) for r in (64, 32)}
-    rows = next((r for r, count in counts.items() if count >= MULTIPROCESSORS), 16)
-    wide = head_dim > 64
-    warps = 8 if wide and backward and rows > 16 else 4
-    columns = 128 if rows == 16 and not wide else 64
-    if rows > 16 and backward:
-        columns = 32
-    stages = 3 if rows == 64 and not wide and (backward or head_dim == 64) else 2
-    return AttentionBlocks(rows, min(columns, max(16, next_power_of_2(S))), stages, warps)
-
-
 def attention_forward(
     q_NHE: Tensor,
     k_NKE: Tensor,
@@ -269,6 +233,7 @@ def attention_forward(
     S: int,
     out_NQ: Tensor,
     lse_HN: Tensor,
+    blocks: AttentionBlocks,
     dropout: Dropout | None = None,
 ) -> None:
     """Write causal attention of N / S sequences, in T, and log2 of each softmax's sum.
@@ -277,7 +242,6 @@ def attention_forward(
     multiple of 8, up to 128."""
     (N, H, E), K = q_NHE.shape, k_NKE.shape[1]
     inputs = (q_NHE, k_NKE, v_NKE)
-    blocks = attention_blocks(N // S, S, H, E, backward=False)
     launch(
         attention.attention_forward_kernel, (ctas(S, blocks.rows) * (N // S) * H,),
         inputs, _row_and_head_strides(inputs), out_NQ, lse_HN, N, S, E**-0.5 * LOG2_E,
@@ -297,6 +261,7 @@ def attention_backward(
     heads: Heads,
     delta_HN: Tensor,
     dqkv_NC: Tensor,
+    blocks: AttentionBlocks,
     dropout: Dropout | None = None,
 ) -> None:
     """Write the gradient of packed rows before the rotation of queries and keys, in T.
@@ -307,7 +272,6 @@ def attention_backward(
     (N, _, E), S = dout_NHE.shape, cos_SP.shape[0]
     H, K, _, interleaved = heads
     inputs = (*rotated, dout_NHE)
-    blocks = attention_blocks(N // S, S, H, E, backward=True)
     tile = row_tile(E)
     launch(
         attention.attention_delta_kernel, (ctas(N * H, tile["R"]),),

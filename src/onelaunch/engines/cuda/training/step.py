@@ -7,7 +7,8 @@ less (plan/training.py). Logits exist for some rows at a time: their loss, their
 place, and its products follow at once.
 
 On a GPU the gradients of weights are computed on a stream beside the rest, which waits for them
-only where it would overwrite what they read.
+only where it would overwrite what they read. That and the tiles of kernels are its forms
+(forms.py).
 
 The backward makes dropout's masks again. The sites of dropout are numbered: 3 i is what is added
 before layer i, the embedding or a feed-forward; 3 i + 1 are its attention's weights, and 3 i + 2 is
@@ -27,6 +28,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.training import launches
 from onelaunch.engines.cuda.training.beside import Beside, End
 from onelaunch.engines.cuda.training.flat import FlatParameters
+from onelaunch.engines.cuda.training.forms import TrainingForms, has_own_attention, rule
 from onelaunch.engines.cuda.training.launches import Dropout, HeadNorms, Heads
 from onelaunch.engines.cuda.training.products import (
     Attention,
@@ -35,11 +37,9 @@ from onelaunch.engines.cuda.training.products import (
     weight_gradient,
 )
 from onelaunch.engines.cuda.training.swiglu_launches import (
-    SwigluTiles,
     can_fuse,
     down_back_swiglu,
     gate_up_swiglu,
-    swiglu_tiles,
 )
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.model import rope_tables
@@ -50,10 +50,16 @@ NORM_CTAS = 1056
 """Of the backward of norms, each with a partial sum of the weight's gradient."""
 
 
-def has_own_attention(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether kernels of ours do attention, else a library. Heads with norms need the gradient of
-    what is rotated; wide ones in float32 have no room."""
-    return not config.qk_norm and (dtype != torch.float32 or config.head_dim <= 64)
+def forms_by_rule(
+    config: ModelConfig,
+    flat: FlatParameters,
+    sequences: int,
+    length: int,
+    fewer_logits: bool = False,
+) -> TrainingForms:
+    """The rule's forms of a micro-step with these parameters, where they lie."""
+    fuses = can_fuse(flat.half_M, config.dim, config.hidden_dim)
+    return rule(config, sequences, length, flat.half_M.dtype, fuses, fewer_logits)
 
 
 @dataclass(slots=True)
@@ -78,7 +84,8 @@ class _Kept:
 
 class TrainingStep:
     """Micro-steps of (sequences, length) tokens: `load`, `forward`, then `loss` and `backward`, or
-    `loss_sum`. With `dropout`, a probability, attention must be ours."""
+    `loss_sum`. With `dropout`, a probability, attention must be ours. `forms` are by default the
+    rule's; others round otherwise."""
 
     def __init__(
         self,
@@ -88,7 +95,7 @@ class TrainingStep:
         length: int,
         dropout: float = 0.0,
         recompute: Recompute = "nothing",
-        fewer_logits: bool = False,
+        forms: TrainingForms | None = None,
     ) -> None:
         c = self._config = config
         self._flat, self._shape, self._recompute = flat, (sequences, length), recompute
@@ -108,6 +115,8 @@ class TrainingStep:
 
         attends = has_own_attention(c, dtype)
         assert attends or not dropout
+        self.forms = forms or forms_by_rule(c, flat, sequences, length)
+        assert attends == (self.forms.attention_forward is not None)
         self._probability, self._drops = dropout, False
         # of each site the key of its random numbers and its number
         self._generators_G2 = whole(3 * c.n_layers + 1, 2)
@@ -118,9 +127,6 @@ class TrainingStep:
             self._sorted_2N = torch.empty(2, N, device=device, dtype=torch.int32)
         self._scale, self._scale_is = real(1), float("nan")
         self._weight, self._count, self._mean, self._sum = (real(1) for _ in range(4))
-        self._tiles = SwigluTiles(None, None)
-        if can_fuse(flat.half_M, c.dim, c.hidden_dim):
-            self._tiles = swiglu_tiles(N, c.dim, c.hidden_dim)
         shared_hidden = None if recompute == "nothing" else half(N, c.hidden_dim)
 
         def kept() -> _Kept:
@@ -142,7 +148,7 @@ class TrainingStep:
         self._last_ND, self._normed_ND, self._rstd_N = real(N, c.dim), half(N, c.dim), real(N)
         self._delta_ND = half(N, c.dim)
         self._losses_N = real(N)
-        self._logits_CV = half(logit_rows(N, c.vocab_size, fewer_logits), c.vocab_size)
+        self._logits_CV = half(logit_rows(N, c.vocab_size, self.forms.logits), c.vocab_size)
         # of the backward
         self._dnormed_ND, self._dhidden_NF = half(N, c.dim), half(N, c.hidden_dim)
         self._dx_ND = real(N, c.dim)
@@ -171,7 +177,7 @@ class TrainingStep:
         )
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
-        self._beside = Beside(device)
+        self._beside = Beside(device, self.forms.beside)
         self._launched: set[tuple[str, bool, bool]] = set()
         self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -281,7 +287,7 @@ class TrainingStep:
             kept.x_ND, self._delta_ND, self._norm(i, "post_attention"), self._config.norm_eps,
             kept.mid_ND, kept.normed_mid_ND, kept.rstd_mid_N, self._dropout(3 * i + 2),
         )  # fmt: skip
-        weight_2FD, tile = flat.half(i, "gate_up"), self._tiles.forward
+        weight_2FD, tile = flat.half(i, "gate_up"), self.forms.swiglu_forward
         if tile is None:
             multiply(kept.normed_mid_ND, weight_2FD, kept.gate_up_N2F)
             launches.swiglu(kept.gate_up_N2F, kept.hidden_NF)
@@ -297,11 +303,13 @@ class TrainingStep:
         return queries_keys[:, : c.n_heads], queries_keys[:, c.n_heads :], values
 
     def _attend(self, layer: int, kept: _Kept) -> None:
-        inputs = self._inputs(kept)
-        if kept.lse_HN is not None:
+        inputs, blocks = self._inputs(kept), self.forms.attention_forward
+        if blocks is not None:
             assert kept.out_NQ is not None
+            assert kept.lse_HN is not None
+            dropout = self._dropout(3 * layer + 1)
             launches.attention_forward(
-                *inputs, self._shape[1], kept.out_NQ, kept.lse_HN, self._dropout(3 * layer + 1)
+                *inputs, self._shape[1], kept.out_NQ, kept.lse_HN, blocks, dropout
             )
             return
         kept.attention = Attention(*(x.unflatten(0, self._shape) for x in inputs))
@@ -311,11 +319,13 @@ class TrainingStep:
         """From the gradient of attention's output to that of what it was rotated from."""
         c, tables = self._config, (self._cos_SP, self._sin_SP)
         dout_NHE = self._dout_NQ.unflatten(1, (-1, c.head_dim))
-        if kept.lse_HN is not None:
+        blocks = self.forms.attention_backward
+        if blocks is not None:
             assert kept.out_NQ is not None
+            assert kept.lse_HN is not None
             launches.attention_backward(
                 dout_NHE, self._inputs(kept), kept.out_NQ, kept.lse_HN, *tables, self._heads,
-                self._delta_HN, self._dqkv_NC, self._dropout(3 * layer + 1),
+                self._delta_HN, self._dqkv_NC, blocks, self._dropout(3 * layer + 1),
             )  # fmt: skip
             return
         assert kept.attention is not None
@@ -412,7 +422,7 @@ class TrainingStep:
 
     def _swiglu_backward(self, i: int, kept: _Kept, dx_half_ND: Tensor) -> None:
         """From the gradient of a layer's output to that of its gates and ups, in their place."""
-        weight_DF, tile = self._flat.half(i, "down"), self._tiles.backward
+        weight_DF, tile = self._flat.half(i, "down"), self.forms.swiglu_backward
         gate_up, hidden = kept.gate_up_N2F, None
         if self._recompute == "hidden":
             hidden = kept.hidden_NF

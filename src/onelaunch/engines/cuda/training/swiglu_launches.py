@@ -7,75 +7,11 @@ TMA wants. TMA descriptors are kernel arguments, so that a launch allocates noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from onelaunch.engines.cuda.training import launches, swiglu_products
-from onelaunch.engines.cuda.training.launches import MULTIPROCESSORS, ctas
-
-
-@dataclass(frozen=True)
-class ProductTile:
-    """How a product with SwiGLU in its epilogue is divided.
-
-    A tile is `block_m` rows by `block_f` columns of the hidden layer, its epilogue goes by `parts`
-    of the columns. The grid has `ctas_per_sm` persistent CTAs per multiprocessor, or with 0 one CTA
-    per tile. `flatten` makes one pipelined loop of tiles and steps. `tma_stores` is of the forward
-    alone, `ahead` of the backward: how early gates and ups are loaded, see its kernel.
-    `max_registers` per thread lets two CTAs of eight warps fit where it is 128."""
-
-    block_m: int
-    block_f: int
-    block_k: int
-    num_stages: int
-    num_warps: int
-    ctas_per_sm: int
-    parts: int = 1
-    flatten: bool = False
-    tma_stores: bool = False
-    ahead: int = 0
-    max_registers: int | None = None
-
-    def grid(self, N: int, F: int) -> tuple[int]:
-        """Return how many CTAs take the tiles."""
-        tiles = ctas(N, self.block_m) * ctas(F, self.block_f)
-        return (min(tiles, self.ctas_per_sm * MULTIPROCESSORS or tiles),)
-
-    def options(self) -> dict[str, int | None]:
-        """Return the kernels' common constants."""
-        return {
-            "BLOCK_M": self.block_m, "BLOCK_F": self.block_f, "BLOCK_K": self.block_k,
-            "PARTS": self.parts, "FLATTEN": self.flatten, "num_stages": self.num_stages,
-            "num_warps": self.num_warps, "maxnreg": self.max_registers,
-        }  # fmt: skip
-
-
-MANY_ROWS = ProductTile(128, 128, 64, 4, 8, 1, parts=2, flatten=True)
-FEW_ROWS = ProductTile(64, 32, 64, 5, 4, 0)
-FEW_ROWS_BACK = ProductTile(64, 32, 128, 3, 4, 0, ahead=2)
-ENOUGH_TILES = 4  # of each multiprocessor
-LITTLE_WORK = 2e9  # operations of a product of gates and ups that launches cost more than
-
-
-class SwigluTiles(NamedTuple):
-    """Those of the products with SwiGLU of a feed-forward; None for a library's product and a
-    SwiGLU of its own."""
-
-    forward: ProductTile | None
-    backward: ProductTile | None
-
-
-def swiglu_tiles(N: int, D: int, F: int) -> SwigluTiles:
-    """Return the form that measured fastest on an H200: of little work both fused, of much the
-    forward alone. With many rows the backward's epilogue costs more than it saves."""
-    if 4 * N * D * F <= LITTLE_WORK:
-        return SwigluTiles(FEW_ROWS, FEW_ROWS_BACK)
-    tiles = ctas(N, MANY_ROWS.block_m) * ctas(F, MANY_ROWS.block_f)
-    enough = tiles >= ENOUGH_TILES * MULTIPROCESSORS
-    return SwigluTiles(MANY_ROWS if enough else None, None)
+from onelaunch.engines.cuda.training.forms import ProductTile
 
 
 def can_fuse(weights: Tensor, D: int, F: int) -> bool:
