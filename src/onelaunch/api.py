@@ -308,6 +308,7 @@ class LanguageModel:
         batch: int = 1,
         sequence: int | None = None,
         *,
+        training: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, Any]:
         """Measure which fusion depth and tiles are fastest on this GPU, and keep the answer.
@@ -317,17 +318,21 @@ class LanguageModel:
         a rule decides. It takes some tens of seconds, in which nothing else should use the GPU.
 
         batch, sequence: of (B, S) token ids; by default the model's context, 2,048 at most.
+        training: tune the training step of exactly this batch and sequence, for `train`: its tiles,
+            logits at once and streams, without dropout.
         progress: called with a phase, how much of it is done and of about how much, from several
             threads.
 
         Returns the batch and sequence that it holds for, the chosen form, each form's microseconds,
-        how many forwards were timed, and the seconds that it took. Raises BadInput where there is
-        nothing to tune, such as on a CPU.
+        how many forwards were timed, and the seconds that it took; of a training step see
+        `CudaTrainer.tune`. Raises BadInput where there is nothing to tune, such as on a CPU.
         """
         from onelaunch.engines.cuda import why_not
         from onelaunch.engines.cuda.engine import CudaEngine
         from onelaunch.engines.reference import resolve_device
 
+        if training:
+            return self._tune_training(batch, sequence, progress)
         device = resolve_device(self._how.get("device") or "auto")
         if reason := why_not(device, self.config):
             raise BadInput(f"only the CUDA engine can be tuned: {reason}")
@@ -336,6 +341,36 @@ class LanguageModel:
             name = engine.describe()["engine"]
             raise BadInput(f"only the CUDA engine can be tuned, and the engine is {name!r}")
         return engine.tune(batch, sequence, progress)
+
+    def _tune_training(
+        self,
+        batch: int,
+        sequence: int | None,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> dict[str, Any]:
+        from onelaunch.compilation.cache import Store
+        from onelaunch.engines.cuda import why_not_train
+        from onelaunch.engines.reference import resolve_device
+
+        self._check_open()
+        device = resolve_device(self._how.get("device") or "auto")
+        if reason := why_not_train(device, self.config):
+            raise BadInput(f"only the CUDA engine can be tuned: {reason}")
+        if self._engine_name not in ("auto", "cuda"):
+            raise BadInput(
+                f"only the CUDA engine can be tuned, and the engine is {self._engine_name!r}"
+            )
+        from onelaunch.engines.cuda.training.engine import CudaTrainer  # imports Triton
+
+        dtype = str(self._how.get("dtype") or "bfloat16").removeprefix("torch.")
+        store = Store()
+        trainer = CudaTrainer(self.config, self.weights, str(device), dtype, store=store)
+        with closing(trainer):
+            length = min(self.config.max_seq_len, 2048) if sequence is None else sequence
+            tuned = trainer.tune(batch, length, progress or (lambda phase, done, total: None))
+        if not tuned["kept"]:
+            self._log(f"the forms could not be stored: {store.last_error}")
+        return tuned
 
     def evaluate(self, data: str | Path, progress: Log | None = None) -> SplitLoss:
         """The loss over the whole validation split of some data, in windows of the model's context,

@@ -10,16 +10,30 @@ FOUND = {
     "batch": 2, "sequence": 64, "form": "staged", "tried": 90, "seconds": 21.4,
     "us": {"staged": 105.41, "rule": 107.77, "all": 121.49},
 }  # fmt: skip
+OF_TRAINING = {
+    "batch": 64, "sequence": 256, "forms": {}, "us": 7900.5, "rule_us": 8123.4, "tried": 5,
+    "seconds": 61.2, "kept": True,
+    "timed": [
+        {"form": "attention_forward", "value": "64x64, 2 stages, 4 warps", "us": 8123.4,
+         "why": None, "chosen": False},
+        {"form": "attention_forward", "value": "64x32, 3 stages, 4 warps", "us": 7900.5,
+         "why": None, "chosen": True},
+        {"form": "attention_forward", "value": "128x64, 3 stages, 8 warps", "us": None,
+         "why": "OutOfResources: shared memory", "chosen": False},
+        {"form": "beside", "value": "on", "us": 7901.0, "why": None, "chosen": True},
+        {"form": "beside", "value": "off", "us": 8200.0, "why": None, "chosen": False},
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
 def tuned(monkeypatch):
     asked = []
 
-    def tune(self, batch, sequence, *, progress):
+    def tune(self, batch, sequence, *, training, progress):
         progress("timing tiles", 3, 90)
         asked.append((self._how["device"], self._how["dtype"], batch, sequence))
-        return FOUND
+        return OF_TRAINING if training else FOUND
 
     monkeypatch.setattr(api.LanguageModel, "tune", tune)
     return asked
@@ -43,6 +57,39 @@ def test_json(onelaunch, tuned):
     code, out, err = onelaunch("tune", "stories260k", "--random", "--json", "--quiet")
     assert (code, json.loads(out), err) == (0, FOUND, "")
     assert tuned == [("auto", None, 1, None)]
+
+
+def test_each_value_of_a_training_step_and_the_chosen_ones(onelaunch, tuned):
+    code, out, err = onelaunch("tune", "stories260k", "--random", "--training", "64x256")
+    assert code == 0, err
+    assert tuned == [("auto", None, 64, 256)]
+    assert out.splitlines() == [
+        "attention forward  64x64, 2 stages, 4 warps      8123.4 us",
+        "attention forward  64x32, 3 stages, 4 warps      7900.5 us  chosen",
+        "attention forward  128x64, 3 stages, 8 warps  does not run: OutOfResources: shared memory",
+        "beside             on                            7901.0 us  chosen",
+        "beside             off                           8200.0 us",
+    ]
+    assert "64x256 tokens: 7900.5 us a micro-step, 8123.4 by the rule; 5 timed in 61 s" in err
+    argv = ("tune", "stories260k", "--random", "--training", "8x32", "--json", "--quiet")
+    code, out, err = onelaunch(*argv)
+    assert (code, json.loads(out), err) == (0, OF_TRAINING, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--training", "64"), "must be as 64x256"), (("--training", "64x"), "must be as 64x256"),
+        (("--training", "64x256", "--batch", "1"), "leave out --batch"),
+        (("--training", "64x256", "--seq", "9"), "leave out --batch"),
+        (("--training", "64x256", "--device", "cpu"), "only the CUDA engine can be tuned"),
+    ],
+)  # fmt: skip
+def test_a_training_step_that_cannot_be_tuned(onelaunch, argv, words):
+    code, out, err = onelaunch("tune", "stories260k", "--random", *argv)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_a_device_without_anything_to_tune_is_said(onelaunch):

@@ -113,6 +113,14 @@ def load_model(model: str, random: bool = False, offers_random: bool = True) -> 
     return loaded
 
 
+def batch_shape(text: str) -> tuple[int, int]:
+    """The sequences and their tokens of `--training`, such as 64x256. Raises BadInput."""
+    batch, x, sequence = text.partition("x")
+    if not (x and batch.isdecimal() and sequence.isdecimal()):
+        raise BadInput(f"--training {text}: must be as 64x256, sequences and tokens of each")
+    return int(batch), int(sequence)
+
+
 def program() -> str:
     """How to call this program: by name where it is on the PATH, else as it was called."""
     argv0 = sys.argv[0]

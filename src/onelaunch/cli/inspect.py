@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onelaunch.cli.common import Debug, Json, load_model, log
+from onelaunch.cli.common import Debug, Json, batch_shape, load_model, log
 from onelaunch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def inspect(
             raise BadInput(f"--training {training}: {model} is a program, which does not train")
         _inspect_program(Path(model), json)
         return
-    shape = None if training is None else _shape(training)
+    shape = None if training is None else batch_shape(training)
     loaded = load_model(model, random)
     facts = {"model": model, **inspection.inspect(loaded, fusion_depth, shape)}
     if facts["tokenizer_error"] is not None:
@@ -85,13 +85,6 @@ def inspect(
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
     lines = *_plan_lines(plan), *_choice_lines(choices), *_prefetch_lines(prefetch)
     _print_lines(lines, width)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    batch, x, sequence = text.partition("x")
-    if not (x and batch.isdecimal() and sequence.isdecimal()):
-        raise BadInput(f"--training {text}: must be as 64x256, sequences and tokens of each")
-    return int(batch), int(sequence)
 
 
 def _training_lines(training: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +12,20 @@ from onelaunch.cli.common import (
     Json,
     ModelArgument,
     Quiet,
+    batch_shape,
     load_model,
     log,
     progress_line,
 )
+from onelaunch.errors import BadInput
 
 
 def tune(
     model: ModelArgument,
     batch: Annotated[
-        int, typer.Option("--batch", metavar="N", min=1, help="How many sequences at once.")
-    ] = 1,
+        int | None,
+        typer.Option("--batch", metavar="N", min=1, help="How many sequences at once; default: 1."),
+    ] = None,
     sequence: Annotated[
         int | None,
         typer.Option(
@@ -30,6 +33,14 @@ def tune(
             metavar="N",
             min=1,
             help="How many tokens each; default: the model's context, 2,048 at most.",
+        ),
+    ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(
+            "--training",
+            metavar="BxS",
+            help="Tune a training step of exactly B sequences of S tokens, such as 64x256.",
         ),
     ] = None,
     random: Annotated[
@@ -50,27 +61,61 @@ def tune(
     then on, in every process, for the same shape of model, dtype, GPU and versions, and for every
     batch and sequence up to the next powers of two. Without it a rule decides. It takes some tens
     of seconds; nothing else should use the GPU meanwhile.
+
+    With --training it measures the tiles, the logits at once and the streams of a training step,
+    and `onelaunch train` uses the answer for the same batch, without dropout.
     """
     import json
 
     from onelaunch.api import LanguageModel
 
     how = {"device": device, "dtype": dtype}
+    shape = batch or 1, sequence
+    if training is not None:
+        if batch is not None or sequence is not None:
+            raise BadInput(
+                f"--training {training}: has batch and sequence; leave out --batch, --seq"
+            )
+        shape = batch_shape(training)
     with (
         LanguageModel(load_model(model, random), how=how, log=log) as opened,
         progress_line(quiet) as show,
     ):
         tuned = opened.tune(
-            batch, sequence, progress=lambda phase, done, total: show(f"{phase}: {done} of {total}")
+            *shape,
+            training=training is not None,
+            progress=lambda phase, done, total: show(f"{phase}: {done} of {total}"),
         )
     if json_:
         print(json.dumps(tuned))
-        return
+    elif training is not None:
+        _print_training(tuned, quiet)
+    else:
+        _print_forward(tuned, quiet)
+
+
+def _print_forward(tuned: dict[str, Any], quiet: bool) -> None:
     width = max(map(len, tuned["us"]))
     for form, us in sorted(tuned["us"].items(), key=lambda pair: float(pair[1])):
         print(f"{form:<{width}}  {us:9.1f} us{'  chosen' if form == tuned['form'] else ''}")
     log(
         f"{tuned['batch']}x{tuned['sequence']} tokens: {tuned['tried']} forwards timed in "
         f"{tuned['seconds']:.0f} s",
+        quiet,
+    )
+
+
+def _print_training(tuned: dict[str, Any], quiet: bool) -> None:
+    """A line for each value of each form: microseconds of a micro-step with it, or why it does not
+    run."""
+    lines = [(each["form"].replace("_", " "), each["value"], each) for each in tuned["timed"]]
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    for form, value, each in lines:
+        figure = f"does not run: {each['why']}" if each["us"] is None else f"{each['us']:9.1f} us"
+        chosen = "  chosen" if each["chosen"] else ""
+        print(f"{form:<{widths[0]}}  {value:<{widths[1]}}  {figure}{chosen}")
+    log(
+        f"{tuned['batch']}x{tuned['sequence']} tokens: {tuned['us']:.1f} us a micro-step, "
+        f"{tuned['rule_us']:.1f} by the rule; {tuned['tried']} timed in {tuned['seconds']:.0f} s",
         quiet,
     )

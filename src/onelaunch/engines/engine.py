@@ -257,6 +257,14 @@ class TrainEngine(Engine, Protocol):
     def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Put back what `state_dict` gave after `version` updates."""
 
+    def forms(self, sequences: int, length: int) -> dict[str, Any] | None:
+        """The tiles and the like of a micro-step of this shape, as JSON data with their `source`;
+        other ones round otherwise. None where an engine has no choice. `describe()["forms"]` has
+        those of all shapes in use."""
+
+    def use_forms(self, saved: Any) -> bool:
+        """Take the forms that an earlier `describe` had; whether they can be used here."""
+
     # an engine that compiles in the background while it trains has something to log here
 
     def log_to(self, log: Callable[[str], None]) -> None:

@@ -221,6 +221,14 @@ class ReferenceEngine:
     def load_state_dict(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Nothing to be put back."""
 
+    def forms(self, sequences: int, length: int) -> dict[str, Any] | None:
+        """None: there is one form."""
+        return None
+
+    def use_forms(self, saved: Any) -> bool:
+        """There are none to be used."""
+        return False
+
     @property
     def restart_requested(self) -> bool:
         """Never."""

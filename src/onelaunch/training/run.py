@@ -182,6 +182,10 @@ def resume(
                 f"engine changed from {before} to {name}: results may differ in the last bits; "
                 f"train.engine={before} keeps it"
             )
+        elif (forms := state.get("forms")) and not setup.engine.use_forms(forms):
+            notices.append(
+                "the training step has other tiles than before: results may differ in the last bits"
+            )
         if (norm := state.get("norm", "torch")) != setup.engine.norm:
             notices.append(
                 f"norm changed from {norm} to {setup.engine.norm}: results may differ in the last "
@@ -515,6 +519,7 @@ def _run_record(setup: _Setup, at: Progress, ranks: Ranks) -> dict[str, Any]:
         "engine": setup.engine.describe()["engine"],
         "device": str(setup.engine.device),
         "norm": setup.engine.norm,
+        "forms": setup.engine.forms(setup.recipe.train.batch_size, setup.seq_len),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "time": time.time(),
@@ -528,6 +533,8 @@ def _header(setup: _Setup, flops: TrainingFlops, ranks: Ranks) -> Header:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     engine = setup.engine.describe()["engine"]
     by = f"norm {setup.engine.norm}" if engine == "reference" else f"engine {engine}"
+    if (setup.engine.forms(train.batch_size, setup.seq_len) or {}).get("source") == "tuned":
+        by += ", tuned"
     where = f"seed {train.seed}, on {name}, {by}"
     start = f", from {train.init}" if train.init else ""
     return Header(

@@ -89,6 +89,7 @@ def save(
         "sampler": sampler.state_dict(),
         "engine": engine.describe()["engine"],
         "norm": engine.describe().get("norm"),
+        "forms": engine.describe().get("forms"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

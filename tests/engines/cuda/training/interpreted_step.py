@@ -14,6 +14,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from onelaunch.checkpoints.run_folder import (  # noqa: E402
+    newest_valid_checkpoint,
+    read_run,
+    read_state,
+)
+from onelaunch.compilation.cache import Store  # noqa: E402
+from onelaunch.config import ModelConfig  # noqa: E402
 from onelaunch.engines.cuda.training import adamw  # noqa: E402
 from onelaunch.engines.cuda.training import engine as engines  # noqa: E402
 from onelaunch.engines.cuda.training import step as steps  # noqa: E402
@@ -27,6 +34,13 @@ from onelaunch.engines.cuda.training.forms import (  # noqa: E402
     rule,
 )
 from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
+from onelaunch.engines.cuda.training.tuning.store import (  # noqa: E402
+    TunedForms,
+    data_of,
+    facts_of,
+    keep,
+)
+from onelaunch.engines.cuda.tuning.facts import device_facts  # noqa: E402
 from onelaunch.errors import BadInput  # noqa: E402
 from onelaunch.model import Model  # noqa: E402
 from onelaunch.plan import training as plans  # noqa: E402
@@ -261,6 +275,86 @@ def test_a_run_with_dropout_goes_on_exactly_where_it_stopped(tmp_path, monkeypat
     assert losses_of(tmp_path / "cut") == whole
     runs.start(Recipe().with_settings(TINY, "test"), tmp_path / "plain", quiet=True)
     assert losses_of(tmp_path / "plain")[0] != whole[0]
+
+
+def keep_tuned(config, **changes):
+    """Other forms than the rule's for a batch of 2 x 16, as `tune` keeps them."""
+    forms = replace(rule(config, 2, 16, torch.float32, fuses=False), **changes)
+    facts = facts_of(config, 2, 16, "float32", False, device_facts(torch.device("cpu")))
+    assert keep(Store(), facts, TunedForms(forms, 90.0, 100.0, 9, 1.0, "2026-12-21"))
+    return forms
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_run_goes_on_in_the_forms_that_it_began_with(tmp_path, monkeypatch):
+    """By the rule before there are tuned ones; in the tuned ones where they have gone."""
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "empty"))
+    recipe = Recipe().with_settings(TINY, "test")
+    runs.start(recipe, tmp_path / "whole", quiet=True)
+    whole = losses_of(tmp_path / "whole")
+    with monkeypatch.context() as patches:
+        stop_before(patches, 7)
+        runs.start(recipe, tmp_path / "cut", quiet=True)
+    config = ModelConfig.from_dict(read_run(tmp_path / "cut")["config"], "run.json")
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "tuned"))
+    blocks = AttentionBlocks(16, 32, 2, 4)
+    # blocks of keys of 32 pad a sequence of 16: other sums, of the same numbers
+    forms = keep_tuned(config, attention_forward=blocks, attention_backward=blocks)
+    runs.resume(tmp_path / "cut", {}, quiet=True)
+    assert losses_of(tmp_path / "cut") == whole
+    assert sources_of(tmp_path / "cut") == ["rule", "rule"]
+
+    with monkeypatch.context() as patches:
+        stop_before(patches, 7)
+        runs.start(recipe, tmp_path / "tuned run", quiet=True)
+    checkpoint = newest_valid_checkpoint(tmp_path / "tuned run")[0]
+    saved = read_state(checkpoint)["forms"]["2x16"]
+    assert saved == {"source": "tuned", "device": "cpu", "dtype": "float32", **data_of(forms)}
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "empty"))
+    used = []
+    steps_of = CudaTrainer._make_step
+    monkeypatch.setattr(
+        CudaTrainer, "_make_step", lambda self, *how: used.append(how) or steps_of(self, *how)
+    )
+    runs.resume(tmp_path / "tuned run", {}, quiet=True)
+    assert (2, 16, forms) in used
+    assert sources_of(tmp_path / "tuned run") == ["tuned", "tuned"]
+
+
+def sources_of(run):
+    """Where the forms of each of a run's processes were from."""
+    records = read_metrics(run / "metrics.jsonl")
+    return [r["forms"]["source"] for r in records if r["kind"] == "run"]
+
+
+def test_forms_of_a_checkpoint_that_cannot_be_used_are_left(monkeypatch):
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
+    config = CONFIGS["grouped"].with_(n_layers=1)
+    weights = {k: torch.ones(s) for k, s in config.weight_shapes().items()}
+    engine = CudaTrainer(config, weights, "cpu")
+    here = engine.forms(2, 16)
+    assert here["source"] == "rule"
+    assert engine.describe()["forms"] == {"2x16": here}
+    other = here | {"attention_forward": AttentionBlocks(16, 16, 1, 4)._asdict()}
+    for wrong in (
+        None,
+        [here],
+        {"2x16": here | {"device": "NVIDIA H200"}},
+        {"2x16": other | {"dtype": "bfloat16"}},
+        {"2x16": other | {"attention_forward": None, "attention_backward": None}},
+        {"2x16": other | {"logits": -1}},
+        {"2x16": {}},
+        {"2 by 16": other},
+        {"3x16": other, "2x16": None},
+    ):
+        assert not engine.use_forms(wrong)
+        assert engine.forms(2, 16) == here
+    assert engine.use_forms({"2x16": other, "3x16": here})
+    assert engine.forms(2, 16) == other
+    # who asks for less memory has fewer logits, whatever was chosen
+    saving = CudaTrainer(config, weights, "cpu", recompute="layers")
+    assert saving.use_forms({"2x16": other})
+    assert saving.forms(2, 16) == other | {"logits": plans.FEWER_LOGITS}
 
 
 @pytest.mark.usefixtures("on_the_cpu")

@@ -10,7 +10,9 @@ import pytest
 from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.cuda.blocking import Blocking, default
+from onelaunch.engines.cuda.tuning import facts as facts_module
 from onelaunch.engines.cuda.tuning import store as store_module
+from onelaunch.engines.cuda.tuning.facts import syntax
 from onelaunch.engines.cuda.tuning.store import (
     Choice,
     bucket,
@@ -18,7 +20,6 @@ from onelaunch.engines.cuda.tuning.store import (
     find,
     keep,
     kept,
-    syntax,
 )
 from onelaunch.errors import BadInput
 
@@ -111,10 +112,10 @@ def test_other_sources_have_other_choices(store, monkeypatch):
 
 
 def test_sources_are_parsed_once(store, monkeypatch):
-    store_module._digests.clear()
+    facts_module._digests.clear()
     keep(store, FACTS, STAGED)
-    store_module._digests.clear()  # as another process begins
-    monkeypatch.setattr(store_module, "syntax", None)
+    facts_module._digests.clear()  # as another process begins
+    monkeypatch.setattr(facts_module, "syntax", None)
     assert find(store, FACTS) == STAGED
 
 

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_tokens
 from onelaunch.engines.cuda import why_not_train
 from onelaunch.engines.cuda.training.flat import FlatParameters
-from onelaunch.engines.cuda.training.forms import has_own_attention
+from onelaunch.engines.cuda.training.forms import TrainingForms, has_own_attention
 from onelaunch.engines.cuda.training.step import Ready, TrainingStep, forms_by_rule
+from onelaunch.engines.cuda.training.swiglu_launches import can_fuse
+from onelaunch.engines.cuda.training.tuning.candidates import candidates
+from onelaunch.engines.cuda.training.tuning.search import Progress, search, shown
+from onelaunch.engines.cuda.training.tuning.store import (
+    TunedForms,
+    data_of,
+    facts_of,
+    find,
+    keep,
+    read_forms,
+)
+from onelaunch.engines.cuda.tuning.facts import Facts, device_facts
 from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
 from onelaunch.operators.triton_cache import prepare_triton
-from onelaunch.plan.training import RECOMPUTE, Recompute, make_training_plan
+from onelaunch.plan.training import FEWER_LOGITS, RECOMPUTE, Recompute, make_training_plan
 
 RESERVE = 1 << 30  # bytes of a GPU's memory for what no plan counts
 MOST_SHAPES = 2  # whose buffers are kept: that of training and of evaluation
@@ -38,6 +54,9 @@ class CudaTrainer(ReferenceEngine):
     fewer logits at once, too. Logits and samples are PyTorch's. `flat` are its parameters and
     gradients as one tensor each, for an update of all at once. Raises BadInput for what cannot be
     had.
+
+    The forms of a shape's steps are those of a checkpoint (`use_forms`), else those that `tune`
+    found and `store` keeps, else the rule's. Other forms round otherwise.
     """
 
     steps_at_once = True
@@ -50,6 +69,7 @@ class CudaTrainer(ReferenceEngine):
         dtype: str | None = None,
         dropout: float = 0.0,
         recompute: Recompute | None = None,
+        store: Store | None = None,
     ) -> None:
         if reason := why_not_train(resolve_device(device), config):
             raise BadInput(f"engine='cuda': {reason}; use engine='reference'")
@@ -71,6 +91,9 @@ class CudaTrainer(ReferenceEngine):
         self._steps: OrderedDict[tuple[int, int], TrainingStep] = OrderedDict()
         self.on_gradients: Ready | None = None
         """Called in each `train_step` as parts of the flat gradients are final."""
+        self._store = store or Store()
+        self._forms: dict[tuple[int, int], tuple[str, TrainingForms]] = {}
+        """By sequences and length, with where they are from, "rule" or "tuned"."""
         self._is_rounded = False  # the weights that products read are those of the parameters
 
     def parameters(self) -> dict[str, Tensor]:
@@ -173,24 +196,149 @@ class CudaTrainer(ReferenceEngine):
                 self._steps.popitem(last=False)
             if self.device.type == "cuda":
                 prepare_triton()
-            recompute = self._recompute or self._least_recompute(sequences, length)
-            # who asks for less memory gets less of both; by itself a step rounds the same always
-            fewer_logits = self._recompute not in (None, RECOMPUTE[0])
-            forms = forms_by_rule(self.config, self.flat, sequences, length, fewer_logits)
-            self._steps[key] = TrainingStep(
-                self.config, self.flat, sequences, length, self.dropout, recompute, forms
-            )
+            _, forms = self._choose(sequences, length)
+            self._steps[key] = self._make_step(sequences, length, forms)
         self._steps.move_to_end(key)
         return self._steps[key]
 
-    def _least_recompute(self, sequences: int, length: int) -> Recompute:
+    def _make_step(self, sequences: int, length: int, forms: TrainingForms) -> TrainingStep:
+        recompute = self._recompute or self._least_recompute(sequences, length, forms.logits)
+        return TrainingStep(
+            self.config, self.flat, sequences, length, self.dropout, recompute, forms
+        )
+
+    def _choose(self, sequences: int, length: int) -> tuple[str, TrainingForms]:
+        """The forms of a shape, and where they are from."""
+        key = sequences, length
+        if key not in self._forms:
+            tuned = find(self._store, self._facts(sequences, length))
+            forms = tuned.forms if tuned else self._rule(sequences, length)
+            self._forms[key] = "tuned" if tuned else "rule", forms
+        source, forms = self._forms[key]
+        # who asks for less memory gets less of both; by itself a step rounds the same always
+        if self._recompute not in (None, RECOMPUTE[0]):
+            forms = replace(forms, logits=min(forms.logits, FEWER_LOGITS))
+        return source, forms
+
+    def _rule(self, sequences: int, length: int) -> TrainingForms:
+        return forms_by_rule(self.config, self.flat, sequences, length)
+
+    def _facts(self, sequences: int, length: int) -> Facts:
+        device = device_facts(self.device)
+        return facts_of(self.config, sequences, length, self._dtype_name, self.dropout > 0, device)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def forms(self, sequences: int, length: int) -> dict[str, Any]:
+        """The forms of a micro-step of so many sequences of `length` tokens, as JSON data: `source`
+        is "rule" or "tuned"; `device` and `dtype` are what they hold for."""
+        source, forms = self._choose(sequences, length)
+        return {
+            "source": source,
+            "device": device_facts(self.device)["device"],
+            "dtype": self._dtype_name,
+            **data_of(forms),
+        }
+
+    def use_forms(self, saved: Any) -> bool:
+        """Take the forms of `describe()["forms"]` for their shapes, before the first step of these,
+        so that a resumed run rounds as before. Returns whether all of them can be used here."""
+        found = {}
+        try:
+            for name, data in saved.items():
+                sequences, length = map(int, name.split("x"))
+                here = self.forms(sequences, length)
+                own = {key: data[key] for key in data.keys() - {"source", "device", "dtype"}}
+                forms = read_forms(own)
+                if any(data[key] != here[key] for key in ("device", "dtype")):
+                    return False
+                if (forms.attention_forward is None) != (here["attention_forward"] is None):
+                    return False
+                found[sequences, length] = str(data["source"]), forms
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return False
+        self._forms |= found
+        return True
+
+    @torch.no_grad()
+    def tune(
+        self, sequences: int, length: int, progress: Progress = lambda phase, done, total: None
+    ) -> dict[str, Any]:
+        """Time micro-steps of a shape in several forms on this GPU and keep the fastest in the
+        store; they are this engine's from now on, too. Gradients that are there are lost.
+
+        Nothing else may use the GPU meanwhile. `progress` is called with a phase, how much of it is
+        done, and of how much. Returns batch and sequence, the `forms`, microseconds of a micro-step
+        in them (`us`) and in the rule's (`rule_us`), what was `timed`, how many that were, the
+        seconds that it took, and whether the store has `kept` them. Raises BadInput for a shape
+        that cannot be, and RunFailed where nothing runs.
+        """
+        from onelaunch.engines.cuda.training.tuning.timer import Timer
+
+        began, c = time.monotonic(), self.config
+        if sequences < 1 or not 1 <= length <= c.max_seq_len:
+            raise BadInput(
+                f"{sequences}x{length}: a step has one sequence or more, of 1 to {c.max_seq_len} "
+                "tokens"
+            )
+        self._steps.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        fuses = can_fuse(self.flat.half_M, c.dim, c.hidden_dim)
+        by_rule = self._rule(sequences, length)
+        with self.flat.on_device():
+            prepare_triton()
+            step = self._make_step(sequences, length, by_rule)
+            self.flat.refresh()
+            tokens_BS, targets_BS = torch.randint(c.vocab_size, (2, sequences, length)).unbind()
+            step.load(tokens_BS, targets_BS, 1.0, 1 if self.dropout else None)
+            found = search(
+                by_rule,
+                candidates(c, sequences, length, self.dtype, fuses),
+                Timer(step, self.flat.gradients_M),
+                progress,
+            )
+        tuned = TunedForms(
+            found.forms,
+            round(found.us, 2),
+            round(found.rule_us, 2),
+            len(found.timed),
+            round(time.monotonic() - began, 2),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        kept = keep(self._store, self._facts(sequences, length), tuned)
+        self._forms[sequences, length] = "tuned", found.forms
+        return {
+            "batch": sequences,
+            "sequence": length,
+            "forms": data_of(found.forms),
+            "us": tuned.us,
+            "rule_us": tuned.rule_us,
+            "timed": [
+                {
+                    "form": each.form,
+                    "value": shown(each.value),
+                    "us": each.us and round(each.us, 2),
+                    "why": each.why,
+                    "chosen": getattr(found.forms, each.form) == each.value,
+                }
+                for each in found.timed
+            ],
+            "tried": tuned.tried,
+            "seconds": tuned.seconds,
+            "kept": kept,
+        }
+
+    def _least_recompute(self, sequences: int, length: int, logits: int) -> Recompute:
         if self.device.type != "cuda":
             return RECOMPUTE[0]
         torch.cuda.empty_cache()  # what PyTorch holds in reserve is free
         free = torch.cuda.mem_get_info(self.device)[0] - RESERVE
         for recompute in RECOMPUTE[:-1]:
             plan = make_training_plan(
-                self.config, sequences, length, self.dtype.itemsize, recompute
+                self.config, sequences, length, self.dtype.itemsize, recompute, logits
             )
             if plan.batch_bytes + plan.logits_bytes <= free:
                 return recompute
@@ -212,8 +360,10 @@ class CudaTrainer(ReferenceEngine):
         return fresh
 
     def describe(self) -> dict[str, Any]:
-        """Engine, device, dtype, bytes of weights."""
-        return {**super().describe(), "engine": "cuda"}
+        """Engine, device, dtype, bytes of weights, and of each shape in use, such as "64x256", its
+        forms."""
+        forms = {"{}x{}".format(*shape): self.forms(*shape) for shape in self._forms}
+        return {**super().describe(), "engine": "cuda", "forms": forms}
 
     def close(self) -> None:
         """Let go of the buffers."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,13 @@ class _Kept:
     attention: Attention | None = None
 
 
+class CapturedStep(NamedTuple):
+    """A whole micro-step as a CUDA graph, and the logits that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    logits_CV: Tensor
+
+
 class TrainingStep:
     """Micro-steps of (sequences, length) tokens: `load`, `forward`, then `loss` and `backward`, or
     `loss_sum`. With `dropout`, a probability, attention must be ours. `forms` are by default the
@@ -122,8 +129,8 @@ class TrainingStep:
 
         attends = has_own_attention(c, dtype)
         assert attends or not dropout
-        self.forms = forms or forms_by_rule(c, flat, sequences, length)
-        assert attends == (self.forms.attention_forward is not None)
+        forms = forms or forms_by_rule(c, flat, sequences, length)
+        assert attends == (forms.attention_forward is not None)
         self._probability, self._drops = dropout, False
         # of each site the key of its random numbers and its number
         self._generators_G2 = whole(3 * c.n_layers + 1, 2)
@@ -155,7 +162,6 @@ class TrainingStep:
         self._last_ND, self._normed_ND, self._rstd_N = real(N, c.dim), half(N, c.dim), real(N)
         self._delta_ND = half(N, c.dim)
         self._losses_N = real(N)
-        self._logits_CV = half(logit_rows(N, c.vocab_size, self.forms.logits), c.vocab_size)
         # of the backward
         self._dnormed_ND, self._dhidden_NF = half(N, c.dim), half(N, c.hidden_dim)
         self._dx_ND = real(N, c.dim)
@@ -184,11 +190,18 @@ class TrainingStep:
         )
         self._cos_SP, self._sin_SP = (table.to(device) for table in rope_tables(config, length))
         self._heads = Heads(c.n_heads, c.n_kv_heads, c.head_dim, c.rope_layout == "interleaved")
-        self._beside = Beside(device, self.forms.beside)
         self._segments = flat.segments()
         self._watches = True
         self._kinds: dict[tuple[str, bool, bool], KindEvents] = {}
         self._measured: list[KindEvents] = []
+        self._use(forms)
+
+    def _use(self, forms: TrainingForms) -> None:
+        """Have nothing captured, and be in these forms from now on."""
+        self.forms, half_M, V = forms, self._flat.half_M, self._config.vocab_size
+        rows = logit_rows(len(self._tokens_N), V, forms.logits)
+        self._logits_CV = torch.empty(rows, V, device=half_M.device, dtype=half_M.dtype)
+        self._beside = Beside(half_M.device, forms.beside)
         self._launched: set[tuple[str, bool, bool]] = set()
         self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -252,6 +265,13 @@ class TrainingStep:
             return {}
         self._measured = []
         return {kind: s for seconds in found if seconds for kind, s in seconds.items()}
+
+    def capture(self, forms: TrainingForms) -> CapturedStep:
+        """A micro-step in other forms, for a GPU, which has run once before. What was captured
+        before stays as it is; all write the same buffers, but for logits."""
+        self._use(forms)
+        self._launch("step", False)
+        return CapturedStep(self._captured("step", False), self._logits_CV)
 
     def loss_sum(self) -> Tensor:
         """The loss summed over the targets; no gradient is touched."""

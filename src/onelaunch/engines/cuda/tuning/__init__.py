@@ -7,5 +7,6 @@ and tiles (blocking.py).
     descent.py  the walk through them, one kind of stage at a time
     search.py   what is timed in which order, and which form is chosen
     timer.py    microseconds of a forward, and kernels compiled several at a time
-    store.py    what is kept, for which device, versions and kernels
+    facts.py    what a choice depends on: device, versions, sources
+    store.py    what is kept
 """

@@ -7,12 +7,10 @@ a choice is none.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from onelaunch.compilation.cache import Store, program_key
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.blocking import Blocking
 from onelaunch.engines.cuda.forms import STAGED, Form
+from onelaunch.engines.cuda.tuning.facts import SHAPE, Facts, digest_of, shape_of
 from onelaunch.engines.cuda.tuning.space import KINDS, WRITES_X
 from onelaunch.errors import BadInput
 from onelaunch.plan import parse_depth
@@ -28,12 +27,7 @@ from onelaunch.plan import parse_depth
 RULE = "rule"
 """The name, among what was timed, of one kernel per stage with the rule's tiles."""
 WHAT = "the choice of a form"
-_SHAPE = (
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "qk_norm",
-)  # fmt: skip
 _EXTENT, _STAGES, _WARPS, _CHUNK, _PROGRAMS = 1024, 16, 32, 1 << 16, 32  # more than any has
-
-Facts = dict[str, str | int | bool]
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def facts_of(
     multiprocessors it has, and the versions of what compiles for it."""
     batch, sequence = bucket(config, batch, sequence)
     return {
-        **_shape_of(config),
+        **shape_of(config),
         "dtype": dtype,
         "batch": batch,
         "sequence": sequence,
@@ -108,7 +102,7 @@ def keep(store: Store, facts: Facts, choice: Choice) -> bool:
 
 def kept(store: Store, config: ModelConfig) -> list[tuple[Facts, Choice]]:
     """The choices for a model that these sources made, on whatever device, the smallest first."""
-    name = _name(_shape_of(config))
+    name = _name(shape_of(config))
     choices = []
     for entry in store.entries():
         if entry.about.get("what") != WHAT or entry.about.get("model") != name:
@@ -127,13 +121,9 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _shape_of(config: ModelConfig) -> Facts:
-    return {name: getattr(config, name) for name in _SHAPE}
-
-
 def _name(facts: Facts) -> str:
     """The name of a model's shape."""
-    shape = json.dumps([facts[name] for name in _SHAPE])
+    shape = json.dumps([facts[name] for name in SHAPE])
     return hashlib.sha256(shape.encode("ascii")).hexdigest()
 
 
@@ -141,49 +131,17 @@ def _key(store: Store, facts: Facts) -> str:
     return program_key(_sources(store), facts)
 
 
-_digests: dict[str, bytes] = {}
-
-
 def _sources(store: Store) -> bytes:
-    """A digest of the syntax trees of all that a forward is made of, without comments, docstrings
-    and line numbers: an edit of these leaves what was measured as it is. Parsing takes 0.4 s, so
-    the digest is kept by the files' bytes."""
-    files = [(file.name.encode(), file.read_bytes()) for file in _source_files()]
-    raw = b"\0".join(name + b"\0" + text for name, text in files)
-    key = program_key(raw, {"what": "a digest of syntax trees", "python": sys.version})
-    digest = _digests.get(key) or store.peek(key)
-    if digest is None:
-        trees = (name + b"\0" + syntax(text.decode()) for name, text in files)
-        digest = hashlib.sha256(b"\0".join(trees)).digest()
-        store.put(key, digest, {"what": "the sources of forwards"})
-    _digests[key] = digest
-    return digest
+    """A digest of all that a forward is made of."""
+    return digest_of(store, _source_files(), "the sources of forwards")
 
 
 def _source_files() -> list[Path]:
     here = Path(__file__).parent.parent
     package = here.parent.parent
-    apart = [here / "tuning", here / "decoding"]
+    apart = [here / "tuning", here / "decoding", here / "training"]
     files = [file for file in here.rglob("*.py") if not set(apart) & set(file.parents)]
     return sorted([*files, *(package / "plan").glob("*.py"), package / "operators" / "handles.py"])
-
-
-def syntax(source: str) -> bytes:
-    """A module's syntax tree as bytes, without its docstrings."""
-    tree = ast.parse(source)
-    for node in _with_docstrings(tree):
-        first = node.body[0] if node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            first.value.value = ""
-    return ast.dump(tree).encode()
-
-
-def _with_docstrings(
-    tree: ast.Module,
-) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
 
 
 def _parse(text: bytes) -> tuple[Facts, Choice] | None:
@@ -191,8 +149,8 @@ def _parse(text: bytes) -> tuple[Facts, Choice] | None:
     try:
         entry = json.loads(text)
         facts, choice = entry["of"], entry["choice"]
-        of = [type(facts[name]) for name in (*_SHAPE, "dtype", "batch", "sequence", "device")]
-        if of != [int] * (len(_SHAPE) - 1) + [bool, str, int, int, str]:
+        of = [type(facts[name]) for name in (*SHAPE, "dtype", "batch", "sequence", "device")]
+        if of != [int] * (len(SHAPE) - 1) + [bool, str, int, int, str]:
             return None
         return facts, read_choice(choice, facts["n_layers"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.forms import Form, bind
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import Shape, limits_of
+from onelaunch.engines.cuda.tuning.facts import Facts, device_facts
 from onelaunch.engines.cuda.tuning.search import (
     COMPILING,
     Job,
@@ -27,7 +27,7 @@ from onelaunch.engines.cuda.tuning.search import (
     Search,
     ignore_progress,
 )
-from onelaunch.engines.cuda.tuning.store import Choice, Facts, bucket, facts_of
+from onelaunch.engines.cuda.tuning.store import Choice, bucket, facts_of
 from onelaunch.errors import RunFailed
 from onelaunch.operators.triton_cache import verified
 
@@ -39,20 +39,6 @@ MOST_APART, ROWS_COMPARED = 0.05, 256
 HOPELESS = 1.25  # of the least time so far: one sample is enough then
 TIMEOUT_NS = 50_000_000  # no form is worth choosing whose waits take so long
 MAX_COMPILERS = 16
-
-
-@cache
-def device_facts(device: torch.device) -> dict[str, str | int]:
-    """The facts of a device and its compilers that a choice depends on."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "torch": str(torch.__version__),
-        "triton": triton.__version__,
-    }
 
 
 def facts(config: ModelConfig, packed: PackedModel, batch: int, sequence: int) -> Facts:
