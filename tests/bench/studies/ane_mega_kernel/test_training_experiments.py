@@ -27,6 +27,11 @@ from onelaunch.bench.studies.ane_mega_kernel import (
 )
 from onelaunch.bench.studies.ane_mega_kernel.accumulation import validation as accumulation_learning
 from onelaunch.bench.studies.ane_mega_kernel.overlap import background as overlap_background
+from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
+    BACKWARD,
+    HEAD,
+    program_parts,
+)
 from onelaunch.checkpoints.atomic import read_json
 from onelaunch.engines.coreml import training
 from onelaunch.training import engines
@@ -272,7 +277,7 @@ def test_parts_add_up_to_the_micro_step(small, two_updates, tmp_path):
     ours = {
         row["part"] for row in result.rows.values() if row.get("of") == ENGINE and "part" in row
     }
-    assert {"forward: layers", "head: classifier and loss, both ways", "backward: layers"} < ours
+    assert {"forward: layers", HEAD, BACKWARD["cpu"]} < ours
     assert result.rows[f"{ENGINE}: whole"]["without_clocks"] > 0
     kinds = {row["kind"]: row["share"] for row in result.rows.values() if "kind" in row}
     assert sum(kinds.values()) == pytest.approx(1, abs=1e-3)
@@ -291,8 +296,6 @@ def test_parts_add_up_to_the_micro_step(small, two_updates, tmp_path):
 
 
 def test_timing_the_parts_changes_nothing(small):
-    from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import program_parts
-
     with program_training.driver("stories260k", 16, staleness=0) as timed:
         timed.micro_step(1.0)
         with program_parts(timed) as update:

@@ -290,7 +290,7 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     shown = [row for row in record["rows"] if "by_step" in row]
     if not shown:
         return None
-    figure, (axes,) = plots.panels(1, 8)
+    figure, (axes,) = plots.panels(1, 8, 4.6)
     for row in shown:
         end, numbers = end_of(row["by_step"]), range(1, len(row["by_step"]) + 1)
         axes.plot(numbers, [ms / end for ms in row["by_step"]], label=row["of"], linewidth=1)
@@ -299,6 +299,8 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
     axes.plot(MARKS, theirs, "k--", marker="x", label="study, M1 Pro's Neural Engine")
     title = f"Warming up, {record['device']}"
     plots.label(axes, "micro-step", "time over that of the last ones", title, log="xy")
+    axes.get_legend().remove()  # type: ignore[union-attr]  # it would cover the lines
+    figure.legend(fontsize=7, ncols=3, loc="outside lower center")
     return figure
 
 

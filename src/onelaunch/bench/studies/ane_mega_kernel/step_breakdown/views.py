@@ -98,7 +98,7 @@ def _share(case: str, key: str, group: list[dict[str, Any]], rows: Shares) -> Fi
     verdict: Verdict = "not applicable"
     why = ""
     if HEAD in rows:
-        why = f"without classifier and loss, which are one part here, {rows[HEAD]['share']:.1%}"
+        why = f"classifier and loss are one part here, {rows[HEAD]['share']:.1%}, of neither half"
     elif key in _halves(rows):
         errors = (standard_error(row["spread"], row["n"]) for row in group)
         error = math.hypot(*errors) / rows[WHOLE]["ours"]
@@ -237,16 +237,18 @@ def _threads(record: dict[str, Any], case: str) -> Iterator[str]:
         yield f"Shares are of the time of all {rows[0]['threads']} threads."
 
 
+GROUPS_IN_ORDER = (WHOLE, "forward", HEAD, "backward", "")
+"""How parts' names begin, in a table's order."""
+
+
+def _place(part: str) -> int:
+    group = next(i for i, name in enumerate(GROUPS_IN_ORDER) if part.startswith(name))
+    return {UNEXPLAINED: group + 1, BESIDE: group + 2}.get(part, group)
+
+
 def _ordered(rows: Shares) -> list[str]:
     """The whole; then forward, head, backward and the rest, the largest first in each."""
-
-    def place(part: str) -> tuple[int, float]:
-        first = (WHOLE, "forward", HEAD, "backward", "")
-        group = next(i for i, name in enumerate(first) if part.startswith(name))
-        last = {UNEXPLAINED: 5, BESIDE: 6}.get(part, group)
-        return last, -rows[part]["ours"]
-
-    return sorted(rows, key=place)
+    return sorted(rows, key=lambda part: (_place(part), -rows[part]["ours"]))
 
 
 def _study(rows: Shares) -> Iterator[list[str]]:
@@ -269,7 +271,7 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
         part for rows in by_case.values() for part in _ordered(rows) if part not in (WHOLE, BESIDE)
     )
     left = [0.0] * len(by_case)
-    for number, part in enumerate(names):
+    for number, part in enumerate(sorted(names, key=_place)):
         shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in by_case.values()]
         axes.barh(
             list(by_case), shares, left=left, label=part, color=f"C{number % 10}",
