@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +44,7 @@ from onelaunch.training.evaluate import evaluate
 from onelaunch.training.flops import training_flops
 from onelaunch.training.metrics import MetricsWriter
 from onelaunch.training.optim import Optimizer, clip_and_step
-from onelaunch.training.pending import PendingUpdate, to_host
+from onelaunch.training.pending import PendingUpdate, to_device, to_host
 from onelaunch.training.ranks import ALONE, DECISION_NUMBERS, Decision, Ranks, decision_of
 from onelaunch.training.recipe import MAX_ACCUM, Recipe
 from onelaunch.training.samples import draw_sample, encode_prompt
@@ -283,7 +282,7 @@ class Trainer:
                 self._settle_all()
         clock.skip()
         tokens_BS, targets_BS = self._next_batch()
-        tokens, targets = self._on_device(tokens_BS, targets_BS)
+        tokens, targets = to_device(self.device, tokens_BS, targets_BS)
         clock.mark("data")
         if self._buckets is not None and progress.micro == accum - 1:
             self._buckets.overlap()
@@ -304,16 +303,6 @@ class Trainer:
             return True
         every, at = self.recipe.log.parts, self.progress.update
         return every > 0 and (at == 2 or (at > 0 and at % every == 0))
-
-    def _on_device(self, *batches_BS: np.ndarray) -> tuple[Tensor, ...]:
-        if self.device.type != "cuda":
-            return tuple(torch.from_numpy(batch).to(self.device) for batch in batches_BS)
-        # pinned, or the copy waits for what was launched before it
-        shape = len(batches_BS), *batches_BS[0].shape
-        pinned = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        for to, batch in zip(pinned, batches_BS, strict=True):
-            to.copy_(torch.from_numpy(batch))
-        return pinned.to(self.device, non_blocking=True).unbind()
 
     def _next_batch(self) -> Batch:
         """Draw this rank's batch of the next micro-step, and skip the others'."""

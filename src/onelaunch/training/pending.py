@@ -1,10 +1,12 @@
-"""An update whose figures the device may not have given yet."""
+"""Copies to and from the device that nobody waits for, and an update whose figures are still on
+their way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,17 @@ class PendingUpdate(NamedTuple):
     seconds: Callable[[], dict[str, float]]
     micro_steps: int
     tokens: int
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    """Integers of one shape on a device; on a GPU as int64, and they may still be on their way."""
+    if device.type != "cuda":
+        return tuple(torch.from_numpy(array).to(device) for array in arrays)
+    # pinned, or the copy waits for what was launched before it
+    pinned = torch.empty((len(arrays), *arrays[0].shape), dtype=torch.int64, pin_memory=True)
+    for to, array in zip(pinned, arrays, strict=True):
+        to.copy_(torch.from_numpy(array))
+    return pinned.to(device, non_blocking=True).unbind()
 
 
 def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -46,6 +46,13 @@ def median_and_spread(
     return column(head, "ours", write, scale), ("p20-p80", lambda row: spread(row, write, scale))
 
 
+def over_pytorch(rows: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """A column of how many times as fast as PyTorch each row is; none where no row was compared."""
+    if not any("over_pytorch" in row for row in rows):
+        return []
+    return [column("over PyTorch", "over_pytorch", "{:.2f}")]
+
+
 CASE, N = column("", "case"), column("n", "n")
 
 

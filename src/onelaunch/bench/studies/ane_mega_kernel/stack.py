@@ -5,15 +5,16 @@ Training through ML Programs with 10 micro-steps an update and each compilation 
 published study measured the first two and computed the others. They take turns in rounds, each
 beginning with an update that is not timed, in the state that such training is in; before the next
 one's turn, compilations have ended. The model's rate is K / (K step + compile) waiting, and
-K / max(K step slowdown, compile) in the background. With PyTorch nothing is compiled: there the
-last row is without the optimizer's step.
+K / max(K step slowdown, compile) in the background. With PyTorch, and on the engine that
+`onelaunch train` takes on the device, nothing is compiled: there the last row is without the
+optimizer's step.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,13 +32,21 @@ from onelaunch.bench.core.published import PUBLISHED
 from onelaunch.bench.core.record import Log, Row
 from onelaunch.bench.core.rounds import Samples, in_rounds, ratio
 from onelaunch.bench.core.tables import digits, document
-from onelaunch.bench.core.views import CASE, column, median_and_spread, published, table_of
+from onelaunch.bench.core.views import (
+    CASE,
+    column,
+    median_and_spread,
+    over_pytorch,
+    published,
+    table_of,
+)
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    PYTORCH_NAME,
     Driver,
     Update,
     driver,
     median_share,
-    pytorch_driver,
+    pytorch_and_engine,
     rate,
     why_no_programs,
 )
@@ -67,8 +76,8 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
         for model, sequence, rounds in cases:
             yield from _programs(model, sequence, rounds, long)
     for model, sequence, rounds in cases:
-        training = pytorch_driver(model, sequence, device)
-        yield from _pytorch(training, model, PYTORCH_ROUNDS * rounds, long)
+        with pytorch_and_engine(model, sequence, device, log) as trainings:
+            yield from _without_programs(trainings, model, PYTORCH_ROUNDS * rounds, long)
 
 
 def _programs(model: str, sequence: int, rounds: int, long: int) -> Iterator[Row]:
@@ -132,11 +141,15 @@ def _with_wait(update: Update, engine: CoreMLTrainer) -> Update:
     return replace(update, seconds=update.seconds + wait, stall_seconds=stall)
 
 
-def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Iterator[Row]:
-    def with_updates_of(k: int) -> float:
-        return rate([training.update(k) for _ in range(long // k)])  # as many micro-steps
+def _without_programs(
+    trainings: Mapping[str, Driver[Any]], model: str, rounds: int, long: int
+) -> Iterator[Row]:
+    """PyTorch's rows and the engine's, whose updates take turns."""
 
-    def without_optimizer() -> float:
+    def with_updates_of(training: Driver[Any], k: int) -> float:
+        return rate(training.updates(k, long // k))  # as many micro-steps
+
+    def without_optimizer(training: Driver[Any]) -> float:
         training.wait()
         start = time.perf_counter()
         for _ in range(long):
@@ -146,14 +159,23 @@ def _pytorch(training: Driver[Any], model: str, rounds: int, long: int) -> Itera
         training.optimizer.zero_grad()
         return long / seconds
 
-    training.update(SHORT)
-    contestants: dict[str, Callable[[], float]] = {
-        BASELINE: partial(with_updates_of, SHORT), ACCUMULATION: partial(with_updates_of, long),
-        ASYMPTOTE: without_optimizer,
-    }  # fmt: skip
+    contestants: dict[tuple[str, str], Callable[[], float]] = {}
+    for name, training in trainings.items():
+        training.update(SHORT)
+        contestants |= {
+            (name, BASELINE): partial(with_updates_of, training, SHORT),
+            (name, ACCUMULATION): partial(with_updates_of, training, long),
+            (name, ASYMPTOTE): partial(without_optimizer, training),
+        }
     samples = in_rounds(contestants, rounds)
-    for stage in samples:
-        yield _row(f"PyTorch {model} 1x{training.sequence}", stage, samples, long, {})
+    for name, training in trainings.items():
+        case = f"{name} {model} 1x{training.sequence}"
+        of_case = {stage: values for (whose, stage), values in samples.items() if whose == name}
+        for stage, values in of_case.items():
+            notes = {}
+            if name != PYTORCH_NAME:
+                notes["over_pytorch"] = round(ratio(values, samples[PYTORCH_NAME, stage]), 4)
+            yield _row(case, stage, of_case, long, notes)
 
 
 def _row(case: str, stage: str, samples: Samples, long: int, notes: dict[str, Any]) -> Row:
@@ -219,6 +241,7 @@ def table(record: dict[str, Any]) -> str:
             CASE,
             *median_and_spread("micro-steps/s"),
             column("speedup", "speedup", "{:.2f}"),
+            *over_pytorch(record["rows"]),
             column("by the model", "model", digits),
             column("waiting", "wait_share", "{:.1%}"),
             column("compiling, s", "compile_seconds", digits),

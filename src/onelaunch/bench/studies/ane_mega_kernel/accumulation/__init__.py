@@ -1,8 +1,9 @@
 """accumulation: what more micro-steps an update save, and what they cost in learning.
 
 Training through ML Programs waits at every update until the new weights are compiled (staleness 0,
-as in the published study); PyTorch computes with the weights themselves and has nothing to wait
-for. Updates of every length take turns. A micro-step's milliseconds are without the wait, as the
+as in the published study); PyTorch, and the engine that `onelaunch train` takes on the device,
+compute with the weights themselves and have nothing to wait for. Updates of every length take
+turns, and so do PyTorch and the engine. A micro-step's milliseconds are without the wait, as the
 study's are; rates are with everything. On a GPU also what an update would have to make again for
 the kernels. Then validation losses after equally many tokens (validation.py).
 """
@@ -20,10 +21,11 @@ from onelaunch.bench.studies.ane_mega_kernel.accumulation.kernel_weights import 
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.validation import learning
 from onelaunch.bench.studies.ane_mega_kernel.accumulation.views import draw, findings, table
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    PYTORCH_NAME,
     Driver,
     Update,
     driver,
-    pytorch_driver,
+    pytorch_and_engine,
     rate,
     why_no_programs,
 )
@@ -34,6 +36,8 @@ __all__ = ["UNIT", "draw", "findings", "run", "table"]
 UNIT = "ms"
 Counts = Mapping[int, int]
 """How many samples are taken, by micro-steps an update; 0: computed from the others."""
+Timed = dict[int, list[list[Update]]]
+"""The samples that were taken, by micro-steps an update."""
 PROGRAMS: tuple[tuple[str, int, Counts], ...] = (
     ("stories260k", 64, {1: 4, 10: 4, 50: 1, 100: 1, 500: 1}),
     ("stories15m", 32, {1: 3, 10: 3, 50: 1, 100: 1, 500: 0}),
@@ -59,38 +63,59 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
     else:
         for model, sequence, counts in QUICK_PROGRAMS if quick else PROGRAMS:
             with driver(model, sequence, staleness=0) as programs:
-                yield from _rates(f"ML Programs {model} 1x{sequence}", programs, counts, 1)
+                yield from _rates(model, {"ML Programs": programs}, counts, 1)
     for model, sequence, counts in QUICK_PYTORCH if quick else PYTORCH:
-        training = pytorch_driver(model, sequence, device)
-        yield from _rates(f"PyTorch {model} 1x{sequence}", training, counts, PYTORCH_SAMPLE)
-        yield from renewals(model, sequence, training, log)
+        with pytorch_and_engine(model, sequence, device, log) as trainings:
+            yield from _rates(model, trainings, counts, PYTORCH_SAMPLE)
+            yield from renewals(model, sequence, trainings[PYTORCH_NAME], log)
     yield from learning(device, quick, log)
 
 
-def _rates(case: str, training: Driver[Any], counts: Counts, sample: int) -> Iterator[Row]:
-    training.update(WARM_MICRO_STEPS)
-    timed: dict[int, list[list[Update]]] = {accum: [] for accum in counts}
+def _rates(
+    model: str, trainings: Mapping[str, Driver[Any]], counts: Counts, sample: int
+) -> Iterator[Row]:
+    """Rows of each trainer, by its name, and of each number of micro-steps an update."""
+    timed: dict[str, Timed] = {name: {accum: [] for accum in counts} for name in trainings}
+    for training in trainings.values():
+        training.update(WARM_MICRO_STEPS)
     for number in range(max(counts.values())):
         for accum, count in counts.items():  # in turn, as the machine has better and worse times
             if number < count:
-                updates = range(max(1, sample // accum))
-                timed[accum].append([training.update(accum) for _ in updates])
-    base = [rate(updates) for updates in timed[BASE]]
+                for name, training in trainings.items():
+                    updates = training.updates(accum, max(1, sample // accum))
+                    timed[name][accum].append(updates)
+    pytorch = timed.get(PYTORCH_NAME)
+    for name, training in trainings.items():
+        case = f"{name} {model} 1x{training.sequence}"
+        for row in _rows(case, timed[name], training.sequence):
+            if pytorch and name != PYTORCH_NAME:
+                accum = row.notes["accum"]
+                over = _speedup(timed[name][accum], pytorch[accum])
+                row.notes["over_pytorch"] = round(over, 4)
+            yield row
+
+
+def _rows(case: str, timed: Timed, sequence: int) -> Iterator[Row]:
     for accum, samples in timed.items():
         if samples:
             row = _measured(f"{case}, accum {accum}", accum, samples)
-            pairs = zip(samples, base, strict=False)
-            speedup = statistics.median(rate(ours) / theirs for ours, theirs in pairs)
+            speedup = _speedup(samples, timed[BASE])
         else:
             row = _computed(f"{case}, accum {accum}", accum, timed)
-            speedup = row.notes["micro_steps_per_s"] / statistics.median(base)
+            base = statistics.median(rate(updates) for updates in timed[BASE])
+            speedup = row.notes["micro_steps_per_s"] / base
         row.notes |= {
-            "sequence": training.sequence,
-            "tokens_per_s": round(row.notes["micro_steps_per_s"] * training.sequence, 2),
+            "sequence": sequence,
+            "tokens_per_s": round(row.notes["micro_steps_per_s"] * sequence, 2),
             "speedup": round(speedup, 4),
             "threads": torch.get_num_threads(),
         }
         yield row
+
+
+def _speedup(samples: Sequence[Sequence[Update]], base: Sequence[Sequence[Update]]) -> float:
+    """The ratio of rates, of samples taken at about the same time, in the median."""
+    return statistics.median(rate(a) / rate(b) for a, b in zip(samples, base, strict=False))
 
 
 def _step(updates: Sequence[Update]) -> float:
@@ -124,7 +149,7 @@ def _measured(case: str, accum: int, samples: Sequence[Sequence[Update]]) -> Row
     return Row.of(case, [1e3 * _step(updates) for updates in samples], notes=notes)
 
 
-def _computed(case: str, accum: int, timed: Mapping[int, Sequence[Sequence[Update]]]) -> Row:
+def _computed(case: str, accum: int, timed: Timed) -> Row:
     """Throughput by K / (K step + compile), the micro-step of the longest update that was timed."""
     longest = max(k for k, samples in timed.items() if samples)
     step = statistics.median(_step(updates) for updates in timed[longest])

@@ -20,6 +20,7 @@ from onelaunch.bench.core.views import (
     Column,
     column,
     median_and_spread,
+    over_pytorch,
     published,
     table_of,
 )
@@ -27,11 +28,17 @@ from onelaunch.bench.core.views import (
 KEYS = ("accum-10", "accum-50", "accum-100", "accum-500")
 MOSTLY = 0.5
 """Of the time: an update of 10 that compiles for longer than this mostly compiles."""
+LITTLE = 0.01
+"""Of the time: an update of an engine that takes less than this hardly counts."""
 LEAST_UPDATES = 5
 """In a run, for its loss to say anything about a learning rate."""
 LEAST_NATS = 0.02
 """A difference of losses below this, or below what seeds alone make, is none."""
 Row = dict[str, Any]
+ENGINE_ROWS = (
+    " The engine is the one that `onelaunch train` takes on this device; its updates and PyTorch's "
+    "took turns."
+)
 
 
 def series(record: dict[str, Any]) -> dict[str, list[Row]]:
@@ -54,6 +61,8 @@ def findings(record: dict[str, Any]) -> list[Finding]:
             for key in KEYS[1:]:
                 if row := by_accum.get(int(PUBLISHED[key].row)):
                     results.append(_speedup(key, name, row, base))
+        if {1, 10, 100} <= by_accum.keys() and _is_engine(by_accum[100]):
+            results.append(_saving(name, by_accum[1], by_accum[10], by_accum[100]))
     return [*without_evaluated_seconds(results), *_learning(record)]
 
 
@@ -88,6 +97,26 @@ def _speedup(key: str, name: str, row: Row, base: Row) -> Finding:
         "arithmetic" if row["computed"] else verdict,
         f"{why}; {_compilation(base)}",
         ours / theirs,
+    )
+
+
+def _is_engine(row: Row) -> bool:
+    """Whether a row is of an engine of ours that trains, rather than of PyTorch or ML Programs."""
+    return "over_pytorch" in row
+
+
+def _saving(name: str, one: Row, ten: Row, hundred: Row) -> Finding:
+    """What more micro-steps share where nothing is compiled: clipping and the optimizer step."""
+    shares = [row["optimizer_share"] for row in (one, ten, hundred)]
+    return Finding(
+        (),
+        f"{name}: with 100 micro-steps an update its optimizer step hardly counts",
+        "not measured",
+        f"{shares[0]:.1%} of the time with 1 micro-step, {shares[1]:.1%} with 10, "
+        f"{shares[2]:.2%} with 100",
+        "confirmed" if shares[2] < LITTLE else "refuted",
+        f"less than {LITTLE:.0%} with 100 is confirmed; 100 are "
+        f"{hundred['speedup'] / one['speedup']:.2f} times as fast as 1",
     )
 
 
@@ -144,6 +173,7 @@ def table(record: dict[str, Any]) -> str:
                 column("compiling", "compile_share", "{:.1%}"),
                 column("optimizer", "optimizer_share", "{:.2%}"),
                 column("over 10", "speedup", "{:.2f}"),
+                *over_pytorch(rates),
                 _study("study: ms", "ms/micro-step"),
                 _study("/s", "micro-steps/s"),
                 _study("compiling", "compiling, %", "{}%"),
@@ -153,7 +183,7 @@ def table(record: dict[str, Any]) -> str:
             "stories110M on an M1 Pro; its milliseconds stand next to ours and are not compared. "
             "Through ML Programs every update waits for its compilation, and they are evaluated "
             "on this CPU; 0 updates timed: computed as K / (K step + compile). The study's row of "
-            "500 is so, too.",
+            "500 is so, too." + (ENGINE_ROWS if any(map(_is_engine, rates)) else ""),
         ]
     if made := [row for row in record["rows"] if "when" in row]:
         parts += [

@@ -6,7 +6,8 @@ kind of operation that their evaluation is made of, conversions at their edges, 
 loss, what the host does with gradients, and the optimizer. Nothing is compiled meanwhile: the
 programs are kept. Each update is timed with the clocks and without, in turn. The same model's
 micro-step through programs of a stage, of half a layer and of all layers says what larger backward
-programs bring. With PyTorch: the parts between its own marks, on CUDA by events.
+programs bring. With PyTorch, and on the engine that `onelaunch train` takes on the device: the
+parts between their own marks, on CUDA by events; on the CPU engine also what its threads did.
 """
 
 from __future__ import annotations
@@ -20,16 +21,24 @@ import torch
 
 from onelaunch.bench.core.record import Log, Row, percentiles
 from onelaunch.bench.studies.ane_mega_kernel.program_training import (
+    ENGINE_NAMES,
+    WARM_UPDATES,
+    Driver,
     driver,
+    engine_driver,
+    log_without_engine,
+    own_engine,
     pytorch_driver,
     why_no_programs,
 )
 from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     BESIDE,
     EVALUATING,
+    OUTSIDE,
     WAITING,
     WHOLE,
     Seconds,
+    engine_parts,
     program_parts,
     programs_of,
     pytorch_parts,
@@ -63,6 +72,48 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
                 update(K)
             samples = [update(K) for _ in range(10 * updates)]
         yield from _rows(f"PyTorch {model} 1x{sequence}", samples, {})
+        if engine := own_engine(model, device):
+            with engine_driver(model, sequence, device) as ours:
+                yield from _engine(f"{ENGINE_NAMES[engine]} {model} 1x{sequence}", ours, updates)
+        else:
+            log_without_engine(device, log)
+
+
+def _engine(case: str, training: Driver[Any], updates: int) -> Iterator[Row]:
+    """The parts, and what threads did where the engine counts that. Updates with marks and without
+    take turns."""
+    for _ in range(WARM_UPDATES):
+        engine_parts(training, K, True)  # a CUDA engine captures other graphs for it
+    parts: list[Seconds] = []
+    by_kind: list[Seconds] = []
+    whole: list[float] = []
+    for number in range(10 * updates):
+        for marks in (number % 2 == 0, number % 2 == 1):
+            seconds, kinds = engine_parts(training, K, marks)
+            if marks:
+                parts.append(seconds)
+                by_kind.append(kinds)
+            else:
+                whole.append(1e3 * seconds[WHOLE])
+    yield from _rows(case, parts, {"without_clocks": round(statistics.median(whole), 4)})
+    if by_kind[0]:
+        threads = training.engine.describe()["threads"]
+        yield from _thread_rows(case, parts, by_kind, threads)
+
+
+def _thread_rows(
+    case: str, parts: Sequence[Seconds], by_kind: Sequence[Seconds], threads: int
+) -> Iterator[Row]:
+    """A row for every kind of work, of all threads together. Shares are of their whole time."""
+    available = [threads * each[WHOLE] for each in parts]
+    samples = [
+        {**kinds, OUTSIDE: seconds - sum(kinds.values())}
+        for kinds, seconds in zip(by_kind, available, strict=True)
+    ]
+    for kind in samples[0]:
+        share = sum(each[kind] for each in samples) / sum(available)
+        notes = {"of": case, "kind": kind, "share": round(share, 5), "threads": threads}
+        yield Row.of(f"{case}: threads: {kind}", _milliseconds(samples, kind), notes=notes)
 
 
 def _programs(model: str, sequence: int, updates: int) -> Iterator[Row]:

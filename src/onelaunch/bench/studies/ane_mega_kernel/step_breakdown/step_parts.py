@@ -1,8 +1,8 @@
 """Clocks for the parts of a micro-step.
 
 Through ML Programs one thread does everything but the products that are the weights' gradients:
-parts are its exclusive times, so that they add up. With PyTorch they are those between marks, on
-CUDA by events.
+parts are its exclusive times, so that they add up. With PyTorch and on our engines they are those
+between marks, on CUDA by events.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from typing import Any
 
 from torch import Tensor
 
-from onelaunch.bench.studies.ane_mega_kernel.program_training import Driver
+from onelaunch.bench.studies.ane_mega_kernel.program_training import OPTIMIZER, Driver
 from onelaunch.engines.coreml import step_clock
 from onelaunch.engines.coreml.package import Type
 from onelaunch.engines.coreml.ready import Evaluated, OnOutput
 from onelaunch.engines.coreml.step_clock import no_clock
 from onelaunch.engines.coreml.training import CoreMLTrainer
+from onelaunch.engines.engine import no_mark
 from onelaunch.engines.reference import ReferenceEngine
 from onelaunch.training.clock import StepClock
 
 WHOLE, UNEXPLAINED = "whole", "unexplained"
-DATA, OPTIMIZER = "data", "optimizer"
+DATA = "data"
+HEAD = "head: classifier and loss, both ways"
+"""Of an engine of ours: the classifier's forward, the loss, and the backward of both."""
+OUTSIDE = "outside the compiled step"
+"""Of the CPU engine's threads: data, the optimizer step, and what Python does."""
 WAITING = "backward: waiting for products"
 BESIDE = "beside: weights' gradients"
 """What another thread computes meanwhile: no part of the sum."""
@@ -156,8 +161,7 @@ def program_parts(driver: Driver[CoreMLTrainer]) -> Iterator[Callable[[int, bool
                 batch = driver.next_batch()
             engine.train_step(*batch, 1 / k)
         with parts.part(OPTIMIZER):
-            driver.optimizer.step()
-            driver.optimizer.zero_grad()
+            driver.step()
         whole = time.perf_counter() - start
         seconds = dict(parts.seconds) if clocks else {}
         if clocks:
@@ -200,20 +204,54 @@ def pytorch_parts(driver: Driver[ReferenceEngine]) -> Iterator[Callable[[int], S
         driver.wait()
         clock.begin()
         for _ in range(k):
-            tokens, targets = (each.to(engine.device) for each in driver.next_batch())
+            batch = driver.next_batch()
             clock.mark(DATA)
-            engine.train_step(
-                tokens, targets, 1 / k, lambda part, seconds=None: clock.mark(MARKS[part])
-            )
-        driver.optimizer.step()
-        driver.optimizer.zero_grad()
+            engine.train_step(*batch, 1 / k, lambda part, seconds=None: clock.mark(MARKS[part]))
+        driver.step()
         clock.mark(OPTIMIZER)
-        seconds = clock.end()
-        seconds[WHOLE] = seconds.pop("wall")
-        return {name: value / k for name, value in seconds.items() if value or name == UNEXPLAINED}
+        return _by_part(clock.end(), k)
 
     model.hidden = marked
     try:
         yield update
     finally:
         del model.hidden
+
+
+BACKWARD = {"cpu": "backward: layers, and calling the step", "cuda": "backward: layers"}
+"""What an engine's mark of the backward ends: on the CPU engine one call does all three parts, and
+what Python takes for it is counted here."""
+
+
+def engine_parts(driver: Driver[ReferenceEngine], k: int, marks: bool) -> tuple[Seconds, Seconds]:
+    """An update of so many micro-steps: what each part took, without marks the whole alone; and, on
+    the CPU engine, what all its threads together did."""
+    engine = driver.engine
+    engine.telemetry()
+    driver.wait()
+    clock = StepClock(engine.device)
+    backward = BACKWARD[engine.describe()["engine"]]
+    names = {"forward": "forward: layers", "loss": HEAD, "backward": backward}
+
+    def mark(part: str, seconds: float | None = None) -> None:
+        clock.mark(names[part], seconds)
+
+    for _ in range(k):
+        batch = driver.next_batch()
+        if marks:
+            clock.mark(DATA)
+        engine.train_step(*batch, 1 / k, mark if marks else no_mark)
+    driver.step()
+    engine.after_update()
+    if marks:
+        clock.mark(OPTIMIZER)
+    seconds = _by_part(clock.end(), k)
+    by_kind = engine.telemetry().get("thread_seconds", {})
+    threads = {kind.replace("_", " "): value / k for kind, value in by_kind.items()}
+    return seconds if marks else {WHOLE: seconds[WHOLE]}, threads
+
+
+def _by_part(seconds: dict[str, float], k: int) -> Seconds:
+    """A clock's parts that took any time, for one of k micro-steps."""
+    seconds[WHOLE] = seconds.pop("wall")
+    return {name: value / k for name, value in seconds.items() if value or name == UNEXPLAINED}

@@ -22,6 +22,7 @@ from onelaunch.bench.core.views import CASE, column, median_and_spread, publishe
 from onelaunch.bench.studies.ane_mega_kernel.step_breakdown.step_parts import (
     BESIDE,
     EVALUATING,
+    HEAD,
     UNEXPLAINED,
     WHOLE,
 )
@@ -88,14 +89,17 @@ def findings(record: dict[str, Any]) -> list[Finding]:
 
 
 def _share(case: str, key: str, group: list[dict[str, Any]], rows: Shares) -> Finding:
-    """Halves are to be near the study's. Their parts are separate in the evaluation of ML Programs
-    alone, and have no verdict."""
+    """Halves are to be near the study's; those of an engine of ours are without the classifier,
+    and have no verdict. Parts of halves are separate in the evaluation of ML Programs alone, and
+    have none either."""
     ms, theirs = published(key, "ms"), published(key, "ms") / THEIR_WHOLE
     share = sum(row["share"] for row in group)
     words = PUBLISHED[key].values.get("told")
     verdict: Verdict = "not applicable"
     why = ""
-    if key in _halves(rows):
+    if HEAD in rows:
+        why = f"classifier and loss are one part here, {rows[HEAD]['share']:.1%}, of neither half"
+    elif key in _halves(rows):
         errors = (standard_error(row["spread"], row["n"]) for row in group)
         error = math.hypot(*errors) / rows[WHOLE]["ours"]
         verdict = below(abs(share - theirs), NEAR, error)
@@ -182,6 +186,8 @@ def table(record: dict[str, Any]) -> str:
                 "are computed in another thread meanwhile, and are no part of the sum; programs "
                 "are evaluated on this CPU and kept: nothing is compiled."
             )
+        elif HEAD in rows:
+            note += f" Without the marks {digits(whole['without_clocks'])} ms."
         parts += [
             f"## {case}",
             table_of(
@@ -191,10 +197,11 @@ def table(record: dict[str, Any]) -> str:
                 column("share", "share", "{:.2%}"),
             ),
             note,
-            markdown(
-                ["as the study has it", "ms", "share", "study, ms", "share"], list(_study(rows))
-            ),
+            *_threads(record, case),
         ]
+        if HEAD not in rows:
+            head = ["as the study has it", "ms", "share", "study, ms", "share"]
+            parts.append(markdown(head, list(_study(rows))))
     depths = [row for row in record["rows"] if "depth" in row]
     if depths:
         parts += [
@@ -217,16 +224,31 @@ def table(record: dict[str, Any]) -> str:
     return document(record, "A micro-step by parts, on", *parts)
 
 
+def _threads(record: dict[str, Any], case: str) -> Iterator[str]:
+    """What all threads of the CPU engine did."""
+    rows = [row for row in record["rows"] if "kind" in row and row["of"] == case]
+    if rows:
+        yield table_of(
+            sorted(rows, key=lambda row: -row["ours"]),
+            column("all threads together", "kind"),
+            *median_and_spread("ms a micro-step", MS),
+            column("share", "share", "{:.2%}"),
+        )
+        yield f"Shares are of the time of all {rows[0]['threads']} threads."
+
+
+GROUPS_IN_ORDER = (WHOLE, "forward", HEAD, "backward", "")
+"""How parts' names begin, in a table's order."""
+
+
+def _place(part: str) -> int:
+    group = next(i for i, name in enumerate(GROUPS_IN_ORDER) if part.startswith(name))
+    return {UNEXPLAINED: group + 1, BESIDE: group + 2}.get(part, group)
+
+
 def _ordered(rows: Shares) -> list[str]:
-    """The whole; then forward, backward and the rest, the largest first in each."""
-
-    def place(part: str) -> tuple[int, float]:
-        first = (WHOLE, "forward", "backward", "")
-        group = next(i for i, name in enumerate(first) if part.startswith(name))
-        last = {UNEXPLAINED: 4, BESIDE: 5}.get(part, group)
-        return last, -rows[part]["ours"]
-
-    return sorted(rows, key=place)
+    """The whole; then forward, head, backward and the rest, the largest first in each."""
+    return sorted(rows, key=lambda part: (_place(part), -rows[part]["ours"]))
 
 
 def _study(rows: Shares) -> Iterator[list[str]]:
@@ -249,7 +271,7 @@ def draw(record: dict[str, Any]) -> plots.Figure | None:
         part for rows in by_case.values() for part in _ordered(rows) if part not in (WHOLE, BESIDE)
     )
     left = [0.0] * len(by_case)
-    for number, part in enumerate(names):
+    for number, part in enumerate(sorted(names, key=_place)):
         shares = [100 * rows[part]["share"] if part in rows else 0.0 for rows in by_case.values()]
         axes.barh(
             list(by_case), shares, left=left, label=part, color=f"C{number % 10}",
