@@ -10,10 +10,16 @@ import torch
 
 pytest.importorskip("triton")
 
+import onelaunch
+from onelaunch.compilation.cache import Store
 from onelaunch.config import preset
 from onelaunch.engines.cuda.training.adamw import FlatAdamW
 from onelaunch.engines.cuda.training.engine import CudaTrainer
+from onelaunch.engines.cuda.training.swiglu_launches import can_fuse
+from onelaunch.engines.cuda.training.tuning.candidates import candidates
+from onelaunch.engines.cuda.training.tuning.store import data_of, read_forms
 from onelaunch.engines.reference import ReferenceEngine
+from onelaunch.errors import BadInput
 from onelaunch.model import Model
 from onelaunch.training import run as runs
 from onelaunch.training.recipe import Recipe
@@ -145,6 +151,60 @@ def test_gradients_with_dropout_are_as_near_as_eager_ones_with_the_same_masks(na
         assert engine.loss_sum(tokens, targets) == plain.loss_sum(tokens, targets)
     torch.manual_seed(17)
     assert engine.train_step(tokens, targets).item() == got[0]
+
+
+def test_tuned_forms_are_kept_and_used_and_every_candidate_is_right(tmp_path):
+    config, shape = BASE.with_(n_layers=2, max_seq_len=256), (4, 200)
+    weights = {name: w.cuda() for name, w in weights_of(config).items()}
+    engine = CudaTrainer(config, weights, "cuda", store=Store(tmp_path / "store"))
+    heard = []
+    tuned = engine.tune(*shape, lambda *at: heard.append(at))
+    assert tuned["kept"]
+    assert (tuned["batch"], tuned["sequence"]) == shape
+    assert heard[-1][1] == heard[-1][2] == len(heard)
+    timed = {each["form"] for each in tuned["timed"]}
+    assert timed >= {"attention_forward", "attention_backward", "beside"}
+    assert all(each["us"] for each in tuned["timed"]), tuned["timed"]
+    assert tuned["us"] <= tuned["rule_us"]
+    # as another process finds them
+    other = CudaTrainer(config, weights, "cuda", store=Store(tmp_path / "store"))
+    here = other.forms(*shape)
+    assert here == engine.forms(*shape)
+    assert here["source"] == "tuned"
+    assert tuned["forms"].items() <= here.items()
+    assert other.forms(4, 199)["source"] == "rule"
+
+    tokens, targets = torch.randint(0, config.vocab_size, (2, *shape), device="cuda").unbind(0)
+    exact = Model.from_weights(config, {name: w.double() for name, w in weights.items()})
+    exact.requires_grad_(True)
+    (1.5 * exact.loss(tokens, targets)).backward()
+    eager = ReferenceEngine(config, weights, device="cuda", train=True, dtype="bfloat16")
+    of_eager = gradients_of(eager, tokens, targets)
+    forms = read_forms(tuned["forms"])
+    fuses = can_fuse(engine.flat.half_M, config.dim, config.hidden_dim)
+    values = candidates(config, *shape, torch.bfloat16, fuses)
+    for form, of_form in values.items():
+        for value in of_form:
+            data = data_of(replace(forms, **{form: value}))
+            trainer = CudaTrainer(config, weights, "cuda", store=Store(tmp_path / "store"))
+            assert trainer.use_forms({"4x200": here | data})
+            trainer.flat.gradients_M.fill_(float("nan"))
+            first, *others = (gradients_of(trainer, tokens, targets) for _ in range(3))
+            for key, parameter in exact.named_parameters():
+                assert all(torch.equal(first[key], each[key]) for each in others), (value, key)
+                least = error(of_eager[key], parameter.grad)
+                assert error(first[key], parameter.grad) <= 1.5 * least, (form, value, key)
+
+
+def test_a_loaded_model_tunes_its_training_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path))
+    with onelaunch.load("stories260k", random=True) as model:
+        tuned = model.tune(2, 64, training=True)
+        with pytest.raises(BadInput, match="one sequence or more"):
+            model.tune(2, 1 << 20, training=True)
+    assert tuned["kept"]
+    engine = CudaTrainer(model.config, model.weights, "cuda")
+    assert engine.forms(2, 64)["source"] == "tuned"
 
 
 def test_other_shapes_between_give_the_same():

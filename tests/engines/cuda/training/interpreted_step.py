@@ -21,7 +21,7 @@ from onelaunch.checkpoints.run_folder import (  # noqa: E402
 )
 from onelaunch.compilation.cache import Store  # noqa: E402
 from onelaunch.config import ModelConfig  # noqa: E402
-from onelaunch.engines.cuda.training import adamw  # noqa: E402
+from onelaunch.engines.cuda.training import adamw, launches  # noqa: E402
 from onelaunch.engines.cuda.training import engine as engines  # noqa: E402
 from onelaunch.engines.cuda.training import step as steps  # noqa: E402
 from onelaunch.engines.cuda.training.engine import CudaTrainer  # noqa: E402
@@ -31,9 +31,11 @@ from onelaunch.engines.cuda.training.forms import (  # noqa: E402
     FEW_ROWS_BACK,
     AttentionBlocks,
     TrainingForms,
+    attention_blocks,
     rule,
 )
 from onelaunch.engines.cuda.training.step import TrainingStep  # noqa: E402
+from onelaunch.engines.cuda.training.tuning import timer as timers  # noqa: E402
 from onelaunch.engines.cuda.training.tuning.store import (  # noqa: E402
     TunedForms,
     data_of,
@@ -325,6 +327,70 @@ def sources_of(run):
     """Where the forms of each of a run's processes were from."""
     records = read_metrics(run / "metrics.jsonl")
     return [r["forms"]["source"] for r in records if r["kind"] == "run"]
+
+
+class Relaunched:
+    """In the place of a CUDA graph."""
+
+    def __init__(self, step, part, accumulate):
+        self.forms, self._launch = step.forms, lambda: step._launch(part, accumulate)
+
+    def replay(self):
+        self._launch()
+
+
+def test_tuning_measures_keeps_and_uses_the_fastest(monkeypatch, tmp_path):
+    """Of times that are made up: of the forward's blocks one is fastest, one does not compile, and
+    one gives wrong gradients."""
+    monkeypatch.setattr(engines, "why_not_train", lambda *_: None)
+    monkeypatch.setattr(TrainingStep, "_captured", lambda *how: Relaunched(*how))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    config = CONFIGS["grouped"].with_(n_layers=1)
+    first = attention_blocks(1, 9, config.n_heads, config.head_dim, backward=False)
+    fastest, broken, wrong = (AttentionBlocks(rows, 32, 2, 4) for rows in (16, 32, 64))
+    values = {"attention_forward": [first, fastest, broken, wrong], "beside": [True, False]}
+    monkeypatch.setattr(engines, "candidates", lambda *_: values)
+    forward = launches.attention_forward
+
+    def attention_forward(*args):
+        blocks = args[6]
+        if blocks == broken:
+            raise RuntimeError("out of resource: shared memory\nin a kernel")
+        forward(*args)
+        if blocks == wrong:
+            args[4].mul_(1.5)
+
+    monkeypatch.setattr(launches, "attention_forward", attention_forward)
+    monkeypatch.setattr(
+        timers,
+        "replay_us",
+        lambda graph, n: 900.0 if graph.forms.attention_forward == fastest else 1000.0,
+    )
+    torch.manual_seed(5)
+    weights = {k: torch.randn(s) * 0.1 for k, s in config.weight_shapes().items()}
+    engine = CudaTrainer(config, weights, "cpu", store=Store(tmp_path / "store"))
+    tuned = engine.tune(1, 9)
+    assert (tuned["us"], tuned["rule_us"], tuned["tried"], tuned["kept"]) == (900, 1000, 6, True)
+    rows = [(each["us"], each["why"], each["chosen"]) for each in tuned["timed"]]
+    assert rows[:3] == [
+        (1000, None, False), (900, None, True),
+        (None, "RuntimeError: out of resource: shared memory", False),
+    ]  # fmt: skip
+    assert rows[3][0] is None
+    assert "from the rule's" in rows[3][1]
+    assert rows[4:] == [(900, None, True), (900, None, False)]
+    assert tuned["forms"]["attention_forward"] == fastest._asdict()
+    later = CudaTrainer(config, weights, "cpu", store=Store(tmp_path / "store"))
+    assert later.forms(1, 9) == engine.forms(1, 9) == {
+        "source": "tuned", "device": "cpu", "dtype": "float32", **tuned["forms"],
+    }  # fmt: skip
+    tokens, targets = torch.randint(0, config.vocab_size, (2, 1, 9)).unbind()
+    loss = later.train_step(tokens, targets).item()
+    exact = Model.from_weights(config, {k: v.double() for k, v in weights.items()})
+    assert loss == pytest.approx(exact.loss(tokens, targets).item(), rel=1e-5)
+    assert later._step(1, 9).forms.attention_forward == fastest
+    with pytest.raises(BadInput, match="one sequence or more"):
+        engine.tune(1, config.max_seq_len + 1)
 
 
 def test_forms_of_a_checkpoint_that_cannot_be_used_are_left(monkeypatch):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from onelaunch.config import preset
 from onelaunch.engines.cuda.training.forms import attention_blocks, swiglu_tiles
+from onelaunch.engines.cuda.training.tuning.candidates import candidates
 from onelaunch.operators.rms_norm import launch
 from tests.compiling import absent, spilled
 
@@ -156,17 +158,20 @@ def blocks_of(B, S, H, E):
     return tuple(attention_blocks(B, S, H, E, backward=each) for each in (False, True))
 
 
-def launch_attention(launches, B, E, n_heads, interleaved, dropout=None):
+def launch_attention(launches, B, E, n_heads, interleaved, dropout=None, blocks=None, only=None):
+    """The forward and the backward, or one of them `only`; by default in the rule's blocks."""
     heads = launches.Heads(*n_heads, E, interleaved)
     (H, K, _, _), n_rows = heads, B * 256
     inputs = half(n_rows, (H + 2 * K) * E).view(n_rows, -1, E).split((H, K, K), 1)
     out, lse, cos = half(n_rows, H * E), empty(H, n_rows), empty(256, E // 2)
-    forward, backward = blocks_of(B, 256, H, E)
-    launches.attention_forward(*inputs, 256, out, lse, forward, dropout)
-    launches.attention_backward(
-        out.view(n_rows, H, E), inputs, out, lse, cos, cos, heads, lse,
-        half(n_rows, (H + 2 * K) * E), backward, dropout,
-    )  # fmt: skip
+    forward, backward = blocks or blocks_of(B, 256, H, E)
+    if only != "backward":
+        launches.attention_forward(*inputs, 256, out, lse, forward, dropout)
+    if only != "forward":
+        launches.attention_backward(
+            out.view(n_rows, H, E), inputs, out, lse, cos, cos, heads, lse,
+            half(n_rows, (H + 2 * K) * E), backward, dropout,
+        )  # fmt: skip
 
 
 @pytest.mark.extended
@@ -197,6 +202,41 @@ def test_attention_with_dropout(B, E, interleaved, kernels):
     assert not any(c.spilled for c in found.values()), {n: c.spilled for n, c in found.items()}
     if B == 64:  # a thread has 32 weights: 8 calls, of 16 products each at most
         assert found["attention_forward_kernel"].ptx.count("mul.hi.u32") <= 8 * 16
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("H", "E", "D", "F"), [(6, 48, 288, 768), (12, 64, 768, 2048)])
+@pytest.mark.parametrize("B", [1, 64])
+def test_all_that_is_worth_timing_compiles(B, H, E, D, F, kernels):
+    """And fits into shared memory. What spills is slow, but right."""
+    launches, found = kernels
+    from onelaunch.engines.cuda.training import swiglu_launches as fused
+
+    config = preset("stories15m").with_(
+        dim=D, n_heads=H, n_kv_heads=H, head_dim=E, hidden_dim=F, max_seq_len=256
+    )
+    values = candidates(config, B, 256, BF16, fuses=True)
+    spilled_bytes = {}
+    for part in ("forward", "backward"):
+        for blocks in values[f"attention_{part}"]:
+            found.clear()
+            launch_attention(launches, B, E, (H, H), True, blocks=(blocks, blocks), only=part)
+            spilled_bytes[part, blocks] = check_fits(found, f"attention_{part}_kernel")
+    rows = B * 256
+    gate_up, hidden = half(rows, 2 * F), half(rows, F)
+    for tile in filter(None, values["swiglu_forward"]):
+        fused.gate_up_swiglu(half(rows, D), half(2 * F, D), gate_up, hidden, tile)
+        spilled_bytes["swiglu forward", tile] = check_fits(found, "gate_up_swiglu_kernel")
+    for tile in filter(None, values["swiglu_backward"]):
+        fused.down_back_swiglu(half(rows, D), half(D, F), gate_up, gate_up, None, tile)
+        spilled_bytes["swiglu backward", tile] = check_fits(found, "down_back_swiglu_kernel")
+    assert not any(spilled_bytes.values()), spilled_bytes
+
+
+def check_fits(found: dict[str, Compiled], name: str) -> int:
+    """The bytes that a kernel spills."""
+    assert found[name].shared <= 232_448, name
+    return found[name].spilled
 
 
 @pytest.mark.extended

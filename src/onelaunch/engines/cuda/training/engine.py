@@ -289,7 +289,8 @@ class CudaTrainer(ReferenceEngine):
         fuses = can_fuse(self.flat.half_M, c.dim, c.hidden_dim)
         by_rule = self._rule(sequences, length)
         with self.flat.on_device():
-            prepare_triton()
+            if self.device.type == "cuda":
+                prepare_triton()
             step = self._make_step(sequences, length, by_rule)
             self.flat.refresh()
             tokens_BS, targets_BS = torch.randint(c.vocab_size, (2, sequences, length)).unbind()
