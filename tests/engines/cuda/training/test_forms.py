@@ -15,7 +15,7 @@ from onelaunch.engines.cuda.training.forms import (
     rule,
     swiglu_tiles,
 )
-from onelaunch.plan.training import FEWER_LOGITS, LOGITS
+from onelaunch.plan.training import LOGITS
 
 SMALL = preset("stories15m")
 
@@ -69,8 +69,8 @@ def test_the_rule_of_all_forms():
     blocks = (64, 64, 2, 4), (64, 32, 3, 4)
     forms = rule(SMALL, 64, 256, torch.bfloat16, fuses=True)
     assert forms == TrainingForms(MANY_ROWS, None, *blocks, LOGITS, True)
-    forms = rule(SMALL, 64, 256, torch.float32, fuses=False, fewer_logits=True)
-    assert forms == TrainingForms(None, None, *blocks, FEWER_LOGITS, True)
+    forms = rule(SMALL, 64, 256, torch.float32, fuses=False)
+    assert forms == TrainingForms(None, None, *blocks, LOGITS, True)
 
 
 def test_where_a_library_does_attention_there_are_no_blocks():

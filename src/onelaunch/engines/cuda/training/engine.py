@@ -215,7 +215,7 @@ class CudaTrainer(ReferenceEngine):
             forms = tuned.forms if tuned else self._rule(sequences, length)
             self._forms[key] = "tuned" if tuned else "rule", forms
         source, forms = self._forms[key]
-        # who asks for less memory gets less of both; by itself a step rounds the same always
+        # who asks for less memory gets fewer logits too; by itself a step rounds the same always
         if self._recompute not in (None, RECOMPUTE[0]):
             forms = replace(forms, logits=min(forms.logits, FEWER_LOGITS))
         return source, forms

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from onelaunch.config import ModelConfig
-from onelaunch.plan.training import FEWER_LOGITS, LOGITS
+from onelaunch.plan.training import LOGITS
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -105,11 +105,9 @@ def rule(
     length: int,
     dtype: torch.dtype,
     fuses: bool,
-    fewer_logits: bool = False,
 ) -> TrainingForms:
     """Return the forms that need no measuring. `fuses`: products may have SwiGLU in their epilogue,
-    see `swiglu_launches.can_fuse`; `fewer_logits` takes less memory, and rounds the head's gradient
-    elsewhere."""
+    see `swiglu_launches.can_fuse`."""
     c = config
     swiglu: tuple[ProductTile | None, ProductTile | None] = None, None
     attention: tuple[AttentionBlocks | None, AttentionBlocks | None] = None, None
@@ -118,8 +116,7 @@ def rule(
     if has_own_attention(c, dtype):
         shape = sequences, length, c.n_heads, c.head_dim
         attention = attention_blocks(*shape, False), attention_blocks(*shape, True)
-    logits = FEWER_LOGITS if fewer_logits else LOGITS
-    return TrainingForms(*swiglu, *attention, logits, beside=True)
+    return TrainingForms(*swiglu, *attention, LOGITS, beside=True)
 
 
 def has_own_attention(config: ModelConfig, dtype: torch.dtype) -> bool:

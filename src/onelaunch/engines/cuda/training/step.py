@@ -62,11 +62,10 @@ def forms_by_rule(
     flat: FlatParameters,
     sequences: int,
     length: int,
-    fewer_logits: bool = False,
 ) -> TrainingForms:
     """The rule's forms of a micro-step with these parameters, where they lie."""
     fuses = can_fuse(flat.half_M, config.dim, config.hidden_dim)
-    return rule(config, sequences, length, flat.half_M.dtype, fuses, fewer_logits)
+    return rule(config, sequences, length, flat.half_M.dtype, fuses)
 
 
 @dataclass(slots=True)

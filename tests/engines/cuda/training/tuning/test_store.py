@@ -43,7 +43,7 @@ def store(tmp_path):
     "forms",
     [
         TUNED.forms, FORMS, rule(CONFIG, 1, 16, torch.float32, fuses=False),
-        rule(CONFIG.with_(qk_norm=True), 64, 256, torch.bfloat16, fuses=False, fewer_logits=True),
+        rule(CONFIG.with_(qk_norm=True), 64, 256, torch.bfloat16, fuses=False),
     ],
 )  # fmt: skip
 def test_what_is_kept_is_found_again(store, forms):
