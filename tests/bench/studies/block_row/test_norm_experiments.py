@@ -407,12 +407,17 @@ def test_rms_norm_training_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rms_norm_training, "CPU_QUICK", (("stories260k", 2, 16, False),))
     monkeypatch.setattr(rms_norm_training, "BLOCK_SECONDS", 0.01)
     monkeypatch.setattr(rms_norm_training, "QUICK_BLOCKS", 3)
+
+    def rates(ours, peer, work, repeats, blocks):
+        ours(), peer()
+        return [200.0] * blocks, [100.0] * blocks, [2.0] * blocks
+
+    monkeypatch.setattr(rms_norm_training, "in_turn", rates)
     record, log = bench("rms-norm-training", tmp_path, capsys)
     (row,) = record["rows"]
     assert row["case"] == "stories260k 2x16 eager"
     assert record["unit"] == "ms/step"
-    assert 0.1 < row["ours"] < 1000
-    assert row["ratio"] == pytest.approx(row["ours"] / row["peers"]["torch"], rel=0.5)
+    assert row["ratio"] == row["ours"] / row["peers"]["torch"] == 0.5
     assert row["vocab_size"] == 512
     assert "no kernel on this device" in log
     (folder,) = tmp_path.iterdir()
