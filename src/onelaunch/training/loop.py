@@ -120,6 +120,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Run to the recipe's last update, or to a stop signal."""
         # what is there now stays: no collection between updates needs to look through it
+        gc.collect()
         gc.freeze()
         try:
             return self._train()

@@ -78,6 +78,15 @@ class TestTimeToQuality:
         contestant = time_to_quality.Contestant(command, tmp_path, os.environ, line)
         return time_to_quality._seconds_to(1.88, contestant)
 
+    def test_one_that_fails_is_no_contestant(self, tmp_path):
+        code = "print('step 1: loss 3.0'); raise SystemExit(3)"
+        line = re.compile(r"step (\d+): loss ([0-9.]+)")
+        contestant = time_to_quality.Contestant(
+            [sys.executable, "-c", code], tmp_path, os.environ, line
+        )
+        with pytest.raises(RunFailed, match=r"with an error after a loss of 3\.0"):
+            time_to_quality._seconds_to(1.88, contestant)
+
     def test_the_first_loss_that_is_low_enough(self, tmp_path):
         lines = ["step 1: loss 3.0", "step 2: loss 1.88", "step 3: loss 1.2"]
         took, update, loss = self.seconds_to(lines, tmp_path)

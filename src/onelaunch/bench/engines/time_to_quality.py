@@ -189,11 +189,11 @@ def _theirs(budget: Budget, device: str, source: Path, folder: Path) -> Contesta
 
 def _seconds_to(target: float, contestant: Contestant) -> Reached:
     """Run a process to the first loss at or below the target that it prints, or to its end where it
-    comes to none. Raises RunFailed where there is no loss at all."""
+    comes to none. Raises RunFailed where there is no loss at all, or an error before that."""
     start = time.monotonic()
     env = {**contestant.environment, "PYTHONUNBUFFERED": "1"}
     output: list[str] = []
-    update, loss = 0, math.inf
+    update, loss, failed = 0, math.inf, False
     with subprocess.Popen(
         contestant.command,
         cwd=contestant.folder,
@@ -211,11 +211,14 @@ def _seconds_to(target: float, contestant: Contestant) -> Reached:
                     update, loss = int(match[1]), float(match[2])
                 if loss <= target or time.monotonic() - start > LIMIT_SECONDS:
                     break
+            else:
+                failed = child.wait() != 0  # it ended by itself
         finally:
             took = time.monotonic() - start
             child.kill()
-    if loss == math.inf:
-        raise RunFailed(f"{contestant.command[1]} ended without a loss: {''.join(output[-3:])}")
+    if loss == math.inf or failed:
+        how = "without a loss" if loss == math.inf else f"with an error after a loss of {loss}"
+        raise RunFailed(f"{contestant.command[1]} ended {how}: {''.join(output[-3:])}")
     return Reached(took, update, loss)
 
 

@@ -78,11 +78,12 @@ def run(device: str, quick: bool, log: Log) -> Iterator[Row]:
         before = _Peak(torch.device(device))
         with _trainer(cases[case], device, 1) as trainer, ExitStack() as stack:
             others: dict[str, Maker] = {}
-            if case in LEAN:
+            if case in LEAN and on_gpu:
                 lean = _trainer({**cases[case], "train.recompute": "layers"}, device, 1)
                 others[LAYERS_AGAIN] = partial(_update_of, stack, lean)
             rounds = 9 if quick or on_gpu else 15
             yield _compare(f"{case} update", trainer, rounds, log, before, others)
+        del trainer, others  # or the next case would begin with their memory
     for micro_steps in MICRO_STEPS if on_gpu else ():
         with _trainer(GPU_CASES[ACCUMULATED], device, micro_steps) as trainer:
             yield _accumulated(f"{ACCUMULATED} micro-step of {micro_steps}", trainer)
@@ -158,15 +159,17 @@ def _compare(
     gc.freeze()
     # samples long enough that the clock's start and end do not count
     seconds = GPU_SAMPLE_SECONDS if on_gpu else SAMPLE_SECONDS
-    samples: Samples = in_rounds(
-        {
-            name: partial(_sample, trainer, update, max(1, round(1e3 * seconds / once)))
-            for name, update in updates.items()
-            for once in [_sample(trainer, update, 2)]
-        },
-        rounds,
-    )
-    gc.unfreeze()
+    try:
+        samples: Samples = in_rounds(
+            {
+                name: partial(_sample, trainer, update, max(1, round(1e3 * seconds / once)))
+                for name, update in updates.items()
+                for once in [_sample(trainer, update, 2)]
+            },
+            rounds,
+        )
+    finally:
+        gc.unfreeze()
     row = _row(case, samples, trainer)
     row.notes["peak_bytes"] = {name: n for name, n in peaks.items() if n is not None}
     return row

@@ -13,12 +13,16 @@ End = torch.cuda.Event | None
 
 class Beside:
     """Launches in the order of `run`, each after what the current stream has launched before it.
-    Both streams may be under capture. On a CPU, or without a second stream, all of it is done at
+    Both streams may be under capture. On a CPU, or without the second stream, all of it is done at
     once."""
 
-    def __init__(self, device: torch.device, second_stream: bool = True) -> None:
-        second_stream &= device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if second_stream else None
+    def __init__(self, device: torch.device) -> None:
+        self._own = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = self._own
+
+    def use(self, second_stream: bool) -> None:
+        """Whether the second stream is used from now on."""
+        self._stream = self._own if second_stream else None
 
     def run(self, launch: Callable[[], None]) -> End:
         """Launch beside the current stream; returns its end."""

@@ -193,14 +193,17 @@ class TrainingStep:
         self._watches = True
         self._kinds: dict[tuple[str, bool, bool], KindEvents] = {}
         self._measured: list[KindEvents] = []
+        self._beside, self._logits_CV = Beside(device), half(0, c.vocab_size)
         self._use(forms)
 
     def _use(self, forms: TrainingForms) -> None:
         """Have nothing captured, and be in these forms from now on."""
         self.forms, half_M, V = forms, self._flat.half_M, self._config.vocab_size
         rows = logit_rows(len(self._tokens_N), V, forms.logits)
-        self._logits_CV = torch.empty(rows, V, device=half_M.device, dtype=half_M.dtype)
-        self._beside = Beside(half_M.device, forms.beside)
+        if self._logits_CV.shape[0] != rows:
+            self._logits_CV = half_M.new_empty(0, V)  # those of before may go first
+            self._logits_CV = half_M.new_empty(rows, V)
+        self._beside.use(forms.beside)
         self._launched: set[tuple[str, bool, bool]] = set()
         self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -227,9 +230,11 @@ class TrainingStep:
         """The mean loss, and all gradients, added to what is there with `accumulate`. With a `mark`
         it is three graphs, else one. `ready` is called as parts of the gradients are final on the
         current stream, with more graphs, until all have been named."""
-        if ready is not None:
+        # a library's attention is captured with what it keeps, which parts must share
+        if ready is not None and self.forms.attention_forward is not None:
             self._train_in_segments(accumulate, mark, ready)
-        elif mark is no_mark:
+            return self._mean[0].clone()
+        if mark is no_mark:
             self._run("step", accumulate)
         else:
             for part in PARTS:
@@ -237,10 +242,12 @@ class TrainingStep:
                 mark(part)
             keys = ((part, accumulate, self._drops) for part in PARTS)
             self._measured = [self._kinds[key] for key in keys if key in self._kinds]
+        if ready is not None:
+            ready(0, self._flat.gradients_M.numel())
         return self._mean[0].clone()
 
     def _train_in_segments(self, accumulate: bool, mark: Mark, ready: Ready) -> None:
-        flat = self._flat
+        flat, self._watches = self._flat, False
         for part in PARTS[:-1]:
             self._run(part, accumulate)
             mark(part)
@@ -284,8 +291,8 @@ class TrainingStep:
         whole = PARTS if part == "step" else (part.split()[0],)
         loaded = key in self._launched or all((each, *key[1:]) in self._launched for each in whole)
         if not self._on_gpu or not loaded:
-            self._launched |= {key, *((each, *key[1:]) for each in whole if part == "step")}
             self._launch(part, accumulate)
+            self._launched |= {key, *((each, *key[1:]) for each in whole if part == "step")}
             return
         if key not in self._graphs:
             # those of parts at once, or the first step that is measured would wait for them
@@ -489,6 +496,8 @@ class TrainingStep:
             of_out = weight(i, "out", other, kept.out_NQ)
             beside.join(of_qkv)
             self._attend_backward(i, kept)
+            if self._recompute == "layers" and i + 1 < c.n_layers:
+                kept.attention = None
             multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
             of_qkv = weight(i, "qkv", dqkv, kept.normed_ND)
             beside.join(of_down)
