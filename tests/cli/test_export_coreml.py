@@ -132,13 +132,13 @@ def test_a_weight_at_the_end_of_float16_is_no_error(tmp_path, monkeypatch):
     assert errors == []
 
 
-WEIGHTS = "/tmp/weights/weight.bin"
+WEIGHTS = "/dir/weights/weight.bin"
 NOT_WRITTEN = {
     "weights": RuntimeError(
         "[MIL FileWriter]: Unknown error occurred while writing data to the file."
     ),
     "a package's item": RuntimeError(
-        "filesystem error: cannot copy: Input/output error [/tmp/a] [/tmp/b.mlpackage/weights]"
+        "filesystem error: cannot copy: Input/output error [/dir/a] [/dir/b.mlpackage/weights]"
     ),
     "a package's copy": shutil.Error(
         [(WEIGHTS, WEIGHTS, f"[Errno 28] No space left on device: {WEIGHTS!r}")] * 2

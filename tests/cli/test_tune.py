@@ -20,8 +20,8 @@ OF_TRAINING = {
          "why": None, "chosen": True},
         {"form": "attention_forward", "value": "128x64, 3 stages, 8 warps", "us": None,
          "why": "OutOfResources: shared memory", "chosen": False},
-        {"form": "beside", "value": "on", "us": 7901.0, "why": None, "chosen": True},
-        {"form": "beside", "value": "off", "us": 8200.0, "why": None, "chosen": False},
+        {"form": "side_stream", "value": "on", "us": 7901.0, "why": None, "chosen": True},
+        {"form": "side_stream", "value": "off", "us": 8200.0, "why": None, "chosen": False},
     ],
 }  # fmt: skip
 
@@ -67,8 +67,8 @@ def test_each_value_of_a_training_step_and_the_chosen_ones(onelaunch, tuned):
         "attention forward  64x64, 2 stages, 4 warps      8123.4 us",
         "attention forward  64x32, 3 stages, 4 warps      7900.5 us  chosen",
         "attention forward  128x64, 3 stages, 8 warps  does not run: OutOfResources: shared memory",
-        "beside             on                            7901.0 us  chosen",
-        "beside             off                           8200.0 us",
+        "side stream        on                            7901.0 us  chosen",
+        "side stream        off                           8200.0 us",
     ]
     assert "64x256 tokens: 7900.5 us a micro-step, 8123.4 by the rule; 5 timed in 61 s" in err
     argv = ("tune", "stories260k", "--random", "--training", "8x32", "--json", "--quiet")

@@ -163,7 +163,7 @@ def test_tuned_forms_are_kept_and_used_and_every_candidate_is_right(tmp_path):
     assert (tuned["batch"], tuned["sequence"]) == shape
     assert heard[-1][1] == heard[-1][2] == len(heard)
     timed = {each["form"] for each in tuned["timed"]}
-    assert timed >= {"attention_forward", "attention_backward", "beside"}
+    assert timed >= {"attention_forward", "attention_backward", "side_stream"}
     assert all(each["us"] for each in tuned["timed"]), tuned["timed"]
     assert tuned["us"] <= tuned["rule_us"]
     # as another process finds them

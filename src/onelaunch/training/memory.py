@@ -87,10 +87,10 @@ def estimate(recipe: Recipe, config: ModelConfig, seq_len: int, autocast: bool) 
     of_weights, once_more = 4, 0
     if name == "cuda":  # some logits, and weights once more in the dtype of products
         # with auto, as much is computed again as there must be
-        asked = next((each for each in RECOMPUTE if each == recipe.train.recompute), None)
-        logits = LOGITS if asked in (None, RECOMPUTE[0]) else FEWER_LOGITS
+        requested = next((each for each in RECOMPUTE if each == recipe.train.recompute), None)
+        logits = LOGITS if requested in (None, RECOMPUTE[0]) else FEWER_LOGITS
         batch = recipe.train.batch_size
-        plan = make_training_plan(c, batch, seq_len, item, asked or RECOMPUTE[-1], logits)
+        plan = make_training_plan(c, batch, seq_len, item, requested or RECOMPUTE[-1], logits)
         once_more, of_weights = plan.logits_bytes, 4 + item
         position = plan.batch_bytes // (recipe.train.batch_size * seq_len)
     return MemoryEstimate(

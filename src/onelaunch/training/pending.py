@@ -1,4 +1,4 @@
-"""Copies to and from the device that nobody waits for, and an update whose figures are still on
+"""Copies to and from the device that do not wait for it, and an update whose figures are still on
 their way."""
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def test_gradients_in_other_forms_are_autograds(forward, backward):
     weights, batches = weights_and_batches(config)
     scales, dtype = (0.25, 0.75), torch.float16
     blocks = AttentionBlocks(32, 16, 3, 4), AttentionBlocks(16, 32, 2, 8)
-    forms = TrainingForms(forward, backward, *blocks, logits=1, beside=False)
+    forms = TrainingForms(forward, backward, *blocks, logits=1, side_stream=False)
     losses, gradients, step = trained(config, weights, batches, scales, dtype, forms=forms)
     assert step.forms == forms
     assert_autograds(config, weights, batches, scales, dtype, losses, gradients)
@@ -348,7 +348,7 @@ def test_tuning_measures_keeps_and_uses_the_fastest(monkeypatch, tmp_path):
     config = CONFIGS["grouped"].with_(n_layers=1)
     first = attention_blocks(1, 9, config.n_heads, config.head_dim, backward=False)
     fastest, broken, wrong = (AttentionBlocks(rows, 32, 2, 4) for rows in (16, 32, 64))
-    values = {"attention_forward": [first, fastest, broken, wrong], "beside": [True, False]}
+    values = {"attention_forward": [first, fastest, broken, wrong], "side_stream": [True, False]}
     monkeypatch.setattr(engines, "candidates", lambda *_: values)
     forward = launches.attention_forward
 

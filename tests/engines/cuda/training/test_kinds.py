@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from onelaunch.engines.cuda.training import kinds
-from onelaunch.engines.cuda.training.beside import Beside
 from onelaunch.engines.cuda.training.kinds import KINDS, KindEvents, launched
+from onelaunch.engines.cuda.training.side_stream import SideStream
 
 
 class Event:
@@ -51,10 +51,10 @@ def test_nobody_watches_after_an_error(monkeypatch):
 
 
 def test_beside_at_once_has_no_stream():
-    beside = Beside(torch.device("cpu"))
+    side_stream = SideStream(torch.device("cpu"))
     done = []
-    with beside.at_once():
-        assert beside.run(lambda: done.append(1)) is None
+    with side_stream.at_once():
+        assert side_stream.run(lambda: done.append(1)) is None
     assert done == [1]
 
 

@@ -136,7 +136,7 @@ class CudaTrainer(ReferenceEngine):
         self._is_rounded, self.flat.is_rounded = self.flat.is_rounded, False
 
     def telemetry(self) -> dict[str, Any]:
-        """`kind_seconds`: of the last micro-step whose parts were asked for and measured, what each
+        """`kind_seconds`: of the last micro-step whose parts were requested and measured, what each
         kind of work took; once."""
         for step in self._steps.values():
             if seconds := step.kind_seconds():

@@ -88,7 +88,7 @@ class TrainingForms:
         a library's product and a SwiGLU of its own.
     attention_forward, attention_backward: blocks; None where a library does attention.
     logits: about how many numbers of them exist at once.
-    beside: whether the gradients of weights are computed on a stream of their own.
+    side_stream: whether the gradients of weights are computed on a stream of their own.
     """
 
     swiglu_forward: ProductTile | None
@@ -96,7 +96,7 @@ class TrainingForms:
     attention_forward: AttentionBlocks | None
     attention_backward: AttentionBlocks | None
     logits: int
-    beside: bool
+    side_stream: bool
 
 
 def rule(
@@ -116,7 +116,7 @@ def rule(
     if has_own_attention(c, dtype):
         shape = sequences, length, c.n_heads, c.head_dim
         attention = attention_blocks(*shape, False), attention_blocks(*shape, True)
-    return TrainingForms(*swiglu, *attention, LOGITS, beside=True)
+    return TrainingForms(*swiglu, *attention, LOGITS, side_stream=True)
 
 
 def has_own_attention(config: ModelConfig, dtype: torch.dtype) -> bool:

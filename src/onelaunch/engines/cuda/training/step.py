@@ -6,7 +6,7 @@ norms, queries, keys and values, attention's output, gates and ups, and what the
 less (plan/training.py). Logits exist for some rows at a time: their loss, their gradient in their
 place, and its products follow at once.
 
-On a GPU the gradients of weights are computed on a stream beside the rest, which waits for them
+On a GPU the gradients of weights are computed on a side stream; the main stream waits for them
 only where it would overwrite what they read. That and the tiles of kernels are its forms
 (forms.py).
 
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cuda.training import launches
-from onelaunch.engines.cuda.training.beside import Beside, End
 from onelaunch.engines.cuda.training.flat import FlatParameters
 from onelaunch.engines.cuda.training.forms import TrainingForms, has_own_attention, rule
 from onelaunch.engines.cuda.training.kinds import KindEvents
@@ -39,6 +38,7 @@ from onelaunch.engines.cuda.training.products import (
     multiply_back,
     weight_gradient,
 )
+from onelaunch.engines.cuda.training.side_stream import End, SideStream
 from onelaunch.engines.cuda.training.swiglu_launches import (
     can_fuse,
     down_back_swiglu,
@@ -193,7 +193,7 @@ class TrainingStep:
         self._watches = True
         self._kinds: dict[tuple[str, bool, bool], KindEvents] = {}
         self._measured: list[KindEvents] = []
-        self._beside, self._logits_CV = Beside(device), half(0, c.vocab_size)
+        self._side_stream, self._logits_CV = SideStream(device), half(0, c.vocab_size)
         self._use(forms)
 
     def _use(self, forms: TrainingForms) -> None:
@@ -203,7 +203,7 @@ class TrainingStep:
         if self._logits_CV.shape[0] != rows:
             self._logits_CV = half_M.new_empty(0, V)  # those of before may go first
             self._logits_CV = half_M.new_empty(rows, V)
-        self._beside.use(forms.beside)
+        self._side_stream.use(forms.side_stream)
         self._launched: set[tuple[str, bool, bool]] = set()
         self._graphs: dict[tuple[str, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -304,7 +304,7 @@ class TrainingStep:
         if part in PARTS and self._watches:
             events = KindEvents()
             try:
-                with self._beside.at_once():
+                with self._side_stream.at_once():
                     graph = self._capture(part, accumulate, events)
             except (RuntimeError, TypeError):  # events cannot be captured here
                 self._watches = False
@@ -332,14 +332,14 @@ class TrainingStep:
         if part in ("step", "loss"):
             self._loss(True, accumulate)
         if part == "loss":
-            self._beside.join_all()
+            self._side_stream.join_all()
         if part in ("step", BACKWARD):
             self._backward(accumulate)
         elif part == BACKWARD_END:
             self._backward_end(accumulate, self._sorted())
         elif part.startswith(BACKWARD):
             self._backward_layers(accumulate, self._segments[int(part.split()[1])].layers)
-            self._beside.join_all()
+            self._side_stream.join_all()
 
     # ---- the parts
 
@@ -447,29 +447,31 @@ class TrainingStep:
             )
             if with_gradient:
                 gradient, adds = flat.gradient(name), accumulate or first > 0
-                done = self._beside.run(partial(weight_gradient, logits, normed, gradient, adds))
+                done = self._side_stream.run(
+                    partial(weight_gradient, logits, normed, gradient, adds)
+                )
                 multiply_back(logits, head_VD, self._dnormed_ND[chunk])
                 if first + rows < N:
-                    self._beside.join(done)
+                    self._side_stream.join(done)
         to = self._mean if with_gradient else self._sum
         launches.mean_loss(self._losses_N, self._count, to, total=not with_gradient)
 
     def _backward(self, accumulate: bool) -> None:
         tokens = list[Tensor]()
-        self._beside.run(lambda: tokens.extend(self._sorted()))
+        self._side_stream.run(lambda: tokens.extend(self._sorted()))
         self._backward_layers(accumulate, range(self._config.n_layers))
-        self._beside.join_all()
+        self._side_stream.join_all()
         self._backward_end(accumulate, (tokens[0], tokens[1]))
 
     def _backward_layers(self, accumulate: bool, layers: range) -> None:
         """Neighbouring layers; behind the last one its norm first."""
-        c, flat, beside = self._config, self._flat, self._beside
+        c, flat, side_stream = self._config, self._flat, self._side_stream
         dx, dnormed, dqkv = self._dx_ND, self._dnormed_ND, self._dqkv_NC
         half, other = self._dx_half_2ND
 
         def weight(layer: int, group: str, dy: Tensor, x: Tensor) -> End:
             gradient = flat.group_gradient(layer, group)
-            return beside.run(partial(weight_gradient, dy, x, gradient, accumulate))
+            return side_stream.run(partial(weight_gradient, dy, x, gradient, accumulate))
 
         if layers.stop == c.n_layers:
             launches.norm_backward(
@@ -480,13 +482,15 @@ class TrainingStep:
         for i in reversed(layers):
             kept = self._layers[i]
             if self._recompute == "layers" and i + 1 < c.n_layers:
-                beside.join(of_out)  # which reads what all layers share, and is behind the others
+                side_stream.join(
+                    of_out
+                )  # which reads what all layers share, and is behind the others
                 self._forward_layer(i, kept)
             self._swiglu_backward(i, kept, half)
             of_down = weight(i, "down", half, kept.hidden_NF)
             multiply_back(kept.gate_up_N2F, flat.half(i, "gate_up"), dnormed)
             weight(i, "gate_up", kept.gate_up_N2F, kept.normed_mid_ND)
-            beside.join(of_out)
+            side_stream.join(of_out)
             launches.norm_backward(
                 dnormed, kept.mid_ND, kept.rstd_mid_N, self._norm(i, "post_attention"),
                 dx, dx, other, self._partials[2 * i + 1], self._dropout(3 * i + 2),
@@ -494,13 +498,13 @@ class TrainingStep:
             assert kept.out_NQ is not None
             multiply_back(other, flat.half(i, "out"), self._dout_NQ)
             of_out = weight(i, "out", other, kept.out_NQ)
-            beside.join(of_qkv)
+            side_stream.join(of_qkv)
             self._attend_backward(i, kept)
             if self._recompute == "layers" and i + 1 < c.n_layers:
                 kept.attention = None
             multiply_back(dqkv, flat.half(i, "qkv"), dnormed)
             of_qkv = weight(i, "qkv", dqkv, kept.normed_ND)
-            beside.join(of_down)
+            side_stream.join(of_down)
             dropout = self._dropout(3 * i)
             to: tuple[Tensor | None, Tensor | None] = dx, half
             if i == 0:  # the embedding's gradient has its mask

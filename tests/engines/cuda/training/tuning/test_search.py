@@ -56,7 +56,7 @@ def test_candidates_by_how_much_there_is():
         "attention_forward": [(64, 64, 2, 4), (64, 64, 3, 4), (64, 32, 3, 4), (128, 64, 3, 8)],
         "attention_backward": [(64, 32, 3, 4), (64, 64, 2, 4), (64, 32, 2, 4)],
         "logits": [1 << 29, 1 << 27, 1 << 28],
-        "beside": [True, False],
+        "side_stream": [True, False],
     }
     few = candidates(CONFIG, 1, 256, torch.bfloat16, fuses=True)
     assert {(32, 64, 2, 4), (16, 128, 2, 4)} <= set(few["attention_forward"])
@@ -88,7 +88,7 @@ def test_one_form_after_another_becomes_the_fastest():
     gains = {
         ("swiglu_forward", FEW_ROWS): 20.0, ("swiglu_forward", None): 50.0,
         ("attention_backward", (64, 64, 2, 4)): 30.0, ("logits", 1 << 28): 5.0,
-        ("beside", False): -90.0,
+        ("side_stream", False): -90.0,
     }  # fmt: skip
     compare, compared = times(gains)
     heard = []
@@ -105,7 +105,7 @@ def test_one_form_after_another_becomes_the_fastest():
         ("swiglu_forward", MANY_ROWS, 1000.0), ("swiglu_forward", FEW_ROWS, 980.0),
         ("swiglu_forward", None, 950.0),
     ]  # fmt: skip
-    assert timed[-2:] == [("beside", True, 920.0), ("beside", False, 1010.0)]
+    assert timed[-2:] == [("side_stream", True, 920.0), ("side_stream", False, 1010.0)]
     total = len(compared)
     assert [(done, of) for _, done, of in heard] == [(i + 1, total) for i in range(total)]
 
@@ -122,7 +122,9 @@ def test_what_does_not_run_is_left_out_with_the_reason():
     assert found.forms == RULE
     failed = [each for each in found.timed if each.us is None]
     assert failed == [("swiglu_forward", FEW_ROWS, None, "OutOfResources: shared memory")]
-    found = search(RULE, {"beside": [True, False]}, lambda *_: compare(RULE, RULE), no_progress)
+    found = search(
+        RULE, {"side_stream": [True, False]}, lambda *_: compare(RULE, RULE), no_progress
+    )
     assert found.forms == RULE
     with pytest.raises(RunFailed, match="gone"):
         search(RULE, {}, lambda *_: "gone", no_progress)

@@ -29,7 +29,7 @@ OF = (CONFIG, 64, 256, "bfloat16", False)
 FACTS = facts_of(*OF, DEVICE)
 FORMS = rule(CONFIG, 64, 256, torch.bfloat16, fuses=True)
 TUNED = TunedForms(
-    replace(FORMS, swiglu_backward=FEW_ROWS_BACK, beside=False),
+    replace(FORMS, swiglu_backward=FEW_ROWS_BACK, side_stream=False),
     7900.5, 8123.25, 16, 61.2, "2026-12-21T10:11:12+00:00",
 )  # fmt: skip
 
@@ -107,9 +107,9 @@ WRONG = {
     "more": changed(("more",), 1),
     "no forms": changed(FORM, ...),
     "forms that are none": changed(FORM, [1]),
-    "a form missing": changed((*FORM, "beside"), ...),
+    "a form missing": changed((*FORM, "side_stream"), ...),
     "a form too many": changed((*FORM, "around"), True),
-    "a number for a truth": changed((*FORM, "beside"), 1),
+    "a number for a truth": changed((*FORM, "side_stream"), 1),
     "a truth for a number": changed((*FORM, "logits"), True),
     "no logits": changed((*FORM, "logits"), 0),
     "half of attention": changed(BLOCKS, None),
@@ -167,6 +167,6 @@ def test_a_store_that_cannot_be_used_keeps_nothing(tmp_path):
 
 
 def test_forms_that_are_none_are_refused():
-    for data in (None, {}, {"beside": True}, data_of(FORMS) | {"logits": -1}):
+    for data in (None, {}, {"side_stream": True}, data_of(FORMS) | {"logits": -1}):
         with pytest.raises((BadInput, TypeError)):
             read_forms(data)

@@ -44,7 +44,7 @@ def candidates(
     by_rows = {logit_rows(tokens, c.vocab_size, logits): logits for logits in _LOGITS}
     by_rows[logit_rows(tokens, c.vocab_size, first.logits)] = first.logits
     values["logits"] = [first.logits, *by_rows.values()]
-    values["beside"] = [first.beside, not first.beside]
+    values["side_stream"] = [first.side_stream, not first.side_stream]
     return {name: list(dict.fromkeys(each)) for name, each in values.items()}
 
 

@@ -100,14 +100,14 @@ def read_forms(data: Any) -> TrainingForms:
     _require(set(data) == {field.name for field in fields(TrainingForms)})
     attention = [_read_blocks(data[f"attention_{part}"]) for part in ("forward", "backward")]
     _require((attention[0] is None) == (attention[1] is None))
-    _require(_is_whole(data["logits"], 1, _LOGITS) and type(data["beside"]) is bool)
+    _require(_is_whole(data["logits"], 1, _LOGITS) and type(data["side_stream"]) is bool)
     return TrainingForms(
         _read_tile(data["swiglu_forward"]),
         _read_tile(data["swiglu_backward"]),
         attention[0],
         attention[1],
         data["logits"],
-        data["beside"],
+        data["side_stream"],
     )
 
 

@@ -1,4 +1,4 @@
-"""Work on a second stream of a GPU, beside what the current one goes on with."""
+"""Work on a second stream of a GPU, while the current one goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ End = torch.cuda.Event | None
 """An end to wait for; None where there is nothing to wait for."""
 
 
-class Beside:
+class SideStream:
     """Launches in the order of `run`, each after what the current stream has launched before it.
     Both streams may be under capture. On a CPU, or without the second stream, all of it is done at
     once."""
@@ -25,7 +25,7 @@ class Beside:
         self._stream = self._own if second_stream else None
 
     def run(self, launch: Callable[[], None]) -> End:
-        """Launch beside the current stream; returns its end."""
+        """Launch on the second stream; returns its end."""
         if self._stream is None:
             launch()
             return None
