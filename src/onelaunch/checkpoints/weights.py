@@ -17,7 +17,8 @@ class LoadedModel:
 
     `weights` has exactly the names and shapes of `config.weight_shapes()`, in the dtype of the
     file, memory-mapped if the format allows it. `extras` are other tensors of the file, which are
-    written back unchanged. `notices` are lines for the user, such as which checkpoint replaced a
+    written back unchanged. `chat_template` is the Jinja source of the model's chat template; None
+    if its files have none. `notices` are lines for the user, such as which checkpoint replaced a
     damaged one.
     """
 
@@ -28,6 +29,7 @@ class LoadedModel:
     bos_id: int | None = 1
     stop_ids: tuple[int, ...] = (1, 2)
     extras: dict[str, Tensor] = field(default_factory=dict)
+    chat_template: str | None = None
     notices: tuple[str, ...] = ()
 
     @property
