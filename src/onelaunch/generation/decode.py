@@ -171,7 +171,7 @@ class Decoding:
 
     def _collect(self, events: list[TokenEvent], seconds: float) -> None:
         """Add a step's events to completions without text; many tokens take little time each."""
-        for index, token, _, finish, error in events:
+        for index, token, _, finish, error, _ in events:
             completion = self.completions[index]
             if error is not None:
                 self._steps.close()

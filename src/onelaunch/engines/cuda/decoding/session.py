@@ -376,7 +376,7 @@ def take(
     id, new = request.id, tuple.__new__  # TokenEvent's own, in Python, takes as long again
     of_each: Iterable[float | None] = logprobs if request.logprobs else repeat(None)
     events = [
-        new(TokenEvent, (id, token, logprob, None, None))
+        new(TokenEvent, (id, token, logprob, None, None, ()))
         for token, logprob in zip(tokens, of_each, strict=False)
     ]
     if how == sampling.NOT_FINITE:
