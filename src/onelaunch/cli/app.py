@@ -17,6 +17,7 @@ from onelaunch.cli.generate import generate
 from onelaunch.cli.inspect import inspect
 from onelaunch.cli.prepare import prepare
 from onelaunch.cli.report import report
+from onelaunch.cli.serve import serve
 from onelaunch.cli.train import train
 from onelaunch.cli.tune import tune
 
@@ -49,6 +50,7 @@ for name, verb in (
     ("train", train),
     ("eval", evaluate),
     ("generate", generate),
+    ("serve", serve),
     ("tune", tune),
     ("export", export),
     ("inspect", inspect),
