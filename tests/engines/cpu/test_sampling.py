@@ -14,10 +14,10 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.layout import Operation, Seq, State
-from onelaunch.engines.cpu.runtime import CachedSequence, Runtime
+from onelaunch.engines.cpu.runtime import Runtime
 from onelaunch.engines.engine import Sampling
 from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, penalised
-from tests.engines.cpu.making import floats_at, make_runtime
+from tests.engines.cpu.making import floats_at, make_runtime, sequence_of
 from tests.engines.suite import weights_of
 
 NOT_FINITE = -2
@@ -43,7 +43,9 @@ class Drawer:
         runtime = self.runtime
         # the second new token of its text: the first number is not for it
         uniforms = torch.tensor([float("nan"), uniform])
-        texts = [CachedSequence(runtime, ids[:-1], 2, sampling, uniforms) for _ in range(ROW + 1)]
+        texts = [sequence_of(runtime, ids[:-1], 2, sampling) for _ in range(ROW + 1)]
+        for text in texts:
+            text.uniforms = uniforms
         texts[ROW].resume(ids[-1:], 0)
         runtime._lay_out(texts)
         runtime._need_logits(len(texts), not sampling.greedy)
