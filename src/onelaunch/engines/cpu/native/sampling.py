@@ -88,7 +88,9 @@ def _adjust(seq, logits, vocab):
         at = counts + 4 * np.int64(get_i32(ids + 4 * i))
         put_i32(at, get_i32(at) + 1)
     penalty = get_f32(seq + 8 * Seq.PENALTY)
-    frequency, presence = get_f32(seq + 8 * Seq.FREQUENCY), get_f32(seq + 8 * Seq.PRESENCE)
+    # in float64, where the product is exact, fused with the sum or not
+    frequency = np.float64(get_f32(seq + 8 * Seq.FREQUENCY))
+    presence = np.float64(get_f32(seq + 8 * Seq.PRESENCE))
     for i in range(size):
         token = np.int64(get_i32(ids + 4 * i))
         count = get_i32(counts + 4 * token)
@@ -100,7 +102,7 @@ def _adjust(seq, logits, vocab):
             else:
                 value = max(value * penalty, -_LARGEST_FLOAT)
             if count > 0:
-                value -= np.float32(count) * frequency + presence
+                value -= np.float32(count * frequency + presence)
             put_f32(to + 4 * token, value)
     return to
 
