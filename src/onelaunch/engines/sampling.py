@@ -85,9 +85,12 @@ def adjusted(
         logits_V = penalised(logits_V, [*prompt_ids, *new], sampling.repetition_penalty)
     if sampling.counts and new:
         counts = Counter(new)
-        n_N = torch.tensor(list(counts.values()), dtype=torch.float32)
-        penalty_N = n_N * sampling.frequency_penalty + sampling.presence_penalty
-        logits_V = _plus(logits_V, list(counts), -penalty_N)
+        # the product is exact in float64: fused with the sum or not, as compiled code may have it,
+        # the bits are the same
+        of_sampling = torch.tensor([sampling.frequency_penalty, sampling.presence_penalty])
+        frequency, presence = of_sampling.double()
+        n_N = torch.tensor(list(counts.values()), dtype=torch.float64)
+        logits_V = _plus(logits_V, list(counts), -(n_N * frequency + presence).float())
     return logits_V
 
 
