@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +19,7 @@ from onelaunch.checkpoints.tokenizer_json import JsonTokenizer
 from onelaunch.checkpoints.tokenizer_llama2c import (
     FIRST_BYTE,
     FIRST_PIECE,
+    LLAMA2C_SPECIAL_TOKENS,
     MAX_FILE_BYTES,
     Llama2cTokenizer,
     Utf8Stream,
@@ -60,8 +61,9 @@ class StreamDecoder(Protocol):
 class Tokenizer(Protocol):
     """Encodes text to token ids and decodes them.
 
-    `bos_id` and `eos_id` are None if the tokenizer has none. `fingerprint` is the SHA-256 of the
-    content of the file (of the word "bytes" for bytes), `file_fingerprint` that of its bytes.
+    `bos_id` and `eos_id` are None if the tokenizer has none. `special_tokens` are the ids of its
+    control tokens by their text. `fingerprint` is the SHA-256 of the content of the file (of the
+    word "bytes" for bytes), `file_fingerprint` that of its bytes.
     `file_name` is the name that `save` writes, after a prefix.
     """
 
@@ -71,6 +73,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     stop_ids: tuple[int, ...]
+    special_tokens: Mapping[str, int]
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +121,7 @@ class BytesTokenizer:
     bos_id: int | None = 1
     eos_id: int | None = 2
     stop_ids: tuple[int, ...] = (1, 2)
+    special_tokens: Mapping[str, int] = LLAMA2C_SPECIAL_TOKENS
     fingerprint = file_fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str, bos: bool = True) -> list[int]:

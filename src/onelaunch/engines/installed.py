@@ -19,6 +19,7 @@ EXTRAS = {
     "bench": ("matplotlib",),
     "coreml": ("coremltools",),
     "log": ("tensorboard", "wandb"),
+    "serve": ("starlette", "uvicorn", "jinja2"),
 }
 
 
