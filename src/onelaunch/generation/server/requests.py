@@ -9,8 +9,7 @@ from typing import Any
 
 from onelaunch.engines.engine import LARGEST_BIAS, LARGEST_PENALTY, MOST_TOP_LOGPROBS, Sampling
 from onelaunch.errors import BadInput
-from onelaunch.generation.chat import prompt_ids
-from onelaunch.generation.prompts import Prompt
+from onelaunch.generation.prompts import Prompt, prompt_ids
 from onelaunch.generation.server.body import Body, InvalidRequest
 from onelaunch.generation.server.service import Service
 
@@ -97,7 +96,7 @@ def chat_prompt(service: Service, body: Body) -> str:
     messages = _messages(body)
     prefill = ""
     if messages[-1]["role"] == "assistant":
-        prefill = messages.pop()["content"] or ""
+        prefill = _joined(messages.pop()["content"])
         if not messages or messages[-1]["role"] == "assistant":
             body.refuse("messages", "one message of the assistant at the end, after another role")
     variables = body.table("chat_template_kwargs").fields
@@ -127,10 +126,11 @@ def _message(body: Body, message: Any, index: int) -> dict[str, Any]:
         body.refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
-        content = "\n".join(_part(body, part, f"{where}.content") for part in content)
+        for part in content:
+            _check_part(body, part, f"{where}.content")
     elif not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
         body.refuse(f"{where}.content", "must be a text or a list of texts")
-    body.unicode(f"{where}.content", content or "")
+    body.unicode(f"{where}.content", _joined(content))
     name = message.get("name")
     if not isinstance(name, str | None):
         body.refuse(f"{where}.name", "must be a text")
@@ -138,13 +138,15 @@ def _message(body: Body, message: Any, index: int) -> dict[str, Any]:
     return {"role": message["role"], "content": content, **named}
 
 
-def _part(body: Body, part: Any, where: str) -> str:
+def _check_part(body: Body, part: Any, where: str) -> None:
     if not isinstance(part, dict) or part.get("type") != "text":
         body.refuse(where, 'has a part that is not of type "text"')
-    text = part.get("text")
-    if not isinstance(text, str):
+    if not isinstance(part.get("text"), str):
         body.refuse(where, "has a part without text")
-    return text
+
+
+def _joined(content: str | list[dict[str, str]] | None) -> str:
+    return "".join(p["text"] for p in content) if isinstance(content, list) else content or ""
 
 
 def _prompts(service: Service, body: Body) -> list[Prompt]:
@@ -163,6 +165,8 @@ def _prompts(service: Service, body: Body) -> list[Prompt]:
 
 
 def _prompt(service: Service, body: Body, entry: Any) -> Prompt:
+    if isinstance(entry, dict) and entry.keys() == {"prompt_string"}:  # llama.cpp's, without images
+        entry = entry["prompt_string"]
     if isinstance(entry, str):
         return service.encode(body.unicode("prompt", entry))
     if not isinstance(entry, list) or not all(isinstance(p, str) or _is_id(p) for p in entry):

@@ -213,7 +213,8 @@ class NativeShape:
     def _prompt_text(self, choice: Choice) -> str:
         prompt = choice.prompt
         special = [self._service.tokenizer.piece(token) for token in prompt.ids[: prompt.special]]
-        return "".join(piece.strip() for piece in special) + prompt.text
+        text = self._service.text_within(prompt.ids[prompt.special :])
+        return "".join(piece.strip() for piece in special) + text
 
     def _probabilities(self, pieces: Sequence[Piece]) -> Json:
         if not self._job.top_logprobs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from onelaunch import __version__
 from onelaunch.checkpoints.tokenizers import Tokenizer, check_ids
@@ -58,6 +57,7 @@ class Service:
     seed: int | None = None
     stop_ids: Sequence[int] = ()
     chat_stop: Sequence[str] = ()
+    _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, text: str) -> Prompt:
         """A text prompt, BOS included where the tokenizer has it; raises InvalidRequest."""
@@ -94,7 +94,18 @@ class Service:
 
     def token_text(self, token: int) -> str:
         """The text of a token within a text."""
-        return _token_text(self.tokenizer, token)
+        known = self._texts.get(token)
+        if known is None:
+            known = self._texts[token] = self.text_within([token])
+        return known
+
+    def text_within(self, ids: Sequence[int]) -> str:
+        """The text of tokens behind another one: the first of a text loses its space in some
+        tokenizers."""
+        stream = self.tokenizer.decoder()
+        for id_ in self.tokenizer.encode("a", bos=False):
+            stream.push(id_)
+        return "".join(map(stream.push, ids)) + stream.finish()
 
 
 def make_service(
@@ -137,13 +148,3 @@ def make_service(
         seed,
         sorted(i for i in stop_ids if i < model.config.vocab_size),
     )
-
-
-@lru_cache(maxsize=1 << 16)
-def _token_text(tokenizer: Tokenizer, token: int) -> str:
-    # behind another token: the first one of a text loses its space in some tokenizers
-    anchor = tokenizer.encode("a", bos=False)
-    stream = tokenizer.decoder()
-    for id_ in anchor:
-        stream.push(id_)
-    return stream.push(token) + stream.finish()
