@@ -24,7 +24,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     stories_tokenizer().save(tmp_path)
     monkeypatch.chdir(tmp_path)
     found = examples()
-    assert len(found) == 11
+    assert len(found) == 13
     names: dict[str, object] = {}
     for number, example in enumerate(found, start=1):
         exec(compile(example, f"docs/python.md, example {number}", "exec"), names)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from onelaunch.checkpoints import load as load_checkpoint
 from onelaunch.checkpoints import random_model
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
     from onelaunch.checkpoints.weights import LoadedModel
     from onelaunch.engines.engine import Engine
-    from onelaunch.generation.decode import Decoding
+    from onelaunch.generation.decode import Decoding, Limits
+    from onelaunch.generation.options import GenerateOptions
     from onelaunch.generation.prompts import Prompt
     from onelaunch.model import Model
     from onelaunch.training.evaluate import SplitLoss
@@ -135,57 +137,24 @@ class LanguageModel:
         return self._engine
 
     @overload
-    def generate(
-        self,
-        prompt: str = "",
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        repetition_penalty: float = ...,
-        seed: int = ...,
-        stop: str | Sequence[str] = ...,
-        stop_ids: Sequence[int] = ...,
-    ) -> str: ...
+    def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str: ...
 
     @overload
-    def generate(
-        self,
-        prompt: list[str],
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        repetition_penalty: float = ...,
-        seed: int = ...,
-        stop: str | Sequence[str] = ...,
-        stop_ids: Sequence[int] = ...,
-    ) -> list[str]: ...
+    def generate(self, prompt: list[str], **options: Unpack[GenerateOptions]) -> list[str]: ...
 
     def generate(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        self, prompt: str | list[str] = "", **options: Unpack[GenerateOptions]
     ) -> str | list[str]:
         """The continuation of a prompt, without the prompt, or of each of a list of them.
 
-        max_new_tokens: a text ends after so many tokens, or before, where the model's context is
-            full or at one of the model's own stop ids.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, see
+        max_new_tokens (256): a text ends after so many tokens, or before, where the model's context
+            is full or at one of the model's own stop ids.
+        temperature (1), top_k (0), top_p (0.9), min_p (0), seed (0): how tokens are drawn, see
             `Sampling`; temperature 0 takes the most likely token each time.
+        repetition_penalty (1), presence_penalty (0), frequency_penalty (0): how much less likely
+            tokens of the text so far become, see `Sampling`.
+        logit_bias: what is added to the logits of tokens, a mapping from their ids or pairs, such
+            as {403: -100}, which bans a token.
         stop: a string that ends a text, or several; it does not come back.
         stop_ids: further token ids that end it.
         Without a prompt a text begins at BOS.
@@ -193,36 +162,19 @@ class LanguageModel:
         Raises BadInput for a prompt beyond the context and for arguments out of range, RunFailed
         where logits are not finite numbers.
         """
-        decoding = self.decode(
-            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
-            stop_ids=stop_ids,
-        )  # fmt: skip
+        from onelaunch.generation.options import limits
+
+        decoding = self._decode(prompt, limits(**options))
         texts = [completion.text or "" for completion in decoding.finish()]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def stream(
-        self,
-        prompt: str = "",
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-    ) -> Iterator[str]:
+    def stream(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """The pieces of the continuation of a prompt as they come; together they are what
-        `generate` returns. Ending the iteration early ends the generation; the model may be used
-        for other things meanwhile."""
-        decoding = self.decode(
-            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
-            stop_ids=stop_ids,
-        )  # fmt: skip
+        `generate` returns, and the arguments are the same. Ending the iteration early ends the
+        generation; the model may be used for other things meanwhile."""
+        from onelaunch.generation.options import limits
+
+        decoding = self._decode(prompt, limits(**options))
 
         def pieces() -> Iterator[str]:
             with closing(decoding):
@@ -236,39 +188,27 @@ class LanguageModel:
         self,
         prompt: str | list[str] = "",
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         ids_only: bool = False,
+        **options: Unpack[GenerateOptions],
     ) -> Decoding:
         """What `generate` and `stream` are made of: an iterator of `TextEvent` (the prompt's
         number, token id, text, finish reason) whose `completions` hold ids, text, finish reason and
         seconds of each prompt. Nothing is computed before the first event is requested.
 
+        logprobs: events have `logprob`, the natural logarithm of the token's probability before
+            bias, penalties, temperature and filters.
+        top_logprobs: events have so many of the most likely tokens in `top`, 0 to 20, each with its
+            log-probability.
         ids_only: a model without a usable tokenizer will do, where there is no prompt either; the
             events of such a model have no text.
         The other arguments are those of `generate`.
         """
-        from onelaunch.engines.engine import Sampling
-        from onelaunch.generation.decode import Decoding, Limits
+        from onelaunch.generation.options import limits
 
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
-        tokenizer = self._tokenizer_for(texts, ids_only)
-        ends = {*self.checkpoint.stop_ids, *(tokenizer.stop_ids if tokenizer else ()), *stop_ids}
-        known = sorted(i for i in ends if i < self.config.vocab_size)
-        prompts = self._prompts(texts, tokenizer)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        limits = Limits(max_new_tokens, sampling, known, stops)
-        return Decoding(self.engine, prompts, limits, tokenizer)
+        ends = replace(limits(**options), logprobs=logprobs, top_logprobs=top_logprobs)
+        return self._decode(prompt, ends, ids_only)
 
     def logits(
         self,
@@ -458,6 +398,20 @@ class LanguageModel:
         except (BadInput, MissingExtra) as error:
             self._log(f"note: the model's tokenizer cannot be used: {error}")
             return None
+
+    def _decode(self, prompt: str | list[str], limits: Limits, ids_only: bool = False) -> Decoding:
+        """Of prompts that are text; the model's own stop ids end them, too."""
+        from onelaunch.generation.decode import Decoding
+
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
+        tokenizer = self._tokenizer_for(texts, ids_only)
+        ends = {*self.checkpoint.stop_ids, *limits.stop_ids}
+        ends |= set(tokenizer.stop_ids if tokenizer else ())
+        known = sorted(i for i in ends if i < self.config.vocab_size)
+        prompts = self._prompts(texts, tokenizer)
+        return Decoding(self.engine, prompts, replace(limits, stop_ids=known), tokenizer)
 
     def _prompts(self, texts: Sequence[str], tokenizer: Tokenizer | None) -> list[Prompt]:
         from onelaunch.generation.prompts import empty_prompt, encode_prompts

@@ -29,8 +29,9 @@ eval MODEL --data DIR [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--jso
     [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
     [--max-new-tokens N] [--stop TEXT...] [--temperature T] [--top-k K] [--top-p P] [--min-p P]
-    [--repetition-penalty X] [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE]
-    [--threads N] [--fusion-depth DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
+    [--repetition-penalty X] [--presence-penalty X] [--frequency-penalty X] [--logit-bias
+    ID=X...] [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N]
+    [--fusion-depth DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
 tune MODEL [--batch N] [--seq N] [--training BxS] [--random] [--device DEVICE] [--dtype DTYPE]
     [--json] [--quiet] [--debug]
 export MODEL OUT --format FORMAT [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]

@@ -489,8 +489,14 @@ class EngineSuite:
             (Request(4, [3] * 25, 5), "request 4 has 25 tokens"),
             (Request(4, [61], 5), "request 4: id 61"),
             (Request(4, [1], -1), "max_new_tokens=-1"),
-            (Request(4, [1], 5, Sampling(logit_bias=((61, 1.0),))), "logit_bias: id 61 is"),
-            (Request(4, [1], 5, Sampling(logit_bias=((0, 1.0), (-1, 1.0)))), "logit_bias: id -1"),
+            (
+                Request(4, [1], 5, Sampling(logit_bias=((61, 1.0),))),
+                "logit_bias=61: id 61 is outside",
+            ),
+            (
+                Request(4, [1], 5, Sampling(logit_bias=((0, 1.0), (-1, 1.0)))),
+                "logit_bias=-1: id -1",
+            ),
             (Request(4, [1], 5, top_logprobs=-1), "top_logprobs=-1: must be from 0 to 20"),
             (Request(4, [1], 5, top_logprobs=21), "top_logprobs=21: must be from 0 to 20"),
         ],

@@ -11,6 +11,7 @@ from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load
 from onelaunch.cli.output import Output, as_json, summary
 from onelaunch.cli.prompts import read_prompts
 from onelaunch.cli.timeline import traced_device, write_timeline
+from onelaunch.errors import BadInput
 
 
 def generate(
@@ -72,6 +73,30 @@ def generate(
             "below 1 more likely; 1: neither.",
         ),
     ] = 1.0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            "--presence-penalty",
+            metavar="X",
+            help="Subtracted from the logit of each token of the new text so far, -2 to 2.",
+        ),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            "--frequency-penalty",
+            metavar="X",
+            help="The same for each time that the token is there, -2 to 2.",
+        ),
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logit-bias",
+            metavar="ID=X",
+            help="Added to the logit of a token; -100 bans it. May be given several times.",
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -143,6 +168,7 @@ def generate(
     The prompt, if any, and its continuation go to standard output as they come.
     """
     texts = read_prompts(prompt or [])
+    bias = [bias_of(text) for text in logit_bias or ()]
     traced = None if trace is None else traced_device(device)
 
     from onelaunch.api import LanguageModel
@@ -153,8 +179,9 @@ def generate(
     with LanguageModel(loaded, engine, how, tokenizer, out.notice) as opened:
         decoding = opened.decode(
             texts or [""], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
-            stop=stop or (), ids_only=ids,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+            logit_bias=bias, seed=seed, stop=stop or (), ids_only=ids,
         )  # fmt: skip
         if trace is not None and traced is not None:
             written = [each.prompt.ids for each in decoding.completions] if texts else []
@@ -166,3 +193,12 @@ def generate(
         else:
             out.write(decoding)
         log(summary(opened, decoding), quiet)
+
+
+def bias_of(text: str) -> tuple[int, float]:
+    """The token id and the amount of `--logit-bias`, such as 403=-100. Raises BadInput."""
+    token, _, amount = text.partition("=")
+    try:
+        return int(token), float(amount)
+    except ValueError as error:
+        raise BadInput(f"--logit-bias {text}: must be ID=X, such as 403=-100") from error

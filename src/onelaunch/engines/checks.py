@@ -59,9 +59,9 @@ def check_request(config: ModelConfig, request: Request) -> None:
 
 def check_sampling(config: ModelConfig, sampling: Sampling) -> None:
     """Raise BadInput for a logit bias of a token that the model does not have."""
-    if sampling.logit_bias:
-        ids = [token for token, _ in sampling.logit_bias]
-        _check_range(config, min(ids), max(ids), "logit_bias")
+    for token, _ in sampling.logit_bias:
+        if not 0 <= token < config.vocab_size:
+            raise outside_vocabulary(config, token, f"logit_bias={token}")
 
 
 def check_top_logprobs(n: int) -> None:

@@ -5,6 +5,7 @@ Three protocols, small and separate; an engine has those that it can.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -124,9 +125,10 @@ def bias_pairs(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> Bias:
         if not numbers or isinstance(token, bool) or isinstance(amount, bool):
             raise _not_a_bias(bias)
         if not -LARGEST_BIAS <= amount <= LARGEST_BIAS:
-            raise BadInput(f"logit_bias={{{token}: {amount}}}: must be from -100 to 100")
-    if len({token for token, _ in pairs}) < len(pairs):
-        raise BadInput(f"logit_bias={bias!r}: has a token id twice; pass each once")
+            raise BadInput(f"logit_bias={token}: {amount} must be from -100 to 100")
+    twice = [token for token, n in Counter(token for token, _ in pairs).items() if n > 1]
+    if twice:
+        raise BadInput(f"logit_bias={twice[0]}: this id is there twice; pass it once")
     return tuple((int(token), float(amount)) for token, amount in pairs)
 
 
