@@ -58,7 +58,7 @@ class GatedEngine:
         self.left = threading.Condition()
 
     def describe(self) -> dict[str, Any]:
-        return {"engine": "scripted"}
+        return {"engine": "scripted", "calls": "one for many tokens"}
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> GatedSession:
         return GatedSession(self)

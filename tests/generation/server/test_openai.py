@@ -240,6 +240,8 @@ BAD_CHAT = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": "none", "tool_choice": "none"}, "tools"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
 ]
 BAD_TEXT = [

@@ -217,7 +217,7 @@ class Server:
                 "bos_token": "" if bos is None else tokenizer.piece(bos).strip(),
                 "eos_token": "" if eos is None else tokenizer.piece(eos).strip(),
                 "build_info": FINGERPRINT,
-                "engine": service.engine.describe(),
+                "engine": await asyncio.wrap_future(self._batcher.describe()),
             }
         )
 

@@ -7,7 +7,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from onelaunch.engines.engine import STEP_SECONDS, Engine, Request, Session, TokenEvent
 
@@ -34,6 +36,11 @@ class _Cancel:
     ids: frozenset[int]
 
 
+@dataclass(frozen=True)
+class _Describe:
+    answer: Future[dict[str, Any]] = field(default_factory=Future)
+
+
 class Batcher:
     """Runs the requests of any number of threads on one engine, `max_batch` of them at once.
 
@@ -53,7 +60,9 @@ class Batcher:
         self.max_batch, self.broken = max_batch, ""
         self._engine, self._max_len, self._log = engine, max_len, log
         self._ids = itertools.count()
-        self._orders: queue.SimpleQueue[Sequence[Ticket] | _Cancel | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Sequence[Ticket] | _Cancel | _Describe | None] = (
+            queue.SimpleQueue()
+        )
         self._waiting: deque[Ticket] = deque()
         self._growing: dict[int, Ticket] = {}
         self._slots: list[int | None] = [None] * max_batch
@@ -75,6 +84,12 @@ class Batcher:
         ids = frozenset(ticket.id for ticket in tickets)
         if ids:
             self._orders.put(_Cancel(ids))
+
+    def describe(self) -> Future[dict[str, Any]]:
+        """What the engine says of itself, which is for one thread at a time: between two steps."""
+        order = _Describe()
+        self._orders.put(order)
+        return order.answer
 
     @property
     def slots(self) -> list[int | None]:
@@ -114,6 +129,8 @@ class Batcher:
                 return False
             if isinstance(order, _Cancel):
                 self._end(order.ids)
+            elif isinstance(order, _Describe):
+                _answer(order.answer, self._engine.describe)
             else:
                 self._waiting.extend(order)
 
@@ -175,3 +192,11 @@ class Batcher:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+
+
+def _answer(future: Future[dict[str, Any]], function: Callable[[], dict[str, Any]]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)

@@ -56,6 +56,8 @@ class Job:
 
 def chat_job(service: Service, body: Body) -> Job:
     """The job of `/v1/chat/completions`."""
+    if body.fields.get("tools") and body.fields.get("tool_choice") != "none":
+        body.refuse("tools", 'calls of tools are not supported; send tool_choice "none"')
     text = chat_prompt(service, body)
     ids = prompt_ids(service.tokenizer, text)
     service.check_prompt(ids, "messages")
@@ -89,10 +91,9 @@ def native_job(service: Service, body: Body) -> Job:
 def chat_prompt(service: Service, body: Body) -> str:
     """The messages as the model's template writes them. A last message of the assistant is the
     beginning of the answer."""
-    tools = body.fields.get("tools") or []
-    choice = body.fields.get("tool_choice", "none")
-    if tools and choice != "none":
-        body.refuse("tools", "calls of tools are not supported; leave tools out")
+    tools = body.fields.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        body.refuse("tools", "must be a list of objects")
     messages = _messages(body)
     prefill = ""
     if messages[-1]["role"] == "assistant":
@@ -105,7 +106,9 @@ def chat_prompt(service: Service, body: Body) -> str:
     if reserved:
         body.refuse("chat_template_kwargs", f"must not have {min(reserved)}")
     try:
-        text = service.template.render(messages, add_generation_prompt=generate, **variables)
+        text = service.template.render(
+            messages, add_generation_prompt=generate, tools=tools or None, **variables
+        )
     except BadInput as error:
         raise InvalidRequest(str(error), "messages") from None
     return text + prefill
