@@ -366,9 +366,7 @@ class _Guard:
             return InvalidRequest(f"not the name of this server: {name}", status=403)
         allowed = origin in (None, f"http://{host}", f"https://{host}")
         if not allowed and not self._origins & {origin, "*"}:
-            return InvalidRequest(
-                f"pages of {origin} may not use this server; allow it with --cors", status=403
-            )
+            return InvalidRequest(f"pages of {origin} may not use this server", status=403)
         if self._api_key is None or request.url.path in PUBLIC or request.method == "OPTIONS":
             return None
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ").strip()

@@ -41,6 +41,10 @@ class _Describe:
     answer: Future[dict[str, Any]] = field(default_factory=Future)
 
 
+_Order = Sequence[Ticket] | _Cancel | _Describe | None
+"""None: to end."""
+
+
 class Batcher:
     """Runs the requests of any number of threads on one engine, `max_batch` of them at once.
 
