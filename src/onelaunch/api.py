@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
+from onelaunch.checkpoints import GGUF, random_model
 from onelaunch.checkpoints import load as load_checkpoint
-from onelaunch.checkpoints import random_model
 from onelaunch.checkpoints import save as save_checkpoint
 from onelaunch.config import ModelConfig
 from onelaunch.engines.choice import ENGINES
@@ -46,7 +46,7 @@ def load(
     random: bool = False,
     log: Log | None = None,
 ) -> LanguageModel:
-    """Open a model: a llama2.c file, a Hugging Face folder or a run folder of `train`.
+    """Open a model: a llama2.c or GGUF file, a Hugging Face folder or a run folder of `train`.
 
     Weights are mapped from the file where its format allows; the engine that runs them is made at
     the first use.
@@ -341,9 +341,10 @@ class LanguageModel:
         return evaluate_split(engine, tokens, progress or _no_log)
 
     def save(self, path: str | Path, format: str) -> None:
-        """Write the model to `path` as "llama2c" (a file) or "hf" (a folder). The tokenizer is not
-        written; `onelaunch export` writes both."""
-        save_checkpoint(self.checkpoint, path, format)
+        """Write the model to `path` as "llama2c" or "gguf" (a file) or "hf" (a folder). Only a GGUF
+        file gets the tokenizer too, if there is one; `onelaunch export` writes both for all."""
+        tokenizer = self._tokenizer_for([], ids_only=True) if format == GGUF else None
+        save_checkpoint(self.checkpoint, path, format, tokenizer=tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """The engine, its device, dtype, bytes of weights, and what it chose."""
@@ -426,12 +427,13 @@ class LanguageModel:
 
 
 def save(model: LanguageModel | LoadedModel | Model, path: str | Path, format: str) -> None:
-    """Write a model to `path` as "llama2c" (a file) or "hf" (a folder): one that was loaded, or a
-    `Model` in PyTorch. Raises BadInput for what the format cannot express."""
+    """Write a model to `path` as "llama2c" or "gguf" (a file) or "hf" (a folder): one that was
+    loaded, or a `Model` in PyTorch. Raises BadInput for what the format cannot express."""
     from onelaunch.checkpoints.weights import LoadedModel
 
     if isinstance(model, LanguageModel):
-        model = model.checkpoint
+        model.save(path, format)
+        return
     if not isinstance(model, LoadedModel):
         weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         model = LoadedModel(model.config, weights)

@@ -47,7 +47,7 @@ def test_formats_convert_into_each_other(model, tmp_path):
 def test_the_public_names_are_these():
     assert onelaunch.load is api.load
     assert onelaunch.save is api.save
-    assert set(writable_formats()) == {"llama2c", "hf"}
+    assert set(writable_formats()) == {"llama2c", "gguf", "hf"}
     assert "run" in FORMATS
 
 
@@ -121,8 +121,8 @@ def test_folder_and_file_of_nothing_known(tmp_path):
 
 
 def test_saving_refuses_what_is_not_a_model(model, tmp_path):
-    for name in ("run", "gguf", ""):
-        with pytest.raises(BadInput, match=rf"format='{name}': .*llama2c, hf"):
+    for name in ("run", "onnx", ""):
+        with pytest.raises(BadInput, match=rf"format='{name}': .*gguf, llama2c, hf"):
             save(model, tmp_path / "out", name)
     del model.weights["norm.weight"]
     for name in writable_formats():

@@ -80,8 +80,8 @@ def test_nothing_that_exists_is_overwritten(bin_file, tmp_path):
 
 def test_bad_flags_write_nothing(bin_file, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(BadInput, match="--format gguf: .*llama2c, hf"):
-        _run("export", bin_file, out, "--format", "gguf")
+    with pytest.raises(BadInput, match="--format onnx: .*llama2c, hf"):
+        _run("export", bin_file, out, "--format", "onnx")
     with pytest.raises(BadInput, match="add --random"):
         _run("export", "stories260k", out, "--format", "hf")
     with pytest.raises(BadInput, match="--random is for presets"):

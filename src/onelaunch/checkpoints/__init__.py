@@ -18,9 +18,10 @@ from onelaunch.errors import BadInput, ModelNotFound
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from onelaunch.checkpoints.tokenizers import Tokenizer
     from onelaunch.checkpoints.weights import LoadedModel
 
-__all__ = ["FORMATS", "load", "random_model", "save", "writable_formats"]
+__all__ = ["FORMATS", "GGUF", "load", "random_model", "save", "writable_formats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,18 @@ class Format:
         """Read the model in `path`; raises BadInput if it cannot be used."""
         return cast("Callable[[Path], LoadedModel]", self._function("read"))(path)
 
-    def write(self, model: LoadedModel, out: Path) -> None:
+    def write(self, model: LoadedModel, out: Path, **options: object) -> None:
         """Write `model` to `out`; raises BadInput if the format cannot express it."""
-        cast("Callable[[LoadedModel, Path], None]", self._function("write"))(model, out)
+        cast("Callable[..., None]", self._function("write"))(model, out, **options)
 
     def _function(self, name: str) -> object:
         return getattr(importlib.import_module(f"{__name__}.{self.module}"), name)
 
 
+GGUF = "gguf"
 # In the order in which `load` tries them: a run folder may contain files of another format.
 FORMATS: dict[str, Format] = {
+    GGUF: Format("gguf", "a GGUF file (NAME.gguf)", writable=True),
     "llama2c": Format("llama2c", "a llama2.c file (NAME.bin)", writable=True),
     "run": Format("run_folder", "a run folder of `onelaunch train`", writable=False),
     "hf": Format(
@@ -87,17 +90,29 @@ def load(path: Path | str) -> LoadedModel:
     raise BadInput(f"{name}: not a model {kind}; known formats: {known}{hint}")
 
 
-def save(model: LoadedModel, out: Path | str, format: str) -> None:
+def save(
+    model: LoadedModel,
+    out: Path | str,
+    format: str,
+    weights: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write a model to `out` in one of `writable_formats()`.
 
-    Raises BadInput for an unknown format, a model that the format cannot express, or a path that
-    cannot be written.
+    For "gguf" only: `weights`, the type of matrices in the file ("f32", "f16", "bf16", "q8_0" or
+    "q4_0"; default: their dtype), and `tokenizer`, which the file then contains. Raises BadInput
+    for an unknown format, a model that the format cannot express, or a path that cannot be written.
     """
     from onelaunch.checkpoints.weights import check_weights
 
     if format not in writable_formats():
         raise BadInput(f"format={format!r}: must be one of {', '.join(writable_formats())}")
     check_weights(model.config, model.weights, model.source or "the model to save")
+    if format == GGUF:
+        FORMATS[format].write(model, Path(out), weights=weights, tokenizer=tokenizer)
+        return
+    if weights is not None:
+        raise BadInput(f"weights={weights!r}: is for format={GGUF!r}; leave it out")
     FORMATS[format].write(model, Path(out))
 
 

@@ -33,6 +33,15 @@ def write_error(path: Path | str, error: OSError) -> OnelaunchError:
     return (RunFailed if full else BadInput)(f"{path}: cannot write: {reason}")
 
 
+def check_file_path(out: Path, example: str) -> None:
+    """Raise BadInput where a file cannot have the name `out`: it is a folder (`example` is then a
+    name in it), or its own folder does not exist."""
+    if out.is_dir():
+        raise BadInput(f"{out}: is a folder; pass a file name, such as {out / example}")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out}: the folder {out.parent} does not exist; create it first")
+
+
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
     """Open a temporary binary file that replaces `path` when the block ends without an error.

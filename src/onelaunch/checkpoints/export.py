@@ -2,17 +2,20 @@
 
 In a Hugging Face folder the tokenizer has its usual name; beside OUT/NAME.bin it is
 NAME.tokenizer.bin (or .bytes, .json): several models share a folder, and loading NAME.bin looks
-for that name first.
+for that name first. A GGUF file contains it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onelaunch.checkpoints import save
+from onelaunch.checkpoints import GGUF, save
+from onelaunch.checkpoints.gguf_tokenizer_export import tokenizer_keys
+from onelaunch.checkpoints.gguf_writer import lost_stop_ids, unquantized
 from onelaunch.checkpoints.tokenizer_export import save_for_transformers
 from onelaunch.checkpoints.tokenizers import (
     FILE_NAMES,
@@ -25,6 +28,8 @@ from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.errors import BadInput, MissingExtra
 
 LLAMA2C = "llama2c"
+_SUFFIXES = {LLAMA2C: (".bin", "llama2.c"), GGUF: (".gguf", "GGUF")}
+"""The formats of one file, the names of their files, and of the formats."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,17 @@ class Exported:
     """The files of an exported model.
 
     n_bytes: of the model's own.
-    tokenizer: the tokenizer's file; None where none was written.
+    tokenizer: the file that has the tokenizer; None where none was written.
     for_transformers: a further file that makes the tokenizer one of transformers.
     unusable: why the model's tokenizer was left out, where it could not be used.
-    loses_special_ids: whether BOS or the stop ids are others than the format's readers take.
+    notes: what differs from the model, a line each.
     """
 
     n_bytes: int
     tokenizer: Path | None = None
     for_transformers: Path | None = None
     unusable: Exception | None = None
-    loses_special_ids: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def check_out(out: Path, format: str) -> None:
@@ -50,10 +55,11 @@ def check_out(out: Path, format: str) -> None:
     would be taken for its tokenizer."""
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already; nothing was written: choose another name")
-    if format != LLAMA2C:
+    if format not in _SUFFIXES:
         return
-    if out.suffix != ".bin":
-        raise BadInput(f"{out}: a llama2.c file is known by its name: it must end in .bin")
+    suffix, name = _SUFFIXES[format]
+    if out.suffix != suffix:
+        raise BadInput(f"{out}: a {name} file is known by its name: it must end in {suffix}")
     for name in _own_names(out):
         if os.path.lexists(out.with_name(name)):
             raise BadInput(
@@ -62,7 +68,7 @@ def check_out(out: Path, format: str) -> None:
             )
 
 
-def export(model: LoadedModel, out: Path, format: str) -> Exported:
+def export(model: LoadedModel, out: Path, format: str, weights: str | None = None) -> Exported:
     """Write a model and its tokenizer, if it has one that can be used. Raises what `check_out` and
     `checkpoints.save` do; after an error nothing is left behind."""
     check_out(out, format)
@@ -70,28 +76,50 @@ def export(model: LoadedModel, out: Path, format: str) -> Exported:
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = find_tokenizer(model)
+        if format == GGUF:
+            tokenizer_keys(tokenizer, model.config.vocab_size)
     except (BadInput, MissingExtra) as error:
-        unusable = error
-    save(model, out, format)
+        tokenizer, unusable = None, error
+    save(model, out, format, weights, tokenizer)
     n_bytes = bytes_in(out)
-    loses = format == LLAMA2C and (model.bos_id, model.stop_ids) != (1, (1, 2))
+    notes = tuple(_notes(model, format, weights))
     if tokenizer is None:
-        return Exported(n_bytes, unusable=unusable, loses_special_ids=loses)
+        return Exported(n_bytes, unusable=unusable, notes=notes)
+    if format == GGUF:
+        return Exported(n_bytes, out, notes=notes)
     folder = out.is_dir()
     try:
         if not folder:
             own = tokenizer.save(out.parent, f"{out.stem}.")
-            return Exported(n_bytes, own, loses_special_ids=loses)
+            return Exported(n_bytes, own, notes=notes)
         own, further = tokenizer.save(out), None
         if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
             further = save_for_transformers(tokenizer, out)
-        return Exported(n_bytes, own, further, loses_special_ids=loses)
+        return Exported(n_bytes, own, further, notes=notes)
     except BaseException:
         # neither OUT nor its own tokenizer was there before
         shutil.rmtree(out) if folder else out.unlink(missing_ok=True)
         for name in () if folder else _own_names(out):
             out.with_name(name).unlink(missing_ok=True)
         raise
+
+
+def _notes(model: LoadedModel, format: str, weights: str | None) -> Iterator[str]:
+    if format == LLAMA2C and (model.bos_id, model.stop_ids) != (1, (1, 2)):
+        yield (
+            f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
+            f"and stop at 1 and 2; this model has BOS {model.bos_id} and stops at "
+            f"{', '.join(map(str, model.stop_ids)) or 'none'}"
+        )
+    if format == GGUF and (lost := lost_stop_ids(model)):
+        yield (
+            f"note: a GGUF file has room for three stop ids; not in it: {', '.join(map(str, lost))}"
+        )
+    if format == GGUF and (kept := unquantized(model, weights)):
+        yield (
+            f"note: {len(kept)} matrices, such as {kept[0]}, are in float16: their rows of "
+            f"{model.weights[kept[0]].shape[-1]} are not whole blocks of {weights}"
+        )
 
 
 def bytes_in(out: Path) -> int:

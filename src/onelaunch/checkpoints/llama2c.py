@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from onelaunch.checkpoints.atomic import atomic_file
+from onelaunch.checkpoints.atomic import atomic_file, check_file_path
 from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.weights import LoadedModel
@@ -94,10 +94,7 @@ def write(model: LoadedModel, out: Path) -> None:
     Raises BadInput if v0 cannot express the model, or `out` cannot be written.
     """
     _check_expressible(model.config)
-    if out.is_dir():
-        raise BadInput(f"{out}: is a folder; pass a file name, such as {out / 'model.bin'}")
-    if not out.parent.is_dir():
-        raise BadInput(f"{out}: the folder {out.parent} does not exist; create it first")
+    check_file_path(out, "model.bin")
     config, weights = to_layout(model.config, model.weights, "interleaved")
     tensors = weights | _tables(config, model.extras)
     with atomic_file(out) as file:

@@ -22,14 +22,19 @@ def to_layout(
     """
     if layout == config.rope_layout:
         return config, weights
-    reordered = dict(weights)
-    for i in range(config.n_layers):
-        for short in ("q", "k"):
-            kinds = ("proj", "norm") if config.qk_norm else ("proj",)
-            for kind in kinds:
-                name = f"layers.{i}.self_attn.{short}_{kind}.weight"
-                reordered[name] = _reorder(weights[name], config.head_dim, layout)
+    reordered = {name: tensor_to_layout(config, name, weights[name], layout) for name in weights}
     return config.with_(rope_layout=layout), reordered
+
+
+def tensor_to_layout(config: ModelConfig, name: str, tensor: Tensor, layout: RopeLayout) -> Tensor:
+    """Convert one tensor of a model, by its canonical name; those without heads of q and k are
+    returned as they are."""
+    if layout == config.rope_layout or not name.endswith(_REORDERED):
+        return tensor
+    return _reorder(tensor, config.head_dim, layout)
+
+
+_REORDERED = tuple(f"self_attn.{x}_{kind}.weight" for x in "qk" for kind in ("proj", "norm"))
 
 
 def _reorder(tensor: Tensor, head_dim: int, layout: RopeLayout) -> Tensor:

@@ -73,6 +73,22 @@ class JsonTokenizer:
         _library(path)
         _guarded(lambda: self._build(data, tables), path)
 
+    @classmethod
+    def from_definition(
+        cls, data: dict[str, Any], special_ids: dict[str, Any], source: Path | str
+    ) -> JsonTokenizer:
+        """Make one of the content of a tokenizer.json; `special_ids` are the bos_token_id and
+        eos_token_id of a generation_config.json. Raises what reading a file does, and names
+        `source`."""
+        self = cls.__new__(cls)
+        self._bytes = json.dumps(data, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        self._settings = None
+        check_growth(data, Path(source))
+        tables = {"tokenizer_config.json": {}, "generation_config.json": special_ids}
+        _library(source)
+        _guarded(lambda: self._build(data, {**tables, "config.json": {}}), source)
+        return self
+
     def _build(self, data: dict[str, Any], tables: dict[str, dict[str, Any]]) -> None:
         self._tokenizer = _library().Tokenizer.from_buffer(self._bytes)
         self._tokenizer.no_truncation()
@@ -92,7 +108,8 @@ class JsonTokenizer:
         """The largest id plus one: some vocabularies have gaps."""
         sample = self._tokenizer.encode("a")
         template = sample.ids[:1] if sample.special_tokens_mask[:1] == [1] else []
-        self._adds_bos = bool(template)
+        self.adds_bos = bool(template)
+        """Whether `encode` adds BOS to a text that is not empty."""
         self.bos_id, self.eos_id, self.stop_ids = self._special_ids(tables, template)
 
     def _add_config_tokens(self, settings: dict[str, Any]) -> list[tuple[int, str]]:
@@ -151,6 +168,22 @@ class JsonTokenizer:
         stops = tuple(sorted({*bos, *eos}))
         return (bos[0] if bos else None), (eos[0] if eos else None), stops
 
+    def definition(self) -> dict[str, Any]:
+        """Return the content of the file."""
+        return dict(json.loads(self._bytes))
+
+    def entries(self) -> list[tuple[str, str]]:
+        """Return the content and kind of each id: "normal", "special", "added" (matched as a whole,
+        but not special), or "none" for a gap."""
+        content: dict[int, tuple[str, str]] = {
+            i: (text, "normal")
+            for text, i in self._tokenizer.get_vocab(with_added_tokens=False).items()
+        }
+        content |= {i: (text, "special") for i, text in self._config_tokens}
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            content[i] = (token.content, "special" if token.special else "added")
+        return [content.get(i, ("", "none")) for i in range(self.vocab_size)]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content of the file and of the tokens of tokenizer_config.json.
@@ -186,7 +219,7 @@ class JsonTokenizer:
         ids = _guarded(
             lambda: self._tokenizer.encode(text, add_special_tokens=False).ids, "the text"
         )
-        return [*begin, *ids] if self._adds_bos or not ids else ids
+        return [*begin, *ids] if self.adds_bos or not ids else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids. Special tokens are skipped, and ids outside the vocabulary, the padding of

@@ -26,7 +26,8 @@ from onelaunch.errors import BadInput, MissingExtra
 FIRST_BYTE = 3
 FIRST_PIECE = FIRST_BYTE + 256
 LLAMA2C_SPECIAL_TOKENS = {"<s>": 1, "</s>": 2}
-_SPECIALS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+SPECIALS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+"""The pieces that every vocabulary begins with."""
 
 # Far beyond real files (32,000 pieces take 434 kB); larger ones are refused unread.
 MAX_FILE_BYTES = 16 << 20
@@ -92,7 +93,7 @@ class Llama2cTokenizer:
     ) -> None:
         """Raises BadInput unless the first 259 pieces are the three control pieces and the bytes,
         and there is one finite score per piece."""
-        if len(pieces) < FIRST_PIECE or pieces[FIRST_BYTE:FIRST_PIECE] != _SPECIALS[FIRST_BYTE:]:
+        if len(pieces) < FIRST_PIECE or pieces[FIRST_BYTE:FIRST_PIECE] != SPECIALS[FIRST_BYTE:]:
             raise BadInput("pieces 3 to 258 are not the 256 bytes")
         if len(pieces) > MAX_PIECES:
             raise BadInput(f"{len(pieces)} pieces are more than the {MAX_PIECES} supported")
@@ -271,7 +272,7 @@ def from_sentencepiece(
         raise BadInput(f"{source}: not a sentencepiece model ({error})") from error
     pieces = [processor.id_to_piece(i).replace("\u2581", " ").encode("utf-8") for i in range(n)]
     scores = [processor.get_score(i) for i in range(n)]
-    pieces[: min(3, n)] = _SPECIALS[: min(3, n)]
+    pieces[: min(3, n)] = SPECIALS[: min(3, n)]
     special = (processor.unk_id(), processor.bos_id(), processor.eos_id())
     if n < FIRST_PIECE or special != (0, 1, 2) or not processor.is_byte(FIRST_BYTE):
         raise BadInput(f"{source}: must have ids 0 unknown, 1 BOS, 2 EOS, 3 to 258 the bytes")

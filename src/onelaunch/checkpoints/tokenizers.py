@@ -6,7 +6,6 @@ it), Hugging Face's tokenizer.json, and plain bytes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -14,18 +13,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from onelaunch.checkpoints.atomic import read_bytes, write_text
+from onelaunch.checkpoints import gguf_tokenizer
+from onelaunch.checkpoints.atomic import read_bytes
+from onelaunch.checkpoints.tokenizer_bytes import BytesTokenizer
 from onelaunch.checkpoints.tokenizer_json import JsonTokenizer
 from onelaunch.checkpoints.tokenizer_llama2c import (
-    FIRST_BYTE,
-    FIRST_PIECE,
-    LLAMA2C_SPECIAL_TOKENS,
     MAX_FILE_BYTES,
     Llama2cTokenizer,
-    Utf8Stream,
     from_sentencepiece,
     train_llama2c,
-    utf8_bytes,
 )
 from onelaunch.errors import BadInput, MissingExtra
 
@@ -112,47 +108,6 @@ _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
 _SIZED = re.compile(r"tok\d+\.bin")
 
 
-class BytesTokenizer:
-    """One token per byte: id = byte + 3, as in llama2.c's vocabularies; 1 is BOS and 2 is EOS."""
-
-    kind = "bytes"
-    file_name = "tokenizer.bytes"
-    vocab_size = FIRST_PIECE
-    bos_id: int | None = 1
-    eos_id: int | None = 2
-    stop_ids: tuple[int, ...] = (1, 2)
-    special_tokens: Mapping[str, int] = LLAMA2C_SPECIAL_TOKENS
-    fingerprint = file_fingerprint = hashlib.sha256(b"bytes").hexdigest()
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Encode a text to one id per UTF-8 byte."""
-        ids = [FIRST_BYTE + byte for byte in utf8_bytes(text)]
-        return [1, *ids] if bos else ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids; 0, 1, 2 and those above 258 are skipped."""
-        stream = self.decoder()
-        return "".join([stream.push(token) for token in ids]) + stream.finish()
-
-    def decoder(self) -> Utf8Stream:
-        """Make a decoder for a stream of ids."""
-        return Utf8Stream(_byte, 1)
-
-    def piece(self, token: int) -> str:
-        """Return the byte of an id, as "<0x41>"."""
-        return f"<0x{token - FIRST_BYTE:02X}>" if token >= FIRST_BYTE else f"<{token}>"
-
-    def save(self, folder: Path | str, prefix: str = "") -> Path:
-        """Write `tokenizer.bytes`, its name after `prefix`, a file with the word "bytes"."""
-        path = Path(folder) / (prefix + self.file_name)
-        write_text(path, "bytes")
-        return path
-
-
-def _byte(token: int, first: bool) -> bytes:
-    return bytes([token - FIRST_BYTE]) if FIRST_BYTE <= token < FIRST_PIECE else b""
-
-
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load the tokenizer in a file or a folder, or the byte tokenizer for the word "bytes".
 
@@ -191,6 +146,11 @@ def _load_file(path: Path) -> Tokenizer:
         raise BadInput(f"{path}: not a file")
     if path.suffix == ".bin":
         return Llama2cTokenizer.read(path)
+    if path.suffix == ".gguf":
+        tokenizer = gguf_tokenizer.read_tokenizer(path)
+        if tokenizer is None:
+            raise BadInput(f"{path}: has no tokenizer in it")
+        return tokenizer
     if path.suffix == ".json":
         return JsonTokenizer(path)
     if path.suffix == ".bytes":
@@ -199,7 +159,7 @@ def _load_file(path: Path) -> Tokenizer:
         return _read_sentencepiece(path)
     raise BadInput(
         f"{path}: a tokenizer is a llama2.c tokenizer.bin, a Hugging Face tokenizer.json, "
-        "a sentencepiece tokenizer.model, or the word bytes"
+        "a sentencepiece tokenizer.model, a GGUF file with one in it, or the word bytes"
     )
 
 
@@ -214,9 +174,9 @@ def find_tokenizer(model: LoadedModel) -> Tokenizer | None:
     """Find the tokenizer in the folder of a model; None if there is none.
 
     First NAME.tokenizer.bin (or .bytes, .json, .model) for NAME.bin, which `export` writes; then
-    `FILE_NAMES` and tok*.bin, the names of llama2.c's small ones. Of these the first with as many
-    ids as the model has rows is returned; else the first of `FILE_NAMES` with fewer ids, as the
-    vocabulary of a model may be padded; else with more.
+    the one in a GGUF file; then `FILE_NAMES` and tok*.bin, the names of llama2.c's small ones. Of
+    these the first with as many ids as the model has rows is returned; else the first of
+    `FILE_NAMES` with fewer ids, as the vocabulary of a model may be padded; else with more.
 
     Raises BadInput naming each file with the reason, if there are files but none is usable;
     MissingExtra if only a library is not installed.
@@ -232,6 +192,13 @@ def find_tokenizer(model: LoadedModel) -> Tokenizer | None:
     rows = model.config.vocab_size
     others: list[Tokenizer] = []
     errors: list[BadInput | MissingExtra] = []
+    if model.format == "gguf":
+        try:
+            inside = gguf_tokenizer.read_tokenizer(source)
+            if inside is not None:
+                return inside
+        except (BadInput, MissingExtra) as error:
+            errors.append(error)
     for path in _tokenizer_files(folder):
         try:
             tokenizer = _load_file(path)

@@ -31,7 +31,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A .bin file, a Hugging Face folder, a run folder, or a preset with --random.",
+        help="A .bin or .gguf file, a Hugging Face folder, a run folder, or a preset with "
+        "--random.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]

@@ -22,7 +22,9 @@ from onelaunch.cli.common import (
 def evaluate(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A .bin file, a Hugging Face folder or a run folder."),
+        typer.Argument(
+            metavar="MODEL", help="A .bin or .gguf file, a Hugging Face folder or a run folder."
+        ),
     ],
     data: Annotated[
         str,

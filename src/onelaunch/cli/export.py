@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from onelaunch.checkpoints import writable_formats
+from onelaunch.checkpoints import GGUF, writable_formats
 from onelaunch.cli.common import Debug, ModelArgument, Quiet, load_model, log
 from onelaunch.errors import BadInput
 
@@ -61,16 +61,21 @@ def export(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="DTYPE", help="coreml: fp16, the default."),
+        typer.Option(
+            "--weights",
+            metavar="DTYPE",
+            help="gguf: f32, f16, bf16, q8_0 or q4_0; default: the model's. coreml: fp16, the "
+            "default.",
+        ),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Convert a model to another format.
 
-    Its tokenizer comes along: into the folder, or next to OUT.bin as OUT.tokenizer.bin (or .json,
-    .bytes), where OUT.bin's readers here look first. One that cannot be used is left out, and a
-    line on standard error has the reason. Core ML's programs have none.
+    Its tokenizer comes along: into the folder, into a GGUF file, or next to OUT.bin as
+    OUT.tokenizer.bin (or .json, .bytes), where OUT.bin's readers here look first. One that cannot
+    be used is left out, and a line on standard error has the reason. Core ML's programs have none.
     """
     if format not in FORMATS:
         raise BadInput(f"--format {format}: must be one of {', '.join(FORMATS)}")
@@ -82,31 +87,30 @@ def export(
             raise BadInput(f"--weights {weights}: must be fp16")
         _export_programs(model, random, out, seq, fusion_depth, taps or "none", quiet)
         return
-    programs = {"seq": seq, "fusion-depth": fusion_depth, "taps": taps, "weights": weights}
+    if format != GGUF and weights is not None:
+        raise BadInput(f"--weights {weights}: is for --format {GGUF} or {COREML}; leave it out")
+    programs = {"seq": seq, "fusion-depth": fusion_depth, "taps": taps}
     for name, value in programs.items():
         if value is not None:
             raise BadInput(f"--{name} {value}: is for --format {COREML}; leave it out")
-    _export_model(model, random, out, format, quiet)
+    _export_model(model, random, out, format, weights, quiet)
 
 
-def _export_model(model: str, random: bool, out: Path, format: str, quiet: bool) -> None:
+def _export_model(
+    model: str, random: bool, out: Path, format: str, weights: str | None, quiet: bool
+) -> None:
     from onelaunch.checkpoints.export import export as export_model
 
     loaded = load_model(model, random)
-    exported = export_model(loaded, out, format)
+    exported = export_model(loaded, out, format, weights)
     log(f"wrote {out} ({format}, {exported.n_bytes:,} bytes)", quiet)
-    if exported.loses_special_ids:
-        log(
-            f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
-            f"and stop at 1 and 2; this model has BOS {loaded.bos_id} and stops at "
-            f"{', '.join(map(str, loaded.stop_ids)) or 'none'}",
-            quiet,
-        )
+    for note in exported.notes:
+        log(note, quiet)
     if exported.unusable is not None:
         log(f"the tokenizer was left out: {exported.unusable}")
     elif exported.tokenizer is None:
         log(f"no tokenizer found next to {model}; none was written", quiet)
-    else:
+    elif exported.tokenizer != out:
         log(f"wrote {exported.tokenizer}", quiet)
     if exported.for_transformers is not None:
         log(f"wrote {exported.for_transformers}, for transformers", quiet)

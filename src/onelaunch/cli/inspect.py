@@ -19,8 +19,8 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL|PROGRAM",
-            help="A .bin file, a Hugging Face folder, a run folder, or a preset with --random; or "
-            "a Core ML program, an .mlpackage.",
+            help="A .bin or .gguf file, a Hugging Face folder, a run folder, or a preset with "
+            "--random; or a Core ML program, an .mlpackage.",
         ),
     ],
     random: Annotated[

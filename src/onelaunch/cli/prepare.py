@@ -33,7 +33,7 @@ def prepare(
         typer.Option(
             "--tokenizer",
             metavar="FILE",
-            help="A tokenizer.bin, tokenizer.json or tokenizer.model; default: bytes, a vocabulary "
+            help="A tokenizer.bin, .json or .model, or a .gguf; default: bytes, a vocabulary "
             "of 259.",
         ),
     ] = None,

@@ -36,8 +36,8 @@ def train(
         typer.Option(
             "--init",
             metavar="MODEL",
-            help="Start from these weights: a .bin file, a Hugging Face folder or a run folder; "
-            "the text is prepared with its tokenizer.",
+            help="Start from these weights: a .bin or .gguf file, a Hugging Face folder or a run "
+            "folder; the text is prepared with its tokenizer.",
         ),
     ] = None,
     data: Annotated[

@@ -16,6 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "numba", "llvmlite", "safetensors", "typ
 EXTRAS = {
     "hf": ("transformers", "tokenizers"),
     "tokenizer": ("sentencepiece",),
+    "gguf": ("gguf",),
     "bench": ("matplotlib",),
     "coreml": ("coremltools",),
     "log": ("tensorboard", "wandb"),

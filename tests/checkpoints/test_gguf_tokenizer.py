@@ -1,0 +1,304 @@
+"""Tokenizers in GGUF files."""
+
+import json
+import re
+
+import pytest
+from tests.checkpoints import gguf_files
+
+from onelaunch.checkpoints import load, random_model, save
+from onelaunch.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, recognize, steps
+from onelaunch.checkpoints.gguf_tokenizer import read_tokenizer
+from onelaunch.checkpoints.gguf_tokenizer_export import tokenizer_keys
+from onelaunch.checkpoints.tokenizer_compare import same_tokenizer
+from onelaunch.checkpoints.tokenizers import (
+    BytesTokenizer,
+    JsonTokenizer,
+    Llama2cTokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
+from onelaunch.errors import BadInput, MissingExtra
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = [
+    *map(chr, range(33, 127)),
+    "\u2581",
+    "\u2581a",
+    "ab",
+    "\u2581ab",
+    "\u00e9",
+    "\u2581\u2581",
+]
+
+
+def _sentencepiece(**changes):
+    """The keys of a small "llama" tokenizer; None removes one."""
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES]
+    keys = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + [-float(i) for i in range(len(PIECES))],
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(PIECES)],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    keys |= changes
+    return {f"tokenizer.ggml.{key}": each for key, each in keys.items() if each is not None}
+
+
+def _file(folder, keys, name="m.gguf"):
+    path = folder / name
+    entries = {**gguf_files.metadata(), **keys}
+    path.write_bytes(gguf_files.gguf_bytes(entries, gguf_files.tensors()[0]))
+    return path
+
+
+def _reference():
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+    pieces += [piece.replace("\u2581", " ").encode() for piece in PIECES]
+    return Llama2cTokenizer(pieces, [0.0] * 259 + [-float(i) for i in range(len(PIECES))])
+
+
+def test_sentencepiece(tmp_path):
+    tokenizer = read_tokenizer(_file(tmp_path, _sentencepiece()))
+    assert tokenizer.fingerprint == _reference().fingerprint
+    assert tokenizer.decode(tokenizer.encode("ab  a \u00e9\u4f60")) == "ab  a \u00e9\u4f60"
+
+
+def test_padding_is_no_part_of_the_vocabulary(tmp_path):
+    keys = _sentencepiece()
+    keys["tokenizer.ggml.tokens"] += ["[PAD359]", "[PAD360]"]
+    keys["tokenizer.ggml.scores"] += [0.0, 0.0]
+    keys["tokenizer.ggml.token_type"] += [5, 5]
+    assert read_tokenizer(_file(tmp_path, keys)).vocab_size == 259 + len(PIECES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "bert"}, "kind 'bert' is not supported"),
+        ({"model": 3}, "tokenizer.ggml.model must be a string"),
+        ({"tokens": None}, "pieces of its tokenizer are missing"),
+        ({"tokens": [1, 2]}, "tokenizer.ggml.tokens must be an array of strings"),
+        ({"token_type": [1]}, "not one type each"),
+        ({"scores": None}, "one finite score"),
+        ({"scores": [float("nan")] * 400}, "one finite score"),
+        ({"bos_token_id": 5}, "BOS 5 and EOS 2"),
+        ({"eos_token_id": 0}, "BOS 1 and EOS 0"),
+        ({"add_bos_token": False}, "adds no BOS"),
+        ({"add_space_prefix": False}, "adds no space"),
+        ({"tokens": ["a"] * (259 + len(PIECES))}, "pieces 3 to 258 are not the 256 bytes"),
+        ({"token_type": [2, 3, 3, *[6] * 256, 4, *[1] * (len(PIECES) - 1)]}, "piece 259, '!', is"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used(tmp_path, changes, message):
+    path = _file(tmp_path, _sentencepiece(**changes))
+    with pytest.raises(BadInput, match=message) as caught:
+        read_tokenizer(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    with pytest.raises(BadInput, match=message):
+        load_tokenizer(path)
+
+
+def test_where_a_tokenizer_is_looked_for(tmp_path):
+    path = _file(tmp_path, _sentencepiece())
+    model = load(path)
+    assert (model.bos_id, model.stop_ids) == (1, (1, 2))
+    (tmp_path / "tokenizer.bytes").write_text("bytes")
+    assert find_tokenizer(model).kind == "llama2c"
+    assert load_tokenizer(path).kind == "llama2c"
+    (tmp_path / "m.tokenizer.bytes").write_text("bytes")
+    assert find_tokenizer(model).kind == "bytes"
+    (tmp_path / "m.tokenizer.bytes").unlink()
+    # one inside that cannot be used, or none: what lies in the folder
+    for changes in ({"model": "bert"}, {"model": "no_vocab"}, {"model": None}):
+        path = _file(tmp_path, _sentencepiece(**changes))
+        assert find_tokenizer(load(path)).kind == "bytes"
+    (tmp_path / "tokenizer.bytes").unlink()
+    assert find_tokenizer(load(path)) is None
+    with pytest.raises(BadInput, match=r"m\.gguf: has no tokenizer in it"):
+        load_tokenizer(path)
+    path = _file(tmp_path, _sentencepiece(model="bert"))
+    with pytest.raises(BadInput, match="kind 'bert'"):
+        find_tokenizer(load(path))
+
+
+def test_ends_by_key_and_by_name(tmp_path):
+    tokens = ["a", "<|im_end|>", "<|eot_id|>", "b", "c", "d"]
+    keys = {"model": "gpt2", "tokens": tokens, "token_type": [1, 3, 1, 3, 3, 3]}
+    keys |= {"eos_token_id": 3, "eot_token_id": 4, "bos_token_id": 99}
+    model = load(_file(tmp_path, {f"tokenizer.ggml.{k}": v for k, v in keys.items()}))
+    assert (model.bos_id, model.stop_ids) == (None, (1, 3, 4))
+
+
+# ---------------------------------------------------------------- written and read again
+
+
+def _model(rows):
+    model = random_model("stories260k")
+    model.config = model.config.with_(vocab_size=rows)
+    model.weights["embed_tokens.weight"] = model.weights["embed_tokens.weight"][:1].repeat(rows, 1)
+    return model
+
+
+def _there_and_back(folder, tokenizer, extra=0, **ids):
+    pytest.importorskip("gguf")
+    model = _model(tokenizer.vocab_size + extra)
+    for name, value in ids.items():
+        setattr(model, name, value)
+    save(model, folder / "out.gguf", "gguf", tokenizer=tokenizer)
+    return find_tokenizer(load(folder / "out.gguf"))
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_bytes_and_sentencepiece_come_back(tmp_path, extra):
+    for tokenizer in (BytesTokenizer(), _reference()):
+        again = _there_and_back(tmp_path, tokenizer, extra)
+        assert type(again) is type(tokenizer)
+        assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_pieces_that_no_text_becomes_have_other_names():
+    tokenizer = _reference()
+    pieces = [*tokenizer.pieces, b"\xff", b"ab", b"", "\u2581x".encode()]
+    tokenizer = Llama2cTokenizer(pieces, [*tokenizer.scores, -1.0, -2.0, -3.0, -4.0])
+    keys = tokenizer_keys(tokenizer, len(pieces))
+    first = len(pieces) - 4
+    assert keys["token_list"][first:] == [b"<piece %d>" % i for i in range(first, len(pieces))]
+    assert keys["token_types"][first:] == [5] * 4
+    assert len(keys["token_scores"]) == len(pieces)
+
+
+TEXT = """It's we'LL 12345 x<<=3 $$ ++
+  two  spaces,\ta tab\r\n\n \u00e9 e\u0301 \u4f60\u597d \U0001f600 don't <|end|>!! 7 77"""
+
+
+def _bpe(folder, name, **changes):
+    """A trained tokenizer.json whose text is split as `name` says."""
+    library = pytest.importorskip("tokenizers")
+    pre = PRE_TOKENIZERS[name]
+    model = library.models.BPE(ignore_merges=pre.ignore_merges)
+    data = json.loads(library.Tokenizer(model).to_str())
+    data["pre_tokenizer"] = steps(pre)
+    data["normalizer"] = pre.normalizer and {"type": pre.normalizer}
+    data["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    tokenizer = library.Tokenizer.from_str(json.dumps({**data, **changes}))
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>"],
+        show_progress=False,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    corpus = "we'll go there 12345 it's the\n\n  two spaces then some text of it 12 123 1234" * 20
+    tokenizer.train_from_iterator([corpus], trainer)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    settings = {"bos_token_id": 0, "eos_token_id": [1]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return JsonTokenizer(path)
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_bpe_comes_back(tmp_path, name):
+    tokenizer = _bpe(tmp_path, name)
+    assert recognize(tokenizer.definition()) == name
+    again = _there_and_back(tmp_path, tokenizer, extra=2, bos_id=0, stop_ids=(0, 1))
+    assert (again.kind, again.vocab_size) == ("json", tokenizer.vocab_size)
+    assert (again.bos_id, again.eos_id, again.stop_ids) == (0, 1, (0, 1))
+    assert again.adds_bos is tokenizer.adds_bos is False
+    assert same_tokenizer(tokenizer, again)
+    ids = tokenizer.encode(TEXT)
+    assert again.encode(TEXT) == ids
+    assert 1 in ids
+    assert again.decode(ids) == tokenizer.decode(ids)
+    assert len(ids) > 40
+
+
+def test_the_names_of_pre_tokenizers_differ_in_what_they_do(tmp_path):
+    split = {name: tuple(_bpe(tmp_path, name).encode("1234 12345")) for name in PRE_TOKENIZERS}
+    assert len(set(split.values())) >= 3
+
+
+def test_a_template_with_bos(tmp_path):
+    tokenizer = _bpe(tmp_path, "llama-bpe")
+    data = tokenizer.definition()
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|begin|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|begin|>": {"id": "<|begin|>", "ids": [0], "tokens": ["<|begin|>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.adds_bos
+    again = _there_and_back(tmp_path, tokenizer, bos_id=0, stop_ids=(0, 1))
+    assert again.adds_bos
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    assert again.encode(TEXT)[0] == 0
+
+
+def test_a_saved_copy_of_it(tmp_path):
+    """`export --format hf` writes the tokenizer of a GGUF file as a tokenizer.json."""
+    tokenizer = _bpe(tmp_path, "qwen2")
+    again = _there_and_back(tmp_path, tokenizer, bos_id=0, stop_ids=(0, 1))
+    (tmp_path / "copy").mkdir()
+    copy = load_tokenizer(again.save(tmp_path / "copy"))
+    assert copy.fingerprint == again.fingerprint
+    assert (copy.bos_id, copy.eos_id, copy.stop_ids) == (0, 1, (0, 1))
+
+
+def test_without_the_library(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    tokenizer = _bpe(tmp_path, "gpt-2")
+    save(_model(tokenizer.vocab_size), tmp_path / "out.gguf", "gguf", tokenizer=tokenizer)
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(MissingExtra, match=r"reading \S+out\.gguf needs the package tokenizers"):
+        find_tokenizer(load(tmp_path / "out.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("gpt-2", {"decoder": None}, "way of splitting"),
+        ("gpt-2", {"normalizer": {"type": "NFKC"}}, "way of splitting"),
+        ("gpt-2", {"pre_tokenizer": {"type": "Whitespace"}}, "way of splitting"),
+        ("gpt-2", {"pre_tokenizer": None}, "way of splitting"),
+        ("gpt-2", {"model": {"ignore_merges": True}}, "way of splitting"),
+        ("llama-bpe", {"model": {"ignore_merges": False}}, "way of splitting"),
+        ("gpt-2", {"model": {"merges": []}}, "no merges"),
+        ("gpt-2", {"model": {"byte_fallback": True}}, "no BPE over bytes"),
+    ],
+)
+def test_what_a_file_cannot_store(tmp_path, name, changes, reason):
+    data = _bpe(tmp_path, name).definition()
+    data |= {key: each for key, each in changes.items() if key != "model"}
+    data["model"] |= changes.get("model", {})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(BadInput, match=f"format='gguf': .*{reason}"):
+        tokenizer_keys(tokenizer, tokenizer.vocab_size)
+
+
+def test_more_tokens_than_the_model_has_rows():
+    with pytest.raises(BadInput, match="has 259 tokens, more than the 258 of the model"):
+        tokenizer_keys(BytesTokenizer(), 258)
+
+
+def test_damaged_bpe(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokens = [chr(i) for i in range(33, 127)]
+    keys = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": ["a b"]}
+    for changes, message in [
+        ({"merges": ["a zz"]}, "not a usable"),
+        ({"tokens": ["a", "a"]}, "occurs twice"),
+        ({"tokens": [b"\xff"]}, "not UTF-8"),
+        ({"pre": "jina"}, "pre-tokenizer 'jina' is not supported, only gpt-2, smollm"),
+    ]:
+        entries = {f"tokenizer.ggml.{k}": v for k, v in (keys | changes).items()}
+        path = _file(tmp_path, entries)
+        with pytest.raises(BadInput, match=re.escape(str(path)) + f": .*{message}"):
+            read_tokenizer(path)
