@@ -39,7 +39,7 @@ from onelaunch.model import rope_tables
 from onelaunch.plan import Plan
 
 MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
-MAX_SEQUENCES = 16
+MAX_SEQUENCES = 64
 SPIN = 4000
 ITEM_ROWS = 256
 
