@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.engine import MOST_TOP_LOGPROBS, Request, Sampling
+from onelaunch.engines.engine import MAX_TOP_LOGPROBS, Request, Sampling
 from onelaunch.errors import BadInput, RunFailed
 
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -66,8 +66,8 @@ def check_sampling(config: ModelConfig, sampling: Sampling) -> None:
 
 def check_top_logprobs(n: int) -> None:
     """Raise BadInput for a number of most likely tokens out of range."""
-    if not 0 <= n <= MOST_TOP_LOGPROBS:
-        raise BadInput(f"top_logprobs={n}: must be from 0 to {MOST_TOP_LOGPROBS}")
+    if not 0 <= n <= MAX_TOP_LOGPROBS:
+        raise BadInput(f"top_logprobs={n}: must be from 0 to {MAX_TOP_LOGPROBS}")
 
 
 def check_session(max_batch: int, max_len: int | None, config: ModelConfig) -> int:

@@ -26,7 +26,7 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 STEP_SECONDS = 0.02
 """The default time limit of a session's step."""
 
-LARGEST_PENALTY, LARGEST_BIAS, MOST_TOP_LOGPROBS = 2.0, 100.0, 20
+MAX_PENALTY, MAX_BIAS, MAX_TOP_LOGPROBS = 2.0, 100.0, 20
 """Bounds of OpenAI's API: of a presence or frequency penalty and of a logit bias, either sign, and
 of how many of the most likely tokens an event has."""
 
@@ -41,8 +41,8 @@ class Sampling:
     The logits are changed in this order, which is vLLM's:
 
     1. `logit_bias`, pairs of a token id and an amount from -100 to 100, no id twice, or a mapping
-       from ids to amounts: the amount is added to the token's logit. -100 bans a token, 100 lets
-       few others be, where logits are as close together as those of trained models.
+       from ids to amounts: the amount is added to the token's logit. -100 bans the token and 100
+       all others, where logits are as close together as those of trained models.
     2. `repetition_penalty`: the logit of each token that is in the prompt or among the new tokens
        so far is divided by it where it is positive, and multiplied by it where it is negative:
        above 1 such tokens become less likely, below 1 more likely, 1 changes nothing (Keskar et al.
@@ -86,7 +86,7 @@ class Sampling:
                 "1 is none"
             )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not -LARGEST_PENALTY <= getattr(self, name) <= LARGEST_PENALTY:
+            if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
                 raise BadInput(
                     f"{name}={getattr(self, name)}: must be from -2 to 2; 0 changes nothing"
                 )
@@ -124,7 +124,7 @@ def bias_pairs(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> Bias:
         numbers = isinstance(token, Integral) and isinstance(amount, Real)
         if not numbers or isinstance(token, bool) or isinstance(amount, bool):
             raise _not_a_bias(bias)
-        if not -LARGEST_BIAS <= amount <= LARGEST_BIAS:
+        if not -MAX_BIAS <= amount <= MAX_BIAS:
             raise BadInput(f"logit_bias={token}: {amount} must be from -100 to 100")
     twice = [token for token, n in Counter(token for token, _ in pairs).items() if n > 1]
     if twice:
