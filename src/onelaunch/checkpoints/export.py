@@ -2,7 +2,7 @@
 
 In a Hugging Face folder the tokenizer has its usual name; beside OUT/NAME.bin it is
 NAME.tokenizer.bin (or .bytes, .json): several models share a folder, and loading NAME.bin looks
-for that name first.
+for that name first. The chat template is chat_template.jinja or NAME.chat_template.jinja.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onelaunch.checkpoints import save
+from onelaunch.checkpoints.chat_template_files import CHAT_TEMPLATE_FILE, write_chat_template
 from onelaunch.checkpoints.tokenizer_export import save_for_transformers
 from onelaunch.checkpoints.tokenizers import (
     FILE_NAMES,
@@ -81,6 +82,8 @@ def export(model: LoadedModel, out: Path, format: str) -> Exported:
     try:
         if not folder:
             own = tokenizer.save(out.parent, f"{out.stem}.")
+            if model.chat_template is not None:
+                write_chat_template(out.parent, model.chat_template, f"{out.stem}.")
             return Exported(n_bytes, own, loses_special_ids=loses)
         own, further = tokenizer.save(out), None
         if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
@@ -102,5 +105,5 @@ def bytes_in(out: Path) -> int:
 
 def _own_names(out: Path) -> list[str]:
     """What the files of OUT.bin's own tokenizer may be called."""
-    settings = ("tokenizer_config.json", "generation_config.json")
+    settings = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE_FILE)
     return [f"{out.stem}.{name}" for name in (*FILE_NAMES, *settings)]
