@@ -17,6 +17,14 @@ from onelaunch import api, checkpoints
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
 from onelaunch.model import Model
+from tests.generation.chat_templates import QWEN_2
+from tests.tokenizer_files import (
+    byte_names_by_value,
+    json_tokenizer,
+    small_model,
+    token,
+    write_json_tokenizer,
+)
 
 pytest.importorskip("jinja2")
 
@@ -42,8 +50,8 @@ def write_model(folder: Path, chain: str, context: int = 1024, template: str | N
     weights["norm.weight"].fill_(1.0)
     weights["embed_tokens.weight"].copy_(torch.eye(259, 264))
     head = torch.zeros(259, 264)
-    for token, after in following.items():
-        head[after, token] = 1.0
+    for before, after in following.items():
+        head[after, before] = 1.0
     weights["lm_head.weight"].copy_(head)
     checkpoints.save(LoadedModel(config, weights, chat_template=template), folder, "hf")
     (folder / "tokenizer.bytes").write_text("bytes")
@@ -120,6 +128,21 @@ def test_an_answer_ends_at_the_templates_tag(tmp_path, talk):
     )
     model = write_model(tmp_path / "model", "\nOk <end>!", template=template)
     assert talk(model, "hi\n") == (0, "Ok \n", "")
+
+
+def test_an_answer_ends_at_the_templates_special_token(tmp_path, talk):
+    pytest.importorskip("tokenizers")
+    end = "<|im_end|>"
+    model = Path(write_model(tmp_path / "model", "\nOk\0x", template=QWEN_2))
+    (model / "tokenizer.bytes").unlink()
+    vocabulary = {f"<{i}>": i for i in range(3)}
+    vocabulary |= {name: 3 + byte for byte, name in byte_names_by_value().items() if byte}
+    tokenizer = json_tokenizer(added_tokens=[token(3, end)])
+    tokenizer["model"]["vocab"] = vocabulary | {end: 3}
+    write_json_tokenizer(model, tokenizer)
+    assert talk(str(model), "hi\n") == (0, "Ok\n", "")
+    model.joinpath("chat_template.jinja").write_text(QWEN_2.replace(end, ""))
+    assert talk(str(model), "hi\n", "--max-new-tokens", "5")[:2] == (0, "Okx\n")
 
 
 def test_a_full_context_drops_the_oldest_turns_and_says_so(tmp_path, talk, read):
@@ -206,8 +229,6 @@ def test_the_model_answers_in_python(tmp_path):
 
 def test_two_bos_in_a_prompt_are_noted(tmp_path):
     pytest.importorskip("tokenizers")
-    from tests.tokenizer_files import json_tokenizer, small_model, token, write_json_tokenizer
-
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     template = {
         "type": "TemplateProcessing",

@@ -25,6 +25,7 @@ from tests.generation.chat_templates import (
 )
 from tests.tokenizer_files import (
     byte_names,
+    byte_names_by_value,
     json_tokenizer,
     llama2c_tokenizer,
     small_model,
@@ -343,14 +344,9 @@ def chat_tokenizer(folder: Path, **settings) -> JsonTokenizer:
 
 
 def byte_ids(text: str) -> list[int]:
-    names = {name: i for i, name in enumerate(byte_names())}
-    table = dict(zip(_byte_values(), byte_names(), strict=True))
-    return [names[table[byte]] for byte in text.encode()]
-
-
-def _byte_values() -> list[int]:
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [*shown, *(byte for byte in range(256) if byte not in shown)]
+    """The ids of a text's bytes in `json_tokenizer`."""
+    ids = {name: i for i, name in enumerate(byte_names())}
+    return [ids[byte_names_by_value()[byte]] for byte in text.encode()]
 
 
 def test_special_tokens_of_a_json_tokenizer_become_their_ids(tmp_path):
@@ -359,6 +355,23 @@ def test_special_tokens_of_a_json_tokenizer_become_their_ids(tmp_path):
     assert prompt_ids(tokenizer, text) == [257, *byte_ids("user\nhi"), 258, *byte_ids("\n")]
     assert prompt_ids(tokenizer, "<s>hi") == [259, *byte_ids("hi")]
     assert tokenizer.special_tokens["<|im_end|>"] == 258
+
+
+@pytest.mark.parametrize("name", ["qwen-2", "qwen-3", "mistral", "zephyr"])
+def test_the_ids_are_those_of_transformers(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    model = small_model(260, chat_template=TEMPLATES[name])
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    chat = chat_format(model, chat_tokenizer(tmp_path, **settings))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=TEMPLATES[name], **settings
+    )
+    messages = TURNS[1:]
+    expected = theirs.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert list(chat.prompt(messages).ids) == expected
+    assert 258 in expected
 
 
 def test_bos_comes_first_and_once(tmp_path):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from onelaunch.cli.chat_session import ChatSession, Notices
-from onelaunch.cli.common import Debug, Device, ModelArgument, Quiet, load_model
+from onelaunch.cli.common import Debug, Device, Quiet, load_model
 from onelaunch.cli.options import (
     Dtype,
     EngineName,
@@ -22,13 +22,17 @@ from onelaunch.cli.options import (
 
 
 def chat(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A .bin file, a Hugging Face folder or a run folder."),
+    ],
     tokenizer: TokenizerFile = None,
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="The system message.")
     ] = "",
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The most of an answer.")
+        int,
+        typer.Option("--max-new-tokens", metavar="N", min=1, help="Of an answer, at most."),
     ] = 1024,
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
