@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
     from onelaunch.checkpoints.weights import LoadedModel
     from onelaunch.engines.engine import Engine
+    from onelaunch.generation.conversation import ChatFormat
     from onelaunch.generation.decode import Decoding, Limits
     from onelaunch.generation.options import GenerateOptions
     from onelaunch.generation.prompts import Prompt
@@ -94,6 +95,7 @@ class LanguageModel:
         self._tokenizer_path = tokenizer
         self._tokenizer: Tokenizer | None = None
         self._engine: Engine | None = None
+        self._chat_format: ChatFormat | None = None
         self._closed = False
         self._log = log or _no_log
 
@@ -176,13 +178,7 @@ class LanguageModel:
 
         decoding = self._decode(prompt, limits(**options))
 
-        def pieces() -> Iterator[str]:
-            with closing(decoding):
-                for event in decoding:
-                    if event.text:
-                        yield event.text
-
-        return pieces()
+        return _pieces(decoding)
 
     def decode(
         self,
@@ -209,6 +205,79 @@ class LanguageModel:
 
         ends = replace(limits(**options), logprobs=logprobs, top_logprobs=top_logprobs)
         return self._decode(prompt, ends, ids_only)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The model's chat template, or ChatML where it has none, and what ends an answer. Raises
+        BadInput for a template that cannot be used, MissingExtra without jinja2."""
+        from onelaunch.generation.conversation import chat_format
+
+        if self._chat_format is None:
+            self._chat_format = chat_format(self.checkpoint, self.tokenizer)
+        return self._chat_format
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> str:
+        """The model's answer to a conversation.
+
+        messages: dicts with a "role" ("system", "user", "assistant") and a "content": a text, or a
+            list of parts {"type": "text", "text": ...}.
+        tools: descriptions of functions, for chat templates that can show them to the model.
+        variables: others that the chat template reads, such as {"enable_thinking": False}.
+        options: those of `generate`; max_new_tokens is 1024 by default.
+        An answer ends where the chat template ends a turn, too.
+
+        Raises BadInput for messages that the template refuses and for a conversation longer than
+        the context, and what `generate` raises.
+        """
+        (completion,) = self.decode_chat(
+            messages, tools=tools, variables=variables, **options
+        ).finish()
+        return completion.text or ""
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[str]:
+        """The pieces of the answer as they come, as `stream` yields those of a text."""
+        return _pieces(self.decode_chat(messages, tools=tools, variables=variables, **options))
+
+    def decode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Decoding:
+        """What `chat` and `stream_chat` are made of, as `decode` is of `generate`. The whole
+        conversation is read anew for each answer: no engine keeps it in between."""
+        from onelaunch.generation.conversation import ANSWER_TOKENS
+        from onelaunch.generation.decode import Decoding
+        from onelaunch.generation.options import limits
+
+        options.setdefault("max_new_tokens", ANSWER_TOKENS)
+        ends = limits(**options)
+        chat = self.chat_format
+        prompt = chat.prompt(messages, tools, variables)
+        ids = self._stop_ids(chat.tokenizer, (*chat.stop_ids, *ends.stop_ids))
+        ends = replace(ends, stop_ids=ids, stop=(*chat.stop, *ends.stop))
+        return Decoding(self.engine, [prompt], ends, chat.tokenizer)
+
+    def _stop_ids(self, tokenizer: Tokenizer | None, more: Sequence[int]) -> list[int]:
+        """The ids that end a text, those of the model's vocabulary."""
+        ends = {*self.checkpoint.stop_ids, *(tokenizer.stop_ids if tokenizer else ()), *more}
+        return sorted(i for i in ends if i < self.config.vocab_size)
 
     def logits(
         self,
@@ -408,11 +477,9 @@ class LanguageModel:
         if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
             raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
         tokenizer = self._tokenizer_for(texts, ids_only)
-        ends = {*self.checkpoint.stop_ids, *limits.stop_ids}
-        ends |= set(tokenizer.stop_ids if tokenizer else ())
-        known = sorted(i for i in ends if i < self.config.vocab_size)
+        ids = self._stop_ids(tokenizer, limits.stop_ids)
         prompts = self._prompts(texts, tokenizer)
-        return Decoding(self.engine, prompts, replace(limits, stop_ids=known), tokenizer)
+        return Decoding(self.engine, prompts, replace(limits, stop_ids=ids), tokenizer)
 
     def _prompts(self, texts: Sequence[str], tokenizer: Tokenizer | None) -> list[Prompt]:
         from onelaunch.generation.prompts import empty_prompt, encode_prompts
@@ -420,6 +487,12 @@ class LanguageModel:
         if tokenizer is None:
             return [empty_prompt(self.checkpoint, None) for _ in texts]
         prompts = encode_prompts(tokenizer, texts, self.config)
+        for index, prompt in enumerate(prompts):
+            if tokenizer.bos_id is not None and prompt.ids[:2] == [tokenizer.bos_id] * 2:
+                self._log(
+                    f"note: prompt {index + 1} begins with {tokenizer.piece(tokenizer.bos_id)}, "
+                    "and the tokenizer adds one: the model reads it twice"
+                )
         return [
             prompt if prompt.text else empty_prompt(self.checkpoint, tokenizer)
             for prompt in prompts
@@ -495,6 +568,13 @@ def _go_on(run: Path) -> None:
         raise KeyboardInterrupt(f"stopped; {run} is saved and can be resumed")
     if status:
         raise RunFailed(f"{run}: the process that continued it ended with {status}")
+
+
+def _pieces(decoding: Decoding) -> Iterator[str]:
+    with closing(decoding):
+        for event in decoding:
+            if event.text:
+                yield event.text
 
 
 def _no_log(line: str) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from onelaunch import __version__
 from onelaunch.cli.bench import bench
+from onelaunch.cli.chat import chat
 from onelaunch.cli.common import Debug
 from onelaunch.cli.doctor import doctor
 from onelaunch.cli.evaluate import evaluate
@@ -50,6 +51,7 @@ for name, verb in (
     ("train", train),
     ("eval", evaluate),
     ("generate", generate),
+    ("chat", chat),
     ("serve", serve),
     ("tune", tune),
     ("export", export),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from onelaunch.cli.common import Debug, Device, ModelArgument, Quiet, load_model, log
+from onelaunch.cli.options import Dtype, Threads, TokenizerFile
 from onelaunch.errors import BadInput
 
 
@@ -118,31 +119,16 @@ def serve(
         ),
     ] = "auto",
     device: Device = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help="float32, bfloat16 or float16; default: bfloat16 on a CUDA GPU and float32 "
-            "elsewhere.",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads", metavar="N", min=1, help="CPU threads; default: as many as are fastest."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", metavar="FILE", help="Where none lies next to the model."),
-    ] = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    tokenizer: TokenizerFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's API, llama.cpp's endpoints, and a page to chat on.
+    """Serve a model over HTTP, with a page to chat on.
 
-    It ends with ctrl-C or SIGTERM.
+    It has OpenAI's API and llama.cpp's endpoints, described at /openapi.json. It ends with ctrl-C
+    or SIGTERM.
     """
     from onelaunch.api import LanguageModel
     from onelaunch.checkpoints.atomic import read_bytes

@@ -27,12 +27,14 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 # A conversation that fills a context of 128k tokens has about half a million characters.
-MAX_CHARACTERS = 16 << 20  # written, and put together on the way
+MAX_OUTPUT = 4 << 20  # characters
+MAX_CHARACTERS = 16 << 20  # of all texts and lists that are made on the way
 MAX_STEPS = 1_000_000  # iterations, calls and filters: seconds
 MAX_SECONDS = 5.0
 _MAX_PRODUCT = 64 << 20  # of the size of a value and of an argument: a bound on what comes of both
 _MAX_POWER_BITS = 4096
 _MAX_INDENT = 16
+_PASSED = (jinja2.Environment, nodes.EvalContext, Context)  # to filters that want them
 _WIDTH = re.compile(r"\d{6}|\*")  # in a format
 
 
@@ -60,7 +62,13 @@ def render_bounded(template: jinja2.Template, variables: Mapping[str, Any]) -> s
     template runs into."""
     token = _budget.set(_Budget())
     try:
-        return "".join(template.generate(variables))
+        pieces, size = [], 0
+        for piece in template.generate(variables):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_OUTPUT:
+                raise TooMuch(f"it writes more than {MAX_OUTPUT} characters")
+        return "".join(pieces)
     finally:
         _budget.reset(token)
 
@@ -125,12 +133,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Bounding(NodeTransformer):
-    """Makes the loops and concatenations of a template count."""
+    """Makes the loops, the literal text and the concatenations of a template count."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.iter = _filtered(node.iter, "_iterate", node.lineno)
         return node
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
+        return nodes.Const(node.data, lineno=node.lineno)  # is passed to `finalize`
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
@@ -189,7 +200,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(function)  # with what says whether it takes the context first
     def bounded(*args: Any, **kwargs: Any) -> Any:
         _step()
-        values = [arg for arg in args if not isinstance(arg, jinja2.Environment | Context)]
+        values = [arg for arg in args if not isinstance(arg, _PASSED)]
         if name not in ("default", "d") and values:
             _check_sizes(name, values[0], (*values[1:], *kwargs.values()))
         return _charged(function(*args, **kwargs))

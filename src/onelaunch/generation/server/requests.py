@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from onelaunch.engines.engine import LARGEST_BIAS, LARGEST_PENALTY, MOST_TOP_LOGPROBS, Sampling
+from onelaunch.engines.engine import MAX_BIAS, MAX_PENALTY, MAX_TOP_LOGPROBS, Sampling
 from onelaunch.errors import BadInput
 from onelaunch.generation.prompts import Prompt, prompt_ids
 from onelaunch.generation.server.body import Body, InvalidRequest
@@ -62,17 +62,20 @@ def chat_job(service: Service, body: Body) -> Job:
     ids = prompt_ids(service.tokenizer, text)
     service.check_prompt(ids, "messages")
     prompt = Prompt(text, ids, int(ids[:1] == [service.tokenizer.bos_id]))
-    top = body.integer("top_logprobs", 0, 0, MOST_TOP_LOGPROBS)
+    top = body.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
     logprobs = body.boolean("logprobs")
     if top and not logprobs:
         body.refuse("top_logprobs", "needs logprobs to be true")
     job = _job(service, body, [prompt], None, logprobs, top)
-    return replace(job, stop=(*job.stop, *service.chat_stop))
+    if not body.boolean("ignore_eos"):
+        stop = (*job.stop, *service.chat_stop)
+        job = replace(job, stop=stop, stop_ids=service.chat_stop_ids)
+    return job
 
 
 def completion_job(service: Service, body: Body) -> Job:
     """The job of `/v1/completions`."""
-    top = body.integer("logprobs", 0, 0, MOST_TOP_LOGPROBS)
+    top = body.integer("logprobs", 0, 0, MAX_TOP_LOGPROBS)
     if body.integer("best_of", 1, 1, MAX_SEQUENCES) > body.integer("n", 1, 1, MAX_SEQUENCES):
         body.refuse("best_of", "more than n is not supported")
     job = _job(service, body, _prompts(service, body), COMPLETION_TOKENS, "logprobs" in body, top)
@@ -81,7 +84,7 @@ def completion_job(service: Service, body: Body) -> Job:
 
 def native_job(service: Service, body: Body) -> Job:
     """The job of llama.cpp's `/completion`."""
-    top = body.integer("n_probs", 0, 0, MOST_TOP_LOGPROBS)
+    top = body.integer("n_probs", 0, 0, MAX_TOP_LOGPROBS)
     if body.boolean("post_sampling_probs"):
         body.refuse("post_sampling_probs", "is not supported")
     job = _job(service, body, _prompts(service, body), None, bool(top), top)
@@ -223,7 +226,7 @@ def _job(
 
 
 def _sampling(service: Service, body: Body) -> Sampling:
-    base, penalty = service.defaults, LARGEST_PENALTY
+    base, penalty = service.defaults, MAX_PENALTY
     seed = body.integer("seed", -1 if service.seed is None else service.seed, -(2**63), 2**63 - 1)
     repetition = body.first("repetition_penalty", "repeat_penalty")
     try:
@@ -256,11 +259,11 @@ def _logit_bias(service: Service, body: Body) -> dict[int, float]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             body.refuse("logit_bias", "must map token ids to numbers")
         token, amount = pair
-        amount = -LARGEST_BIAS if amount is False else amount
+        amount = -MAX_BIAS if amount is False else amount
         if isinstance(amount, bool) or not isinstance(amount, int | float):
             body.refuse("logit_bias", "must map token ids to numbers")
-        if not -LARGEST_BIAS <= amount <= LARGEST_BIAS:
-            body.refuse("logit_bias", f"must be from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}")
+        if not -MAX_BIAS <= amount <= MAX_BIAS:
+            body.refuse("logit_bias", f"must be from {-MAX_BIAS:g} to {MAX_BIAS:g}")
         for id_ in _biased(service, body, token):
             found[id_] = float(amount)
     return found

@@ -11,6 +11,7 @@ from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.engines.engine import Engine, Sampling
 from onelaunch.errors import BadInput
 from onelaunch.generation.chat import ChatTemplate, chat_template
+from onelaunch.generation.conversation import end_of_turn
 from onelaunch.generation.prompts import Prompt, empty_prompt
 from onelaunch.generation.server.body import InvalidRequest
 
@@ -41,9 +42,10 @@ class Limits:
 class Service:
     """A model to be served.
 
-    name: the model's id in the API. stop_ids: tokens that end a sequence. defaults: of requests
-    that do not say how to sample. seed: of requests without one; None: a random one each.
-    own_template: whether the chat template is the model's.
+    name: the model's id in the API. defaults: of requests that do not say how to sample. seed: of
+    requests without one; None: a random one each. own_template: whether the chat template is the
+    model's. stop_ids: tokens that end a sequence; chat_stop_ids, chat_stop: tokens and strings that
+    end an answer in a chat.
     """
 
     engine: Engine
@@ -56,6 +58,7 @@ class Service:
     defaults: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
     seed: int | None = None
     stop_ids: Sequence[int] = ()
+    chat_stop_ids: Sequence[int] = ()
     chat_stop: Sequence[str] = ()
     _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -135,7 +138,9 @@ def make_service(
         context=limits.context or min(longest, DEFAULT_CONTEXT),
         max_batch=min(limits.max_batch or engine.max_batch, engine.max_batch),
     )
-    stop_ids = {*model.stop_ids, *tokenizer.stop_ids}
+    turn_ids, turn_texts = end_of_turn(own, tokenizer)
+    rows = model.config.vocab_size
+    stop_ids = sorted(i for i in {*model.stop_ids, *tokenizer.stop_ids} if i < rows)
     return Service(
         engine,
         model,
@@ -146,5 +151,7 @@ def make_service(
         owned,
         defaults or Sampling(temperature=1.0),
         seed,
-        sorted(i for i in stop_ids if i < model.config.vocab_size),
+        stop_ids,
+        sorted({*stop_ids, *(i for i in turn_ids if i < rows)}),
+        turn_texts,
     )
