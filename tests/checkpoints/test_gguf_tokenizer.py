@@ -174,7 +174,7 @@ TEXT = """It's we'LL 12345 x<<=3 $$ ++
   two  spaces,\ta tab\r\n\n \u00e9 e\u0301 \u4f60\u597d \U0001f600 don't <|end|>!! 7 77"""
 
 
-def _bpe(folder, name, **changes):
+def train_bpe(folder, name, **changes):
     """A trained tokenizer.json whose text is split as `name` says."""
     library = pytest.importorskip("tokenizers")
     pre = PRE_TOKENIZERS[name]
@@ -201,7 +201,7 @@ def _bpe(folder, name, **changes):
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_bpe_comes_back(tmp_path, name):
-    tokenizer = _bpe(tmp_path, name)
+    tokenizer = train_bpe(tmp_path, name)
     assert recognize(tokenizer.definition()) == name
     again = _there_and_back(tmp_path, tokenizer, extra=2, bos_id=0, stop_ids=(0, 1))
     assert (again.kind, again.vocab_size) == ("json", tokenizer.vocab_size)
@@ -216,12 +216,12 @@ def test_bpe_comes_back(tmp_path, name):
 
 
 def test_the_names_of_pre_tokenizers_differ_in_what_they_do(tmp_path):
-    split = {name: tuple(_bpe(tmp_path, name).encode("1234 12345")) for name in PRE_TOKENIZERS}
+    split = {name: tuple(train_bpe(tmp_path, name).encode("1234 12345")) for name in PRE_TOKENIZERS}
     assert len(set(split.values())) >= 3
 
 
 def test_a_template_with_bos(tmp_path):
-    tokenizer = _bpe(tmp_path, "llama-bpe")
+    tokenizer = train_bpe(tmp_path, "llama-bpe")
     data = tokenizer.definition()
     data["post_processor"] = {
         "type": "TemplateProcessing",
@@ -243,7 +243,7 @@ def test_a_template_with_bos(tmp_path):
 
 def test_a_saved_copy_of_it(tmp_path):
     """`export --format hf` writes the tokenizer of a GGUF file as a tokenizer.json."""
-    tokenizer = _bpe(tmp_path, "qwen2")
+    tokenizer = train_bpe(tmp_path, "qwen2")
     again = _there_and_back(tmp_path, tokenizer, bos_id=0, stop_ids=(0, 1))
     (tmp_path / "copy").mkdir()
     copy = load_tokenizer(again.save(tmp_path / "copy"))
@@ -253,7 +253,7 @@ def test_a_saved_copy_of_it(tmp_path):
 
 def test_without_the_library(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    tokenizer = _bpe(tmp_path, "gpt-2")
+    tokenizer = train_bpe(tmp_path, "gpt-2")
     save(_model(tokenizer.vocab_size), tmp_path / "out.gguf", "gguf", tokenizer=tokenizer)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(MissingExtra, match=r"reading \S+out\.gguf needs the package tokenizers"):
@@ -274,7 +274,7 @@ def test_without_the_library(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_file_cannot_store(tmp_path, name, changes, reason):
-    data = _bpe(tmp_path, name).definition()
+    data = train_bpe(tmp_path, name).definition()
     data |= {key: each for key, each in changes.items() if key != "model"}
     data["model"] |= changes.get("model", {})
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))

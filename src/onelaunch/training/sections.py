@@ -165,8 +165,8 @@ class TrainSection:
     init: str = key(
         "",
         "The model whose weights training starts from: a llama2.c or GGUF file, a Hugging Face "
-        "folder or a run folder. Its shape comes with it: [model] is empty, or equal to it. The data "
-        "must be prepared with its tokenizer. Empty: random weights.",
+        "folder or a run folder. Its shape comes with it: [model] is empty, or equal to it. The "
+        "data must be prepared with its tokenizer. Empty: random weights.",
         allowed='`""`, a file, a folder',
     )
     updates: int = key(1000, "Length of the run.", unit="updates", within=(1, 10**9))
