@@ -111,14 +111,16 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     (tmp_path / "m.tokenizer.bytes").write_text("bytes")
     assert find_tokenizer(model).kind == "bytes"
     (tmp_path / "m.tokenizer.bytes").unlink()
-    # one inside that cannot be used, or none: what lies in the folder
-    for changes in ({"model": "bert"}, {"model": "no_vocab"}, {"model": None}):
+    # none inside: what lies in the folder
+    for changes in ({"model": "no_vocab"}, {"model": None}):
         path = _file(tmp_path, _sentencepiece(**changes))
         assert find_tokenizer(load(path)).kind == "bytes"
     (tmp_path / "tokenizer.bytes").unlink()
     assert find_tokenizer(load(path)) is None
     with pytest.raises(BadInput, match=r"m\.gguf: has no tokenizer in it"):
         load_tokenizer(path)
+    # one inside that cannot be used: not that of another model in the folder
+    (tmp_path / "tokenizer.bytes").write_text("bytes")
     path = _file(tmp_path, _sentencepiece(model="bert"))
     with pytest.raises(BadInput, match="kind 'bert'"):
         find_tokenizer(load(path))
@@ -148,7 +150,10 @@ def _there_and_back(folder, tokenizer, extra=0, **ids):
     for name, value in ids.items():
         setattr(model, name, value)
     save(model, folder / "out.gguf", "gguf", tokenizer=tokenizer)
-    return find_tokenizer(load(folder / "out.gguf"))
+    again = find_tokenizer(load(folder / "out.gguf"))
+    assert again is not None
+    assert load_tokenizer(folder / "out.gguf").fingerprint == again.fingerprint
+    return again
 
 
 @pytest.mark.parametrize("extra", [0, 3])

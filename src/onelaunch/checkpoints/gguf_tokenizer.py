@@ -153,7 +153,12 @@ def _read_gpt2(
         "normalizer": None if pre.normalizer is None else {"type": pre.normalizer},
         "pre_tokenizer": steps(pre),
         "post_processor": None if bos is None else _template(bos, vocab[bos]),
-        "decoder": {"type": "ByteLevel"},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        },
         "model": {
             "type": "BPE",
             "dropout": None,
