@@ -86,7 +86,8 @@ def test_what_the_package_reads(tmp_path):
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0"])
 def test_quantized_as_the_package_does(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(gguf_writer, "_CHUNK", 64 * 7)  # a matrix is in several chunks
+    for module in (gguf, gguf_writer):
+        monkeypatch.setattr(module, "_CHUNK", 64 * 7)  # a matrix is in several chunks
     model = _model(hidden_dim=80)
     save(model, tmp_path / "a.gguf", "gguf", weights=name)
     kind = package.GGMLQuantizationType[name.upper()]

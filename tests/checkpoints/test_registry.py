@@ -116,6 +116,9 @@ def test_folder_and_file_of_nothing_known(tmp_path):
     (tmp_path / "m.bin").write_bytes(bytes(28))
     with pytest.raises(BadInput, match=rf"not a model folder.*{tmp_path}/m\.bin\?$"):
         load(tmp_path)
+    (tmp_path / "m.bin").rename(tmp_path / "m.gguf")
+    with pytest.raises(BadInput, match=rf"not a model folder.*{tmp_path}/m\.gguf\?$"):
+        load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(BadInput, match=r"notes\.txt: not a model file"):
         load(tmp_path / "notes.txt")

@@ -89,8 +89,9 @@ def load(path: Path | str) -> LoadedModel:
             return entry.read(path)
     known = ", ".join(entry.description for entry in FORMATS.values())
     kind = "folder" if path.is_dir() else "file"
-    bin_files = sorted(file for file in path.glob("*.bin") if FORMATS["llama2c"].matches(file))
-    hint = f"; did you mean {bin_files[0]}?" if len(bin_files) == 1 else ""
+    names = ("*.bin", "*.gguf")
+    files = [file for name in names for file in sorted(path.glob(name)) if file.is_file()]
+    hint = f"; did you mean {files[0]}?" if len(files) == 1 else ""
     raise BadInput(f"{name}: not a model {kind}; known formats: {known}{hint}")
 
 

@@ -41,6 +41,8 @@ from onelaunch.errors import BadInput
 if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
 
+# Elements that are converted at once.
+_CHUNK = 1 << 22
 # Variants of an architecture, each off where its number is absent or 0.
 _UNSUPPORTED = (
     "expert_count",
@@ -206,8 +208,14 @@ def read_tensor(header: Header, info: TensorInfo) -> Tensor:
         return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).view(info.shape)
     package = gguf_package(f"reading {header.path}, whose tensors are quantized ({kind}),")
     rows = raw.reshape(-1, info.shape[-1] // info.type.block * info.type.block_bytes)
+    values = np.empty((len(rows), info.shape[-1]), np.float32)
+    step = max(1, _CHUNK // info.shape[-1])
     with np.errstate(all="ignore"):  # scales of damaged files
-        values = package.quants.dequantize(rows, package.GGMLQuantizationType[kind])
+        for first in range(0, len(rows), step):
+            chunk = slice(first, first + step)
+            values[chunk] = package.quants.dequantize(
+                rows[chunk], package.GGMLQuantizationType[kind]
+            )
     return torch.from_numpy(values).view(info.shape)
 
 

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
     return config
 
 
-def make_config(path: Path, numbers: dict[str, int], tied: bool) -> ModelConfig:
+def make_config(path: Path, numbers: dict[str, Any], tied: bool) -> ModelConfig:
     """Make the configuration of a file from its `FIELDS`; raises BadInput naming the file."""
     if numbers["n_kv_heads"] < 1:
         # In ModelConfig 0 means "as many as n_heads"; in the file it is invalid.

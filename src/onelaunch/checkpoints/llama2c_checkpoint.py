@@ -136,4 +136,4 @@ def _config(
     for name, value in numbers.items():
         if type(value) is not int:
             raise BadInput(f"{path}: damaged: its argument {name} is {str(value)[:40]!r}")
-    return make_config(path, numbers, tied)  # type: ignore[arg-type]
+    return make_config(path, numbers, tied)
