@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints.test_gguf_tokenizer import TEXT, train_bpe
+from tests.checkpoints.test_gguf_tokenizer import TEXT, other_layout_file, train_bpe
 
 from onelaunch.checkpoints import load, save
 from onelaunch.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS
+from onelaunch.checkpoints.gguf_tokenizer import read_tokenizer
 from onelaunch.checkpoints.tokenizers import BytesTokenizer, find_tokenizer
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig, RopeScaling
@@ -159,16 +160,25 @@ def test_every_shape(tmp_path, layout, changes):
     _check_probabilities(tmp_path / "m.gguf", model, 5e-5)
 
 
-@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "bytes"])
+def _tokenizer(folder, name):
+    if name == "bytes":
+        return BytesTokenizer()
+    if name == "sentencepiece":
+        return read_tokenizer(other_layout_file(folder))
+    return train_bpe(folder, name)
+
+
+@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "bytes", "sentencepiece"])
 def test_prompts_have_the_same_ids(tmp_path, name):
-    tokenizer = BytesTokenizer() if name == "bytes" else train_bpe(tmp_path, name)
+    tokenizer = _tokenizer(tmp_path, name)
     rows = tokenizer.vocab_size + 3
     config = CONFIG.with_(vocab_size=rows)
     model = LoadedModel(config, Model(config).init_weights(0).state_dict())
     model.bos_id = tokenizer.bos_id
     save(model, tmp_path / "m.gguf", "gguf", tokenizer=tokenizer)
     server = _server(tmp_path / "m.gguf")
-    for text in TEXTS:
+    special = ("a[INST]b <|im|> ab", "<|im|>", " [INST] a") if name == "sentencepiece" else ()
+    for text in (*TEXTS, *special):
         if name == "qwen2":
             text = text.replace("e\u0301", "")  # llama.cpp does not compose characters
         for bos in (True, False):
