@@ -10,6 +10,7 @@ from tests.checkpoints import gguf_files
 from tests.checkpoints.gguf_files import DIM, gguf_bytes, metadata, shapes, tensors
 
 from onelaunch.checkpoints import gguf, load
+from onelaunch.checkpoints.gguf_header import Header
 from onelaunch.config import RopeScaling
 from onelaunch.errors import BadInput, MissingExtra
 
@@ -109,6 +110,36 @@ def test_quantized_tensors_become_float32(tmp_path, monkeypatch, number, name):
     )
 
 
+def test_k_quants_as_ggml_defines_them(tmp_path):
+    """Q6_K: 128 bytes of low halves, 64 of high pairs of bits, 16 scales, and one of all."""
+    pytest.importorskip("gguf")
+    generator = torch.Generator().manual_seed(5)
+    raw, expected = b"", []
+    for scale in (0.5, -2.0, 0.125):
+        low = torch.randint(0, 256, (128,), generator=generator).tolist()
+        high = torch.randint(0, 256, (64,), generator=generator).tolist()
+        scales = torch.randint(-128, 128, (16,), generator=generator).tolist()
+        raw += struct.pack("<128B64B16be", *low, *high, *scales, scale)
+        for i in range(256):
+            half, quarter, place = i // 128, i % 128 // 32, i % 32
+            nibble = low[half * 64 + quarter % 2 * 32 + place] >> quarter // 2 * 4 & 15
+            number = nibble | (high[half * 32 + place] >> 2 * quarter & 3) << 4
+            expected.append(scale * scales[i // 16] * (number - 32))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes({}, {"x": ((3, 256), 14, raw)}))
+    header = Header(path)
+    values = gguf.read_tensor(header, header.tensors["x"])
+    assert torch.equal(values, torch.tensor(expected).view(3, 256))
+
+
+def test_a_name_of_megabytes_is_cut(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes({"general.architecture": "x" * (1 << 20)}, {}))
+    with pytest.raises(BadInput) as caught:
+        load(path)
+    assert len(str(caught.value)) < 1000
+
+
 def _divisors(scaling, theta=10000.0, head_dim=DIM // gguf_files.HEADS):
     """The tensor as defined by Llama 3: see transformers' modeling_rope_utils."""
     wavelengths = [2 * torch.pi * theta ** (i / head_dim) for i in range(0, head_dim, 2)]
@@ -188,11 +219,11 @@ def test_keys_per_layer_that_are_all_equal(tmp_path):
     assert load(_file(tmp_path, changes)).config.n_kv_heads == 2
 
 
-@pytest.mark.parametrize(("number", "name"), [(12, "Q4_K"), (14, "Q6_K"), (99, "of type 99")])
+@pytest.mark.parametrize(("number", "name"), [(12, "Q4_K"), (15, "Q8_K"), (99, "of type 99")])
 def test_tensor_types_that_are_not_supported(tmp_path, number, name):
     raw, values = tensors()
     raw["output.weight"] = (tuple(values["output.weight"].shape), number, bytes(64))
-    with pytest.raises(BadInput, match=rf"'output\.weight' is {name}; .* F32, F16, Q4_0, Q8_0"):
+    with pytest.raises(BadInput, match=rf"'output\.weight' is {name}; .* Q8_0, Q6_K, BF16$"):
         load(_file(tmp_path, table=raw))
 
 

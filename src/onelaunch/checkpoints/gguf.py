@@ -1,8 +1,8 @@
 """Read and write GGUF files, the format of llama.cpp: architectures llama and qwen3.
 
 A file has the model, its tokenizer and its chat template. Tensors in F32, F16 and BF16 are
-memory-mapped; Q8_0 and Q4_0 are converted to float32. Tensors of one dimension are float32 in any
-file, as llama.cpp demands. Arch llama pairs (2i, 2i+1) in rotary embedding, qwen3 (i, i + E/2).
+memory-mapped; Q8_0, Q6_K and Q4_0 are converted to float32. Tensors of one dimension are float32 in
+any file, as llama.cpp demands. Arch llama pairs (2i, 2i+1) in rotary embedding, qwen3 (i, i + E/2).
 """
 
 from __future__ import annotations

@@ -65,10 +65,10 @@ def read(path: Path) -> LoadedModel:
         # contiguous: its bytes are in the file
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not plain or tensor.is_meta or not tensor.is_contiguous():
-            raise BadInput(f"{path}: damaged: {name[:80]} is not a plain tensor")
+            raise BadInput(f"{path}: damaged: {name[:80]!r} is not a plain tensor")
         canonical = _canonical(path, name)
         if canonical in tensors:
-            raise BadInput(f"{path}: the tensor {name[:80]} occurs twice")
+            raise BadInput(f"{path}: the tensor {name[:80]!r} occurs twice")
         tensors[canonical] = tensor
     head = tensors.get("lm_head.weight")
     embedding = tensors.get("embed_tokens.weight")
@@ -91,9 +91,9 @@ def _load(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
-                    raise BadInput(f"{path}: damaged: {record.filename} is compressed")
+                    raise BadInput(f"{path}: damaged: {record.filename[:80]!r} is compressed")
                 if record.filename.endswith(".pkl") and record.file_size > _MAX_PICKLE_BYTES:
-                    raise BadInput(f"{path}: {record.filename} has {record.file_size} bytes")
+                    raise BadInput(f"{path}: {record.filename[:80]!r} has {record.file_size} bytes")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
