@@ -132,6 +132,15 @@ def test_k_quants_as_ggml_defines_them(tmp_path):
     assert torch.equal(values, torch.tensor(expected).view(3, 256))
 
 
+def test_a_file_of_a_vocabulary_alone(tmp_path):
+    """It ends with its header, without padding."""
+    path = tmp_path / "m.gguf"
+    data = gguf_bytes({"tokenizer.ggml.tokens": ["a", "bc"]}, {})
+    path.write_bytes(data.rstrip(b"\0"))
+    assert len(path.read_bytes()) % 32
+    assert Header(path).strings("tokenizer.ggml.tokens") == [b"a", b"bc"]
+
+
 def test_a_name_of_megabytes_is_cut(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes({"general.architecture": "x" * (1 << 20)}, {}))

@@ -270,10 +270,11 @@ class Header:
                 raise self.error(f"damaged: the tensor {name!r} is not where the last one ends")
             end = -(-(end + info.n_bytes) // alignment) * alignment
         start = -(-self._place // alignment) * alignment
-        last = max((info.start + info.n_bytes for info in table.values()), default=0)
-        if start + last > size:
+        # a file of a vocabulary alone ends without padding
+        needed = max((start + info.start + info.n_bytes for info in table.values()), default=0)
+        if needed > size:
             raise self.error(
-                f"truncated: the file has {size} bytes, its tensors need {start + last}; "
+                f"truncated: the file has {size} bytes, its tensors need {needed}; "
                 "download it again"
             )
         return {
