@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt src/onelaunch/__init__.py
 
 # The tests need the extras. Triton is not among them: torch's CUDA build brings its own.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf,tokenizer,gguf,bench,coreml,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt \
+		-e '.[hf,tokenizer,gguf,bench,coreml,serve,dev]'
 	@touch $@
 
 # With torch's CPU build, Triton interprets kernels and compiles them for devices that are not here, as

@@ -72,6 +72,52 @@ def test_a_repetition_penalty_reaches_the_engine(model):
     assert text != model.generate("Once upon", **{**how, "repetition_penalty": 1.0})
 
 
+def test_penalties_and_a_bias_reach_the_engine(model):
+    how = {"max_new_tokens": 24, "temperature": 0.01, "seed": 5}
+    plain = model.generate("Once upon", **how)
+    for options in (
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"logit_bias": {101: 100}},
+        {"logit_bias": [(101, 3.0)], "presence_penalty": -2.0, "frequency_penalty": -1.5},
+    ):
+        text = model.generate("Once upon", **how, **options)
+        sampling = Sampling(0.01, 0, 0.9, 0.0, 5, **options)
+        assert [text] == expected(model, ["Once upon"], 24, sampling)
+        assert text == "".join(model.stream("Once upon", **how, **options))
+        assert text != plain
+
+
+def test_events_have_log_probabilities_where_requested(model):
+    prompt, how = "Once upon", {"max_new_tokens": 8, "temperature": 0.7, "seed": 5}
+    ids = model.tokenizer.encode(prompt)
+    for logprobs, top in ((True, 0), (False, 3), (True, 20), (False, 0)):
+        events = list(model.decode(prompt, logprobs=logprobs, top_logprobs=top, **how))
+        tokens = [event.token for event in events if event.token is not None]
+        logits_SV = model.logits([[*ids, *tokens]])[0, len(ids) - 1 :].log_softmax(-1)
+        for i, event in enumerate(each for each in events if each.token is not None):
+            expected_V = logits_SV[i].tolist()
+            if logprobs:
+                assert event.logprob == pytest.approx(expected_V[event.token], abs=1e-4)
+            else:
+                assert event.logprob is None
+            assert len(event.top) == top
+            assert [value for _, value in event.top] == pytest.approx(
+                sorted(expected_V, reverse=True)[:top], abs=1e-4
+            )
+    with pytest.raises(BadInput, match=r"^top_logprobs=21: must be from 0 to 20$"):
+        model.decode(prompt, top_logprobs=21)
+
+
+def test_an_option_that_there_is_not_is_a_type_error(model):
+    for options in ({"top_q": 1}, {"ids_only": True}, {"logprobs": True}):
+        for call in (model.generate, model.stream):
+            with pytest.raises(TypeError, match=next(iter(options))):
+                call("Once", **options)
+    with pytest.raises(TypeError, match="top_q"):
+        model.decode("Once", top_q=1)
+
+
 def test_a_list_gives_a_list(model):
     prompts = ["Once", "One day", "Once"]
     texts = model.generate(prompts, max_new_tokens=8, temperature=1.0, seed=2)

@@ -23,6 +23,13 @@ def byte_names() -> list[str]:
     return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))]
 
 
+def byte_names_by_value() -> dict[int, str]:
+    """The same by the byte that each stands for."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    values = [*shown, *(byte for byte in range(256) if byte not in shown)]
+    return dict(zip(values, byte_names(), strict=True))
+
+
 def token(number: int, content: str, special: bool = True) -> dict[str, Any]:
     """An entry of added_tokens."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

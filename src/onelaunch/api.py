@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from onelaunch.checkpoints import GGUF, random_model
 from onelaunch.checkpoints import load as load_checkpoint
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
     from onelaunch.checkpoints.weights import LoadedModel
     from onelaunch.engines.engine import Engine
-    from onelaunch.generation.decode import Decoding
+    from onelaunch.generation.conversation import ChatFormat
+    from onelaunch.generation.decode import Decoding, Limits
+    from onelaunch.generation.options import GenerateOptions
     from onelaunch.generation.prompts import Prompt
     from onelaunch.model import Model
     from onelaunch.training.evaluate import SplitLoss
@@ -92,6 +95,7 @@ class LanguageModel:
         self._tokenizer_path = tokenizer
         self._tokenizer: Tokenizer | None = None
         self._engine: Engine | None = None
+        self._chat_format: ChatFormat | None = None
         self._closed = False
         self._log = log or _no_log
 
@@ -135,57 +139,24 @@ class LanguageModel:
         return self._engine
 
     @overload
-    def generate(
-        self,
-        prompt: str = "",
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        repetition_penalty: float = ...,
-        seed: int = ...,
-        stop: str | Sequence[str] = ...,
-        stop_ids: Sequence[int] = ...,
-    ) -> str: ...
+    def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str: ...
 
     @overload
-    def generate(
-        self,
-        prompt: list[str],
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        repetition_penalty: float = ...,
-        seed: int = ...,
-        stop: str | Sequence[str] = ...,
-        stop_ids: Sequence[int] = ...,
-    ) -> list[str]: ...
+    def generate(self, prompt: list[str], **options: Unpack[GenerateOptions]) -> list[str]: ...
 
     def generate(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        self, prompt: str | list[str] = "", **options: Unpack[GenerateOptions]
     ) -> str | list[str]:
         """The continuation of a prompt, without the prompt, or of each of a list of them.
 
-        max_new_tokens: a text ends after so many tokens, or before, where the model's context is
-            full or at one of the model's own stop ids.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, see
+        max_new_tokens (256): a text ends after so many tokens, or before, where the model's context
+            is full or at one of the model's own stop ids.
+        temperature (1), top_k (0), top_p (0.9), min_p (0), seed (0): how tokens are drawn, see
             `Sampling`; temperature 0 takes the most likely token each time.
+        repetition_penalty (1), presence_penalty (0), frequency_penalty (0): how much less likely
+            tokens of the text so far become, see `Sampling`.
+        logit_bias: what is added to the logits of tokens, a mapping from their ids or pairs, such
+            as {403: -100}, which bans a token.
         stop: a string that ends a text, or several; it does not come back.
         stop_ids: further token ids that end it.
         Without a prompt a text begins at BOS.
@@ -193,82 +164,120 @@ class LanguageModel:
         Raises BadInput for a prompt beyond the context and for arguments out of range, RunFailed
         where logits are not finite numbers.
         """
-        decoding = self.decode(
-            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
-            stop_ids=stop_ids,
-        )  # fmt: skip
+        from onelaunch.generation.options import limits
+
+        decoding = self._decode(prompt, limits(**options))
         texts = [completion.text or "" for completion in decoding.finish()]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def stream(
-        self,
-        prompt: str = "",
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-    ) -> Iterator[str]:
+    def stream(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """The pieces of the continuation of a prompt as they come; together they are what
-        `generate` returns. Ending the iteration early ends the generation; the model may be used
-        for other things meanwhile."""
-        decoding = self.decode(
-            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
-            stop_ids=stop_ids,
-        )  # fmt: skip
+        `generate` returns, and the arguments are the same. Ending the iteration early ends the
+        generation; the model may be used for other things meanwhile."""
+        from onelaunch.generation.options import limits
 
-        def pieces() -> Iterator[str]:
-            with closing(decoding):
-                for event in decoding:
-                    if event.text:
-                        yield event.text
+        decoding = self._decode(prompt, limits(**options))
 
-        return pieces()
+        return _pieces(decoding)
 
     def decode(
         self,
         prompt: str | list[str] = "",
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         ids_only: bool = False,
+        **options: Unpack[GenerateOptions],
     ) -> Decoding:
         """What `generate` and `stream` are made of: an iterator of `TextEvent` (the prompt's
         number, token id, text, finish reason) whose `completions` hold ids, text, finish reason and
         seconds of each prompt. Nothing is computed before the first event is requested.
 
+        logprobs: events have `logprob`, the natural logarithm of the token's probability before
+            bias, penalties, temperature and filters.
+        top_logprobs: events have so many of the most likely tokens in `top`, 0 to 20, each with its
+            log-probability.
         ids_only: a model without a usable tokenizer will do, where there is no prompt either; the
             events of such a model have no text.
         The other arguments are those of `generate`.
         """
-        from onelaunch.engines.engine import Sampling
-        from onelaunch.generation.decode import Decoding, Limits
+        from onelaunch.generation.options import limits
 
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
-        tokenizer = self._tokenizer_for(texts, ids_only)
-        ends = {*self.checkpoint.stop_ids, *(tokenizer.stop_ids if tokenizer else ()), *stop_ids}
-        known = sorted(i for i in ends if i < self.config.vocab_size)
-        prompts = self._prompts(texts, tokenizer)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        limits = Limits(max_new_tokens, sampling, known, stops)
-        return Decoding(self.engine, prompts, limits, tokenizer)
+        ends = replace(limits(**options), logprobs=logprobs, top_logprobs=top_logprobs)
+        return self._decode(prompt, ends, ids_only)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The model's chat template, or ChatML where it has none, and what ends an answer. Raises
+        BadInput for a template that cannot be used, MissingExtra without jinja2."""
+        from onelaunch.generation.conversation import chat_format
+
+        if self._chat_format is None:
+            self._chat_format = chat_format(self.checkpoint, self.tokenizer)
+        return self._chat_format
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> str:
+        """The model's answer to a conversation.
+
+        messages: dicts with a "role" ("system", "user", "assistant") and a "content": a text, or a
+            list of parts {"type": "text", "text": ...}.
+        tools: descriptions of functions, for chat templates that can show them to the model.
+        variables: others that the chat template reads, such as {"enable_thinking": False}.
+        options: those of `generate`; max_new_tokens is 1024 by default.
+        An answer ends where the chat template ends a turn, too.
+
+        Raises BadInput for messages that the template refuses and for a conversation longer than
+        the context, and what `generate` raises.
+        """
+        (completion,) = self.decode_chat(
+            messages, tools=tools, variables=variables, **options
+        ).finish()
+        return completion.text or ""
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[str]:
+        """The pieces of the answer as they come, as `stream` yields those of a text."""
+        return _pieces(self.decode_chat(messages, tools=tools, variables=variables, **options))
+
+    def decode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Decoding:
+        """What `chat` and `stream_chat` are made of, as `decode` is of `generate`. The whole
+        conversation is read anew for each answer: no engine keeps it in between."""
+        from onelaunch.generation.conversation import ANSWER_TOKENS
+        from onelaunch.generation.decode import Decoding
+        from onelaunch.generation.options import limits
+
+        options.setdefault("max_new_tokens", ANSWER_TOKENS)
+        ends = limits(**options)
+        chat = self.chat_format
+        prompt = chat.prompt(messages, tools, variables)
+        ids = self._stop_ids(chat.tokenizer, (*chat.stop_ids, *ends.stop_ids))
+        ends = replace(ends, stop_ids=ids, stop=(*chat.stop, *ends.stop))
+        return Decoding(self.engine, [prompt], ends, chat.tokenizer)
+
+    def _stop_ids(self, tokenizer: Tokenizer | None, more: Sequence[int]) -> list[int]:
+        """The ids that end a text, those of the model's vocabulary."""
+        ends = {*self.checkpoint.stop_ids, *(tokenizer.stop_ids if tokenizer else ()), *more}
+        return sorted(i for i in ends if i < self.config.vocab_size)
 
     def logits(
         self,
@@ -460,12 +469,30 @@ class LanguageModel:
             self._log(f"note: the model's tokenizer cannot be used: {error}")
             return None
 
+    def _decode(self, prompt: str | list[str], limits: Limits, ids_only: bool = False) -> Decoding:
+        """Of prompts that are text; the model's own stop ids end them, too."""
+        from onelaunch.generation.decode import Decoding
+
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise BadInput(f"prompt={prompt!r}: must be a text or a list of texts")
+        tokenizer = self._tokenizer_for(texts, ids_only)
+        ids = self._stop_ids(tokenizer, limits.stop_ids)
+        prompts = self._prompts(texts, tokenizer)
+        return Decoding(self.engine, prompts, replace(limits, stop_ids=ids), tokenizer)
+
     def _prompts(self, texts: Sequence[str], tokenizer: Tokenizer | None) -> list[Prompt]:
         from onelaunch.generation.prompts import empty_prompt, encode_prompts
 
         if tokenizer is None:
             return [empty_prompt(self.checkpoint, None) for _ in texts]
         prompts = encode_prompts(tokenizer, texts, self.config)
+        for index, prompt in enumerate(prompts):
+            if tokenizer.bos_id is not None and prompt.ids[:2] == [tokenizer.bos_id] * 2:
+                self._log(
+                    f"note: prompt {index + 1} begins with {tokenizer.piece(tokenizer.bos_id)}, "
+                    "and the tokenizer adds one: the model reads it twice"
+                )
         return [
             prompt if prompt.text else empty_prompt(self.checkpoint, tokenizer)
             for prompt in prompts
@@ -541,6 +568,13 @@ def _go_on(run: Path) -> None:
         raise KeyboardInterrupt(f"stopped; {run} is saved and can be resumed")
     if status:
         raise RunFailed(f"{run}: the process that continued it ended with {status}")
+
+
+def _pieces(decoding: Decoding) -> Iterator[str]:
+    with closing(decoding):
+        for event in decoding:
+            if event.text:
+                yield event.text
 
 
 def _no_log(line: str) -> None:

@@ -141,6 +141,21 @@ def test_a_file_of_a_vocabulary_alone(tmp_path):
     assert Header(path).strings("tokenizer.ggml.tokens") == [b"a", b"bc"]
 
 
+def test_the_chat_template(tmp_path):
+    entries = {"tokenizer__chat_template": "{{ messages }}"}
+    path = _file(tmp_path, entries)
+    assert load(path).chat_template == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text("of another model")
+    assert load(path).chat_template == "{{ messages }}"
+    own = tmp_path / "m.chat_template.jinja"
+    own.write_text("mine")
+    assert load(path).chat_template == "mine"
+    own.unlink()
+    model = load(_file(tmp_path, {"tokenizer__chat_template": "x" * (1 << 20)}))
+    assert model.chat_template is None
+    assert "m.gguf: its chat template is larger" in model.notices[0]
+
+
 def test_a_name_of_megabytes_is_cut(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes({"general.architecture": "x" * (1 << 20)}, {}))

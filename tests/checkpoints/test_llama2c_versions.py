@@ -119,6 +119,17 @@ def test_version_1_is_read(tmp_path, tied):
     assert path.read_bytes() == _expected(model, 1)
 
 
+def test_a_chat_template_of_its_name(tmp_path):
+    model = _model()
+    model.chat_template = "{{ x }}"
+    (tmp_path / "source.bin").write_bytes(_expected(model, 2))
+    (tmp_path / "source.tokenizer.bytes").write_text("bytes")
+    (tmp_path / "source.chat_template.jinja").write_text("{{ x }}")
+    source = load(tmp_path / "source.bin")
+    export(source, tmp_path / "copy.bin", "llama2c-int8")
+    assert load(tmp_path / "copy.bin").chat_template == "{{ x }}"
+
+
 def test_groups_that_do_not_divide_rows_are_read(tmp_path):
     """As llama2.c writes them for stories42M, whose rows of 1,376 are no whole groups of 64."""
     model = _model(hidden_dim=172)

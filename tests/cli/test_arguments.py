@@ -56,6 +56,13 @@ RANDOM = ["generate", "stories260k", "--random", "--ids"]
         ([*RANDOM, "--top-p", "0"], "--top-p 0.0: must be"),
         ([*RANDOM, "--min-p", "2"], "--min-p 2.0: must be"),
         ([*RANDOM, "--repetition-penalty", "0"], "--repetition-penalty 0.0: must be"),
+        ([*RANDOM, "--presence-penalty", "2.1"], "--presence-penalty 2.1: must be from -2 to 2"),
+        ([*RANDOM, "--frequency-penalty=-3"], "--frequency-penalty -3.0: must be from -2 to 2"),
+        ([*RANDOM, "--logit-bias", "3"], "--logit-bias 3: must be ID=X, such as 403=-100"),
+        ([*RANDOM, "--logit-bias", "a=1"], "--logit-bias a=1: must be ID=X"),
+        ([*RANDOM, "--logit-bias", "3=101"], "--logit-bias 3: 101.0 must be from -100 to 100"),
+        ([*RANDOM, "--logit-bias=3=1", "--logit-bias=3=1"], "--logit-bias 3: .* twice"),
+        ([*RANDOM, "--logit-bias", "512=1"], "--logit-bias 512: .*vocabulary of 512"),
         (["generate", ""], "MODEL is empty"),
         (
             ["generate", "stories15m"],

@@ -29,8 +29,18 @@ eval MODEL --data DIR [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--jso
     [--debug]
 generate MODEL [--random] [--tokenizer FILE] [--prompt TEXT|@FILE|-...] [--no-echo]
     [--max-new-tokens N] [--stop TEXT...] [--temperature T] [--top-k K] [--top-p P] [--min-p P]
-    [--repetition-penalty X] [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE]
-    [--threads N] [--fusion-depth DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
+    [--repetition-penalty X] [--presence-penalty X] [--frequency-penalty X] [--logit-bias
+    ID=X...] [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N]
+    [--fusion-depth DEPTH] [--trace FILE] [--ids] [--json] [--quiet] [--debug]
+chat MODEL [--tokenizer FILE] [--system TEXT] [--max-new-tokens N] [--temperature T] [--top-k K]
+    [--top-p P] [--min-p P] [--repetition-penalty X] [--presence-penalty X] [--frequency-penalty
+    X] [--seed S] [--engine ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--quiet]
+    [--debug]
+serve MODEL [--random] [--host HOST] [--port PORT] [--max-batch N] [--max-queue N] [--context N]
+    [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S] [--name NAME] [--chat-template
+    FILE] [--api-key KEY] [--cors ORIGIN...] [--timeout SECONDS] [--grace SECONDS] [--engine
+    ENGINE] [--device DEVICE] [--dtype DTYPE] [--threads N] [--tokenizer FILE] [--quiet]
+    [--debug]
 tune MODEL [--batch N] [--seq N] [--training BxS] [--random] [--device DEVICE] [--dtype DTYPE]
     [--json] [--quiet] [--debug]
 export MODEL OUT --format FORMAT [--random] [--seq N] [--fusion-depth DEPTH] [--taps TAPS]
@@ -77,7 +87,7 @@ assert "typer" not in sys.modules
 from onelaunch.cli import run
 for argv in [["--version"], ["--help"], ["-h"], []] + [[verb, "--help"] for verb in {verbs}]:
     assert run(argv) == 0, argv
-heavy = {{"torch", "numpy", "numba", "safetensors", "transformers"}} & set(sys.modules)
+heavy = {{"torch", "numpy", "numba", "safetensors", "transformers", "jinja2"}} & set(sys.modules)
 print("heavy:", sorted(heavy))
 """
     done = subprocess.run(
@@ -198,6 +208,8 @@ def test_debug_shows_the_traceback_and_keeps_the_code(onelaunch, monkeypatch, ar
         ["train", "nothing.toml"],
         ["eval", "nothing", "--data", "stories"],
         ["generate", "nothing"],
+        ["chat", "nothing"],
+        ["serve", "nothing"],
         ["tune", "nothing"],
         ["export", "nothing", "out.bin", "--format", "llama2c"],
         ["inspect", "nothing"],

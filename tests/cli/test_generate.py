@@ -137,6 +137,21 @@ def test_a_repetition_penalty_keeps_tokens_from_coming_again(model, written):
     assert written(*options, "--repetition-penalty", "1") == written(*options)
 
 
+def test_penalties_and_biases_change_the_text(model, written):
+    options = (model, "--temperature", "0", "--max-new-tokens", "30", "--ids", "--no-echo")
+    plain = ids_of(written(*options))
+    for more in (
+        ("--presence-penalty", "2"),
+        ("--frequency-penalty", "2"),
+        (f"--logit-bias={plain[0]}=-100", "--logit-bias=9=1"),
+    ):
+        assert ids_of(written(*options, *more)) != plain
+    assert plain[0] not in ids_of(written(*options, *more))
+    assert set(ids_of(written(*options, "--logit-bias=97=100", "--logit-bias=5=-1"))) == {97}
+    neither = ("--presence-penalty", "0", "--frequency-penalty", "0")
+    assert ids_of(written(*options, *neither)) == plain
+
+
 def test_ids_are_those_of_the_text(model, written):
     options = (model, "--max-new-tokens", "6", "--seed", "3")
     alone = ids_of(written(*options, "--prompt", "ab", "--ids", "--no-echo"))
@@ -281,6 +296,10 @@ def test_bad_input_is_one_line_and_exit_2(model, onelaunch, tmp_path):
         (("--top-k", "-1"), "top-k"),
         (("--min-p", "2"), "min-p"),
         (("--repetition-penalty", "nan"), "repetition-penalty"),
+        (("--presence-penalty", "nan"), "presence-penalty"),
+        (("--frequency-penalty", "2.5"), "frequency-penalty"),
+        (("--logit-bias", "97"), "--logit-bias 97"),
+        (("--logit-bias", "97=inf"), "--logit-bias 97"),
         (("--threads", "0"), "--threads"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
     ]:

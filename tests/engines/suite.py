@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -104,6 +106,34 @@ def penalised_exactly(logits_V: Tensor, ids: Sequence[int], penalty: float) -> T
         z = changed_V[token].item()
         changed_V[token] = z / penalty if z > 0 else z * penalty
     return changed_V
+
+
+def adjusted_exactly(
+    logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], new: Sequence[int]
+) -> Tensor:
+    """The logits that a token is chosen from, by the definition of `Sampling`, in float64."""
+    changed_V = logits_V.double().clone()
+    for token, amount in sampling.logit_bias:
+        changed_V[token] += amount
+    changed_V = penalised_exactly(changed_V, [*prompt, *new], sampling.repetition_penalty)
+    for token in set(new):
+        changed_V[token] -= sampling.frequency_penalty * new.count(token)
+        changed_V[token] -= sampling.presence_penalty
+    return changed_V
+
+
+ADJUSTING = {
+    "presence": Sampling(presence_penalty=2.0),
+    "frequency": Sampling(frequency_penalty=1.5),
+    "negative": Sampling(presence_penalty=-1.0, frequency_penalty=-2.0),
+    "bias": Sampling(logit_bias=((19, -6.0), (3, 4.5), (60, 5.0))),
+    "all": Sampling(
+        repetition_penalty=1.3, presence_penalty=1.5, frequency_penalty=-0.25,
+        logit_bias=((19, -4.0), (5, 5.5), (17, 3.0)),
+    ),
+}  # fmt: skip
+"""Each changes what SMALL generates after PROMPT, greedy and drawn."""
+PROMPT = (5, 17, 3, 17)
 
 
 def rows_of_tokens(
@@ -258,6 +288,39 @@ class EngineSuite:
         for prompt, new in zip(prompts, generate_ids(engine, prompts, 12, sampling), strict=True):
             assert len({*prompt, *new}) == len(set(prompt)) + 12
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("name", ADJUSTING)
+    def test_logits_are_adjusted_as_defined(self, engine, temperature, name):
+        """Each new token, by exact logits, bias and penalties: the best one, or the one that the
+        random number draws, as far as the engine's logits are exact."""
+        prompt, error, n_new = list(PROMPT), 2 * self.logprob_error, 16
+        sampling = replace(ADJUSTING[name], temperature=temperature, seed=3)
+        (new,) = generate_ids(engine, [prompt], n_new, sampling)
+        assert len(new) == n_new
+        assert [new] != generate_ids(engine, [prompt], n_new, Sampling(temperature, seed=3))
+        tokens = torch.tensor([[*prompt, *new[:-1]]])
+        exact_SV = exact_logits(SMALL, self.held(weights_of(SMALL)), tokens)[0, len(prompt) - 1 :]
+        for n, u in enumerate(uniforms(3, prompt, 0, n_new).tolist()):
+            z_V = adjusted_exactly(exact_SV[n], sampling, prompt, new[:n])
+            if temperature == 0:
+                assert z_V[new[n]] >= z_V.max() - error
+            else:
+                reached = z_V.softmax(-1)[: new[n] + 1].cumsum(0)
+                before = reached[-2].item() if new[n] else 0.0
+                assert before - error <= u <= reached[-1] + error
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_a_bias_bans_tokens_and_lets_no_others_be(self, engine, temperature):
+        plain, prompts = Sampling(temperature, seed=3), [[5, 17, 3], [9]]
+        for prompt in prompts:
+            (free,) = generate_ids(engine, [prompt], 12, plain)
+            bias = tuple((token, -100.0) for token in sorted(set(free)))
+            (new,) = generate_ids(engine, [prompt], 12, replace(plain, logit_bias=bias))
+            assert len(new) == 12
+            assert not set(new) & set(free)
+        chosen = replace(plain, logit_bias=((33, 100.0),))
+        assert generate_ids(engine, prompts, 5, chosen) == [[33] * 5] * 2
+
     def test_sampling_leaves_the_global_random_state_alone(self, engine):
         before = torch.get_rng_state()
         generate_ids(engine, [[1]], 4, Sampling(temperature=1.0))
@@ -281,13 +344,17 @@ class EngineSuite:
             Request(6, [7] * 11, 12, Sampling(repetition_penalty=1.3)),
             Request(7, [7] * 11, 12, Sampling(1.0, seed=4, repetition_penalty=0.7)),
             Request(8, [7] * 11, 12),
+            Request(9, [7] * 11, 12, Sampling(frequency_penalty=2.0), top_logprobs=20),
+            Request(10, [7] * 11, 12, Sampling(1.0, seed=4, presence_penalty=-2.0), logprobs=True),
+            Request(11, [7] * 11, 12, Sampling(logit_bias=((19, 3.0), (7, -100.0)))),
+            Request(12, [7] * 11, 12, Sampling(frequency_penalty=2.0)),  # counts begin anew
         ]
         alone = {}
         for request in requests:
             alone |= run(engine, [request])
         assert alone[3] == ([], "length")
         assert len(alone[2][0]) == 5
-        assert alone[6] != alone[8]
+        assert alone[6] != alone[8] != alone[9] == alone[12]
         assert run(engine, requests, max_batch=3) == alone
         assert run(engine, requests, max_batch=16) == alone
         session = engine.session(4)
@@ -342,6 +409,46 @@ class EngineSuite:
             assert found == pytest.approx(expected, abs=self.logprob_error)
             assert all(event.logprob is None for event in events if event.id == 1)
 
+    def test_top_logprobs_are_those_of_the_definition(self, engine):
+        """Before bias, penalties, temperature and filters; with `logprob` and without."""
+        prompt, vocab = list(PROMPT), SMALL.vocab_size
+        requests = [
+            Request(0, prompt, 6, top_logprobs=1),
+            Request(1, prompt, 6, ADJUSTING["all"], logprobs=True, top_logprobs=20),
+            Request(2, prompt, 6, Sampling(1.5, top_k=9, seed=2), logprobs=True, top_logprobs=5),
+            Request(3, prompt, 6, logprobs=True),
+        ]
+        session = engine.session(4)
+        for request in requests:
+            session.submit(request)
+        events: list[TokenEvent] = []
+        while len(by_request(events)) < len(requests):
+            events += session.step()
+        held = self.held(weights_of(SMALL))
+        for request in requests:
+            own = [event for event in events if event.id == request.id and event.token is not None]
+            tokens = torch.tensor([[*prompt, *(event.token for event in own[:-1])]])
+            exact_SV = exact_logits(SMALL, held, tokens)[0, len(prompt) - 1 :].log_softmax(-1)
+            engines_SV = engine.logits(tokens)[0, len(prompt) - 1 :].double().cpu().log_softmax(-1)
+            for event, exact_V, engines_V in zip(own, exact_SV, engines_SV, strict=True):
+                assert (event.logprob is not None) == request.logprobs
+                assert len(event.top) == request.top_logprobs
+                if not event.top:
+                    continue
+                ids, logprobs = zip(*event.top, strict=True)
+                assert len(set(ids)) == len(ids)
+                assert list(logprobs) == sorted(logprobs, reverse=True)
+                for expected_V in (exact_V, engines_V):
+                    found = expected_V[list(ids)].tolist()
+                    assert logprobs == pytest.approx(found, abs=self.logprob_error)
+                    largest = expected_V.topk(len(ids)).values.tolist()
+                    assert logprobs == pytest.approx(largest, abs=self.logprob_error)
+                    left_out = [i for i in range(vocab) if i not in ids]
+                    total = sum(map(math.exp, logprobs)) + expected_V[left_out].exp().sum().item()
+                    assert total == pytest.approx(1.0, abs=self.logprob_error)
+                if event.logprob is not None and event.token in ids:
+                    assert event.logprob == logprobs[ids.index(event.token)]
+
     def test_a_cancelled_request_ends_and_the_others_go_on(self, engine):
         expected = run(engine, [Request(1, [9], 12)])
         session = engine.session(2)
@@ -382,6 +489,16 @@ class EngineSuite:
             (Request(4, [3] * 25, 5), "request 4 has 25 tokens"),
             (Request(4, [61], 5), "request 4: id 61"),
             (Request(4, [1], -1), "max_new_tokens=-1"),
+            (
+                Request(4, [1], 5, Sampling(logit_bias=((61, 1.0),))),
+                "logit_bias=61: id 61 is outside",
+            ),
+            (
+                Request(4, [1], 5, Sampling(logit_bias=((0, 1.0), (-1, 1.0)))),
+                "logit_bias=-1: id -1",
+            ),
+            (Request(4, [1], 5, top_logprobs=-1), "top_logprobs=-1: must be from 0 to 20"),
+            (Request(4, [1], 5, top_logprobs=21), "top_logprobs=21: must be from 0 to 20"),
         ],
     )
     def test_a_bad_request_is_refused_and_the_others_go_on(self, engine, request_, message):

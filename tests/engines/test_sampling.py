@@ -10,7 +10,9 @@ from onelaunch.engines.engine import Sampling
 from onelaunch.engines.sampling import (
     LARGEST_FLOAT,
     LARGEST_UNIFORM,
+    adjusted,
     draw,
+    most_likely,
     penalised,
     sample_numbers,
     uniforms,
@@ -185,6 +187,113 @@ def test_the_repetition_penalty_leaves_numbers_finite_and_others_alone(penalty):
         assert found[2] > -1e9
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_adjusted_logits_are_those_of_the_definition(seed):
+    """In float64, by loops: bias, then repetition penalty, then the counts' penalties."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, 40).astype(np.float32)
+    prompt, new = rng.integers(0, 40, 10).tolist(), rng.integers(0, 12, 25).tolist()
+    sampling = Sampling(
+        repetition_penalty=rng.choice([1.0, 1.3, 0.7]),
+        presence_penalty=rng.choice([0.0, -2.0, 1.7]),
+        frequency_penalty=rng.choice([0.0, 2.0, -0.3]),
+        logit_bias={i: rng.uniform(-100, 100) for i in rng.choice(40, 5, replace=False).tolist()},
+    )
+    logits_V = torch.from_numpy(logits.copy())
+    found = adjusted(logits_V, sampling, prompt, new).double()
+    assert torch.equal(logits_V, torch.from_numpy(logits)), "they are the caller's"
+    expected = logits.astype(np.float64)
+    for token, amount in sampling.logit_bias:
+        expected[token] += amount
+    for token in {*prompt, *new}:
+        z = expected[token]
+        by = sampling.repetition_penalty
+        expected[token] = z / by if z > 0 else z * by
+    for token in set(new):
+        expected[token] -= sampling.frequency_penalty * new.count(token)
+        expected[token] -= sampling.presence_penalty
+    assert found.numpy() == pytest.approx(expected, abs=3e-5)
+
+
+def test_each_option_acts_on_its_tokens_alone():
+    logits_V = torch.tensor([2.0, -2.0, 2.0, 2.0, 2.0])
+    prompt, new = [0, 1, 1], [2, 3, 3]
+    for options, expected in [
+        ({}, [2.0, -2.0, 2.0, 2.0, 2.0]),
+        ({"presence_penalty": 1.5}, [2.0, -2.0, 0.5, 0.5, 2.0]),
+        ({"frequency_penalty": 1.5}, [2.0, -2.0, 0.5, -1.0, 2.0]),
+        ({"presence_penalty": -1.0, "frequency_penalty": 0.25}, [2.0, -2.0, 2.75, 2.5, 2.0]),
+        ({"logit_bias": {4: -100, 0: 1}}, [3.0, -2.0, 2.0, 2.0, -98.0]),
+        ({"logit_bias": [(1, 4.0)], "repetition_penalty": 2.0}, [1.0, 1.0, 1.0, 1.0, 2.0]),
+        ({"repetition_penalty": 2.0, "frequency_penalty": 1.0}, [1.0, -4.0, 0.0, -1.0, 2.0]),
+    ]:
+        sampling = Sampling(**options)
+        assert sampling.adjusts == bool(options)
+        assert adjusted(logits_V, sampling, prompt, new).tolist() == expected, options
+        fresh = adjusted(logits_V, sampling, prompt, [])
+        if not (sampling.penalises or sampling.logit_bias):
+            assert torch.equal(fresh, logits_V), "tokens of the prompt are not counted"
+
+
+def test_what_is_not_finite_stays_so():
+    inf, nan = float("inf"), float("nan")
+    logits_V = torch.tensor([inf, -inf, nan, 3e38, -3e38, 1.0])
+    bias = {i: 100.0 if i % 2 else -100.0 for i in range(6)}
+    found = adjusted(
+        logits_V, Sampling(presence_penalty=2, frequency_penalty=2, logit_bias=bias), [], range(6)
+    )
+    assert found[:2].tolist() == [inf, -inf]
+    assert found[2].isnan()
+    assert found[3:5].tolist() == logits_V[3:5].tolist()
+    assert found[5] == 97.0
+
+
+def test_the_drawn_shares_are_those_of_the_adjusted_logits():
+    """A chi-square test of 4,000 draws by random numbers, of tokens that are expected 5 times."""
+    sampling = Sampling(
+        0.8, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.4,
+        logit_bias={0: 2.5, 7: -100.0, 11: 1.0},
+    )  # fmt: skip
+    prompt, new = [3, 4, 5], [11, 0, 11, 20, 11]
+    logits_V = torch.from_numpy(LOGITS).float()
+    generator = torch.Generator().manual_seed(0)
+    counts = np.zeros(40)
+    scores_V = adjusted(logits_V, sampling, prompt, new)
+    for _ in range(4000):
+        counts[int(draw(scores_V, sampling, torch.rand(1, generator=generator)))] += 1
+    scores = LOGITS.astype(np.float64).copy()
+    for token, amount in sampling.logit_bias:
+        scores[token] += amount
+    for token in {*prompt, *new}:
+        scores[token] = scores[token] / 1.2 if scores[token] > 0 else scores[token] * 1.2
+    for token in set(new):
+        scores[token] -= 0.4 * new.count(token) + 0.5
+    expected = 4000 * oracle(scores, sampling)
+    assert counts[7] == 0
+    seen = expected >= 5
+    chi_square = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+    freedom = int(seen.sum()) - 1
+    assert freedom > 10
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # some five standard deviations
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5, 6, 20])
+def test_the_most_likely_tokens_are_in_order_and_the_lower_id_first(n):
+    logprobs_V = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.2]).log()
+    expected = [(i, logprobs_V[i].item()) for i in (1, 3, 4, 0, 2)]
+    assert most_likely(logprobs_V, n) == tuple(expected[:n])
+
+
+@pytest.mark.parametrize("vocab", [2, 100, 5000])
+def test_the_most_likely_tokens_of_many(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logprobs_V = torch.randn(vocab, generator=generator).mul_(4).round_().log_softmax(-1)
+    order = sorted(range(vocab), key=lambda i: (-logprobs_V[i].item(), i))[:20]
+    found = most_likely(logprobs_V, 20)
+    assert [token for token, _ in found] == order
+    assert [logprob for _, logprob in found] == logprobs_V[order].tolist()
+
+
 def test_copies_of_a_prompt_are_numbered():
     assert sample_numbers([[1], [2, 1], [1], (2, 1), [1], [2]]) == [0, 0, 1, 1, 2, 0]
 
@@ -219,9 +328,44 @@ def test_uniforms_depend_on_seed_prompt_and_copy_alone():
         {"repetition_penalty": -1.3},
         {"repetition_penalty": float("inf")},
         {"repetition_penalty": float("nan")},
+        {"presence_penalty": 2.001},
+        {"presence_penalty": -2.001},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": 2.001},
+        {"frequency_penalty": -2.001},
+        {"frequency_penalty": float("-inf")},
+        {"logit_bias": {3: 100.001}},
+        {"logit_bias": {3: -100.001}},
+        {"logit_bias": {3: float("-inf")}},
+        {"logit_bias": {3: float("nan")}},
+        {"logit_bias": {"3": 1.0}},
+        {"logit_bias": {3: "1"}},
+        {"logit_bias": {3.0: 1.0}},
+        {"logit_bias": {3: True}},
+        {"logit_bias": {3: None}},
+        {"logit_bias": 3},
+        {"logit_bias": "text"},
+        {"logit_bias": [3, 4]},
+        {"logit_bias": [(3, 1.0, 2.0)]},
+        {"logit_bias": [(3, 1.0), (4, 1.0), (3, 2.0)]},
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(BadInput, match=f"^{next(iter(bad))}="):
         Sampling(**bad)
+
+
+def test_settings_at_their_bounds_are_taken():
+    for sign in (-1, 1):
+        ends = Sampling(
+            presence_penalty=2 * sign, frequency_penalty=2 * sign, logit_bias={3: 100 * sign, 0: 0}
+        )
+        assert ends.adjusts
+        assert ends.logit_bias == ((3, 100.0 * sign), (0, 0.0))
+    pairs = ((3, 1.0), (5, -2.5))
+    for bias in (dict(pairs), list(pairs), iter(pairs), pairs):
+        assert Sampling(logit_bias=bias) == Sampling(logit_bias=pairs)
+    assert Sampling(logit_bias={np.int64(3): np.float32(0.5)}).logit_bias == ((3, 0.5),)
+    assert hash(Sampling(logit_bias={3: 1})) == hash(Sampling(logit_bias=[(3, 1.0)]))
+    assert not Sampling(logit_bias={}).adjusts

@@ -138,7 +138,7 @@ def test_texts_without_tokens_are_empty_and_do_not_shift_the_others():
 def test_ids_alone_need_no_tokenizer():
     engine = ScriptedEngine([7, 8])
     decoding = Decoding(engine, [Prompt("", [1])], Limits(2, Sampling(seed=4), [2]))
-    assert [tuple(event) for event in decoding] == [
+    assert [event[:4] for event in decoding] == [
         (0, 7, "", None),
         (0, 8, "", None),
         (0, None, "", "length"),
@@ -334,3 +334,40 @@ def test_whoever_looks_at_events_gets_the_same(looks, per_step):
         0.0 <= completion.first_token_seconds <= completion.seconds for completion in completions
     )
     assert engine.closed
+
+
+def test_events_have_what_was_requested_of_log_probabilities():
+    engine = ReferenceEngine(CONFIG, weights_of(CONFIG), "cpu")
+    prompt = Prompt("", [1, 70])
+    for tokenizer in (None, BYTES):
+        limits = Limits(6, Sampling(1.0, seed=1), logprobs=True, top_logprobs=4)
+        events = list(Decoding(engine, [prompt, prompt], limits, tokenizer))
+        session = engine.session(2)
+        for index in range(2):
+            request = Request(index, prompt.ids, 6, limits.sampling, (), index, True, 4)
+            session.submit(request)
+        expected = []
+        while more := session.step():
+            expected += more
+        found = [(each.prompt_index, each.token, each.logprob, each.top) for each in events]
+        assert found == [(each.id, each.token, each.logprob, each.top) for each in expected]
+        assert {len(each.top) for each in events} == {4}
+        plain = list(Decoding(engine, [prompt], Limits(6, limits.sampling), tokenizer))
+        assert {(each.logprob, each.top) for each in plain} == {(None, ())}
+        finished = Decoding(engine, [prompt], limits, tokenizer).finish()
+        assert finished[0].ids == [each.token for each in plain]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(1, top_logprobs=-1), "^top_logprobs=-1: must be from 0 to 20$"),
+        (Limits(1, top_logprobs=21), "^top_logprobs=21: must be"),
+        (Limits(1, Sampling(logit_bias=((CONFIG.vocab_size, 1.0),))), "^logit_bias=2.*vocabulary"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_before_any_token(limits, message):
+    engine = ReferenceEngine(CONFIG, weights_of(CONFIG), "cpu")
+    with pytest.raises(BadInput, match=message):
+        Decoding(engine, [Prompt("", [1])], limits)

@@ -78,6 +78,17 @@ def test_a_run_folder_is_started_from_at_its_best_checkpoint(tmp_path):
     assert all(torch.equal(start.weights[name], best.weights[name]) for name in best.weights)
 
 
+def test_a_run_keeps_the_chat_template_of_the_model_it_starts_from(tmp_path):
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    path = write_model(tmp_path / "model", "hf")
+    (path / "chat_template.jinja").write_text(template)
+    runs.start(recipe(path, train__updates=1, train__accum=1), tmp_path / "run", quiet=True)
+    assert run_folder.read(tmp_path / "run").chat_template == template
+    assert run_folder.read(list_checkpoints(tmp_path / "run")[0]).chat_template == template
+    (tmp_path / "run" / "chat_template.jinja").unlink()
+    assert run_folder.read(tmp_path / "run").chat_template is None
+
+
 def test_a_resume_needs_the_file_no_more(tmp_path, monkeypatch):
     """Killed before its first own checkpoint, with dropout and inside an update."""
 

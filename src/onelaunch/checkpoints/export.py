@@ -2,7 +2,8 @@
 
 In a Hugging Face folder the tokenizer has its usual name; beside OUT/NAME.bin it is
 NAME.tokenizer.bin (or .bytes, .json): several models share a folder, and loading NAME.bin looks
-for that name first. A GGUF file contains it.
+for that name first; the chat template is chat_template.jinja or NAME.chat_template.jinja. A GGUF
+file contains both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onelaunch.checkpoints import GGUF, INT8, save
+from onelaunch.checkpoints.chat_template_files import CHAT_TEMPLATE_FILE, write_chat_template
 from onelaunch.checkpoints.gguf_tokenizer_export import tokenizer_keys
 from onelaunch.checkpoints.gguf_writer import lost_stop_ids, unquantized
 from onelaunch.checkpoints.llama2c_versions import GROUP_SIZE, group_size
@@ -92,6 +94,8 @@ def export(model: LoadedModel, out: Path, format: str, weights: str | None = Non
     try:
         if not folder:
             own = tokenizer.save(out.parent, f"{out.stem}.")
+            if model.chat_template is not None:
+                write_chat_template(out.parent, model.chat_template, f"{out.stem}.")
             return Exported(n_bytes, own, notes=notes)
         own, further = tokenizer.save(out), None
         if isinstance(tokenizer, Llama2cTokenizer | BytesTokenizer):
@@ -137,5 +141,5 @@ def bytes_in(out: Path) -> int:
 
 def _own_names(out: Path) -> list[str]:
     """What the files of OUT.bin's own tokenizer may be called."""
-    settings = ("tokenizer_config.json", "generation_config.json")
+    settings = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE_FILE)
     return [f"{out.stem}.{name}" for name in (*FILE_NAMES, *settings)]

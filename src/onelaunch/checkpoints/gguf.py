@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.checkpoints import gguf_writer
+from onelaunch.checkpoints.chat_template_files import checked_template, read_chat_template
 from onelaunch.checkpoints.gguf_header import Header, TensorInfo, begins_as_gguf
 from onelaunch.checkpoints.gguf_names import (
     ARCHITECTURE,
@@ -84,7 +85,9 @@ def read(path: Path) -> LoadedModel:
     kinds = [header.tensors[stored].type for stored in names]
     quantized = [kind.name for kind in kinds if kind.block > 1]
     types = " and ".join(sorted(set(quantized)))
-    notice = f"{path}: {len(quantized)} tensors in {types} were converted to float32"
+    template, notices = _chat_template(header)
+    if quantized:
+        notices += (f"{path}: {len(quantized)} tensors in {types} were converted to float32",)
     bos_id, stop_ids = special_ids(header, config.vocab_size)
     return LoadedModel(
         config=config,
@@ -93,9 +96,23 @@ def read(path: Path) -> LoadedModel:
         format="gguf",
         bos_id=bos_id,
         stop_ids=stop_ids,
-        chat_template=header.text("tokenizer.chat_template"),
-        notices=(notice,) if quantized else (),
+        chat_template=template,
+        notices=notices,
     )
+
+
+def _chat_template(header: Header) -> tuple[str | None, tuple[str, ...]]:
+    """Return NAME.chat_template.jinja next to NAME.gguf, or else the template in the file; and a
+    line for the user about one that cannot be used."""
+    path = header.path
+    template, notices = read_chat_template(path.parent, f"{path.stem}.")
+    stored = header.text("tokenizer.chat_template")
+    if template is None and not notices and stored is not None:
+        try:
+            template = checked_template(path, stored.encode("utf-8"))
+        except BadInput as error:
+            return None, (f"note: the model's chat template is not used: {error}",)
+    return template, notices
 
 
 def _refuse_variants(header: Header) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from onelaunch.checkpoints.atomic import atomic_directory, read_json, write_json
+from onelaunch.checkpoints.chat_template_files import read_chat_template, write_chat_template
 from onelaunch.checkpoints.lfs import refuse_pointer_at
 from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.tensors import write_tensors
@@ -69,6 +70,7 @@ def read(path: Path) -> LoadedModel:
     except BadInput as error:
         raise BadInput(f"{config_path}: {_with_hf_names(str(error))}") from error
     bos_id, stop_ids = _special_ids(path, data, config)
+    chat_template, notices = read_chat_template(path)
     return LoadedModel(
         config=config,
         weights=_read_weights(path, config),
@@ -76,6 +78,8 @@ def read(path: Path) -> LoadedModel:
         format="hf",
         bos_id=bos_id,
         stop_ids=stop_ids,
+        chat_template=chat_template,
+        notices=notices,
     )
 
 
@@ -287,6 +291,8 @@ def write(model: LoadedModel, out: Path) -> None:
             folder / "generation_config.json",
             {"bos_token_id": bos_id, "eos_token_id": _one_or_list(list(stop_ids))},
         )
+        if model.chat_template is not None:
+            write_chat_template(folder, model.chat_template)
         write_tensors(folder / _WEIGHTS, tensors)
 
 

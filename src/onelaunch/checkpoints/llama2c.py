@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from onelaunch.checkpoints.atomic import atomic_file, check_file_path
+from onelaunch.checkpoints.chat_template_files import read_chat_template
 from onelaunch.checkpoints.lfs import refuse_pointer
 from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.weights import LoadedModel
@@ -86,7 +87,16 @@ def read(path: Path) -> LoadedModel:
         start = end
     extras = {name: tensors.pop(name) for name in (_COS, _SIN)}
     weights = {name: tensors[name] for name in config.weight_shapes()}
-    return LoadedModel(config, weights, source=path, format="llama2c", extras=extras)
+    chat_template, notices = read_chat_template(path.parent, f"{path.stem}.")
+    return LoadedModel(
+        config,
+        weights,
+        source=path,
+        format="llama2c",
+        extras=extras,
+        chat_template=chat_template,
+        notices=notices,
+    )
 
 
 def write(model: LoadedModel, out: Path) -> None:

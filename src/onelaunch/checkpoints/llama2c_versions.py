@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.checkpoints.atomic import atomic_file, check_file_path
+from onelaunch.checkpoints.chat_template_files import read_chat_template
 from onelaunch.checkpoints.llama2c import (
     FIELDS,
     LAYER_KINDS,
@@ -87,12 +88,16 @@ def read(path: Path) -> LoadedModel:
         name: _read_tensor(data[start : start + n_bytes], shapes[name], group)
         for name, (start, n_bytes) in weights.items()
     }
+    chat_template, notices = read_chat_template(path.parent, f"{path.stem}.")
+    if version == 2:
+        notices += (f"{path}: int8 weights were converted to float32",)
     return LoadedModel(
         config,
         {name: tensors[name] for name in shapes},
         source=path,
         format=FORMAT if version == 2 else "llama2c",
-        notices=(f"{path}: int8 weights were converted to float32",) if version == 2 else (),
+        chat_template=chat_template,
+        notices=notices,
     )
 
 

@@ -4,6 +4,7 @@
     RUN/recipe.toml                   the resolved recipe
     RUN/metrics.jsonl                 telemetry
     RUN/tokenizer.*                   the tokenizer of the data
+    RUN/chat_template.jinja           the chat template of the model that training began with
     RUN/best.json                     the checkpoint with the lowest validation loss
     RUN/checkpoints/update-00000100/  model, optimizer, gradients (.safetensors); state.json
 
@@ -36,6 +37,7 @@ from onelaunch.checkpoints.atomic import (
     sync_file,
     write_json,
 )
+from onelaunch.checkpoints.chat_template_files import read_chat_template
 from onelaunch.checkpoints.lfs import refuse_pointer_at
 from onelaunch.checkpoints.tensors import write_unsynced
 from onelaunch.checkpoints.weights import LoadedModel, check_weights
@@ -263,7 +265,7 @@ def read(path: Path) -> LoadedModel:
     checkpoint, _, damaged = newest_valid_checkpoint(path)
     reasons += [reason for reason in damaged.values() if reason not in reasons]
     model = _read_checkpoint(checkpoint, path)
-    model.notices = tuple(
+    model.notices += tuple(
         f"skipped a damaged checkpoint: {reason}; using {checkpoint.name}" for reason in reasons
     )
     return model
@@ -280,11 +282,15 @@ def _read_checkpoint(checkpoint: Path, source: Path | None = None) -> LoadedMode
         isinstance(stops, list) and all(type(stop) is int for stop in stops)
     ):
         raise BadInput(f"{checkpoint / 'state.json'}: bos_id and stop_ids must be token ids")
+    run = source or checkpoint.resolve().parent.parent
+    chat_template, notices = read_chat_template(run)
     return LoadedModel(
         config=config,
         weights={name: weights[name].to(torch.float32) for name in config.weight_shapes()},
-        source=source or checkpoint.resolve().parent.parent,
+        source=run,
         format="run",
         bos_id=bos,
         stop_ids=tuple(stops),
+        chat_template=chat_template,
+        notices=notices,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from onelaunch.checkpoints.atomic import write_text
 from onelaunch.checkpoints.tokenizer_llama2c import (
     FIRST_BYTE,
     FIRST_PIECE,
+    LLAMA2C_SPECIAL_TOKENS,
     Utf8Stream,
     utf8_bytes,
 )
@@ -24,6 +25,7 @@ class BytesTokenizer:
     bos_id: int | None = 1
     eos_id: int | None = 2
     stop_ids: tuple[int, ...] = (1, 2)
+    special_tokens: Mapping[str, int] = LLAMA2C_SPECIAL_TOKENS
     fingerprint = file_fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str, bos: bool = True) -> list[int]:

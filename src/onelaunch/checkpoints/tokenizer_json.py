@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
 from os.path import lexists
@@ -100,6 +100,9 @@ class JsonTokenizer:
         self._skipped = {i for i, token in added if token.special} | dict(
             self._config_tokens
         ).keys()
+        self.special_tokens: Mapping[str, int] = {
+            token.content: i for i, token in added if token.special
+        } | {content: i for i, content in self._config_tokens}
         ids = [*(i for i, _ in added), *dict(self._config_tokens)]
         self.vocab_size = max(_largest_id(data["model"]), *ids, -1) + 1
         """The largest id plus one: some vocabularies have gaps."""

@@ -14,7 +14,7 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from onelaunch.errors import BadInput, MissingExtra
 
 FIRST_BYTE = 3
 FIRST_PIECE = FIRST_BYTE + 256
+LLAMA2C_SPECIAL_TOKENS = {"<s>": 1, "</s>": 2}
 SPECIALS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
 """The pieces that every vocabulary begins with."""
 
@@ -85,6 +86,7 @@ class Llama2cTokenizer:
     bos_id: int | None = 1
     eos_id: int | None = 2
     stop_ids: tuple[int, ...] = (1, 2)
+    special_tokens: Mapping[str, int] = LLAMA2C_SPECIAL_TOKENS
 
     def __init__(
         self, pieces: list[bytes], scores: list[float], max_token_length: int | None = None

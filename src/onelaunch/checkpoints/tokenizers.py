@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,8 +57,9 @@ class StreamDecoder(Protocol):
 class Tokenizer(Protocol):
     """Encodes text to token ids and decodes them.
 
-    `bos_id` and `eos_id` are None if the tokenizer has none. `fingerprint` is the SHA-256 of the
-    content of the file (of the word "bytes" for bytes), `file_fingerprint` that of its bytes.
+    `bos_id` and `eos_id` are None if the tokenizer has none. `special_tokens` are the ids of its
+    control tokens by their text. `fingerprint` is the SHA-256 of the content of the file (of the
+    word "bytes" for bytes), `file_fingerprint` that of its bytes.
     `file_name` is the name that `save` writes, after a prefix.
     """
 
@@ -68,6 +69,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     stop_ids: tuple[int, ...]
+    special_tokens: Mapping[str, int]
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from onelaunch import __version__
 from onelaunch.cli.bench import bench
+from onelaunch.cli.chat import chat
 from onelaunch.cli.common import Debug
 from onelaunch.cli.doctor import doctor
 from onelaunch.cli.evaluate import evaluate
@@ -17,6 +18,7 @@ from onelaunch.cli.generate import generate
 from onelaunch.cli.inspect import inspect
 from onelaunch.cli.prepare import prepare
 from onelaunch.cli.report import report
+from onelaunch.cli.serve import serve
 from onelaunch.cli.train import train
 from onelaunch.cli.tune import tune
 
@@ -49,6 +51,8 @@ for name, verb in (
     ("train", train),
     ("eval", evaluate),
     ("generate", generate),
+    ("chat", chat),
+    ("serve", serve),
     ("tune", tune),
     ("export", export),
     ("inspect", inspect),

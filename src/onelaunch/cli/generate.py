@@ -8,9 +8,24 @@ from typing import Annotated
 import typer
 
 from onelaunch.cli.common import Debug, Device, Json, ModelArgument, Quiet, load_model, log
+from onelaunch.cli.options import (
+    Dtype,
+    EngineName,
+    FrequencyPenalty,
+    LogitBias,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Temperature,
+    Threads,
+    TokenizerFile,
+    TopK,
+    TopP,
+)
 from onelaunch.cli.output import Output, as_json, summary
 from onelaunch.cli.prompts import read_prompts
 from onelaunch.cli.timeline import traced_device, write_timeline
+from onelaunch.errors import BadInput
 
 
 def generate(
@@ -18,10 +33,7 @@ def generate(
     random: Annotated[
         bool, typer.Option("--random", help="MODEL is a preset; random weights, for speed only.")
     ] = False,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", metavar="FILE", help="Where none lies next to the model."),
-    ] = None,
+    tokenizer: TokenizerFile = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,34 +56,14 @@ def generate(
             "--stop", metavar="TEXT", help="Ends the text before it. May be given several times."
         ),
     ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option("--temperature", metavar="T", help="0 takes the most likely token each time."),
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option("--top-k", metavar="K", help="Draw among the K most likely; 0: all.")
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", metavar="P", help="Draw among the likeliest that add up to P; 1: all."
-        ),
-    ] = 0.9,
-    min_p: Annotated[
-        float,
-        typer.Option(
-            "--min-p", metavar="P", help="Draw among those P times as likely as the best; 0: all."
-        ),
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float,
-        typer.Option(
-            "--repetition-penalty",
-            metavar="X",
-            help="Above 1, tokens of the prompt and of the text so far become less likely, "
-            "below 1 more likely; 1: neither.",
-        ),
-    ] = 1.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -81,36 +73,10 @@ def generate(
             "a prompt given twice draws two.",
         ),
     ] = 0,
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--engine",
-            metavar="ENGINE",
-            help="auto, reference (PyTorch), cpu (compiled: one call for many tokens), "
-            "cuda (many tokens a launch) or coreml (ML Programs, by Core ML on a Mac, "
-            "elsewhere evaluated, for checking); auto is the device's own.",
-        ),
-    ] = "auto",
+    engine: EngineName = "auto",
     device: Device = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help="float32, bfloat16 or float16; default: bfloat16 on a CUDA GPU and float32 "
-            "elsewhere.",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads",
-            metavar="N",
-            min=1,
-            help="CPU threads; default: as many as measure fastest (reference engine: "
-            "PyTorch's choice).",
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
     fusion_depth: Annotated[
         str,
         typer.Option(
@@ -143,6 +109,7 @@ def generate(
     The prompt, if any, and its continuation go to standard output as they come.
     """
     texts = read_prompts(prompt or [])
+    bias = [bias_of(text) for text in logit_bias or ()]
     traced = None if trace is None else traced_device(device)
 
     from onelaunch.api import LanguageModel
@@ -153,8 +120,9 @@ def generate(
     with LanguageModel(loaded, engine, how, tokenizer, out.notice) as opened:
         decoding = opened.decode(
             texts or [""], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
-            stop=stop or (), ids_only=ids,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+            logit_bias=bias, seed=seed, stop=stop or (), ids_only=ids,
         )  # fmt: skip
         if trace is not None and traced is not None:
             written = [each.prompt.ids for each in decoding.completions] if texts else []
@@ -166,3 +134,12 @@ def generate(
         else:
             out.write(decoding)
         log(summary(opened, decoding), quiet)
+
+
+def bias_of(text: str) -> tuple[int, float]:
+    """The token id and the amount of `--logit-bias`, such as 403=-100. Raises BadInput."""
+    token, _, amount = text.partition("=")
+    try:
+        return int(token), float(amount)
+    except ValueError as error:
+        raise BadInput(f"--logit-bias {text}: must be ID=X, such as 403=-100") from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.config import ModelConfig
-from onelaunch.engines.engine import Request
+from onelaunch.engines.engine import MAX_TOP_LOGPROBS, Request, Sampling
 from onelaunch.errors import BadInput, RunFailed
 
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -53,6 +53,21 @@ def check_request(config: ModelConfig, request: Request) -> None:
     """Raise BadInput for a request that cannot be met; see `Session.submit`."""
     check_max_new_tokens(request.max_new_tokens)
     check_prompt(config, request.prompt_ids, f"the prompt of request {request.id}")
+    check_sampling(config, request.sampling)
+    check_top_logprobs(request.top_logprobs)
+
+
+def check_sampling(config: ModelConfig, sampling: Sampling) -> None:
+    """Raise BadInput for a logit bias of a token that the model does not have."""
+    for token, _ in sampling.logit_bias:
+        if not 0 <= token < config.vocab_size:
+            raise outside_vocabulary(config, token, f"logit_bias={token}")
+
+
+def check_top_logprobs(n: int) -> None:
+    """Raise BadInput for a number of most likely tokens out of range."""
+    if not 0 <= n <= MAX_TOP_LOGPROBS:
+        raise BadInput(f"top_logprobs={n}: must be from 0 to {MAX_TOP_LOGPROBS}")
 
 
 def check_session(max_batch: int, max_len: int | None, config: ModelConfig) -> int:

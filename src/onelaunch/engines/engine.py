@@ -5,8 +5,10 @@ Three protocols, small and separate; an engine has those that it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from onelaunch.errors import BadInput
@@ -24,17 +26,32 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 STEP_SECONDS = 0.02
 """The default time limit of a session's step."""
 
+MAX_PENALTY, MAX_BIAS, MAX_TOP_LOGPROBS = 2.0, 100.0, 20
+"""Bounds of OpenAI's API: of a presence or frequency penalty and of a logit bias, either sign, and
+of how many of the most likely tokens an event has."""
+
+Bias = tuple[tuple[int, float], ...]
+"""Token ids and what is added to their logits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen from its logits.
 
-    First the logit of each token that is in the prompt or among the new tokens so far is divided by
-    `repetition_penalty` where it is positive, and multiplied by it where it is negative: above 1
-    such tokens become less likely, below 1 more likely, 1 changes nothing (Keskar et al. 2019,
-    CTRL).
+    The logits are changed in this order, which is vLLM's:
 
-    temperature 0 takes the most likely token. Otherwise the logits are divided by it, then
+    1. `logit_bias`, pairs of a token id and an amount from -100 to 100, no id twice, or a mapping
+       from ids to amounts: the amount is added to the token's logit. -100 bans the token and 100
+       all others, where logits are as close together as those of trained models.
+    2. `repetition_penalty`: the logit of each token that is in the prompt or among the new tokens
+       so far is divided by it where it is positive, and multiplied by it where it is negative:
+       above 1 such tokens become less likely, below 1 more likely, 1 changes nothing (Keskar et al.
+       2019, CTRL).
+    3. `frequency_penalty` and `presence_penalty`, each from -2 to 2: of a token that is n times
+       among the new tokens so far, n above 0, frequency_penalty * n + presence_penalty is
+       subtracted. Tokens of the prompt do not count (OpenAI's API reference, and vLLM).
+
+    temperature 0 then takes the most likely token. Otherwise the logits are divided by it, then
     `top_k` keeps the k most likely (0: all), `min_p` those at least `min_p` times as likely as
     the best (0: all), `top_p` the smallest set whose probability reaches it (1: all), and one of
     what is left is drawn. The same seed draws the same tokens on the same engine: a request's
@@ -50,6 +67,9 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Bias = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -65,6 +85,12 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty}: must be positive and finite; "
                 "1 is none"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
+                raise BadInput(
+                    f"{name}={getattr(self, name)}: must be from -2 to 2; 0 changes nothing"
+                )
+        object.__setattr__(self, "logit_bias", bias_pairs(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
@@ -74,6 +100,40 @@ class Sampling:
     def penalises(self) -> bool:
         """Whether there is a repetition penalty."""
         return self.repetition_penalty != 1.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a presence or frequency penalty."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return self.penalises or self.counts or bool(self.logit_bias)
+
+
+def bias_pairs(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> Bias:
+    """A logit bias as pairs of a token id and an amount. Raises BadInput for what is neither a
+    mapping nor pairs of such numbers, for an amount out of range, and for an id twice."""
+    try:
+        items = list(bias.items() if isinstance(bias, Mapping) else bias)
+        pairs = tuple((token, amount) for token, amount in items)
+    except (TypeError, ValueError) as error:
+        raise _not_a_bias(bias) from error
+    for token, amount in pairs:
+        numbers = isinstance(token, Integral) and isinstance(amount, Real)
+        if not numbers or isinstance(token, bool) or isinstance(amount, bool):
+            raise _not_a_bias(bias)
+        if not -MAX_BIAS <= amount <= MAX_BIAS:
+            raise BadInput(f"logit_bias={token}: {amount} must be from -100 to 100")
+    twice = [token for token, n in Counter(token for token, _ in pairs).items() if n > 1]
+    if twice:
+        raise BadInput(f"logit_bias={twice[0]}: this id is there twice; pass it once")
+    return tuple((int(token), float(amount)) for token, amount in pairs)
+
+
+def _not_a_bias(bias: object) -> BadInput:
+    return BadInput(f"logit_bias={bias!r}: must map token ids to numbers, such as {{403: -100}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +150,7 @@ class Request:
     sample: its number among requests with an equal prompt, 0, 1, ...; each number draws another
         continuation.
     logprobs: whether its events have `logprob`.
+    top_logprobs: how many of the most likely tokens its events have in `top`, 0 to 20.
     """
 
     id: int
@@ -99,6 +160,7 @@ class Request:
     stop_ids: Sequence[int] = ()
     sample: int = 0
     logprobs: bool = False
+    top_logprobs: int = 0
 
 
 class TokenEvent(NamedTuple):
@@ -106,10 +168,13 @@ class TokenEvent(NamedTuple):
 
     id: the request's.
     token: the new token; None where the request ends without one.
-    logprob: the natural logarithm of the token's probability before penalty, temperature and
-        filters, where it was requested.
+    logprob: the natural logarithm of the token's probability before bias, penalties, temperature
+        and filters, where it was requested.
     finish: why the request ended; None where it goes on. The last event of a request has one.
     error: what went wrong, where finish is "error".
+    top: as many of the most likely tokens as were requested, or the whole vocabulary where it is
+        smaller, each with its log-probability, which is of the same kind as `logprob`: the most
+        likely first, of equally likely ones the lower id. The new token may not be among them.
     """
 
     id: int
@@ -117,6 +182,7 @@ class TokenEvent(NamedTuple):
     logprob: float | None
     finish: Finish | None = None
     error: Exception | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Session(Protocol):
@@ -128,7 +194,8 @@ class Session(Protocol):
     def submit(self, request: Request) -> None:
         """Add a request. Where as many as the session holds at once are growing, it waits for one
         of them to end. Raises BadInput for an empty prompt, one beyond the model's context, an id
-        beyond its vocabulary, or a negative number of tokens."""
+        beyond its vocabulary, there or in the logit bias, a negative number of tokens, or more top
+        log-probabilities than 20."""
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on, and return what came of it: one or more tokens of each growing request. A request

@@ -20,6 +20,7 @@ EXTRAS = {
     "bench": ("matplotlib",),
     "coreml": ("coremltools",),
     "log": ("tensorboard", "wandb"),
+    "serve": ("starlette", "uvicorn", "jinja2"),
 }
 
 

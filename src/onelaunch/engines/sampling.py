@@ -73,6 +73,45 @@ def penalised(logits_V: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
     return logits_V.index_put((seen_N,), torch.where(z_N.isinf(), z_N, changed_N))
 
 
+def adjusted(
+    logits_V: Tensor, sampling: Sampling, prompt_ids: Sequence[int], new: Sequence[int]
+) -> Tensor:
+    """The float32 logits as `Sampling` changes them before the temperature: bias, repetition
+    penalty, then frequency and presence penalty. `logits_V` is not changed."""
+    if sampling.logit_bias:
+        ids, amounts = zip(*sampling.logit_bias, strict=True)
+        logits_V = _plus(logits_V, ids, torch.tensor(amounts))
+    if sampling.penalises:
+        logits_V = penalised(logits_V, [*prompt_ids, *new], sampling.repetition_penalty)
+    if sampling.counts and new:
+        counts = Counter(new)
+        # the product is exact in float64: fused with the sum or not, as compiled code may have it,
+        # the bits are the same
+        of_sampling = torch.tensor([sampling.frequency_penalty, sampling.presence_penalty])
+        frequency, presence = of_sampling.double()
+        n_N = torch.tensor(list(counts.values()), dtype=torch.float64)
+        logits_V = _plus(logits_V, list(counts), -(n_N * frequency + presence).float())
+    return logits_V
+
+
+def _plus(logits_V: Tensor, ids: Sequence[int], amount_N: Tensor) -> Tensor:
+    """The logits with amounts added to those of tokens, of which none is there twice."""
+    ids_N = torch.tensor(ids, device=logits_V.device)
+    return logits_V.index_add(0, ids_N, amount_N.to(logits_V.device))
+
+
+def most_likely(logprobs_V: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+    """The `n` most likely tokens, or all where there are fewer, with their log-probabilities: the
+    most likely first, of equally likely ones the lower id."""
+    n = min(n, len(logprobs_V))
+    if n == 0:
+        return ()
+    least = torch.topk(logprobs_V, n).values[-1]  # of what is as likely, topk takes any
+    ids_C = torch.nonzero(logprobs_V >= least).flatten()
+    values_C, order = torch.sort(logprobs_V[ids_C], descending=True, stable=True)
+    return tuple(zip(ids_C[order][:n].tolist(), values_C[:n].tolist(), strict=True))
+
+
 def draw(logits_V: Tensor, sampling: Sampling, uniform_1: Tensor) -> Tensor:
     """The id drawn by one uniform number, shape (1,), by inverting the cumulative distribution.
 

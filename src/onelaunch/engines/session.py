@@ -14,7 +14,7 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
-from onelaunch.engines.sampling import draw, penalised, request_uniforms
+from onelaunch.engines.sampling import adjusted, draw, most_likely, request_uniforms
 
 
 class Rows(Protocol):
@@ -45,9 +45,8 @@ def choose(each: Growing, logits_V: Tensor) -> int:
     """The next token of a request, whose largest logit is finite."""
     request, n = each.request, len(each.new)
     sampling = request.sampling
-    if sampling.penalises:
-        ids = [*request.prompt_ids, *each.new]
-        logits_V = penalised(logits_V, ids, sampling.repetition_penalty)
+    if sampling.adjusts:
+        logits_V = adjusted(logits_V, sampling, request.prompt_ids, each.new)
     if each.uniforms_N is None:
         return int(logits_V.argmax())
     return int(draw(logits_V, sampling, each.uniforms_N[n : n + 1]))
@@ -140,16 +139,21 @@ class RowSession:
                 ended.append(row)
                 continue
             token = chosen[i]
-            if each.uniforms_N is not None or request.sampling.penalises:
+            if each.uniforms_N is not None or request.sampling.adjusts:
                 token, as_chosen = choose(each, logits_BV[i]), False
             if token in request.stop_ids:
                 self._end(request.id, "stop")
                 ended.append(row)
                 continue
             each.new.append(token)
-            logprob = float(logits_BV[i].log_softmax(-1)[token]) if request.logprobs else None
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
+            if request.logprobs or request.top_logprobs:
+                logprobs_V = logits_BV[i].log_softmax(-1)
+                logprob = float(logprobs_V[token]) if request.logprobs else None
+                top = most_likely(logprobs_V, request.top_logprobs)
             finish: Finish | None = "length" if len(each.new) >= each.limit else None
-            self._events.append(TokenEvent(request.id, token, logprob, finish))
+            self._events.append(TokenEvent(request.id, token, logprob, finish, top=top))
             if finish:
                 ended.append(row)
         for row in reversed(ended):

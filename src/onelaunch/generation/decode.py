@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from onelaunch.checkpoints.tokenizers import Tokenizer
-from onelaunch.engines.checks import check_max_new_tokens, check_prompts
+from onelaunch.engines.checks import (
+    check_max_new_tokens,
+    check_prompts,
+    check_sampling,
+    check_top_logprobs,
+)
 from onelaunch.engines.engine import (
     STEP_SECONDS,
     Engine,
@@ -35,12 +40,16 @@ class TextEvent(NamedTuple):
     text: the text that the token adds: "" inside a character of several tokens, or while it may be
         the beginning of a stop string.
     finish: why the completion ended, see `Finish`; None while it goes on.
+    logprob, top: the token's log-probability, and the most likely tokens with theirs, where they
+        were requested, see `TokenEvent`.
     """
 
     prompt_index: int
     token: int | None
     text: str
     finish: Finish | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -64,12 +73,15 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sampling and the ends of a completion: after `max_new_tokens`, at one of `stop_ids`, before
-    one of the strings `stop`, or when the model's context is full."""
+    one of the strings `stop`, or when the model's context is full; and whether its events have
+    `logprob`, and how many tokens they have in `top`."""
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: Sequence[int] = ()
     stop: Sequence[str] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
 
 
 class Decoding:
@@ -77,8 +89,9 @@ class Decoding:
 
     `completions` has a `Completion` per prompt, which grows with the events. As many prompts are
     generated at once as the engine says (`max_batch`). `close` ends the generation early. The
-    constructor raises BadInput for an empty prompt, one longer than the model's context, or ids
-    outside its vocabulary; `next` raises RunFailed if logits are not finite.
+    constructor raises BadInput for an empty prompt, one longer than the model's context, ids
+    outside its vocabulary, or numbers out of range; `next` raises RunFailed if logits are not
+    finite.
     """
 
     def __init__(
@@ -95,6 +108,8 @@ class Decoding:
             )
         if "" in limits.stop:
             raise BadInput("stop='': must not be empty; leave it out")
+        check_sampling(engine.config, limits.sampling)
+        check_top_logprobs(limits.top_logprobs)
         check_prompts(engine.config, [prompt.ids for prompt in prompts])
         self._engine, self.limits = engine, limits
         self.completions = [Completion(prompt) for prompt in prompts]
@@ -171,7 +186,7 @@ class Decoding:
 
     def _collect(self, events: list[TokenEvent], seconds: float) -> None:
         """Add a step's events to completions without text; many tokens take little time each."""
-        for index, token, _, finish, error in events:
+        for index, token, _, finish, error, _ in events:
             completion = self.completions[index]
             if error is not None:
                 self._steps.close()
@@ -191,8 +206,11 @@ class Decoding:
         session = self._engine.session(min(len(prompts), self._engine.max_batch), longest)
         for index, (ids, sample) in enumerate(zip(prompts, sample_numbers(prompts), strict=True)):
             session.submit(
-                Request(index, ids, limits.max_new_tokens, limits.sampling, limits.stop_ids, sample)
-            )
+                Request(
+                    index, ids, limits.max_new_tokens, limits.sampling, limits.stop_ids, sample,
+                    limits.logprobs, limits.top_logprobs,
+                )
+            )  # fmt: skip
         return session
 
 
@@ -257,4 +275,4 @@ class _Detokenizer:
             if finish is not None:
                 completion.text = "".join(self._pieces)
         completion.finish = finish
-        return TextEvent(event.id, event.token, piece, finish)
+        return TextEvent(event.id, event.token, piece, finish, event.logprob, event.top)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onelaunch.checkpoints.tokenizers import Tokenizer, check_ids
+from onelaunch.checkpoints.tokenizers import JsonTokenizer, Tokenizer, check_ids
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
 from onelaunch.errors import BadInput
@@ -52,3 +53,19 @@ def first_id(model: LoadedModel, tokenizer: Tokenizer | None) -> int | None:
     if tokenizer is not None:
         candidates += [tokenizer.bos_id, tokenizer.eos_id]
     return next((token for token in candidates if token is not None), None)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text in which the special tokens are written, such as a rendered chat template.
+
+    BOS comes first where the tokenizer adds one, and once only where the text begins with it.
+    """
+    if isinstance(tokenizer, JsonTokenizer):  # reads special tokens itself
+        ids = tokenizer.encode(text)
+    else:
+        ids = list(tokenizer.encode(""))
+        special = tokenizer.special_tokens
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            ids += [special[piece]] if piece in special else tokenizer.encode(piece, bos=False)
+    begins_twice = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
+    return ids[1:] if begins_twice else ids

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from onelaunch import __version__
 from onelaunch.checkpoints.atomic import write_error, write_json, write_text
+from onelaunch.checkpoints.chat_template_files import CHAT_TEMPLATE_FILE, write_chat_template
 from onelaunch.checkpoints.run_folder import (
     MODEL_FILE,
     SCHEMA,
@@ -73,6 +74,7 @@ class _Setup:
     sampler: Sampler
     seq_len: int
     notices: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -311,13 +313,14 @@ def _initial_setup(recipe: Recipe, run: Path, data: TokenData, ranks: Ranks) -> 
     config = init.config if init else recipe.model_config(data.vocab_size)
     _check_memory(recipe, config)
     if init:
-        weights, notices = init.weights, init.notices
+        weights, notices, template = init.weights, init.notices, init.chat_template
     else:
         weights = dict(Model(config).init_weights(recipe.train.seed).state_dict())
-        notices = ()
+        notices, template = (), None
     setup = _build(recipe, run, config, ranks.weights_from_first(weights), data)
     torch.manual_seed(recipe.train.seed)
-    return replace(setup, recipe=with_absolute_paths(recipe), notices=notices)
+    recipe = with_absolute_paths(recipe)
+    return replace(setup, recipe=recipe, notices=notices, chat_template=template)
 
 
 def _sequence_length(recipe: Recipe, config: ModelConfig) -> int:
@@ -362,7 +365,8 @@ def _is_free(run: Path) -> bool:
 
 def _is_unstarted(run: Path) -> bool:
     """Return whether a folder has only the files of a start that was killed before run.json."""
-    initial = {"checkpoints", "recipe.toml", ".lock", *FILE_NAMES}
+    settings = {"tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE_FILE}
+    initial = {"checkpoints", "recipe.toml", ".lock", *FILE_NAMES, *settings}
     checkpoints = run / "checkpoints"
     entries = {path.name for path in run.iterdir() if not path.name.endswith(".tmp")}
     return checkpoints.is_dir() and not any(checkpoints.iterdir()) and entries <= initial
@@ -390,6 +394,8 @@ def _make_folder(setup: _Setup, unstarted: bool, existed: bool) -> None:
     try:
         write_text(run / "recipe.toml", setup.recipe.to_toml())
         setup.data.tokenizer.save(run)
+        if setup.chat_template is not None:
+            write_chat_template(run, setup.chat_template)
         write_json(run / "run.json", _describe(setup))
     except BaseException as error:
         for path in run.iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from onelaunch.engines.cpu.engine import CpuEngine
 from onelaunch.engines.cpu.layout import End
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import CachedSequence, Runtime
+from onelaunch.engines.cpu.runtime import Runtime
+from onelaunch.engines.cpu.sequence import CachedSequence
+from onelaunch.engines.engine import Request, Sampling
 from onelaunch.plan import make_plan
 
 
@@ -34,6 +37,14 @@ def make_runtime(
     program = Program(code)
     packed = PackedWeights(config, weights, dtype, program.lanes, program.tile)
     return Runtime(config, packed, program, make_plan(config, sample=True), threads, False)
+
+
+def sequence_of(
+    runtime: Runtime, ids: Sequence[int], n: int, sampling: Sampling | None = None
+) -> CachedSequence:
+    """A sequence of a runtime that grows by up to n tokens."""
+    request = Request(0, ids, n, sampling or Sampling())
+    return CachedSequence(runtime.config, runtime.program.lanes, request, n)
 
 
 def grow(runtime: Runtime, texts: list[CachedSequence]) -> None:

@@ -62,6 +62,7 @@ SAMPLINGS = [
     Sampling(0.8, top_k=20, top_p=0.9, seed=1),
     Sampling(repetition_penalty=1.3),
     Sampling(1.0, seed=3, repetition_penalty=0.7),
+    Sampling(presence_penalty=0.5, frequency_penalty=1.5, logit_bias=((25, 2.0), (19, -1.0))),
 ]
 
 

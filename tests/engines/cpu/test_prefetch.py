@@ -17,10 +17,8 @@ from onelaunch.engines.cpu.layout import Operation, PrefetchTo, Product, State
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.prefetch import CANDIDATES, NONE, Measured, Prefetch, Slices, choose
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import CachedSequence
-from onelaunch.engines.engine import Sampling
 from onelaunch.errors import BadInput
-from tests.engines.cpu.making import grow, logits_of, make_engine, make_runtime
+from tests.engines.cpu.making import grow, logits_of, make_engine, make_runtime, sequence_of
 from tests.engines.suite import SMALL, weights_of
 
 L2, L2_FAR, ONCE = CANDIDATES[1:]
@@ -336,7 +334,7 @@ def test_each_variant_gives_the_same_bits(compiled_program, threads, dtype):
     at = State.ONE_PREFETCH_TO if threads == 1 else State.SEVERAL_PREFETCH_TO
 
     def results() -> list[torch.Tensor]:
-        text = CachedSequence(runtime, ids, 12, Sampling())
+        text = sequence_of(runtime, ids, 12)
         grow(runtime, [text])
         return [*(logits_of(runtime, ids[:n]) for n in (1, 3, 7)), torch.tensor(text.new)]
 

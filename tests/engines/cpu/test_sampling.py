@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.cpu.layout import Operation, Seq, State
-from onelaunch.engines.cpu.runtime import CachedSequence, Runtime
-from onelaunch.engines.engine import Sampling
-from onelaunch.engines.sampling import LARGEST_UNIFORM, draw, penalised
+from onelaunch.engines.cpu.runtime import Runtime
+from onelaunch.engines.cpu.sequence import CachedSequence
+from onelaunch.engines.engine import Request, Sampling
+from onelaunch.engines.sampling import LARGEST_UNIFORM, adjusted, draw, penalised
 from tests.engines.cpu.making import floats_at, make_runtime
 from tests.engines.suite import weights_of
 
@@ -40,13 +42,25 @@ class Drawer:
         self, logits: Tensor, sampling: Sampling, uniform: float, ids: Sequence[int] = (0, 0)
     ) -> int:
         """`ids`: a prompt and the first new token."""
-        runtime = self.runtime
         # the second new token of its text: the first number is not for it
-        uniforms = torch.tensor([float("nan"), uniform])
-        texts = [CachedSequence(runtime, ids[:-1], 2, sampling, uniforms) for _ in range(ROW + 1)]
+        texts = self.texts(Request(0, ids[:-1], 2, sampling), torch.tensor([math.nan, uniform]))
         texts[ROW].resume(ids[-1:], 0)
+        return self.draw(logits, texts)
+
+    def texts(self, request: Request, uniforms: Tensor | None = None) -> list[CachedSequence]:
+        """Of a request each; the last is drawn by these numbers."""
+        config, lanes = self.runtime.config, self.runtime.program.lanes
+        n = request.max_new_tokens
+        texts = [CachedSequence(config, lanes, request, n) for _ in range(ROW + 1)]
+        for text in texts:
+            text.uniforms = uniforms
+        return texts
+
+    def draw(self, logits: Tensor, texts: Sequence[CachedSequence]) -> int:
+        """The next token of the last of them."""
+        runtime = self.runtime
         runtime._lay_out(texts)
-        runtime._need_logits(len(texts), not sampling.greedy)
+        runtime._need_logits(len(texts), not texts[ROW].sampling.greedy)
         runtime._sequences[ROW * Seq.LENGTH + Seq.ROW] = ROW
         for memory in (runtime._logits_memory, runtime._candidates):
             if memory is not None:
@@ -59,6 +73,31 @@ class Drawer:
         assert runtime._sequences[ROW * Seq.LENGTH + Seq.NEXT] == token
         assert torch.equal(floats_at(address, self.vocab), row) or row.isnan().any()
         return token
+
+    def adjusted(
+        self,
+        logits: Tensor,
+        sampling: Sampling,
+        uniform: float,
+        prompt: Sequence[int],
+        new: Sequence[int],
+    ) -> tuple[int, Tensor]:
+        """The drawn token, and the logits that it was drawn from."""
+        uniforms = torch.full((len(new) + 1,), math.nan)
+        uniforms[-1] = uniform
+        texts = self.texts(Request(0, prompt, len(new) + 1, sampling), uniforms)
+        texts[ROW].resume(new, 0)
+        token = self.draw(logits, texts)
+        return token, texts[ROW].adjusted_2V[0]
+
+    def top(self, logits: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+        """The n most likely tokens in the place of the second new one."""
+        texts = self.texts(Request(0, [0], 2, top_logprobs=n))
+        texts[ROW].resume([0], 0)
+        self.draw(logits, texts)
+        assert texts[ROW].logprob(1) is None
+        assert not texts[ROW].tops_NK2[0].any()
+        return texts[ROW].top(1)
 
     def weights(self) -> Tensor:
         """The exponentials that the last draw made, where no filter moved them."""
@@ -149,6 +188,53 @@ def test_the_program_penalises_what_pytorch_does(compiled_program, vocab, temper
     assert same >= 39
     if vocab > 2 and (penalty > 1 or temperature):
         assert changed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab", [2, 15, 16, 17, 300])
+def test_the_program_adjusts_as_pytorch_does(compiled_program, vocab, temperature):
+    """The bits of the logits that are chosen from, in the program's memory, with tokens that are
+    biased, in the prompt, and several times among the new ones; the logits themselves stay."""
+    drawer = Drawer(compiled_program, vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    random = Random(vocab)
+    for _ in range(30):
+        logits = 3 * torch.randn(vocab, generator=generator)
+        prompt = random.choices(range(vocab), k=4)
+        new = random.choices(range(vocab), k=vocab // 2) + [int(logits.argmax())] * 3
+        sampling = Sampling(
+            temperature,
+            repetition_penalty=random.choice([1.0, 1.3, 0.7]),
+            presence_penalty=random.choice([0.0, random.uniform(-2, 2)]),
+            frequency_penalty=random.choice([0.1, random.uniform(-2, 2)]),
+            logit_bias={token: random.uniform(-100, 100) for token in {new[0], prompt[0]}},
+        )
+        uniform = torch.rand(1, generator=generator).clamp_(max=BELOW_ONE).item()
+        scores = adjusted(logits, sampling, prompt, new)
+        token, found = drawer.adjusted(logits, sampling, uniform, prompt, new)
+        assert torch.equal(found, scores)
+        if temperature == 0:
+            assert token == int(scores.argmax())
+        else:
+            expected = int(draw(scores, sampling, torch.tensor([uniform])))
+            assert token == expected or may_be(token, scores, sampling, uniform)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 16, 19, 20, 21, 300])
+def test_the_program_has_the_most_likely_tokens(compiled_program, vocab):
+    """Those of the largest logits, of equal ones the first, with exact log-probabilities."""
+    drawer = Drawer(compiled_program, vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    for n in (1, 3, 19, 20):
+        for spread in (3.0, 0.0, 1.0):
+            logits = spread * torch.randn(vocab, generator=generator)
+            if spread == 1.0:
+                logits = logits.round()  # many are equal
+            order = sorted(range(vocab), key=lambda i: (-logits[i].item(), i))[:n]
+            exact = logits.double().log_softmax(-1)[order].tolist()
+            ids, logprobs = zip(*drawer.top(logits, n), strict=True)
+            assert list(ids) == order
+            assert logprobs == pytest.approx(exact, abs=2e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-46, 1e-38, 1e-30, 1e-3])

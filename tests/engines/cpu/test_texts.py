@@ -56,6 +56,10 @@ def many_prompts(n: int) -> list[list[int]]:
         Sampling(1.0, top_k=30, seed=4),
         Sampling(repetition_penalty=1.3),
         Sampling(1.0, top_k=30, seed=4, repetition_penalty=0.7),
+        Sampling(presence_penalty=0.5, frequency_penalty=1.5, logit_bias=((25, 2.0), (19, -1.0))),
+        Sampling(
+            1.0, seed=4, presence_penalty=-1.0, frequency_penalty=-0.5, logit_bias=((7, 3.0),)
+        ),
     ],
     ids=str,
 )

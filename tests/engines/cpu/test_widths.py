@@ -11,10 +11,8 @@ import torch
 
 from onelaunch.engines.cpu import program
 from onelaunch.engines.cpu.program import Program
-from onelaunch.engines.cpu.runtime import CachedSequence
-from onelaunch.engines.engine import Sampling
 from onelaunch.model import Model
-from tests.engines.cpu.making import grow, logits_of, make_runtime
+from tests.engines.cpu.making import grow, logits_of, make_runtime, sequence_of
 from tests.engines.cpu.test_shapes import SHAPES as SMALL_SHAPES
 from tests.engines.suite import (
     SHAPES,
@@ -79,7 +77,7 @@ def test_greedy_equals_reading_the_whole_text_anew(code, name, threads):
     weights = weights_of(config)
     runtime = make_runtime(code, config, weights, threads)
     prompts = [[5, 17, 3], [1]]
-    texts = [CachedSequence(runtime, prompt, 12, Sampling()) for prompt in prompts]
+    texts = [sequence_of(runtime, prompt, 12) for prompt in prompts]
     grow(runtime, texts)
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.new == greedy_by_recomputing(config, weights, prompt, 12)

@@ -13,12 +13,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from onelaunch.engines.cuda import engine as engine_module  # noqa: E402
 from onelaunch.engines.cuda import sync  # noqa: E402
 from onelaunch.engines.cuda.blocking import padded  # noqa: E402
 from onelaunch.engines.cuda.decoding import chain, prompt_kernels, sampling  # noqa: E402
 from onelaunch.engines.cuda.decoding.chain import Memory, TokenChain  # noqa: E402
 from onelaunch.engines.cuda.decoding.prefill import Prompts  # noqa: E402
 from onelaunch.engines.cuda.decoding.session import CudaSession  # noqa: E402
+from onelaunch.engines.cuda.engine import CudaEngine  # noqa: E402
 from onelaunch.engines.cuda.pack import pack  # noqa: E402
 from onelaunch.engines.engine import Request, Sampling  # noqa: E402
 from onelaunch.engines.reference import ReferenceEngine  # noqa: E402
@@ -30,6 +32,7 @@ from tests.engines.suite import (  # noqa: E402
     exact_logits,
     finished,
     relative_error,
+    run,
     weights_of,
 )
 from tests.interpreting import mend_loop_bounds  # noqa: E402
@@ -272,6 +275,25 @@ def test_a_session_writes_what_the_reference_engine_does(max_batch):
     assert ends[0][1][1] == "length"
     assert len({*prompts[2], *ends[0][6][0]}) == len({*prompts[2]}) + 6
     assert ends[0][3][0] != generate_ids(reference, prompts[:1], 6, Sampling())[0]
+
+
+def test_options_that_no_kernel_has_are_pytorchs_among_the_kernels_requests(monkeypatch):
+    monkeypatch.setattr(engine_module, "why_not", lambda device, config: None)
+    monkeypatch.setattr(CudaEngine, "_generates", lambda engine: True)
+    weights = weights_of(TINY)
+    engine = CudaEngine(TINY, weights, "cpu", "float32")
+    reference = ReferenceEngine(TINY, weights, "cpu")
+    prompt = tokens_of(TINY, 1, 6).tolist()[0]
+    requests = [
+        Request(0, prompt, 6),
+        Request(1, prompt, 6, Sampling(frequency_penalty=2.0, presence_penalty=2.0)),
+        Request(2, prompt, 6, Sampling(1.0, seed=2), logprobs=True),
+        Request(3, prompt, 6, Sampling(logit_bias=((7, 100.0),)), top_logprobs=2),
+    ]
+    found = run(engine, requests)
+    assert found == run(reference, requests)
+    assert found[1] != found[0]
+    assert found[3] == ([7] * 6, "length")
 
 
 def test_requests_that_keep_joining_do_not_stop_the_others():

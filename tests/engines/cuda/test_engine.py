@@ -431,13 +431,15 @@ def test_without_a_gpu_the_reference_engine_generates(store):
 @pytest.mark.parametrize(("max_len", "own"), [(8192, True), (8193, False), (None, False)])
 def test_its_own_kernels_generate_up_to_so_many_positions(store, monkeypatch, max_len, own):
     pytest.importorskip("triton")
+    from onelaunch.engines.cuda.decoding.options import OptionsByPyTorch
     from onelaunch.engines.cuda.decoding.session import CudaSession
 
     monkeypatch.setattr(CudaEngine, "_generates", lambda engine: True)
     config = SMALL.with_(max_seq_len=9000)
-    engine = CudaEngine(config, weights_of(config), "cpu", store=store)
-    for max_batch in (1, 8, 64):
-        assert isinstance(engine.session(max_batch, max_len), CudaSession) == own
+    for depth, kind in (("auto", OptionsByPyTorch), ("stage", CudaSession)):
+        engine = CudaEngine(config, weights_of(config), "cpu", fusion_depth=depth, store=store)
+        for max_batch in (1, 8, 64):
+            assert isinstance(engine.session(max_batch, max_len), kind) == own
 
 
 def test_the_weights_that_were_given_go_when_all_is_made_of_them(store):

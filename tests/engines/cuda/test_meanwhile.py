@@ -86,11 +86,11 @@ def test_what_is_begun_by_the_other_ends_there_and_what_comes_later_does_not(cas
     assert len(case.others) == len(case.lines) == 1
     case.compiled.set_result(None)
     case.session.submit(REQUESTS[1])  # while it writes
-    assert case.session._of_other == {0, 1}
+    assert case.session._sessions.of_other == {0, 1}
     events += case.run()
     case.session.submit(REQUESTS[2])
     assert case.asked == [0, 1, 2]
-    assert case.session._of_session == {2}
+    assert case.session._sessions.of_other == set()
     events += case.run()
     for request in REQUESTS:
         assert tokens(events, request.id) == expected[request.id]

@@ -127,7 +127,7 @@ class CpuEngine:
     def session(self, max_batch: int = 1, max_len: int | None = None) -> CpuSession:
         """Begin to generate; see `Engine`.
 
-        Up to 16 sequences grow together, and a step writes as many tokens as come in 20 ms. A
+        Up to 64 sequences grow together, and a step writes as many tokens as come in 20 ms. A
         sequence is the same alone and among others, drawn or greedy, with any number of threads, at
         any fusion depth.
         """

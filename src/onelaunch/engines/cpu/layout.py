@@ -143,9 +143,17 @@ class Seq(IntEnum):
     N_STOPS = 16
     LOGPROBS = 17  # for each new token its logit and the sum of all exponentials, both relative to
     # the largest logit, in float32; 0: not wanted
-    PENALTY = 18  # of tokens among IDS
-    PENALISED = 19  # room for the float32 logits with it; 0: there is no penalty
-    LENGTH = 24
+    PENALTY = 18  # of repetition, for tokens among IDS
+    ADJUSTED = 19  # room for the float32 logits that are chosen from, and an int32 for each; 0: the
+    # logits are not changed
+    FREQUENCY = 20  # penalties of tokens among the new IDS
+    PRESENCE = 21
+    BIASES = 22  # pairs: a token, and what is added to its logit
+    N_BIASES = 23
+    TOPS = 24  # for each new token N_TOPS pairs, the largest first: an int32 id, and its logit
+    # relative to the largest, in float32
+    N_TOPS = 25  # 0: not wanted
+    LENGTH = 32
 
 
 class End(IntEnum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 import time
 import weakref
@@ -31,87 +30,21 @@ from onelaunch.engines.cpu.layout import (
 from onelaunch.engines.cpu.pack import Memory, PackedWeights, padded
 from onelaunch.engines.cpu.prefetch import NONE, Prefetch
 from onelaunch.engines.cpu.program import Program
+from onelaunch.engines.cpu.sequence import CachedSequence
 from onelaunch.engines.cpu.tables import Table
-from onelaunch.engines.engine import STEP_SECONDS, Sampling
+from onelaunch.engines.engine import STEP_SECONDS, Request
 from onelaunch.engines.sampling import float32_penalty
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import rope_tables
 from onelaunch.plan import Plan
 
 MAX_TOKENS = 128  # of one forward; a longer prompt is read in several
-MAX_SEQUENCES = 16
+MAX_SEQUENCES = 64
 SPIN = 4000
 ITEM_ROWS = 256
 
 Launches = Sequence[tuple[int, int]]
 """Ranges of stages (first, last + 1), each one call."""
-
-
-class CachedSequence:
-    """A sequence that grows by up to `n` tokens: ids, keys and values, and how it is sampled.
-
-    `uniforms` are the random numbers of its new tokens, where it is not greedy.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        ids: Sequence[int],
-        n: int,
-        sampling: Sampling,
-        uniforms: Tensor | None = None,
-        stop_ids: Sequence[int] = (),
-        logprobs: bool = False,
-    ) -> None:
-        config = runtime.config
-        self.prompt = len(ids)
-        self.limit = self.prompt + n
-        self.ids = torch.zeros(self.limit + 1, dtype=torch.int32)
-        self.ids[: self.prompt] = torch.tensor(ids, dtype=torch.int32)
-        self.size = self.prompt
-        self.read = 0
-        self.end = End.NONE
-        lanes = runtime.program.lanes
-        self.blocks = -(-self.limit // lanes)
-        self.shape = (config.n_layers, 2, config.n_kv_heads, self.blocks, config.head_dim, lanes)
-        # in small pages: only what a sequence comes to need is taken, and never much at once
-        self.cache = Memory(4 * math.prod(self.shape), large_pages=False)
-        self.sampling, self.uniforms = sampling, uniforms
-        self.n_stops, self.stops = len(stop_ids), Table(len(stop_ids))
-        for i, token in enumerate(stop_ids):
-            self.stops[i] = token
-        self.logprobs_N2 = torch.zeros(n, 2) if logprobs else None
-        self.penalised_V = torch.empty(config.vocab_size) if sampling.penalises else None
-
-    @property
-    def new(self) -> list[int]:
-        """Its new ids."""
-        return self.ids[self.prompt : self.size].tolist()
-
-    def logprob(self, i: int) -> float | None:
-        """The log-probability of new token `i`, where it was requested."""
-        if self.logprobs_N2 is None:
-            return None
-        relative, total = self.logprobs_N2[i].tolist()
-        return relative - math.log(total)
-
-    def resume(self, new: Sequence[int], read: int) -> None:
-        """Go on behind these new tokens, `read` of all tokens being in the cache."""
-        self.size = self.prompt + len(new)
-        self.ids[self.prompt : self.size] = torch.tensor(new, dtype=torch.int32)
-        self.read = read
-
-    def take_cache(self, layer: int, keys_KTE: Tensor, values_KTE: Tensor) -> None:
-        """Fill one layer's cache with the positions that another engine has read."""
-        cache = self.cache.tensor(0, self.shape, torch.float32)[layer]
-        lanes = self.shape[-1]
-        for to, source in zip(cache, (keys_KTE, values_KTE), strict=True):
-            n = source.shape[1]
-            whole = n // lanes
-            blocks = source[:, : whole * lanes].unflatten(1, (whole, lanes))
-            to[:, :whole].copy_(blocks.transpose(2, 3))
-            if n % lanes:
-                to[:, whole, :, : n % lanes].copy_(source[:, whole * lanes :].transpose(1, 2))
 
 
 class Runtime:
@@ -247,7 +180,7 @@ class Runtime:
         contiguous, written in place."""
         if self.adapt:
             self._sync[Sync.ACTIVE] = self.threads
-        seq = CachedSequence(self, ids_S.tolist(), 0, Sampling())
+        seq = CachedSequence(self.config, self.program.lanes, Request(0, ids_S.tolist(), 0), 0)
         self._need_positions(seq.size)
         self._lay_out([seq])
         vocab = self.config.vocab_size
@@ -291,7 +224,11 @@ class Runtime:
                 Seq.STOPS: seq.stops.address,
                 Seq.N_STOPS: seq.n_stops,
                 Seq.LOGPROBS: 0 if seq.logprobs_N2 is None else seq.logprobs_N2.data_ptr(),
-                Seq.PENALISED: 0 if seq.penalised_V is None else seq.penalised_V.data_ptr(),
+                Seq.ADJUSTED: 0 if seq.adjusted_2V is None else seq.adjusted_2V.data_ptr(),
+                Seq.BIASES: seq.biases.address,
+                Seq.N_BIASES: len(sampling.logit_bias),
+                Seq.TOPS: seq.tops_NK2.data_ptr(),
+                Seq.N_TOPS: seq.n_tops,
             }.items():
                 self._sequences[at + index] = value
             temperature = min(sampling.temperature, 3e38)
@@ -303,6 +240,8 @@ class Runtime:
             self._sequences.set_float(at + Seq.MIN_P, sampling.min_p)
             penalty = float32_penalty(sampling.repetition_penalty)
             self._sequences.set_float(at + Seq.PENALTY, penalty)
+            self._sequences.set_float(at + Seq.FREQUENCY, sampling.frequency_penalty)
+            self._sequences.set_float(at + Seq.PRESENCE, sampling.presence_penalty)
         self.state[State.N_SEQUENCES] = len(sequences)
 
     def generate(

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request, not_finite
 from onelaunch.engines.cpu.layout import End
-from onelaunch.engines.cpu.runtime import CachedSequence, Launches, Runtime
+from onelaunch.engines.cpu.runtime import Launches, Runtime
+from onelaunch.engines.cpu.sequence import CachedSequence
 from onelaunch.engines.engine import STEP_SECONDS, Finish, Request, TokenEvent
 from onelaunch.engines.reference import CachedRows
-from onelaunch.engines.sampling import request_uniforms
 from onelaunch.engines.session import RowSession, new_tokens
 
 FINISH: dict[End, Finish] = {End.STOP: "stop", End.LIMIT: "length"}
@@ -41,7 +41,7 @@ class CpuSession:
         self._alone, self._launches = alone, launches
         self._max_batch, self._max_len = max_batch, max_len
         self._waiting: deque[Request] = deque()
-        self._growing: list[tuple[Request, CachedSequence]] = []
+        self._growing: list[CachedSequence] = []
         self._events: list[TokenEvent] = []
         self._reference: tuple[RowSession, CachedRows] | None = None
 
@@ -76,7 +76,7 @@ class CpuSession:
             self._reference[0].cancel(id)
             return
         waiting = [request for request in self._waiting if request.id != id]
-        growing = [pair for pair in self._growing if pair[0].id != id]
+        growing = [seq for seq in self._growing if seq.request.id != id]
         if len(waiting) + len(growing) < len(self._waiting) + len(self._growing):
             self._waiting, self._growing = deque(waiting), growing
             self._events.append(TokenEvent(id, None, None, "cancelled"))
@@ -89,42 +89,30 @@ class CpuSession:
         self._reference = None
 
     def _grow(self, runtime: Runtime, seconds: float) -> None:
-        sizes = [seq.size for _, seq in self._growing]
-        runtime.generate([seq for _, seq in self._growing], self._launches, seconds)
-        for (request, seq), size in zip(self._growing, sizes, strict=True):
-            self._report(runtime, request, seq, size)
-        self._growing = [pair for pair in self._growing if pair[1].end == End.NONE]
+        sizes = [seq.size for seq in self._growing]
+        runtime.generate(self._growing, self._launches, seconds)
+        for seq, size in zip(self._growing, sizes, strict=True):
+            self._report(runtime, seq, size)
+        self._growing = [seq for seq in self._growing if seq.end == End.NONE]
 
-    def _report(self, runtime: Runtime, request: Request, seq: CachedSequence, size: int) -> None:
+    def _report(self, runtime: Runtime, seq: CachedSequence, size: int) -> None:
         """The events of what came to a sequence after its first `size` tokens."""
-        finish, error = FINISH.get(seq.end), None
+        id, finish, error = seq.request.id, FINISH.get(seq.end), None
         if seq.end == End.NOT_FINITE:
             finish, error = "error", not_finite(seq.size - 1, runtime.dtype)
         for i, token in enumerate(seq.ids[size : seq.size].tolist(), size - seq.prompt):
-            self._events.append(TokenEvent(request.id, token, seq.logprob(i)))
+            self._events.append(TokenEvent(id, token, seq.logprob(i), top=seq.top(i)))
         if finish == "length":
             self._events[-1] = self._events[-1]._replace(finish=finish)
         elif finish is not None:
-            self._events.append(TokenEvent(request.id, None, None, finish, error))
+            self._events.append(TokenEvent(id, None, None, finish, error))
 
     def _join(self, runtime: Runtime, request: Request) -> None:
         n = new_tokens(self._config, request, self._max_len)
         if n:
-            self._growing.append((request, self._sequence(runtime, request, n)))
+            self._growing.append(CachedSequence(self._config, runtime.program.lanes, request, n))
         else:
             self._events.append(TokenEvent(request.id, None, None, "length"))
-
-    def _sequence(self, runtime: Runtime, request: Request, n: int) -> CachedSequence:
-        uniforms = request_uniforms(request, n)
-        return CachedSequence(
-            runtime,
-            request.prompt_ids,
-            n,
-            request.sampling,
-            uniforms,
-            request.stop_ids,
-            request.logprobs,
-        )
 
     def _step_by_reference(self) -> list[TokenEvent]:
         if self._reference is None:
@@ -137,14 +125,14 @@ class CpuSession:
     def _take_over(self, runtime: Runtime) -> None:
         """Go on with the sequences of the reference engine's session."""
         assert self._reference is not None
-        session, rows = self._reference
+        (session, rows), lanes = self._reference, runtime.program.lanes
         for row, each in enumerate(session.growing):
-            seq = self._sequence(runtime, each.request, each.limit)
+            seq = CachedSequence(self._config, lanes, each.request, each.limit)
             cache = rows.caches[row]
             seq.resume(each.new, cache.length)
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 seq.take_cache(layer, keys[0, :, : cache.length], values[0, :, : cache.length])
-            self._growing.append((each.request, seq))
+            self._growing.append(seq)
         self._waiting.extend(session.waiting)
         self._events += session.take_events()
         self._reference = None

@@ -176,7 +176,9 @@ class CudaEngine:
 
         A sequence has up to MAX_TEXT positions. Its prompt is read in chunks of 512, between which
         the others grow. Sessions of more positions, and those on AMD's GPUs, are the reference
-        engine's. Raises BadInput where the fusion depth is "text" and the model or `max_batch` does
+        engine's, and so are requests with an option that no kernel has: a presence or frequency
+        penalty, a logit bias, top log-probabilities. With a fusion depth by hand such a request is
+        refused. Raises BadInput where the fusion depth is "text" and the model or `max_batch` does
         not fit.
         """
         length = check_session(max_batch, max_len, self.config)

@@ -47,8 +47,8 @@ def sample(state, seq):
     if not bad:
         new = field(seq, Seq.SIZE) - field(seq, Seq.PROMPT)
         scores, best = logits, top
-        if field(seq, Seq.PENALISED) != 0:
-            scores = _penalise(seq, logits, vocab)
+        if field(seq, Seq.ADJUSTED) != 0:
+            scores = _adjust(seq, logits, vocab)
             best, bad = _largest(scores, vocab)
         if get_f32(seq + 8 * Seq.TEMPERATURE) == 0.0:
             chosen = _first_equal(scores, vocab, best)
@@ -60,29 +60,70 @@ def sample(state, seq):
         if logprobs != 0:
             put_f32(logprobs + 8 * new, get_f32(logits + 4 * chosen) - top)
             put_f32(logprobs + 8 * new + 4, _sum_of_exponentials(logits, vocab, top))
+        tops = field(seq, Seq.N_TOPS)
+        if tops != 0:
+            _most_likely(logits, vocab, top, field(seq, Seq.TOPS) + 8 * tops * new, tops)
     put_i64(seq + 8 * Seq.NEXT, chosen)
 
 
 @compiled
-def _penalise(seq, logits, vocab):
-    """A copy of the logits, which are finite, with the repetition penalty, finite as well; its
+def _adjust(seq, logits, vocab):
+    """A copy of the logits, which are finite, with bias and penalties, finite as well; its
     address."""
-    to, ids = field(seq, Seq.PENALISED), field(seq, Seq.IDS)
-    penalty = get_f32(seq + 8 * Seq.PENALTY)
+    to, ids = field(seq, Seq.ADJUSTED), field(seq, Seq.IDS)
     whole = vocab // LANES * LANES
     for i in range(0, whole, LANES):
         store(to + 4 * i, load(logits + 4 * i))
     for i in range(whole, vocab):
         put_f32(to + 4 * i, get_f32(logits + 4 * i))
-    for i in range(field(seq, Seq.SIZE)):
+    biases = field(seq, Seq.BIASES)
+    for i in range(field(seq, Seq.N_BIASES)):
+        at = to + 4 * get_i64(biases + 16 * i)
+        put_f32(at, get_f32(at) + get_f32(biases + 16 * i + 8))
+    # how often each token of the text is among the new ones; -1 once it has its penalties
+    size, counts = field(seq, Seq.SIZE), to + 4 * vocab
+    for i in range(size):
+        put_i32(counts + 4 * np.int64(get_i32(ids + 4 * i)), 0)
+    for i in range(field(seq, Seq.PROMPT), size):
+        at = counts + 4 * np.int64(get_i32(ids + 4 * i))
+        put_i32(at, get_i32(at) + 1)
+    penalty = get_f32(seq + 8 * Seq.PENALTY)
+    # in float64, where the product is exact, fused with the sum or not
+    frequency = np.float64(get_f32(seq + 8 * Seq.FREQUENCY))
+    presence = np.float64(get_f32(seq + 8 * Seq.PRESENCE))
+    for i in range(size):
         token = np.int64(get_i32(ids + 4 * i))
-        value = get_f32(logits + 4 * token)
-        if value > 0.0:
-            value = min(value / penalty, _LARGEST_FLOAT)
-        else:
-            value = max(value * penalty, -_LARGEST_FLOAT)
-        put_f32(to + 4 * token, value)
+        count = get_i32(counts + 4 * token)
+        if count >= 0:
+            put_i32(counts + 4 * token, -1)
+            value = get_f32(to + 4 * token)
+            if value > 0.0:
+                value = min(value / penalty, _LARGEST_FLOAT)
+            else:
+                value = max(value * penalty, -_LARGEST_FLOAT)
+            if count > 0:
+                value -= np.float32(count * frequency + presence)
+            put_f32(to + 4 * token, value)
     return to
+
+
+@compiled
+def _most_likely(logits, vocab, top, to, n):
+    """The ids and logits of the n largest, less the largest, in order; of equal ones the first."""
+    count = 0
+    for i in range(vocab):
+        value = get_f32(logits + 4 * i) - top
+        if count == n:
+            if value <= get_f32(to + 8 * (n - 1) + 4):
+                continue
+        else:
+            count += 1
+        at = to + 8 * (count - 1)
+        while at > to and get_f32(at - 4) < value:
+            put_i64(at, get_i64(at - 8))
+            at -= 8
+        put_i32(at, i)
+        put_f32(at + 4, value)
 
 
 @compiled

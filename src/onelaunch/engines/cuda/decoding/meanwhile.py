@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request
+from onelaunch.engines.cuda.decoding.split import Split
 from onelaunch.engines.engine import STEP_SECONDS, Request, Session, TokenEvent
 
 TIMEOUT = 0.4
@@ -31,53 +32,32 @@ class Meanwhile:
         log: Callable[[str], None],
         timeout: float = TIMEOUT,
     ) -> None:
-        self._config, self._session, self._make_other = config, session, other
+        self._config, self._sessions = config, Split(session, other)
         self._compiling, self._log, self._timeout = compiling, log, timeout
-        self._other: Session | None = None
-        self._of_session: set[int] = set()
-        self._of_other: set[int] = set()
+        self._logged = False
 
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
         compiled = self._compiling(request)
-        if not self._of_other:  # those of one call are all written by one
+        if not self._sessions.of_other:  # those of one call are all written by one
             wait([compiled], self._timeout)
             if compiled.done():
-                self._session.submit(request)
-                self._of_session.add(request.id)
+                self._sessions.submit(request)
                 return
-        if self._other is None:
+        if not self._logged:
+            self._logged = True
             self._log("compiling the kernels that generate; they are kept for the next time")
-            self._other = self._make_other()
-        self._other.submit(request)
-        self._of_other.add(request.id)
+        self._sessions.submit_to_other(request)
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
         """Go on for so many seconds; see `Session`."""
-        events = []
-        if self._of_session:
-            events += self._session.step(seconds)
-        if self._of_other:
-            assert self._other is not None
-            events += self._other.step(seconds)
-        ended = {event.id for event in events if event.finish is not None}
-        self._of_session -= ended
-        self._of_other -= ended
-        return events
+        return self._sessions.step(seconds)
 
     def cancel(self, id: int) -> None:
         """End a request; see `Session`."""
-        if id in self._of_session:
-            self._session.cancel(id)
-        elif id in self._of_other:
-            assert self._other is not None
-            self._other.cancel(id)
+        self._sessions.cancel(id)
 
     def close(self) -> None:
         """End all requests."""
-        self._session.close()
-        if self._other is not None:
-            self._other.close()
-        self._of_session.clear()
-        self._of_other.clear()
+        self._sessions.close()

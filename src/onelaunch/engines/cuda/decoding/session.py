@@ -33,6 +33,7 @@ from onelaunch.engines.cuda.decoding.chain import (
     TokenChain,
     bucket,
 )
+from onelaunch.engines.cuda.decoding.options import check_kernels
 from onelaunch.engines.cuda.decoding.prefill import Prompts, Reading
 from onelaunch.engines.cuda.pack import PackedModel
 from onelaunch.engines.cuda.program import BoundForward
@@ -107,6 +108,7 @@ class CudaSession:
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
+        check_kernels(request)
         self._waiting.append(request)
 
     def step(self, seconds: float = STEP_SECONDS) -> list[TokenEvent]:
@@ -376,7 +378,7 @@ def take(
     id, new = request.id, tuple.__new__  # TokenEvent's own, in Python, takes as long again
     of_each: Iterable[float | None] = logprobs if request.logprobs else repeat(None)
     events = [
-        new(TokenEvent, (id, token, logprob, None, None))
+        new(TokenEvent, (id, token, logprob, None, None, ()))
         for token, logprob in zip(tokens, of_each, strict=False)
     ]
     if how == sampling.NOT_FINITE:

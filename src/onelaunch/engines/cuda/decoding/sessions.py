@@ -15,6 +15,7 @@ from onelaunch.engines.cuda import TEXT
 from onelaunch.engines.cuda.calls import on
 from onelaunch.engines.cuda.decoding.grids import Grid, grid_for, why_not
 from onelaunch.engines.cuda.decoding.meanwhile import Meanwhile
+from onelaunch.engines.cuda.decoding.options import OptionsByPyTorch
 from onelaunch.engines.cuda.decoding.prefill import Prompts
 from onelaunch.engines.cuda.decoding.session import CudaSession
 from onelaunch.engines.cuda.decoding.text import TextKernel
@@ -60,8 +61,9 @@ class Sessions:
         pytorchs: Callable[[], Session],
     ) -> Session:
         """For up to `max_batch` sequences of `length` positions. `alone` is held while kernels are
-        prepared and launched; `pytorchs` makes PyTorch's session. Raises BadInput where the fusion
-        depth is "text" and one launch cannot write them."""
+        prepared and launched; `pytorchs` makes PyTorch's session, which has no part in a fusion
+        depth by hand. Raises BadInput where the fusion depth is "text" and one launch cannot write
+        them."""
         c = self._config
         by_stage = partial(
             CudaSession,
@@ -77,9 +79,13 @@ class Sessions:
             session = TextSession(
                 c, source, by_stage, alone, max_batch, length, dtype, self._failed
             )
-        if not self._meanwhile:
+        if self._depth != "auto":
             return session
-        return Meanwhile(c, session, pytorchs, partial(self._begin, session, alone), self._log)
+        whole: Session = session
+        if self._meanwhile:
+            begin = partial(self._begin, session, alone)
+            whole = Meanwhile(c, session, pytorchs, begin, self._log)
+        return OptionsByPyTorch(c, whole, pytorchs)
 
     @property
     def compiling(self) -> bool:

@@ -16,6 +16,7 @@ from onelaunch.config import ModelConfig
 from onelaunch.engines.checks import check_request
 from onelaunch.engines.cuda.calls import compile_together
 from onelaunch.engines.cuda.decoding import sampling
+from onelaunch.engines.cuda.decoding.options import check_kernels
 from onelaunch.engines.cuda.decoding.prefill import Prompts, Reading
 from onelaunch.engines.cuda.decoding.session import MAX_SECONDS, Growing, in_turn, notice, take
 from onelaunch.engines.cuda.decoding.text import Ended, Row, Text, TextKernel
@@ -129,6 +130,7 @@ class TextSession:
     def submit(self, request: Request) -> None:
         """Add a request; see `Session`."""
         check_request(self._config, request)
+        check_kernels(request)
         if self._writes:
             self._waiting.append(request)
         else:
