@@ -33,10 +33,22 @@ def test_a_plain_model(tmp_path):
     assert (model.bos_id, model.stop_ids) == (None, ())
     assert list(model.weights) == list(config.weight_shapes())
     assert torch.equal(model.weights["embed_tokens.weight"], values["token_embd.weight"])
-    assert torch.equal(
-        model.weights["layers.1.mlp.down_proj.weight"], values["blk.1.ffn_down.weight"]
-    )
+    assert torch.equal(model.weights["norm.weight"], values["output_norm.weight"])
     assert torch.equal(model.weights["lm_head.weight"], values["output.weight"])
+    for name, stored in {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }.items():
+        for i in range(2):
+            weight = model.weights[f"layers.{i}.{name}.weight"]
+            assert torch.equal(weight, values[f"blk.{i}.{stored}.weight"])
 
 
 def test_a_file_by_its_magic_alone_and_by_other_alignments(tmp_path):

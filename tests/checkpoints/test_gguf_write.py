@@ -135,6 +135,7 @@ def test_the_same_logits_in_both_layouts(tmp_path, layout, changes, architecture
     again = load(tmp_path / "a.gguf")
     fields = package.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["general.architecture"].contents() == architecture
+    assert again.config.rope_layout == ("half" if architecture == "qwen3" else "interleaved")
     config, weights = to_layout(again.config, again.weights, layout)
     assert config == model.config
     assert all(torch.equal(weights[name], model.weights[name]) for name in weights)
