@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import struct
 import sys
 import tempfile
 import traceback
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -143,6 +145,25 @@ def mutated_safetensors(draw: st.DrawFn, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
+@st.composite
+def mutated_archive(draw: st.DrawFn, data: bytes) -> bytes:
+    """A record of a zip archive mutated, the archive around it whole; or its bytes damaged."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(mutated_bytes(data))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    pickled = [name for name in records if name.endswith(".pkl")]
+    chosen = draw(st.sampled_from([*pickled * len(records), *records]))
+    records[chosen] = draw(mutated_bytes(records[chosen]))
+    if draw(st.integers(0, 9)) == 0:
+        del records[draw(st.sampled_from(list(records)))]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
 # ---------------------------------------------------------------- formats
 
 
@@ -193,6 +214,88 @@ def _use_llama2c(path: Path) -> None:
     again = path.with_name("again.bin")
     llama2c.write(model, again)
     assert again.read_bytes() == path.read_bytes(), "write(read(file)) is not the file"
+
+
+def _make_llama2c_int8(folder: Path) -> Path:
+    from onelaunch.checkpoints import llama2c_versions
+
+    llama2c_versions.write(_small_model(), folder / "model.bin")
+    return folder / "model.bin"
+
+
+def _make_llama2c_v1(folder: Path) -> Path:
+    """Nothing writes version 1 any more: the header and the tensors by hand."""
+    from onelaunch.checkpoints import llama2c_versions
+
+    model = _small_model()
+    config = model.config
+    sizes = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads)
+    header = struct.pack("<4s8iB", b"24ka", 1, *sizes, config.vocab_size, config.max_seq_len, 0)
+    names = [name for name, _ in llama2c_versions._tensors(config)]
+    body = b"".join(model.weights[name].numpy().tobytes() for name in names)
+    path = folder / "model.bin"
+    path.write_bytes(header.ljust(256, b"\0") + body)
+    return path
+
+
+def _use_llama2c_versions(path: Path) -> None:
+    from onelaunch.checkpoints import llama2c_versions
+
+    _touch(llama2c_versions.read(path))
+
+
+def _make_checkpoint(folder: Path) -> Path:
+    import torch
+
+    from onelaunch.checkpoints import llama2c_checkpoint
+
+    model = _small_model()
+    names = {new: old for old, new in llama2c_checkpoint._LAYER_NAMES.items()}
+    names |= {new: old for old, new in llama2c_checkpoint._WHOLE_NAMES.items()}
+    state = {}
+    for name, tensor in model.weights.items():
+        stem = name.removesuffix(".weight")
+        layer, _, kind = stem.removeprefix("layers.").partition(".")
+        own = f"layers.{layer}.{names[kind]}" if kind else names[stem]
+        state[f"_orig_mod.{own}.weight"] = tensor
+    config = model.config
+    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+    args = {name: getattr(config, name) for name in sizes}
+    path = folder / "ckpt.pt"
+    torch.save({"model": state, "model_args": args, "best_val_loss": torch.tensor(1.5)}, path)
+    return path
+
+
+def _use_checkpoint(path: Path) -> None:
+    from onelaunch.checkpoints import llama2c_checkpoint
+
+    _touch(llama2c_checkpoint.read(path))
+
+
+def _make_gguf(kind: str) -> Callable[[Path], Path]:
+    """A model with a tokenizer of a kind, and a tensor of each type."""
+
+    def make(folder: Path) -> Path:
+        _find_tests()
+        from tests.checkpoints import gguf_files
+
+        path = folder / "model.gguf"
+        path.write_bytes(gguf_files.small_file(kind))
+        return path
+
+    return make
+
+
+def _use_gguf(path: Path) -> None:
+    from onelaunch.checkpoints import gguf
+    from onelaunch.checkpoints.tokenizers import find_tokenizer
+
+    model = gguf.read(path)
+    for tensor in model.weights.values():
+        float(tensor.float().sum())
+    tokenizer = find_tokenizer(model)
+    if tokenizer is not None:
+        tokenizer.decode(tokenizer.encode("a cat, \u00e9 \U0001f408 ab"))
 
 
 def _make_hf(name: str) -> Callable[[Path], Path]:
@@ -291,11 +394,15 @@ def _use_tokens(path: Path) -> None:
     _token_folders().use(path)
 
 
-def _token_folders() -> Any:
-    # A test's own module, found whether this file runs by its path or as part of the tests.
+def _find_tests() -> None:
+    """Make the tests' own modules importable, also where this file runs by its path."""
     root = str(Path(__file__).resolve().parents[1])
     if root not in sys.path:
         sys.path.insert(0, root)
+
+
+def _token_folders() -> Any:
+    _find_tests()
     from tests.training import token_folders
 
     return token_folders
@@ -407,6 +514,11 @@ def _use_package(path: Path) -> None:
 
 FORMATS: dict[str, Fuzzed] = {
     "llama2c": Fuzzed(_make_llama2c, _use_llama2c, mutated_bytes),
+    "llama2c-v1": Fuzzed(_make_llama2c_v1, _use_llama2c_versions, mutated_bytes),
+    "llama2c-int8": Fuzzed(_make_llama2c_int8, _use_llama2c_versions, mutated_bytes),
+    "llama2c-ckpt": Fuzzed(_make_checkpoint, _use_checkpoint, mutated_archive),
+    "gguf": Fuzzed(_make_gguf("llama"), _use_gguf, mutated_bytes),
+    "gguf-bpe": Fuzzed(_make_gguf("gpt2"), _use_gguf, mutated_bytes),
     "hf-config": Fuzzed(_make_hf("config.json"), _use_hf, mutated_json),
     "hf-safetensors": Fuzzed(_make_hf("model.safetensors"), _use_hf, mutated_safetensors),
     "hf-index": Fuzzed(_make_hf_index, _use_hf, mutated_json),

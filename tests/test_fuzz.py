@@ -33,8 +33,9 @@ def sampled(names, sample):
 
 @pytest.mark.parametrize("name", sampled(fuzz.FORMATS, SAMPLE))
 def test_damaged_files_raise_only_our_own_error(name):
-    if name.startswith("coreml-") and find_spec("coremltools") is None:
-        pytest.skip("coremltools is not installed")
+    for prefix, package in (("coreml-", "coremltools"), ("gguf", "gguf"), ("gguf", "tokenizers")):
+        if name.startswith(prefix) and find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     result, told = _run(FUZZ, "--format", name, "--examples", 200, "--seed", 0)
     assert result.returncode == 0, result.stdout + result.stderr
     # Both sides of the reader's judgement were exercised; a damaged best.json is passed over.

@@ -92,3 +92,46 @@ def tensors(tied=False, seed=0):
     raw = {name: (tuple(t.shape), 0, t.numpy().tobytes()) for name, t in values.items()}
     assert all(math.prod(shape) * 4 == len(data) for shape, _, data in raw.values())
     return raw, values
+
+
+def small_file(tokenizer):
+    """The bytes of a model of a few kilobytes with a tokenizer, "llama" or "gpt2"; one matrix each
+    is F16, BF16, Q8_0 and Q4_0."""
+    changes = {
+        "embedding_length": 32,
+        "feed_forward_length": 32,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "block_count": 1,
+    }
+    entries = metadata(**{f"llama__{key.replace('.', '__')}": n for key, n in changes.items()})
+    if tokenizer == "llama":
+        pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        pieces += ["\u2581", "a", "b", "\u2581a", "ab", "\u2581ab"]
+        keys = {
+            "scores": [-float(i) for i in range(len(pieces))],
+            "token_type": [2, 3, 3, *[6] * 256, *[1] * 6],
+        }
+    else:
+        pieces = [chr(code) for code in range(33, 127)] + ["\u0120", "\u0120a", "ca", "<|x|>"]
+        keys = {
+            "pre": "llama-bpe",
+            "merges": ["\u0120 a", "c a"],
+            "token_type": [*[1] * (len(pieces) - 1), 3],
+            "bos_token_id": len(pieces) - 1,
+        }
+    keys |= {"model": tokenizer, "tokens": pieces}
+    entries |= {f"tokenizer.ggml.{key}": each for key, each in keys.items()}
+    entries["tokenizer.chat_template"] = "{{ messages }}"
+    table = {"token_embd.weight": (len(pieces), 32), "blk.0.attn_norm.weight": (32,)}
+    table |= {f"blk.0.attn_{x}.weight": (16, 32) for x in "kv"}
+    table |= {f"blk.0.{name}.weight": (32, 32) for name in ("attn_q", "attn_output")}
+    table |= {f"blk.0.ffn_{name}.weight": (32, 32) for name in ("gate", "up", "down")}
+    table |= {"blk.0.ffn_norm.weight": (32,), "output_norm.weight": (32,)}
+    kinds = {"attn_q": (8, 34 / 32), "attn_k": (2, 18 / 32), "attn_v": (1, 2), "ffn_up": (30, 2)}
+    data = {}
+    for name, shape in table.items():
+        kind, size = kinds.get(name.removeprefix("blk.0.").removesuffix(".weight"), (0, 4))
+        raw = struct.pack("<e", 0.5) * (int(math.prod(shape) * size) // 2)
+        data[name] = (shape, kind, raw)
+    return gguf_bytes(entries, data)

@@ -10,6 +10,7 @@ from tests.checkpoints import gguf_files
 from tests.checkpoints.gguf_files import DIM, gguf_bytes, metadata, shapes, tensors
 
 from onelaunch.checkpoints import gguf, load
+from onelaunch.checkpoints.gguf_header import Header
 from onelaunch.config import RopeScaling
 from onelaunch.errors import BadInput, MissingExtra
 
@@ -32,10 +33,22 @@ def test_a_plain_model(tmp_path):
     assert (model.bos_id, model.stop_ids) == (None, ())
     assert list(model.weights) == list(config.weight_shapes())
     assert torch.equal(model.weights["embed_tokens.weight"], values["token_embd.weight"])
-    assert torch.equal(
-        model.weights["layers.1.mlp.down_proj.weight"], values["blk.1.ffn_down.weight"]
-    )
+    assert torch.equal(model.weights["norm.weight"], values["output_norm.weight"])
     assert torch.equal(model.weights["lm_head.weight"], values["output.weight"])
+    for name, stored in {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }.items():
+        for i in range(2):
+            weight = model.weights[f"layers.{i}.{name}.weight"]
+            assert torch.equal(weight, values[f"blk.{i}.{stored}.weight"])
 
 
 def test_a_file_by_its_magic_alone_and_by_other_alignments(tmp_path):
@@ -107,6 +120,60 @@ def test_quantized_tensors_become_float32(tmp_path, monkeypatch, number, name):
     assert torch.equal(
         model.weights["layers.0.mlp.down_proj.weight"], stored["blk.0.ffn_down.weight"]
     )
+
+
+def test_k_quants_as_ggml_defines_them(tmp_path):
+    """Q6_K: 128 bytes of low halves, 64 of high pairs of bits, 16 scales, and one of all."""
+    pytest.importorskip("gguf")
+    generator = torch.Generator().manual_seed(5)
+    raw, expected = b"", []
+    for scale in (0.5, -2.0, 0.125):
+        low = torch.randint(0, 256, (128,), generator=generator).tolist()
+        high = torch.randint(0, 256, (64,), generator=generator).tolist()
+        scales = torch.randint(-128, 128, (16,), generator=generator).tolist()
+        raw += struct.pack("<128B64B16be", *low, *high, *scales, scale)
+        for i in range(256):
+            half, quarter, place = i // 128, i % 128 // 32, i % 32
+            nibble = low[half * 64 + quarter % 2 * 32 + place] >> quarter // 2 * 4 & 15
+            number = nibble | (high[half * 32 + place] >> 2 * quarter & 3) << 4
+            expected.append(scale * scales[i // 16] * (number - 32))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes({}, {"x": ((3, 256), 14, raw)}))
+    header = Header(path)
+    values = gguf.read_tensor(header, header.tensors["x"])
+    assert torch.equal(values, torch.tensor(expected).view(3, 256))
+
+
+def test_a_file_of_a_vocabulary_alone(tmp_path):
+    """It ends with its header, without padding."""
+    path = tmp_path / "m.gguf"
+    data = gguf_bytes({"tokenizer.ggml.tokens": ["a", "bc"]}, {})
+    path.write_bytes(data.rstrip(b"\0"))
+    assert len(path.read_bytes()) % 32
+    assert Header(path).strings("tokenizer.ggml.tokens") == [b"a", b"bc"]
+
+
+def test_the_chat_template(tmp_path):
+    entries = {"tokenizer__chat_template": "{{ messages }}"}
+    path = _file(tmp_path, entries)
+    assert load(path).chat_template == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text("of another model")
+    assert load(path).chat_template == "{{ messages }}"
+    own = tmp_path / "m.chat_template.jinja"
+    own.write_text("mine")
+    assert load(path).chat_template == "mine"
+    own.unlink()
+    model = load(_file(tmp_path, {"tokenizer__chat_template": "x" * (1 << 20)}))
+    assert model.chat_template is None
+    assert "m.gguf: its chat template is larger" in model.notices[0]
+
+
+def test_a_name_of_megabytes_is_cut(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes({"general.architecture": "x" * (1 << 20)}, {}))
+    with pytest.raises(BadInput) as caught:
+        load(path)
+    assert len(str(caught.value)) < 1000
 
 
 def _divisors(scaling, theta=10000.0, head_dim=DIM // gguf_files.HEADS):
@@ -188,11 +255,11 @@ def test_keys_per_layer_that_are_all_equal(tmp_path):
     assert load(_file(tmp_path, changes)).config.n_kv_heads == 2
 
 
-@pytest.mark.parametrize(("number", "name"), [(12, "Q4_K"), (14, "Q6_K"), (99, "of type 99")])
+@pytest.mark.parametrize(("number", "name"), [(12, "Q4_K"), (15, "Q8_K"), (99, "of type 99")])
 def test_tensor_types_that_are_not_supported(tmp_path, number, name):
     raw, values = tensors()
     raw["output.weight"] = (tuple(values["output.weight"].shape), number, bytes(64))
-    with pytest.raises(BadInput, match=rf"'output\.weight' is {name}; .* F32, F16, Q4_0, Q8_0"):
+    with pytest.raises(BadInput, match=rf"'output\.weight' is {name}; .* Q8_0, Q6_K, BF16$"):
         load(_file(tmp_path, table=raw))
 
 
@@ -243,7 +310,7 @@ def test_the_header_of_tensors_is_checked(tmp_path):
 def test_an_array_that_claims_too_much_takes_no_memory(tmp_path):
     path = tmp_path / "m.gguf"
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_files.string("x")
-    for count, message in [(1 << 19 | 1, "at most 524288"), (1 << 19, "ends within its header")]:
+    for count, message in [((3 << 17) + 1, "at most 393216"), (3 << 17, "ends within its header")]:
         path.write_bytes(head + struct.pack("<IIQ", 9, 8, count) + bytes(64))
         tracemalloc.start()
         with pytest.raises(BadInput, match=message):

@@ -84,12 +84,9 @@ def test_padding_is_no_part_of_the_vocabulary(tmp_path):
         ({"token_type": [1]}, "not one type each"),
         ({"scores": None}, "one finite score"),
         ({"scores": [float("nan")] * 400}, "one finite score"),
-        ({"bos_token_id": 5}, "BOS 5 and EOS 2"),
-        ({"eos_token_id": 0}, "BOS 1 and EOS 0"),
-        ({"add_bos_token": False}, "adds no BOS"),
-        ({"add_space_prefix": False}, "adds no space"),
-        ({"tokens": ["a"] * (259 + len(PIECES))}, "pieces 3 to 258 are not the 256 bytes"),
-        ({"token_type": [2, 3, 3, *[6] * 256, 4, *[1] * (len(PIECES) - 1)]}, "piece 259, '!', is"),
+        ({"tokens": ["a"] * (259 + len(PIECES))}, "occurs twice"),
+        ({"tokens": [f"p{i}" for i in range(259 + len(PIECES))]}, "has not all bytes"),
+        ({"add_space_prefix": False, "unknown_token_id": 9999}, "9999 is no piece"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used(tmp_path, changes, message):
@@ -99,6 +96,48 @@ def test_a_tokenizer_that_cannot_be_used(tmp_path, changes, message):
     assert str(caught.value).startswith(f"{path}: ")
     with pytest.raises(BadInput, match=message):
         load_tokenizer(path)
+
+
+def _other_layout(**changes):
+    """As `_sentencepiece`, with special tokens before the bytes and at the end."""
+    keys = _sentencepiece()
+    tokens, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
+    keys["tokenizer.ggml.tokens"] = [*tokens[:3], "[INST]", *tokens[3:], "<|im|>"]
+    keys["tokenizer.ggml.scores"] = [*scores[:3], 0.0, *scores[3:], 0.0]
+    keys["tokenizer.ggml.token_type"] = [2, 3, 3, 3, *[6] * 256, *[1] * len(PIECES), 4]
+    return keys | {f"tokenizer.ggml.{key}": each for key, each in changes.items()}
+
+
+def other_layout_file(folder):
+    return _file(folder, _other_layout())
+
+
+def test_sentencepiece_with_special_tokens_elsewhere(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = read_tokenizer(_file(tmp_path, _other_layout()))
+    assert tokenizer.kind == "json"
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, (1, 2))
+    assert tokenizer.vocab_size == 261 + len(PIECES)
+
+    def expected(text):
+        ids = _reference().encode(text, bos=False)
+        return [i + 1 if i >= 3 else i for i in ids]
+
+    for text in ("ab", "a", "  ab  a", "\u00e9\u4f60!", TEXT):
+        assert tokenizer.encode(text) == [1, *expected(text)]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    last = tokenizer.vocab_size - 1
+    ids = [1, *expected("ab"), 3, *expected("a"), last, *expected("b")]
+    assert tokenizer.encode("ab[INST]a<|im|>b") == ids
+    bare = _file(tmp_path, _other_layout(add_bos_token=False, add_space_prefix=False))
+    assert read_tokenizer(bare).encode("ab") == [260 + PIECES.index("ab")]
+
+
+def test_other_ids_of_bos_and_eos(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = read_tokenizer(_file(tmp_path, _sentencepiece(bos_token_id=2, eos_token_id=1)))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 1)
+    assert tokenizer.encode("a")[0] == 2
 
 
 def test_where_a_tokenizer_is_looked_for(tmp_path):
@@ -111,14 +150,16 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     (tmp_path / "m.tokenizer.bytes").write_text("bytes")
     assert find_tokenizer(model).kind == "bytes"
     (tmp_path / "m.tokenizer.bytes").unlink()
-    # one inside that cannot be used, or none: what lies in the folder
-    for changes in ({"model": "bert"}, {"model": "no_vocab"}, {"model": None}):
+    # none inside: what lies in the folder
+    for changes in ({"model": "no_vocab"}, {"model": None}):
         path = _file(tmp_path, _sentencepiece(**changes))
         assert find_tokenizer(load(path)).kind == "bytes"
     (tmp_path / "tokenizer.bytes").unlink()
     assert find_tokenizer(load(path)) is None
     with pytest.raises(BadInput, match=r"m\.gguf: has no tokenizer in it"):
         load_tokenizer(path)
+    # one inside that cannot be used: not that of another model in the folder
+    (tmp_path / "tokenizer.bytes").write_text("bytes")
     path = _file(tmp_path, _sentencepiece(model="bert"))
     with pytest.raises(BadInput, match="kind 'bert'"):
         find_tokenizer(load(path))
@@ -148,7 +189,10 @@ def _there_and_back(folder, tokenizer, extra=0, **ids):
     for name, value in ids.items():
         setattr(model, name, value)
     save(model, folder / "out.gguf", "gguf", tokenizer=tokenizer)
-    return find_tokenizer(load(folder / "out.gguf"))
+    again = find_tokenizer(load(folder / "out.gguf"))
+    assert again is not None
+    assert load_tokenizer(folder / "out.gguf").fingerprint == again.fingerprint
+    return again
 
 
 @pytest.mark.parametrize("extra", [0, 3])
@@ -170,11 +214,45 @@ def test_pieces_that_no_text_becomes_have_other_names():
     assert len(keys["token_scores"]) == len(pieces)
 
 
+def test_a_tokenizer_json_of_sentencepiece_comes_back(tmp_path):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("gguf")
+    first = read_tokenizer(_file(tmp_path, _other_layout()))
+    again = _there_and_back(tmp_path, first, extra=2)
+    assert same_tokenizer(first, again)
+    assert again.encode("ab[INST] a<|im|>") == first.encode("ab[INST] a<|im|>")
+    keys = tokenizer_keys(first, first.vocab_size)
+    assert keys["token_types"] == _other_layout()["tokenizer.ggml.token_type"]
+    # a step of another name that does the same, and one that does not
+    data = first.definition()
+    data["normalizer"] = None
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+    data["pre_tokenizer"] = {**spaces, "prepend_scheme": "never"}
+    other = JsonTokenizer.from_definition(data, {"bos_token_id": 1, "eos_token_id": 2}, "x")
+    assert same_tokenizer(other, _there_and_back(tmp_path, other))
+    data["pre_tokenizer"]["prepend_scheme"] = "always"
+    other = JsonTokenizer.from_definition(data, {}, "x")
+    with pytest.raises(BadInput, match="the file cannot store the tokenizer"):
+        tokenizer_keys(other, other.vocab_size)
+
+
+def test_merges_that_are_not_in_the_order_of_scores(tmp_path):
+    """BPE that was learned otherwise forms pieces only by its own merges."""
+    pytest.importorskip("tokenizers")
+    data = read_tokenizer(_file(tmp_path, _other_layout())).definition()
+    merges = data["model"]["merges"]
+    assert ["\u2581a", "b"] in merges
+    data["model"]["merges"] = [merge for merge in merges if merge != ["\u2581a", "b"]]
+    tokenizer = JsonTokenizer.from_definition(data, {}, "x")
+    with pytest.raises(BadInput, match="its merges are not in the order of scores"):
+        tokenizer_keys(tokenizer, tokenizer.vocab_size)
+
+
 TEXT = """It's we'LL 12345 x<<=3 $$ ++
   two  spaces,\ta tab\r\n\n \u00e9 e\u0301 \u4f60\u597d \U0001f600 don't <|end|>!! 7 77"""
 
 
-def _bpe(folder, name, **changes):
+def train_bpe(folder, name, **changes):
     """A trained tokenizer.json whose text is split as `name` says."""
     library = pytest.importorskip("tokenizers")
     pre = PRE_TOKENIZERS[name]
@@ -201,7 +279,7 @@ def _bpe(folder, name, **changes):
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_bpe_comes_back(tmp_path, name):
-    tokenizer = _bpe(tmp_path, name)
+    tokenizer = train_bpe(tmp_path, name)
     assert recognize(tokenizer.definition()) == name
     again = _there_and_back(tmp_path, tokenizer, extra=2, bos_id=0, stop_ids=(0, 1))
     assert (again.kind, again.vocab_size) == ("json", tokenizer.vocab_size)
@@ -216,12 +294,12 @@ def test_bpe_comes_back(tmp_path, name):
 
 
 def test_the_names_of_pre_tokenizers_differ_in_what_they_do(tmp_path):
-    split = {name: tuple(_bpe(tmp_path, name).encode("1234 12345")) for name in PRE_TOKENIZERS}
+    split = {name: tuple(train_bpe(tmp_path, name).encode("1234 12345")) for name in PRE_TOKENIZERS}
     assert len(set(split.values())) >= 3
 
 
 def test_a_template_with_bos(tmp_path):
-    tokenizer = _bpe(tmp_path, "llama-bpe")
+    tokenizer = train_bpe(tmp_path, "llama-bpe")
     data = tokenizer.definition()
     data["post_processor"] = {
         "type": "TemplateProcessing",
@@ -243,7 +321,7 @@ def test_a_template_with_bos(tmp_path):
 
 def test_a_saved_copy_of_it(tmp_path):
     """`export --format hf` writes the tokenizer of a GGUF file as a tokenizer.json."""
-    tokenizer = _bpe(tmp_path, "qwen2")
+    tokenizer = train_bpe(tmp_path, "qwen2")
     again = _there_and_back(tmp_path, tokenizer, bos_id=0, stop_ids=(0, 1))
     (tmp_path / "copy").mkdir()
     copy = load_tokenizer(again.save(tmp_path / "copy"))
@@ -253,7 +331,7 @@ def test_a_saved_copy_of_it(tmp_path):
 
 def test_without_the_library(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    tokenizer = _bpe(tmp_path, "gpt-2")
+    tokenizer = train_bpe(tmp_path, "gpt-2")
     save(_model(tokenizer.vocab_size), tmp_path / "out.gguf", "gguf", tokenizer=tokenizer)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(MissingExtra, match=r"reading \S+out\.gguf needs the package tokenizers"):
@@ -274,7 +352,7 @@ def test_without_the_library(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_file_cannot_store(tmp_path, name, changes, reason):
-    data = _bpe(tmp_path, name).definition()
+    data = train_bpe(tmp_path, name).definition()
     data |= {key: each for key, each in changes.items() if key != "model"}
     data["model"] |= changes.get("model", {})
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))

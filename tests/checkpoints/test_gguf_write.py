@@ -86,7 +86,8 @@ def test_what_the_package_reads(tmp_path):
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0"])
 def test_quantized_as_the_package_does(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(gguf_writer, "_CHUNK", 64 * 7)  # a matrix is in several chunks
+    for module in (gguf, gguf_writer):
+        monkeypatch.setattr(module, "_CHUNK", 64 * 7)  # a matrix is in several chunks
     model = _model(hidden_dim=80)
     save(model, tmp_path / "a.gguf", "gguf", weights=name)
     kind = package.GGMLQuantizationType[name.upper()]
@@ -134,6 +135,7 @@ def test_the_same_logits_in_both_layouts(tmp_path, layout, changes, architecture
     again = load(tmp_path / "a.gguf")
     fields = package.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["general.architecture"].contents() == architecture
+    assert again.config.rope_layout == ("half" if architecture == "qwen3" else "interleaved")
     config, weights = to_layout(again.config, again.weights, layout)
     assert config == model.config
     assert all(torch.equal(weights[name], model.weights[name]) for name in weights)

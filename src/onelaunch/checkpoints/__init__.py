@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
     from onelaunch.checkpoints.weights import LoadedModel
 
-__all__ = ["FORMATS", "GGUF", "load", "random_model", "save", "writable_formats"]
+__all__ = ["FORMATS", "GGUF", "INT8", "load", "random_model", "save", "writable_formats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,15 @@ class Format:
         return getattr(importlib.import_module(f"{__name__}.{self.module}"), name)
 
 
-GGUF = "gguf"
+GGUF, INT8 = "gguf", "llama2c-int8"
 # In the order in which `load` tries them: a run folder may contain files of another format.
 FORMATS: dict[str, Format] = {
     GGUF: Format("gguf", "a GGUF file (NAME.gguf)", writable=True),
+    INT8: Format("llama2c_versions", "a llama2.c file of version 1 or 2", writable=True),
     "llama2c": Format("llama2c", "a llama2.c file (NAME.bin)", writable=True),
+    "llama2c-ckpt": Format(
+        "llama2c_checkpoint", "a ckpt.pt of llama2.c's train.py", writable=False
+    ),
     "run": Format("run_folder", "a run folder of `onelaunch train`", writable=False),
     "hf": Format(
         "huggingface",
@@ -85,8 +89,9 @@ def load(path: Path | str) -> LoadedModel:
             return entry.read(path)
     known = ", ".join(entry.description for entry in FORMATS.values())
     kind = "folder" if path.is_dir() else "file"
-    bin_files = sorted(file for file in path.glob("*.bin") if FORMATS["llama2c"].matches(file))
-    hint = f"; did you mean {bin_files[0]}?" if len(bin_files) == 1 else ""
+    names = ("*.bin", "*.gguf")
+    files = [file for name in names for file in sorted(path.glob(name)) if file.is_file()]
+    hint = f"; did you mean {files[0]}?" if len(files) == 1 else ""
     raise BadInput(f"{name}: not a model {kind}; known formats: {known}{hint}")
 
 

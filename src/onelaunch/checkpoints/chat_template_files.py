@@ -26,12 +26,12 @@ def read_chat_template(folder: Path, prefix: str = "") -> tuple[str | None, tupl
     path = folder / f"{prefix}{CHAT_TEMPLATE_FILE}"
     try:
         if lexists(path):
-            return _checked(path, read_bytes(path, _TEMPLATE_BYTES, "a chat template")), ()
+            return checked_template(path, read_bytes(path, _TEMPLATE_BYTES, "a chat template")), ()
         for name in ("tokenizer_config.json", "chat_template.json"):
             path = folder / f"{prefix}{name}"
             source = _default(read_json(path, _SETTINGS_BYTES)) if lexists(path) else None
             if source is not None:
-                return _checked(path, source.encode("utf-8", "surrogatepass")), ()
+                return checked_template(path, source.encode("utf-8", "surrogatepass")), ()
     except BadInput as error:
         return None, (f"note: the model's chat template is not used: {error}",)
     return None, ()
@@ -51,7 +51,8 @@ def _default(settings: dict[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _checked(path: Path, raw: bytes) -> str:
+def checked_template(path: Path, raw: bytes) -> str:
+    """Return the chat template in a file; raises BadInput if it is too large or not UTF-8."""
     if len(raw) > _TEMPLATE_BYTES:
         raise BadInput(f"{path}: its chat template is larger than {_TEMPLATE_BYTES} bytes")
     try:

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onelaunch.checkpoints import GGUF, save
+from onelaunch.checkpoints import GGUF, INT8, save
 from onelaunch.checkpoints.chat_template_files import CHAT_TEMPLATE_FILE, write_chat_template
 from onelaunch.checkpoints.gguf_tokenizer_export import tokenizer_keys
 from onelaunch.checkpoints.gguf_writer import lost_stop_ids, unquantized
+from onelaunch.checkpoints.llama2c_versions import GROUP_SIZE, group_size
 from onelaunch.checkpoints.tokenizer_export import save_for_transformers
 from onelaunch.checkpoints.tokenizers import (
     FILE_NAMES,
@@ -30,7 +31,7 @@ from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.errors import BadInput, MissingExtra
 
 LLAMA2C = "llama2c"
-_SUFFIXES = {LLAMA2C: (".bin", "llama2.c"), GGUF: (".gguf", "GGUF")}
+_SUFFIXES = {LLAMA2C: (".bin", "llama2.c"), INT8: (".bin", "llama2.c"), GGUF: (".gguf", "GGUF")}
 """The formats of one file, the names of their files, and of the formats."""
 
 
@@ -109,11 +110,17 @@ def export(model: LoadedModel, out: Path, format: str, weights: str | None = Non
 
 
 def _notes(model: LoadedModel, format: str, weights: str | None) -> Iterator[str]:
-    if format == LLAMA2C and (model.bos_id, model.stop_ids) != (1, (1, 2)):
+    if format in (LLAMA2C, INT8) and (model.bos_id, model.stop_ids) != (1, (1, 2)):
         yield (
             f"note: a llama2.c file has no place for the special ids, and its readers take BOS 1 "
             f"and stop at 1 and 2; this model has BOS {model.bos_id} and stops at "
             f"{', '.join(map(str, model.stop_ids)) or 'none'}"
+        )
+    if format == INT8 and (group := group_size(model.config)) < GROUP_SIZE:
+        yield (
+            f"note: the weights are in groups of {group}, as rows of {model.config.dim} and "
+            f"{model.config.hidden_dim} are not whole groups of {GROUP_SIZE}: each has a scale of "
+            "four bytes"
         )
     if format == GGUF and (lost := lost_stop_ids(model)):
         yield (

@@ -1,8 +1,8 @@
 """Read and write GGUF files, the format of llama.cpp: architectures llama and qwen3.
 
 A file has the model, its tokenizer and its chat template. Tensors in F32, F16 and BF16 are
-memory-mapped; Q8_0 and Q4_0 are converted to float32. Tensors of one dimension are float32 in any
-file, as llama.cpp demands. Arch llama pairs (2i, 2i+1) in rotary embedding, qwen3 (i, i + E/2).
+memory-mapped; Q8_0, Q6_K and Q4_0 are converted to float32. Tensors of one dimension are float32 in
+any file, as llama.cpp demands. Arch llama pairs (2i, 2i+1) in rotary embedding, qwen3 (i, i + E/2).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from onelaunch.checkpoints import gguf_writer
+from onelaunch.checkpoints.chat_template_files import checked_template, read_chat_template
 from onelaunch.checkpoints.gguf_header import Header, TensorInfo, begins_as_gguf
 from onelaunch.checkpoints.gguf_names import (
     ARCHITECTURE,
@@ -41,6 +42,8 @@ from onelaunch.errors import BadInput
 if TYPE_CHECKING:
     from onelaunch.checkpoints.tokenizers import Tokenizer
 
+# Elements that are converted at once.
+_CHUNK = 1 << 22
 # Variants of an architecture, each off where its number is absent or 0.
 _UNSUPPORTED = (
     "expert_count",
@@ -82,7 +85,9 @@ def read(path: Path) -> LoadedModel:
     kinds = [header.tensors[stored].type for stored in names]
     quantized = [kind.name for kind in kinds if kind.block > 1]
     types = " and ".join(sorted(set(quantized)))
-    notice = f"{path}: {len(quantized)} tensors in {types} were converted to float32"
+    template, notices = _chat_template(header)
+    if quantized:
+        notices += (f"{path}: {len(quantized)} tensors in {types} were converted to float32",)
     bos_id, stop_ids = special_ids(header, config.vocab_size)
     return LoadedModel(
         config=config,
@@ -91,9 +96,23 @@ def read(path: Path) -> LoadedModel:
         format="gguf",
         bos_id=bos_id,
         stop_ids=stop_ids,
-        chat_template=header.text("tokenizer.chat_template"),
-        notices=(notice,) if quantized else (),
+        chat_template=template,
+        notices=notices,
     )
+
+
+def _chat_template(header: Header) -> tuple[str | None, tuple[str, ...]]:
+    """Return NAME.chat_template.jinja next to NAME.gguf, or else the template in the file; and a
+    line for the user about one that cannot be used."""
+    path = header.path
+    template, notices = read_chat_template(path.parent, f"{path.stem}.")
+    stored = header.text("tokenizer.chat_template")
+    if template is None and not notices and stored is not None:
+        try:
+            template = checked_template(path, stored.encode("utf-8"))
+        except BadInput as error:
+            return None, (f"note: the model's chat template is not used: {error}",)
+    return template, notices
 
 
 def _refuse_variants(header: Header) -> None:
@@ -206,8 +225,14 @@ def read_tensor(header: Header, info: TensorInfo) -> Tensor:
         return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).view(info.shape)
     package = gguf_package(f"reading {header.path}, whose tensors are quantized ({kind}),")
     rows = raw.reshape(-1, info.shape[-1] // info.type.block * info.type.block_bytes)
+    values = np.empty((len(rows), info.shape[-1]), np.float32)
+    step = max(1, _CHUNK // info.shape[-1])
     with np.errstate(all="ignore"):  # scales of damaged files
-        values = package.quants.dequantize(rows, package.GGMLQuantizationType[kind])
+        for first in range(0, len(rows), step):
+            chunk = slice(first, first + step)
+            values[chunk] = package.quants.dequantize(
+                rows[chunk], package.GGMLQuantizationType[kind]
+            )
     return torch.from_numpy(values).view(info.shape)
 
 

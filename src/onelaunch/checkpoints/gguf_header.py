@@ -23,11 +23,13 @@ from onelaunch.errors import BadInput
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 
-# Llama 3's header has 8 MB and an array of 280,147 merges. Arrays cost memory in Python.
+# Llama 3's header has 8 MB and an array of 280,147 merges. Arrays cost memory: a tokenizer of as
+# many merges takes 220 MB while it is made.
 MAX_HEADER_BYTES = 32 << 20
-MAX_ARRAY = 1 << 19
+MAX_ARRAY = 3 << 17
 MAX_ENTRIES = 1 << 16
 _MAX_DIMENSIONS = 4
+_LONGEST_REASON = 400
 _MAX_ALIGNMENT = 1 << 16
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
@@ -57,11 +59,12 @@ TENSOR_TYPES = {
     1: TensorType("F16", 1, 2),
     2: TensorType("Q4_0", 32, 18),
     8: TensorType("Q8_0", 32, 34),
+    14: TensorType("Q6_K", 256, 210),  # of embeddings in llama.cpp's Q4_0 files
     30: TensorType("BF16", 1, 2),
 }
 """The types that are read, by their numbers."""
 _OTHER_TYPES = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K"}
-_OTHER_TYPES |= {14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 28: "F64", 39: "MXFP4"}
+_OTHER_TYPES |= {15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 28: "F64", 39: "MXFP4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,8 @@ class Header:
         self.tensors = self._tensor_table(n_tensors, size)
 
     def error(self, reason: str) -> BadInput:
-        """Make a BadInput that names the file."""
-        return BadInput(f"{self.path}: {reason}")
+        """Make a BadInput that names the file; a name in it may have megabytes."""
+        return BadInput(f"{self.path}: {reason[:_LONGEST_REASON]}")
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -267,10 +270,11 @@ class Header:
                 raise self.error(f"damaged: the tensor {name!r} is not where the last one ends")
             end = -(-(end + info.n_bytes) // alignment) * alignment
         start = -(-self._place // alignment) * alignment
-        last = max((info.start + info.n_bytes for info in table.values()), default=0)
-        if start + last > size:
+        # a file of a vocabulary alone ends without padding
+        needed = max((start + info.start + info.n_bytes for info in table.values()), default=0)
+        if needed > size:
             raise self.error(
-                f"truncated: the file has {size} bytes, its tensors need {start + last}; "
+                f"truncated: the file has {size} bytes, its tensors need {needed}; "
                 "download it again"
             )
         return {

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from onelaunch.checkpoints.gguf_pre_tokenizers import recognize
+from onelaunch.checkpoints.gguf_sentencepiece import SPACE, adds_prefix, definition, scores_of
 from onelaunch.checkpoints.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NO_MODEL,
     NORMAL,
-    SPACE,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
 )
 from onelaunch.checkpoints.tokenizer_bytes import BytesTokenizer
+from onelaunch.checkpoints.tokenizer_compare import same_tokenizer
 from onelaunch.checkpoints.tokenizer_json import JsonTokenizer
 from onelaunch.checkpoints.tokenizer_llama2c import (
     FIRST_BYTE,
@@ -44,15 +45,17 @@ def tokenizer_keys(tokenizer: Tokenizer | None, rows: int) -> dict[str, Any]:
             f"{rows} of the model"
         )
     if isinstance(tokenizer, JsonTokenizer):
-        keys, tokens, types = _gpt2(tokenizer)
+        data = tokenizer.definition()
+        scores = scores_of(data, tokenizer.vocab_size)
+        made = _gpt2(tokenizer, data) if scores is None else _llama_json(tokenizer, data, scores)
     else:
-        keys, tokens, types = _llama(tokenizer)
+        made = _llama(tokenizer)
+    keys, tokens, types = made
     while len(tokens) < rows:
         tokens.append(b"[PAD%d]" % len(tokens))
         types.append(UNUSED)
-    if not isinstance(tokenizer, JsonTokenizer):
-        scores = tokenizer.scores if isinstance(tokenizer, Llama2cTokenizer) else []
-        keys["token_scores"] = [float(score) for score in scores] + [0.0] * (rows - len(scores))
+    if "token_scores" in keys:
+        keys["token_scores"] += [0.0] * (rows - len(keys["token_scores"]))
     return {**keys, "token_list": tokens, "token_types": types}
 
 
@@ -78,8 +81,47 @@ def _llama(tokenizer: Tokenizer) -> tuple[dict[str, Any], list[bytes], list[int]
         "tokenizer_pre": "default",
         "add_bos_token": True,
         "add_space_prefix": isinstance(tokenizer, Llama2cTokenizer),
+        "token_scores": list(map(float, getattr(tokenizer, "scores", ()))),
     }
     return keys, tokens, types
+
+
+def _llama_json(
+    tokenizer: JsonTokenizer, data: dict[str, Any], scores: list[float]
+) -> tuple[dict[str, Any], list[bytes], list[int]]:
+    """Convert a tokenizer.json made from a sentencepiece model: scores from the order of merges, if
+    those give the same ids."""
+    entries = tokenizer.entries()
+    unknown = data["model"].get("unk_token")
+    bytes_ = {name.decode() for name in SPECIALS[FIRST_BYTE:]}
+    types = []
+    for text, kind in entries:
+        number = _KINDS[kind]
+        if kind == "normal" and text in bytes_:
+            number = BYTE
+        types.append(UNKNOWN if text == unknown else number)
+    pieces = [text or f"[PAD{i}]" for i, (text, _) in enumerate(entries)]
+    prefix = bool(adds_prefix(data))
+    again = None
+    if unknown in pieces and bytes_ <= set(pieces) and len(set(pieces)) == len(pieces):
+        normal = [number == NORMAL for number in types]
+        added = data.get("added_tokens") or []
+        written = definition(pieces, scores, normal, unknown, added, prefix)
+        again = JsonTokenizer.from_definition(written, {}, "the tokenizer to write")
+    if again is None or not same_tokenizer(tokenizer, again):
+        raise BadInput(
+            "format='gguf': the file cannot store the tokenizer: its merges are not in the order "
+            "of scores, or it has not all bytes"
+        )
+    keys = {
+        "tokenizer_model": "llama",
+        "tokenizer_pre": "default",
+        "add_bos_token": tokenizer.adds_bos,
+        "add_space_prefix": prefix,
+        "unk_token_id": pieces.index(unknown),
+        "token_scores": scores,
+    }
+    return keys, [piece.encode("utf-8") for piece in pieces], types
 
 
 def _is_utf8(piece: bytes) -> bool:
@@ -90,10 +132,11 @@ def _is_utf8(piece: bytes) -> bool:
     return True
 
 
-def _gpt2(tokenizer: JsonTokenizer) -> tuple[dict[str, Any], list[bytes], list[int]]:
-    definition = tokenizer.definition()
-    model, decoder = definition["model"], definition.get("decoder") or {}
-    pre = recognize(definition)
+def _gpt2(
+    tokenizer: JsonTokenizer, data: dict[str, Any]
+) -> tuple[dict[str, Any], list[bytes], list[int]]:
+    model, decoder = data["model"], data.get("decoder") or {}
+    pre = recognize(data)
     reason = ""
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         reason = "no BPE over bytes"

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from onelaunch.errors import BadInput
 from onelaunch.model import rope_tables
 
 _HEADER = struct.Struct("<7i")
-_FIELDS = (
+FIELDS = (
     "dim",
     "hidden_dim",
     "n_layers",
@@ -37,7 +37,7 @@ _FIELDS = (
     "vocab_size",
     "max_seq_len",
 )
-_VERSIONED_MAGIC = b"24ka"
+"""The numbers of a header, by their names in ModelConfig."""
 _ZIP_MAGIC = b"PK\x03\x04"
 _COS, _SIN = "llama2c.freqs_cos", "llama2c.freqs_sin"
 
@@ -45,7 +45,7 @@ _COS, _SIN = "llama2c.freqs_cos", "llama2c.freqs_sin"
 _THETA = 10000.0
 _EPS = 1e-5
 
-_LAYER_KINDS = (
+LAYER_KINDS = (
     "input_layernorm",
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -56,6 +56,7 @@ _LAYER_KINDS = (
     "mlp.down_proj",
     "mlp.up_proj",
 )
+"""The tensors of a layer, in file order."""
 
 
 def matches(path: Path) -> bool:
@@ -103,13 +104,13 @@ def write(model: LoadedModel, out: Path) -> None:
 
     Raises BadInput if v0 cannot express the model, or `out` cannot be written.
     """
-    _check_expressible(model.config)
+    check_expressible(model.config, "llama2c")
     check_file_path(out, "model.bin")
     config, weights = to_layout(model.config, model.weights, "interleaved")
     tensors = weights | _tables(config, model.extras)
     with atomic_file(out) as file:
         sign = 1 if config.tied_embeddings else -1
-        numbers = {name: getattr(config, name) for name in _FIELDS}
+        numbers = {name: getattr(config, name) for name in FIELDS}
         numbers["vocab_size"] *= sign
         file.write(_HEADER.pack(*numbers.values()))
         for name, _ in _tensors(config):
@@ -125,9 +126,16 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
             f"{_HEADER.size}; download or export the file again"
         )
     _refuse_other_formats(path, raw)
-    numbers = dict(zip(_FIELDS, _HEADER.unpack(raw), strict=True))
+    numbers = dict(zip(FIELDS, _HEADER.unpack(raw), strict=True))
     tied = numbers["vocab_size"] > 0
-    numbers["vocab_size"] = abs(numbers["vocab_size"])
+    config = make_config(path, {**numbers, "vocab_size": abs(numbers["vocab_size"])}, tied)
+    expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in _tensors(config))
+    check_size(path, size, expected)
+    return config
+
+
+def make_config(path: Path, numbers: dict[str, Any], tied: bool) -> ModelConfig:
+    """Make the configuration of a file from its `FIELDS`; raises BadInput naming the file."""
     if numbers["n_kv_heads"] < 1:
         # In ModelConfig 0 means "as many as n_heads"; in the file it is invalid.
         raise BadInput(
@@ -135,7 +143,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
             f"n_kv_heads must be at least 1, not {numbers['n_kv_heads']}"
         )
     try:
-        config = ModelConfig(
+        return ModelConfig(
             **numbers,
             norm_eps=_EPS,
             rope_theta=_THETA,
@@ -144,24 +152,20 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> ModelConfig:
         )
     except BadInput as error:
         raise BadInput(f"{path}: not a llama2.c model, or damaged: {error}") from error
-    expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in _tensors(config))
+
+
+def check_size(path: Path, size: int, expected: int) -> None:
+    """Raise BadInput if a file does not have the size that its header implies."""
     if size != expected:
         fault = "truncated" if size < expected else "followed by other bytes"
         raise BadInput(
             f"{path}: the file has {size} bytes, its header needs {expected}: {fault}, or not a "
             f"llama2.c model; download or export the file again"
         )
-    return config
 
 
 def _refuse_other_formats(path: Path, raw: bytes) -> None:
     refuse_pointer(path, raw)
-    if raw.startswith(_VERSIONED_MAGIC):
-        version = int.from_bytes(raw[4:8], "little", signed=True)
-        raise BadInput(
-            f"{path}: llama2.c version {version} is not supported, only version 0; export the "
-            f"model again with llama2.c's export.py --version 0"
-        )
     if raw.startswith(_ZIP_MAGIC):
         raise BadInput(
             f"{path}: a pickled PyTorch file is not loaded, as a pickle can run code; save the "
@@ -173,7 +177,7 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield canonical name and shape of every tensor, in file order."""
     shapes = config.weight_shapes()
     names = ["embed_tokens.weight"]
-    names += [f"layers.{i}.{kind}.weight" for kind in _LAYER_KINDS for i in range(config.n_layers)]
+    names += [f"layers.{i}.{kind}.weight" for kind in LAYER_KINDS for i in range(config.n_layers)]
     names.append("norm.weight")
     for name in names:
         yield name, shapes[name]
@@ -194,7 +198,8 @@ def _tables(config: ModelConfig, extras: dict[str, torch.Tensor]) -> dict[str, t
     return {_COS: cos, _SIN: sin}
 
 
-def _check_expressible(config: ModelConfig) -> None:
+def check_expressible(config: ModelConfig, format: str) -> None:
+    """Raise BadInput for a model that none of the versions can store; names `format`."""
     reason = ""
     if config.qk_norm:
         reason = "norms on queries and keys (qk_norm)"
@@ -207,4 +212,4 @@ def _check_expressible(config: ModelConfig) -> None:
     elif config.q_dim != config.dim:
         reason = f"head_dim {config.head_dim} other than dim / n_heads"
     if reason:
-        raise BadInput(f"format='llama2c': the file cannot store {reason}; use format='hf'")
+        raise BadInput(f"format={format!r}: the file cannot store {reason}; use format='hf'")

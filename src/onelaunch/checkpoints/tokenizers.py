@@ -193,12 +193,9 @@ def find_tokenizer(model: LoadedModel) -> Tokenizer | None:
     others: list[Tokenizer] = []
     errors: list[BadInput | MissingExtra] = []
     if model.format == "gguf":
-        try:
-            inside = gguf_tokenizer.read_tokenizer(source)
-            if inside is not None:
-                return inside
-        except (BadInput, MissingExtra) as error:
-            errors.append(error)
+        inside = gguf_tokenizer.read_tokenizer(source)
+        if inside is not None:
+            return inside
     for path in _tokenizer_files(folder):
         try:
             tokenizer = _load_file(path)
