@@ -284,7 +284,11 @@ class LanguageModel:
         from onelaunch.generation.conversation import chat_format
 
         if self._chat_format is None:
-            self._chat_format = chat_format(self.checkpoint, self.tokenizer)
+            try:
+                tokenizer = self.tokenizer
+            except BadInput as error:
+                raise BadInput(f"{error}; load it with tokenizer='FILE'") from error
+            self._chat_format = chat_format(self.checkpoint, tokenizer)
         return self._chat_format
 
     def chat(

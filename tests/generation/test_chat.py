@@ -202,6 +202,16 @@ def test_messages_of_another_form_are_refused():
             ours(CHATML, messages)
 
 
+def test_messages_that_are_nested_too_deep_are_refused():
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(BadInput, match="recursion"):
+        ours(CHATML, [{**USER, "extra": nested}])
+    while nested:  # freeing it all at once would recurse, too
+        nested = nested.pop()
+
+
 @pytest.mark.parametrize("source", [LLAMA_3, QWEN_2, GEMMA, ZEPHYR, CHATML, PARTS, PARTS_ONLY])
 def test_parts_are_passed_as_the_template_expects_them(source):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
