@@ -547,15 +547,15 @@ class LanguageModel:
             return None
 
     def _prompts(self, texts: Sequence[str], tokenizer: Tokenizer | None) -> list[Prompt]:
-        from onelaunch.generation.prompts import empty_prompt, encode_prompts
+        from onelaunch.generation.prompts import begins_twice, empty_prompt, encode_prompts
 
         if tokenizer is None:
             return [empty_prompt(self.checkpoint, None) for _ in texts]
         prompts = encode_prompts(tokenizer, texts, self.config)
         for index, prompt in enumerate(prompts):
-            if tokenizer.bos_id is not None and prompt.ids[:2] == [tokenizer.bos_id] * 2:
+            if begins_twice(tokenizer, prompt.ids):
                 self._log(
-                    f"note: prompt {index + 1} begins with {tokenizer.piece(tokenizer.bos_id)}, "
+                    f"note: prompt {index + 1} begins with {tokenizer.piece(prompt.ids[0])}, "
                     "and the tokenizer adds one: the model reads it twice"
                 )
         return [

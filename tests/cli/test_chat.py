@@ -104,7 +104,7 @@ def test_commands(tmp_path, talk, read):
     model = write_model(tmp_path / "model", "\nAnswer.")
     code, out, err = talk(
         model,
-        "one\n/system Be brief. \ntwo\n/reset\nthree\n/system\nfour\n/help\n /exit is text\n"
+        "one\n/system Be brief. \ntwo\n/reset\nthree\n/system\nfour\n/help\n /exit \n"
         "/exit\nnever\n",
         *("--system", "Hello."),
     )
@@ -116,7 +116,7 @@ def test_commands(tmp_path, talk, read):
         [("user", "three"), ("assistant", "Answer."), ("user", "four")],
         [
             ("user", "three"), ("assistant", "Answer."), ("user", "four"),
-            ("assistant", "Answer."), ("user", "/exit is text"),
+            ("assistant", "Answer."), ("user", "/exit"),
         ],
     ]  # fmt: skip
     for command in ("/system", "/reset", "/help", "/exit"):

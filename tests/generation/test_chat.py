@@ -390,6 +390,10 @@ def test_bos_comes_first_and_once(tmp_path):
     assert prompt_ids(tokenizer, "<s>hi") == [259, *byte_ids("hi")]
     assert prompt_ids(tokenizer, "<s><s>hi") == [259, 259, *byte_ids("hi")]  # as it is written
     assert prompt_ids(tokenizer, "") == [259]
+    adds_none = chat_tokenizer(tmp_path, bos_token="<s>")
+    assert adds_none.bos_id == 259
+    assert prompt_ids(adds_none, "<s><s>hi") == [259, 259, *byte_ids("hi")]
+    assert prompt_ids(adds_none, "hi") == byte_ids("hi")
 
 
 @pytest.mark.parametrize("tokenizer", [BytesTokenizer(), llama2c_tokenizer(" a", "b")])
