@@ -213,7 +213,11 @@ class LanguageModel:
         from onelaunch.generation.conversation import chat_format
 
         if self._chat_format is None:
-            self._chat_format = chat_format(self.checkpoint, self.tokenizer)
+            try:
+                tokenizer = self.tokenizer
+            except BadInput as error:
+                raise BadInput(f"{error}; load it with tokenizer='FILE'") from error
+            self._chat_format = chat_format(self.checkpoint, tokenizer)
         return self._chat_format
 
     def chat(
@@ -482,15 +486,15 @@ class LanguageModel:
         return Decoding(self.engine, prompts, replace(limits, stop_ids=ids), tokenizer)
 
     def _prompts(self, texts: Sequence[str], tokenizer: Tokenizer | None) -> list[Prompt]:
-        from onelaunch.generation.prompts import empty_prompt, encode_prompts
+        from onelaunch.generation.prompts import begins_twice, empty_prompt, encode_prompts
 
         if tokenizer is None:
             return [empty_prompt(self.checkpoint, None) for _ in texts]
         prompts = encode_prompts(tokenizer, texts, self.config)
         for index, prompt in enumerate(prompts):
-            if tokenizer.bos_id is not None and prompt.ids[:2] == [tokenizer.bos_id] * 2:
+            if begins_twice(tokenizer, prompt.ids):
                 self._log(
-                    f"note: prompt {index + 1} begins with {tokenizer.piece(tokenizer.bos_id)}, "
+                    f"note: prompt {index + 1} begins with {tokenizer.piece(prompt.ids[0])}, "
                     "and the tokenizer adds one: the model reads it twice"
                 )
         return [

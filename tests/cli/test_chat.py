@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
@@ -16,6 +17,7 @@ import torch
 from onelaunch import api, checkpoints
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput
 from onelaunch.model import Model
 from tests.generation.chat_templates import QWEN_2
 from tests.tokenizer_files import (
@@ -102,7 +104,7 @@ def test_commands(tmp_path, talk, read):
     model = write_model(tmp_path / "model", "\nAnswer.")
     code, out, err = talk(
         model,
-        "one\n/system Be brief. \ntwo\n/reset\nthree\n/system\nfour\n/help\n /exit is text\n"
+        "one\n/system Be brief. \ntwo\n/reset\nthree\n/system\nfour\n/help\n /exit \n"
         "/exit\nnever\n",
         *("--system", "Hello."),
     )
@@ -114,7 +116,7 @@ def test_commands(tmp_path, talk, read):
         [("user", "three"), ("assistant", "Answer."), ("user", "four")],
         [
             ("user", "three"), ("assistant", "Answer."), ("user", "four"),
-            ("assistant", "Answer."), ("user", "/exit is text"),
+            ("assistant", "Answer."), ("user", "/exit"),
         ],
     ]  # fmt: skip
     for command in ("/system", "/reset", "/help", "/exit"):
@@ -200,7 +202,7 @@ def test_a_model_without_a_tokenizer_and_a_broken_template_are_refused(tmp_path,
     (Path(model) / "tokenizer.bytes").unlink()
     code, out, err = talk(model, "hi\n")
     assert (code, out) == (2, "")
-    assert "no tokenizer" in err
+    assert f"{model}: no tokenizer found for it; load it with --tokenizer FILE" in err
 
 
 def test_without_jinja2_one_line_names_the_extra(tmp_path, talk, monkeypatch):
@@ -223,6 +225,8 @@ def test_the_model_answers_in_python(tmp_path):
     (completion,) = model.decode_chat(messages, temperature=0).finish()
     assert completion.finish == "stop"
     assert completion.prompt.ids[0] == 1
+    with pytest.raises(BadInput, match="variables: 'messages'"):
+        model.chat(messages, variables={"messages": []})
     with pytest.raises(TypeError, match="tempratur"):
         model.chat(messages, tempratur=0)
 
@@ -282,14 +286,21 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def interrupt(self, awaited: str) -> str:
-        """Press ctrl-C until a text comes: Python may miss one that comes as a key is read."""
-        for _ in range(20):
+        """Press ctrl-C until a text comes: Python misses one that comes just before it waits for
+        a key."""
+        for _ in range(4):
             self.write("\x03")
-            try:
-                return self.until(awaited, seconds=SECONDS / 20)
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                return self.until(awaited, seconds=SECONDS / 4)
         raise TimeoutError(awaited)
+
+    def leave(self) -> int:
+        """Press ctrl-C until the program ends; the exit code."""
+        for _ in range(40):
+            self.write("\x03")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(SECONDS / 40)
+        raise TimeoutError("ctrl-C did not end the program")
 
     def end(self) -> int:
         """The exit code. What is still written is read, or the process would not end."""
@@ -355,8 +366,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_program(tmp_path):
         terminal.write("hey\r")
         terminal.until("xxx")
         terminal.interrupt("\n> ")
-        terminal.write("\x03")
-        assert terminal.end() == 0
+        assert terminal.leave() == 0
 
 
 @pytest.mark.extended

@@ -202,6 +202,16 @@ def test_messages_of_another_form_are_refused():
             ours(CHATML, messages)
 
 
+def test_messages_that_are_nested_too_deep_are_refused():
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(BadInput, match="recursion"):
+        ours(CHATML, [{**USER, "extra": nested}])
+    while nested:  # freeing it all at once would recurse, too
+        nested = nested.pop()
+
+
 @pytest.mark.parametrize("source", [LLAMA_3, QWEN_2, GEMMA, ZEPHYR, CHATML, PARTS, PARTS_ONLY])
 def test_parts_are_passed_as_the_template_expects_them(source):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
@@ -380,6 +390,10 @@ def test_bos_comes_first_and_once(tmp_path):
     assert prompt_ids(tokenizer, "<s>hi") == [259, *byte_ids("hi")]
     assert prompt_ids(tokenizer, "<s><s>hi") == [259, 259, *byte_ids("hi")]  # as it is written
     assert prompt_ids(tokenizer, "") == [259]
+    adds_none = chat_tokenizer(tmp_path, bos_token="<s>")
+    assert adds_none.bos_id == 259
+    assert prompt_ids(adds_none, "<s><s>hi") == [259, 259, *byte_ids("hi")]
+    assert prompt_ids(adds_none, "hi") == byte_ids("hi")
 
 
 @pytest.mark.parametrize("tokenizer", [BytesTokenizer(), llama2c_tokenizer(" a", "b")])

@@ -78,21 +78,26 @@ class ChatSession:
         """
         lines = _typed_lines() if self._interactive else _lines()
         self._notices.hold()
-        for line in lines:
-            try:
-                if line.strip() == "/exit":
+        try:
+            for line in lines:
+                if line.rstrip() == "/exit":
                     break
-                if line.startswith("/"):
-                    self._command(*line.rstrip().partition(" ")[::2])
-                elif line.strip():
+                try:
                     with _interrupts(self._interactive) as interrupted:
-                        self._answer(line.strip(), interrupted)
-            except BadInput as error:
-                if not self._interactive:
-                    raise
-                log(f"onelaunch: {error}")
+                        self._take(line, interrupted)
+                except BadInput as error:
+                    if not self._interactive:
+                        raise
+                    log(f"onelaunch: {error}")
+                self._notices.hold()
+        finally:
             self._notices.hold()
-        self._notices.hold()
+
+    def _take(self, line: str, interrupted: Callable[[], bool]) -> None:
+        if line.startswith("/"):
+            self._command(*line.rstrip().partition(" ")[::2])
+        elif line.strip():
+            self._answer(line.strip(), interrupted)
 
     def _command(self, name: str, argument: str) -> None:
         if name == "/system":

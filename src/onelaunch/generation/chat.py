@@ -79,17 +79,12 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         from onelaunch.generation.sandbox import Refusal, TooMuch, render_bounded
 
-        plain = _plain(
-            {
-                "bos_token": self.bos_token,
-                "eos_token": self.eos_token,
-                "documents": None,
-                **variables,
-                "messages": messages,
-            }
-        )
+        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         try:
+            plain = _plain({**tokens, "documents": None, **variables, "messages": messages})
             return render_bounded(self._template, plain)
+        except BadInput:
+            raise
         except Refusal as error:
             reason = f"refuses these messages: {_short(error)}"
         except TooMuch as error:

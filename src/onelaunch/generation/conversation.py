@@ -18,6 +18,7 @@ ANSWER_TOKENS = 1024
 """An answer ends after so many tokens where no other number is passed."""
 
 _PROBE = "onelaunch-probe"
+_OWN_VARIABLES = {"self", "messages", "tools", "add_generation_prompt"}
 _TAG = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 
 
@@ -43,8 +44,12 @@ class ChatFormat:
         variables: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Encode a conversation, up to the beginning of the answer. Raises as
-        `ChatTemplate.render`, and BadInput for ids outside the model's vocabulary."""
-        text = self.template.render(messages, tools=tools, **(variables or {}))
+        `ChatTemplate.render`, and BadInput for ids outside the model's vocabulary. `variables`
+        are others of the template."""
+        variables = dict(variables or {})
+        for name in _OWN_VARIABLES & variables.keys():
+            raise BadInput(f"variables: {name!r} is not one to be set here")
+        text = self.template.render(messages, tools=tools, **variables)
         ids = prompt_ids(self.tokenizer, text)
         check_ids(self.tokenizer, ids, self.config, "the conversation")
         return Prompt(text, ids)

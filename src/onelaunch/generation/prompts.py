@@ -65,7 +65,13 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     else:
         ids = list(tokenizer.encode(""))
         special = tokenizer.special_tokens
-        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+        pattern = "|".join(map(re.escape, special))
+        for piece in re.split(f"({pattern})", text) if pattern else [text]:
             ids += [special[piece]] if piece in special else tokenizer.encode(piece, bos=False)
-    begins_twice = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
-    return ids[1:] if begins_twice else ids
+    return ids[1:] if begins_twice(tokenizer, ids) else ids
+
+
+def begins_twice(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether `tokenizer` adds BOS to a text, and the text of `ids` had one already."""
+    bos = tokenizer.bos_id
+    return bos is not None and list(ids[:2]) == [bos, bos] and tokenizer.encode("a")[0] == bos
