@@ -17,17 +17,18 @@ def to_layout(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Convert a model to a rotary layout.
 
-    `weights` has canonical names; unchanged tensors are not copied. The weights of QK-norm, one per
-    element of a head, are reordered too.
+    `weights` has canonical names; unchanged tensors are not copied. Biases of the projections and
+    the weights of QK-norm, one per element of a head or of all heads, are reordered too.
     """
     if layout == config.rope_layout:
         return config, weights
     reordered = dict(weights)
     for i in range(config.n_layers):
         for short in ("q", "k"):
-            kinds = ("proj", "norm") if config.qk_norm else ("proj",)
-            for kind in kinds:
-                name = f"layers.{i}.self_attn.{short}_{kind}.weight"
+            for kind in ("proj.weight", "proj.bias", "norm.weight"):
+                name = f"layers.{i}.self_attn.{short}_{kind}"
+                if name not in weights:
+                    continue
                 reordered[name] = _reorder(weights[name], config.head_dim, layout)
     return config.with_(rope_layout=layout), reordered
 
