@@ -354,3 +354,24 @@ def test_what_llama_can_say_is_written_as_before() -> None:
         assert [*data][22:] == last
         assert data["hidden_act"] == "silu"
         assert "layer_types" not in data
+
+
+HOSTILE = (
+    None, True, 0, -1, 10**400, 1.5, float("nan"), "x", "", [], [1, None], {}, {"rope_type": []},
+    {"full_attention": None, "sliding_attention": {"rope_theta": "x"}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_any_value_of_any_key_is_read_or_refused(name: str) -> None:
+    data = ON_THE_HUB[name][0]
+    switches = {"use_sliding_window", "no_rope_layers", "layer_types", "rope_parameters"}
+    messages = []
+    for key in sorted({*data} | switches):
+        for value in HOSTILE:
+            try:
+                parse_config({**data, key: value})
+            except BadInput as error:
+                messages.append(str(error))
+    assert len(messages) > 50
+    assert not any("\n" in message for message in messages)
