@@ -55,7 +55,8 @@ def load(
     device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
     dtype: what is computed in, "float32", "bfloat16" or "float16" or PyTorch's own; bfloat16 on a
         CUDA GPU and float32 elsewhere by default.
-    engine: "auto" (the device's own), "reference" (PyTorch), "cpu", "cuda" or "coreml".
+    engine: "auto" (the device's own, or PyTorch where that does not compute the model),
+        "reference" (PyTorch), "cpu", "cuda" or "coreml".
     threads: CPU threads; by default as many as measure fastest.
     fusion_depth: how much one launch holds: "auto", "stage", "half", a number of layers, or "all".
     tokenizer: a file or folder, or "bytes", where none lies next to the model.

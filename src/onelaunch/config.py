@@ -1,4 +1,4 @@
-"""ModelConfig: the shape of a Llama-family model, and the named presets.
+"""ModelConfig: the shape of a decoder of the Llama family and its relatives; the named presets.
 
 Pure data: no torch, no files.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from onelaunch.errors import BadInput
 
 RopeLayout = Literal["interleaved", "half"]
+NormPlacement = Literal["pre", "post", "both"]
+Activation = Literal["silu", "gelu_tanh"]
 
 # Far beyond any model in reach; a header that claims more is damaged or hostile.
 MAX_EXTENT = 1 << 24
@@ -38,13 +40,77 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearRopeScaling:
+    """All frequencies divided by `factor` (`rope_type = "linear"`)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _positive_float("rope_scaling.factor", self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class YarnRopeScaling:
+    """YaRN (Peng et al., arXiv 2309.00071; `rope_type = "yarn"`).
+
+    Pairs that turn more than `beta_fast` times within `original_max_seq_len` positions keep their
+    frequency, those that turn less than `beta_slow` times have it divided by `factor`, the ones
+    between are blended. Cosine and sine are multiplied by `attention_factor`; None is the paper's
+    0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            _positive_float(f"rope_scaling.{name}", getattr(self, name))
+        _extent("rope_scaling.original_max_seq_len", self.original_max_seq_len, MAX_EXTENT)
+        if self.attention_factor is not None:
+            _positive_float("rope_scaling.attention_factor", self.attention_factor)
+        if self.beta_fast < self.beta_slow:
+            raise BadInput("rope_scaling: beta_fast must not be smaller than beta_slow")
+
+
+AnyRopeScaling = RopeScaling | LinearRopeScaling | YarnRopeScaling
+ROPE_SCALINGS: dict[str, type[AnyRopeScaling]] = {
+    "llama3": RopeScaling,
+    "linear": LinearRopeScaling,
+    "yarn": YarnRopeScaling,
+}
+"""By their names in Hugging Face configurations."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Every number that fixes a Llama-family model's shape and arithmetic.
+    """Every number that fixes a model's shape and arithmetic. The defaults are Llama's.
 
     `n_kv_heads` and `head_dim` of 0 mean `n_heads` and `dim // n_heads`.
     `rope_layout` says which two elements of a head rotate together: "interleaved" (2i, 2i+1), as in
     llama2.c, or "half" (i, i + head_dim/2), as in Hugging Face. It also fixes the row order of the
     q and k projections.
+    `qk_norm` is RMSNorm of queries and keys before the rotary embedding: True over each head
+    (Qwen3, Gemma 3), "full" over all heads together (OLMo 2).
+
+    The other families differ by these; layers count from 0:
+
+    qkv_bias: the projections of queries, keys and values have a bias (Qwen2).
+    norm_placement: a norm before attention and before the MLP ("pre"), after each of them, within
+        the residual branch ("post", OLMo 2), or "both" (Gemma 3).
+    norm_offset: added to the weight of every norm (Gemma: 1).
+    activation: of the gate of the MLP: SiLU, or GELU by its tanh approximation (Gemma).
+    embedding_scale: what the embedding is multiplied by (Gemma: sqrt(dim)).
+    attention_scale: what the scores of attention are multiplied by; None: 1 / sqrt(head_dim).
+    logit_softcap: c of c tanh(logits / c); None: the logits as they are.
+    sliding_window: in `sliding_layers` a position sees itself and the window's other positions
+        before it, so many in all; None: all positions before it.
+    sliding_layers: the layers that the window holds for; without any it holds for all.
+    sliding_rope_theta: the rotary base of those layers, which `rope_scaling` does not change then;
+        None: as in the other layers.
+    layers_without_rope: the layers without rotary embedding (SmolLM3).
     """
 
     dim: int
@@ -58,9 +124,20 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_layout: RopeLayout = "half"
-    rope_scaling: RopeScaling | None = None
-    qk_norm: bool = False
+    rope_scaling: AnyRopeScaling | None = None
+    qk_norm: bool | Literal["full"] = False
     tied_embeddings: bool = True
+    qkv_bias: bool = False
+    norm_placement: NormPlacement = "pre"
+    norm_offset: float = 0.0
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+    sliding_rope_theta: float | None = None
+    layers_without_rope: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"):
@@ -82,11 +159,35 @@ class ModelConfig:
             raise BadInput(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         _positive_float("norm_eps", self.norm_eps)
         _positive_float("rope_theta", self.rope_theta)
-        if self.rope_layout not in ("interleaved", "half"):
-            raise BadInput(f"rope_layout {self.rope_layout!r}: must be 'interleaved' or 'half'")
-        for name in ("qk_norm", "tied_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise BadInput(f"{name} must be true or false, not {getattr(self, name)!r}")
+        _one_of("rope_layout", self.rope_layout, RopeLayout)
+        for name in ("qk_norm", "tied_embeddings", "qkv_bias"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "qk_norm" and value == "full"):
+                choices = "true, false or 'full'" if name == "qk_norm" else "true or false"
+                raise BadInput(f"{name} must be {choices}, not {value!r}")
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        """Check the fields in which families other than Llama differ."""
+        if isinstance(self.rope_scaling, YarnRopeScaling) and self.rope_theta <= 1:
+            raise BadInput(f"rope_theta {self.rope_theta!r}: YaRN needs a base larger than 1")
+        _one_of("norm_placement", self.norm_placement, NormPlacement)
+        _one_of("activation", self.activation, Activation)
+        if self.norm_offset != 0:
+            _positive_float("norm_offset", self.norm_offset)
+        _positive_float("embedding_scale", self.embedding_scale)
+        for name in ("attention_scale", "logit_softcap", "sliding_rope_theta"):
+            if getattr(self, name) is not None:
+                _positive_float(name, getattr(self, name))
+        for name in ("sliding_layers", "layers_without_rope"):
+            object.__setattr__(self, name, _layers(name, getattr(self, name), self.n_layers))
+        if self.sliding_window is not None:
+            _extent("sliding_window", self.sliding_window, MAX_EXTENT)
+            if len(self.sliding_layers) == self.n_layers:
+                object.__setattr__(self, "sliding_layers", ())  # one way to write all of them
+        for name in ("sliding_layers", "sliding_rope_theta"):
+            if self.sliding_window is None and getattr(self, name):
+                raise BadInput(f"{name} {getattr(self, name)!r} without a sliding_window")
 
     @classmethod
     def required_fields(cls) -> tuple[str, ...]:
@@ -108,6 +209,19 @@ class ModelConfig:
         """Stored parameters (a tied classifier counts once)."""
         return sum(math.prod(shape) for shape in self.weight_shapes().values())
 
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """What takes this model beyond the layers of Llama and Qwen3, which every engine computes,
+        as in "norm_placement='post'"."""
+        names = [name for name in FAMILY_FIELDS if getattr(self, name) != _DEFAULTS[name]]
+        names += ["qk_norm"] if self.qk_norm == "full" else []
+        return tuple(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def window(self, layer: int) -> int | None:
+        """How many positions each position of a layer sees, itself included; None: all before."""
+        slides = not self.sliding_layers or layer in self.sliding_layers
+        return self.sliding_window if slides else None
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical weight names and shapes, in order: Hugging Face's names without `model.`."""
         shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, self.dim)}
@@ -120,24 +234,30 @@ class ModelConfig:
         return shapes
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        qk_norms: dict[str, tuple[int, ...]] = {}
-        if self.qk_norm:
-            qk_norms = {
-                "self_attn.q_norm.weight": (self.head_dim,),
-                "self_attn.k_norm.weight": (self.head_dim,),
-            }
-        return {
-            "input_layernorm.weight": (self.dim,),
+        attention: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj.weight": (self.q_dim, self.dim),
             "self_attn.k_proj.weight": (self.kv_dim, self.dim),
             "self_attn.v_proj.weight": (self.kv_dim, self.dim),
-            **qk_norms,
-            "self_attn.o_proj.weight": (self.dim, self.q_dim),
-            "post_attention_layernorm.weight": (self.dim,),
+        }
+        if self.qkv_bias:
+            attention["self_attn.q_proj.bias"] = (self.q_dim,)
+            attention["self_attn.k_proj.bias"] = (self.kv_dim,)
+            attention["self_attn.v_proj.bias"] = (self.kv_dim,)
+        if self.qk_norm:
+            full = self.qk_norm == "full"
+            attention["self_attn.q_norm.weight"] = (self.q_dim if full else self.head_dim,)
+            attention["self_attn.k_norm.weight"] = (self.kv_dim if full else self.head_dim,)
+        attention["self_attn.o_proj.weight"] = (self.dim, self.q_dim)
+        mlp: dict[str, tuple[int, ...]] = {
             "mlp.gate_proj.weight": (self.hidden_dim, self.dim),
             "mlp.up_proj.weight": (self.hidden_dim, self.dim),
             "mlp.down_proj.weight": (self.dim, self.hidden_dim),
         }
+        before_attention, after_attention, before_mlp, after_mlp = (
+            {} if name is None else {f"{name}.weight": (self.dim,)}
+            for name in NORM_NAMES[self.norm_placement]
+        )
+        return before_attention | attention | after_attention | before_mlp | mlp | after_mlp
 
     def with_(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
@@ -145,7 +265,14 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` is its inverse."""
-        return asdict(self)
+        data: dict[str, Any] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+        if self.rope_scaling is not None:
+            (name,) = (n for n, kind in ROPE_SCALINGS.items() if type(self.rope_scaling) is kind)
+            data["rope_scaling"] = {"type": name, **data["rope_scaling"]}
+        return data
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "config") -> ModelConfig:
@@ -164,12 +291,72 @@ class ModelConfig:
         data = dict(data)
         try:
             if data.get("rope_scaling") is not None:
-                data["rope_scaling"] = RopeScaling(**data["rope_scaling"])
+                data["rope_scaling"] = _rope_scaling(**data["rope_scaling"])
             return cls(**data)
         except TypeError as error:
             raise BadInput(f"{source}: incomplete model configuration ({error})") from error
         except BadInput as error:
             raise BadInput(f"{source}: {error}") from error
+
+
+class NormNames(NamedTuple):
+    """The names of a layer's norms by their place; None: there is none."""
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+NORM_NAMES: dict[NormPlacement, NormNames] = {
+    "pre": NormNames("input_layernorm", None, "post_attention_layernorm", None),
+    "post": NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": NormNames(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+FAMILY_FIELDS = (
+    "qkv_bias",
+    "norm_placement",
+    "norm_offset",
+    "activation",
+    "embedding_scale",
+    "attention_scale",
+    "logit_softcap",
+    "sliding_window",
+    "sliding_layers",
+    "sliding_rope_theta",
+    "layers_without_rope",
+)
+"""In which families beyond Llama and Qwen3 differ."""
+_DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
+
+
+def _rope_scaling(type: str = "llama3", **values: Any) -> AnyRopeScaling:
+    """Before there were others, "llama3" was not written."""
+    if type not in ROPE_SCALINGS:
+        raise BadInput(f"rope_scaling.type {type!r}: must be one of {', '.join(ROPE_SCALINGS)}")
+    return ROPE_SCALINGS[type](**values)
+
+
+def _one_of(name: str, value: object, kind: Any) -> None:
+    choices = get_args(kind)
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise BadInput(f"{name} {value!r}: must be {', '.join(others)} or {last}")
+
+
+def _layers(name: str, value: object, n_layers: int) -> tuple[int, ...]:
+    """Sorted layer numbers, from a tuple or from a list out of JSON."""
+    if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+        raise BadInput(f"{name} must be a list of layer numbers, not {value!r}")
+    outside = [i for i in value if not 0 <= i < n_layers]
+    if outside:
+        raise BadInput(f"{name} has layer {outside[0]}: layers go from 0 to {n_layers - 1}")
+    return tuple(sorted(set(value)))
 
 
 def _extent(name: str, value: object, limit: int) -> None:

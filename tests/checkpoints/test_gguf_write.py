@@ -10,7 +10,7 @@ import torch
 from onelaunch.checkpoints import gguf, gguf_writer, load, save
 from onelaunch.checkpoints.rope_layout import to_layout
 from onelaunch.checkpoints.weights import LoadedModel
-from onelaunch.config import ModelConfig, RopeScaling
+from onelaunch.config import LinearRopeScaling, ModelConfig, RopeScaling, YarnRopeScaling
 from onelaunch.errors import BadInput, MissingExtra, RunFailed
 from onelaunch.model import Model
 
@@ -127,6 +127,7 @@ def _logits(model):
         ({"rope_scaling": RopeScaling(factor=8.0)}, "llama"),
         ({"rope_scaling": RopeScaling(factor=3.0, original_max_seq_len=16)}, "llama"),
         ({"qk_norm": True, "head_dim": 24}, "qwen3"),
+        ({"qkv_bias": True}, "qwen2"),
     ],
 )
 def test_the_same_logits_in_both_layouts(tmp_path, layout, changes, architecture):
@@ -135,7 +136,7 @@ def test_the_same_logits_in_both_layouts(tmp_path, layout, changes, architecture
     again = load(tmp_path / "a.gguf")
     fields = package.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["general.architecture"].contents() == architecture
-    assert again.config.rope_layout == ("half" if architecture == "qwen3" else "interleaved")
+    assert again.config.rope_layout == ("interleaved" if architecture == "llama" else "half")
     config, weights = to_layout(again.config, again.weights, layout)
     assert config == model.config
     assert all(torch.equal(weights[name], model.weights[name]) for name in weights)
@@ -149,8 +150,20 @@ def test_what_cannot_be_written(tmp_path):
         save(_model(), out, "gguf", weights="q5")
     with pytest.raises(BadInput, match="weights='f16': is for format='gguf'"):
         save(_model(), tmp_path / "a.bin", "llama2c", weights="f16")
-    with pytest.raises(BadInput, match=r"format='gguf': .*rope_scaling.*qk_norm"):
-        save(_model(qk_norm=True, rope_scaling=RopeScaling()), out, "gguf")
+    for changes, lost in [
+        (
+            {"qk_norm": True, "rope_scaling": RopeScaling()},
+            "rope_scaling of kind 'llama3' in architecture qwen3",
+        ),
+        ({"rope_scaling": LinearRopeScaling(2.0)}, "rope_scaling of kind 'linear'"),
+        ({"rope_scaling": YarnRopeScaling(2.0, 16)}, "rope_scaling of kind 'yarn'"),
+        ({"norm_placement": "post"}, "norm_placement='post'"),
+        ({"qk_norm": "full"}, "qk_norm='full'"),
+        ({"qk_norm": True, "qkv_bias": True}, "qkv_bias=True"),
+        ({"sliding_window": 8}, "sliding_window=8"),
+    ]:
+        with pytest.raises(BadInput, match=f"format='gguf': .*{lost}"):
+            save(_model(**changes), out, "gguf")
     model = _model()
     model.weights["layers.0.mlp.up_proj.weight"][95, 63] = 65520.0
     with pytest.raises(BadInput, match="weights='f16': a weight is beyond the range"):

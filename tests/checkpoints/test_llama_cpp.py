@@ -146,6 +146,7 @@ CONFIG = ModelConfig(
         {"tied_embeddings": False, "head_dim": 24, "norm_eps": 1e-3, "rope_theta": 500.0},
         {"rope_scaling": RopeScaling(factor=8.0, original_max_seq_len=16), "rope_theta": 5e5},
         {"qk_norm": True, "head_dim": 32, "rope_theta": 1e6},
+        {"qkv_bias": True, "tied_embeddings": False, "rope_theta": 1e6},
     ],
 )
 def test_every_shape(tmp_path, layout, changes):

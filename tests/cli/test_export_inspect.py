@@ -10,7 +10,7 @@ from onelaunch.checkpoints.tokenizers import BytesTokenizer
 from onelaunch.checkpoints.weights import LoadedModel
 from onelaunch.cli.export import export
 from onelaunch.cli.inspect import inspect
-from onelaunch.config import ModelConfig
+from onelaunch.config import ModelConfig, YarnRopeScaling
 from onelaunch.errors import BadInput, MissingExtra
 from onelaunch.model import Model
 
@@ -165,6 +165,26 @@ def test_inspect_table(bin_file):
     assert rows["tied embeddings"] == "yes"
     columns = {line.index(re.split(r"  +", line, maxsplit=1)[1], 10) for line in lines}
     assert len(columns) == 1  # aligned
+
+
+def test_inspect_shows_what_a_family_sets(bin_file, tmp_path):
+    config = ModelConfig(
+        dim=16, n_layers=2, n_heads=2, hidden_dim=8, vocab_size=9, max_seq_len=8,
+        sliding_window=4, rope_scaling=YarnRopeScaling(4.0, 8),
+    )  # fmt: skip
+    save(LoadedModel(config, _weights(config)), tmp_path / "hf", "hf")
+    lines = _run("inspect", tmp_path / "hf").stdout.splitlines()
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+    assert rows["sliding window"] == "4"
+    assert rows["rope scaling"].startswith("type yarn, factor 4, original max seq len 8, ")
+    assert rows["plan"] == "none: only the reference engine (PyTorch) runs this model"
+    assert "norm placement" not in rows
+    assert "sliding window" not in _run("inspect", bin_file).stdout
+    facts = json.loads(_run("inspect", tmp_path / "hf", "--json").stdout)
+    assert facts["plan"] is None
+    assert ModelConfig.from_dict(facts["config"]) == config
+    with pytest.raises(BadInput, match="^fusion_depth='half': .* sliding_window=4"):
+        _run("inspect", tmp_path / "hf", "--fusion-depth", "half")
 
 
 def test_inspect_says_what_a_forward_takes(bin_file):

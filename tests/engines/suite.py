@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelaunch.config import ModelConfig, RopeScaling
+from onelaunch.config import ModelConfig, RopeScaling, YarnRopeScaling
 from onelaunch.engines.engine import Engine, Request, Sampling, Session, TokenEvent
 from onelaunch.engines.sampling import uniforms
 from onelaunch.errors import BadInput, RunFailed
@@ -35,6 +35,9 @@ SHAPES = {
     "qk-norm-wide-heads": SMALL.with_(head_dim=16, qk_norm=True, n_kv_heads=2, norm_eps=1e-6),
     "scaled-rope": SMALL.with_(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), rope_theta=100.0),
 }
+
+# rotary tables that are longer than one; for what reads or transposes a rotation
+YARN = SMALL.with_(rope_scaling=YarnRopeScaling(8.0, 16), rope_theta=100.0, qk_norm=True)
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import onelaunch
 from onelaunch.compilation.cache import Store
-from onelaunch.config import preset
+from onelaunch.config import YarnRopeScaling, preset
 from onelaunch.engines.cuda.training.adamw import FlatAdamW
 from onelaunch.engines.cuda.training.engine import CudaTrainer
 from onelaunch.engines.cuda.training.swiglu_launches import can_fuse
@@ -35,6 +35,7 @@ CONFIGS = {
     "norms of heads, untied": BASE.with_(qk_norm=True, tied_embeddings=False),
     "halves": BASE.with_(dim=384, head_dim=64, rope_layout="half"),
     "stories260k": preset("stories260k"),
+    "yarn": BASE.with_(rope_scaling=YarnRopeScaling(4.0, 64), rope_theta=500.0, qk_norm=True),
     "wide heads": BASE.with_(dim=256, n_heads=4, n_kv_heads=2, head_dim=128, hidden_dim=704),
     "wide heads with norms": BASE.with_(
         dim=256, n_heads=4, n_kv_heads=2, head_dim=128, qk_norm=True, hidden_dim=704

@@ -15,6 +15,7 @@ from onelaunch.model import KVCache, Model
 from tests.engines.suite import (
     SHAPES,
     SMALL,
+    YARN,
     by_request,
     exact_logits,
     relative_error,
@@ -36,6 +37,7 @@ LONGER = SMALL.with_(max_seq_len=400)
 LONGEST = SMALL.with_(max_seq_len=8192, hidden_dim=64)  # several in one launch have widths of 32
 PROMPTS = {
     **SHAPES,
+    "yarn": YARN,
     "heads of 48": preset("stories15m").with_(n_layers=2),
     "grouped heads of 64": preset("llama-3.2-1b").with_(
         n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=4100

@@ -12,7 +12,7 @@ from onelaunch.engines.cuda.program import FusedForward, Shape
 from onelaunch.errors import EngineTimeout
 from onelaunch.model import Model
 from tests.engines.cuda.staged_forward import StagedForward
-from tests.engines.suite import SHAPES, SMALL, exact_logits, relative_error, weights_of
+from tests.engines.suite import SHAPES, SMALL, YARN, exact_logits, relative_error, weights_of
 
 CUDA = torch.device("cuda", 0)
 MORE = {
@@ -28,7 +28,7 @@ MORE = {
     "heads of 128": SMALL.with_(dim=256, n_heads=4, n_kv_heads=2, head_dim=128, max_seq_len=100),
 }  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EVERY = {**SHAPES, **MORE}
+EVERY = {**SHAPES, **MORE, "yarn": YARN}
 # compiling is what takes time: bfloat16 everywhere, the others where they differ most
 FEW = ("plain", "heads of 48, longer", "no power of two")
 COMBINATIONS = [

@@ -19,7 +19,7 @@ from onelaunch.errors import BadInput, EngineTimeout
 from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model
 from tests.engines.cuda.test_emulated_text import kept
-from tests.engines.suite import SHAPES, SMALL, exact_logits, run, weights_of
+from tests.engines.suite import SHAPES, SMALL, YARN, exact_logits, run, weights_of
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -45,6 +45,7 @@ FITTING = {
 }
 CONFIGS = {
     **FITTING,
+    "yarn": YARN,
     "15m": preset("stories15m").with_(n_layers=2),
     "grouped": preset("llama-3.2-1b").with_(n_layers=1, vocab_size=4100),
     "qk-norm": preset("qwen3-0.6b").with_(n_layers=1, vocab_size=4100),

@@ -12,6 +12,7 @@ CONFIGS = {
     "tied": TINY,
     "untied": TINY.with_(tied_embeddings=False),
     "qk-norm": TINY.with_(qk_norm=True, rope_layout="interleaved"),
+    "biases": TINY.with_(qkv_bias=True),
     "one-layer": TINY.with_(n_layers=1, n_kv_heads=2),
 }
 

@@ -66,7 +66,10 @@ class ScalarModel:
         for b, s in self.rows():
             normed = self.normed("x", b, s, f"{prefix}input_layernorm")
             for part, heads in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads)):
-                flat = self.linear(normed, f"{prefix}self_attn.{part}_proj", heads * c.head_dim)
+                name = f"{prefix}self_attn.{part}_proj"
+                flat = self.linear(normed, name, heads * c.head_dim)
+                if c.qkv_bias:
+                    flat = [self.did(x + self.bias(name, i)) for i, x in enumerate(flat)]
                 for h in range(heads):
                     head = flat[h * c.head_dim : (h + 1) * c.head_dim]
                     if part != "v":
@@ -183,6 +186,10 @@ class ScalarModel:
         for i in index:
             value = value[i]
         return value
+
+    def bias(self, name: str, index: int) -> float:
+        self.tallies[-1].weights.add((f"{name}.bias", (index,)))
+        return self.model_weights[f"{name}.bias"][index]
 
     def read(self, buffer: str, *index: int) -> float:
         self.tallies[-1].reads.add((buffer, index))

@@ -171,6 +171,7 @@ def test_a_plan_of_another_model_is_caught():
         {"n_kv_heads": 2},
         {"vocab_size": 18},
         {"qk_norm": True},
+        {"qkv_bias": True},
         {"tied_embeddings": False},
     ):
         with pytest.raises(PlanError):

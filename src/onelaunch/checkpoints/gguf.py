@@ -118,10 +118,8 @@ def _chat_template(header: Header) -> tuple[str | None, tuple[str, ...]]:
 def _refuse_variants(header: Header) -> None:
     architecture = header.text(ARCHITECTURE)
     if architecture not in ARCHITECTURES:
-        reason = ", whose projections have a bias," if architecture == "qwen2" else ""
         raise header.error(
-            f"architecture {architecture!r}{reason} is not supported; only "
-            f"{' and '.join(ARCHITECTURES)} are"
+            f"architecture {architecture!r} is not supported; only {', '.join(ARCHITECTURES)} are"
         )
     if (header.integer("split.count") or 0) > 1:
         raise header.error(
@@ -159,6 +157,7 @@ def _read_config(header: Header) -> ModelConfig:
             **values,
             vocab_size=embedding.shape[0],
             rope_layout=ARCHITECTURES[architecture],
+            qkv_bias=architecture == "qwen2",
             qk_norm=architecture == "qwen3",
             tied_embeddings="output.weight" not in header.tensors,
         )

@@ -5,7 +5,11 @@ from __future__ import annotations
 from onelaunch.config import RopeLayout
 
 ARCHITECTURE = "general.architecture"
-ARCHITECTURES: dict[str, RopeLayout] = {"llama": "interleaved", "qwen3": "half"}
+ARCHITECTURES: dict[str, RopeLayout] = {
+    "llama": "interleaved",
+    "qwen2": "half",
+    "qwen3": "half",
+}
 """The rotary layout of each architecture."""
 KEYS = {
     "dim": "embedding_length",
@@ -41,8 +45,8 @@ _WHOLE_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": 
 
 def gguf_name(name: str) -> str:
     """Return the name in a GGUF file of a tensor by its canonical name."""
-    stem = name.removesuffix(".weight")
+    stem, _, suffix = name.rpartition(".")
     if stem in _WHOLE_NAMES:
-        return f"{_WHOLE_NAMES[stem]}.weight"
+        return f"{_WHOLE_NAMES[stem]}.{suffix}"
     _, layer, kind = stem.split(".", 2)
-    return f"blk.{layer}.{_LAYER_NAMES[kind]}.weight"
+    return f"blk.{layer}.{_LAYER_NAMES[kind]}.{suffix}"

@@ -24,6 +24,7 @@ from onelaunch.checkpoints.gguf_tokenizer_export import tokenizer_keys
 from onelaunch.checkpoints.rope_layout import tensor_to_layout
 from onelaunch.checkpoints.tokenizers import Tokenizer
 from onelaunch.checkpoints.weights import LoadedModel
+from onelaunch.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from onelaunch.errors import BadInput
 
 WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -53,7 +54,7 @@ def write(
         raise BadInput(f"weights={weights!r}: must be one of {', '.join(WEIGHTS)}")
     check_file_path(out, "model.gguf")
     package = gguf_package("writing a GGUF file")
-    architecture = "qwen3" if model.config.qk_norm else "llama"
+    architecture = _architecture(model.config)
     kind = weights or _DTYPES.get(model.weights["embed_tokens.weight"].dtype, "f32")
     stored = {name: stored_type(tensor, kind) for name, tensor in model.weights.items()}
     writer = package.GGUFWriter(None, architecture)
@@ -92,6 +93,20 @@ def write(
             for chunk in _encoded(tensor, stored.get(name, _TYPES["f32"]), package):
                 file.write(chunk.data)
         _pad(file)
+
+
+def _architecture(config: ModelConfig) -> str:
+    """Return the architecture of a model; raises BadInput where none can express it."""
+    architecture = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    plain = config.with_(qkv_bias=False) if architecture == "qwen2" else config
+    lost = plain.extensions[0] if plain.extensions else ""
+    scaling = config.rope_scaling
+    if scaling is not None and not (architecture == "llama" and isinstance(scaling, RopeScaling)):
+        kind = next(name for name, of in ROPE_SCALINGS.items() if isinstance(scaling, of))
+        lost = f"rope_scaling of kind {kind!r} in architecture {architecture}"
+    if lost:
+        raise BadInput(f"format='gguf': the file cannot store {lost}; use format='hf'")
+    return architecture
 
 
 def stored_type(tensor: Tensor, kind: str) -> TensorType:
@@ -143,12 +158,7 @@ def _add_config(writer: Any, model: LoadedModel, architecture: str) -> None:
 def _add_scaling(writer: Any, model: LoadedModel) -> Tensor:
     """Return the tensor of rotary divisors; adds the parameters if they are not Llama 3's."""
     config, scaling = model.config, model.config.rope_scaling
-    assert scaling is not None
-    if config.qk_norm:
-        raise BadInput(
-            "format='gguf': the file cannot store scaled rotary frequencies (rope_scaling) of a "
-            "model with norms on queries and keys (qk_norm); use format='hf'"
-        )
+    assert isinstance(scaling, RopeScaling)
     divisors = scaling_divisors(scaling, config.head_dim, config.rope_theta)
     if recognize_scaling(divisors, config.rope_theta) != scaling:
         for name in SCALING_FACTORS:

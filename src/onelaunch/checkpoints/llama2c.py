@@ -201,7 +201,9 @@ def _tables(config: ModelConfig, extras: dict[str, torch.Tensor]) -> dict[str, t
 def check_expressible(config: ModelConfig, format: str) -> None:
     """Raise BadInput for a model that none of the versions can store; names `format`."""
     reason = ""
-    if config.qk_norm:
+    if config.extensions:
+        reason = config.extensions[0]
+    elif config.qk_norm:
         reason = "norms on queries and keys (qk_norm)"
     elif config.rope_scaling is not None:
         reason = "scaled rotary frequencies (rope_scaling)"

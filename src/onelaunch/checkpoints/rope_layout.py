@@ -17,8 +17,8 @@ def to_layout(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Convert a model to a rotary layout.
 
-    `weights` has canonical names; unchanged tensors are not copied. The weights of QK-norm, one per
-    element of a head, are reordered too.
+    `weights` has canonical names; unchanged tensors are not copied. Biases of the projections and
+    the weights of QK-norm, one per element of a head or of all heads, are reordered too.
     """
     if layout == config.rope_layout:
         return config, weights
@@ -34,7 +34,9 @@ def tensor_to_layout(config: ModelConfig, name: str, tensor: Tensor, layout: Rop
     return _reorder(tensor, config.head_dim, layout)
 
 
-_REORDERED = tuple(f"self_attn.{x}_{kind}.weight" for x in "qk" for kind in ("proj", "norm"))
+_REORDERED = tuple(
+    f"self_attn.{x}_{kind}" for x in "qk" for kind in ("proj.weight", "proj.bias", "norm.weight")
+)
 
 
 def _reorder(tensor: Tensor, head_dim: int, layout: RopeLayout) -> Tensor:

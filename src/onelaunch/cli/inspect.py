@@ -55,6 +55,7 @@ def inspect(
     import json as json_module
     from pathlib import Path
 
+    from onelaunch.config import FAMILY_FIELDS
     from onelaunch.engines import inspection
     from onelaunch.engines.coreml.package import is_package
 
@@ -80,6 +81,9 @@ def inspect(
         facts["tokenizer"] = "cannot be used"
     elif facts["tokenizer"] is not None:
         facts["tokenizer"] = "{kind}, {vocab_size:,} tokens".format(**facts["tokenizer"])
+    for name in FAMILY_FIELDS:
+        if not any(each.startswith(f"{name}=") for each in loaded.config.extensions):
+            del config[name]  # as in Llama
     width = max(map(len, [*facts, *config]))
     for name, value in [*facts.items(), *config.items()]:
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
@@ -139,7 +143,10 @@ def _print_lines(lines: Iterable[tuple[str, str]], width: int) -> None:
         print(f"{name:<{width}}  {text}")
 
 
-def _plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _plan_lines(plan: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if plan is None:
+        yield "plan", "none: only the reference engine (PyTorch) runs this model"
+        return
     for forward in plan["forwards"]:
         totals, tokens = forward["totals"], forward["sequence"]
         activations = totals["activation_bytes_read"] + totals["activation_bytes_written"]
@@ -198,7 +205,7 @@ def _shown(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {number:g}" for name, number in value.items())
+        return ", ".join(f"{k.replace('_', ' ')} {_shown(each)}" for k, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

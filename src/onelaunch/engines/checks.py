@@ -11,8 +11,21 @@ from torch import Tensor
 from onelaunch.config import ModelConfig
 from onelaunch.engines.engine import MAX_TOP_LOGPROBS, Request, Sampling
 from onelaunch.errors import BadInput, RunFailed
+from onelaunch.plan import unplanned
 
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def not_computed(config: ModelConfig) -> str | None:
+    """Why an engine of the layers of Llama and Qwen3 alone does not run a model; None where it
+    does."""
+    return f"it does not compute {config.extensions[0]}" if config.extensions else None
+
+
+def not_planned(config: ModelConfig) -> str | None:
+    """Why an engine of all stages of plans does not run a model; None where it does."""
+    reason = unplanned(config)
+    return reason and f"it does not compute {reason}"
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:

@@ -46,6 +46,8 @@ def choose(
         raise BadInput(f"threads={threads}: the CUDA engine computes on the GPU; leave it out")
     if engine == "auto":
         engine = automatic(on, config, dtype, threads)
+        if engine == "reference" and (reason := _why_pytorch(on, config)):
+            log(f"PyTorch runs this model, as the engine for this device cannot: {reason}")
     if engine == "cuda":
         from onelaunch.engines.cuda.engine import CudaEngine
 
@@ -74,6 +76,13 @@ def choose(
     return ReferenceEngine(config, weights, device, dtype, threads)
 
 
+def _why_pytorch(device: torch.device, config: ModelConfig) -> str | None:
+    """What a model has that a device's own engine does not compute; None where it computes all."""
+    from onelaunch.engines.checks import not_computed, not_planned
+
+    return not_planned(config) if device.type == "cpu" else not_computed(config)
+
+
 def automatic_for_evaluation(
     device: torch.device, config: ModelConfig, dtype: str, threads: int | None
 ) -> str:
@@ -95,7 +104,8 @@ def automatic(
     if device.type == "cpu":
         from onelaunch.engines import cpu
 
-        if (dtype is None or dtype in cpu.DTYPES) and cpu.why_not() is None:
+        fits = config is None or _why_pytorch(device, config) is None
+        if fits and (dtype is None or dtype in cpu.DTYPES) and cpu.why_not() is None:
             return "cpu"
     if device.type == "cuda" and dtype in (None, "bfloat16", "float16") and threads is None:
         from onelaunch.engines import cuda

@@ -19,7 +19,18 @@ def inspect(
     where `fusion_depth` is not None; what a `training` step of so many sequences of so many tokens
     takes; the forms that were chosen for it on a GPU (`choices`), and how its weights are
     prefetched on a CPU. Raises BadInput for a depth that it does not have, or for more tokens than
-    its context."""
+    its context. A model that only the reference engine runs has no plan and no choices; raises
+    BadInput where they are requested."""
+    from onelaunch.plan import unplanned
+
+    missing, extensions = unplanned(loaded.config), loaded.config.extensions
+    if missing and fusion_depth is not None:
+        raise BadInput(f"fusion_depth={fusion_depth!r}: plans have no stage for {missing}")
+    if extensions and training is not None:
+        shape = "x".join(map(str, training))
+        raise BadInput(f"training={shape!r}: plans of training have no work for {extensions[0]}")
+    if missing:
+        return {**_facts(loaded), "plan": None, "choices": [], "prefetch": []}
     plan = _plan(loaded, fusion_depth)
     if training is not None:
         plan["training"] = _training(loaded, *training)

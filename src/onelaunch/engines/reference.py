@@ -17,7 +17,7 @@ from onelaunch.engines.engine import Mark, no_mark
 from onelaunch.engines.norm import choose_norm, has_norm_kernel, norm_function
 from onelaunch.engines.session import RowSession
 from onelaunch.errors import BadInput
-from onelaunch.model import Cache, KVCache, Model, RaggedCache
+from onelaunch.model import Cache, KVCache, Model, RaggedCache, softcapped
 
 MAX_THREADS = 1024
 
@@ -118,8 +118,8 @@ class ReferenceEngine:
         self.model.requires_grad_(train)
         self._layers = self.model.layer_weights()
         self._head_VD = self.model.head_weight()
-        # Made here, so that torch.compile finds it made and does not trace into the making.
-        self.model.rope(self.model.norm.weight.device, self.dtype, 1)
+        # Tables are made here, so that torch.compile does not trace into their making.
+        self.model.positions(1, None, self.model.norm.weight.device, self.dtype)
         if self.norm == "onelaunch" and not has_kernel:
             # Without a kernel the operator warns once: now, rather than amid the printed tokens.
             weight_D = self.model.norm.weight.detach()
@@ -145,7 +145,8 @@ class ReferenceEngine:
             hidden_BSD = self.model.hidden(tokens_BS)
             ends_B = torch.tensor(ends, dtype=torch.int64, device=self.device)
             hidden_BD = hidden_BSD[torch.arange(len(ends), device=self.device), ends_B]
-            return F.linear(hidden_BD, self._head_VD).float().to(dtype)
+            logits_BV = F.linear(hidden_BD, self._head_VD).float()
+            return softcapped(logits_BV, self.config.logit_softcap).to(dtype)
 
     def session(self, max_batch: int = 1, max_len: int | None = None) -> RowSession:
         """Begin to generate, a token of each request in a step; see `Engine`.
@@ -242,8 +243,10 @@ class ReferenceEngine:
         with self._autocast(), self._growing_attention():
             hidden_BSD = self.model.hidden(tokens_BS.to(self.device), cache, self._layers)
             if len(hidden_BSD) == 1:  # a matrix-vector product is faster than one of a batch of 1
-                return F.linear(hidden_BSD[0, -1], self._head_VD).float()[None]
-            return F.linear(hidden_BSD[:, -1], self._head_VD).float()
+                logits_BV = F.linear(hidden_BSD[0, -1], self._head_VD).float()[None]
+            else:
+                logits_BV = F.linear(hidden_BSD[:, -1], self._head_VD).float()
+            return softcapped(logits_BV, self.config.logit_softcap)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.trains and self.dtype != torch.float32:

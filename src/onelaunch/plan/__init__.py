@@ -6,7 +6,7 @@ lists the work of a training step. `check`, `check_launches`, `check_tiles` and 
 validate the results.
 """
 
-from onelaunch.plan.build import make_plan
+from onelaunch.plan.build import make_plan, unplanned
 from onelaunch.plan.check import PlanError, check, check_launches
 from onelaunch.plan.describe import describe
 from onelaunch.plan.kinds import KINDS, LAYER_KINDS, NO_LAYER, STAGE_KINDS, Kind
@@ -53,4 +53,5 @@ __all__ = [
     "make_training_plan",
     "parse_depth",
     "part_of",
+    "unplanned",
 ]

@@ -71,9 +71,11 @@ def make_plan(
 
     Logits are of the last position of each sequence, or of `all_positions`; `sample` adds the stage
     that picks the next token. Item sizes are in bytes; the caches have the item size of
-    activations. Raises BadInput if a number is out of range or the positions exceed the model's
-    context.
+    activations. Raises BadInput if a number is out of range, the positions exceed the model's
+    context, or the model has work that no stage has.
     """
+    if reason := unplanned(config):
+        raise BadInput(f"{reason}: plans have no stage for it")
     _at_least("batch", batch, 1)
     _at_least("sequence", sequence, 1)
     _at_least("past", past, 0)
@@ -112,6 +114,14 @@ def make_plan(
         tuple(builder.stages),
         tuple(buffers),
     )
+
+
+def unplanned(config: ModelConfig) -> str | None:
+    """What of a model is in no stage, as in "norm_placement='post'"; None where there is nothing.
+
+    Stages have the layers of Llama and Qwen3, and biases of queries, keys and values.
+    """
+    return next((each for each in config.extensions if each != "qkv_bias=True"), None)
 
 
 def activation_shapes(
@@ -158,6 +168,8 @@ class _PlanBuilder:
         c, rows = self.config, self.rows
         flops = rows * norm_flops(c.dim) + product_flops(rows, c.dim, c.q_dim + 2 * c.kv_dim)
         flops += ROPE_FLOPS * rows * (c.q_dim + c.kv_dim)
+        if c.qkv_bias:
+            flops += rows * (c.q_dim + 2 * c.kv_dim)
         if c.qk_norm:
             flops += rows * (c.n_heads + c.n_kv_heads) * norm_flops(c.head_dim)
         appended = {cache_name(layer): 2 * rows * c.kv_dim}

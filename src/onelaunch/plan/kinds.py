@@ -130,10 +130,14 @@ def buffers_of(values: Sequence[str], layer: int) -> tuple[str, ...]:
 
 
 def weights_of(config: ModelConfig, kind: str, layer: int = NO_LAYER) -> tuple[str, ...]:
-    """List the canonical names of the weights of a stage."""
+    """List the canonical names of the weights of a stage, and of biases."""
     prefix = "" if layer == NO_LAYER else f"layers.{layer}."
-    return tuple(
+    biases: tuple[str, ...] = ()
+    if kind == "qkv" and config.qkv_bias:
+        biases = tuple(f"{prefix}self_attn.{name}_proj.bias" for name in "qkv")
+    weights = tuple(
         f"{prefix}{'embed_tokens' if name == 'lm_head' and config.tied_embeddings else name}.weight"
         for name in STAGE_KINDS[kind].weights
         if config.qk_norm or name not in HEAD_NORMS
     )
+    return weights + biases

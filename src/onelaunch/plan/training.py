@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 from onelaunch.config import ModelConfig
+from onelaunch.errors import BadInput
 from onelaunch.plan.check import PlanError
 from onelaunch.plan.kinds import NO_LAYER
 
@@ -146,7 +147,9 @@ def make_training_plan(
     logits: int = LOGITS,
 ) -> TrainingPlan:
     """List the work of a micro-step and of an update, in its order; about `logits` numbers of them
-    exist at once."""
+    exist at once. Raises BadInput for a model whose layers are not those of Llama or Qwen3."""
+    if config.extensions:
+        raise BadInput(f"{config.extensions[0]}: plans of training have no work for it")
     c = config
     b = _Builder(config, batch, sequence, itemsize, recompute)
     tokens, C = batch * sequence, c.q_dim + 2 * c.kv_dim

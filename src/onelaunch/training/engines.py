@@ -6,6 +6,7 @@ from torch import Tensor
 
 from onelaunch.config import ModelConfig
 from onelaunch.engines import cpu, cuda
+from onelaunch.engines.checks import not_computed
 from onelaunch.engines.reference import ReferenceEngine, resolve_device
 from onelaunch.errors import BadInput
 from onelaunch.plan.training import RECOMPUTE
@@ -21,7 +22,7 @@ def engine_name(recipe: Recipe, config: ModelConfig) -> str:
         return train.engine
     device = resolve_device(train.device)
     can = {
-        "cpu": cpu.why_not() is None,
+        "cpu": cpu.why_not() is None and not_computed(config) is None,
         "cuda": cuda.why_not_train(device, config) is None,
     }
     name = device.type

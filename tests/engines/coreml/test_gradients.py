@@ -13,7 +13,7 @@ from onelaunch.errors import BadInput
 from onelaunch.model import Model, rope_tables, widen_rope
 from onelaunch.plan import make_plan
 from tests.engines.coreml.test_programs import MORE, looked_up, rounded_hidden, tokens_of
-from tests.engines.suite import SHAPES, SMALL, relative_error, weights_of
+from tests.engines.suite import SHAPES, SMALL, YARN, relative_error, weights_of
 
 pytest.importorskip("coremltools")
 
@@ -137,10 +137,11 @@ def batch_of(config, batch, sequence):
 
 
 EVERY = {**SHAPES, **MORE}
+SCALED = pytest.param(YARN, marks=pytest.mark.extended)
 
 
 @pytest.mark.parametrize("taps", ["full", "inputs"])
-@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("config", [*EVERY.values(), SCALED], ids=[*EVERY, "yarn"])
 def test_gradients_are_autograds(config, taps, tmp_path):
     weights = rounded(config, weights_of(config))
     tokens, targets = batch_of(config, 2, 20)

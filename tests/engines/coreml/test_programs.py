@@ -14,6 +14,7 @@ from onelaunch.plan import make_plan, part_of
 from tests.engines.suite import (
     SHAPES,
     SMALL,
+    YARN,
     every_shape,
     exact_logits,
     layers_alone,
@@ -32,6 +33,7 @@ MORE = {
     "heads of 48": SMALL.with_(dim=96, n_heads=2, n_kv_heads=2, head_dim=48, max_seq_len=40),
     "heads of 6": SMALL.with_(dim=40, n_heads=5, head_dim=6, n_kv_heads=1, hidden_dim=44),
     "norms of heads of 24": SMALL.with_(n_heads=4, n_kv_heads=2, head_dim=24, qk_norm=True),
+    "yarn": YARN,
     "heads of 128": SMALL.with_(n_heads=2, n_kv_heads=1, head_dim=128, rope_layout="interleaved"),
 }
 

@@ -13,7 +13,7 @@ from tests.engines.suite import weights_of
 
 CONFIG = ModelConfig(
     dim=20, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=6, hidden_dim=37, vocab_size=43,
-    max_seq_len=8, qk_norm=True, tied_embeddings=False,
+    max_seq_len=8, qk_norm=True, tied_embeddings=False, qkv_bias=True,
 )  # fmt: skip
 
 
@@ -85,6 +85,11 @@ def test_every_weight_lies_where_it_is_read_and_zeros_around_it(lanes, tile, dty
         attention, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
         qkv = torch.cat([rounded[attention + f"{x}_proj.weight"] for x in "qkv"])
         check_matrix(table[Layer.QKV], qkv)
+        biases = torch.cat([weights[attention + f"{x}_proj.bias"] for x in "qkv"])
+        assert torch.equal(
+            read.vector(table[Layer.QKV_BIAS], len(biases)),
+            in_zeros(biases, up_to(len(biases), 16)),
+        )
         check_matrix(table[Layer.O_PROJ], rounded[attention + "o_proj.weight"])
         check_matrix(table[Layer.DOWN], rounded[mlp + "down_proj.weight"])
         both = []

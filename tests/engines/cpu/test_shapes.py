@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from onelaunch.config import ModelConfig, RopeScaling
+from onelaunch.config import LinearRopeScaling, ModelConfig, RopeScaling
 from onelaunch.engines.cpu import runtime as runtime_module
 from onelaunch.engines.cpu.layout import State
 from onelaunch.engines.engine import Sampling
@@ -14,7 +14,14 @@ from onelaunch.generation.decode import generate_ids
 from onelaunch.model import Model
 from onelaunch.plan import every_depth
 from tests.engines.cpu.making import floats_at, logits_of, make_engine, make_runtime
-from tests.engines.suite import SMALL, exact_logits, relative_error, rows_of_tokens, weights_of
+from tests.engines.suite import (
+    SMALL,
+    YARN,
+    exact_logits,
+    relative_error,
+    rows_of_tokens,
+    weights_of,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled_program")
 
@@ -48,6 +55,10 @@ SHAPES = {
     "scaled-interleaved": TINY.with_(
         rope_layout="interleaved", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), qk_norm=True
     ),
+    "linear-scaled": TINY.with_(rope_scaling=LinearRopeScaling(3.0)),
+    "yarn": YARN,
+    "biases": TINY.with_(qkv_bias=True, n_heads=6, n_kv_heads=2, head_dim=10),
+    "biases, qk-norm": TINY.with_(qkv_bias=True, qk_norm=True, rope_layout="interleaved"),
 }
 
 
@@ -75,6 +86,7 @@ def random_config(seed: int) -> ModelConfig:
         rope_scaling=pick.choice([None, RopeScaling(4.0, 1.0, 4.0, 16)]),
         qk_norm=pick.random() < 0.5,
         tied_embeddings=pick.random() < 0.5,
+        qkv_bias=pick.random() < 0.5,
     )
 
 

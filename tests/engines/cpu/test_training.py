@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from onelaunch.config import ModelConfig, RopeScaling
+from onelaunch.config import ModelConfig, RopeScaling, YarnRopeScaling
 from onelaunch.engines.cpu.training import batch as batches
 from onelaunch.engines.cpu.training import engine
 from onelaunch.engines.cpu.training.engine import CpuTrainer
@@ -33,6 +33,7 @@ SHAPES = {
     "heads-of-8": BASE.with_(dim=64, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=172),
     "heads-of-128": BASE.with_(dim=40, n_heads=2, n_kv_heads=1, head_dim=128, n_layers=1),
     "scaled-rope": BASE.with_(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64), rope_theta=500.0),
+    "yarn": BASE.with_(rope_scaling=YarnRopeScaling(8.0, 64), rope_theta=500.0, qk_norm=True),
     "wide": BASE.with_(
         dim=336, n_heads=6, n_kv_heads=6, head_dim=56, hidden_dim=700, vocab_size=900, n_layers=1
     ),

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from onelaunch.config import YarnRopeScaling  # noqa: E402
 from onelaunch.engines.cuda import engine as engine_module  # noqa: E402
 from onelaunch.engines.cuda import sync  # noqa: E402
 from onelaunch.engines.cuda.blocking import padded  # noqa: E402
@@ -73,7 +74,9 @@ def tokens_of(config, batch, length):
 TINY = SMALL.with_(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, hidden_dim=24)
 KINDS = {
     "grouped heads": TINY,
-    "norms of heads": TINY.with_(qk_norm=True, n_kv_heads=2, rope_layout="half"),
+    "norms of heads": TINY.with_(
+        qk_norm=True, n_kv_heads=2, rope_layout="half", rope_scaling=YarnRopeScaling(4.0, 8)
+    ),
     "two layers": TINY.with_(n_layers=2, head_dim=12, tied_embeddings=False),
 }
 

@@ -171,7 +171,7 @@ _FULL = {
 }
 
 
-def _taps_of(kind: str, taps: Taps, qk_norm: bool) -> tuple[str, ...]:
+def _taps_of(kind: str, taps: Taps, qk_norm: bool | str) -> tuple[str, ...]:
     if taps == "full":
         names = _FULL.get(kind, ())
         return names if qk_norm else tuple(name for name in names if not name.endswith("_raw"))

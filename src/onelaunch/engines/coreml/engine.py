@@ -11,7 +11,13 @@ from torch import Tensor
 
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_session, check_tokens, last_positions, logits_dtype
+from onelaunch.engines.checks import (
+    check_session,
+    check_tokens,
+    last_positions,
+    logits_dtype,
+    not_computed,
+)
 from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.emit import LOGITS, RESULT, TOKENS, X, program_launches
 from onelaunch.engines.coreml.pack import HEAD_STEP, Packed, weight_bytes
@@ -49,6 +55,8 @@ class CoreMLEngine:
         store: Store | None = None,
     ) -> None:
         coremltools("engine='coreml'")
+        if reason := not_computed(config):
+            raise BadInput(f"engine='coreml': {reason}; use engine='reference'")
         self.config = config
         self.dtype = dtype or DTYPES[0]
         if self.dtype not in DTYPES:

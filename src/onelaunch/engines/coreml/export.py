@@ -48,6 +48,8 @@ def checked(
     config: ModelConfig, out: Path, sequence: int | None, depth: str | None, taps: str
 ) -> tuple[int, Depth, Taps]:
     """Sequence, depth and taps with their defaults. Raises BadInput."""
+    if config.extensions:
+        raise BadInput(f"format='coreml': programs do not have {config.extensions[0]}")
     if taps not in TAPS:
         raise BadInput(f"taps={taps!r}: must be {', '.join(TAPS[:-1])} or {TAPS[-1]}")
     if sequence is None:

@@ -33,7 +33,7 @@ from onelaunch.compilation.background import in_a_line
 from onelaunch.compilation.cache import Store
 from onelaunch.compilation.schedule import MicroStepEstimator
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_tokens
+from onelaunch.engines.checks import check_tokens, not_computed
 from onelaunch.engines.coreml import DTYPES, coremltools
 from onelaunch.engines.coreml.backward import BACK, BEGINS, DX, DX_IN
 from onelaunch.engines.coreml.compiler import Compiler, Shape, program_path
@@ -106,6 +106,8 @@ class CoreMLTrainer(ReferenceEngine):
         store: Store | None = None,
     ) -> None:
         coremltools("engine='coreml'")
+        if reason := not_computed(config):
+            raise BadInput(f"engine='coreml': {reason}; use engine='reference'")
         if taps not in TAPS[1:]:
             raise BadInput(f"coreml.taps {taps}: must be {' or '.join(TAPS[1:])}")
         if dtype not in DTYPES:

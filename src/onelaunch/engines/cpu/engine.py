@@ -12,7 +12,13 @@ from torch import Tensor
 from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_session, check_tokens, last_positions, logits_dtype
+from onelaunch.engines.checks import (
+    check_session,
+    check_tokens,
+    last_positions,
+    logits_dtype,
+    not_planned,
+)
 from onelaunch.engines.cpu import DTYPES, prefetch_choice, program, usable_cores, why_not
 from onelaunch.engines.cpu.pack import PackedWeights
 from onelaunch.engines.cpu.program import Program
@@ -55,7 +61,7 @@ class CpuEngine:
         wait: bool = False,
         prefetch: str | None = None,
     ) -> None:
-        if reason := why_not():
+        if reason := why_not() or not_planned(config):
             raise BadInput(f"engine='cpu': {reason}; use engine='reference'")
         self.config = config
         name = dtype or "float32"

@@ -99,7 +99,8 @@ class Layer(IntEnum):
     POST_NORM = 5
     GATE_UP = 6
     DOWN = 7
-    LENGTH = 8
+    QKV_BIAS = 8
+    LENGTH = 9
 
 
 class Token(IntEnum):

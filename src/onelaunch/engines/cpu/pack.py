@@ -77,6 +77,10 @@ class PackedWeights:
             row = [0] * Layer.LENGTH
             row[Layer.INPUT_NORM] = self._vector(w[f"layers.{i}.input_layernorm.weight"])
             row[Layer.QKV] = self._matrix(*(w[attention + f"{x}_proj.weight"] for x in "qkv"))
+            if c.qkv_bias:
+                row[Layer.QKV_BIAS] = self._vector(
+                    *(w[attention + f"{x}_proj.bias"] for x in "qkv")
+                )
             if c.qk_norm:
                 row[Layer.Q_NORM] = self._vector(w[attention + "q_norm.weight"])
                 row[Layer.K_NORM] = self._vector(w[attention + "k_norm.weight"])
@@ -107,8 +111,8 @@ class PackedWeights:
             rows = padded(sum(map(len, tensors)), self._tile)
         return self._place(rows * columns * self.dtype.itemsize, list(tensors), alternate)
 
-    def _vector(self, tensor: Tensor) -> int:
-        return self._place(4 * padded(len(tensor)), [tensor], False)
+    def _vector(self, *tensors: Tensor) -> int:
+        return self._place(4 * padded(sum(map(len, tensors))), list(tensors), False)
 
     def _place(self, size: int, tensors: list[Tensor], alternate: bool) -> int:
         offset = padded(self._size, _ALIGN)
@@ -118,7 +122,8 @@ class PackedWeights:
 
     def _copy(self, offset: int, tensors: list[Tensor], alternate: bool) -> None:
         if tensors[0].dim() == 1:
-            self.memory.tensor(offset, tuple(tensors[0].shape), torch.float32).copy_(tensors[0])
+            whole = torch.cat(tensors)
+            self.memory.tensor(offset, tuple(whole.shape), torch.float32).copy_(whole)
             return
         columns = tensors[0].shape[1]
         blocks = padded(columns) // self._lanes

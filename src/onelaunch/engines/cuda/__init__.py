@@ -36,6 +36,10 @@ def why_not(device: torch.device, config: ModelConfig | None = None) -> str | No
     """Why this engine cannot run a model on a device; None where it can."""
     if device.type != "cuda":
         return f"it runs on a GPU, and the device is {device}"
+    from onelaunch.engines.checks import not_computed
+
+    if config is not None and (reason := not_computed(config)):
+        return reason
     if util.find_spec("triton") is None:
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE:

@@ -20,7 +20,7 @@ from onelaunch.checkpoints.run_folder import (  # noqa: E402
     read_state,
 )
 from onelaunch.compilation.cache import Store  # noqa: E402
-from onelaunch.config import ModelConfig  # noqa: E402
+from onelaunch.config import ModelConfig, YarnRopeScaling  # noqa: E402
 from onelaunch.engines.cuda.training import adamw, launches  # noqa: E402
 from onelaunch.engines.cuda.training import engine as engines  # noqa: E402
 from onelaunch.engines.cuda.training import step as steps  # noqa: E402
@@ -59,7 +59,7 @@ mend_loop_bounds()
 CONFIGS = {
     "grouped": SMALL.with_(n_kv_heads=2),
     "norms of heads, untied": SMALL.with_(qk_norm=True, tied_embeddings=False, head_dim=16),
-    "halves": SMALL.with_(rope_layout="half", hidden_dim=88),
+    "halves": SMALL.with_(rope_layout="half", hidden_dim=88, rope_scaling=YarnRopeScaling(4.0, 8)),
 }
 
 

@@ -224,10 +224,10 @@ def _cache_slot(state, seq, layer, number, position):
 @compiled
 def qkv(state, layer, first, heads, x, x_row, scratch):
     """Heads first .. first + heads of q, k and v, numbered in this order, for every token: product,
-    QK-norm, rotary embedding; queries to their buffer, keys and values to the cache."""
+    bias, QK-norm, rotary embedding; queries to their buffer, keys and values to the cache."""
     n_heads, kv_heads = field(state, State.HEADS), field(state, State.KV_HEADS)
     width, tokens = field(state, State.HEAD_DIM), field(state, State.N_TOKENS)
-    weights = layer_field(state, layer, Layer.QKV)
+    weights, bias = layer_field(state, layer, Layer.QKV), layer_field(state, layer, Layer.QKV_BIAS)
     dim = field(state, State.DIM)
     if tokens == 1:
         position = token_field(state, 0, Token.POSITION)
@@ -243,6 +243,10 @@ def qkv(state, layer, first, heads, x, x_row, scratch):
         seq = sequence_of(state, t)
         for h in range(first, first + heads):
             head = scratch + t * out_row + 4 * width * (h - first)
+            if bias:
+                for e in range(width):
+                    its = bias + 4 * (width * h + e)
+                    put_f32(head + 4 * e, get_f32(head + 4 * e) + get_f32(its))
             if h < n_heads + kv_heads:
                 if field(state, State.QK_NORM):
                     which = Layer.Q_NORM if h < n_heads else Layer.K_NORM

@@ -14,7 +14,7 @@ from torch import Tensor
 from onelaunch.compilation.background import Compilation
 from onelaunch.compilation.cache import Store
 from onelaunch.config import ModelConfig
-from onelaunch.engines.checks import check_tokens
+from onelaunch.engines.checks import check_tokens, not_computed
 from onelaunch.engines.cpu import program, usable_cores, why_not
 from onelaunch.engines.cpu.program import TRAINING, TrainingProgram
 from onelaunch.engines.cpu.training.batch import Batch
@@ -45,7 +45,7 @@ class CpuTrainer(ReferenceEngine):
         log: Callable[[str], None] = lambda line: None,
         store: Store | None = None,
     ) -> None:
-        if reason := why_not():
+        if reason := why_not() or not_computed(config):
             raise BadInput(f"engine='cpu': {reason}; use engine='reference'")
         super().__init__(config, weights, "cpu", "float32", threads, train=True)
         self._threads = min(torch.get_num_threads(), usable_cores())
