@@ -112,17 +112,22 @@ def serving(folder: Path) -> Iterator[Served]:
     model = folder / "stories15m.gguf"
     write_model("stories15m", model)
     command = [sys.executable, "-m", "onelaunch", "serve", str(model), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--dtype", "bfloat16"], stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
+    log = folder / "log"
+    with log.open("w") as errors:  # a pipe that nobody reads would stop the server
+        process = subprocess.Popen(
+            [*command, "--dtype", "bfloat16"],
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        )
     try:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "http://" in line)
-        yield Served(int(line.rpartition(":")[2]), process.pid)
+        while "http://" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield Served(int(log.read_text().rpartition(":")[2]), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    assert log.read_text().count("\n") == 1, log.read_text()
 
 
 async def pace(served: Served) -> float:

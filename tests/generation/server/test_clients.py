@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,23 @@ def test_one_that_waits_and_leaves_never_starts():
         read_until(first, b"[DONE]")
         first.close()
         assert len(engine.submitted) == 1
+
+
+def test_half_a_request_is_no_error_of_the_server():
+    logged = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = logged.append
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    try:
+        with serving(GatedEngine(open_=True)) as client:
+            for i in range(20):
+                with socket.create_connection(("127.0.0.1", client.port), timeout=SECONDS) as half:
+                    head = f"POST {TEXT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n"
+                    half.sendall(head.encode() + (b"" if i % 2 else b'\r\n{"prompt"'))
+            assert client.post(TEXT, {"prompt": "a", "max_tokens": 1})
+    finally:
+        logging.getLogger("uvicorn.error").removeHandler(handler)
+    assert not logged
 
 
 def test_all_of_more_requests_than_slots_are_answered():

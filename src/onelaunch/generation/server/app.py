@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -42,6 +42,8 @@ from onelaunch.generation.server.streams import EventStream, JsonResponse, encod
 MAX_BODY_BYTES = 8 << 20
 BODY_SECONDS = 60.0
 RETRY_SECONDS = 1
+CLIENT_LEFT = 499
+"""The status, which has no reader, of a request whose client has left; nginx's."""
 PUBLIC = ("/", "/health", "/v1/models", "/models", "/openapi.json")
 """Paths that need no API key, as in llama.cpp's server."""
 
@@ -106,7 +108,11 @@ class Server:
         if job.stream:
             return EventStream(self._events(running, shape))
         done = await unless_gone(request, self._finish(running))
-        return JsonResponse(shape.whole(running.choices)) if done else Response(status_code=499)
+        return (
+            JsonResponse(shape.whole(running.choices))
+            if done
+            else Response(status_code=CLIENT_LEFT)
+        )
 
     def _check_room(self, sequences: int) -> None:
         limits, batcher = self._service.limits, self._batcher
@@ -295,6 +301,8 @@ async def read(request: Request) -> Body:
                     raise too_large
     except TimeoutError:
         raise InvalidRequest("the body did not come in time", status=408) from None
+    except ClientDisconnect:
+        raise InvalidRequest("the client has left", status=CLIENT_LEFT) from None
     return Body.parse(bytes(raw))
 
 
