@@ -84,16 +84,18 @@ def test_half_a_request_is_no_error_of_the_server():
     logged = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = logged.append
-    logging.getLogger("uvicorn.error").addHandler(handler)
-    try:
-        with serving(GatedEngine(open_=True)) as client:
+    logger = logging.getLogger("uvicorn.error")
+    with serving(GatedEngine(open_=True)) as client:
+        logger.addHandler(handler)
+        try:
             for i in range(20):
                 with socket.create_connection(("127.0.0.1", client.port), timeout=SECONDS) as half:
                     head = f"POST {TEXT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n"
                     half.sendall(head.encode() + (b"" if i % 2 else b'\r\n{"prompt"'))
-            assert client.post(TEXT, {"prompt": "a", "max_tokens": 1})
-    finally:
-        logging.getLogger("uvicorn.error").removeHandler(handler)
+            for _ in range(3):
+                assert client.post(TEXT, {"prompt": "a", "max_tokens": 1})
+        finally:
+            logger.removeHandler(handler)
     assert not logged
 
 
