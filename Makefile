@@ -9,7 +9,8 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # functions that are not there.
 SANITIZE := compute-sanitizer --report-api-errors no --error-exitcode 1
 
-.PHONY: install run test lint types unit test-extended soak test-convergence test-gpu memcheck
+.PHONY: install run test lint types unit test-extended soak test-llama-cpp test-convergence test-gpu
+.PHONY: memcheck
 .PHONY: test-triton-next results recipes clean
 
 install: $(VENV)/.installed
@@ -71,6 +72,12 @@ test-extended: $(VENV)/.installed-triton
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m soak
 	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/server_soak.py
+
+# llama.cpp's own server tests against ours: LLAMA_CPP is its folder tools/server/tests, GGUF its model
+# stories260K (or `onelaunch export` of llama2.c's), PYTHON one with the packages of those tests.
+test-llama-cpp: $(VENV)/.installed-dev
+	$(PYTHON) tests/llama_cpp.py $(LLAMA_CPP) $(GGUF) --serve $(BIN)/onelaunch
 
 # A small Llama with PyTorch's norm and with the operator: with the packages that $(PYTHON) has where
 # these see a GPU, else in $(VENV) through Triton's interpreter.

@@ -26,8 +26,8 @@ from onelaunch.engines.engine import (
 )
 from onelaunch.engines.sampling import sample_numbers
 from onelaunch.errors import BadInput
+from onelaunch.generation.detokenizer import Detokenizer
 from onelaunch.generation.prompts import Prompt
-from onelaunch.generation.stops import StopStrings
 
 UNSTREAMED_STEP_SECONDS = 0.2  # of a step whose text is not streamed
 
@@ -113,8 +113,8 @@ class Decoding:
         check_prompts(engine.config, [prompt.ids for prompt in prompts])
         self._engine, self.limits = engine, limits
         self.completions = [Completion(prompt) for prompt in prompts]
-        self._detokenizers = [
-            _Detokenizer(completion, tokenizer, limits.stop) for completion in self.completions
+        self._growing = [
+            _Growing(completion, tokenizer, limits.stop) for completion in self.completions
         ]
         self._has_text = tokenizer is not None
         self._running = len(prompts)
@@ -170,13 +170,13 @@ class Decoding:
     def _apply(self) -> Generator[TextEvent, None, None]:
         for events, seconds in self._steps:
             for event in events:
-                detokenizer = self._detokenizers[event.id]
-                if detokenizer.completion.finish is not None:
+                growing = self._growing[event.id]
+                if growing.completion.finish is not None:
                     continue  # tokens after a stop string
                 if event.error is not None:
                     self._steps.close()
                     raise event.error
-                text_event = detokenizer.apply(event, seconds)
+                text_event = growing.apply(event, seconds)
                 if text_event.finish is not None:
                     self._running -= 1
                     if event.finish is None:
@@ -241,19 +241,16 @@ def tokens_per_second(completions: Sequence[Completion]) -> float | None:
     return tokens / seconds if tokens and seconds > 0 else None
 
 
-class _Detokenizer:
-    """Turns the tokens of one completion into text, up to a stop string."""
+class _Growing:
+    """A completion and what turns its tokens into text."""
 
     def __init__(
         self, completion: Completion, tokenizer: Tokenizer | None, stop: Sequence[str]
     ) -> None:
         self.completion = completion
-        self._stream = None if tokenizer is None else tokenizer.decoder()
-        self._stops = StopStrings(stop)
+        ids = completion.prompt.ids  # the new text continues the prompt
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, ids, stop)
         self._pieces: list[str] = []
-        if self._stream is not None:
-            for token in completion.prompt.ids:  # the new text continues the prompt
-                self._stream.push(token)
 
     def apply(self, event: TokenEvent, seconds: float) -> TextEvent:
         """Add a token event of the session to the completion; returns its text event."""
@@ -263,12 +260,12 @@ class _Detokenizer:
             completion.seconds = seconds
             if completion.first_token_seconds is None:
                 completion.first_token_seconds = seconds
-        if self._stream is not None:
+        if self._detokenizer is not None:
             if event.token is not None:
-                piece, stopped = self._stops.push(self._stream.push(event.token))
+                piece, stopped = self._detokenizer.push(event.token)
             if finish is not None and not stopped:
-                rest, stopped = self._stops.push(self._stream.finish())
-                piece += rest if stopped else rest + self._stops.finish()
+                rest, stopped = self._detokenizer.finish()
+                piece += rest
             if stopped:
                 finish = "stop"
             self._pieces.append(piece)
