@@ -113,7 +113,7 @@ def serving(folder: Path) -> Iterator[Served]:
     write_model("stories15m", model)
     command = [sys.executable, "-m", "onelaunch", "serve", str(model), "--port", "0"]
     log = folder / "log"
-    with log.open("w") as errors:  # a pipe that nobody reads would stop the server
+    with log.open("w") as errors:  # a pipe that no one reads would stop the server
         process = subprocess.Popen(
             [*command, "--dtype", "bfloat16"],
             stderr=errors,

@@ -64,9 +64,7 @@ class Batcher:
         self.max_batch, self.broken = max_batch, ""
         self._engine, self._max_len, self._log = engine, max_len, log
         self._ids = itertools.count()
-        self._orders: queue.SimpleQueue[Sequence[Ticket] | _Cancel | _Describe | None] = (
-            queue.SimpleQueue()
-        )
+        self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._growing: dict[int, Ticket] = {}
         self._slots: list[int | None] = [None] * max_batch

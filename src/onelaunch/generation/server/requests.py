@@ -254,7 +254,7 @@ def _logit_bias(service: Service, body: Body) -> dict[int, float]:
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, list) or len(pairs) > 4096:
         body.refuse("logit_bias", "must map at most 4,096 token ids to numbers")
-    found: dict[int, float] = {}
+    biases: dict[int, float] = {}
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             body.refuse("logit_bias", "must map token ids to numbers")
@@ -265,8 +265,8 @@ def _logit_bias(service: Service, body: Body) -> dict[int, float]:
         if not -MAX_BIAS <= amount <= MAX_BIAS:
             body.refuse("logit_bias", f"must be from {-MAX_BIAS:g} to {MAX_BIAS:g}")
         for id_ in _biased(service, body, token):
-            found[id_] = float(amount)
-    return found
+            biases[id_] = float(amount)
+    return biases
 
 
 def _biased(service: Service, body: Body, token: Any) -> Sequence[int]:

@@ -82,7 +82,7 @@ class RunningJob:
         def deliver_to(index: int, events: Events) -> None:
             try:
                 loop.call_soon_threadsafe(inbox.put_nowait, (index, events))
-            except RuntimeError:  # the loop is closed: nobody waits
+            except RuntimeError:  # the loop is closed, and the job with it
                 pass
 
         job, tickets = self.job, {}

@@ -43,9 +43,8 @@ class Service:
     """A model to be served.
 
     name: the model's id in the API. defaults: of requests that do not say how to sample. seed: of
-    requests without one; None: a random one each. own_template: whether the chat template is the
-    model's. stop_ids: tokens that end a sequence; chat_stop_ids, chat_stop: tokens and strings that
-    end an answer in a chat.
+    requests without one; None: a random one each. stop_ids: tokens that end a sequence;
+    chat_stop_ids, chat_stop: tokens and strings that end an answer in a chat.
     """
 
     engine: Engine
@@ -54,13 +53,12 @@ class Service:
     template: ChatTemplate
     name: str
     limits: Limits
-    own_template: bool = True
-    defaults: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
-    seed: int | None = None
-    stop_ids: Sequence[int] = ()
-    chat_stop_ids: Sequence[int] = ()
-    chat_stop: Sequence[str] = ()
-    _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
+    defaults: Sampling
+    seed: int | None
+    stop_ids: Sequence[int]
+    chat_stop_ids: Sequence[int]
+    chat_stop: Sequence[str]
+    _token_texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, text: str) -> Prompt:
         """A text prompt, BOS included where the tokenizer has it; raises InvalidRequest."""
@@ -97,9 +95,9 @@ class Service:
 
     def token_text(self, token: int) -> str:
         """The text of a token within a text."""
-        known = self._texts.get(token)
+        known = self._token_texts.get(token)
         if known is None:
-            known = self._texts[token] = self.text_within([token])
+            known = self._token_texts[token] = self.text_within([token])
         return known
 
     def text_within(self, ids: Sequence[int]) -> str:
@@ -130,25 +128,24 @@ def make_service(
     longest = model.config.max_seq_len
     if limits.context > longest:
         raise BadInput(f"context={limits.context}: the model's context is {longest}")
-    own, owned = chat_template(model, tokenizer)
+    chat, _ = chat_template(model, tokenizer)
     if template is not None:
-        own, owned = ChatTemplate(template, own.bos_token, own.eos_token), True
+        chat = ChatTemplate(template, chat.bos_token, chat.eos_token)
     limits = replace(
         limits,
         context=limits.context or min(longest, DEFAULT_CONTEXT),
         max_batch=min(limits.max_batch or engine.max_batch, engine.max_batch),
     )
-    turn_ids, turn_texts = end_of_turn(own, tokenizer)
+    turn_ids, turn_texts = end_of_turn(chat, tokenizer)
     rows = model.config.vocab_size
     stop_ids = sorted(i for i in {*model.stop_ids, *tokenizer.stop_ids} if i < rows)
     return Service(
         engine,
         model,
         tokenizer,
-        own,
+        chat,
         name or (model.source.stem if model.source else "model"),
         limits,
-        owned,
         defaults or Sampling(temperature=1.0),
         seed,
         stop_ids,
