@@ -26,7 +26,9 @@ from onelaunch.cli.options import (
 def chat(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A .bin file, a Hugging Face folder or a run folder."),
+        typer.Argument(
+            metavar="MODEL", help="A .bin or .gguf file, a Hugging Face folder or a run folder."
+        ),
     ],
     tokenizer: TokenizerFile = None,
     system: Annotated[
